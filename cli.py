@@ -1,0 +1,245 @@
+"""The command `thawline`: each command parses, calls one stage and prints.
+
+Everything heavy is imported inside the commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from features_cache.errors import ThawlineError
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+source_argument = click.argument("source")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+engine_option = click.option("--engine", type=click.Choice(["auto", "torch"]), default="auto", help="What computes.")
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(package_name="thawline")
+def thawline() -> None:
+    """Turn images into a trained classifier: frozen CNN features, cached once; scikit-learn heads on top."""
+
+
+@thawline.command()
+@click.option("-o", "--output", default="thawline-demo", help="Folder for the cache, the model and the picture.")
+@json_option
+def demo(output: str, as_json: bool) -> None:
+    """Handwritten digits through the embedded network: where in its depth do the strokes live?"""
+    from pipeline.demo import demo as run
+    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.tables import fit_table
+
+    with progress_bar() as progress:
+        report = run(output, progress=progress)
+    if as_json:
+        _print_json({"results": _records(report.results), "summary": report.summary, "files": report.files})
+        return
+    _print_table(fit_table(report.results))
+    click.echo(f"\n{report.summary}\n")
+    for name, path in report.files.items():
+        click.echo(f"{name}: {path}")
+
+
+@thawline.command()
+@click.argument("pattern", required=False)
+@json_option
+def backbones(pattern: str | None, as_json: bool) -> None:
+    """List the networks, those that match PATTERN (such as 'resnet*') where one is given."""
+    from pipeline.backbones.registry import list_backbones
+    from pipeline.reporting.tables import rows_table
+
+    found = list_backbones(pattern)
+    if as_json:
+        _print_json({"backbones": _records(found)})
+        return
+    rows = [(entry.name, entry.zoo, ", ".join(entry.weights)) for entry in found]
+    _print_table(rows_table(("backbone", "zoo", "weights"), rows))
+
+
+@thawline.command()
+@click.argument("backbone")
+@click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
+@json_option
+def layers(backbone: str, size: int | None, as_json: bool) -> None:
+    """List the layers of BACKBONE: dotted name, output shape for one image, aliases."""
+    from pipeline.backbones.registry import describe
+    from pipeline.reporting.tables import rows_table
+
+    found = describe(backbone, size)
+    if as_json:
+        _print_json({"layers": _records(found)})
+        return
+    rows = [(row.name, "×".join(map(str, row.shape)), ", ".join(row.aliases)) for row in found]
+    _print_table(rows_table(("layer", "shape", "aliases"), rows))
+
+
+@thawline.command()
+@source_argument
+@click.option("-b", "--backbone", multiple=True, default=[DEFAULT_BACKBONE], help="NAME or NAME@WEIGHTS; repeat.")
+@click.option("-l", "--layer", multiple=True, default=[DEFAULT_LAYER], help="Layer name or alias; repeat.")
+@click.option("--pool", type=click.Choice(POOLS), default=DEFAULT_POOL, help="How activations become features.")
+@click.option("-o", "--output", default=DEFAULT_CACHE, help="Folder of cache files.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="auto: bf16 where there is hardware.")
+@click.option("--store", type=click.Choice(STORES), default="float32", help="Number type on disk.")
+@click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images a forward pass; fits the machine by default.")
+@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads; fits the machine by default.")
+@click.option("--on-error", type=click.Choice(["skip", "stop"]), default="skip", help="When an image is unreadable.")
+@click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size and time.")
+@engine_option
+@device_option
+@json_option
+def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Run frozen networks once over the images of SOURCE and cache their features.
+
+    SOURCE is a folder of class folders (under train/val/test folders or not), a folder of images, one image, a .csv or
+    .parquet manifest, a .tar shard or a folder of them, or the word digits.
+    """
+    from pipeline.extract import extract as run
+    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.tables import extract_table
+
+    with progress_bar() as progress:
+        results = run(source, backbone, layer, progress=progress, **options)
+    if as_json:
+        _print_json({"caches": _records(results)})
+        return
+    _print_table(extract_table(results))
+    _name_unreadable(results)
+
+
+@thawline.command()
+@click.argument("cache")
+@click.option("-l", "--layer", multiple=True, help="Layer, or A+B joined; repeat. Every cached layer by default.")
+@click.option("--head", multiple=True, default=["logreg"], help="Such as logreg, linear_svm, rbf_svm/l2; repeat.")
+@click.option("--shots", multiple=True, default=["all"], help="Training images per class, or all; repeat.")
+@click.option("--seed", multiple=True, type=int, default=[0], help="Seed of the split and of the shots; repeat.")
+@click.option("--source", help="Which source, where the cache holds several.")
+@click.option("-b", "--backbone", help="Which backbone, where the cache holds several.")
+@click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where the cache holds several.")
+@click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
+@json_option
+def fit(
+    cache: str, layer: tuple[str, ...], head: tuple[str, ...], shots: tuple[str, ...], seed: tuple[int, ...],
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    """Train heads on the features in CACHE and measure them on its test images, once."""
+    from pipeline.fit import fit as run
+    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.tables import fit_table
+
+    with progress_bar() as progress:
+        report = run(cache, list(layer) or None, head, seed, _shots(shots), progress=progress, **options)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        _print_json({"results": _records(report.results)})
+        return
+    _print_table(fit_table(report.results))
+    if report.saved:
+        click.echo(f"model: {report.saved}")
+
+
+@thawline.command()
+@click.argument("model")
+@source_argument
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False), help="Write the predictions to FILE.")
+@click.option("-o", "--output", help="Folder of cache files to go through, so that a long run can go on after a stop.")
+@engine_option
+@device_option
+@json_option
+def predict(model: str, source: str, csv_path: str | None, as_json: bool, **options: Any) -> None:
+    """Label the images of SOURCE with a saved MODEL."""
+    from pipeline.predict import predict as run
+    from pipeline.predict import write_csv
+    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.tables import count_table, prediction_table
+
+    with progress_bar() as progress:
+        report = run(model, source, progress=progress, **options)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if csv_path:
+        write_csv(report.predictions, Path(csv_path))
+    if as_json:
+        _print_json({"predictions": _records(report.predictions)})
+        return
+    _print_table(prediction_table(report.predictions))
+    if len(report.predictions) > 1:
+        _print_table(count_table(report.predictions))
+
+
+def _shots(values: tuple[str, ...]) -> list[int | str]:
+    for value in values:
+        if value != "all" and not (value.isdigit() and int(value) > 0):
+            raise click.BadParameter(f"expected a positive whole number or 'all', got {value!r}", param_hint="--shots")
+    return [value if value == "all" else int(value) for value in values]
+
+
+def _records(records: list[Any]) -> list[dict[str, Any]]:
+    from pipeline.results import to_json
+
+    return [to_json(record) for record in records]
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 160)
+
+
+@contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C does, so that writers commit what is finished."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 an error of ours or the system's, 2 wrong usage, 130 interrupted."""
+    try:
+        with _interrupt_on_sigterm():
+            thawline(prog_name="thawline", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ThawlineError as error:
+        click.echo(f"thawline: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"thawline: {error.filename or 'system'}: {error.strerror or error}", err=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("thawline: interrupted; what was finished is kept, and the same command goes on from there", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

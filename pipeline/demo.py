@@ -1,0 +1,108 @@
+"""The demo: handwritten digits, the embedded network, and a picture of where in its depth the strokes live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.evaluation.intervals import wilson
+from pipeline.extract import Progress, extract
+from pipeline.fit import FitReport, TestPredictions, fit
+from pipeline.images.source import open_source
+from pipeline.reporting.plots import confusion_matrix, depth_curve, image_strip
+from pipeline.results import ExtractResult, FitResult
+
+SEEDS = (0, 1, 2)
+MISTAKES = 8
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo found, in numbers, in words, and where it put the files."""
+
+    caches: list[ExtractResult]
+    results: list[FitResult]
+    summary: str
+    files: dict[str, str]
+
+
+def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None) -> DemoReport:
+    """Extract every stage of the embedded network over scikit-learn's digits, fit logistic regression on each, draw.
+
+    Parameters
+    ----------
+    folder : str or Path, default "thawline-demo"
+        Gets ``cache/``, ``digits.skops`` and ``digits.png``; a second run reuses the cache.
+    progress : callable, optional
+        ``progress(done, total, text)``.
+
+    Returns
+    -------
+    DemoReport
+    """
+    folder = Path(folder)
+    cache, model, picture = folder / "cache", folder / "digits.skops", folder / "digits.png"
+    caches = extract("digits", layers=("stages", "penultimate", "input"), pool="grid2", output=cache, progress=progress)
+    report = fit(cache, seeds=SEEDS, save=model, progress=progress)
+    depth = [layer for layer in dict.fromkeys(result.layer for result in report.results) if layer != "input"]
+    accuracy = {layer: _accuracies(report.results, layer) for layer in [*depth, "input"]}
+    _draw(report, depth, accuracy, picture)
+    files = {"cache": str(cache), "model": str(model), "picture": str(picture)}
+    return DemoReport(caches, report.results, _summary(report, depth, accuracy), files)
+
+
+def _accuracies(results: Sequence[FitResult], layer: str) -> np.ndarray:
+    return np.array([result.accuracy for result in results if result.layer == layer])
+
+
+def _summary(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarray]) -> str:
+    """Say what the curve shows, whatever it shows."""
+    means = {layer: values.mean() for layer, values in accuracy.items()}
+    peak = max(depth, key=lambda layer: means[layer])
+    first, last = depth[0], depth[-1]
+    curve = f"Accuracy goes from {means[first]:.3f} at {first} to {means[peak]:.3f} at {peak} and {means[last]:.3f} at {last}"
+    against = f"raw pixels give {means['input']:.3f}"
+    if peak not in (first, last) and means[peak] > means["input"]:
+        lesson = "digits are made of strokes, which the middle of the network detects; its end knows objects instead"
+    else:
+        lesson = "here the curve has no peak in the middle above the raw pixels"
+    kept = report.results[report.best]
+    low, high = kept.accuracy_ci95
+    model = (
+        f"The model kept is the best on validation images: {kept.head} on {kept.layer}, {kept.accuracy:.3f} "
+        f"on {kept.n_test} test images (95 % interval {low:.3f}–{high:.3f})."
+    )
+    return f"{curve}; {against}: {lesson}. {model}"
+
+
+def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarray], path: Path) -> None:
+    """Draw the curve, the kept model's confusion matrix, and the mistakes it was surest of."""
+    from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
+
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
+    tests = report.results[0].n_test
+    values = np.array([accuracy[layer] for layer in depth])
+    intervals = np.array([wilson(round(row.mean() * tests), tests) for row in values])
+    axes = left.subplots()
+    depth_curve(axes, depth, values, intervals, ("raw pixels", float(accuracy["input"].mean())))
+    axes.set_title(f"Handwritten digits by depth: logistic regression, {len(SEEDS)} seeds, {tests} test images each")
+
+    kept, predictions = report.results[report.best], report.predictions[report.best]
+    top, bottom = right.subfigures(2, 1, height_ratios=(5, 3))
+    axes = top.subplots()
+    confusion_matrix(axes, _confusion(predictions, len(report.classes)), report.classes)
+    axes.set_title(f"{kept.head} on {kept.layer}: {kept.accuracy:.3f}")
+    worst = np.flatnonzero(predictions.y_pred != predictions.y_true)
+    worst = worst[np.argsort(-predictions.probability[worst])][:MISTAKES]
+    titles = [
+        f"{report.classes[predictions.y_true[i]]} called {report.classes[predictions.y_pred[i]]}\np = {predictions.probability[i]:.2f}"
+        for i in worst
+    ]
+    bottom.suptitle("Its surest mistakes", fontsize=11)
+    image_strip(bottom.subplots(2, MISTAKES // 2).ravel(), _images([predictions.uris[i] for i in worst]), titles)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,29 @@
+"""Errors of the stages; all belong to the one family in `features_cache.errors`."""
+
+from __future__ import annotations
+
+from features_cache.errors import ThawlineError
+
+
+class SourceError(ThawlineError):
+    """An image source is missing, empty, of no known form, or contradicts itself."""
+
+
+class UnreadableImageError(ThawlineError):
+    """One image cannot be decoded; the message is the short reason kept with its row."""
+
+
+class BackboneError(ThawlineError):
+    """A backbone, its weights, or one of its layers cannot be had."""
+
+
+class EngineError(ThawlineError):
+    """The asked engine, device or precision does not exist on this machine."""
+
+
+class FitError(ThawlineError):
+    """The cached rows do not allow what a head was asked to do."""
+
+
+class ModelFileError(ThawlineError):
+    """A saved model is damaged, foreign, of another version, or does not match its backbone."""

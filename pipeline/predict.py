@@ -1,0 +1,142 @@
+"""Use a saved model: the same layers of the same backbone over new images, then its head.
+
+The features go through a cache like any others, so a long prediction that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from features_cache import DONE, CacheFile, open_cache
+from pipeline.errors import EngineError
+from pipeline.extract import Progress, extract
+from pipeline.heads.store import SavedModel, load_model
+from pipeline.images.source import open_source
+from pipeline.results import Prediction
+from pipeline.spec import DEFAULT_CACHE, LayerSpec
+
+WORTH_KEEPING = 1000
+"""Sources with more images than this go through a cache that stays, even when none was named."""
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class PredictReport:
+    """Predictions in the order of the source, and what the user should know about them."""
+
+    predictions: list[Prediction]
+    notes: list[str]
+
+
+def predict(
+    model: str | Path,
+    source: str | Path,
+    output: str | Path | None = None,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> PredictReport:
+    """Label every image of `source`.
+
+    Parameters
+    ----------
+    model : str or Path
+        A ``.skops`` file that ``fit --save`` wrote.
+    source : str or Path
+        Anything `pipeline.extract.extract` takes; labels it may have are ignored.
+    output : str or Path, optional
+        Folder of cache files to go through. By default a temporary one, or ``thawline-cache`` for sources of more
+        than 1,000 images.
+    engine, device : str, default "auto"
+        As for extraction.
+    progress : callable, optional
+        As for extraction.
+
+    Raises
+    ------
+    ModelFileError
+        The file is no model of ours, or its backbone resolves to other features than the head was trained on.
+    ThawlineError
+        Whatever extraction raises.
+    """
+    saved = load_model(model)
+    specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
+    precision, notes = _available_precision(specs[0].precision, engine, device)
+    with _cache_folder(source, output) as folder:
+        files = []
+        for layer, spec in zip(saved.layers, specs, strict=True):
+            asked = layer["request"]
+            results = extract(
+                source,
+                [asked["backbone"]],
+                [spec.layer],
+                spec.pool,
+                folder,
+                precision=precision,
+                store=spec.store,
+                size=asked["size"],
+                engine=engine,
+                device=device,
+                expect=[spec],
+                progress=progress,
+            )
+            files.append(open_cache(results[0].path))
+        return PredictReport(_label(saved, specs, files), notes)
+
+
+def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
+    """Write ``uri,label,probability,state,reason`` rows; absent values are empty."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("uri", "label", "probability", "state", "reason"))
+        for item in predictions:
+            writer.writerow((item.uri, item.label, item.probability, item.state, item.reason))
+
+
+def _available_precision(wanted: str, engine: str, device: str) -> tuple[str, list[str]]:
+    """Return the model's precision, or fp32 and a note where this machine does not have it."""
+    from pipeline.engines.select import resolve
+
+    try:
+        return resolve(engine, device, wanted).precision, []
+    except EngineError:
+        resolved = resolve(engine, device, "fp32")
+        note = f"the model's features were {wanted}, which this machine does not compute: predicting with fp32 features"
+        return resolved.precision, [note]
+
+
+@contextmanager
+def _cache_folder(source: str | Path, output: str | Path | None) -> Iterator[Path]:
+    if output is not None:
+        yield Path(output)
+    elif len(open_source(source).items) > WORTH_KEEPING:
+        yield Path(DEFAULT_CACHE)
+    else:
+        with TemporaryDirectory(prefix="thawline-") as folder:
+            yield Path(folder)
+
+
+def _label(saved: SavedModel, specs: Sequence[LayerSpec], files: Sequence[CacheFile]) -> list[Prediction]:
+    """Run the head over the rows that are done; all `files` have the same rows in the same order."""
+    done = np.all([file.states == DONE for file in files], axis=0)
+    predictions = [
+        Prediction(uri, None, None, "unreadable", next(filter(None, reasons), ""))
+        for uri, *reasons in zip(files[0].uris, *(file.reasons for file in files), strict=True)
+    ]
+    rows = np.flatnonzero(done)
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        parts = [file.matrix(spec.layer)[chunk].astype(np.float32) for file, spec in zip(files, specs, strict=True)]
+        labels, probabilities = saved.predict(np.concatenate(parts, axis=1))
+        for place, row in enumerate(chunk):
+            probability = None if probabilities is None else float(probabilities[place])
+            predictions[row] = Prediction(predictions[row].uri, saved.classes[labels[place]], probability, "done")
+    return predictions

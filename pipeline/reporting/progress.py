@@ -1,0 +1,38 @@
+"""A progress bar on stderr for whatever stage runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """How many a second, once that is known."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate since the bar's start."""
+        return Text(f"{task.speed:.0f}/s" if task.speed else "")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """Yield a ``progress(done, total, text)`` callable that draws one bar for each different `text`.
+
+    Nothing is drawn where stderr is not a terminal, so logs stay readable.
+    """
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    bars: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as drawing:
+
+        def report(done: int, total: int, text: str) -> None:
+            if text not in bars:
+                bars[text] = drawing.add_task(text, total=total)
+            drawing.update(bars[text], completed=done, total=total)
+
+        yield report

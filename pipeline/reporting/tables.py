@@ -1,0 +1,76 @@
+"""Terminal tables of what the stages return."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+from pipeline.results import ExtractResult, FitResult, Prediction
+
+
+def extract_table(results: Iterable[ExtractResult]) -> Table:
+    """One row for each cache file."""
+    table = _table("cache", "backbone", "layers", "rows", "reused", "computed", "unreadable", "precision", "images/s")
+    for result in results:
+        layers = ", ".join(f"{name} ({dim})" for name, dim in result.layers.items())
+        counts = (result.rows, result.reused, result.computed, result.unreadable)
+        rate = f"{result.images_per_second:.0f}" if result.computed else "-"
+        table.add_row(result.path, result.backbone, layers, *map(str, counts), result.precision, rate)
+    return table
+
+
+def fit_table(results: Sequence[FitResult]) -> Table:
+    """One row for each head, best accuracy in bold; columns that never change are left out of the table."""
+    table = _table("layer", "head", "params", "seed", "shots", "train/val/test", "accuracy", "95 % interval", "seconds")
+    best = max((result.accuracy for result in results), default=0.0)
+    for result in results:
+        low, high = result.accuracy_ci95
+        params = " ".join(f"{name}={value:.3g}" for name, value in result.params.items())
+        table.add_row(
+            result.layer,
+            result.head,
+            params if result.converged else f"{params} (not converged)",
+            str(result.seed),
+            str(result.shots),
+            f"{result.n_train}/{result.n_val}/{result.n_test}",
+            f"{result.accuracy:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            f"{result.seconds:.1f}",
+            style="bold" if result.accuracy == best else "",
+        )
+    return table
+
+
+def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table:
+    """The first `most` predictions; `count_table` sums up the rest."""
+    table = _table("image", "label", "probability")
+    for prediction in predictions[:most]:
+        shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
+        table.add_row(prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown)
+    return table
+
+
+def count_table(predictions: Iterable[Prediction]) -> Table:
+    """How many images got each label."""
+    table = _table("label", "images")
+    counts = Counter(prediction.label or "(unreadable)" for prediction in predictions)
+    for label, count in counts.most_common():
+        table.add_row(label, str(count))
+    return table
+
+
+def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Plain rows under `columns`."""
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,141 @@
+"""What exactly produced a layer's features: requests, specs and fingerprints.
+
+A `Request` is what the user asked for; a `LayerSpec` is what it resolved to. Two features may be compared or mixed
+if and only if their fingerprints are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEFAULT_BACKBONE = "efficientnet_lite0"
+DEFAULT_LAYER = "penultimate"
+DEFAULT_POOL = "avg"
+DEFAULT_CACHE = "thawline-cache"
+POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+STORES = ("float32", "float16")
+DECODE_POLICY = 1
+"""Version of the rules in `pipeline.images`; raised whenever the same file could give other pixels."""
+
+
+def canonical_json(value: Any) -> str:
+    """Return the one JSON text of `value`: sorted keys, no spaces, tuples as lists."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint_of(value: Any) -> str:
+    """Return the blake2b-128 hex digest (32 characters) of the canonical JSON of `value`."""
+    return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a decoded image becomes the network's input.
+
+    Parameters
+    ----------
+    size : tuple of int
+        Height and width of the network's input, in pixels.
+    resize : int or tuple of int
+        Length of the shorter side before the centre crop, or a fixed ``(height, width)``.
+    interpolation : str
+        ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; antialiased but for the last.
+    mean, std : tuple of float
+        Per channel (RGB), on the scale where white is 1.
+    """
+
+    size: tuple[int, int]
+    resize: int | tuple[int, int]
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
+        """Rebuild from `dataclasses.asdict` read back from JSON (lists become tuples)."""
+        return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Everything that changes a value of one layer's features.
+
+    Parameters
+    ----------
+    backbone : str
+        Canonical name with its zoo, such as ``"torchvision/resnet50"``.
+    weights_digest : str
+        blake2b-128 of the loaded state dict.
+    layer : str
+        Resolved layer name.
+    pool : str
+        One of `POOLS`.
+    preprocessing : Preprocessing
+        Input size, resize, crop, interpolation, mean and std.
+    precision : str
+        ``"fp32"``, ``"bf16"`` or ``"fp16"``; resolved, never ``"auto"``.
+    store : str
+        One of `STORES`, the dtype on disk.
+    decode : int
+        Version of the decode policy.
+    """
+
+    backbone: str
+    weights_digest: str
+    layer: str
+    pool: str
+    preprocessing: Preprocessing
+    precision: str
+    store: str = "float32"
+    decode: int = DECODE_POLICY
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest over all fields: 32 hex characters."""
+        return fingerprint_of(asdict(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary; `from_json` is its inverse."""
+        return json.loads(canonical_json(asdict(self)))
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
+        """Rebuild a spec from `to_json`'s dictionary."""
+        fields = dict(value)
+        return cls(preprocessing=Preprocessing.from_json(fields.pop("preprocessing")), **fields)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of one backbone, kept beside what it resolved to.
+
+    Parameters
+    ----------
+    backbone : str
+        Name as the user wrote it, weights included.
+    layers : tuple of str
+        Layers or aliases, in the order asked.
+    pool, precision, store : str
+        As in `LayerSpec`; precision may be ``"auto"``.
+    size : int, optional
+        Input size that overrides the backbone's own.
+    weights_file : str, optional
+        Digest of the weights file's bytes where `backbone` names one: the same name may hold other weights tomorrow.
+    """
+
+    backbone: str
+    layers: tuple[str, ...]
+    pool: str = DEFAULT_POOL
+    precision: str = "auto"
+    store: str = "float32"
+    size: int | None = None
+    weights_file: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return json.loads(canonical_json(asdict(self)))
