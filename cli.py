@@ -62,9 +62,9 @@ def backbones(pattern: str | None, as_json: bool) -> None:
     from pipeline.backbones.registry import list_backbones
     from pipeline.reporting.tables import rows_table
 
-    found = list_backbones(pattern)
+    found = list_backbones(pattern or "")
     if as_json:
-        _print_json({"backbones": _records(found)})
+        _print_json({"backbones": [entry._asdict() for entry in found]})
         return
     rows = [(entry.name, entry.zoo, ", ".join(entry.weights)) for entry in found]
     _print_table(rows_table(("backbone", "zoo", "weights"), rows))
@@ -76,12 +76,13 @@ def backbones(pattern: str | None, as_json: bool) -> None:
 @json_option
 def layers(backbone: str, size: int | None, as_json: bool) -> None:
     """List the layers of BACKBONE: dotted name, output shape for one image, aliases."""
-    from pipeline.backbones.registry import describe
+    from pipeline.backbones.graph import describe
+    from pipeline.backbones.registry import sketch
     from pipeline.reporting.tables import rows_table
 
-    found = describe(backbone, size)
+    found = describe(sketch(backbone, size))
     if as_json:
-        _print_json({"layers": _records(found)})
+        _print_json({"layers": [row._asdict() for row in found]})
         return
     rows = [(row.name, "×".join(map(str, row.shape)), ", ".join(row.aliases)) for row in found]
     _print_table(rows_table(("layer", "shape", "aliases"), rows))
@@ -111,15 +112,16 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
     """
     from pipeline.extract import extract as run
     from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import extract_table
+    from pipeline.reporting.tables import extract_table, unreadable_lines
 
     with progress_bar() as progress:
         results = run(source, backbone, layer, progress=progress, **options)
+    for line in unreadable_lines(results):
+        click.echo(line, err=True)
     if as_json:
         _print_json({"caches": _records(results)})
         return
     _print_table(extract_table(results))
-    _name_unreadable(results)
 
 
 @thawline.command()
@@ -237,7 +239,9 @@ def main() -> None:
         click.echo(f"thawline: {error.filename or 'system'}: {error.strerror or error}", err=True)
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("thawline: interrupted; what was finished is kept, and the same command goes on from there", err=True)
+        click.echo(
+            "thawline: interrupted; what was finished is kept, and the same command goes on from there", err=True
+        )
         sys.exit(130)
 
 

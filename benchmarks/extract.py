@@ -57,13 +57,14 @@ class Photos(Dataset[torch.Tensor]):
 
     def __getitem__(self, index: int) -> torch.Tensor:
         with Image.open(self.paths[index]) as image:
-            return self.transform(image.convert("RGB"))
+            tensor: torch.Tensor = self.transform(image.convert("RGB"))
+            return tensor
 
 
 def plain(paths: list[Path], backbone: Backbone, workers: int) -> float:
     """Return images/s of the plain recipe."""
     network = backbone.module
-    name, _, last = backbone.classifier.rpartition(".")
+    name, _, last = str(backbone.classifier).rpartition(".")
     parent = network.get_submodule(name)
     classifier = getattr(parent, last)
     setattr(parent, last, torch.nn.Identity())
@@ -72,19 +73,17 @@ def plain(paths: list[Path], backbone: Backbone, workers: int) -> float:
         start = time.perf_counter()
         with torch.no_grad():
             features = torch.cat([network(batch) for batch in loader]).numpy()
-        np.save(Path(tempfile.gettempdir()) / "plain.npy", features)
+        with tempfile.TemporaryFile() as file:
+            np.save(file, features)
         return len(paths) / (time.perf_counter() - start)
     finally:
         setattr(parent, last, classifier)
 
 
-def ours(source: Path, count: int, backbone: str) -> float:
-    """Return images/s of `extract` into a fresh cache, without the loading of the network."""
-    marks: list[tuple[int, float]] = []
+def ours(source: Path, backbone: str) -> float:
+    """Return images/s of `extract` into a fresh cache, once the network is loaded."""
     with tempfile.TemporaryDirectory() as cache:
-        extract(source, [backbone], output=cache, progress=lambda done, total, text: marks.append((done, time.perf_counter())))
-        (first, start), (last, end) = marks[0], marks[-1]
-    return (last - first) / (end - start)
+        return extract(source, [backbone], output=cache)[0].images_per_second
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -93,7 +92,7 @@ def make_photos(folder: Path, count: int) -> None:
     pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     for index in range(count):
         picture = pictures[index % 2]
-        left, top = generator.integers(0, 100), generator.integers(0, 27)
+        left, top = int(generator.integers(0, 100)), int(generator.integers(0, 27))
         crop = picture.crop((left, top, left + 533, top + 400))
         crop.save(folder / f"{index:05d}.jpg", quality=90)
 
@@ -129,7 +128,7 @@ def main(source: Path | None, backbones: tuple[str, ...], rounds: int, images: i
                 {
                     "plain0": lambda backbone=backbone: plain(paths, backbone, 0),  # type: ignore[misc]
                     "plain2": lambda backbone=backbone: plain(paths, backbone, 2),  # type: ignore[misc]
-                    "thawline": lambda name=name: ours(source, len(paths), name),  # type: ignore[misc]
+                    "thawline": lambda name=name: ours(source, name),  # type: ignore[misc]
                 },
             )
             middle = {key: statistics.median(values) for key, values in rates.items()}

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.evaluation.intervals import wilson
 from pipeline.extract import Progress, extract
 from pipeline.fit import FitReport, TestPredictions, fit
+from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.reporting.plots import confusion_matrix, depth_curve, image_strip
 from pipeline.results import ExtractResult, FitResult
 
+if TYPE_CHECKING:
+    from matplotlib.figure import SubFigure
+
 SEEDS = (0, 1, 2)
-MISTAKES = 8
+MISTAKES = 6
 
 
 @dataclass(frozen=True)
@@ -81,28 +85,40 @@ def _summary(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.nda
 
 def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarray], path: Path) -> None:
     """Draw the curve, the kept model's confusion matrix, and the mistakes it was surest of."""
-    from matplotlib.figure import Figure  # a Figure of its own: no display, no global state
+    from matplotlib.figure import Figure  # of its own: no display and no global state are touched
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
+    top, bottom = right.subfigures(2, 1, height_ratios=(5, 3))
+
     tests = report.results[0].n_test
     values = np.array([accuracy[layer] for layer in depth])
-    intervals = np.array([wilson(round(row.mean() * tests), tests) for row in values])
+    intervals = np.array([wilson(round(mean * tests), tests) for mean in values.mean(axis=1)])
     axes = left.subplots()
     depth_curve(axes, depth, values, intervals, ("raw pixels", float(accuracy["input"].mean())))
-    axes.set_title(f"Handwritten digits by depth: logistic regression, {len(SEEDS)} seeds, {tests} test images each")
+    axes.set_title(f"Handwritten digits by depth\nlogistic regression, {len(SEEDS)} seeds of {tests} test images")
 
     kept, predictions = report.results[report.best], report.predictions[report.best]
-    top, bottom = right.subfigures(2, 1, height_ratios=(5, 3))
+    counts = np.zeros((len(report.classes), len(report.classes)), np.int64)
+    np.add.at(counts, (predictions.y_true, predictions.y_pred), 1)
     axes = top.subplots()
-    confusion_matrix(axes, _confusion(predictions, len(report.classes)), report.classes)
-    axes.set_title(f"{kept.head} on {kept.layer}: {kept.accuracy:.3f}")
-    worst = np.flatnonzero(predictions.y_pred != predictions.y_true)
-    worst = worst[np.argsort(-predictions.probability[worst])][:MISTAKES]
-    titles = [
-        f"{report.classes[predictions.y_true[i]]} called {report.classes[predictions.y_pred[i]]}\np = {predictions.probability[i]:.2f}"
-        for i in worst
-    ]
-    bottom.suptitle("Its surest mistakes", fontsize=11)
-    image_strip(bottom.subplots(2, MISTAKES // 2).ravel(), _images([predictions.uris[i] for i in worst]), titles)
+    confusion_matrix(axes, counts, report.classes)
+    axes.set_title(f"{kept.head} on {kept.layer}, seed {kept.seed}: {kept.accuracy:.3f}")
+    _draw_mistakes(bottom, report, predictions)
     figure.savefig(path, dpi=130)
+
+
+def _draw_mistakes(figure: SubFigure, report: FitReport, predictions: TestPredictions) -> None:
+    surest = np.flatnonzero(predictions.y_pred != predictions.y_true)
+    sureness = np.ones(len(predictions.uris)) if predictions.probability is None else predictions.probability
+    surest = surest[np.argsort(-sureness[surest], kind="stable")][:MISTAKES]
+    source = open_source("digits")
+    items = {item.uri: item for item in source.items}
+    images = [decode(source.read(items[str(predictions.uris[row])])).image for row in surest]
+    names = report.classes
+    titles = [
+        f"{names[predictions.y_true[row]]} called {names[predictions.y_pred[row]]}\np = {sureness[row]:.2f}"
+        for row in surest
+    ]
+    figure.suptitle("Its surest mistakes" if titles else "It made no mistake", fontsize=11)
+    image_strip(figure.subplots(1, MISTAKES).ravel(), images, titles)

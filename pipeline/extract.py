@@ -35,10 +35,19 @@ from features_cache import (
     same_rows,
 )
 from pipeline.errors import ModelFileError, SourceError
-from pipeline.images.loader import Batch, load
+from pipeline.images.loader import Batch, Duplicate, Known, load
 from pipeline.images.source import ImageSource, open_source
 from pipeline.results import ExtractResult
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec, Preprocessing, Request, fingerprint_of
+from pipeline.spec import (
+    DEFAULT_BACKBONE,
+    DEFAULT_CACHE,
+    DEFAULT_LAYER,
+    DEFAULT_POOL,
+    LayerSpec,
+    Preprocessing,
+    Request,
+    fingerprint_of,
+)
 
 if TYPE_CHECKING:
     from pipeline.backbones.registry import Backbone
@@ -119,7 +128,7 @@ def extract(
         request = Request(name, tuple(layers), pool, precision, store, size, _weights_file_digest(name))
         files = _files_of(images, run.output)
         answer = None if rehash else _answer(files, request)
-        if answer is not None and all(_is_complete(file, rows) for file in answer.values()):
+        if answer is not None and all(_is_complete(file, rows, images.classes) for file in answer.values()):
             _check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in answer.items()), expect)
             results += [_result(file.path, computed=0, seconds=0.0) for file in dict.fromkeys(answer.values())]
         else:
@@ -170,14 +179,15 @@ def _compute(
     missing = [name for name in names if holders[name] is None]
     results = []
     for file in dict.fromkeys(holder for holder in holders.values() if holder):
-        if _is_complete(file, rows) and not run.rehash:
+        if _is_complete(file, rows, images.classes) and not run.rehash:
             results.append(_result(file.path, computed=0, seconds=0.0))
             continue
         engine = TorchEngine(tap(backbone, list(file.layers), request.pool), resolved)
-        if same_rows(file, rows) and not run.rehash:
+        if same_rows(file, rows, images.classes) and not run.rehash:
             writer = CacheWriter.resume(file.path)
         else:
-            writer = grow(file.path, rows, images.classes, list(file.layers.values()), file.handles, file.request)
+            old = list(file.layers.values()), file.handles, file.request
+            writer = grow(file.path, rows, images.classes, *old, carry=not run.rehash)
         results.append(_fill(writer, images, backbone.preprocessing, engine, run))
     if missing:
         network = tap(backbone, missing, request.pool)
@@ -224,14 +234,14 @@ def _fill(
 
 def _write_copies(writer: CacheWriter, batch: Batch, donors: Donors) -> None:
     """Write the rows of a batch whose features exist already: seen before in this run, or in any file of the folder."""
-    copies = [*batch.duplicates, *batch.known]
+    copies: list[Duplicate | Known] = [*batch.duplicates, *batch.known]
     if not copies:
         return
     twins = [copy.of for copy in batch.duplicates]
-    given = [donors.find(copy.digest) for copy in batch.known]
+    given = [donors[copy.digest] for copy in batch.known]
     features = {
-        layer: np.concatenate([writer.read(layer, twins), np.array([donor[layer] for donor in given]).reshape(-1, info.dim)])
-        for layer, info in writer.cache.layers.items()
+        name: np.concatenate([writer.read(name, twins), *(donor[name][None] for donor in given)])
+        for name in writer.cache.layers
     }
     digests = np.frombuffer(b"".join(copy.digest for copy in copies), np.uint8).reshape(len(copies), -1)
     sizes, mtimes = [copy.size for copy in copies], [copy.mtime_ns for copy in copies]
@@ -288,13 +298,11 @@ def _continued_precision(files: Sequence[CacheFile], request: Request) -> str | 
 
 def _holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
     """Return the file of this source that has (room for) exactly these features."""
-    return next(
-        (file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None
-    )
+    return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
 
 
-def _is_complete(file: CacheFile, rows: Rows) -> bool:
-    return same_rows(file, rows) and not (file.states == PENDING).any()
+def _is_complete(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
+    return same_rows(file, rows, classes) and not (file.states == PENDING).any()
 
 
 def _spec(backbone: Backbone, layer: str, request: Request, resolved: Resolved) -> LayerSpec:

@@ -91,7 +91,9 @@ def test_h5py_stays_inside_the_store(path: Path) -> None:
 
 
 def test_the_top_level_is_what_the_project_promises() -> None:
-    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")}
+    names = {
+        path.name for path in ROOT.iterdir() if not path.name.startswith(".") and not path.name.endswith(".egg-info")
+    }
     fixed = {"pipeline", "features_cache", "cli.py", "tests", "pyproject.toml", "README.md"}
     assert fixed <= names
     assert names - fixed <= {"LICENSE", "CHANGELOG.md", "benchmarks", "build", "thawline-cache", "thawline-demo"}

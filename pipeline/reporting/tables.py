@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from rich.table import Table
 
+from features_cache import UNREADABLE, open_cache
 from pipeline.results import ExtractResult, FitResult, Prediction
 
 
@@ -19,6 +21,21 @@ def extract_table(results: Iterable[ExtractResult]) -> Table:
         rate = f"{result.images_per_second:.0f}" if result.computed else "-"
         table.add_row(result.path, result.backbone, layers, *map(str, counts), result.precision, rate)
     return table
+
+
+def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[str]:
+    """Name the unreadable images of each file and why, at most `most` of them."""
+    lines = []
+    for result in results:
+        if not result.unreadable:
+            continue
+        file = open_cache(result.path)
+        rows = np.flatnonzero(file.states == UNREADABLE)
+        lines.append(f"{len(rows)} of {result.rows} images are unreadable and were left out:")
+        lines += [f"  {file.uris[row]}: {file.reasons[row]}" for row in rows[:most]]
+        if len(rows) > most:
+            lines.append(f"  … and {len(rows) - most} more")
+    return lines
 
 
 def fit_table(results: Sequence[FitResult]) -> Table:

@@ -1,0 +1,133 @@
+"""A folder of cache files as one cache: find the file that holds what is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from features_cache.errors import AmbiguousCacheError, CacheError, nearest
+from features_cache.reader import CacheFile, open_cache
+
+_SUPERSEDED = re.compile(r"\.superseded-(\d+)\.h5$")
+
+
+class Catalog:
+    """The cache files of a folder, or a single one.
+
+    Parameters
+    ----------
+    path : str or Path
+        A folder, or one file of it.
+
+    Attributes
+    ----------
+    files : list of CacheFile
+        Sorted by name, superseded ones left out.
+    problems : list of CacheError
+        One for each ``.h5`` file of a folder that cannot be used; a single file raises instead.
+
+    Raises
+    ------
+    CacheError
+        There is nothing at `path`, or no usable cache file in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.files: list[CacheFile] = []
+        self.problems: list[CacheError] = []
+        if not self.path.is_dir():
+            self.files = [open_cache(self.path)]
+            return
+        for file in current_files(self.path):
+            try:
+                self.files.append(open_cache(file))
+            except CacheError as error:
+                self.problems.append(error)
+        if not self.files:
+            why = str(self.problems[0]) if self.problems else "it holds no cache file (.h5)"
+            raise CacheError(f"no cache in {self.path}: {why}; make one with: thawline extract SOURCE -o {self.path}")
+
+    def find(
+        self, layer: str | None = None, source: str | None = None, backbone: str | None = None, pool: str | None = None
+    ) -> CacheFile:
+        """Return the one file that fits everything that is not ``None``.
+
+        Parameters
+        ----------
+        layer : str, optional
+            Name of a layer that the file must hold.
+        source, backbone, pool : str, optional
+            Handles of the file.
+
+        Raises
+        ------
+        CacheError
+            No file fits; the message names what exists.
+        AmbiguousCacheError
+            Several fit; the message lists them.
+        """
+        fitting = self.files
+        for key, wanted in {"source": source, "backbone": backbone, "pool": pool}.items():
+            if wanted is not None:
+                fitting = self._narrow(fitting, key, wanted, [{file.handles.get(key, "")} for file in fitting])
+        if layer is not None:
+            fitting = self._narrow(fitting, "layer", layer, [set(file.layers) for file in fitting])
+        if len(fitting) > 1:
+            raise AmbiguousCacheError(
+                f"{len(fitting)} files of {self.path} fit, one was expected; narrow it with --source, -b, -l or "
+                f"--pool: {'; '.join(describe(file) for file in fitting)}"
+            )
+        return fitting[0]
+
+    def _narrow(
+        self, files: Sequence[CacheFile], key: str, wanted: str, offered: Sequence[set[str]]
+    ) -> list[CacheFile]:
+        fitting = [file for file, names in zip(files, offered, strict=True) if wanted in names]
+        if not fitting:
+            known = list(dict.fromkeys(name for names in offered for name in sorted(names)))
+            raise CacheError(f"{self.path} has no {key} {wanted}; it has {', '.join(known)}{nearest(wanted, known)}")
+        return fitting
+
+
+def current_files(folder: Path) -> list[Path]:
+    """Return the ``.h5`` files of a folder that no newer file has superseded, sorted."""
+    return [path for path in sorted(folder.glob("*.h5")) if not is_superseded(path)]
+
+
+def is_superseded(path: Path) -> bool:
+    """Tell by its name whether a file was replaced by a newer one of a changed source."""
+    return _SUPERSEDED.search(path.name) is not None
+
+
+def superseded_files(path: Path) -> list[Path]:
+    """Return the files that `path` has superseded, sorted by name; `path` itself need not exist."""
+    return sorted(other for other in path.parent.glob("*.superseded-*.h5") if other.name.startswith(f"{path.stem}."))
+
+
+def describe(file: CacheFile) -> str:
+    """Return one short line that tells the file apart: name, handles, layers."""
+    handles = ", ".join(f"{key} {value}" for key, value in file.handles.items())
+    return f"{file.path.name} ({handles}; layers {', '.join(file.layers)})"
+
+
+def file_name(source: str, backbone: str, key: str) -> str:
+    """Return ``SOURCE-BACKBONE-HASH8.h5`` with only characters that every file system takes.
+
+    Parameters
+    ----------
+    source, backbone : str
+        Handles; what is not a letter, digit, ``.``, ``_``, ``+`` or ``@`` becomes ``_``, and long ones are cut.
+    key : str
+        All that tells two files apart; its digest is the HASH8.
+    """
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    return f"{_safe(source)}-{_safe(backbone)}-{digest}.h5"
+
+
+def _safe(name: str) -> str:
+    text = re.sub(r"[^\w.+@-]", "_", unicodedata.normalize("NFC", name))
+    return text.encode("utf-8", "replace")[:80].decode("utf-8", "ignore").strip(".-") or "_"

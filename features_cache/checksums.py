@@ -1,0 +1,36 @@
+"""CRC-32 of every row: of a feature vector, of what the source says, of what reading the image found."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def crc_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
+    """Return the CRC-32 of each row's bytes.
+
+    Parameters
+    ----------
+    rows : ndarray, shape (n, ...) or a structured array of shape (n,)
+        The bytes of ``rows[i]``, in C order, are what is summed.
+
+    Returns
+    -------
+    ndarray of uint32, shape (n,)
+    """
+    flat: Any = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
+    return np.fromiter(map(zlib.crc32, flat), np.uint32, len(flat))
+
+
+def source_crc(
+    labels: NDArray[Any], splits: NDArray[Any], groups: NDArray[Any], uris: NDArray[Any]
+) -> NDArray[np.uint32]:
+    """Return the CRC-32 of each row's label, split, group and uri as stored, in this order; all of shape (n,)."""
+    columns = [np.ascontiguousarray(column) for column in (labels, splits, groups, uris)]
+    joined = np.empty(len(labels), np.dtype([(f"f{i}", column.dtype) for i, column in enumerate(columns)]))
+    for i, column in enumerate(columns):
+        joined[f"f{i}"] = column
+    return crc_rows(joined)

@@ -1,0 +1,84 @@
+"""What callers give, as it stands in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from features_cache.errors import CacheError
+from features_cache.layout import DTYPES, REASON_BYTES, RECORD, LayerInfo, text_width
+
+
+def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[np.floating]:
+    """Return `values` in the dtype on disk.
+
+    Parameters
+    ----------
+    values : array_like of float32, shape (count, layer.dim)
+        Features.
+    layer : LayerInfo
+        Where they belong.
+    count : int
+        Rows expected.
+
+    Raises
+    ------
+    CacheError
+        Another shape came, or a finite value that float16 cannot hold.
+    """
+    if np.shape(values) != (count, layer.dim):
+        raise CacheError(f"layer {layer.name}: expected shape {(count, layer.dim)}, got {np.shape(values)}")
+    try:
+        with np.errstate(over="raise"):
+            return np.ascontiguousarray(values, DTYPES[layer.dtype])
+    except FloatingPointError:
+        largest = np.nanmax(np.abs(np.asarray(values)))
+        raise CacheError(
+            f"layer {layer.name}: a value of {largest:.4g} is too large for float16 (65504); store float32 instead"
+        ) from None
+
+
+def records(
+    count: int, digests: ArrayLike, sizes: ArrayLike, mtimes_ns: ArrayLike, run: int, reason: str = ""
+) -> NDArray[np.void]:
+    """Return what reading `count` images found as a structured array of `layout.RECORD`; other shapes are refused."""
+    columns = {"digest": np.asarray(digests), "size": np.asarray(sizes), "mtime_ns": np.asarray(mtimes_ns)}
+    found = np.zeros(count, RECORD)
+    for name, values in columns.items():
+        if values.shape != found[name].shape:
+            raise CacheError(f"{name} of {count} rows: expected shape {found[name].shape}, got {values.shape}")
+        found[name] = values
+    found["run"] = run
+    found["reason"] = _cut(" ".join(reason.split()))
+    return found
+
+
+def _cut(text: str) -> bytes:
+    """Return `text` as UTF-8 of at most `REASON_BYTES` bytes, cut between characters."""
+    return text.encode("utf-8", "replace")[:REASON_BYTES].decode("utf-8", "ignore").encode()
+
+
+def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
+    """Return `values` as fixed-length UTF-8, shape (n,); bytes of file names that are no UTF-8 stay as they are.
+
+    Raises
+    ------
+    CacheError
+        A value has a zero byte or cannot be written; `what` names it.
+    """
+    try:
+        encoded = [value.encode("utf-8", "surrogateescape") for value in values]
+    except UnicodeEncodeError as error:
+        raise CacheError(f"a {what} cannot be written as UTF-8 ({error.reason}); rename it") from None
+    if any(b"\0" in value for value in encoded):
+        raise CacheError(f"a {what} has a zero byte; rename it")
+    return np.array(encoded, f"S{text_width(max(map(len, encoded), default=0))}")
+
+
+def decoded_text(raw: NDArray[np.bytes_]) -> NDArray[np.str_]:
+    """Return the inverse of `fixed_text`; never fails, whatever the bytes."""
+    if (np.ascontiguousarray(raw).view(np.uint8) < 0x80).all():
+        return raw.astype(str)
+    return np.char.decode(raw, "utf-8", "surrogateescape")

@@ -1,0 +1,86 @@
+"""The error family of the project, and the store's own members of it.
+
+Every error a user can cause is a `ThawlineError` whose message is one line that says what was expected, what
+came, and what to do. The command line prints that line and exits with 1.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+
+
+class ThawlineError(Exception):
+    """Base of all errors that thawline raises on purpose."""
+
+
+class CacheError(ThawlineError):
+    """A feature cache cannot be found, opened, created or written."""
+
+
+class DamagedCacheError(CacheError):
+    """A file is not a cache of this format, or its structure does not match its own digest."""
+
+
+class CacheLockedError(CacheError):
+    """Another process is writing to the same file."""
+
+
+class AmbiguousCacheError(CacheError):
+    """Several files or layers fit the selection; the message lists them."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Return ``"; did you mean A, B?"`` with the known names closest to `name`, or an empty string.
+
+    Parameters
+    ----------
+    name : str
+        What the user wrote.
+    known : iterable of str
+        What exists.
+    count : int, default 3
+        How many suggestions to give at most.
+    """
+    close = get_close_matches(name, list(known), n=count, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+@contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn an `OSError` of the block into a one-line `CacheError` that says what to do.
+
+    Parameters
+    ----------
+    path : Path
+        The file or folder concerned.
+    doing : str
+        The verb phrase of the message, such as ``"write"``.
+
+    Raises
+    ------
+    CacheError
+        In place of any `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
+        raise CacheError(f"cannot {doing} {path}: {reason}") from error
+
+
+_AGAIN = "then run the same command again, finished rows are kept"
+_REMEDIES = {
+    errno.ENOSPC: f"the disk is full; free some space, {_AGAIN}",
+    errno.EDQUOT: f"the disk quota is used up; free some space, {_AGAIN}",
+    errno.EFBIG: f"the file would pass the file-size limit; raise it (ulimit -f), {_AGAIN}",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied; choose another folder or change its rights",
+    errno.EPERM: "permission denied; choose another folder or change its rights",
+    errno.ENOENT: "no such file or folder; check the path",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+}

@@ -1,0 +1,211 @@
+"""A changed source: a new file that takes over every row it can, while no moment of it loses an old one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.catalog import superseded_files
+from features_cache.checksums import crc_rows
+from features_cache.convert import fixed_text
+from features_cache.errors import CacheError, explained
+from features_cache.layout import DONE, RECORD, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
+from features_cache.ledger import Ledger
+from features_cache.lock import WriterLock
+from features_cache.reader import CacheFile, open_cache
+from features_cache.rowfile import sync_folder
+from features_cache.writer import CacheWriter, temporary_path
+
+_CHUNK_BYTES = 32 << 20
+
+
+def same_rows(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
+    """Tell whether a source lists exactly the images, labels, splits and groups that `file` was made for."""
+    if len(rows) != file.n_rows or tuple(classes) != file.classes:
+        return False
+    texts = {"uri": rows.uris, "split": rows.splits, "group": rows.groups}
+    numbers = {"label": rows.labels, "size": rows.sizes, "mtime_ns": rows.mtimes_ns}
+    return all(np.array_equal(file.array(f"/rows/{name}"), values) for name, values in numbers.items()) and all(
+        np.array_equal(file.array(f"/rows/{name}"), fixed_text(values, name)) for name, values in texts.items()
+    )
+
+
+def match_rows(file: CacheFile, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return which finished rows of `file` stand for which of `rows`: same uri, size and modification time.
+
+    Returns
+    -------
+    new, old : ndarray of int64, shape (k,)
+        Row numbers, ascending in `new`.
+    """
+    finished = np.flatnonzero((file.states == DONE) | (file.states == UNREADABLE))
+    place = dict(zip(file.uris[finished].tolist(), finished.tolist(), strict=True))
+    old = np.array([place.get(uri, -1) for uri in rows.uris], np.int64)
+    new = np.flatnonzero(old >= 0)
+    old = old[new]
+    same = (file.sizes[old] == np.asarray(rows.sizes)[new]) & (file.mtimes_ns[old] == np.asarray(rows.mtimes_ns)[new])
+    return new[same], old[same]
+
+
+def grow(
+    path: str | Path,
+    rows: Rows,
+    classes: Sequence[str],
+    layers: Sequence[LayerInfo],
+    handles: Mapping[str, str],
+    request: Mapping[str, Any],
+    *,
+    carry: bool = True,
+) -> CacheWriter:
+    """Replace the file at `path` by one for `rows`, and go on writing it.
+
+    The new file is complete under a temporary name, with all rows that could be taken over, before the old one is
+    renamed to ``STEM.superseded-N.h5`` and the new one takes its place. Until `drop_redundant` or the user removes it,
+    the superseded file serves as a donor.
+
+    Parameters
+    ----------
+    path : str or Path
+        An existing file.
+    rows, classes, layers, handles, request
+        As for `CacheWriter.create`; the layers must be those of the old file.
+    carry : bool, default True
+        Take rows over by uri, size and time. Otherwise every row is pending, and only its bytes can tell it.
+
+    Raises
+    ------
+    CacheError, CacheLockedError
+        As `CacheWriter.create`; the old file is untouched then.
+    """
+    from features_cache.create import build_file  # h5py
+
+    path = Path(path)
+    lock = WriterLock(path)
+    try:
+        old = open_cache(path)
+        if [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
+            raise CacheError(f"{path} holds other layers than those asked for; make a new file for them")
+        temporary = temporary_path(path)
+        build_file(temporary, rows, classes, layers, handles, request)
+        if carry:
+            _carry(old, temporary, *match_rows(old, rows))
+        with explained(path, "write"):
+            path.rename(_next_superseded(path))
+            temporary.rename(path)
+            sync_folder(path.parent)
+        return CacheWriter(path, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
+    """Copy finished rows as they stand, those whose checksum does not hold left out, and the table of runs."""
+    ledger = Ledger(open_cache(target))
+    chunk = max(1, _CHUNK_BYTES // sum(layer.row_bytes for layer in old.layers.values()))
+    try:
+        ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
+        for start in range(0, len(new_rows), chunk):
+            new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
+            stored = {name: np.asarray(old.matrix(name))[before] for name in old.layers}
+            states = old.states[before]
+            sound = np.ones(len(before), bool)
+            for name, values in stored.items():
+                sound &= (crc_rows(values) == old.array(f"/crc/{name}")[before]) | (states == UNREADABLE)
+            found = np.zeros(len(before), RECORD)
+            for field in RECORD.names or ():
+                found[field] = old.array(f"/rows/{field}")[before]
+            for state in (DONE, UNREADABLE):
+                take = np.flatnonzero(sound & (states == state))
+                values = {name: values[take] for name, values in stored.items()} if state == DONE else {}
+                ledger.put(new[take], values, found[take], state)
+        ledger.commit()
+    finally:
+        ledger.close()
+
+
+def _next_superseded(path: Path) -> Path:
+    numbers = [int(other.stem.rpartition("-")[2]) for other in superseded_files(path)]
+    return path.with_name(f"{path.stem}.superseded-{max(numbers, default=0) + 1}.h5")
+
+
+class Donors:
+    """Every done row in a folder whose features may be given away, by the digest of its image.
+
+    Parameters
+    ----------
+    folder : Path
+        Its cache files are looked through, superseded ones too; unusable ones are left out.
+    fingerprints : collection of str
+        A file counts if it has all of these layers.
+    """
+
+    def __init__(self, folder: Path, fingerprints: Collection[str]) -> None:
+        self._files: list[tuple[CacheFile, NDArray[np.int64], NDArray[np.uint64]]] = []
+        self._names: list[str] = []
+        for path in sorted(folder.glob("*.h5")):
+            try:
+                file = open_cache(path)
+            except CacheError:
+                continue  # `Catalog.problems` names it; it has nothing to give
+            names = {info.fingerprint: name for name, info in file.layers.items()}
+            if names.keys() >= set(fingerprints):
+                self._names = [names[fingerprint] for fingerprint in fingerprints]
+                rows = np.flatnonzero(file.states == DONE)
+                keys = np.ascontiguousarray(file.digests[rows][:, :8]).view("<u8").reshape(-1)
+                order = np.argsort(keys, kind="stable")
+                self._files.append((file, rows[order], keys[order]))
+
+    def __contains__(self, digest: bytes) -> bool:
+        return self.find(digest) is not None
+
+    def __getitem__(self, digest: bytes) -> dict[str, NDArray[Any]]:
+        features = self.find(digest)
+        if features is None:
+            raise CacheError("a cache file changed while rows were taken from it; run the same command again")
+        return features
+
+    def find(self, digest: bytes) -> dict[str, NDArray[Any]] | None:
+        """Return the features of an image by layer name, each of shape (dim,), or None where no sound row has them."""
+        key = np.frombuffer(digest[:8], "<u8")[0]
+        for file, rows, keys in self._files:
+            start, stop = np.searchsorted(keys, key, "left"), np.searchsorted(keys, key, "right")
+            for row in rows[start:stop].tolist():
+                if file.digests[row].tobytes() == digest and (features := self._sound(file, row)) is not None:
+                    return features
+        return None
+
+    def _sound(self, file: CacheFile, row: int) -> dict[str, NDArray[Any]] | None:
+        features = {name: np.array(file.matrix(name)[row]) for name in self._names}
+        sound = all(crc_rows(values[None])[0] == file.array(f"/crc/{name}")[row] for name, values in features.items())
+        return features if sound else None
+
+
+def drop_redundant(path: str | Path) -> list[Path]:
+    """Delete the superseded versions of a file that hold no image which the file itself does not hold.
+
+    Returns
+    -------
+    list of Path
+        What was deleted. Other versions stay until the user prunes them.
+    """
+    path = Path(path)
+    versions = superseded_files(path)
+    if not versions:
+        return []
+    kept = _done_digests(open_cache(path))
+    dropped = []
+    for version in versions:
+        if _done_digests(open_cache(version)) <= kept:
+            with explained(version, "delete"):
+                version.unlink()
+            dropped.append(version)
+    return dropped
+
+
+def _done_digests(file: CacheFile) -> set[bytes]:
+    return set(map(bytes, file.digests[file.states == DONE]))

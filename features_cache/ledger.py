@@ -1,0 +1,124 @@
+"""The order that makes kills harmless: values first, then a wait for the disk, then the states, then another wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.checksums import crc_rows
+from features_cache.errors import explained
+from features_cache.layout import RECORD
+from features_cache.reader import CacheFile
+from features_cache.rowfile import RowFile
+
+COMMIT_SECONDS = 1.0
+COMMIT_SHARE = 0.01
+"""Commits come at most once in `COMMIT_SECONDS`, and on a slow disk so rarely that they take this share of the time."""
+
+
+class Ledger:
+    """Rows of one file, their states as they will stand after the next commit, and that commit.
+
+    Parameters
+    ----------
+    cache : CacheFile
+        The file, open for reading; the caller holds its lock.
+
+    Attributes
+    ----------
+    states : ndarray of uint8, shape (n_rows,)
+        As written, committed or not.
+    """
+
+    def __init__(self, cache: CacheFile) -> None:
+        self._path = cache.path
+        self._arrays = cache.header.arrays
+        self.states = np.array(cache.states)
+        self._unsynced: list[tuple[NDArray[np.int64], NDArray[np.void]]] = []
+        self._due = time.monotonic() + COMMIT_SECONDS
+        with explained(cache.path, "write"):
+            self._file = RowFile(cache.path)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to commit."""
+        return time.monotonic() >= self._due
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file.closed
+
+    def put(
+        self, rows: NDArray[np.int64], stored: Mapping[str, NDArray[Any]], found: NDArray[np.void], state: int
+    ) -> None:
+        """Write values of rows that become `state` with the next commit.
+
+        Parameters
+        ----------
+        rows : ndarray of int64, shape (k,)
+            Pending rows.
+        stored : mapping of str to ndarray, shape (k, dim)
+            Per layer, in the stored dtype.
+        found : structured ndarray of `layout.RECORD`, shape (k,)
+            What reading the images found.
+        state : int
+            ``DONE`` or ``UNREADABLE``.
+        """
+        with explained(self._path, "write"):
+            for name, values in stored.items():
+                self._file.put(self._arrays[f"/features/{name}"], rows, values)
+                self._file.put(self._arrays[f"/crc/{name}"], rows, crc_rows(values))
+        self._unsynced.append((rows, found))
+        self.states[rows] = state
+
+    def get(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Return rows of an array as stored, shape (k, ...), what was put just now included."""
+        with explained(self._path, "read"):
+            return self._file.get(self._arrays[name], rows)
+
+    def put_now(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        """Write rows of any array and wait until they are on disk."""
+        with explained(self._path, "write"):
+            self._file.put(self._arrays[name], rows, values)
+            self._file.sync()
+
+    def commit(self) -> None:
+        """Wait until all that was put is on disk, then mark those rows.
+
+        It may be interrupted or fail anywhere and be called again: nothing is forgotten before the last wait is over.
+
+        Raises
+        ------
+        CacheError
+            The disk refuses, or the file was removed or replaced.
+        """
+        if not self._unsynced:
+            return
+        started = time.monotonic()
+        rows = np.concatenate([rows for rows, _ in self._unsynced])
+        order = np.argsort(rows)
+        rows, found = rows[order], np.concatenate([found for _, found in self._unsynced])[order]
+        with explained(self._path, "write"):
+            self._file.check_still_there()
+            for field in RECORD.names or ():
+                self._file.put(self._arrays[f"/rows/{field}"], rows, found[field])
+            self._file.put(self._arrays["/rows/result_crc"], rows, crc_rows(found))
+            self._file.sync()
+            self._file.put(self._arrays["/rows/state"], rows, self.states[rows])
+            self._file.sync()
+        self._unsynced.clear()
+        ended = time.monotonic()
+        self._due = ended + max(COMMIT_SECONDS, (ended - started) / COMMIT_SHARE)
+
+    def moved(self, cache: CacheFile) -> None:
+        """Take note that the file was renamed to `cache.path`."""
+        self._path = self._file.path = cache.path
+
+    def close(self) -> None:
+        """Close the file without committing."""
+        self._file.close()

@@ -1,0 +1,61 @@
+"""One writer per cache file: an OS lock on a small file beside it, which no kill can leave behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from features_cache.errors import CacheLockedError, explained
+
+
+class WriterLock:
+    """The right to write `path`, held until `release` or the end of the process.
+
+    The lock file (``NAME.lock``) is removed on release. Whoever opened it just before must not take the removed
+    one for the lock, so an acquired lock counts only while its file is still the one on disk.
+
+    Parameters
+    ----------
+    path : Path
+        The cache file; it need not exist, its folder must.
+
+    Raises
+    ------
+    CacheLockedError
+        Another process holds it; the message names the process.
+    CacheError
+        The lock file cannot be created.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.with_name(f"{path.name}.lock")
+        with explained(path, "write"):
+            while not self._acquire(path):
+                pass
+
+    def _acquire(self, path: Path) -> bool:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "another process"
+            os.close(self._fd)
+            raise CacheLockedError(
+                f"cannot write {path}: {holder} is writing it; wait for it to end, or choose another folder"
+            ) from None
+        try:
+            current = os.fstat(self._fd).st_ino == self._path.stat().st_ino
+        except FileNotFoundError:
+            current = False
+        if not current:
+            os.close(self._fd)
+            return False
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"process {os.getpid()}\n".encode(), 0)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back and remove its file."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._fd)

@@ -1,0 +1,209 @@
+"""Open a cache file and read it in place: every column is a memory map, nothing is loaded that is not asked for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.convert import decoded_text
+from features_cache.errors import CacheError, explained, nearest
+from features_cache.header import Header, read_header, read_line
+from features_cache.layout import DONE, SPLITS, LayerInfo
+from features_cache.runs import decode_runs
+
+
+def open_cache(path: str | Path) -> CacheFile:
+    """Open one cache file for reading; a writer may be at work on it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Raises
+    ------
+    CacheError
+        It does not exist or may not be read.
+    DamagedCacheError
+        It is no cache of this version, or its structure is damaged. libhdf5 never sees such a file.
+    """
+    path = Path(path)
+    return CacheFile(path, read_header(path))
+
+
+class CacheFile:
+    """One cache file, read-only; made by `open_cache`.
+
+    Arrays are views of one read-only memory map and therefore show what a writer adds meanwhile. Opening and mapping
+    cost the same for any number of rows.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    header : Header
+        Its checked user block.
+
+    Attributes
+    ----------
+    n_rows : int
+        Count of images.
+    classes : tuple of str
+        Class names; labels index them.
+    layers : dict of str to LayerInfo
+        In creation order.
+    handles : dict of str to str
+        How users select the file: ``source``, ``backbone``, ``pool``.
+    request : dict
+        What was asked, opaque.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path = path
+        self.header = header
+        self.n_rows = header.n_rows
+        self.classes = header.classes
+        self.layers = header.layers
+        self.handles = header.handles
+        self.request = header.request
+
+    def __repr__(self) -> str:
+        return f"<CacheFile {self.path} with {self.n_rows} rows of {', '.join(self.layers)}>"
+
+    def array(self, name: str) -> np.memmap[Any, Any]:
+        """Return one array of the file, such as ``"/rows/label"``, as a read-only view; FORMAT.md lists them."""
+        place = self.header.arrays[name]
+        view = self._bytes[place.offset : place.end].view(place.dtype).reshape(place.shape)
+        return cast("np.memmap[Any, Any]", view)  # slices of a memmap stay memmaps, which numpy's types do not know
+
+    def matrix(self, layer: str) -> np.memmap[Any, Any]:
+        """Return the features of one layer without reading them.
+
+        Parameters
+        ----------
+        layer : str
+            Name of a layer in `layers`.
+
+        Returns
+        -------
+        memmap, shape (n_rows, dim)
+            In the stored dtype; rows that are not done hold no meaningful values.
+
+        Raises
+        ------
+        CacheError
+            There is no such layer.
+        """
+        return self.array(f"/features/{self.layer(layer).name}")
+
+    def layer(self, name: str) -> LayerInfo:
+        """Return the description of one layer; raises `CacheError` with the nearest names."""
+        if name not in self.layers:
+            raise CacheError(
+                f"{self.path} has no layer {name}; it has {', '.join(self.layers)}{nearest(name, self.layers)}"
+            )
+        return self.layers[name]
+
+    def xy(self, layer: str, split: str | None = None) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Return features and labels of the rows that are done and labelled.
+
+        Parameters
+        ----------
+        layer : str
+            Name of a layer in `layers`.
+        split : str, optional
+            Only rows of this split (``""`` for rows without one); all by default.
+
+        Returns
+        -------
+        X : ndarray, shape (k, dim)
+            A view of the file where the rows stand side by side in it, else a copy; stored dtype.
+        y : ndarray of int64, shape (k,)
+            Indices into `classes`.
+
+        Raises
+        ------
+        CacheError
+            There is no such layer or no such split.
+        """
+        matrix = self.matrix(layer)
+        keep = (self.states == DONE) & (self.labels >= 0)
+        if split is not None:
+            if split not in SPLITS:
+                raise CacheError(f"a split is one of train, val, test; {split!r} came{nearest(split, SPLITS)}")
+            keep &= self.array("/rows/split") == split.encode()
+        rows = np.flatnonzero(keep)
+        if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+            return matrix[rows[0] : rows[-1] + 1], np.asarray(self.labels[rows])
+        return np.asarray(matrix)[rows], np.asarray(self.labels[rows])
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class index of each row, -1 for none; shape (n_rows,)."""
+        return self.array("/rows/label")
+
+    @property
+    def states(self) -> NDArray[np.uint8]:
+        """0 pending, 1 done, 2 unreadable; shape (n_rows,)."""
+        return self.array("/rows/state")
+
+    @property
+    def digests(self) -> NDArray[np.uint8]:
+        """blake2b-128 of each image file's bytes, zero where it was not read; shape (n_rows, 16)."""
+        return self.array("/rows/digest")
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each image file; shape (n_rows,)."""
+        return self.array("/rows/size")
+
+    @property
+    def mtimes_ns(self) -> NDArray[np.int64]:
+        """Modification time of each image file in nanoseconds; shape (n_rows,)."""
+        return self.array("/rows/mtime_ns")
+
+    @property
+    def run_ids(self) -> NDArray[np.int32]:
+        """Number of the run that finished each row, -1 for none; shape (n_rows,)."""
+        return self.array("/rows/run")
+
+    @property
+    def reasons(self) -> NDArray[np.str_]:
+        """Why each unreadable row is unreadable, else empty; shape (n_rows,)."""
+        return self._text("/rows/reason")
+
+    @cached_property
+    def uris(self) -> NDArray[np.str_]:
+        """Name of each image in its source; shape (n_rows,)."""
+        return self._text("/rows/uri")
+
+    @cached_property
+    def splits(self) -> NDArray[np.str_]:
+        """``""``, ``"train"``, ``"val"`` or ``"test"``; shape (n_rows,)."""
+        return self._text("/rows/split")
+
+    @cached_property
+    def groups(self) -> NDArray[np.str_]:
+        """Group of each row, empty for none; shape (n_rows,)."""
+        return self._text("/rows/group")
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """Provenance of the runs that wrote to the file, oldest first; `run_ids` refers to their ``"run"``."""
+        return decode_runs(self.array("/runs").tolist())
+
+    def _text(self, name: str) -> NDArray[np.str_]:
+        return decoded_text(np.array(self.array(name)))
+
+    @cached_property
+    def _bytes(self) -> np.memmap[Any, Any]:
+        """The whole file; the first line tells whether the path still means the file that was opened."""
+        with explained(self.path, "read"):
+            mapped = np.memmap(str(self.path), np.uint8, "r")
+            if len(mapped) != self.header.file_bytes or read_line(self.path) != self.header.line:
+                raise CacheError(f"{self.path} was replaced by another file after it was opened; open it again")
+        return mapped

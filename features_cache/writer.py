@@ -1,0 +1,270 @@
+"""Write a cache file: features first, the word that they are there last, each on disk before the next begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from features_cache.convert import records, stored_features
+from features_cache.errors import CacheError, explained
+from features_cache.layout import (
+    DIGEST_BYTES,
+    DONE,
+    PENDING,
+    RUN_BYTES,
+    RUN_SLOTS,
+    UNREADABLE,
+    LayerInfo,
+    Rows,
+)
+from features_cache.ledger import Ledger
+from features_cache.lock import WriterLock
+from features_cache.reader import CacheFile, open_cache
+from features_cache.rowfile import sync_folder
+from features_cache.runs import encode_run
+
+
+class CacheWriter:
+    """The one writer of a cache file: a context manager that commits on exit, after an exception too.
+
+    `create` and `resume` make it. Features go to the file as they come; about once a second `commit` waits until
+    they are on disk and then marks their rows done. A kill loses at most what came since the last commit. Not for
+    use from several threads at once.
+
+    Parameters
+    ----------
+    path : Path
+        The file to write.
+    lock : WriterLock
+        Held for the name under which the file is (or is to be) known; released by `close`.
+    """
+
+    def __init__(self, path: Path, lock: WriterLock) -> None:
+        self._lock = lock
+        self.cache: CacheFile = open_cache(path)
+        self._ledger = Ledger(self.cache)
+        self._run: dict[str, Any] = {"run": -1}
+        self._computed = 0
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        rows: Rows,
+        classes: Sequence[str],
+        layers: Sequence[LayerInfo],
+        handles: Mapping[str, str],
+        request: Mapping[str, Any],
+    ) -> CacheWriter:
+        """Make a new file with every row pending; its disk space is reserved at once.
+
+        Parameters
+        ----------
+        path : str or Path
+            The file to make; missing folders are made too.
+        rows : Rows
+            The images of the source.
+        classes : sequence of str
+            Class names.
+        layers : sequence of LayerInfo
+            What is to be stored.
+        handles, request : mapping
+            How users select the file, and what they asked; both JSON.
+
+        Raises
+        ------
+        CacheError
+            The file exists, the disk is too small, or the folder cannot be written.
+        CacheLockedError
+            Another process writes it.
+        """
+        from features_cache.create import build_file
+
+        path = Path(path)
+        with explained(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        lock = WriterLock(path)
+        try:
+            if path.exists():
+                raise CacheError(f"{path} exists already; resume it or choose another name")
+            temporary = temporary_path(path)
+            build_file(temporary, rows, classes, layers, handles, request)
+            with explained(path, "write"):
+                temporary.replace(path)
+                sync_folder(path.parent)
+            return cls(path, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def resume(cls, path: str | Path) -> CacheWriter:
+        """Go on with an existing file; raises as `create` and `open_cache` do."""
+        path = Path(path)
+        open_cache(path)  # a wrong path or a foreign file gets its own message, and no lock file beside it
+        lock = WriterLock(path)
+        try:
+            return cls(path, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    def begin_run(self, provenance: Mapping[str, Any]) -> None:
+        """Note who computes the rows that come now.
+
+        Parameters
+        ----------
+        provenance : mapping
+            JSON of at most about 4,000 bytes (longer texts are cut): versions, engine, device, command.
+            ``"run"``, ``"started"``, and on close ``"ended"`` and ``"rows"`` are added.
+        """
+        known = [record["run"] for record in self.cache.runs]
+        number = max([*known, int(self.cache.run_ids.max())]) + 1
+        self._run = {**provenance, "run": number, "started": _now()}
+        self._write_run()
+
+    def pending(self) -> NDArray[np.int64]:
+        """Return the numbers of the rows that are still to be computed, in order."""
+        return np.flatnonzero(self._ledger.states == PENDING)
+
+    def write(
+        self,
+        rows: ArrayLike,
+        features: Mapping[str, NDArray[Any]],
+        digests: ArrayLike,
+        sizes: ArrayLike,
+        mtimes_ns: ArrayLike,
+    ) -> None:
+        """Write the features of some pending rows.
+
+        Parameters
+        ----------
+        rows : array_like of int, shape (k,)
+            Row numbers, each once.
+        features : mapping of str to ndarray of float32, shape (k, dim)
+            For every layer of the file.
+        digests : array_like of uint8, shape (k, 16)
+            blake2b-128 of the bytes that were decoded.
+        sizes, mtimes_ns : array_like of int64, shape (k,)
+            Size and modification time of the file at the time it was read.
+
+        Raises
+        ------
+        CacheError
+            A value is too large for float16, a row is not pending, layers or shapes are not the file's, or the disk
+            refuses. Rows written before stay.
+        """
+        rows = self._pending_rows(rows)
+        if features.keys() != self.cache.layers.keys():
+            raise CacheError(
+                f"expected features of {', '.join(self.cache.layers)}, got {', '.join(features) or 'none'}"
+            )
+        stored = {name: stored_features(features[name], layer, len(rows)) for name, layer in self.cache.layers.items()}
+        self._ledger.put(rows, stored, records(len(rows), digests, sizes, mtimes_ns, self._run["run"]), DONE)
+        self._computed += len(rows)
+        self._maybe_commit()
+
+    def fail(self, row: int, reason: str, digest: ArrayLike | None, size: int, mtime_ns: int) -> None:
+        """Mark one pending row unreadable.
+
+        Parameters
+        ----------
+        row : int
+            Row number.
+        reason : str
+            Short reason, kept with the row (80 bytes).
+        digest : array_like of uint8, shape (16,), optional
+            Of the bytes that could not be decoded; ``None`` where there were none.
+        size, mtime_ns : int
+            As in `write`; the row is tried again when either changes.
+        """
+        rows = self._pending_rows([row])
+        digests = np.zeros((1, DIGEST_BYTES)) if digest is None else np.reshape(digest, (1, -1))
+        found = records(1, digests, [size], [mtime_ns], self._run["run"], reason.strip() or "unreadable")
+        self._ledger.put(rows, {}, found, UNREADABLE)
+        self._maybe_commit()
+
+    def read(self, layer: str, rows: ArrayLike) -> NDArray[np.float32]:
+        """Return features that are already written, committed or not.
+
+        Parameters
+        ----------
+        layer : str
+            Name of a layer.
+        rows : array_like of int, shape (k,)
+            Rows that were written in this run or before.
+
+        Returns
+        -------
+        ndarray of float32, shape (k, dim)
+        """
+        info = self.cache.layer(layer)
+        rows = np.asarray(rows, np.int64)
+        if (self._ledger.states[rows] != DONE).any():
+            raise CacheError(f"row {rows[self._ledger.states[rows] != DONE][0]} has no features yet; write it first")
+        return self._ledger.get(f"/features/{info.name}", rows).astype(np.float32, copy=False)
+
+    def commit(self) -> None:
+        """Wait until all that was written is on disk, then mark those rows; on return a power cut loses none.
+
+        Raises
+        ------
+        CacheError
+            The disk refuses, or the file was removed or replaced. The rows stay pending in the file.
+        """
+        self._ledger.commit()
+
+    def close(self) -> None:
+        """Commit, complete the run's record, release the lock; whatever happens, the file is left sound."""
+        if self._ledger.closed:
+            return
+        try:
+            self.commit()
+            if self._run["run"] >= 0:
+                self._run |= {"ended": _now(), "rows": self._computed}
+                self._write_run()
+        finally:
+            self._ledger.close()
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pending_rows(self, rows: ArrayLike) -> NDArray[np.int64]:
+        numbers = np.asarray(rows, np.int64).reshape(-1)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.cache.n_rows):
+            raise CacheError(f"row numbers run from 0 to {self.cache.n_rows - 1}; another came")
+        taken = self._ledger.states[numbers] != PENDING
+        if taken.any() or len(set(numbers.tolist())) != len(numbers):
+            raise CacheError(
+                f"every row is written once while it is pending; {numbers[taken].tolist() or 'a row twice'} came"
+            )
+        return numbers
+
+    def _write_run(self) -> None:
+        record = np.array([encode_run(self._run)], f"S{RUN_BYTES}")
+        self._ledger.put_now("/runs", np.array([self._run["run"] % RUN_SLOTS]), record)
+
+    def _maybe_commit(self) -> None:
+        if self._ledger.due:
+            self.commit()
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is built before it is renamed; the lock of `path` guards it."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,232 @@
+"""One registry over all zoos: ``[ZOO/]NAME[@WEIGHTS]`` in, a loaded `Backbone` out."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from features_cache.errors import nearest
+from pipeline.backbones import embedded, timm_zoo, torchvision_zoo
+from pipeline.backbones.trace import Traced, trace
+from pipeline.backbones.weights import SUFFIXES, build_untouched, fill, read_state_dict, weights_digest
+from pipeline.errors import BackboneError
+from pipeline.spec import Preprocessing
+
+
+class Zoo(Protocol):
+    """What a module must offer to be a zoo; `tags` come default first, and `size` is None for the network's own."""
+
+    def names(self) -> list[str]: ...
+    def tags(self, name: str) -> tuple[str, ...]: ...
+    def cached(self, name: str, tag: str) -> bool: ...
+    def build(self, name: str, size: int | None, classes: int | None) -> nn.Module: ...
+    def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module: ...
+    def preprocessing(self, name: str, tag: str | None) -> Preprocessing: ...
+    def classifier(self, name: str, module: nn.Module) -> str | None: ...
+
+
+ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
+"""In the order in which a bare name is looked for."""
+
+
+@dataclass(eq=False)
+class Backbone:
+    """A frozen network with all that is needed to run and to name it.
+
+    Parameters
+    ----------
+    name : str
+        Canonical name with its zoo, such as ``"torchvision/resnet50"``.
+    handle : str
+        The shortest name a user may write for it; without weights where they are the default.
+    weights : str
+        Tag of the pretrained weights, ``"random:SEED"``, or the name of the weights file.
+    weights_digest : str
+        blake2b-128 of the state dict, in hex.
+    module : torch.nn.Module
+        In eval mode, float32, without gradients.
+    preprocessing : Preprocessing
+        How an image becomes the input.
+    classifier : str or None
+        Dotted name of the classifier; None where the network has none.
+    """
+
+    name: str
+    handle: str
+    weights: str
+    weights_digest: str
+    module: nn.Module
+    preprocessing: Preprocessing
+    classifier: str | None
+
+    @cached_property
+    def traced(self) -> Traced:
+        """The network's graph with all names and shapes, traced on first use."""
+        return trace(self.module, self.preprocessing.size, self.classifier, self.handle)
+
+
+class BackboneRow(NamedTuple):
+    """One line of `list_backbones`: `local` are those of the `weights` that need no network connection."""
+
+    name: str
+    zoo: str
+    weights: tuple[str, ...]
+    local: tuple[str, ...]
+
+
+def list_backbones(pattern: str = "") -> list[BackboneRow]:
+    """Return the networks whose name fits `pattern`, in the order of the zoos, then by name.
+
+    Parameters
+    ----------
+    pattern : str, default ""
+        A part of the name, or a shell pattern such as ``"resnet*"``; it may name the zoo (``"timm/vit*"``).
+
+    Raises
+    ------
+    BackboneError
+        If nothing fits.
+    """
+    shell = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
+    rows = []
+    for zoo_name, zoo in ZOOS.items():
+        for name in zoo.names():
+            if fnmatch.fnmatchcase(name, shell) or fnmatch.fnmatchcase(f"{zoo_name}/{name}", shell):
+                tags = zoo.tags(name)
+                local = tuple(tag for tag in tags if zoo.cached(name, tag))
+                rows.append(BackboneRow(_short(zoo_name, name), zoo_name, tags, local))
+    if not rows:
+        raise BackboneError(f"no backbone fits '{pattern}'{nearest(pattern, _all_names())}")
+    return rows
+
+
+def load(name: str, size: int | None = None) -> Backbone:
+    """Load a network by name.
+
+    Parameters
+    ----------
+    name : str
+        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file.
+    size : int, optional
+        Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
+
+    Raises
+    ------
+    BackboneError
+        If the name, the weights or the size cannot be had.
+    """
+    zoo_name, bare, weights = _parse(name)
+    zoo = ZOOS[zoo_name]
+    tags = zoo.tags(bare)
+    if weights.startswith("random"):
+        module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
+        label, tag = weights, None
+    elif weights.endswith(SUFFIXES):
+        module = _from_file(zoo, bare, Path(weights), size)
+        label, tag = Path(weights).name, None
+    else:
+        label = tag = _tag(bare, weights, tags)
+        module = build_untouched(lambda: zoo.pretrained(bare, label, size))
+    handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
+    module = module.eval().requires_grad_(False).float()
+    preprocessing = _resized(zoo.preprocessing(bare, tag), size)
+    digest = weights_digest(module)
+    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, zoo.classifier(bare, module))
+
+
+def sketch(name: str, size: int | None = None) -> Backbone:
+    """Return a network without meaningful weights, mostly on torch's meta device: all that layers and shapes need.
+
+    Parameters and errors are those of `load`; the weights in `name` are ignored.
+    """
+    zoo_name, bare, _ = _parse(name)
+    zoo = ZOOS[zoo_name]
+
+    try:
+        with torch.device("meta"):
+            module = build_untouched(lambda: zoo.build(bare, size, None))
+    except (NotImplementedError, RuntimeError):  # a few networks look at values while they are built
+        module = build_untouched(lambda: zoo.build(bare, size, None))
+    module = module.eval().requires_grad_(False)
+    preprocessing = _resized(zoo.preprocessing(bare, None), size)
+    handle = _short(zoo_name, bare)
+    return Backbone(f"{zoo_name}/{bare}", handle, "", "", module, preprocessing, zoo.classifier(bare, module))
+
+
+def _parse(text: str) -> tuple[str, str, str]:
+    """Return zoo, bare name and weights ('' for the default)."""
+    name, _, weights = text.partition("@")
+    zoo_name, slash, bare = name.rpartition("/")
+    if slash and zoo_name not in ZOOS:
+        raise BackboneError(f"unknown zoo '{zoo_name}' in '{text}': expected one of {', '.join(ZOOS)}")
+    found = [key for key in ([zoo_name] if slash else ZOOS) if bare in ZOOS[key].names()]
+    if not found:
+        raise BackboneError(
+            f"unknown backbone '{name}'{nearest(name, _all_names())}; `thawline backbones` lists them all"
+        )
+    return found[0], bare, weights
+
+
+def _all_names() -> list[str]:
+    return sorted({name for zoo in ZOOS.values() for name in zoo.names()})
+
+
+def _short(zoo_name: str, bare: str) -> str:
+    first = next(key for key, zoo in ZOOS.items() if bare in zoo.names())
+    return bare if first == zoo_name else f"{zoo_name}/{bare}"
+
+
+def _seed(weights: str) -> int:
+    if not re.fullmatch(r"random:\d{1,9}", weights):
+        raise BackboneError(f"random weights need a seed of at most nine digits, such as random:0, not '{weights}'")
+    return int(weights.removeprefix("random:"))
+
+
+def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
+    if weights in tags:
+        return weights
+    if weights in ("", "DEFAULT") and tags:
+        return tags[0]
+    ways_out = f"{name}@FILE.safetensors or {name}@random:0"
+    if not tags:
+        raise BackboneError(f"there are no pretrained weights for {name}; use {ways_out}")
+    raise BackboneError(
+        f"unknown weights '{weights}' for {name}{nearest(weights, tags)}; it has {', '.join(tags)}; or use {ways_out}"
+    )
+
+
+def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> nn.Module:
+    """Return the network filled from `path`, its classifier made for the file's number of classes."""
+    state = read_state_dict(path)
+    module = build_untouched(lambda: zoo.build(name, size, None))
+    key = f"{zoo.classifier(name, module)}.weight"
+    classes = _rows(state.get(key))
+    if classes and classes != _rows(module.state_dict().get(key)):
+        module = build_untouched(lambda: zoo.build(name, size, classes))
+    fill(module, state, f"{path.name} for {name}")
+    return module
+
+
+def _rows(tensor: Tensor | None) -> int:
+    return tensor.shape[0] if tensor is not None and tensor.ndim else 0
+
+
+def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
+    """Return `own` for another input size; resize and crop keep their proportion."""
+    if size is None:
+        return own
+    if size < 1:
+        raise BackboneError(f"the input size must be a positive number of pixels, not {size}")
+    scale = size / own.size[0]
+    if isinstance(own.resize, int):
+        resize: int | tuple[int, int] = max(size, round(own.resize * scale))
+    else:
+        resize = (max(size, round(own.resize[0] * scale)), max(size, round(own.resize[1] * scale)))
+    return replace(own, size=(size, size), resize=resize)

@@ -1,0 +1,115 @@
+"""timm's networks, as one of the zoos of `pipeline.backbones.registry`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub.utils import get_session
+from timm.data import resolve_data_config
+from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch import nn
+
+from pipeline.backbones.weights import downloading
+from pipeline.errors import BackboneError
+from pipeline.spec import Preprocessing
+
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONNECT_S = 10.0
+
+
+def names() -> list[str]:
+    """Return the names of all networks of this zoo."""
+    return list(timm.list_models())
+
+
+def tags(name: str) -> tuple[str, ...]:
+    """Return the tags of the pretrained weights of `name`, the default first."""
+    default = get_pretrained_cfg(name)
+    found = {key: config for key, config in get_arch_pretrained_cfgs(name).items() if config.has_weights}
+    ordered = sorted(found, key=lambda key: found[key].tag != default.tag)
+    return tuple(found[key].tag for key in ordered)
+
+
+def cached(name: str, tag: str) -> bool:
+    """Tell whether the weights `tag` of `name` stand in a local cache."""
+    return _cached_file(_config(name, tag)) is not None
+
+
+def _config(name: str, tag: str | None) -> PretrainedCfg:
+    return get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+
+
+def _cached_file(config: PretrainedCfg) -> Path | None:
+    if config.hf_hub_id:
+        for file in (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES:
+            found = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file)
+            if isinstance(found, str):
+                return Path(found)
+    if isinstance(config.url, str):
+        file_path = Path(torch.hub.get_dir()) / "checkpoints" / config.url.rsplit("/", 1)[-1]
+        return file_path if file_path.is_file() else None
+    return None
+
+
+def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+    """Return the network without pretrained weights."""
+    options: dict[str, Any] = {"num_classes": classes} if classes else {}
+    return create_model(name, pretrained=False, **options, **_sized(name, None, size))
+
+
+def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+    """Return the network with the weights `tag`, from the local caches or downloaded."""
+    config = _config(name, tag)
+    options = _sized(name, tag, size)
+    with downloading(name):
+        local = _cached_file(config)
+        if local is not None and not config.custom_load:
+            # A file given outright asks no server whether it is still the newest.
+            options["pretrained_cfg_overlay"] = {"file": str(local)}
+        elif local is None and config.hf_hub_id:
+            # The hub's client repeats a failed request for most of a minute; this one fails at once.
+            get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_CONNECT_S)
+        return create_model(f"{name}.{tag}", pretrained=True, **options)
+
+
+def _sized(name: str, tag: str | None, size: int | None) -> dict[str, Any]:
+    if size is None or not _config(name, tag).fixed_input_size:
+        return {}
+    return {"img_size": size}
+
+
+def preprocessing(name: str, tag: str | None) -> Preprocessing:
+    """Return what the weights `tag` expect (the default weights where `tag` is None).
+
+    Raises
+    ------
+    BackboneError
+        If timm pads images for this network, or its input is not square.
+    """
+    config = resolve_data_config({}, pretrained_cfg=_config(name, tag).to_dict())
+    _, height, width = config["input_size"]
+    if config["crop_mode"] not in ("center", "squash") or height != width:
+        raise BackboneError(
+            f"{name} wants {height}x{width} images cropped by '{config['crop_mode']}'; only square centre or squash "
+            "crops are supported: use another network"
+        )
+    edge = math.floor(height / config["crop_pct"])
+    return Preprocessing(
+        size=(height, width),
+        resize=edge if config["crop_mode"] == "center" else (edge, edge),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def classifier(name: str, module: nn.Module) -> str | None:
+    """Return the dotted name of the classifier, the first where the network has several, None where it has none."""
+    found = module.pretrained_cfg.get("classifier")
+    first = found[0] if isinstance(found, tuple | list) else found
+    return first if isinstance(first, str) and first in dict(module.named_modules()) else None

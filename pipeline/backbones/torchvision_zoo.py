@@ -1,0 +1,92 @@
+"""torchvision's classification networks, as one of the zoos of `pipeline.backbones.registry`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import GoogLeNet, Inception3, get_model, get_model_weights, list_models
+
+from pipeline.backbones.weights import downloading
+from pipeline.errors import BackboneError
+from pipeline.spec import Preprocessing
+
+_INCEPTIONS = ("googlenet", "inception_v3")
+_HALF = (0.5, 0.5, 0.5)
+
+
+def names() -> list[str]:
+    """Return the names of all networks of this zoo."""
+    return list(list_models(module=torchvision.models))
+
+
+def tags(name: str) -> tuple[str, ...]:
+    """Return the names of the pretrained weights of `name`, the default first."""
+    members = get_model_weights(name)
+    if not len(members):
+        return ()
+    default = members.DEFAULT.name
+    return (default, *(member.name for member in members if member.name != default))
+
+
+def cached(name: str, tag: str) -> bool:
+    """Tell whether the weights `tag` of `name` stand in torch hub's local cache."""
+    url: str = get_model_weights(name)[tag].url
+    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file()
+
+
+def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+    """Return the network without pretrained weights."""
+    options: dict[str, Any] = {"num_classes": classes} if classes else {}
+    if name in _INCEPTIONS:
+        options |= {"aux_logits": False, "init_weights": True}
+    return _checked(get_model(name, weights=None, **options), name, size)
+
+
+def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+    """Return the network with the weights `tag`, from the local cache or downloaded."""
+    options = {"transform_input": False} if name in _INCEPTIONS else {}
+    with downloading(name):
+        module = get_model(name, weights=tag, **options)
+    if isinstance(module, GoogLeNet):
+        module.aux_logits, module.aux1, module.aux2 = False, None, None
+    elif isinstance(module, Inception3):
+        module.aux_logits, module.AuxLogits = False, None
+    return _checked(module, name, size)
+
+
+def _checked(module: nn.Module, name: str, size: int | None) -> nn.Module:
+    fixed = getattr(module, "image_size", None) or getattr(module, "input_size", None)
+    own = fixed[0] if isinstance(fixed, tuple) else fixed
+    if size is not None and own is not None and size != own:
+        raise BackboneError(f"{name} takes images of {own} pixels only; leave out the size, or use another network")
+    return module
+
+
+def preprocessing(name: str, tag: str | None) -> Preprocessing:
+    """Return what the weights `tag` expect (the default weights where `tag` is None).
+
+    GoogLeNet and Inception v3 re-normalise their input inside when loaded with pretrained weights; they are built here
+    without that step, and the mean and std they truly see are returned: 0.5.
+    """
+    available = tags(name)
+    if not available:
+        raise BackboneError(f"torchvision has no preprocessing for {name}; use another network")
+    preset = get_model_weights(name)[tag or available[0]].transforms()
+    resize, crop = preset.resize_size, preset.crop_size
+    return Preprocessing(
+        size=(crop[0], crop[-1]),
+        resize=resize[0] if len(resize) == 1 else (resize[0], resize[1]),
+        interpolation=preset.interpolation.value,
+        mean=_HALF if name in _INCEPTIONS else tuple(preset.mean),
+        std=_HALF if name in _INCEPTIONS else tuple(preset.std),
+    )
+
+
+def classifier(name: str, module: nn.Module) -> str | None:
+    """Return the dotted name of the classifier: the last linear or convolution layer, by torchvision's convention."""
+    found = [path for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    return found[-1] if found else None

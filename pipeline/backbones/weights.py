@@ -1,0 +1,147 @@
+"""Weights: files, seeds, digests; and the one error that a failed download becomes."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import socket
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import BackboneError
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+SILENCE_S = 30.0
+"""Seconds without a byte after which a download counts as failed."""
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+_COUNTER = "num_batches_tracked"
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the blake2b-128 hex digest of the state dict of `module`: names, dtypes, shapes and bytes, sorted.
+
+    The batch counters of batch norms are left out: they change no output.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        if not name.endswith(_COUNTER):
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> nn.Module:
+    """Return ``build()`` with the caller's random state left as it was; `seed` makes the weights reproducible."""
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors without running code from it.
+
+    A ``state_dict`` or ``model`` entry around the tensors and a ``module.`` prefix before all names are taken off.
+
+    Parameters
+    ----------
+    path : Path
+        A ``.safetensors``, ``.pth`` or ``.pt`` file.
+
+    Raises
+    ------
+    BackboneError
+        If the file is missing, damaged, holds more than tensors, or no tensors.
+    """
+    if not path.is_file():
+        raise BackboneError(f"no weights file {path}: expected a {', '.join(SUFFIXES)} file")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BackboneError(
+            f"{path} holds more than tensors and was not loaded; save its state_dict alone, best as .safetensors"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
+        raise BackboneError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+    return _unwrapped(state, path)
+
+
+def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
+    while isinstance(state, Mapping):
+        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
+        if inner is None:
+            break
+        state = inner
+    if not isinstance(state, Mapping) or not state or not all(isinstance(item, Tensor) for item in state.values()):
+        raise BackboneError(f"{path} holds no state dict: expected names with tensors, as module.state_dict() gives")
+    prefix = "module." if all(str(name).startswith("module.") for name in state) else ""
+    return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`; every parameter must be there, in its shape, and nothing else.
+
+    Auxiliary heads that `module` does not have and missing batch counters are allowed.
+
+    Raises
+    ------
+    BackboneError
+        Naming what is missing, unexpected, or of another shape, shortened.
+    """
+    own = module.state_dict()
+    given = {name: item for name, item in state.items() if name in own or not name.startswith(_AUXILIARY)}
+    missing = [name for name in own if name not in given and not name.endswith(_COUNTER)]
+    unexpected = [name for name in given if name not in own]
+    shapes = [
+        f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
+        raise BackboneError(f"{source} does not fit the network ({listed}); give the weights of this architecture")
+    module.load_state_dict(given, strict=False)
+
+
+def _shortened(names: list[str], count: int = 3) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+@contextmanager
+def downloading(name: str) -> Iterator[None]:
+    """Turn whatever a failed download or a broken cached file raises into one `BackboneError` about `name`.
+
+    Inside, a connection that stays silent for `SILENCE_S` seconds fails instead of hanging.
+    """
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_S)
+    try:
+        yield
+    except BackboneError:
+        raise
+    except Exception as error:  # urllib, httpx, requests, huggingface_hub and torch.hub share no base class
+        raise BackboneError(
+            f"no weights for {name}: not on this machine, and the download failed ({_first_line(error)}); "
+            f"go online once, or use efficientnet_lite0, {name}@FILE.safetensors or {name}@random:0"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

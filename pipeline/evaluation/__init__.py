@@ -1,0 +1,1 @@
+"""Which rows train, which rows judge, and what the judgement is worth."""

@@ -1,0 +1,100 @@
+"""What must not stand on both sides of a split: rows of one group, and images of equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+Ints = NDArray[np.int64]
+Strings = NDArray[np.str_]
+
+MOST_NAMED = 5
+
+
+def join_units(groups: Strings, digests: NDArray[np.uint8]) -> Ints:
+    """Number the sets of rows that must stay on one side: linked by a group or by equal bytes, in any chain.
+
+    Parameters
+    ----------
+    groups : (n,) str
+        ``""`` is no group.
+    digests : (n, 16) uint8
+        Digests of the images' bytes.
+
+    Returns
+    -------
+    (n,) int64
+        Equal numbers stay together.
+    """
+    _, images = np.unique(_as_keys(digests), return_inverse=True)
+    names, named = np.unique(groups, return_inverse=True)
+    linked = groups != ""
+    nodes = len(groups) + len(names)
+    edges = (images[linked], len(groups) + named[linked])
+    graph = coo_array((np.ones(int(linked.sum())), edges), shape=(nodes, nodes))
+    _, component = connected_components(graph, directed=False)
+    return np.asarray(component[images], np.int64)
+
+
+def find_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8]) -> list[tuple[int, int]]:
+    """Pair each test row with an equal image of train or val, and each val row with one of train.
+
+    Parameters
+    ----------
+    train, val, test : (k,) int64
+        Row numbers.
+    digests : (n, 16) uint8
+
+    Returns
+    -------
+    list of (repeated, original)
+        Row numbers; test rows first.
+    """
+    keys = _as_keys(digests)
+    pairs: list[tuple[int, int]] = []
+    for held, before in ((test, np.concatenate([train, val])), (val, train)):
+        known, first = np.unique(keys[before], return_index=True)
+        place = np.minimum(np.searchsorted(known, keys[held]), len(known) - 1)
+        hits = np.flatnonzero(known[place] == keys[held])
+        pairs += [(int(held[i]), int(before[first[place[i]]])) for i in hits]
+    return pairs
+
+
+def tell_leaks(leaks: list[tuple[int, int]], test: Ints, uris: Sequence[str]) -> list[str]:
+    """Say in a sentence for test and one for val how many images they share with what was learnt from, and which.
+
+    Parameters
+    ----------
+    leaks : list of (int, int)
+        What `find_leaks` found.
+    test : (k,) int64
+        Row numbers.
+    uris : sequence of str
+        Names of all rows; without them, row numbers are named.
+    """
+    in_test = set(test.tolist())
+    sides = {"test": [pair for pair in leaks if pair[0] in in_test], "val": [p for p in leaks if p[0] not in in_test]}
+    before = {"test": "train or val", "val": "train"}
+    notes = []
+    for side, pairs in sides.items():
+        if pairs:
+            named = [" = ".join(str(uris[i]) if len(uris) else f"row {i}" for i in pair) for pair in pairs[:MOST_NAMED]]
+            rest = f" and {len(pairs) - len(named)} more" if len(pairs) > len(named) else ""
+            notes.append(f"{len(pairs)} {side} images also stand in {before[side]}: {', '.join(named)}{rest}")
+    return notes
+
+
+def tell_groups(train: Ints, val: Ints, test: Ints, groups: Strings) -> list[str]:
+    """Say how many groups the given splits tear apart, so that test holds rows of groups that were learnt from."""
+    torn = np.intersect1d(groups[np.concatenate([train, val])], groups[test])
+    count = int((torn != "").sum())
+    return [f"{count} groups have rows in test and in train or val"] if count else []
+
+
+def _as_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    # numpy drops trailing zero bytes when it compares; all keys being 16 bytes long, that confuses none
+    return np.ascontiguousarray(digests).view("S16").ravel()

@@ -1,0 +1,129 @@
+"""How good predictions are: everything but log-loss and ECE is read off the confusion matrix.
+
+All functions of a confusion matrix take leading axes, so that a bootstrap computes a thousand of them at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one set of predictions scores; shares between 0 and 1, log-loss in nats.
+
+    Parameters
+    ----------
+    accuracy : float
+        Share of rows predicted right.
+    mean_per_class_accuracy : float
+        Mean recall over the classes present among the true labels.
+    macro_f1 : float
+        Mean F1 over the classes present among the true labels or the predictions.
+    log_loss, ece : float or None
+        ``None`` without probabilities; log-loss is infinite where a true label was given no probability at all.
+    """
+
+    accuracy: float
+    mean_per_class_accuracy: float
+    macro_f1: float
+    log_loss: float | None
+    ece: float | None
+
+
+def evaluate(y_true: Ints, y_pred: Ints, n_classes: int, probabilities: Floats | None = None) -> Metrics:
+    """Score predictions.
+
+    Parameters
+    ----------
+    y_true, y_pred : (n,) int64
+        Class numbers below `n_classes`, n at least 1.
+    n_classes : int
+        Number of classes, K.
+    probabilities : (n, K) float64, optional
+        Rows that sum to one.
+    """
+    confusion = confusion_matrix(y_true, y_pred, n_classes)
+    return Metrics(
+        accuracy=float(np.trace(confusion) / confusion.sum()),
+        mean_per_class_accuracy=float(mean_per_class_accuracy(confusion)),
+        macro_f1=float(macro_f1(confusion)),
+        log_loss=None if probabilities is None else log_loss(y_true, probabilities),
+        ece=None if probabilities is None else expected_calibration_error(y_true, probabilities),
+    )
+
+
+def confusion_matrix(y_true: Ints, y_pred: Ints, n_classes: int) -> Ints:
+    """Count rows by true (first) and predicted (second) class.
+
+    Parameters
+    ----------
+    y_true, y_pred : (..., n) int64
+        Class numbers below `n_classes`, K.
+
+    Returns
+    -------
+    (..., K, K) int64
+    """
+    cells = y_true * n_classes + y_pred
+    leading = cells.shape[:-1]
+    size = n_classes * n_classes
+    tables = np.arange(int(np.prod(leading)))[:, None] * size + cells.reshape(-1, cells.shape[-1])
+    counts = np.bincount(tables.ravel(), minlength=len(tables) * size)
+    return counts.reshape(*leading, n_classes, n_classes).astype(np.int64)
+
+
+def mean_per_class_accuracy(confusion: Ints) -> Floats:
+    """Return the mean recall over classes that occur among the true labels: (..., K, K) to (...)."""
+    rows = confusion.sum(axis=-1)
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    recall = right / np.maximum(rows, 1)  # a class without rows has no right answer either: 0, and is not counted
+    return np.asarray(recall.sum(axis=-1) / (rows > 0).sum(axis=-1))
+
+
+def macro_f1(confusion: Ints) -> Floats:
+    """Return the mean F1 over classes that are true or predicted at least once: (..., K, K) to (...)."""
+    right = np.diagonal(confusion, axis1=-2, axis2=-1)
+    touched = confusion.sum(axis=-1) + confusion.sum(axis=-2)  # true plus predicted = 2 tp + fp + fn
+    f1 = 2 * right / np.maximum(touched, 1)
+    return np.asarray(f1.sum(axis=-1) / (touched > 0).sum(axis=-1))
+
+
+def log_loss(y_true: Ints, probabilities: Floats) -> float:
+    """Return the mean negative log of the true label's probability, in nats; infinite if one of them is 0.
+
+    Parameters
+    ----------
+    y_true : (n,) int64
+    probabilities : (n, K) float64
+    """
+    given = probabilities[np.arange(len(y_true)), y_true]
+    with np.errstate(divide="ignore"):
+        return float(-np.mean(np.log(given)))
+
+
+def expected_calibration_error(y_true: Ints, probabilities: Floats, bins: int = ECE_BINS) -> float:
+    """Return the mean gap between confidence and accuracy over equal-width confidence bins (Guo et al. 2017, eq. 3).
+
+    Parameters
+    ----------
+    y_true : (n,) int64
+    probabilities : (n, K) float64
+        The largest of a row is its confidence, the class it belongs to its prediction.
+    bins : int, default 15
+        Bin b holds the confidences in ``((b - 1) / bins, b / bins]``.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == y_true
+    edges = np.linspace(0, 1, bins + 1)[1:-1]
+    place = np.searchsorted(edges, confidence, side="left")
+    gap = np.bincount(place, weights=confidence - right, minlength=bins)
+    return float(np.abs(gap).sum() / len(y_true))

@@ -1,0 +1,73 @@
+"""What every family of heads offers: candidates, their path over a fold, and a final fit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Params = dict[str, Any]
+
+
+class Step(NamedTuple):
+    """One candidate on one fold.
+
+    Parameters
+    ----------
+    predicted : (m,) int64
+        Labels of the held-out rows.
+    saturated : bool
+        All training rows are predicted right, so that less regularisation cannot fit them better.
+    converged : bool
+        The solver stopped by its tolerance, not by its iteration limit.
+    """
+
+    predicted: Ints
+    saturated: bool
+    converged: bool
+
+
+class Fitted(NamedTuple):
+    """A trained scikit-learn classifier, the parameters it ended up with, and whether its solver converged."""
+
+    estimator: Any
+    params: Params
+    converged: bool
+
+
+class Family(ABC):
+    """One kind of head; a stateless object.
+
+    Attributes
+    ----------
+    linear : bool
+        Whether the trained head is one hyperplane a class: such heads may be trained on rows rotated onto their span.
+    probabilities : bool
+        Whether the estimator's `predict_proba` means probabilities.
+    fixed : dict
+        Parameters where nothing is left to validate on, as with one row a class.
+    most_rows : int or None
+        Above so many training rows the head is refused.
+    """
+
+    linear: ClassVar[bool] = False
+    probabilities: ClassVar[bool] = False
+    fixed: ClassVar[Params] = {}
+    most_rows: ClassVar[int | None] = None
+
+    @abstractmethod
+    def grid(self, n_rows: int) -> Sequence[Params]:
+        """Return the candidates for at least `n_rows` training rows, the most regularised first."""
+
+    @abstractmethod
+    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+        """Fit the candidates in order on `train` (n, d), `y` (n,), and predict `held` (m, d) with each."""
+
+    @abstractmethod
+    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+        """Train the final classifier on `train` (n, d) and `y` (n,)."""

@@ -1,0 +1,131 @@
+"""Choose a head's parameters on held-out rows, then train it on all of them; and the rows it needs for both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from pipeline.heads.family import Fitted, Floats, Ints, Params
+from pipeline.heads.registry import Head
+from pipeline.heads.span import Span, find_span
+
+PATIENCE = 8
+"""Candidates without a gain, all training rows being fitted, after which the path ends: two decades of C."""
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Rows scaled by what is known of the training rows alone.
+
+    Parameters
+    ----------
+    train : (n, d) float32
+    held : (m, d) float32
+    scaler : StandardScaler, Normalizer or None
+        Fitted on the training rows.
+    span : Span or None
+        Of the training rows, where a linear head is to be trained and it is narrower than d.
+    """
+
+    train: Floats
+    held: Floats
+    scaler: Any
+    span: Span | None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows to try candidates on, as narrow as they can be, and their labels."""
+
+    train: Floats
+    y: Ints
+    held: Floats
+    y_held: Ints
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The parameters to use.
+
+    Parameters
+    ----------
+    params : dict
+    score : float
+        Accuracy on the held-out rows of all folds; NaN for fixed parameters.
+    unconverged : int
+        Candidates whose solver hit its iteration limit on some fold.
+    tried : int
+        Candidates fitted.
+    """
+
+    params: Params
+    score: float
+    unconverged: int
+    tried: int
+
+
+def scale(scaling: str, train: Floats, held: Floats, *, rotated: bool) -> Scaled:
+    """Scale `train` (n, d) and `held` (m, d) in place by what `train` shows, and find the span if `rotated` is asked.
+
+    Parameters
+    ----------
+    scaling : str
+        One of `pipeline.heads.registry.SCALINGS`.
+    """
+    scaler = {"standard": StandardScaler, "l2": Normalizer, "none": lambda copy: None}[scaling](copy=False)
+    if scaler is not None:
+        train = scaler.fit_transform(train)
+        held = scaler.transform(held)
+    return Scaled(train, held, scaler, find_span(train) if rotated else None)
+
+
+def make_fold(scaled: Scaled, y: Ints, y_held: Ints) -> Fold:
+    """Return the rows for a search: in their span where there is one, which drops the wide ones."""
+    if scaled.span is None:
+        return Fold(scaled.train, y, scaled.held, y_held)
+    return Fold(scaled.span.rotated, y, scaled.span.rotate(scaled.train, scaled.held), y_held)
+
+
+def search(head: Head, folds: Sequence[Fold]) -> Choice:
+    """Choose by accuracy on the held-out rows, the most regularised candidate on a tie.
+
+    Parameters
+    ----------
+    head : Head
+    folds : sequence of Fold
+        One for a val split, several for cross-validation, none where nothing can be validated: then a fixed rule holds.
+    """
+    family = head.family
+    if not folds:
+        return Choice(family.fixed, float("nan"), 0, 0)
+    grid = family.grid(min(len(fold.y) for fold in folds))
+    paths = [family.path(grid, fold.train, fold.y, fold.held) for fold in folds]
+    total = sum(len(fold.y_held) for fold in folds)
+    best, most, unconverged = 0, -1, 0
+    for number, steps in enumerate(zip(*paths, strict=True)):
+        right = sum(int((step.predicted == fold.y_held).sum()) for step, fold in zip(steps, folds, strict=True))
+        unconverged += not all(step.converged for step in steps)
+        if right > most:
+            best, most = number, right
+        elif number - best >= PATIENCE and all(step.saturated for step in steps):
+            break
+    return Choice(grid[best], most / total, unconverged, number + 1)
+
+
+def train_final(head: Head, params: Params, scaled: Scaled, y: Ints) -> Fitted:
+    """Train on all rows, in their span where there is one, and give the weights back to the features.
+
+    Returns
+    -------
+    Fitted
+        Its estimator takes rows of scaled features (k, d).
+    """
+    if scaled.span is None:
+        return head.family.fit(params, scaled.train, y)
+    fitted = head.family.fit(params, scaled.span.rotated, y)
+    fitted.estimator.coef_ = scaled.span.unrotate(scaled.train, fitted.estimator.coef_)
+    fitted.estimator.n_features_in_ = scaled.train.shape[1]
+    return fitted

@@ -1,0 +1,83 @@
+"""Rotate wide rows onto the space they span, so that n rows of d > n features become n rows of at most n.
+
+A head with an l2 penalty has weights that are a combination of its training rows, so nothing is lost: scores are the
+same whether weights live among the features or in an orthonormal basis of the span. Squared distances to rows outside
+of the span are not kept, which is why only linear heads may be trained this way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+from scipy.linalg.lapack import dpstrf
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_COLUMNS = 4096
+
+
+@dataclass(frozen=True)
+class Span:
+    """An orthonormal basis of the rows' span: `triangle`⁻¹ times the rows numbered `basis`.
+
+    Parameters
+    ----------
+    rotated : (n, r) float32
+        The rows in that basis.
+    basis : (r,) int64
+        Rows that span all others, r their rank.
+    triangle : (r, r) float64
+        These rows in that basis; lower triangular.
+    """
+
+    rotated: Floats
+    basis: Ints
+    triangle: Doubles
+
+    def rotate(self, rows: Floats, others: Floats) -> Floats:
+        """Return the part of `others` (m, d) that lies in the span of `rows` (n, d): (m, r) float32."""
+        products = _products(rows[self.basis], others)
+        return np.asarray(solve_triangular(self.triangle, products, lower=True).T, np.float32)
+
+    def unrotate(self, rows: Floats, weights: Doubles) -> Doubles:
+        """Return weights (K, r) of rotated rows as weights (K, d) of the features of `rows` (n, d)."""
+        shares = solve_triangular(self.triangle, weights.T, lower=True, trans="T")
+        return np.asarray(shares.T @ rows[self.basis])
+
+
+def find_span(rows: Floats) -> Span | None:
+    """Return the rows' span by pivoted Cholesky of their Gram matrix in float64 (Higham 1990).
+
+    Parameters
+    ----------
+    rows : (n, d) float32
+
+    Returns
+    -------
+    Span or None
+        ``None`` where it would not be narrower than the features, or all rows are zero.
+    """
+    n, d = rows.shape
+    if d <= n or not rows.any():
+        return None
+    factor, pivots, rank, _ = dpstrf(_products(rows, rows), lower=1, overwrite_a=1)
+    order = pivots.astype(np.int64) - 1
+    triangle = np.tril(factor)[:, :rank]
+    rotated = np.empty((n, rank), np.float32)
+    rotated[order] = triangle
+    return Span(rotated, order[:rank], np.ascontiguousarray(triangle[:rank]))
+
+
+def _products(rows: Floats, others: Floats) -> Doubles:
+    """Return all inner products (n, m) in float64, without a float64 copy of everything."""
+    total = np.zeros((len(rows), len(others)))
+    for start in range(0, rows.shape[1], _COLUMNS):
+        left = rows[:, start : start + _COLUMNS].astype(np.float64)
+        right = left if others is rows else others[:, start : start + _COLUMNS].astype(np.float64)
+        total += left @ right.T
+    return total

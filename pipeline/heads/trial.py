@@ -1,0 +1,153 @@
+"""One head on one layer and split, from raw features to its score on test: the unit that runs in parallel.
+
+`prepare` runs in the parent, once for all heads that want the same rows, and `run_trial` in a worker, to which joblib
+hands the arrays as memory maps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+
+from pipeline.evaluation.metrics import Metrics, evaluate
+from pipeline.evaluation.splits import Splits, stratified_folds
+from pipeline.heads.family import Floats, Ints, Params
+from pipeline.heads.registry import Head
+from pipeline.heads.search import Choice, Fold, Scaled, make_fold, scale, search, train_final
+
+MOST_FOLDS = 5
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Scaled rows of one layer and split.
+
+    Parameters
+    ----------
+    folds : tuple of Fold
+        To choose parameters on.
+    final : Scaled
+        Train and val rows, and test rows held out.
+    y, y_test : (n,) and (m,) int64
+        Labels of these.
+    seconds : float
+        Time spent preparing.
+    """
+
+    folds: tuple[Fold, ...]
+    final: Scaled
+    y: Ints
+    y_test: Ints
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What came of a trial.
+
+    Parameters
+    ----------
+    choice : Choice
+    params : dict
+        Of the final model.
+    converged : bool
+        Whether the final model's solver stopped by its tolerance.
+    metrics : Metrics
+        On test.
+    y_pred : (m,) int64
+    probability : (m,) float64 or None
+        That of the predicted label.
+    seconds : float
+        Of preparing (all of it, also where other heads shared it), search, final training and test.
+    pipeline : Pipeline or None
+        Scaler and classifier, where asked for.
+    """
+
+    choice: Choice
+    params: Params
+    converged: bool
+    metrics: Metrics
+    y_pred: Ints
+    probability: NDArray[np.float64] | None
+    seconds: float
+    pipeline: Pipeline | None
+
+
+def prepare(
+    features: Callable[[Ints], Floats], labels: Ints, splits: Splits, scaling: str, *, rotated: bool, seed: int
+) -> Prepared:
+    """Read, scale and rotate the rows of a split.
+
+    Parameters
+    ----------
+    features : callable
+        Maps row numbers (k,) to a fresh array (k, d) of float32.
+    labels : (n,) int64
+        Of all rows.
+    splits : Splits
+        Without a val part, parameters are chosen on stratified folds of train: five, or as many as the largest class
+        has rows; with one row a class on none.
+    scaling : str
+        One of `pipeline.heads.registry.SCALINGS`.
+    rotated : bool
+        Whether rows may be rotated onto their span.
+    seed : int
+        Draws the folds.
+    """
+    began = time.perf_counter()
+    train, val, test = splits.train, splits.val, splits.test
+    if val.size:
+        pairs = [(train, val)]
+    else:
+        count = min(MOST_FOLDS, int(np.bincount(labels[train]).max()))
+        pairs = [(train[a], train[b]) for a, b in stratified_folds(labels[train], count, seed)] if count > 1 else []
+    folds = tuple(
+        make_fold(scale(scaling, features(a), features(b), rotated=rotated), labels[a], labels[b]) for a, b in pairs
+    )
+    known = np.concatenate([train, val])
+    final = scale(scaling, features(known), features(test), rotated=rotated)
+    return Prepared(folds, final, labels[known], labels[test], time.perf_counter() - began)
+
+
+def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outcome:
+    """Choose parameters, train on train and val, predict test; on one BLAS thread.
+
+    Parameters
+    ----------
+    head : Head
+    rows : Prepared
+    n_classes : int
+        Number of classes, K; labels are below it.
+    keep : bool
+        Whether to hand back the model.
+    """
+    began = time.perf_counter()
+    with threadpool_limits(1):
+        choice = search(head, rows.folds)
+        estimator, params, converged = train_final(head, choice.params, rows.final, rows.y)
+        y_pred = np.asarray(estimator.predict(rows.final.held), np.int64)
+        probabilities = None
+        if head.family.probabilities:
+            probabilities = np.zeros((len(y_pred), n_classes))
+            probabilities[:, estimator.classes_] = estimator.predict_proba(rows.final.held)
+    return Outcome(
+        choice,
+        params,
+        converged,
+        evaluate(rows.y_test, y_pred, n_classes, probabilities),
+        y_pred,
+        None if probabilities is None else probabilities[np.arange(len(y_pred)), y_pred],
+        rows.seconds + time.perf_counter() - began,
+        _as_pipeline(rows.final, estimator) if keep else None,
+    )
+
+
+def _as_pipeline(scaled: Scaled, estimator: object) -> Pipeline:
+    steps = [("scaler", scaled.scaler)] if scaled.scaler is not None else []
+    return Pipeline([*steps, ("classifier", estimator)])

@@ -1,0 +1,178 @@
+"""One rule for every kind of image file: encoded bytes become an upright RGB picture, or a short reason why not.
+
+Formats: JPEG, PNG, WebP, TIFF, GIF, BMP and PNM, told apart by their first bytes, whatever the file is called.
+
+- EXIF orientation is applied; colour profiles are not.
+- Grey, palette, CMYK, YCbCr and bilevel become RGB as Pillow converts them.
+- Transparent pixels are laid over white.
+- Of an animation or a stack of pages, the first.
+- 16 bits a channel are scaled to 8: 65,535 is white. Wider integers outside that range, and floats, see `_to_8_bit`.
+- JPEGs may be decoded at 1/2, 1/4 or 1/8 (libjpeg's reduced DCT), never below the `floor` that the caller sets.
+- More than `PIXEL_LIMIT` pixels are refused by the header alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from pipeline.errors import UnreadableImageError
+
+PIXEL_LIMIT = 178_956_970
+"""Width times height above which an image is taken for a decompression bomb: where Pillow, too, refuses."""
+
+REASON_LENGTH = 80
+
+_READERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,  # also the first picture of a multi-picture file
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"RIFF": WebPImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
+    b"II+\0": TiffImageFile,
+    b"MM\0+": TiffImageFile,
+    b"GIF8": GifImageFile,
+    b"BM": BmpImageFile,
+    **{b"P%d" % kind: PpmImageFile for kind in range(1, 7)},
+}
+
+_TURNS = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: (Image.Transpose.ROTATE_180, False, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False, False),
+    6: (Image.Transpose.ROTATE_270, True, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True, True),
+    8: (Image.Transpose.ROTATE_90, True, False, True),
+}
+"""EXIF orientation: how to set it upright; as axes swapped first, then x flipped, then y flipped."""
+
+
+class Picture(NamedTuple):
+    """An upright RGB image, perhaps reduced, with what it shows of the full one.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+        Mode RGB.
+    size : tuple of int
+        Width and height of the full image, in its pixels.
+    box : tuple of float
+        Left, top, right and bottom, in pixels of `image`, of what the full image covers: all of it, but for a reduced
+        decode whose last pixels are cut short (4,001 pixels at 1/4 are 1,000.25).
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    box: tuple[float, float, float, float]
+
+
+def decode(data: bytes, floor: int | None = None) -> Picture:
+    """Decode an image file's bytes.
+
+    Parameters
+    ----------
+    data : bytes
+        The whole file.
+    floor : int, optional
+        Pixels below which a reduced JPEG decode may not bring the shorter side; by default it decodes in full.
+
+    Raises
+    ------
+    UnreadableImageError
+        Empty, of no known format, truncated, damaged, or over `PIXEL_LIMIT`.
+    """
+    if not data:
+        raise UnreadableImageError("empty file")
+    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    if reader is None:
+        raise UnreadableImageError("not an image of a known format")
+    try:
+        # The format's own class, because `Image.open` would warn about sizes that are allowed here.
+        image = reader(BytesIO(data))
+        size = image.size
+        if size[0] * size[1] > PIXEL_LIMIT:
+            raise UnreadableImageError(f"{size[0]}x{size[1]} pixels, more than {PIXEL_LIMIT}")
+        reduced = image.draft(None, (floor, floor)) if floor is not None else None
+        return _upright(image, size, reduced[1][2:] if reduced is not None else size)
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        raise UnreadableImageError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return one short line; what is not Pillow's own message tells more by its type."""
+    message = " ".join(str(error).split()) if isinstance(error, OSError | SyntaxError | ValueError) else ""
+    return f"cannot be decoded: {message or type(error).__name__}"[:REASON_LENGTH]
+
+
+def from_pillow(image: Image.Image) -> Picture:
+    """Return a Pillow image of any mode as `decode` would have given it; `image` stays as it is."""
+    return _upright(image, image.size, image.size)
+
+
+def _upright(image: Image.Image, size: tuple[int, int], covered: tuple[float, float]) -> Picture:
+    """Return `image`, whose top left `covered` pixels show a full image of `size`, upright and as RGB."""
+    image.load()
+    rgb = to_rgb(image)
+    turn = _TURNS.get(_orientation(image))
+    width, height = covered
+    if turn is None:
+        return Picture(rgb, size, (0.0, 0.0, width, height))
+    method, swap, flip_x, flip_y = turn
+    rgb = rgb.transpose(method)
+    if swap:
+        size, width, height = (size[1], size[0]), height, width
+    left = rgb.width - width if flip_x else 0.0
+    top = rgb.height - height if flip_y else 0.0
+    return Picture(rgb, size, (left, top, left + width, top + height))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1 (upright) where there is none or it is damaged, which leaves the pixels sound."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` as RGB by the rules above, orientation aside."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Scale grey levels wider than 8 bits to uint8, of the same shape.
+
+    White is 65,535 for integers within 0 to 65,535, and for floats the least of 1, 255 and 65,535 that holds them all.
+    Other values have no stated white: their least becomes black and their greatest white. Non-finite floats count as 0.
+    """
+    values_are_integers = np.issubdtype(values.dtype, np.integer)
+    values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    whites = (65_535.0,) if values_are_integers else (1.0, 255.0, 65_535.0)
+    low, high = float(values.min()), float(values.max())
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    if white is None:
+        values, white = values - low, high - low
+    return np.rint(values / white * 255).astype(np.uint8)

@@ -1,0 +1,140 @@
+"""What a source is: named, ordered items, class names, and a way to read an item's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from stat import S_ISREG
+from typing import NamedTuple
+
+from pipeline.errors import SourceError, UnreadableImageError
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
+    | {".dib", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
+"""Endings, in lower case, by which folders and shards recognise an image."""
+
+MISSING_SIZE = -1
+"""The size of an item whose file was not there when the source was listed; its time is 0."""
+
+
+class Item(NamedTuple):
+    """One image of a source.
+
+    Attributes
+    ----------
+    uri : str
+        POSIX path relative to the source; unique in it.
+    label : int
+        Index into the source's class names, -1 for none.
+    split : str
+        ``""``, ``"train"``, ``"val"`` or ``"test"``.
+    group : str
+        What must stay on one side of a split (a person, a scene); ``""`` for none.
+    size : int
+        Bytes when listed; -1 where the file was missing.
+    mtime_ns : int
+        Modification time when listed, in nanoseconds; 0 where the file was missing.
+    """
+
+    uri: str
+    label: int
+    split: str
+    group: str
+    size: int
+    mtime_ns: int
+
+
+class Entry(NamedTuple):
+    """An item whose label is still a name (``""`` for none); attributes as in `Item`."""
+
+    uri: str
+    label: str
+    split: str
+    group: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An ordered list of images and the way to their bytes.
+
+    Attributes
+    ----------
+    name : str
+        Handle by which users select the source.
+    location : str
+        Absolute POSIX path, or ``"digits"``.
+    classes : tuple of str
+        Class names in plain text order (so ``"10"`` stands before ``"9"``).
+    items : list of Item
+        Sorted by uri.
+    reader : callable
+        Gives an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
+    """
+
+    name: str
+    location: str
+    classes: tuple[str, ...]
+    items: list[Item] = field(repr=False)
+    reader: Callable[[Item], bytes] = field(repr=False)
+
+    def read(self, item: Item) -> bytes:
+        """Return the encoded bytes of `item`.
+
+        Raises
+        ------
+        UnreadableImageError
+            The file vanished, may not be read, or belongs to a shard that changed.
+        """
+        return self.reader(item)
+
+
+def build_source(name: str, location: str, entries: Iterable[Entry], reader: Callable[[Item], bytes]) -> ImageSource:
+    """Return a source: entries sorted by uri, label names numbered in plain text order.
+
+    Raises
+    ------
+    SourceError
+        A name, label or group is not valid UTF-8 or holds a NUL, which a cache could not store.
+    """
+    ordered = sorted(entries)
+    for entry in ordered:
+        for text in (entry.uri, entry.label, entry.group):
+            if not _can_be_stored(text):
+                raise SourceError(f"{location}: expected names in UTF-8 without NUL, found {text!a}: rename it")
+    classes = tuple(sorted({entry.label for entry in ordered} - {""}))
+    numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
+    items = [Item(entry.uri, numbers[entry.label], *entry[2:]) for entry in ordered]
+    return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader)
+
+
+def _can_be_stored(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file name that the system gave as raw bytes
+        return False
+    return "\0" not in text
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a regular file.
+
+    Raises
+    ------
+    UnreadableImageError
+        With a short reason: no such file, permission denied, not a regular file.
+    """
+    try:
+        if not S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+            raise UnreadableImageError("not a regular file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UnreadableImageError("no such file") from None
+    except PermissionError:
+        raise UnreadableImageError("permission denied") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UnreadableImageError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None

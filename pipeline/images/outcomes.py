@@ -1,0 +1,49 @@
+"""What can become of a row on its way through the loader; digests are blake2b-128 of the file's bytes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Decoded(NamedTuple):
+    """A row's pixels, (h, w, 3) uint8; size in bytes and time in nanoseconds as listed, here and below."""
+
+    row: int
+    pixels: np.ndarray
+    digest: bytes
+    size: int
+    mtime_ns: int
+
+
+class Duplicate(NamedTuple):
+    """A row whose bytes equal those of the row `of`, which stands before it and was decoded."""
+
+    row: int
+    of: int
+    digest: bytes
+    size: int
+    mtime_ns: int
+
+
+class Failure(NamedTuple):
+    """A row that could not be read (no digest) or decoded, and why in a few words."""
+
+    row: int
+    reason: str
+    digest: bytes | None
+    size: int
+    mtime_ns: int
+
+
+class Known(NamedTuple):
+    """A row whose features the caller has already, by its digest."""
+
+    row: int
+    digest: bytes
+    size: int
+    mtime_ns: int
+
+
+Outcome = Decoded | Duplicate | Failure | Known

@@ -1,0 +1,200 @@
+"""From a catalog of cache files to the layers and labelled rows that a head can be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
+from pipeline.errors import FitError
+
+Ints = NDArray[np.int64]
+_CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The rows that are done and labelled in every file of a layer; columns of length n.
+
+    Parameters
+    ----------
+    files : tuple of CacheFile
+        One, or several where a layer is joined across files.
+    rows : tuple of (n,) int64
+        The rows' numbers in each file.
+    notes : tuple of str
+        What was left out.
+    """
+
+    files: tuple[CacheFile, ...]
+    rows: tuple[Ints, ...]
+    classes: tuple[str, ...]
+    uris: NDArray[np.str_]
+    labels: Ints
+    splits: NDArray[np.str_]
+    groups: NDArray[np.str_]
+    digests: NDArray[np.uint8]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer, or several whose features are joined.
+
+    Parameters
+    ----------
+    name : str
+        ``"blocks.4"``, or ``"blocks.4+input"``.
+    parts : tuple of (CacheFile, LayerInfo)
+        In the order in which features are joined.
+    table : Table
+        Shared by all layers of the same files.
+    """
+
+    name: str
+    parts: tuple[tuple[CacheFile, LayerInfo], ...]
+    table: Table
+
+    @property
+    def dim(self) -> int:
+        """Number of features."""
+        return sum(info.dim for _, info in self.parts)
+
+    def handle(self, key: str) -> str:
+        """Return a handle (``"backbone"``, ``"pool"``) of the files, joined with ``+`` where they differ."""
+        return "+".join(dict.fromkeys(file.handles.get(key, "") for file, _ in self.parts))
+
+    def features(self, index: Ints) -> NDArray[np.float32]:
+        """Read the features of the table's rows `index` (k,): a fresh (k, dim) float32."""
+        out = np.empty((len(index), self.dim), np.float32)
+        start = 0
+        for file, info in self.parts:
+            rows = self.table.rows[self.table.files.index(file)][index]
+            out[:, start : start + info.dim] = file.matrix(info.name)[rows]
+            start += info.dim
+        return out
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return what rebuilds the parts' extractors, in order: spec, fingerprint, dim and request."""
+        described = []
+        for file, info in self.parts:
+            asked = {key: value for key, value in file.request.items() if key != "layers"}
+            described.append(
+                {
+                    "spec": dict(info.spec),
+                    "fingerprint": info.fingerprint,
+                    "dim": info.dim,
+                    "request": asked | {"layer": info.name},
+                }
+            )
+        return described
+
+
+def select(
+    catalog: Catalog,
+    layers: Sequence[str] | None = None,
+    source: str | None = None,
+    backbone: str | None = None,
+    pool: str | None = None,
+) -> list[Layer]:
+    """Find layers by name.
+
+    Parameters
+    ----------
+    catalog : Catalog
+        A folder of cache files, or one of them.
+    layers : sequence of str, optional
+        Names; ``A+B`` joins. By default every layer of the one file that fits.
+    source, backbone, pool : str, optional
+        Handles that narrow the files.
+
+    Raises
+    ------
+    CacheError
+        If a layer does not exist, or fits several files.
+    FitError
+        If joined files have different classes.
+    """
+    narrowed = {"source": source, "backbone": backbone, "pool": pool}
+    if layers is None:
+        file = catalog.find(**narrowed)
+        table = _tabulate((file,))
+        return [Layer(name, ((file, info),), table) for name, info in file.layers.items()]
+    tables: dict[tuple[CacheFile, ...], Table] = {}
+    selected = []
+    for joined in dict.fromkeys(layers):
+        names = joined.split("+")
+        files = [catalog.find(layer=name, **narrowed) for name in names]
+        key = tuple(dict.fromkeys(files))
+        if key not in tables:
+            tables[key] = _tabulate(key)
+        parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
+        selected.append(Layer(joined, parts, tables[key]))
+    return selected
+
+
+def require_finite(layer: Layer) -> None:
+    """Read the layer once and refuse rows that hold NaN or infinite features.
+
+    Raises
+    ------
+    FitError
+        Naming the layer, how many rows, and the first of them.
+    """
+    bad: list[int] = []
+    for start in range(0, len(layer.table.labels), _CHUNK):
+        index = np.arange(start, min(start + _CHUNK, len(layer.table.labels)))
+        finite = np.isfinite(layer.features(index)).all(axis=1)
+        bad += index[~finite].tolist()
+    if bad:
+        raise FitError(
+            f"layer {layer.name} has NaN or infinite features in {len(bad)} of {len(layer.table.labels)} rows, first "
+            f"{layer.table.uris[bad[0]]}; extract again with --precision fp32 or --store float32"
+        )
+
+
+def _tabulate(files: tuple[CacheFile, ...]) -> Table:
+    first = files[0]
+    usable = (first.states == DONE) & (first.labels >= 0)
+    reasons = {
+        "unreadable": first.states == UNREADABLE,
+        "not extracted yet": first.states == PENDING,
+        "without a label": (first.states == DONE) & (first.labels < 0),
+    }
+    rows = [np.flatnonzero(usable)]
+    for other in files[1:]:
+        if other.classes != first.classes:
+            raise FitError(f"{first.path.name} and {other.path.name} have different classes; join layers of one source")
+        rows = _in_both(first, rows, other)
+    counts = {reason: int(mask.sum()) for reason, mask in reasons.items()}
+    counts["not in every joined file"] = int(usable.sum()) - len(rows[0])
+    left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    notes = (f"{first.n_rows - len(rows[0])} of {first.n_rows} rows are left out: {left_out}",) if left_out else ()
+    kept = rows[0]
+    return Table(
+        files,
+        tuple(rows),
+        tuple(first.classes),
+        first.uris[kept],
+        np.array(first.labels[kept]),
+        first.splits[kept],
+        first.groups[kept],
+        np.array(first.digests[kept]),
+        notes,
+    )
+
+
+def _in_both(first: CacheFile, rows: list[Ints], other: CacheFile) -> list[Ints]:
+    """Keep the rows that `other` holds too, with the same bytes, and add their numbers there."""
+    done = np.flatnonzero(other.states == DONE)
+    place = dict(zip(_keys(other, done), done.tolist(), strict=True))
+    found = np.array([place.get(key, -1) for key in _keys(first, rows[0])], np.int64)
+    return [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+
+
+def _keys(file: CacheFile, rows: Ints) -> list[tuple[str, bytes]]:
+    return [(str(uri), digest.tobytes()) for uri, digest in zip(file.uris[rows], file.digests[rows], strict=True)]

@@ -1,0 +1,174 @@
+"""Manifests, as CSV and as Parquet: what a row means and what a table may not hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.source import open_source
+
+Writer = Callable[[Path, dict[str, list[str]]], Path]
+
+
+def write_csv(folder: Path, table: dict[str, list[str]]) -> Path:
+    lines = [",".join(table), *(",".join(row) for row in zip(*table.values(), strict=True))]
+    path = folder / "list.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_parquet(folder: Path, table: dict[str, list[str]]) -> Path:
+    path = folder / "list.parquet"
+    pq.write_table(pa.table(table), path)
+    return path
+
+
+@pytest.fixture(params=[write_csv, write_parquet], ids=["csv", "parquet"])
+def write(request: pytest.FixtureRequest) -> Writer:
+    return request.param
+
+
+def test_all_columns(tmp_path: Path, write: Writer) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.jpg").write_bytes(b"bbb")
+    (tmp_path / "a.png").write_bytes(b"a")
+    manifest = write(
+        tmp_path,
+        {
+            "split": ["Training", "valid", ""],
+            "path": ["./sub/b.jpg", "a.png", "missing.gif"],
+            "label": ["dog", "cat", ""],
+            "remark": ["x", "y", "z"],
+            "group": ["g1", "", "g2"],
+        },
+    )
+    source = open_source(manifest)
+    assert source.name == f"{tmp_path.name}-list"
+    assert source.location == manifest.as_posix()
+    assert source.classes == ("cat", "dog")
+    assert source.items == [
+        ("a.png", 0, "val", "", 1, (tmp_path / "a.png").stat().st_mtime_ns),
+        ("missing.gif", -1, "", "g2", -1, 0),
+        ("sub/b.jpg", 1, "train", "g1", 3, (tmp_path / "sub/b.jpg").stat().st_mtime_ns),
+    ]
+    assert source.read(source.items[2]) == b"bbb"
+    with pytest.raises(UnreadableImageError, match=r"^no such file$"):
+        source.read(source.items[1])
+
+
+def test_path_alone_is_enough_and_may_lead_anywhere(tmp_path: Path, write: Writer) -> None:
+    (tmp_path / "list").mkdir()
+    (tmp_path / "up.jpg").write_bytes(b"up")
+    (tmp_path / "abs").write_bytes(b"abs")
+    source = open_source(write(tmp_path / "list", {"path": ["../up.jpg", (tmp_path / "abs").as_posix()]}))
+    assert [(item.uri, item.label) for item in source.items] == [("../up.jpg", -1), ((tmp_path / "abs").as_posix(), -1)]
+    assert [source.read(item) for item in source.items] == [b"up", b"abs"]
+
+
+def test_a_folder_as_a_row_is_unreadable(tmp_path: Path, write: Writer) -> None:
+    (tmp_path / "folder.jpg").mkdir()
+    source = open_source(write(tmp_path, {"path": ["folder.jpg"]}))
+    with pytest.raises(UnreadableImageError, match=r"^not a regular file$"):
+        source.read(source.items[0])
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"file": ["a"], "label": ["x"]}, r"expected a column 'path', found file, label"),
+        ({"paht": ["a"]}, r"expected a column .path., found paht"),
+        ({"path": []}, r"expected at least one row below the header, found none"),
+        ({"path": ["a", "b", "./a"]}, r"expected each path once, found 'a' in rows \d and \d"),
+        ({"path": ["x/../a", "a"]}, r"expected each path once, found 'a'"),
+        ({"path": ["a", " "]}, r"expected a path in row \d, found none"),
+        ({"path": ["a"], "split": ["trian"]}, r"expected split.*'trian'; did you mean train"),
+        ({"path": ["a"], "split": ["dev"]}, r"expected split train, val, test or none in row \d, found 'dev'"),
+        ({"path": ["a"], " Path": ["b"]}, r"expected one column 'path', found 2"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path: Path, write: Writer, table: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(write(tmp_path, table))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "found an empty file"),
+        (b"\n\n", "found an empty file"),
+        ("path\nü.jpg\n".encode("latin-1"), r"expected UTF-8 text, found another encoding at byte 5"),
+        ("path\na.jpg\n".encode("utf-16"), r"expected UTF-8 text"),
+        ("path\na.jpg\n".encode("utf-16-le"), r"found a NUL character"),
+        (b"path\na\0b.jpg\n", r"found a NUL character"),
+        (b'path\n"a.jpg\n', r"expected a comma-separated table, line"),
+        (b"path,label\na.jpg\n", r"expected 2 fields in row 2, found 1"),
+        (b"path\na,b.jpg\n", r"expected 1 fields in row 2, found 2"),
+        (b"path;label\na.jpg;x\n", r"expected a column 'path', found path;label"),
+    ],
+)
+def test_csv_that_is_no_table(tmp_path: Path, data: bytes, message: str) -> None:
+    manifest = tmp_path / "bad.CSV"
+    manifest.write_bytes(data)
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(manifest)
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_forms_that_spreadsheets_write(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_bytes('\ufeffPath,Label\r\n"a, b.jpg","say ""x"""\r\n\r\nü.jpg,y\r\n'.encode())
+    source = open_source(manifest)
+    assert [(item.uri, source.classes[item.label]) for item in source.items] == [
+        ("a, b.jpg", 'say "x"'),
+        ("ü.jpg", "y"),
+    ]
+
+
+def test_parquet_numbers_and_nulls_become_text(tmp_path: Path) -> None:
+    table = {"path": ["a", "b", "c"], "label": pa.array([3.0, float("nan"), None]), "group": pa.array([7, 8, None])}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    source = open_source(tmp_path / "t.parquet")
+    assert source.classes == ("3",)
+    assert [(item.label, item.group) for item in source.items] == [(0, "7"), (-1, "8"), (-1, "")]
+
+
+def test_parquet_with_a_nul_in_a_path(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"path": ["a\0b"]}), tmp_path / "t.parquet")
+    with pytest.raises(SourceError, match="without NUL"):
+        open_source(tmp_path / "t.parquet")
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(SourceError, match="expected a Parquet table") as caught:
+        open_source(tmp_path / "t.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write_parquet(tmp_path, {"path": ["a"]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SourceError, match=r"pip install 'thawline\[parquet\]'"):
+        open_source(manifest)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_source_or_one_line(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    manifest = tmp_path_factory.getbasetemp() / "fuzz.csv"
+    manifest.write_bytes(b"path,label\n" + data)
+    try:
+        source = open_source(manifest)
+    except SourceError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert [item.uri for item in source.items] == sorted({item.uri for item in source.items})

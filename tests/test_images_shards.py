@@ -1,0 +1,207 @@
+"""Tar shards in WebDataset form: samples, labels, splits, and members that are passed over."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.shards import split_in
+from pipeline.images.source import open_source
+
+
+def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member[0])
+            data = b"" if isinstance(member, tarfile.TarInfo) else member[1]
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def labels_of(path: Path) -> dict[str, str]:
+    source = open_source(path)
+    return {item.uri: source.classes[item.label] if item.label >= 0 else "" for item in source.items}
+
+
+def test_one_shard(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "train-000.tar", ("b.jpg", b"image b"), ("a.png", b"image a"), ("a.cls", b" 3\n"))
+    source = open_source(shard)
+    time = shard.stat().st_mtime_ns
+    assert (source.name, source.location, source.classes) == ("train-000", shard.as_posix(), ("3",))
+    assert source.items == [
+        ("train-000.tar/a.png", 0, "train", "", 7, time),
+        ("train-000.tar/b.jpg", -1, "train", "", 7, time),
+    ]
+    assert [source.read(item) for item in source.items] == [b"image a", b"image b"]
+
+
+def test_a_folder_of_shards(tmp_path: Path) -> None:
+    write_tar(tmp_path / "set/train-0.tar", ("1.jpg", b"x"), ("1.cls", b"cat"))
+    write_tar(tmp_path / "set/train-1.tar", ("1.jpg", b"yy"), ("1.cls", b"dog"))
+    write_tar(tmp_path / "set/held out/test/0.tar", ("1.jpg", b"zzz"), ("1.json", b'{"label": "cat"}'))
+    source = open_source(tmp_path / "set")
+    assert (source.name, source.location) == ("set", (tmp_path / "set").as_posix())
+    assert [(item.uri, item.label, item.split) for item in source.items] == [
+        ("held out/test/0.tar/1.jpg", 0, "test"),
+        ("train-0.tar/1.jpg", 0, "train"),
+        ("train-1.tar/1.jpg", 1, "train"),
+    ]
+    assert [source.read(item) for item in source.items] == [b"zzz", b"x", b"yy"]
+
+
+def test_in_a_folder_images_come_before_shards(tmp_path: Path) -> None:
+    write_tar(tmp_path / "backup.tar", ("1.jpg", b"x"))
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    assert labels_of(tmp_path) == {"a.jpg": ""}
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        (("1.cls", b"7"), "7"),
+        (("1.cls", "größe\n".encode()), "größe"),
+        (("1.cls", b""), ""),
+        (("1.json", b'{"label": 7}'), "7"),
+        (("1.json", b'{"label": " cat "}'), "cat"),
+        (("1.json", b'{"label": null}'), ""),
+        (("1.json", b'{"caption": "a cat"}'), ""),
+        (("1.json", b"[1, 2]"), ""),
+        (("1.txt", b"a caption"), ""),
+        (("2.cls", b"of another sample"), ""),
+        (("sub/1.cls", b"of another folder"), ""),
+    ],
+)
+def test_labels(tmp_path: Path, label: tuple[str, bytes], expected: str) -> None:
+    assert labels_of(write_tar(tmp_path / "x.tar", ("1.jpg", b"x"), label)) == {"x.tar/1.jpg": expected}
+
+
+def test_the_class_member_comes_before_json_and_names_reach_to_the_first_dot(tmp_path: Path) -> None:
+    shard = write_tar(
+        tmp_path / "x.tar",
+        ("s/1.json", b'{"label": "json"}'),
+        ("s/1.cls", b"cls"),
+        ("s/1.left.jpg", b"x"),
+        ("s/1.right.png", b"y"),
+    )
+    assert labels_of(shard) == {"x.tar/s/1.left.jpg": "cls", "x.tar/s/1.right.png": "cls"}
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        (("1.cls", b"\xff\xfe"), r"expected a label \(number or text\) in 1\.cls, found neither text nor JSON"),
+        (("1.json", b"{"), r"found neither text nor JSON"),
+        (("1.json", b"[" * 100_000), r"found neither text nor JSON"),
+        (("1.json", b'{"label": [1]}'), r"expected a label.*1\.json, found list"),
+        (("1.cls", b"x" * (1 << 21)), r"found 2097152 bytes"),
+    ],
+)
+def test_what_is_no_label(tmp_path: Path, member: tuple[str, bytes], message: str) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(write_tar(tmp_path / "x.tar", ("1.jpg", b"x"), member))
+    assert "\n" not in str(caught.value)
+
+
+def test_members_that_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    shard = write_tar(
+        tmp_path / "x.tar",
+        ("./good.jpg", b"good"),
+        ("../secret.jpg", b"climbs"),
+        ("a/../../secret.jpg", b"climbs"),
+        ("/secret.jpg", b"absolute"),
+        (".hidden.jpg", b"hidden"),
+        ("__MACOSX/._good.jpg", b"hidden"),
+        link("soft.jpg", "../secret.jpg", tarfile.SYMTYPE),
+        link("hard.jpg", "good.jpg", tarfile.LNKTYPE),
+        link("pipe.jpg", "", tarfile.FIFOTYPE),
+        link("folder.jpg", "", tarfile.DIRTYPE),
+        ("notes.txt", b"no image"),
+    )
+    assert labels_of(shard) == {"x.tar/good.jpg": ""}
+
+
+def test_of_a_name_that_occurs_twice_the_last_counts(tmp_path: Path) -> None:
+    source = open_source(write_tar(tmp_path / "x.tar", ("1.jpg", b"old"), ("1.jpg", b"new!")))
+    assert [source.read(item) for item in source.items] == [b"new!"]
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("train-000.tar", "train"),
+        ("imagenet1k-validation-00.tar", "val"),
+        ("Test_3.TAR", "test"),
+        ("valid/0001.tar", "val"),
+        ("training/train-1.tar", "train"),
+        ("train-val-0.tar", ""),
+        ("trains-0.tar", ""),
+        ("000.tar", ""),
+    ],
+)
+def test_splits_by_name(path: str, split: str) -> None:
+    assert split_in(path) == split
+
+
+def test_a_shard_that_changed_is_not_read(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "x.tar", ("1.jpg", b"x" * 20_000), ("2.jpg", b"y"))
+    source = open_source(shard)
+    os.utime(shard, ns=(0, 1))
+    with pytest.raises(UnreadableImageError, match=r"^the shard changed after it was listed$"):
+        source.read(source.items[0])
+    shard.unlink()
+    with pytest.raises(UnreadableImageError, match=r"^no such shard$"):
+        source.read(source.items[0])
+
+
+@pytest.mark.parametrize("kept", [0, 100, 512, 700, 2048])
+def test_a_shard_cut_short_is_named(tmp_path: Path, kept: int) -> None:
+    shard = write_tar(tmp_path / "x.tar", ("1.jpg", b"x" * 2000), ("2.jpg", b"y" * 2000))
+    shard.write_bytes(shard.read_bytes()[:kept])
+    with pytest.raises(SourceError, match=r"x\.tar: expected an uncompressed tar file|expected at least one image"):
+        open_source(shard)
+
+
+def test_a_compressed_shard_is_named(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    with tarfile.open(shard, "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("1.jpg"))
+    with pytest.raises(SourceError, match="expected an uncompressed tar file") as caught:
+        open_source(shard)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_damage_is_one_line_or_the_right_bytes(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    whole = write_tar(folder / "whole.tar", ("1.jpg", b"x"), ("1.cls", b"cat"), ("2.jpg", b"y")).read_bytes()
+    damaged = bytearray(whole[: 6 * 512])
+    for place, value in data.draw(
+        st.lists(st.tuples(st.integers(0, len(damaged) - 1), st.integers(0, 255)), max_size=4)
+    ):
+        damaged[place] = value
+    shard = folder / "damaged.tar"
+    shard.write_bytes(damaged)
+    try:
+        source = open_source(shard)
+    except SourceError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    for item in source.items:
+        assert len(source.read(item)) == item.size

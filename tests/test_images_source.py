@@ -1,0 +1,79 @@
+"""The front door: what is opened as what, and what is refused with which words."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from pipeline.errors import SourceError
+from pipeline.images.source import open_source
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "Photo.JPG"
+    Image.new("RGB", (4, 4)).save(path)
+    return path
+
+
+def test_a_single_image_has_no_label(photo: Path) -> None:
+    source = open_source(photo)
+    status = photo.stat()
+    assert (source.name, source.location, source.classes) == ("Photo", photo.as_posix(), ())
+    assert source.items == [("Photo.JPG", -1, "", "", status.st_size, status.st_mtime_ns)]
+    assert source.read(source.items[0]) == photo.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Photo.JPEG", r"found nothing there; did you mean Photo\.JPG"),
+        ("notes.txt", r"expected a folder of images.*found another kind of file"),
+        ("empty", r"expected at least one image \(.*\.jpg.*\), found none"),
+        ("x\0y", r"expected a folder of images"),
+        ("n" * 5000, r"expected a folder of images"),
+        ("Photo.JPG/inside", r"expected a folder of images"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path: Path, photo: Path, name: str, message: str) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/readme.md").write_text("no image")
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_digits_are_scikit_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = open_source("digits")
+    truth = load_digits()
+    assert (source.name, source.location, len(source.items)) == ("digits", "digits", 1797)
+    assert source.classes == tuple("0123456789")
+    assert [item.label for item in source.items] == truth.target.tolist()
+    assert [item.uri for item in source.items[:2]] == ["digits/0000", "digits/0001"]
+    assert {(item.split, item.group, item.mtime_ns) for item in source.items} == {("", "", 0)}
+    for number in (0, 7, 1796):
+        data = source.read(source.items[number])
+        assert len(data) == source.items[number].size
+        image = Image.open(BytesIO(data))
+        np.testing.assert_allclose(np.asarray(image), truth.images[number] * 255 / 16, atol=0.5)
+
+
+def test_a_folder_called_digits_comes_first(tmp_path: Path, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "digits").mkdir()
+    photo.rename(tmp_path / "digits/a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert [item.uri for item in open_source("digits").items] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("word", ["Digits", "./digits", "digit"])
+def test_only_that_word_means_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match="did you mean digits"):
+        open_source(word)
