@@ -206,8 +206,7 @@ def _print_json(document: dict[str, Any]) -> None:
 def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 @contextmanager

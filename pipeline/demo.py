@@ -68,7 +68,7 @@ def _summary(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.nda
     means = {layer: values.mean() for layer, values in accuracy.items()}
     peak = max(depth, key=lambda layer: means[layer])
     first, last = depth[0], depth[-1]
-    curve = f"Accuracy goes from {means[first]:.3f} at {first} to {means[peak]:.3f} at {peak} and {means[last]:.3f} at {last}"
+    curve = f"Accuracy: {means[first]:.3f} at {first}, {means[peak]:.3f} at {peak}, {means[last]:.3f} at {last}"
     against = f"raw pixels give {means['input']:.3f}"
     if peak not in (first, last) and means[peak] > means["input"]:
         lesson = "digits are made of strokes, which the middle of the network detects; its end knows objects instead"
@@ -88,8 +88,8 @@ def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarra
     from matplotlib.figure import Figure  # of its own: no display and no global state are touched
 
     figure = Figure(figsize=(14, 7.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(7, 6))
-    top, bottom = right.subfigures(2, 1, height_ratios=(5, 3))
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(7, 6)))
+    top, bottom = np.ravel(right.subfigures(2, 1, height_ratios=(5, 2)))
 
     tests = report.results[0].n_test
     values = np.array([accuracy[layer] for layer in depth])
@@ -121,4 +121,4 @@ def _draw_mistakes(figure: SubFigure, report: FitReport, predictions: TestPredic
         for row in surest
     ]
     figure.suptitle("Its surest mistakes" if titles else "It made no mistake", fontsize=11)
-    image_strip(figure.subplots(1, MISTAKES).ravel(), images, titles)
+    image_strip(figure.subplots(1, max(len(titles), 4)).ravel(), images, titles)

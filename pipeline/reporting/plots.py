@@ -44,9 +44,14 @@ def depth_curve(
     axes.plot(np.repeat(places, accuracies.shape[1]), accuracies.ravel(), ".", color=INK, alpha=0.5, markersize=5)
     axes.plot(places[best], means[best], "o", color=ACCENT, markersize=10, zorder=3)
     axes.annotate(
-        f"{layers[best]}  {means[best]:.3f}", (places[best], intervals[best, 1]), (0, 6), textcoords="offset points",
-        color=ACCENT, weight="bold", ha="center",
-    )  # fmt: skip
+        f"{layers[best]}  {means[best]:.3f}",
+        (places[best], max(intervals[best, 1], accuracies[best].max())),
+        (0, 8),
+        textcoords="offset points",
+        color=ACCENT,
+        weight="bold",
+        ha="center",
+    )
     if baseline:
         axes.axhline(baseline[1], color=QUIET, linestyle="--", label=f"{baseline[0]}  {baseline[1]:.3f}")
     axes.set_xticks(places, layers, rotation=30, ha="right")

@@ -39,25 +39,33 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
 
 
 def fit_table(results: Sequence[FitResult]) -> Table:
-    """One row for each head, best accuracy in bold; columns that never change are left out of the table."""
-    table = _table("layer", "head", "params", "seed", "shots", "train/val/test", "accuracy", "95 % interval", "seconds")
+    """One row for each head, the best accuracy in bold; what is the same in every row stands in the title instead."""
+    columns: dict[str, list[str]] = {
+        "backbone": [result.backbone for result in results],
+        "pool": [result.pool for result in results],
+        "layer": [result.layer for result in results],
+        "head": [result.head for result in results],
+        "seed": [str(result.seed) for result in results],
+        "shots": [str(result.shots) for result in results],
+        "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
+        "chosen": [_params(result) for result in results],
+        "accuracy": [f"{result.accuracy:.3f}" for result in results],
+        "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
+        "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        "seconds": [f"{result.seconds:.1f}" for result in results],
+    }
+    fixed = [name for name in list(columns)[:7] if len(set(columns[name])) == 1]
+    title = ", ".join(f"{name} {columns.pop(name)[0]}" for name in fixed)
     best = max((result.accuracy for result in results), default=0.0)
-    for result in results:
-        low, high = result.accuracy_ci95
-        params = " ".join(f"{name}={value:.3g}" for name, value in result.params.items())
-        table.add_row(
-            result.layer,
-            result.head,
-            params if result.converged else f"{params} (not converged)",
-            str(result.seed),
-            str(result.shots),
-            f"{result.n_train}/{result.n_val}/{result.n_test}",
-            f"{result.accuracy:.3f}",
-            f"{low:.3f}–{high:.3f}",
-            f"{result.seconds:.1f}",
-            style="bold" if result.accuracy == best else "",
-        )
+    table = _table(*columns, title=title)
+    for result, *cells in zip(results, *columns.values(), strict=True):
+        table.add_row(*cells, style="bold" if result.accuracy == best else "")
     return table
+
+
+def _params(result: FitResult) -> str:
+    shown = " ".join(f"{name}={value:.3g}" for name, value in result.params.items())
+    return shown if result.converged else f"{shown} (not converged)"
 
 
 def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table:
@@ -86,8 +94,8 @@ def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, title=title or None, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
