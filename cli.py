@@ -66,8 +66,8 @@ def backbones(pattern: str | None, as_json: bool) -> None:
     if as_json:
         _print_json({"backbones": [entry._asdict() for entry in found]})
         return
-    rows = [(entry.name, entry.zoo, ", ".join(entry.weights)) for entry in found]
-    _print_table(rows_table(("backbone", "zoo", "weights"), rows))
+    rows = [(entry.name, entry.zoo, ", ".join(entry.local), ", ".join(entry.weights)) for entry in found]
+    _print_table(rows_table(("backbone", "zoo", "here without network", "all weights"), rows))
 
 
 @thawline.command()

@@ -12,9 +12,12 @@ from features_cache.errors import (
     ThawlineError,
     nearest,
 )
-from features_cache.grow import Donors, drop_redundant, grow, same_rows
+from features_cache.export import export
+from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, UNREADABLE, LayerInfo, Rows
+from features_cache.prune import drop_redundant, prune, superseded
 from features_cache.reader import CacheFile, open_cache
+from features_cache.verify import Report, repair, verify
 from features_cache.writer import CacheWriter
 
 __all__ = [
@@ -30,12 +33,18 @@ __all__ = [
     "DamagedCacheError",
     "Donors",
     "LayerInfo",
+    "Report",
     "Rows",
     "ThawlineError",
     "drop_redundant",
+    "export",
     "file_name",
     "grow",
     "nearest",
     "open_cache",
+    "prune",
+    "repair",
     "same_rows",
+    "superseded",
+    "verify",
 ]

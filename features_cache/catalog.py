@@ -8,10 +8,13 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from features_cache.errors import AmbiguousCacheError, CacheError, nearest
+from features_cache.layout import DONE
 from features_cache.reader import CacheFile, open_cache
 
-_SUPERSEDED = re.compile(r"\.superseded-(\d+)\.h5$")
+_SUPERSEDED = re.compile(r"(.+)\.superseded-(\d+)\.h5", re.DOTALL)
 
 
 class Catalog:
@@ -56,6 +59,8 @@ class Catalog:
     ) -> CacheFile:
         """Return the one file that fits everything that is not ``None``.
 
+        Files that hold `layer` with one fingerprint are equivalent: the one with most finished rows is returned.
+
         Parameters
         ----------
         layer : str, optional
@@ -76,6 +81,8 @@ class Catalog:
                 fitting = self._narrow(fitting, key, wanted, [{file.handles.get(key, "")} for file in fitting])
         if layer is not None:
             fitting = self._narrow(fitting, "layer", layer, [set(file.layers) for file in fitting])
+        if layer is not None and len({file.layers[layer].fingerprint for file in fitting}) == 1:
+            return max(fitting, key=lambda file: np.count_nonzero(file.states == DONE))
         if len(fitting) > 1:
             raise AmbiguousCacheError(
                 f"{len(fitting)} files of {self.path} fit, one was expected; narrow it with --source, -b, -l or "
@@ -100,12 +107,13 @@ def current_files(folder: Path) -> list[Path]:
 
 def is_superseded(path: Path) -> bool:
     """Tell by its name whether a file was replaced by a newer one of a changed source."""
-    return _SUPERSEDED.search(path.name) is not None
+    return _SUPERSEDED.fullmatch(path.name) is not None
 
 
-def superseded_files(path: Path) -> list[Path]:
-    """Return the files that `path` has superseded, sorted by name; `path` itself need not exist."""
-    return sorted(other for other in path.parent.glob("*.superseded-*.h5") if other.name.startswith(f"{path.stem}."))
+def superseded_files(path: Path) -> dict[int, Path]:
+    """Return the files that `path` has superseded by their number, oldest first; `path` itself need not exist."""
+    matches = [(other, _SUPERSEDED.fullmatch(other.name)) for other in path.parent.glob("*.superseded-*.h5")]
+    return dict(sorted((int(match[2]), other) for other, match in matches if match and match[1] == path.stem))
 
 
 def describe(file: CacheFile) -> str:

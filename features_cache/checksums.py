@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from features_cache.layout import RECORD
+
+if TYPE_CHECKING:
+    from features_cache.reader import CacheFile
 
 
 def crc_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
@@ -21,6 +26,8 @@ def crc_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
     -------
     ndarray of uint32, shape (n,)
     """
+    if not len(rows):
+        return np.empty(0, np.uint32)
     flat: Any = np.ascontiguousarray(rows).reshape(len(rows), -1).view(np.uint8)
     return np.fromiter(map(zlib.crc32, flat), np.uint32, len(flat))
 
@@ -34,3 +41,17 @@ def source_crc(
     for i, column in enumerate(columns):
         joined[f"f{i}"] = column
     return crc_rows(joined)
+
+
+def sound_sources(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.bool_]:
+    """Tell for each of the rows whether its label, split, group and uri are what was written; shape (k,)."""
+    columns = [np.asarray(file.array(f"/rows/{name}")[rows]) for name in ("label", "split", "group", "uri")]
+    return np.asarray(source_crc(*columns) == file.array("/rows/source_crc")[rows], bool)
+
+
+def sound_results(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.bool_]:
+    """Tell for each finished row whether what reading its image found is what was written; shape (k,)."""
+    found = np.zeros(len(file.states[rows]), RECORD)
+    for field in RECORD.names or ():
+        found[field] = file.array(f"/rows/{field}")[rows]
+    return np.asarray(crc_rows(found) == file.array("/rows/result_crc")[rows], bool)

@@ -56,6 +56,7 @@ def build_file(
     _check(rows, classes, layers, handles)
     widths = {name: columns[name].dtype.itemsize for name in ("classes", "uri", "group")}
     plan = plan_arrays(len(rows), len(classes), widths, layers)
+    _check_space(path, sum(ArrayInfo(0, *place).nbytes for place in plan.values()))
     table: dict[str, Any] = {
         "id": uuid.uuid4().hex,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -192,14 +193,18 @@ def _power_of_two(least: int) -> int:
     return max(512, 1 << (least - 1).bit_length())
 
 
-def _reserve(file: RowFile, size: int) -> None:
-    """Make the file `size` bytes long with all its disk space, so that a full disk shows before hours of work."""
-    free = shutil.disk_usage(file.path.parent).free
+def _check_space(path: Path, size: int) -> None:
+    """Refuse before anything is written what cannot fit."""
+    free = shutil.disk_usage(path.parent).free
     if size > free:
         raise CacheError(
-            f"cannot write {file.path}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; "
+            f"cannot write {path}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; "
             "free some space, choose another folder, fewer layers or --store float16"
         )
+
+
+def _reserve(file: RowFile, size: int) -> None:
+    """Make the file `size` bytes long with all its disk space, so that a full disk shows before hours of work."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.descriptor, 0, size)
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.catalog import superseded_files
-from features_cache.checksums import crc_rows
+from features_cache.checksums import crc_rows, sound_results, sound_sources
 from features_cache.convert import fixed_text
 from features_cache.errors import CacheError, explained
 from features_cache.layout import DONE, RECORD, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
@@ -94,11 +94,12 @@ def grow(
         if carry:
             _carry(old, temporary, *match_rows(old, rows))
         with explained(path, "write"):
-            path.rename(_next_superseded(path))
-            temporary.rename(path)
+            _set_aside(path)
+            temporary.replace(path)
             sync_folder(path.parent)
         return CacheWriter(path, lock)
     except BaseException:
+        temporary_path(path).unlink(missing_ok=True)
         lock.release()
         raise
 
@@ -113,7 +114,7 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
             new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
             stored = {name: np.asarray(old.matrix(name))[before] for name in old.layers}
             states = old.states[before]
-            sound = np.ones(len(before), bool)
+            sound = sound_sources(old, before) & sound_results(old, before)
             for name, values in stored.items():
                 sound &= (crc_rows(values) == old.array(f"/crc/{name}")[before]) | (states == UNREADABLE)
             found = np.zeros(len(before), RECORD)
@@ -121,16 +122,20 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
                 found[field] = old.array(f"/rows/{field}")[before]
             for state in (DONE, UNREADABLE):
                 take = np.flatnonzero(sound & (states == state))
-                values = {name: values[take] for name, values in stored.items()} if state == DONE else {}
-                ledger.put(new[take], values, found[take], state)
+                taken = {name: values[take] for name, values in stored.items()} if state == DONE else {}
+                ledger.put(new[take], taken, found[take], state)
         ledger.commit()
     finally:
         ledger.close()
 
 
-def _next_superseded(path: Path) -> Path:
-    numbers = [int(other.stem.rpartition("-")[2]) for other in superseded_files(path)]
-    return path.with_name(f"{path.stem}.superseded-{max(numbers, default=0) + 1}.h5")
+def _set_aside(path: Path) -> None:
+    """Give the old file its superseded name; it keeps the other one too until the new file takes that over."""
+    kept = path.with_name(f"{path.stem}.superseded-{max(superseded_files(path), default=0) + 1}.h5")
+    try:
+        kept.hardlink_to(path)
+    except OSError:  # a file system without hard links
+        path.rename(kept)
 
 
 class Donors:
@@ -145,20 +150,18 @@ class Donors:
     """
 
     def __init__(self, folder: Path, fingerprints: Collection[str]) -> None:
-        self._files: list[tuple[CacheFile, NDArray[np.int64], NDArray[np.uint64]]] = []
-        self._names: list[str] = []
+        self._files: list[tuple[CacheFile, list[str], NDArray[np.int64], NDArray[np.uint64]]] = []
         for path in sorted(folder.glob("*.h5")):
             try:
                 file = open_cache(path)
+                rows = np.flatnonzero(file.states == DONE)
             except CacheError:
                 continue  # `Catalog.problems` names it; it has nothing to give
             names = {info.fingerprint: name for name, info in file.layers.items()}
             if names.keys() >= set(fingerprints):
-                self._names = [names[fingerprint] for fingerprint in fingerprints]
-                rows = np.flatnonzero(file.states == DONE)
                 keys = np.ascontiguousarray(file.digests[rows][:, :8]).view("<u8").reshape(-1)
                 order = np.argsort(keys, kind="stable")
-                self._files.append((file, rows[order], keys[order]))
+                self._files.append((file, [names[one] for one in fingerprints], rows[order], keys[order]))
 
     def __contains__(self, digest: bytes) -> bool:
         return self.find(digest) is not None
@@ -172,40 +175,15 @@ class Donors:
     def find(self, digest: bytes) -> dict[str, NDArray[Any]] | None:
         """Return the features of an image by layer name, each of shape (dim,), or None where no sound row has them."""
         key = np.frombuffer(digest[:8], "<u8")[0]
-        for file, rows, keys in self._files:
+        for file, names, rows, keys in self._files:
             start, stop = np.searchsorted(keys, key, "left"), np.searchsorted(keys, key, "right")
             for row in rows[start:stop].tolist():
-                if file.digests[row].tobytes() == digest and (features := self._sound(file, row)) is not None:
+                if file.digests[row].tobytes() == digest and (features := _sound(file, names, row)) is not None:
                     return features
         return None
 
-    def _sound(self, file: CacheFile, row: int) -> dict[str, NDArray[Any]] | None:
-        features = {name: np.array(file.matrix(name)[row]) for name in self._names}
-        sound = all(crc_rows(values[None])[0] == file.array(f"/crc/{name}")[row] for name, values in features.items())
-        return features if sound else None
 
-
-def drop_redundant(path: str | Path) -> list[Path]:
-    """Delete the superseded versions of a file that hold no image which the file itself does not hold.
-
-    Returns
-    -------
-    list of Path
-        What was deleted. Other versions stay until the user prunes them.
-    """
-    path = Path(path)
-    versions = superseded_files(path)
-    if not versions:
-        return []
-    kept = _done_digests(open_cache(path))
-    dropped = []
-    for version in versions:
-        if _done_digests(open_cache(version)) <= kept:
-            with explained(version, "delete"):
-                version.unlink()
-            dropped.append(version)
-    return dropped
-
-
-def _done_digests(file: CacheFile) -> set[bytes]:
-    return set(map(bytes, file.digests[file.states == DONE]))
+def _sound(file: CacheFile, names: Sequence[str], row: int) -> dict[str, NDArray[Any]] | None:
+    features = {name: np.array(file.matrix(name)[row]) for name in names}
+    sound = all(crc_rows(values[None])[0] == file.array(f"/crc/{name}")[row] for name, values in features.items())
+    return features if sound and sound_results(file, np.array([row]))[0] else None

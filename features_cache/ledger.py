@@ -18,6 +18,8 @@ from features_cache.rowfile import RowFile
 COMMIT_SECONDS = 1.0
 COMMIT_SHARE = 0.01
 """Commits come at most once in `COMMIT_SECONDS`, and on a slow disk so rarely that they take this share of the time."""
+HELD_BYTES = 8 << 20
+"""Features wait in memory until there are so many or a commit comes: many small writes cost three times as much."""
 
 
 class Ledger:
@@ -37,7 +39,10 @@ class Ledger:
     def __init__(self, cache: CacheFile) -> None:
         self._path = cache.path
         self._arrays = cache.header.arrays
+        self._layers = tuple(cache.layers)
         self.states = np.array(cache.states)
+        self._held: list[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]] = []
+        self._held_bytes = 0
         self._unsynced: list[tuple[NDArray[np.int64], NDArray[np.void]]] = []
         self._due = time.monotonic() + COMMIT_SECONDS
         with explained(cache.path, "write"):
@@ -56,7 +61,7 @@ class Ledger:
     def put(
         self, rows: NDArray[np.int64], stored: Mapping[str, NDArray[Any]], found: NDArray[np.void], state: int
     ) -> None:
-        """Write values of rows that become `state` with the next commit.
+        """Take values of rows that become `state` with the next commit.
 
         Parameters
         ----------
@@ -69,15 +74,16 @@ class Ledger:
         state : int
             ``DONE`` or ``UNREADABLE``.
         """
-        with explained(self._path, "write"):
-            for name, values in stored.items():
-                self._file.put(self._arrays[f"/features/{name}"], rows, values)
-                self._file.put(self._arrays[f"/crc/{name}"], rows, crc_rows(values))
+        self._held.append((rows, {name: values.copy() for name, values in stored.items()}))
         self._unsynced.append((rows, found))
         self.states[rows] = state
+        self._held_bytes += sum(values.nbytes for values in stored.values())
+        if self._held_bytes >= HELD_BYTES:
+            self._flush()
 
     def get(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of an array as stored, shape (k, ...), what was put just now included."""
+        self._flush()
         with explained(self._path, "read"):
             return self._file.get(self._arrays[name], rows)
 
@@ -100,6 +106,7 @@ class Ledger:
         if not self._unsynced:
             return
         started = time.monotonic()
+        self._flush()
         rows = np.concatenate([rows for rows, _ in self._unsynced])
         order = np.argsort(rows)
         rows, found = rows[order], np.concatenate([found for _, found in self._unsynced])[order]
@@ -115,9 +122,16 @@ class Ledger:
         ended = time.monotonic()
         self._due = ended + max(COMMIT_SECONDS, (ended - started) / COMMIT_SHARE)
 
-    def moved(self, cache: CacheFile) -> None:
-        """Take note that the file was renamed to `cache.path`."""
-        self._path = self._file.path = cache.path
+    def _flush(self) -> None:
+        with explained(self._path, "write"):
+            for name in self._layers:
+                parts = [(rows, stored[name]) for rows, stored in self._held if name in stored]
+                if parts:
+                    rows, values = np.concatenate([x for x, _ in parts]), np.concatenate([x for _, x in parts])
+                    self._file.put(self._arrays[f"/features/{name}"], rows, values)
+                    self._file.put(self._arrays[f"/crc/{name}"], rows, crc_rows(values))
+        self._held.clear()
+        self._held_bytes = 0
 
     def close(self) -> None:
         """Close the file without committing."""

@@ -196,6 +196,8 @@ def _compute(
         path = run.output / file_name(images.name, backbone.handle, key)
         handles = {"source": images.name, "backbone": backbone.handle, "pool": request.pool}
         asked = request.to_json() | {"location": images.location, "aliases": aliases}
+        if path.exists():
+            open_cache(path)  # a damaged file under this name is refused with its own reason
         writer = CacheWriter.create(path, rows, images.classes, layers, handles, asked)
         results.append(_fill(writer, images, backbone.preprocessing, TorchEngine(network, resolved), run))
     return results
@@ -262,7 +264,7 @@ def _rows(images: ImageSource) -> Rows:
 
 def _files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
     """Return the cache files in `folder` that hold images of this source."""
-    if not folder.exists():
+    if not any(folder.glob("*.h5")):
         return []
     return [file for file in Catalog(folder).files if file.request.get("location") == images.location]
 

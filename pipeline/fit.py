@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from pipeline.heads.store import SavedModel, check_destination, current_versions
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, to_json
 from pipeline.selection import Layer, select
-from pipeline.trials import Cut, Progress, check_rows, cut_layers, run_trials
+from pipeline.trials import Cut, Finished, Progress, check_rows, cut_layers, run_trials
 
 T = TypeVar("T")
 
@@ -116,40 +115,27 @@ def fit(
     ModelFileError
         If the model cannot be written.
     """
-    heads, seeds, shots = _distinct(heads), _distinct(seeds), _distinct(shots)
-    chosen = [find_head(name) for name in heads]
     _check_choices(heads, seeds, shots)
+    seeds, shots = _distinct(seeds), _distinct(shots)
+    chosen = _distinct([find_head(name) for name in heads])
     destination = None if save is None else check_destination(save)
     selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
     cuts = cut_layers(selected, seeds, shots)
-    check_rows(selected, cuts, chosen)
-
-    # trials go cut by cut, so that heads share what is prepared; the report goes layers × heads × seeds × shots
-    pairs = list(itertools.product(cuts, chosen))
-    grid = np.arange(len(pairs)).reshape(len(selected), len(seeds), len(shots), len(chosen))
-    order = grid.transpose(0, 3, 1, 2).reshape(-1)
-    outcomes, best, pipeline = run_trials(
-        cuts, chosen, np.argsort(order).tolist(), jobs, progress, keep=save is not None
-    )
-    trials = [pairs[number] for number in order]
-    results = [_result(cut, head, outcome) for (cut, head), outcome in zip(trials, outcomes, strict=True)]
+    trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
+    check_rows(trials)
+    finished = run_trials(trials, jobs, progress, keep=destination is not None)
+    pairs = list(zip(trials, finished.outcomes, strict=True))
+    results = [_result(cut, head, outcome) for (cut, head), outcome in pairs]
     if destination is not None:
-        cut, head = trials[best]
-        model = SavedModel(
-            pipeline=pipeline,
-            head=head.name,
-            params=results[best].params,
-            layers=cut.layer.describe(),
-            classes=cut.layer.table.classes,
-            metrics=to_json(results[best]),
-            versions=current_versions(),
-        )
-        save_model(destination, model)
-    predictions = [_predictions(cut, outcome) for (cut, _), outcome in zip(trials, outcomes, strict=True)]
-    notes = _notes(
-        selected, cuts, chosen, [(head, outcome) for (_, head), outcome in zip(trials, outcomes, strict=True)]
+        save_model(destination, _model(finished, trials[finished.best][0].layer, results[finished.best]))
+    return FitReport(
+        results,
+        [_predictions(cut, outcome) for (cut, _), outcome in pairs],
+        _notes(trials, finished.outcomes),
+        selected[0].table.classes,
+        finished.best,
+        destination,
     )
-    return FitReport(results, predictions, notes, selected[0].table.classes, best, destination)
 
 
 def _distinct(values: Sequence[T]) -> list[T]:
@@ -194,16 +180,26 @@ def _predictions(cut: Cut, outcome: Outcome) -> TestPredictions:
     return TestPredictions(table.uris[test], table.labels[test], outcome.y_pred, outcome.probability)
 
 
-def _notes(
-    layers: Sequence[Layer], cuts: Sequence[Cut], heads: Sequence[Head], outcomes: Sequence[tuple[Head, Outcome]]
-) -> list[str]:
-    notes = [note for layer in layers for note in layer.table.notes]
+def _model(finished: Finished, layer: Layer, result: FitResult) -> SavedModel:
+    return SavedModel(
+        finished.model,
+        result.head,
+        result.params,
+        layer.describe(),
+        layer.table.classes,
+        to_json(result),
+        current_versions(),
+    )
+
+
+def _notes(trials: Sequence[tuple[Cut, Head]], outcomes: Sequence[Outcome]) -> list[str]:
+    cuts = dict.fromkeys(cut for cut, _ in trials)
+    notes = [note for cut in cuts for note in cut.layer.table.notes]
     notes += [note for cut in cuts for note in cut.splits.notes]
-    for head in heads:
-        choices = [outcome.choice for other, outcome in outcomes if other is head]
-        missed = sum(choice.unconverged for choice in choices)
+    for head in dict.fromkeys(head for _, head in trials):
+        choices = [outcome.choice for (_, other), outcome in zip(trials, outcomes, strict=True) if other is head]
+        missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
         if missed:
-            tried = sum(choice.tried for choice in choices)
             notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
         if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
             fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())

@@ -30,6 +30,25 @@ class Cut:
     splits: Splits
 
 
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """All outcomes, in the order of their trials.
+
+    Parameters
+    ----------
+    outcomes : list of Outcome
+        Without their models.
+    best : int
+        Index of the one of best validation accuracy, the first on a tie; where nothing was validated, the first.
+    model : Pipeline or None
+        The best one's, if models were to be kept.
+    """
+
+    outcomes: list[Outcome]
+    best: int
+    model: Any
+
+
 def cut_layers(layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[int | str]) -> list[Cut]:
     """Split each layer's rows; layers of the same files share their splits."""
     made: dict[tuple[int, int, int | str], Splits] = {}
@@ -39,64 +58,77 @@ def cut_layers(layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[in
         key = (id(table), seed, count)
         if key not in made:
             columns = (table.labels, table.splits, table.groups, table.digests)
-            made[key] = make_splits(*columns, seed, count, table.classes, table.uris)
+            made[key] = make_splits(*columns, seed, count, table.classes, table.uris.tolist())
         cuts.append(Cut(layer, seed, count, made[key]))
     return cuts
 
 
-def check_rows(layers: Sequence[Layer], cuts: Sequence[Cut], heads: Sequence[Head]) -> None:
-    """Refuse, before the first fit, rows that a head cannot take: too many of them, or not finite."""
-    largest = max(len(cut.splits.train) + len(cut.splits.val) for cut in cuts)
-    for head in heads:
-        most = head.family.most_rows
-        if most is not None and largest > most:
+def check_rows(trials: Sequence[tuple[Cut, Head]]) -> None:
+    """Refuse what the rows do not allow, before anything is trained.
+
+    Raises
+    ------
+    FitError
+        If a layer has NaN or infinite features, or a head is given more rows than it can take.
+    """
+    for cut, head in trials:
+        rows, most = len(cut.splits.train) + len(cut.splits.val), head.family.most_rows
+        if most is not None and rows > most:
             raise FitError(
-                f"{head.name} compares all pairs of at most {most} training rows, got {largest}; "
+                f"{head.name} compares all pairs of at most {most} training rows, got {rows}; "
                 "take linear_svm, or fewer rows with --shots"
             )
-    for layer in layers:
+    for layer in dict.fromkeys(cut.layer for cut, _ in trials):
         require_finite(layer)
 
 
 def run_trials(
-    cuts: Sequence[Cut],
-    heads: Sequence[Head],
-    places: Sequence[int],
-    jobs: int | None,
-    progress: Progress | None,
-    *,
-    keep: bool,
-) -> tuple[list[Outcome], int, Any]:
-    """Return the outcomes in the order of the report, without their models, the best one's place, and its model."""
+    trials: Sequence[tuple[Cut, Head]], jobs: int | None, progress: Progress | None, *, keep: bool
+) -> Finished:
+    """Run all trials, several at a time.
+
+    Parameters
+    ----------
+    trials : sequence of (Cut, Head)
+    jobs : int, optional
+        Processes; one a core by default, and never more than there are trials.
+    progress : callable, optional
+        Called as ``progress(done, total, "fit")``.
+    keep : bool
+        Whether to keep the best model.
+    """
     outcomes: dict[int, Outcome] = {}
-    best, pipeline = (-math.inf, 0), None
-    workers = min(jobs or joblib.cpu_count(), len(places))
+    best, model = (-math.inf, 0), None
+    workers = min(jobs or joblib.cpu_count(), len(trials))
+    first: dict[Cut, int] = {}
+    for place, (cut, _) in enumerate(trials):
+        first.setdefault(cut, place)
+    places = sorted(range(len(trials)), key=lambda place: first[trials[place][0]])  # cut by cut: heads share rows
     # one trial prepared ahead of the workers keeps them busy, and memory within what they use
     parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, pre_dispatch="n_jobs + 1")
     with threadpool_limits(1 if workers > 1 else None):
-        for place, outcome in zip(places, parallel(_trials(cuts, heads, keep=keep)), strict=True):
-            if (rank(outcome), -place) > best:
-                best, pipeline = (rank(outcome), -place), outcome.pipeline
+        tasks = _tasks([trials[place] for place in places], keep=keep)
+        for place, outcome in zip(places, parallel(tasks), strict=True):
+            score = -1.0 if math.isnan(outcome.choice.score) else outcome.choice.score
+            if (score, -place) > best:
+                best, model = (score, -place), outcome.pipeline
             outcomes[place] = replace(outcome, pipeline=None)
             if progress is not None:
-                progress(len(outcomes), len(places), "fit")
-    return [outcomes[place] for place in range(len(places))], -best[1], pipeline
+                progress(len(outcomes), len(trials), "fit")
+    return Finished([outcomes[place] for place in range(len(trials))], -best[1], model)
 
 
-def _trials(cuts: Sequence[Cut], heads: Sequence[Head], *, keep: bool) -> Iterator[Any]:
-    for cut in cuts:
+def _tasks(trials: Sequence[tuple[Cut, Head]], *, keep: bool) -> Iterator[Any]:
+    """Prepare rows when a worker is about to need them, once for all heads of a cut that want the same."""
+    prepared: dict[tuple[str, bool], Prepared] = {}
+    current = None
+    for cut, head in trials:
+        if cut is not current:
+            prepared, current = {}, cut
         table = cut.layer.table
-        shared: dict[tuple[str, bool], Prepared] = {}
-        for head in heads:
-            key = (head.scaling, head.family.linear and cut.layer.dim > len(cut.splits.train))
-            if key not in shared:
-                scaling, rotated = key
-                shared[key] = prepare(
-                    cut.layer.features, table.labels, cut.splits, scaling, rotated=rotated, seed=cut.seed
-                )
-            yield joblib.delayed(run_trial)(head, shared[key], len(table.classes), keep=keep)
-
-
-def rank(outcome: Outcome) -> float:
-    """Return the validation accuracy; parameters that were not validated rank last."""
-    return -1.0 if math.isnan(outcome.choice.score) else outcome.choice.score
+        scaling, rotated = head.scaling, head.family.linear and cut.layer.dim > len(cut.splits.train)
+        if (scaling, rotated) not in prepared:
+            prepared[scaling, rotated] = prepare(
+                cut.layer.features, table.labels, cut.splits, scaling, rotated=rotated, seed=cut.seed
+            )
+        yield joblib.delayed(run_trial)(head, prepared[scaling, rotated], len(table.classes), keep=keep)

@@ -90,4 +90,4 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
 
 def classifier(name: str, module: nn.Module) -> str | None:
     """Return the dotted name of the classifier."""
-    return timm_zoo.classifier(name, module)
+    return timm_zoo.classifier(f"tf_{name}", module)

@@ -1,4 +1,4 @@
-"""Layers by name, and the tap: one network that runs from pixels to the pooled features of some layers and no further."""
+"""Layers by name, and the tap: a network that runs from pixels to the features of some layers and no further."""
 
 from __future__ import annotations
 
@@ -19,17 +19,32 @@ from pipeline.errors import BackboneError
 
 INPUT = "input"
 PENULTIMATE = "penultimate"
-ALIASES = (PENULTIMATE, "stages", "logits", INPUT)
+STAGES = "stages"
+LOGITS = "logits"
+ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 INPUT_SIDE = 32
 INPUT_DIM = 3 * INPUT_SIDE**2
 
 
 class LayerRow(NamedTuple):
-    """One line of `describe`: the shape is without the batch axis; aliases that lead here may be several."""
+    """One line of `describe`: the shape is without the batch axis; `aliases` are those that lead here."""
 
     name: str
     shape: tuple[int, ...]
     aliases: tuple[str, ...]
+
+
+def describe(backbone: Backbone) -> list[LayerRow]:
+    """Return ``input`` and all layers of a network in order of computation, with their shapes and aliases."""
+    traced = backbone.traced
+    aliases: dict[str | None, list[str]] = {name: [STAGES] for name in stages(traced)}
+    aliases.setdefault(traced.classifier, []).append(LOGITS)
+    read = classifier_input(traced)
+    outermost = [name for name, node in traced.nodes.items() if node is read][-1:]
+    for name in outermost:
+        aliases.setdefault(name, []).append(PENULTIMATE)
+    rows = [LayerRow(name, shape, tuple(aliases.get(name, ()))) for name, shape in traced.shapes.items()]
+    return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
 
 
 def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]:
@@ -51,65 +66,66 @@ def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]
         raise BackboneError(f"no layer was asked for: name one, such as {PENULTIMATE}")
     resolved: list[str] = []
     for layer in layers:
-        resolved += _resolve(backbone, layer)
+        resolved += [layer] if layer == INPUT else _resolve(backbone, layer)
     return tuple(dict.fromkeys(resolved))
 
 
 def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
-    if layer in (INPUT, PENULTIMATE):
-        return (layer,)
-    traced = backbone.traced
-    if layer == "stages":
+    traced, handle = backbone.traced, backbone.handle
+    if layer == STAGES:
         found = stages(traced)
         if not found:
-            raise BackboneError(f"{backbone.handle} has no stages that end in maps; {_suggest(backbone)}")
+            raise BackboneError(f"{handle} has no stages that end in maps; {_suggestion(traced)}")
         return found
-    if layer == "logits":
-        if traced.classifier not in traced.shapes:
-            raise BackboneError(f"{backbone.handle} has no classifier, so no logits; {_suggest(backbone)}")
-        return (str(traced.classifier),)
-    shape = traced.shapes.get(layer)
-    if shape is None and layer in dict(traced.module.named_modules()):
+    name = traced.classifier if layer == LOGITS else layer
+    if name is not None and _find(traced, name) is not None:
+        return (name,)
+    if layer in (LOGITS, PENULTIMATE):
+        raise BackboneError(f"{handle} has no classifier that '{layer}' could go by; {_suggestion(traced)}")
+    if layer in traced.shapes:
+        shape = "x".join(map(str, traced.shapes[layer]))
         raise BackboneError(
-            f"layer {layer} of {backbone.handle} gives no tensor of one row an image; {_suggest(backbone)}"
+            f"layer {layer} of {handle} has the shape {shape}: expected c x h x w, tokens x d or d; {_suggestion(traced)}"
         )
-    if shape is None:
-        raise BackboneError(
-            f"{backbone.handle} has no layer '{layer}'{nearest(layer, [*ALIASES, *traced.shapes])}; "
-            f"`thawline layers {backbone.handle}` lists them all"
-        )
-    if layout_of(shape) is None:
-        raise BackboneError(
-            f"layer {layer} of {backbone.handle} has the shape {shape}, not c x h x w; {_suggest(backbone)}"
-        )
-    return (layer,)
+    if layer in dict(traced.module.named_modules()):
+        raise BackboneError(f"layer {layer} of {handle} gives no tensor with a row an image; {_suggestion(traced)}")
+    raise BackboneError(
+        f"{handle} has no layer '{layer}'{nearest(layer, [*ALIASES, *traced.shapes])}; "
+        f"`thawline layers {handle}` lists them all"
+    )
 
 
-def _suggest(backbone: Backbone) -> str:
+def _suggestion(traced: Traced) -> str:
     """Return layers that work, for an error's end."""
-    known = [name for name, shape in backbone.traced.shapes.items() if layout_of(shape) is not None]
-    outer = [name for name in known if name.count(".") <= 1]
-    some = (outer or known)[:: max(1, len(outer or known) // 4)][:4]
-    return f"layers that work: {', '.join([PENULTIMATE, *some])}"
+    known = [name for name in traced.shapes if _find(traced, name) is not None]
+    outer = [name for name in known if name.count(".") <= 1] or known
+    return f"layers that work: {', '.join(outer[:: max(1, len(outer) // 4)][:5])}"
 
 
-def describe(backbone: Backbone) -> list[LayerRow]:
-    """Return all layers of a network in order of computation, with shapes and the aliases that lead to them."""
-    traced = backbone.traced
-    aliases: dict[str, list[str]] = {}
-    for name in stages(traced):
-        aliases.setdefault(name, []).append("stages")
-    if traced.classifier in traced.shapes:
-        aliases.setdefault(str(traced.classifier), []).append("logits")
-    read = classifier_input(traced)
-    for name in [name for name, node in traced.nodes.items() if node is read][-1:]:
-        aliases.setdefault(name, []).append(PENULTIMATE)
-    rows = [
-        LayerRow(name, shape, tuple(aliases.get(name, ())))
-        for name, shape in traced.shapes.items()
-        if name != PENULTIMATE
-    ]
-    return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
+class _Tap(NamedTuple):
+    """What to pool for a layer: a node of the graph, or, in a network that cannot be traced, a module's name."""
+
+    source: fx.Node | str
+    shape: Shape
+    layout: Layout
+
+
+def _find(traced: Traced, layer: str, pool: str = "avg") -> _Tap | None:
+    """Return the tap for `layer`, or None if there is nothing that could be pooled.
+
+    With the plain average, ``penultimate`` is what the classifier reads; otherwise the map that is pooled into that.
+    """
+    source: fx.Node | str | None = layer if traced.graph is None else traced.nodes.get(layer)
+    if layer == PENULTIMATE:
+        source = traced.classifier
+        if traced.graph is not None:
+            source = (last_map(traced) if pool != "avg" else None) or classifier_input(traced)
+    if isinstance(source, fx.Node):
+        shape = source.meta.get(SHAPE)
+    else:
+        shape = traced.read if layer == PENULTIMATE else traced.shapes.get(layer)
+    layout = layout_of(shape) if shape is not None else None
+    return _Tap(source, shape, layout) if source and shape and layout else None
 
 
 class TappedNetwork(nn.Module):
@@ -118,15 +134,18 @@ class TappedNetwork(nn.Module):
     Parameters
     ----------
     backbone : Backbone
+        A loaded network.
     layers : tuple of str
-        Resolved names.
+        As `resolve_layers` returns them.
     pool : str
         One of `pipeline.spec.POOLS`.
 
     Attributes
     ----------
+    layers : tuple of str
+        The layers, in the order of the results.
     dims : dict of str to int
-        Length of each layer's features, in the order of the results.
+        Length of each layer's features, in the same order.
     body : torch.nn.Module or None
         What maps normalised images to features; None where only ``input`` is tapped.
     """
@@ -137,20 +156,18 @@ class TappedNetwork(nn.Module):
     def __init__(self, backbone: Backbone, layers: tuple[str, ...], pool: str) -> None:
         super().__init__()
         check_pool(pool)
-        traced = backbone.traced
-        inner = [layer for layer in layers if layer != INPUT]
-        shapes = {layer: _tapped_shape(traced, layer, pool) for layer in inner}
-        pools = {layer: Pool(pool, _layout(shape)) for layer, shape in shapes.items()}
+        found = {layer: _find(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
+        taps = {layer: item for layer, item in found.items() if item is not None}
         self.layers = layers
         self.dims = {
-            layer: pooled_dim(shapes[layer], pools[layer].layout, pool) if layer in shapes else INPUT_DIM
+            layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers
         }
-        self.body = _body(traced, pool, pools) if inner else None
-        mean = torch.tensor(backbone.preprocessing.mean, dtype=torch.float64)
-        std = torch.tensor(backbone.preprocessing.std, dtype=torch.float64)
-        self.register_buffer("scale", (1 / (255 * std)).float().view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).float().view(1, 3, 1, 1), persistent=False)
+        self.body = _body(backbone.traced, taps, pool) if taps else None
+        mean = torch.tensor(backbone.preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
+        std = torch.tensor(backbone.preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
+        self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+        self.register_buffer("shift", (-mean / std).float(), persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> TappedNetwork:
@@ -169,13 +186,21 @@ def _small(x: Tensor) -> Tensor:
         return adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1)
 
 
+def _body(traced: Traced, taps: dict[str, _Tap], pool: str) -> nn.Module:
+    pools = [Pool(pool, item.layout) for item in taps.values()]
+    nodes = [item.source for item in taps.values() if isinstance(item.source, fx.Node)]
+    if nodes:
+        return tapped_graph(traced, nodes, pools)
+    return HookedBody(traced.module, [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()], pools)
+
+
 def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedNetwork:
     """Return the network that maps uint8 pixels to the pooled features of `layers`, and computes nothing beyond.
 
     Parameters
     ----------
     backbone : Backbone
-        A loaded network.
+        A loaded network; the result shares its weights.
     layers : sequence of str
         As for `resolve_layers`.
     pool : str, default "avg"
@@ -187,33 +212,3 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
         If a layer or the pooling does not exist.
     """
     return TappedNetwork(backbone, resolve_layers(backbone, layers), pool)
-
-
-def _source(traced: Traced, layer: str, pool: str) -> fx.Node | None:
-    """Return the node to pool for `layer`: with the plain average, ``penultimate`` is what the classifier reads."""
-    if layer != PENULTIMATE:
-        return traced.nodes.get(layer)
-    return (last_map(traced) if pool != "avg" else None) or classifier_input(traced)
-
-
-def _tapped_shape(traced: Traced, layer: str, pool: str) -> Shape:
-    node = _source(traced, layer, pool)
-    return traced.shapes.get(layer, ()) if node is None else node.meta.get(SHAPE, ())
-
-
-def _layout(shape: Shape) -> Layout:
-    layout = layout_of(shape)
-    if layout is None:
-        raise BackboneError(f"activations of shape {shape} cannot be pooled; name another layer")
-    return layout
-
-
-def _body(traced: Traced, pool: str, pools: dict[str, Pool]) -> nn.Module:
-    if traced.graph is None:
-        taps = [
-            (str(traced.classifier) if layer == PENULTIMATE else layer, layer == PENULTIMATE, pools[layer])
-            for layer in pools
-        ]
-        return HookedBody(traced.module, taps)
-    sources = [_source(traced, layer, pool) for layer in pools]
-    return tapped_graph(traced, [node for node in sources if node is not None], list(pools.values()))

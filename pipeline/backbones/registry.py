@@ -23,13 +23,26 @@ from pipeline.spec import Preprocessing
 class Zoo(Protocol):
     """What a module must offer to be a zoo; `tags` come default first, and `size` is None for the network's own."""
 
-    def names(self) -> list[str]: ...
-    def tags(self, name: str) -> tuple[str, ...]: ...
-    def cached(self, name: str, tag: str) -> bool: ...
-    def build(self, name: str, size: int | None, classes: int | None) -> nn.Module: ...
-    def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module: ...
-    def preprocessing(self, name: str, tag: str | None) -> Preprocessing: ...
-    def classifier(self, name: str, module: nn.Module) -> str | None: ...
+    def names(self) -> list[str]:
+        """Return the names of all networks."""
+
+    def tags(self, name: str) -> tuple[str, ...]:
+        """Return the tags of the pretrained weights."""
+
+    def cached(self, name: str, tag: str) -> bool:
+        """Tell whether these weights need no network connection."""
+
+    def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
+        """Return the network without pretrained weights, with its own number of classes where none is given."""
+
+    def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module:
+        """Return the network with these weights, or raise `BackboneError`."""
+
+    def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
+        """Return what these weights expect of an image; None stands for the default tag."""
+
+    def classifier(self, name: str, module: nn.Module) -> str | None:
+        """Return the dotted name of the classifier in a network that was built here."""
 
 
 ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
@@ -81,12 +94,12 @@ class BackboneRow(NamedTuple):
     local: tuple[str, ...]
 
 
-def list_backbones(pattern: str = "") -> list[BackboneRow]:
+def list_backbones(pattern: str | None = None) -> list[BackboneRow]:
     """Return the networks whose name fits `pattern`, in the order of the zoos, then by name.
 
     Parameters
     ----------
-    pattern : str, default ""
+    pattern : str, optional
         A part of the name, or a shell pattern such as ``"resnet*"``; it may name the zoo (``"timm/vit*"``).
 
     Raises
@@ -94,6 +107,7 @@ def list_backbones(pattern: str = "") -> list[BackboneRow]:
     BackboneError
         If nothing fits.
     """
+    pattern = pattern or ""
     shell = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     rows = []
     for zoo_name, zoo in ZOOS.items():
@@ -149,15 +163,19 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     zoo_name, bare, _ = _parse(name)
     zoo = ZOOS[zoo_name]
 
-    try:
-        with torch.device("meta"):
-            module = build_untouched(lambda: zoo.build(bare, size, None))
-    except (NotImplementedError, RuntimeError):  # a few networks look at values while they are built
-        module = build_untouched(lambda: zoo.build(bare, size, None))
-    module = module.eval().requires_grad_(False)
-    preprocessing = _resized(zoo.preprocessing(bare, None), size)
-    handle = _short(zoo_name, bare)
-    return Backbone(f"{zoo_name}/{bare}", handle, "", "", module, preprocessing, zoo.classifier(bare, module))
+    for device in ("meta", "cpu"):  # a few networks look at values, while they are built or while they run
+        try:
+            with torch.device(device):
+                module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
+            classifier = zoo.classifier(bare, module)
+            backbone = Backbone(f"{zoo_name}/{bare}", handle, "", "", module, preprocessing, classifier)
+            backbone.traced
+        except (NotImplementedError, RuntimeError, BackboneError):
+            if device == "cpu":
+                raise
+        else:
+            break
+    return backbone
 
 
 def _parse(text: str) -> tuple[str, str, str]:

@@ -62,7 +62,8 @@ def stages(traced: Traced) -> tuple[str, ...]:
 
     A stage ends with the last block before the resolution changes, and where a sequence of blocks ends and the number
     of channels changes; in a network without blocks (VGG, AlexNet) with the last layer before the resolution changes.
-    A stage is called by its outermost module that holds no other stage's end.
+    A stage is called by the outermost module around its end that gives maps as large and holds no other stage's end.
+    Networks whose weights mostly come after the last of these maps have none.
     """
     if traced.graph is None:
         return ()
@@ -73,7 +74,20 @@ def stages(traced: Traced) -> tuple[str, ...]:
     named = [node for node in names if names[node]]
     blocks = _blocks(traced, names)
     ends = _block_ends(traced, names, blocks) if len(blocks) > 1 else _resolution_ends(traced, named)
-    return tuple(_outermost(node, ends, names) for node in ends) if len(ends) > 1 else ()
+    if len(ends) < 2 or not _is_late(ends[-1], traced):
+        return ()
+    return tuple(_outermost(node, ends, names, traced) for node in ends)
+
+
+def _is_late(end: fx.Node, traced: Traced) -> bool:
+    """Tell whether most layers of weights stand before `end`; where most come after, the maps are only a stem."""
+    order = list(end.graph.nodes)
+    layers = [place for place, node in enumerate(order) if _has_weights(node, traced)]
+    return sum(place <= order.index(end) for place in layers) * 2 >= len(layers)
+
+
+def _has_weights(node: fx.Node, traced: Traced) -> bool:
+    return node.op == "call_module" and isinstance(traced.module.get_submodule(str(node.target)), _WEIGHTS)
 
 
 def _blocks(traced: Traced, names: dict[fx.Node, list[str]]) -> list[fx.Node]:
@@ -114,15 +128,23 @@ def _block_ends(traced: Traced, names: dict[fx.Node, list[str]], blocks: list[fx
 def _resolution_ends(traced: Traced, named: list[fx.Node]) -> list[fx.Node]:
     ends = []
     weighty = False
-    for node, after in pairwise([*named, None]):
-        weighty |= node.op == "call_module" and isinstance(traced.module.get_submodule(str(node.target)), _WEIGHTS)
-        if after is None or _grid(node) != _grid(after):
+    for place, node in enumerate(named):
+        weighty |= _has_weights(node, traced)
+        if place + 1 == len(named) or _grid(node) != _grid(named[place + 1]):
             ends += [node] if weighty else []
             weighty = False
     return ends
 
 
-def _outermost(node: fx.Node, ends: list[fx.Node], names: dict[fx.Node, list[str]]) -> str:
+def _outermost(node: fx.Node, ends: list[fx.Node], names: dict[fx.Node, list[str]], traced: Traced) -> str:
+    """Return the outermost name of `node`, or of a module around it whose output is as large, that holds no other end."""
     others = [name for end in ends if end is not node for name in names[end]]
-    own = [name for name in names[node] if not any(other.startswith(f"{name}.") for other in others)]
-    return min(own or names[node], key=lambda name: name.count("."))
+    around = {name.rsplit(".", depth)[0] for name in names[node] for depth in range(name.count(".") + 1)}
+    fitting = [
+        name
+        for name in around
+        if traced.nodes.get(name) in names
+        and (_grid(traced.nodes[name]), _channels(traced.nodes[name])) == (_grid(node), _channels(node))
+        and not any(other.startswith(f"{name}.") for other in others)
+    ]
+    return min(fitting, key=lambda name: name.count(".")) if fitting else names[node][0]

@@ -29,10 +29,9 @@ def names() -> list[str]:
 
 def tags(name: str) -> tuple[str, ...]:
     """Return the tags of the pretrained weights of `name`, the default first."""
-    default = get_pretrained_cfg(name)
-    found = {key: config for key, config in get_arch_pretrained_cfgs(name).items() if config.has_weights}
-    ordered = sorted(found, key=lambda key: found[key].tag != default.tag)
-    return tuple(found[key].tag for key in ordered)
+    found = [config.tag for config in get_arch_pretrained_cfgs(name).values() if config.has_weights and config.tag]
+    default = _config(name, None).tag
+    return tuple(sorted(found, key=lambda tag: tag != default))
 
 
 def cached(name: str, tag: str) -> bool:
@@ -41,7 +40,7 @@ def cached(name: str, tag: str) -> bool:
 
 
 def _config(name: str, tag: str | None) -> PretrainedCfg:
-    return get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+    return get_pretrained_cfg(f"{name}.{tag}" if tag else name) or PretrainedCfg()
 
 
 def _cached_file(config: PretrainedCfg) -> Path | None:
@@ -110,6 +109,6 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
 
 def classifier(name: str, module: nn.Module) -> str | None:
     """Return the dotted name of the classifier, the first where the network has several, None where it has none."""
-    found = module.pretrained_cfg.get("classifier")
+    found = _config(name, None).classifier
     first = found[0] if isinstance(found, tuple | list) else found
     return first if isinstance(first, str) and first in dict(module.named_modules()) else None

@@ -43,7 +43,11 @@ def build(name: str, size: int | None, classes: int | None) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes} if classes else {}
     if name in _INCEPTIONS:
         options |= {"aux_logits": False, "init_weights": True}
-    return _checked(get_model(name, weights=None, **options), name, size)
+    module = get_model(name, weights=None, **options)
+    own = preprocessing(name, None).size[0]
+    if getattr(module, "image_size", own) != own:
+        module = get_model(name, weights=None, image_size=own, **options)
+    return _checked(module, name, size)
 
 
 def pretrained(name: str, tag: str, size: int | None) -> nn.Module:

@@ -45,6 +45,8 @@ class Traced:
         names of functions and repeated calls (``layer1.0.add``, ``layer1.0.relu_1``).
     shapes : dict of str to tuple of int
         Name to shape without the batch axis, in order of computation; only names whose value is one batch of tensors.
+    read : tuple of int or None
+        Shape of what the classifier reads; only where the network cannot be traced.
     """
 
     module: nn.Module
@@ -52,6 +54,7 @@ class Traced:
     graph: fx.Graph | None
     nodes: dict[str, fx.Node]
     shapes: dict[str, Shape]
+    read: Shape | None
 
 
 class _Tracer(NodePathTracer):  # type: ignore[misc]
@@ -114,13 +117,14 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
     try:
         graph = tracer.trace(module)
     except Exception:  # tracing runs foreign code on symbols: it fails in as many ways as there are networks
-        return Traced(module, classifier, None, {}, _module_shapes(module, size, name))
+        shapes, read = _module_shapes(module, size, classifier, name)
+        return Traced(module, classifier, None, {}, shapes, read)
     _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
     order = {node: place for place, node in enumerate(graph.nodes)}
     named = {path: node for node, path in tracer.node_to_qualname.items()} | tracer.returned
     named = {path: node for path, node in named.items() if path and node.op != "placeholder" and SHAPE in node.meta}
     nodes = dict(sorted(named.items(), key=lambda item: order[item[1]]))
-    return Traced(module, classifier, graph, nodes, {path: node.meta[SHAPE] for path, node in nodes.items()})
+    return Traced(module, classifier, graph, nodes, {path: node.meta[SHAPE] for path, node in nodes.items()}, None)
 
 
 def cut_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -195,17 +199,23 @@ def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, i
         ) from error
 
 
-def _module_shapes(module: nn.Module, size: tuple[int, int], name: str) -> dict[str, Shape]:
+def _module_shapes(
+    module: nn.Module, size: tuple[int, int], classifier: str | None, name: str
+) -> tuple[dict[str, Shape], Shape | None]:
+    """Return what `Traced` calls `shapes` and `read`, for a network that cannot be traced."""
     shapes: dict[str, Shape] = {}
+    read: list[Shape | None] = []
 
-    def note(path: str, _module: nn.Module, _args: Any, value: Any) -> None:
+    def note(path: str, _module: nn.Module, args: tuple[Any, ...], value: Any) -> None:
         shape = _shape(value)
         if shape is not None:
             shapes.setdefault(path, shape)
+        if path == classifier:
+            read.append(_shape(args[0]))
 
     with hooked(module, {path: partial(note, path) for path, _ in module.named_modules() if path}):
         _run(module, module, size, name)
-    return shapes
+    return shapes, read[0] if read else None
 
 
 @contextmanager

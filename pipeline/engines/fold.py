@@ -1,4 +1,4 @@
-"""Fold batch norm into the convolution before it: the same function in eval mode, with half the layers to run."""
+"""Batch norms folded into the convolutions before them: the same function, with less to do."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
-def fold_batch_norms(network: fx.GraphModule) -> fx.GraphModule:
-    """Return `network` with every convolution and the batch norm that alone reads it made one.
+def folded(body: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of `body` in which every batch norm that alone reads a convolution has become part of it.
 
-    Parameters
-    ----------
-    network : torch.fx.GraphModule
-        In eval mode; left as it is. What is not folded is shared with the result.
-
-    Notes
-    -----
-    timm's ``BatchNormAct2d`` keeps its activation, which is called in its place.
+    `body` and its modules stay as they are. timm's batch norms with an activation leave the activation behind.
     """
-    modules = dict(network.named_modules())
-    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     graph = fx.Graph()
-    output = graph.graph_copy(network.graph, copies := {})
-    graph.output(output)
-    folded = fx.GraphModule(network, graph)
-    for old, node in copies.items():
-        conv_node = node.args[0] if node.args else None
-        norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(conv_node, fx.Node) or conv_node.op != "call_module":
+    graph.output(graph.graph_copy(body.graph, {}))
+    copy = fx.GraphModule(body, graph)
+    modules = dict(copy.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
-        conv = modules[str(conv_node.target)]
-        alone = len(conv_node.users) == 1 and calls[conv_node.target] == calls[node.target] == 1
-        if not isinstance(conv, nn.Conv2d) or not alone or not norm.track_running_stats:
-            continue
-        folded.set_submodule(str(conv_node.target), fuse_conv_bn_eval(conv, norm))
-        rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
-        folded.set_submodule(str(node.target), nn.Sequential(*rest))
-    return folded
+        norm, convolution = modules[str(node.target)], modules[str(source.target)]
+        once = calls[node.target] == calls[source.target] == 1
+        if once and isinstance(convolution, nn.Conv2d) and _is_plain(norm):
+            _replace(copy, str(source.target), fuse_conv_bn_eval(convolution, norm))
+            _replace(copy, str(node.target), getattr(norm, "act", nn.Identity()))
+    copy.recompile()
+    return copy
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Tell whether `norm` is a batch norm over fixed statistics, with nothing after it but perhaps an activation."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return False
+    return isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity)
+
+
+def _replace(body: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(body.get_submodule(parent), name, module)

@@ -1,4 +1,4 @@
-"""Which engine, device and precision this machine has, and which of them a run gets."""
+"""Which engine, device and precision: what was asked against what this machine has."""
 
 from __future__ import annotations
 
@@ -6,65 +6,96 @@ from dataclasses import dataclass
 
 import torch
 
-from features_cache import nearest
+from features_cache.errors import nearest
 from pipeline.errors import EngineError
+from pipeline.spec import PRECISIONS
 
 ENGINES = ("torch",)
+BATCH_SIZES = {"cpu": 8, "cuda": 128}
+"""Images a batch where none are asked for; on a CPU, small batches stay in its cache (8 measured best)."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a run computes with; none of the three is ``"auto"`` any more."""
+    """How features are computed; nothing here is ``auto`` any more.
+
+    Parameters
+    ----------
+    engine : str
+        One of `ENGINES`.
+    device : str
+        ``"cpu"``, ``"cuda"`` or ``"cuda:INDEX"``.
+    precision : str
+        ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+    """
 
     engine: str
     device: str
     precision: str
 
+    @property
+    def device_kind(self) -> str:
+        """The device without its index: ``"cpu"`` or ``"cuda"``."""
+        return self.device.partition(":")[0]
+
+    @property
+    def batch_size(self) -> int:
+        """Images a batch that suit the device."""
+        return BATCH_SIZES[self.device_kind]
+
 
 def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto") -> Resolved:
-    """Choose what was left open and check what was not.
+    """Choose what is ``auto`` and check what is not.
 
     Parameters
     ----------
-    engine : {"auto", "torch"}
-        What computes.
+    engine : str, default "auto"
+        ``"torch"`` or ``"auto"``.
     device : str, default "auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:N"``; auto takes CUDA where there is a device.
-    precision : {"auto", "fp32", "bf16", "fp16"}
-        auto takes bf16 where the hardware computes it, else fp32.
+        ``"cpu"``, ``"cuda"``, ``"cuda:INDEX"`` or ``"auto"``: CUDA where there is a device.
+    precision : str, default "auto"
+        One of `pipeline.spec.PRECISIONS`; ``"auto"`` is bf16 where the hardware computes it, else fp32.
 
     Raises
     ------
     EngineError
-        There is no such engine or device here, or it lacks the precision.
+        If this machine does not have it.
     """
     if engine not in ("auto", *ENGINES):
-        raise EngineError(f"no engine named {engine!r}; there is {', '.join(ENGINES)}{nearest(engine, ENGINES)}")
+        expected = ", ".join(("auto", *ENGINES))
+        raise EngineError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; expected one of {expected}")
+    if precision not in PRECISIONS:
+        expected = ", ".join(PRECISIONS)
+        raise EngineError(
+            f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}; expected one of {expected}"
+        )
     found = _device(device)
-    has_bf16 = _has_bf16(found)
     if precision == "auto":
-        precision = "bf16" if has_bf16 else "fp32"
-    if precision == "bf16" and not has_bf16:
-        raise EngineError(f"{found} does not compute bf16; use --precision fp32")
-    if precision == "fp16" and found.type != "cuda":
-        raise EngineError(f"fp16 needs a CUDA device and this run is on {found}; use --precision fp32 or bf16")
-    return Resolved("torch", str(found), precision)
+        precision = "bf16" if has_bf16(found) else "fp32"
+    elif precision == "bf16" and not has_bf16(found):
+        raise EngineError(f"this machine's {found} does not compute bf16; use fp32 (or auto)")
+    elif precision == "fp16" and found == "cpu":
+        raise EngineError("fp16 is for CUDA devices only; on a CPU use fp32 or bf16 (or auto)")
+    return Resolved("torch", found, precision)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise EngineError(f"no device named {name!r}; expected auto, cpu, cuda or cuda:N") from None
-    count = torch.cuda.device_count()
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise EngineError(f"device {name} is not here; there is cpu{''.join(f', cuda:{i}' for i in range(count))}")
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, index = device.partition(":")
+    if device == "cpu":
+        return device
+    if kind != "cuda" or (colon and not index.isdecimal()):
+        raise EngineError(f"unknown device '{device}'; expected cpu, cuda, cuda:INDEX or auto")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise EngineError(f"no device {device}: torch sees {count} CUDA devices here; use cpu (or auto)")
     return device
 
 
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
+def has_bf16(device: str) -> bool:
+    """Tell whether `device` computes bf16 in hardware, where it is faster than fp32 and not merely emulated."""
+    if device == "cpu":
+        # torch's own queries, the ones that its compiler relies on.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -1,122 +1,91 @@
-"""Run a tapped network with PyTorch over a stream of batches."""
+"""The torch engine: channels last, batch norms folded, autocast; on CUDA, copies that never make the host wait."""
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from pipeline.backbones.graph import TappedNetwork
-from pipeline.engines.fold import fold_batch_norms
+from pipeline.engines.fold import folded
 from pipeline.engines.select import Resolved
 
-CPU_BATCH = 8
-"""Images in one pass on a CPU: larger activations leave its caches and cost page faults."""
-CUDA_BATCH = 128
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Pixels(Protocol):
-    """What a batch must have: uint8 ``pixels`` of shape (n, h, w, 3); n may be 0."""
+class HasPixels(Protocol):
+    """What the engine needs of a batch: `pixels`, uint8 (k, h, w, 3), k perhaps 0."""
 
     @property
-    def pixels(self) -> NDArray[np.uint8]: ...
+    def pixels(self) -> np.ndarray:
+        """The images."""
 
 
-B = TypeVar("B", bound=Pixels)
+BatchT = TypeVar("BatchT", bound=HasPixels)
 
 
 class _Running(NamedTuple):
-    """Features of a batch on their way back to the host; `ready` is set on CUDA."""
+    """Features on their way to the host, complete when `done` has happened (None: at once)."""
 
     features: list[Tensor]
-    ready: torch.cuda.Event | None
+    done: torch.cuda.Event | None
+
+    def arrays(self) -> list[np.ndarray]:
+        if self.done is not None:
+            self.done.synchronize()
+        return [item.numpy() for item in self.features]
 
 
 class TorchEngine:
-    """A network on a device, in a precision.
+    """Runs one tapped network over batches.
 
     Parameters
     ----------
     network : TappedNetwork
-        From uint8 pixels to float32 features.
+        As `pipeline.backbones.graph.tap` returns it; it is not changed.
     resolved : Resolved
-        Device and precision.
-
-    Attributes
-    ----------
-    batch_size : int
-        How many images to give at a time.
+        Device and precision, as `pipeline.engines.select.resolve` returns them.
     """
 
     def __init__(self, network: TappedNetwork, resolved: Resolved) -> None:
-        self.resolved = resolved
-        self.dims = network.dims
-        self._device = torch.device(resolved.device)
-        self.batch_size = CUDA_BATCH if self._device.type == "cuda" else CPU_BATCH
-        if isinstance(network.body, fx.GraphModule):
-            network.body = fold_batch_norms(network.body)
-        self._network = network.to(self._device, memory_format=torch.channels_last)
+        self._resolved = resolved
+        own = copy.deepcopy(network)
+        if isinstance(own.body, fx.GraphModule):
+            own.body = folded(own.body)
+        self._network = own.eval().to(memory_format=torch.channels_last).to(resolved.device)
 
-    def stream(self, batches: Iterable[B]) -> Iterator[tuple[B, list[NDArray[np.float32]]]]:
-        """Yield every batch with its features, in order.
+    def stream(self, batches: Iterable[BatchT]) -> Iterator[tuple[BatchT, list[np.ndarray]]]:
+        """Yield each batch with its features: one float32 (k, d) array for each layer, in order.
 
-        On CUDA a batch is handed to the device before the features of the one before are waited for.
-
-        Parameters
-        ----------
-        batches : iterable
-            See `Pixels`.
-
-        Yields
-        ------
-        batch, features : tuple
-            Features are one float32 array (n, dim) for each layer of the network.
+        On CUDA a batch is handed out when the next one has been sent to the device.
         """
-        before: tuple[B, _Running] | None = None
+        ahead = 0 if self._resolved.device_kind == "cpu" else 1
+        running: deque[tuple[BatchT, _Running]] = deque()
         for batch in batches:
-            running = self._start(batch.pixels)
-            if before:
-                yield before[0], _finish(before[1])
-            before = batch, running
-            if running.ready is None:
-                yield batch, _finish(running)
-                before = None
-        if before:
-            yield before[0], _finish(before[1])
+            running.append((batch, self._start(batch.pixels)))
+            if len(running) > ahead:
+                earlier, features = running.popleft()
+                yield earlier, features.arrays()
+        for earlier, features in running:
+            yield earlier, features.arrays()
 
-    def _start(self, pixels: NDArray[np.uint8]) -> _Running:
+    def _start(self, pixels: np.ndarray) -> _Running:
         if not len(pixels):
-            return _Running([torch.empty(0, dim) for dim in self.dims.values()], None)
-        on_cuda = self._device.type == "cuda"
-        images = torch.from_numpy(pixels)
-        if on_cuda:
-            images = images.pin_memory().to(self._device, non_blocking=True)
-        with torch.inference_mode(), self._autocast():
-            features = [output.float() for output in self._network(images)]
-            if not on_cuda:
-                return _Running(features, None)
-            features = [_to_host(output) for output in features]
-        ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(self._device))
-        return _Running(features, ready)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = DTYPES.get(self.resolved.precision)
-        return torch.autocast(self._device.type, dtype) if dtype else nullcontext()
-
-
-def _to_host(features: Tensor) -> Tensor:
-    return torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
-
-
-def _finish(running: _Running) -> list[NDArray[np.float32]]:
-    if running.ready is not None:
-        running.ready.synchronize()
-    return [features.numpy() for features in running.features]
+            return _Running([torch.empty(0, dim) for dim in self._network.dims.values()], None)
+        images = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
+        kind, dtype = self._resolved.device_kind, _DTYPES.get(self._resolved.precision)
+        with torch.inference_mode(), torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None):
+            if kind == "cpu":
+                return _Running(list(self._network(images)), None)
+            features = self._network(images.pin_memory().to(self._resolved.device, non_blocking=True))
+            hosts = [torch.empty(item.shape, dtype=item.dtype, pin_memory=True) for item in features]
+            for host, item in zip(hosts, features, strict=True):
+                host.copy_(item, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(self._resolved.device))
+            return _Running(hosts, done)

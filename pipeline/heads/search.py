@@ -12,8 +12,8 @@ from pipeline.heads.family import Fitted, Floats, Ints, Params
 from pipeline.heads.registry import Head
 from pipeline.heads.span import Span, find_span
 
-PATIENCE = 8
-"""Candidates without a gain, all training rows being fitted, after which the path ends: two decades of C."""
+PATIENCE = 12
+"""Candidates without a gain, all training rows being fitted, after which the path ends: three decades of C."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def scale(scaling: str, train: Floats, held: Floats, *, rotated: bool) -> Scaled
     if scaler is not None:
         train = scaler.fit_transform(train)
         held = scaler.transform(held)
+        scaler.set_params(copy=True)  # from now on it meets rows of others
     return Scaled(train, held, scaler, find_span(train) if rotated else None)
 
 

@@ -155,7 +155,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+        grey = _to_8_bit(np.asarray(image))
+        if "transparency" in image.info:  # a 16-bit PNG's one transparent level, which Pillow leaves to us
+            grey[np.asarray(image) == image.info["transparency"]] = 255
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -166,7 +169,8 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Scale grey levels wider than 8 bits to uint8, of the same shape.
 
     White is 65,535 for integers within 0 to 65,535, and for floats the least of 1, 255 and 65,535 that holds them all.
-    Other values have no stated white: their least becomes black and their greatest white. Non-finite floats count as 0.
+    Other values have no stated white: their least becomes black and their greatest white, or all black if they are
+    equal. Non-finite floats count as 0.
     """
     values_are_integers = np.issubdtype(values.dtype, np.integer)
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -174,5 +178,5 @@ def _to_8_bit(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     white = next((white for white in whites if low >= 0 and high <= white), None)
     if white is None:
-        values, white = values - low, high - low
+        values, white = values - low, high - low or 1.0
     return np.rint(values / white * 255).astype(np.uint8)

@@ -1,0 +1,129 @@
+"""Done rows in the formats that other tools read."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.errors import CacheError, explained, nearest
+from features_cache.layout import DONE
+from features_cache.reader import CacheFile
+
+COLUMNS = ("uri", "label", "split", "group", "digest")
+
+
+def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
+    """Write the features of one layer, done rows only, in the format that the suffix names.
+
+    ``.npy`` is the matrix, with a ``.csv`` of the same name beside it that describes its rows. ``.parquet`` has the
+    same columns and ``features``, a fixed-size list. ``.safetensors`` has ``features`` and ``labels`` (int64), and the
+    text columns and class names as JSON in its metadata. Texts are empty where there is none; `label` is a class name.
+
+    Parameters
+    ----------
+    cache : CacheFile
+        Where the features are.
+    layer : str
+        Name of one of its layers.
+    path : str or Path
+        The file to write; replaced if it exists, complete or not at all.
+
+    Returns
+    -------
+    list of Path
+        What was written.
+
+    Raises
+    ------
+    CacheError
+        No such layer or format, no row is done, a library is missing, or the folder cannot be written.
+    """
+    path = Path(path)
+    writers: dict[str, Callable[[Path, NDArray[Any], dict[str, list[str]], CacheFile, NDArray[np.int64]], None]] = {
+        ".npy": _npy,
+        ".parquet": _parquet,
+        ".safetensors": _safetensors,
+    }
+    if path.suffix not in writers:
+        known = nearest(path.suffix, writers)
+        raise CacheError(f"cannot export to {path}: expected one of {', '.join(writers)}, not {path.suffix!r}{known}")
+    matrix = cache.matrix(layer)
+    rows = np.flatnonzero(cache.states == DONE)
+    if not len(rows):
+        raise CacheError(f"{cache.path} has no finished row to export; run the extraction first")
+    features = matrix if len(rows) == len(matrix) else np.asarray(matrix)[rows]
+    columns = _columns(cache, rows)
+    written = []
+    if path.suffix == ".npy":
+        written.append(_replace(path.with_suffix(".csv"), lambda temporary: _csv(temporary, columns)))
+    written.insert(0, _replace(path, lambda temporary: writers[path.suffix](temporary, features, columns, cache, rows)))
+    return written
+
+
+def _columns(cache: CacheFile, rows: NDArray[np.int64]) -> dict[str, list[str]]:
+    return {
+        "uri": cache.uris[rows].tolist(),
+        "label": [cache.classes[label] if label >= 0 else "" for label in cache.labels[rows].tolist()],
+        "split": cache.splits[rows].tolist(),
+        "group": cache.groups[rows].tolist(),
+        "digest": [digest.tobytes().hex() for digest in cache.digests[rows]],
+    }
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> Path:
+    """Write to a temporary name and rename, so that a kill leaves no half file under the wanted name."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with explained(path, "write"):
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def _csv(path: Path, columns: dict[str, list[str]]) -> None:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(zip(*(columns[name] for name in COLUMNS), strict=True))
+
+
+def _npy(path: Path, features: NDArray[Any], *_: object) -> None:
+    with path.open("wb") as file:
+        np.save(file, features)
+
+
+def _parquet(path: Path, features: NDArray[Any], columns: dict[str, list[str]], *_: object) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise CacheError("export to .parquet needs pyarrow; install it with: pip install 'thawline[parquet]'") from None
+    arrays: dict[str, Any] = {name: pa.array(map(_valid, columns[name]), pa.string()) for name in COLUMNS}
+    flat = pa.array(np.ascontiguousarray(features).reshape(-1))
+    arrays["features"] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+    pq.write_table(pa.table(arrays), path)
+
+
+def _valid(text: str) -> str:
+    """Return `text` as valid Unicode: the bytes of file names that are no UTF-8 are escaped."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _safetensors(
+    path: Path, features: NDArray[Any], columns: dict[str, list[str]], cache: CacheFile, rows: NDArray[np.int64]
+) -> None:
+    try:
+        from safetensors.numpy import save_file
+    except ImportError:
+        raise CacheError("export to .safetensors needs safetensors; install it with: pip install safetensors") from None
+    tensors = {"features": np.ascontiguousarray(features), "labels": np.ascontiguousarray(cache.labels[rows])}
+    texts = {**columns, "classes": list(cache.classes)}
+    save_file(tensors, path, metadata={name: json.dumps(values) for name, values in texts.items()})

@@ -1,0 +1,95 @@
+"""Files that a newer one has superseded, and temporary ones that a kill left behind: list them, delete them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.catalog import is_superseded, superseded_files
+from features_cache.checksums import sound_results
+from features_cache.errors import CacheError, explained
+from features_cache.layout import DONE
+from features_cache.lock import WriterLock
+from features_cache.reader import CacheFile, open_cache
+from features_cache.rowfile import sync_folder
+
+
+def superseded(folder: str | Path) -> list[Path]:
+    """Return all in a folder that `prune` may delete, sorted: superseded files, and what a kill left of a new one.
+
+    A superseded file may hold rows that its successor lacks (of images that are gone, or came back under another
+    name); extraction takes rows from it for as long as it is there.
+    """
+    folder = Path(folder)
+    return sorted(path for path in folder.glob("*.h5*") if _may_go(path))
+
+
+def _may_go(path: Path) -> bool:
+    return is_superseded(path) or path.name.endswith(".h5.tmp")
+
+
+def prune(paths: Sequence[Path]) -> int:
+    """Delete files that `superseded` listed; return the bytes set free.
+
+    Raises
+    ------
+    CacheLockedError
+        A file is being written right now; what came before it is deleted.
+    CacheError
+        A file is none that may be deleted (then nothing is), or the folder cannot be written.
+    """
+    for path in paths:
+        if not _may_go(path):
+            raise CacheError(f"{path} is no superseded file (NAME.superseded-N.h5); only those are pruned")
+    freed = 0
+    for path in paths:
+        lock = WriterLock(path.with_suffix("")) if path.suffix == ".tmp" else None
+        try:
+            with explained(path, "delete"):
+                status = path.stat()
+                path.unlink()
+        finally:
+            if lock is not None:
+                lock.release()
+        freed += status.st_size if status.st_nlink == 1 else 0
+    return freed
+
+
+def drop_redundant(path: str | Path) -> list[Path]:
+    """Delete the superseded versions of a file that hold no image (by digest) which it lacks; return what was deleted.
+
+    Versions that are damaged stay until the user prunes them.
+
+    Parameters
+    ----------
+    path : str or Path
+        The new file.
+    """
+    path = Path(path)
+    candidates = superseded_files(path).values()
+    if not candidates:
+        return []
+    have = _done_digests(open_cache(path))
+    dropped = []
+    for candidate in candidates:
+        try:
+            redundant = np.isin(_done_digests(open_cache(candidate)), have).all()
+        except CacheError:
+            continue  # not usable now, but what is in it is the user's
+        if redundant:
+            with explained(candidate, "delete"):
+                candidate.unlink()
+            dropped.append(candidate)
+    if dropped:
+        sync_folder(path.parent)
+    return dropped
+
+
+def _done_digests(cache: CacheFile) -> NDArray[Any]:
+    rows = np.flatnonzero(cache.states == DONE)
+    digests: NDArray[Any] = cache.digests[rows[sound_results(cache, rows)]].view("V16").reshape(-1)
+    return digests

@@ -1,0 +1,181 @@
+"""Find damage by row, and mark what is damaged for computing again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.checksums import crc_rows, sound_results, sound_sources
+from features_cache.errors import CacheError, ThawlineError
+from features_cache.layout import DIGEST_BYTES, DONE, PENDING, RUN_BYTES, UNREADABLE, LayerInfo
+from features_cache.ledger import Ledger
+from features_cache.lock import WriterLock
+from features_cache.reader import CacheFile, open_cache
+from features_cache.runs import decode_run
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row that is not as it should be: its number, its uri, what is wrong, and the layer concerned, if one is."""
+
+    row: int
+    uri: str
+    what: str
+    layer: str | None = None
+
+
+@dataclass
+class Report:
+    """What `verify` found in one file.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    line : bytes
+        Its first line, by which `repair` knows that it is still the same file.
+    rows, done, unreadable, pending : int
+        Counts by state.
+    bytes_checked : int
+        Feature bytes whose checksums were computed.
+    damaged : list of Finding
+        Rows whose bytes are not what was written; a row may stand there more than once.
+    changed : list of Finding
+        Rows whose image in the source is another one by now, or gone; only where the source was read.
+    damaged_runs : list of int
+        Slots of the provenance table that cannot be read.
+    """
+
+    path: Path
+    line: bytes
+    rows: int
+    done: int
+    unreadable: int
+    pending: int
+    bytes_checked: int = 0
+    damaged: list[Finding] = field(default_factory=list)
+    changed: list[Finding] = field(default_factory=list)
+    damaged_runs: list[int] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing in the file is damaged."""
+        return not self.damaged and not self.damaged_runs
+
+
+def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Report:
+    """Check every byte of a file that a checksum covers; a writer may be at work on it.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file. Its structure is checked first, as on every opening.
+    read : callable, optional
+        uri -> bytes of the image; given, each finished row's digest is compared with the source. It may raise
+        `OSError` or a `ThawlineError` for an image that is gone.
+
+    Raises
+    ------
+    CacheError, DamagedCacheError
+        As `open_cache` does.
+    """
+    cache = open_cache(path)
+    states = np.array(cache.states)  # rows that a writer finishes meanwhile are left for the next time
+    done, unreadable, pending = [int(np.count_nonzero(states == state)) for state in (DONE, UNREADABLE, PENDING)]
+    report = Report(cache.path, cache.header.line, cache.n_rows, done, unreadable, pending)
+    report.damaged_runs = [
+        slot for slot, raw in enumerate(cache.array("/runs").tolist()) if raw and decode_run(raw) is None
+    ]
+    for rows, what in _damaged_columns(cache, states):
+        report.damaged += [Finding(row, str(cache.uris[row]), what) for row in rows.tolist()]
+    for layer in cache.layers.values():
+        what = f"its features of {layer.name} are damaged"
+        for rows in _damaged_features(cache, layer, states == DONE, report):
+            report.damaged += [Finding(row, str(cache.uris[row]), what, layer.name) for row in rows.tolist()]
+    if read is not None:
+        for row in np.flatnonzero((states != PENDING) & cache.digests.any(axis=1)).tolist():
+            what = _compare(cache.digests[row].tobytes(), str(cache.uris[row]), read)
+            if what:
+                report.changed.append(Finding(row, str(cache.uris[row]), what))
+    report.damaged.sort(key=lambda finding: finding.row)
+    return report
+
+
+def repair(path: str | Path, report: Report) -> int:
+    """Mark the damaged rows pending, so that the next extraction computes them; return how many were marked.
+
+    Rows whose image changed are not damaged and stay. A damaged name, label, split or group comes right when the next
+    extraction sees that the source differs. Provenance records that cannot be read are emptied.
+
+    Raises
+    ------
+    CacheLockedError
+        Another process writes the file.
+    CacheError
+        The file is not the one that was verified, or the disk refuses.
+    """
+    path = Path(path)
+    rows = np.unique(np.array([finding.row for finding in report.damaged], np.int64))
+    slots = np.array(report.damaged_runs, np.int64)
+    lock = WriterLock(path)
+    try:
+        cache = open_cache(path)
+        if cache.header.line != report.line:
+            raise CacheError(f"{path} is not the file that was verified; verify it again")
+        ledger = Ledger(cache)
+        try:
+            ledger.put_now("/rows/state", rows, np.full(len(rows), PENDING, np.uint8))
+            ledger.put_now("/runs", slots, np.zeros(len(slots), f"S{RUN_BYTES}"))
+        finally:
+            ledger.close()
+    finally:
+        lock.release()
+    return len(rows)
+
+
+def _damaged_columns(cache: CacheFile, states: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.int64], str]]:
+    """Yield row numbers and what is wrong with their columns."""
+    labels = cache.labels
+    yield np.flatnonzero(states > UNREADABLE), "its state is none of the known ones"
+    yield np.flatnonzero((labels < -1) | (labels >= len(cache.classes))), "its label has no class"
+    for part in _chunks(cache.n_rows, 256):
+        wrong = ~sound_sources(cache, part)
+        yield part.start + np.flatnonzero(wrong), "its uri, label, split or group is damaged"
+        sound = sound_results(cache, part)
+        wrong = ~sound & (states[part] != PENDING)
+        yield part.start + np.flatnonzero(wrong), "its digest, size, time, run or reason is damaged"
+        flipped = sound & ((cache.array("/rows/reason")[part] != b"") != (states[part] == UNREADABLE))
+        yield part.start + np.flatnonzero(flipped & (states[part] != PENDING)), "its state contradicts its reason"
+
+
+def _damaged_features(
+    cache: CacheFile, layer: LayerInfo, done: NDArray[np.bool_], report: Report
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the done rows of one layer whose features do not match their checksums."""
+    matrix, sums = cache.matrix(layer.name), cache.array(f"/crc/{layer.name}")
+    for part in _chunks(cache.n_rows, layer.row_bytes):
+        if done[part].any():
+            yield part.start + np.flatnonzero(done[part] & (crc_rows(matrix[part]) != sums[part]))
+            report.bytes_checked += int(np.count_nonzero(done[part])) * layer.row_bytes
+
+
+def _chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _compare(digest: bytes, uri: str, read: Callable[[str], bytes]) -> str:
+    try:
+        data = read(uri)
+    except (OSError, ThawlineError) as error:
+        return f"its image cannot be read: {error}"
+    same = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest() == digest
+    return "" if same else "its image in the source is another one now"

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from features_cache import DONE, PENDING, CacheError, CacheWriter, DamagedCacheError, LayerInfo, Rows, open_cache
+
+N, DIM = 400, 40
+WORK = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from features_cache import CacheWriter, LayerInfo, Rows, ledger
+ledger.COMMIT_SECONDS, ledger.COMMIT_SHARE = 0.002, 1.0
+N, DIM = 400, 40
+path, pause = Path(sys.argv[1]), float(sys.argv[2])
+layers = [LayerInfo("a", DIM, "float32", {}, "f"), LayerInfo("b", 3, "float16", {}, "g")]
+rows = Rows([f"{i}.jpg" for i in range(N)], np.zeros(N, int), [""] * N, [""] * N, np.ones(N, int), np.ones(N, int))
+if path.exists():
+    writer = CacheWriter.resume(path)
+else:
+    writer = CacheWriter.create(path, rows, ["c"], layers, {"source": "s"}, {})
+with writer:
+    pending = writer.pending()
+    print(*pending, flush=True)
+    writer.begin_run({})
+    for start in range(0, len(pending), 7):
+        k = pending[start : start + 7]
+        digests = np.repeat(k % 251, 16).reshape(-1, 16).astype(np.uint8)
+        features = {"a": np.sin(np.outer(k + 1, np.arange(DIM))), "b": np.outer(k, [1, 2, 3])}
+        writer.write(k, features, digests, k + 1, k + 2)
+        time.sleep(pause)
+print("complete", flush=True)
+"""
+
+
+def expected(layer: str) -> Any:
+    rows = np.arange(N)
+    if layer == "a":
+        return np.sin(np.outer(rows + 1, np.arange(DIM))).astype(np.float32)
+    return np.outer(rows, [1, 2, 3]).astype(np.float16)
+
+
+def start(path: Path, pause: float) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WORK, str(path), str(pause)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_kills_at_random_moments_lose_nothing_that_was_marked_done(tmp_path: Path) -> None:
+    path, generator, left = tmp_path / "a.h5", random.Random(3), list(range(N))
+    for kill in range(5):
+        with start(path, 0.01) as child:
+            assert child.stdout is not None
+            if kill:  # the first kill may hit anything, from the start of Python on
+                assert [int(row) for row in child.stdout.readline().split()] == left
+            time.sleep(generator.uniform(0.01, 0.12) if kill else generator.uniform(0.05, 0.4))
+            child.send_signal(signal.SIGKILL)
+        if path.exists():
+            file = open_cache(path)
+            done = np.flatnonzero(file.states == DONE)
+            for layer in file.layers:
+                np.testing.assert_array_equal(file.matrix(layer)[done], expected(layer)[done])
+            np.testing.assert_array_equal(file.sizes[done], done + 1)
+            left = np.flatnonzero(file.states == PENDING).tolist()
+            with h5py.File(path, "r") as plain:
+                assert plain["features/a"].shape == (N, DIM)
+    with start(path, 0.0) as child:
+        output, _ = child.communicate(timeout=60)
+    assert output.splitlines() == [" ".join(map(str, left)), "complete"]
+    file = open_cache(path)
+    assert (file.states == DONE).all()
+    for layer in file.layers:
+        np.testing.assert_array_equal(file.matrix(layer), expected(layer))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.h5"]
+
+
+LIMITED = """
+import resource, sys
+import numpy as np
+from features_cache import CacheError, CacheWriter, LayerInfo, Rows
+path, when, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def write(writer, rows):
+    k = np.asarray(rows)
+    writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((len(k), 16)), k, k)
+rows = Rows([str(i) for i in range(100)], np.zeros(100, int), [""] * 100, [""] * 100, *np.ones((2, 100), int))
+try:
+    if when == "create":
+        limit_files(limit)
+    with CacheWriter.create(path, rows, ["c"], [LayerInfo("a", 50, "float32", {}, "f")], {}, {}) as writer:
+        write(writer, range(10))
+        writer.commit()
+        array = writer.cache.header.arrays["/features/a"]
+        limit_files(array.offset + 60 * array.row_bytes)
+        write(writer, range(50, 90))
+except CacheError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("when", "limit"), [("create", 20_000), ("create", 560_000), ("write", 0)])
+def test_a_file_size_limit_is_one_clear_line_and_the_next_run_goes_on(tmp_path: Path, when: str, limit: int) -> None:
+    path = tmp_path / "a.h5"
+    command = [sys.executable, "-c", LIMITED, str(path), when, str(limit)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert len(output.splitlines()) == 1
+    assert "file-size limit" in output
+    if when == "create":
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert np.flatnonzero(open_cache(path).states == DONE).tolist() == list(range(10))
+    with CacheWriter.resume(path) as writer:
+        k = writer.pending()
+        writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((len(k), 16)), k, k)
+    file = open_cache(path)
+    np.testing.assert_array_equal(file.matrix("a"), np.outer(np.arange(100), np.arange(50)))
+    assert (file.states == DONE).all()
+
+
+def small(path: Path, n: int = 30) -> Path:
+    rows = Rows([f"{i}.png" for i in range(n)], np.arange(n) % 2, ["train"] * n, [""] * n, *np.ones((2, n), int))
+    layers = [LayerInfo("a", 6, "float32", {"x": 1}, "f"), LayerInfo("b", 3, "float16", {}, "g")]
+    with CacheWriter.create(path, rows, ["cat", "dog"], layers, {"source": "s"}, {"q": 1}) as writer:
+        writer.begin_run({"engine": "torch"})
+        k = np.arange(0, n, 2)
+        features = {"a": np.outer(k, np.arange(6)), "b": np.outer(k, [1, 2, 3])}
+        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16), k, k)
+    return path
+
+
+def test_a_disk_that_fills_up_loses_no_committed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small(tmp_path / "a.h5")
+    writer = CacheWriter.resume(path)
+    k = writer.pending()
+    writer.write(k, {"a": np.ones((15, 6)), "b": np.ones((15, 3))}, np.zeros((15, 16)), k, k)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(CacheError, match="the disk is full"):
+            writer.commit()
+    assert np.flatnonzero(open_cache(path).states).tolist() == list(range(0, 30, 2))
+    writer.close()  # commits what could not be committed before
+    assert (open_cache(path).states == DONE).all()
+
+
+def test_a_read_only_folder_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small(tmp_path / "a.h5")
+
+    def refused(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        with pytest.raises(CacheError, match="read-only; choose another folder"):
+            CacheWriter.resume(path)
+    CacheWriter.resume(path).close()
+
+
+FUZZ = """
+import pickle, random, sys
+from pathlib import Path
+from features_cache import CacheError, open_cache
+path, target, count = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def everything(file):
+    columns = [file.uris, file.labels, file.splits, file.groups, file.digests, file.sizes, file.mtimes_ns]
+    columns += [file.states, file.reasons, file.run_ids, *(file.matrix(name) for name in file.layers)]
+    facts = file.handles, file.request, file.classes, file.layers, file.n_rows, file.runs
+    return pickle.dumps((facts, [column.tolist() for column in columns]))
+right, data = everything(open_cache(path)), path.read_bytes()
+end = open_cache(path).header.arrays["/runs"].offset
+table = int(data.split(b" ")[2]) + 128
+refused = 0
+for seed in range(count):
+    generator, damaged = random.Random(seed), bytearray(data)
+    for _ in range(generator.choice([1, 1, 2, 20])):
+        place = generator.randrange(generator.choice([128, table, end]))
+        damaged[place] = generator.choice([damaged[place] ^ 1 << generator.randrange(8), generator.randrange(256)])
+    target.write_bytes(damaged)
+    try:
+        if everything(open_cache(target)) != right:
+            print(seed, "wrong")
+    except CacheError as error:
+        refused += 1
+        if len(str(error).splitlines()) != 1:
+            print(seed, "not one line", error)
+print("refused most" if refused > 0.95 * count else f"refused only {refused}")
+"""
+
+
+def test_damage_outside_the_arrays_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FUZZ, str(small(tmp_path / "a.h5")), str(tmp_path / "b.h5"), "500"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "refused most\n"
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def forge(path: Path, change: Change) -> Path:
+    """Change the table and give the file the right digest, as an attacker would."""
+    data = path.read_bytes()
+    line, rest = data[: data.index(b"\n") + 1], data[data.index(b"\n") + 1 :]
+    magic, version, size, checked, file_bytes, _ = line.split()
+    table = json.loads(rest[: int(size)])
+    change(table)
+    text = json.dumps(table).encode().ljust(int(size))
+    head = b" ".join([magic, version, str(len(text)).encode(), checked, file_bytes]) + b" "
+    assert len(text) < 16_000  # stays in the user block
+    body = text + data[len(head) + 33 + len(text) : int(checked)]
+    digest = hashlib.blake2b(head + body, digest_size=16).hexdigest().encode()
+    path.write_bytes(head + digest + b"\n" + body + data[int(checked) :])
+    return path
+
+
+def put(*keys: Any) -> Change:
+    *way, last, value = keys
+
+    def change(table: dict[str, Any]) -> None:
+        place: Any = table
+        for key in way:
+            place = place[key]
+        place[last] = value
+
+    return change
+
+
+def shift(name: str, by: int) -> Change:
+    return lambda table: table["arrays"][name].update(offset=table["arrays"][name]["offset"] + by)
+
+
+FORGERIES: dict[str, Change] = {
+    "offset outside the file": put("arrays", "/features/a", "offset", 1 << 50),
+    "negative offset": put("arrays", "/features/a", "offset", -8),
+    "offset in the structure": put("arrays", "/rows/size", "offset", 2048),
+    "offset no number": put("arrays", "/rows/size", "offset", True),
+    "offset not aligned": shift("/features/a", -1),
+    "overlap": shift("/rows/size", -8),
+    "behind the end": shift("/rows/state", 1),
+    "huge shape": put("arrays", "/features/a", "shape", [1 << 55, 6]),
+    "shape of floats": put("arrays", "/features/a", "shape", [30.0, 6]),
+    "shape no list": put("arrays", "/features/a", "shape", 30),
+    "object dtype": put("arrays", "/features/a", "dtype", "|O"),
+    "other dtype": put("arrays", "/rows/label", "dtype", "<f8"),
+    "text width": put("arrays", "/rows/uri", "dtype", "|S999999"),
+    "no rows": put("rows", 0),
+    "other rows": put("rows", 31),
+    "rows a text": put("rows", "30"),
+    "no layers": put("layers", []),
+    "dim": put("layers", 0, "dim", 7),
+    "layer name": put("layers", 0, "name", "../a"),
+    "layer twice": put("layers", 1, "name", "a"),
+    "layer dtype": put("layers", 0, "dtype", "object"),
+    "layers no list": put("layers", {"a": 1}),
+    "an array more": put("arrays", "/x", {"offset": 1 << 16, "dtype": "<f4", "shape": [1]}),
+    "an array less": lambda table: table["arrays"].pop("/rows/run"),
+    "handles no object": put("handles", [1]),
+    "newline in a handle": put("handles", "source", "a\nb"),
+}
+
+
+@pytest.mark.parametrize("case", FORGERIES)
+def test_a_forged_table_is_refused(tmp_path: Path, case: str) -> None:
+    with pytest.raises(DamagedCacheError, match="contradicts the format") as caught:
+        open_cache(forge(small(tmp_path / "a.h5"), FORGERIES[case]))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_forged_table_without_contradiction_opens(tmp_path: Path) -> None:
+    file = open_cache(forge(small(tmp_path / "a.h5"), put("handles", {"source": "z"})))
+    assert file.handles == {"source": "z"}
+    assert file.classes == ("cat", "dog")
+    np.testing.assert_array_equal(file.matrix("b")[4], [4, 8, 12])
+
+
+def other_version(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"thawline-cache 1 ", b"thawline-cache 2 ", 1))
+
+
+def plain_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["a"] = h5py.ExternalLink("/etc/passwd", "/")
+
+
+FORGED_LINE = b"thawline-cache 1 9 999999999 9 " + b"a" * 32 + b"\n"
+WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another version": (other_version, "format version 2, this release reads version 1"),
+    "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "cut short"),
+    "cut in the table": (lambda path: path.write_bytes(path.read_bytes()[:200]), "cut short"),
+    "extended": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "extended"),
+    "empty": (lambda path: path.write_bytes(b""), "not a feature cache"),
+    "text": (lambda path: path.write_text("hello\n" * 9), "not a feature cache"),
+    "another HDF5 file": (plain_hdf5, "HDF5 file of something else"),
+    "first line only": (lambda path: path.write_bytes(b"thawline-cache x\n"), "first line is damaged"),
+    "a forged size": (lambda path: path.write_bytes(FORGED_LINE), "contradict each other"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "no regular file"),
+    "nothing": (lambda path: path.unlink(), "no such file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "no regular file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_other_files_are_refused_with_a_reason(tmp_path: Path, case: str) -> None:
+    spoil, message = WRONG_FILES[case]
+    path = small(tmp_path / "a.h5")
+    spoil(path)
+    with pytest.raises(CacheError, match=message) as caught:
+        open_cache(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CacheError, match=message):
+        CacheWriter.resume(path)
+    assert not path.with_name("a.h5.lock").exists()

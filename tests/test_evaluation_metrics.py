@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as oracle
+
+from pipeline.evaluation.metrics import (
+    confusion_matrix,
+    evaluate,
+    expected_calibration_error,
+    log_loss,
+    macro_f1,
+    mean_per_class_accuracy,
+)
+
+labels = st.integers(2, 6).flatmap(
+    lambda k: st.tuples(
+        st.just(k), st.lists(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1)), min_size=1, max_size=40)
+    )
+)
+
+
+@given(labels)
+def test_counts_and_scores_are_scikit_learns(case: tuple[int, list[tuple[int, int]]]) -> None:
+    k, pairs = case
+    true, predicted = (np.array(column) for column in zip(*pairs, strict=True))
+    found = evaluate(true, predicted, k)
+    present = np.unique(true)
+    recall = oracle.recall_score(true, predicted, labels=present, average=None, zero_division=0)
+    assert (confusion_matrix(true, predicted, k) == oracle.confusion_matrix(true, predicted, labels=range(k))).all()
+    assert found.accuracy == pytest.approx(oracle.accuracy_score(true, predicted))
+    assert found.mean_per_class_accuracy == pytest.approx(recall.mean())
+    assert found.macro_f1 == pytest.approx(oracle.f1_score(true, predicted, average="macro", zero_division=0))
+    assert found.log_loss is None
+    assert found.ece is None
+
+
+def test_leading_axes_are_computed_as_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    true, predicted = rng.integers(0, 4, (7, 30)), rng.integers(0, 4, (7, 30))
+    together = confusion_matrix(true, predicted, 4)
+    one_by_one = np.stack([confusion_matrix(a, b, 4) for a, b in zip(true, predicted, strict=True)])
+    assert (together == one_by_one).all()
+    assert macro_f1(together) == pytest.approx([float(macro_f1(one)) for one in one_by_one])
+    assert mean_per_class_accuracy(together) == pytest.approx(
+        [float(mean_per_class_accuracy(one)) for one in one_by_one]
+    )
+
+
+def test_log_loss_is_scikit_learns_and_infinite_where_the_truth_had_no_probability() -> None:
+    rng = np.random.default_rng(1)
+    probabilities = rng.dirichlet(np.ones(5), 200)
+    true = rng.integers(0, 5, 200)
+    assert log_loss(true, probabilities) == pytest.approx(oracle.log_loss(true, probabilities, labels=range(5)))
+    probabilities[0] = 0
+    probabilities[0, (true[0] + 1) % 5] = 1
+    assert log_loss(true, probabilities) == math.inf
+
+
+def test_calibration_error_is_the_definition_bin_by_bin() -> None:
+    rng = np.random.default_rng(2)
+    probabilities = rng.dirichlet(np.full(3, 0.5), 500)
+    probabilities[:3] = [[1, 0, 0], [0.6, 0.4, 0], [1 / 3, 1 / 3, 1 / 3]]
+    true = rng.integers(0, 3, 500)
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == true
+    expected = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            expected += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    assert expected_calibration_error(true, probabilities) == pytest.approx(expected, abs=1e-9)
+
+
+def test_calibration_error_of_known_cases() -> None:
+    certain = np.tile([1.0, 0.0], (10, 1))
+    assert expected_calibration_error(np.zeros(10, np.int64), certain) == 0
+    assert expected_calibration_error(np.ones(10, np.int64), certain) == 1
+    half_right = np.repeat([0, 1], 5)
+    assert expected_calibration_error(half_right, np.tile([0.75, 0.25], (10, 1))) == pytest.approx(0.25)

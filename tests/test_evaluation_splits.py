@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import FitError
+from pipeline.evaluation.leaks import join_units
+from pipeline.evaluation.splits import Splits, make_splits, stratified_folds
+
+
+def split(labels: Any, given_splits: Any = None, groups: Any = None, images: Any = None, **rest: Any) -> Splits:
+    """Call `make_splits` with plain lists; `images` are numbers, equal ones equal bytes."""
+    labels = np.asarray(labels, np.int64)
+    n = len(labels)
+    images = np.arange(n) if images is None else np.asarray(images)
+    digests = np.zeros((n, 16), np.uint8)
+    digests[:, :8] = images.astype(">u8").view(np.uint8).reshape(n, 8)
+    arguments = {"seed": 0} | rest
+    return make_splits(
+        labels,
+        np.array([""] * n if given_splits is None else given_splits),
+        np.array([""] * n if groups is None else groups),
+        digests,
+        **arguments,
+    )
+
+
+def parts(found: Splits) -> list[list[int]]:
+    return [found.train.tolist(), found.val.tolist(), found.test.tolist()]
+
+
+def test_missing_splits_are_cut_by_class_in_the_stated_shares() -> None:
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    found = split(labels)
+    assert np.bincount(labels[found.test]).tolist() == [20, 10, 2]
+    assert np.bincount(labels[found.val]).tolist() == [16, 8, 2]
+    assert sorted(row for part in parts(found) for row in part) == list(range(160))
+    assert len(found.notes) == 2
+    assert found.leaks == []
+
+
+def test_the_seed_and_nothing_else_draws_the_cut() -> None:
+    labels = np.repeat([0, 1], 50)
+    assert parts(split(labels, seed=3)) == parts(split(labels, seed=3))
+    assert parts(split(labels, seed=3)) != parts(split(labels, seed=4))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_linked_rows_stay_on_one_side_whatever_the_links(data: st.DataObject) -> None:
+    n = data.draw(st.integers(20, 60))
+    labels = np.arange(n) % 3
+    groups = data.draw(st.lists(st.sampled_from(["", "", "", "a", "b", "c", "d"]), min_size=n, max_size=n))
+    images = data.draw(st.lists(st.integers(0, 80), min_size=n, max_size=n))
+    try:
+        found = split(labels, groups=groups, images=images, seed=data.draw(st.integers(0, 9)))
+    except FitError:
+        return
+    side = np.zeros(n, int)
+    side[found.val], side[found.test] = 1, 2
+    assert sorted(row for part in parts(found) for row in part) == list(range(n))
+    assert len(found.test)
+    assert found.leaks == []
+    for column in (groups, images):
+        for value in set(column) - {""}:
+            assert len({int(side[i]) for i in range(n) if column[i] == value}) == 1
+
+
+def test_links_hold_through_chains_of_groups_and_bytes() -> None:
+    digests = np.zeros((6, 16), np.uint8)
+    digests[:, 0] = [1, 1, 2, 2, 3, 4]
+    units = join_units(np.array(["", "a", "a", "", "", ""]), digests)
+    assert len(set(units[:4])) == 1
+    assert len(set(units)) == 3
+
+
+def test_groups_give_shares_as_near_as_they_can() -> None:
+    labels = np.repeat([0, 1], 100)
+    groups = [f"{label}-{i // 5}" for label in (0, 1) for i in range(100)]
+    found = split(labels, groups=groups)
+    assert np.bincount(labels[found.test]).tolist() == [20, 20]
+    assert np.bincount(labels[found.val]).tolist() == [15, 15]
+
+
+def test_two_groups_give_a_test_set_rather_than_none() -> None:
+    found = split([0, 1] * 10, groups=["a"] * 12 + ["b"] * 8)
+    assert found.test.tolist() == list(range(12, 20))
+    assert found.val.tolist() == []
+    assert any("folds inside train" in note for note in found.notes)
+
+
+def test_given_splits_are_used_as_they_are() -> None:
+    names = ["train"] * 6 + ["val"] * 2 + ["test"] * 2
+    found = split([0, 1] * 5, names)
+    assert parts(found) == [list(range(6)), [6, 7], [8, 9]]
+    assert found.notes == []
+
+
+def test_val_is_cut_from_train_where_only_train_and_test_are_given() -> None:
+    found = split([0, 1] * 20, ["train"] * 30 + ["test"] * 10)
+    assert found.test.tolist() == list(range(30, 40))
+    assert len(found.val) == 6
+    assert found.val.max() < 30
+    assert any("no val split" in note for note in found.notes)
+
+
+def test_a_given_val_is_the_test_set_where_none_is_given() -> None:
+    found = split([0, 1] * 20, ["train"] * 30 + ["val"] * 10)
+    assert found.test.tolist() == list(range(30, 40))
+    assert len(found.val) == 6
+    assert any("given val is the test set" in note for note in found.notes)
+
+
+def test_rows_without_a_split_train_where_others_have_one() -> None:
+    found = split([0, 1] * 20, [""] * 30 + ["test"] * 10)
+    assert found.test.tolist() == list(range(30, 40))
+    assert "30 rows have no split while others have one: they are used for training" in found.notes
+
+
+def test_unlabelled_rows_are_in_no_part() -> None:
+    labels = np.array([0, 1, -1, -1] * 20)
+    found = split(labels)
+    assert (labels[np.concatenate([found.train, found.val, found.test])] >= 0).all()
+    assert sum(map(len, parts(found))) == 40
+
+
+def test_leaks_across_given_splits_are_counted_named_and_paired() -> None:
+    names = ["train"] * 4 + ["val"] * 2 + ["test"] * 2
+    images = [10, 11, 12, 13, 14, 11, 14, 10]
+    found = split([0, 1] * 4, names, images=images, uris=[f"img{i}" for i in range(8)])
+    assert sorted(found.leaks) == [(5, 1), (6, 4), (7, 0)]
+    assert "2 test images also stand in train or val: img6 = img4, img7 = img0" in found.notes
+    assert "1 val images also stand in train: img5 = img1" in found.notes
+
+
+def test_groups_torn_by_given_splits_are_told() -> None:
+    found = split([0, 1] * 4, ["train"] * 4 + ["val"] * 2 + ["test"] * 2, groups=["a", "b", "", "", "", "", "a", ""])
+    assert "1 groups have rows in test and in train or val" in found.notes
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_shots_are_drawn_per_class_from_train_and_val_is_not_used(shots: int) -> None:
+    labels = np.array([0, 1, 2] * 20)
+    names = ["train"] * 36 + ["val"] * 12 + ["test"] * 12
+    found = split(labels, names, shots=shots)
+    assert np.bincount(labels[found.train]).tolist() == [shots] * 3
+    assert found.train.max() < 36
+    assert found.val.size == 0
+    assert found.test.tolist() == list(range(48, 60))
+    assert found.train.tolist() != split(labels, names, shots=shots, seed=1).train.tolist()
+
+
+def test_a_class_with_fewer_rows_than_shots_is_named() -> None:
+    found = split([0] * 20 + [1] * 3, ["train"] * 15 + ["test"] * 5 + ["train"] * 2 + ["test"], shots=5, classes="xy")
+    assert "fewer than 5 training rows: class y" in found.notes
+    assert len(found.train) == 7
+
+
+def test_classes_missing_from_a_part_are_named() -> None:
+    labels = [0, 1, 2, 0, 1, 2, 0, 1, 3]
+    names = ["train"] * 6 + ["test"] * 3
+    notes = split(labels, names, classes=["ape", "bee", "cat", "dog"]).notes
+    assert "without a training row, so that each test row counts as an error: class dog" in notes
+    assert "without a row in test: class cat" in notes
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([-1, -1], None, "no row has a label"),
+        ([0] * 20, None, "at least two classes among the training rows, found only class ape"),
+        ([0, 1] * 3, ["test"] * 6, "every labelled row is given as val or test"),
+        ([0, 1, 0, 1], None, "no test set can be cut from 4 labelled rows"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(labels: list[int], names: list[str] | None, message: str) -> None:
+    with pytest.raises(FitError, match=message):
+        split(labels, names, classes=["ape", "bee"])
+
+
+def test_one_group_cannot_be_split() -> None:
+    with pytest.raises(FitError, match="not of one group"):
+        split([0, 1] * 10, groups=["a"] * 20)
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=50), st.integers(2, 5), st.integers(0, 3))
+def test_folds_part_the_rows_and_spread_each_class(labels: list[int], count: int, seed: int) -> None:
+    array = np.array(labels)
+    folds = stratified_folds(array, count, seed)
+    for rest, held in folds:
+        assert sorted([*rest, *held]) == list(range(len(labels)))
+        assert len(np.unique(array[rest])) > 1
+    if len(folds) == count:
+        assert sorted(row for _, held in folds for row in held) == list(range(len(labels)))
+        spread = np.array([np.bincount(array[held], minlength=5) for _, held in folds])
+        assert (spread.max(axis=0) - spread.min(axis=0)).max() <= 1

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows
+from pipeline.errors import FitError, ModelFileError
+from pipeline.evaluation.intervals import wilson
+from pipeline.fit import fit
+from pipeline.heads.registry import FAMILIES
+from pipeline.heads.store import load_model
+from pipeline.results import to_json
+
+CLASSES = ("ape", "bee", "cat")
+DIMS = {"low": 6, "top": 200}
+Make = Callable[..., Path]
+
+
+def clouds(labels: np.ndarray, dim: int, noise: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Features around one point a class."""
+    rng = np.random.default_rng(seed)
+    return (1.2 * rng.standard_normal((3, dim))[labels] + noise * rng.standard_normal((len(labels), dim))).astype("f")
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Make:
+    """Write a cache file of n rows; see the arguments."""
+
+    def make(
+        n: int = 90,
+        name: str = "cache/file.h5",
+        dims: dict[str, int] = DIMS,
+        labels: Any = None,
+        splits: Sequence[str] | None = None,
+        images: Sequence[int] | None = None,
+        uris: Sequence[str] | None = None,
+        dtype: str = "float32",
+        backbone: str = "net",
+        unreadable: Sequence[int] = (),
+        pending: Sequence[int] = (),
+        features: dict[str, np.ndarray] | None = None,
+    ) -> Path:
+        labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
+        layers = [
+            LayerInfo(key, dim, dtype, {"layer": key, "pool": "avg"}, f"{backbone}{key}") for key, dim in dims.items()
+        ]
+        zeros = np.zeros(n, np.int64)
+        rows = Rows(
+            uris or [f"{i:03d}.png" for i in range(n)],
+            labels.astype(np.int64),
+            splits or [""] * n,
+            [""] * n,
+            zeros,
+            zeros,
+        )
+        handles = {"source": "photos", "backbone": backbone, "pool": "avg"}
+        request = {"backbone": backbone, "layers": list(dims), "pool": "avg", "size": None, "precision": "auto"}
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        digests = np.frombuffer(
+            b"".join(hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in (images or range(n))), np.uint8
+        ).reshape(n, 16)
+        done = np.setdiff1d(np.arange(n), [*unreadable, *pending])
+        values = features or {key: clouds(labels, dim, seed=dim) for key, dim in dims.items()}
+        with CacheWriter.create(path, rows, CLASSES, layers, handles, request) as writer:
+            writer.begin_run({})
+            writer.write(
+                done, {key: value[done] for key, value in values.items()}, digests[done], zeros[done], zeros[done]
+            )
+            for row in unreadable:
+                writer.fail(row, "truncated", digests[row], 0, 0)
+        return path
+
+    return make
+
+
+def test_one_result_a_cell_in_the_order_layers_heads_seeds_shots(make_cache: Make) -> None:
+    calls = []
+    report = fit(
+        make_cache(),
+        heads=["centroid", "knn/l2"],
+        seeds=[0, 3],
+        shots=["all", 4],
+        jobs=1,
+        progress=lambda *call: calls.append(call),
+    )
+    cells = [(r.layer, r.head, r.seed, r.shots) for r in report.results]
+    assert cells == [
+        (layer, head, seed, shots)
+        for layer in DIMS
+        for head in ("centroid", "knn/l2")
+        for seed in (0, 3)
+        for shots in ("all", 4)
+    ]
+    assert calls == [(done, 16, "fit") for done in range(1, 17)]
+    assert len(report.predictions) == 16
+    assert report.saved is None
+
+
+def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
+    result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
+    assert (
+        list(result)
+        == (
+            "kind backbone layer pool head params seed shots n_train n_val n_test accuracy accuracy_ci95 "
+            "mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
+        ).split()
+    )
+    expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
+    assert expected.items() <= result.items()
+    assert result["shots"] == "all"
+    assert (result["n_train"], result["n_val"], result["n_test"]) == (57, 15, 18)
+    assert result["log_loss"] is None
+    assert result["ece"] is None
+    assert 0 < result["seconds"]
+    assert result["converged"] is True
+
+
+@pytest.mark.parametrize("layer", ["low", "top"])
+def test_a_fit_is_a_standardised_logistic_regression_chosen_on_val_and_refitted(make_cache: Make, layer: str) -> None:
+    names = (["train"] * 60 + ["val"] * 15 + ["test"] * 45) * 2
+    labels = np.arange(240) % 3
+    values = {key: clouds(labels, dim, noise=3, seed=dim) for key, dim in DIMS.items()}
+    report = fit(make_cache(240, splits=names, features=values), [layer])
+    result, found = report.results[0], report.predictions[0]
+    parts = {name: np.flatnonzero(np.array(names) == name) for name in ("train", "val", "test")}
+    x = values[layer].astype(float)
+
+    def model(rows: np.ndarray, c: float) -> Any:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-7, max_iter=5000)).fit(
+            x[rows], labels[rows]
+        )
+
+    def right(c: float) -> float:
+        return float(model(parts["train"], c).score(x[parts["val"]], labels[parts["val"]]))
+
+    assert right(result.params["C"]) == max(right(c) for c in np.logspace(-6, 5, 45))
+    oracle = model(np.concatenate([parts["train"], parts["val"]]), result.params["C"])
+    assert (found.y_pred == oracle.predict(x[parts["test"]])).mean() > 0.985
+    assert found.probability == pytest.approx(oracle.predict_proba(x[parts["test"]]).max(axis=1), abs=0.01)
+    assert found.y_true.tolist() == labels[parts["test"]].tolist()
+    assert found.uris.tolist() == [f"{i:03d}.png" for i in parts["test"]]
+    assert result.accuracy == pytest.approx((found.y_pred == found.y_true).mean())
+    assert result.accuracy_ci95 == wilson(int((found.y_pred == found.y_true).sum()), 90)
+    assert (result.n_train, result.n_val, result.n_test) == (120, 30, 90)
+    assert 0.4 < result.accuracy < 1
+    assert report.classes == CLASSES
+
+
+@pytest.mark.parametrize("head", FAMILIES)
+def test_every_head_beats_chance_and_saves_what_it_reports(make_cache: Make, tmp_path: Path, head: str) -> None:
+    path = make_cache()
+    report = fit(path, ["top"], [head], save=tmp_path / "model.skops")
+    model = load_model(tmp_path / "model.skops")
+    found = report.predictions[0]
+    rows = np.flatnonzero(np.isin(Catalog(path).files[0].uris, found.uris))
+    labels, probability = model.predict(Catalog(path).files[0].matrix("top")[rows])
+    assert report.results[0].accuracy > 0.8
+    assert labels.tolist() == found.y_pred.tolist()
+    assert (probability is None) == (found.probability is None) == (head not in ("logreg", "knn"))
+    if probability is not None:
+        assert probability == pytest.approx(found.probability, abs=1e-9)
+    assert model.metrics == to_json(report.results[0])
+    assert model.head == head
+
+
+def test_the_model_of_best_validation_accuracy_is_saved_the_first_on_a_tie(make_cache: Make, tmp_path: Path) -> None:
+    labels = np.arange(90) % 3
+    noise = np.random.default_rng(0).standard_normal((90, 5)).astype("f")
+    values = {"noise": noise, "good": clouds(labels, 5, 0.1), "also": clouds(labels, 5, 0.1)}
+    path = make_cache(dims=dict.fromkeys(values, 5), features=values)
+    report = fit(path, ["noise", "good", "also"], ["logreg"], save=tmp_path / "m.skops")
+    assert report.best == 1
+    assert report.saved == tmp_path / "m.skops"
+    assert [layer["spec"]["layer"] for layer in load_model(report.saved).layers] == ["good"]
+    assert report.results[1].accuracy == report.results[2].accuracy == 1
+
+
+def test_processes_change_nothing(make_cache: Make) -> None:
+    path = make_cache()
+    alone, together = (fit(path, heads=["logreg", "knn"], seeds=[0, 1], jobs=jobs) for jobs in (1, 2))
+    assert [r.params for r in alone.results] == [r.params for r in together.results]
+    for a, b in zip(alone.predictions, together.predictions, strict=True):
+        assert a.y_pred.tolist() == b.y_pred.tolist()
+        assert a.probability == pytest.approx(b.probability, abs=1e-6)
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
+    names = ["train"] * 45 + ["val"] * 24 + ["test"] * 21
+    labels = np.arange(90) % 3
+    plain = {"low": clouds(labels, 6)}
+    spoilt = {"low": plain["low"].copy()}
+    spoilt["low"][45:69] = 1e3
+    reports = [
+        fit(
+            make_cache(dims={"low": 6}, splits=names, features=values, name=f"{i}/x.h5"),
+            heads=["logreg", "knn"],
+            shots=[shots],
+        )
+        for i, values in enumerate((plain, spoilt))
+    ]
+    first, second = (report.results for report in reports)
+    assert [(r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in first] == [
+        (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
+    ]
+    assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
+    fixed = "logreg: one row a class leaves nothing to validate on, so C=1 is taken"
+    assert (fixed in reports[0].notes) == (shots == 1)
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    labels[10:15] = -1
+    values = {"low": clouds(np.abs(labels), 6)}
+    path = make_cache(dims={"low": 6}, labels=labels, features=values, unreadable=[0, 1], pending=[2, 3, 4])
+    report = fit(path)
+    assert "10 of 90 rows are left out: 2 unreadable, 3 not extracted yet, 5 without a label" in report.notes
+    result = report.results[0]
+    assert result.n_train + result.n_val + result.n_test == 80
+
+
+def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:
+    path = make_cache()
+    file = Catalog(path).files[0]
+    both = np.hstack([file.matrix("top"), file.matrix("low")])
+    joined = fit(path, ["top+low"], save=tmp_path / "m.skops")
+    direct = fit(make_cache(dims={"x": 206}, features={"x": both}, name="other/x.h5"), ["x"])
+    assert joined.results[0].layer == "top+low"
+    assert joined.predictions[0].y_pred.tolist() == direct.predictions[0].y_pred.tolist()
+    model = load_model(tmp_path / "m.skops")
+    assert [layer["request"]["layer"] for layer in model.layers] == ["top", "low"]
+    assert [layer["dim"] for layer in model.layers] == [200, 6]
+    assert model.layers[0]["request"]["backbone"] == "net"
+    assert model.layers[0]["fingerprint"] == "nettop"
+
+
+def test_layers_of_two_files_join_by_name_and_bytes(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    order = np.random.default_rng(0).permutation(90)
+    low, other = clouds(labels, 6), clouds(labels, 7, seed=1)
+    make_cache(dims={"low": 6}, features={"low": low}, pending=[8])
+    changed = order.tolist()
+    changed[0] = 1000
+    path = make_cache(
+        dims={"other": 7},
+        features={"other": other[order]},
+        labels=labels[order],
+        images=changed,
+        uris=[f"{i:03d}.png" for i in order],
+        backbone="second",
+        name="cache/second.h5",
+    )
+    report = fit(path.parent, ["low+other"])
+    usable = [i for i in range(90) if i not in (8, order[0])]
+    direct = fit(
+        make_cache(
+            len(usable),
+            dims={"x": 13},
+            features={"x": np.hstack([low, other])[usable]},
+            labels=labels[usable],
+            images=usable,
+            uris=[f"{i:03d}.png" for i in usable],
+            name="joined/x.h5",
+        )
+    )
+    assert report.results[0].backbone == "net+second"
+    assert "2 of 90 rows are left out: 1 not extracted yet, 1 not in every joined file" in report.notes
+    assert report.predictions[0].uris.tolist() == direct.predictions[0].uris.tolist()
+    assert report.predictions[0].y_pred.tolist() == direct.predictions[0].y_pred.tolist()
+
+
+def test_half_precision_features_are_computed_with_in_single(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    halves = clouds(labels, 6).astype(np.float16)
+    stored = fit(make_cache(dims={"low": 6}, dtype="float16", features={"low": halves.astype("f")}, name="a/x.h5"))
+    plain = fit(make_cache(dims={"low": 6}, features={"low": halves.astype("f")}, name="b/x.h5"))
+    assert stored.predictions[0].probability == pytest.approx(plain.predictions[0].probability, abs=1e-9)
+
+
+def test_a_class_of_test_that_was_never_trained_counts_as_wrong(make_cache: Make) -> None:
+    labels = np.array([0, 1] * 40 + [2] * 10)
+    names = ["train"] * 60 + ["test"] * 30
+    report = fit(make_cache(labels=labels, splits=names, dims={"low": 6}), heads=["logreg", "ridge"])
+    for result in report.results:
+        assert result.accuracy <= 20 / 30
+        assert result.log_loss is None or result.log_loss == np.inf
+    assert to_json(report.results[0])["log_loss"] is None
+    assert any("each test row counts as an error: class cat" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_no_numbers_are_refused_by_layer_and_count(make_cache: Make, bad: float) -> None:
+    values = {key: clouds(np.arange(90) % 3, dim) for key, dim in DIMS.items()}
+    values["top"][[5, 50], 3] = bad
+    with pytest.raises(FitError, match=r"layer top has NaN or infinite features in 2 of 90 rows, first 005.png"):
+        fit(make_cache(features=values))
+
+
+def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> None:
+    values = {"low": clouds(np.arange(90) % 3, 6)}
+    values["low"][5] = np.nan
+    labels = np.arange(90) % 3
+    labels[5] = -1
+    assert fit(make_cache(labels=labels, dims={"low": 6}, features=values)).results[0].accuracy > 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"heads": ["logrg"]}, FitError, "did you mean logreg"),
+        ({"heads": []}, FitError, "at least one of heads"),
+        ({"layers": ["tip"]}, CacheError, "did you mean top"),
+        ({"layers": ["low+tip"]}, CacheError, "did you mean top"),
+        ({"seeds": [-1]}, FitError, "whole number from 0 on, got -1"),
+        ({"shots": [0]}, FitError, "positive number of images per class or 'all', got 0"),
+        ({"shots": ["some"]}, FitError, "got 'some'"),
+        ({"backbone": "nit"}, CacheError, "did you mean net"),
+        ({"save": "nowhere/m.skops"}, ModelFileError, "no folder nowhere"),
+    ],
+)
+def test_wrong_choices_are_refused_before_anything_is_fitted(
+    make_cache: Make, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    calls: list[Any] = []
+    with pytest.raises(error, match=message) as caught:
+        fit(make_cache(), progress=lambda *call: calls.append(call), **arguments)
+    assert "\n" not in str(caught.value)
+    assert calls == []
+
+
+def test_a_kernel_of_too_many_rows_is_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(FAMILIES["rbf_svm"]), "most_rows", 50)
+    with pytest.raises(FitError, match="at most 50 training rows, got 72; take linear_svm"):
+        fit(make_cache(), heads=["logreg", "rbf_svm"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([-1] * 90, "no row has a label"), ([0] * 90, "found only class ape")],
+)
+def test_labels_that_cannot_be_fitted_are_refused(make_cache: Make, labels: list[int], message: str) -> None:
+    values = {key: np.ones((90, dim), "f") for key, dim in DIMS.items()}
+    with pytest.raises(FitError, match=message):
+        fit(make_cache(labels=labels, features=values))
+
+
+def test_two_files_are_ambiguous_until_one_is_named(make_cache: Make) -> None:
+    make_cache()
+    path = make_cache(backbone="second", name="cache/second.h5")
+    with pytest.raises(AmbiguousCacheError, match="second"):
+        fit(path.parent)
+    assert {r.backbone for r in fit(path.parent, backbone="second", heads=["centroid"]).results} == {"second"}

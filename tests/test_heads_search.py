@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, LinearSVC
+
+from pipeline.errors import FitError
+from pipeline.heads import linear
+from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.heads.registry import FAMILIES, Head, find_head
+from pipeline.heads.search import PATIENCE, Fold, make_fold, scale, search, train_final
+
+
+def digits(n: int = 700, seed: int = 0) -> tuple[Fold, np.ndarray, np.ndarray]:
+    """A fold of standardised digits, and fresh rows with labels."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(x))
+    x, y = x[order].astype(np.float32), y[order].astype(np.int64)
+    scaler = StandardScaler().fit(x[:n])
+    x = scaler.transform(x)
+    return Fold(x[:n], y[:n], x[n : n + 300], y[n : n + 300]), x[n + 300 :], y[n + 300 :]
+
+
+def cold(models: Sequence[object], fold: Fold) -> list[int]:
+    """Right answers of each model, fitted by itself in float64."""
+    return [
+        int((model.fit(fold.train.astype(float), fold.y).predict(fold.held) == fold.y_held).sum())  # type: ignore[attr-defined]
+        for model in models
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) -> None:
+    fold, fresh, _ = digits(300, seed)
+    choice = search(find_head("logreg"), [fold])
+    models = [LogisticRegression(C=c, tol=1e-8, max_iter=5000) for c in linear.C_GRID]
+    right = cold(models, fold)
+    chosen = linear.C_GRID.index(choice.params["C"])
+    assert right[chosen] == max(right)
+    assert choice.score == pytest.approx(max(right) / 300)
+    final = train_final(find_head("logreg"), choice.params, scale("none", fold.train, fresh, rotated=False), fold.y)
+    assert (final.estimator.predict(fresh) == models[chosen].predict(fresh)).mean() >= 0.995
+    assert final.converged
+
+
+def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
+    fold, fresh, _ = digits(400)
+    svm = find_head("linear_svm")
+    steps = dict(zip(linear.C_GRID, svm.family.path(svm.family.grid(400), fold.train, fold.y, fold.held), strict=True))
+    for c in linear.C_GRID[:21:5]:
+        exact = LinearSVC(C=c, tol=1e-6, max_iter=20_000).fit(fold.train.astype(float), fold.y)
+        assert (steps[c].predicted == exact.predict(fold.held)).mean() >= 0.995
+        found = svm.family.fit({"C": c}, fold.train, fold.y).estimator
+        assert (found.predict(fresh) == exact.predict(fresh)).mean() >= 0.995
+        assert found.coef_ == pytest.approx(exact.coef_, abs=0.02 * float(np.abs(exact.coef_).max()))
+
+
+def test_ridge_path_is_the_classifier_alpha_by_alpha() -> None:
+    fold, _, _ = digits(400)
+    ridge = find_head("ridge").family
+    grid = ridge.grid(400)
+    for params, step in zip(grid, ridge.path(grid, fold.train, fold.y, fold.held), strict=True):
+        exact = RidgeClassifier(**params).fit(fold.train.astype(float), fold.y)
+        assert (step.predicted == exact.predict(fold.held)).mean() >= 0.995
+        assert (exact.predict(fold.train) == fold.y).all() == step.saturated
+
+
+def test_rbf_path_is_the_plain_svc_on_every_candidate_and_its_gamma_comes_back_absolute() -> None:
+    fold, fresh, _ = digits(200)
+    rbf = find_head("rbf_svm").family
+    grid = rbf.grid(200)
+    scale_gamma = 1 / (fold.train.shape[1] * fold.train.var(dtype=float))
+    for params, step in zip(grid, rbf.path(grid, fold.train, fold.y, fold.held), strict=True):
+        exact = SVC(C=params["C"], gamma=params["gamma"] * scale_gamma).fit(fold.train, fold.y)
+        assert (step.predicted == exact.predict(fold.held)).mean() >= 0.995
+    fitted = rbf.fit({"C": 10.0, "gamma": 0.5}, fold.train, fold.y)
+    assert fitted.params == {"C": 10.0, "gamma": pytest.approx(0.5 * scale_gamma)}
+    assert (
+        fitted.estimator.predict(fresh) == SVC(C=10, gamma=0.5 * scale_gamma).fit(fold.train, fold.y).predict(fresh)
+    ).all()
+
+
+@pytest.mark.parametrize("labels", [2, 10])
+def test_knn_votes_as_scikit_learn_does_for_every_k(labels: int) -> None:
+    fold, _, _ = digits(150)
+    y = fold.y % labels
+    knn = find_head("knn").family
+    grid = knn.grid(150)
+    assert [params["k"] for params in grid] == [50, 30, 20, 15, 10, 7, 5, 3, 2, 1]
+    for params, step in zip(grid, knn.path(grid, fold.train, y, fold.held), strict=True):
+        exact = KNeighborsClassifier(params["k"], metric="cosine", algorithm="brute").fit(fold.train, y)
+        assert (step.predicted == exact.predict(fold.held)).mean() >= 0.99
+    assert knn.grid(4) == [{"k": 3}, {"k": 2}, {"k": 1}]
+
+
+def test_centroid_is_the_nearest_class_mean() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 4
+    train, fresh = rng.standard_normal((60, 5)).astype(np.float32), rng.standard_normal((90, 5)).astype(np.float32)
+    found = find_head("centroid").family.fit({}, train, y).estimator
+    assert (found.predict(fresh) == NearestCentroid().fit(train, y).predict(fresh)).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("labels", [(3, 7), (0, 4, 9)])
+def test_every_head_learns_labels_with_gaps_and_sees_constant_features(name: str, labels: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(labels, 12).astype(np.int64)
+    features = rng.standard_normal((len(y), 6)).astype(np.float32)
+    features[:, 0] = 2.5
+    features[:, 1:] += 8 * rng.standard_normal((len(labels), 5))[np.searchsorted(labels, y)]
+    head = find_head(name)
+    scaled = scale(head.scaling, features[::2].copy(), features[1::2].copy(), rotated=head.family.linear)
+    choice = search(head, [make_fold(scaled, y[::2], y[1::2])])
+    fitted = train_final(head, choice.params, scaled, y[::2])
+    assert choice.score == 1
+    assert (fitted.estimator.predict(scaled.held) == y[1::2]).all()
+    assert fitted.estimator.classes_.tolist() == list(labels)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_row_a_class_has_a_fixed_rule(name: str) -> None:
+    head = find_head(name)
+    choice = search(head, [])
+    rows = np.eye(3, 8, dtype=np.float32)
+    scaled = scale("standard", rows.copy(), rows.copy(), rotated=head.family.linear)
+    fitted = train_final(head, choice.params, scaled, np.arange(3))
+    assert np.isnan(choice.score)
+    assert choice.params == head.family.fixed
+    assert fitted.estimator.predict(scaled.held).tolist() == [0, 1, 2]
+
+
+class Scripted(Family):
+    """Candidates whose right answers are written down beforehand."""
+
+    def __init__(self, right: Sequence[int], saturated: bool) -> None:
+        self.right, self.saturated = right, saturated
+
+    def grid(self, n_rows: int) -> Sequence[Params]:
+        return [{"number": number} for number in range(len(self.right))]
+
+    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+        for count in self.right:
+            yield Step(np.arange(10) < count, self.saturated, converged=count != 3)
+
+    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+        raise NotImplementedError
+
+
+def scripted(right: Sequence[int], saturated: bool = True, folds: int = 1) -> tuple[int, int, int, float]:
+    fold = Fold(
+        np.zeros((4, 1), np.float32), np.zeros(4, np.int64), np.zeros((10, 1), np.float32), np.ones(10, np.int64)
+    )
+    choice = search(Head("scripted", Scripted(right, saturated), "none"), [fold] * folds)
+    return choice.params["number"], choice.tried, choice.unconverged, choice.score
+
+
+def test_the_first_of_equals_is_taken_and_folds_are_added_up() -> None:
+    assert scripted([2, 5, 4, 5], folds=3) == (1, 4, 0, 0.5)
+
+
+def test_a_path_ends_when_it_has_not_helped_for_long_but_only_where_training_rows_are_all_fitted() -> None:
+    flat = [1, 5] + [4] * 30 + [9]
+    assert scripted(flat)[:2] == (1, 2 + PATIENCE)
+    assert scripted(flat, saturated=False)[:2] == (32, 33)
+    late = [1, 5] + [4] * (PATIENCE - 2) + [6] + [4] * 30
+    assert scripted(late)[0] == PATIENCE
+
+
+def test_candidates_at_their_iteration_limit_are_counted() -> None:
+    assert scripted([3, 5, 3, 4])[2] == 2
+
+
+@pytest.mark.parametrize("name", ["logreg", "linear_svm"])
+def test_an_iteration_limit_is_a_flag_and_no_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fold, _, _ = digits(200)
+    monkeypatch.setattr(linear, "MOST_ITERATIONS", 3)
+    assert not find_head(name).family.fit({"C": 10.0}, fold.train, fold.y).converged
+    assert search(find_head(name), [fold]).unconverged > 0
+
+
+def test_other_warnings_of_a_fit_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(self: object, train: Floats, y: Ints) -> None:
+        warnings.warn("something else", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(LogisticRegression, "fit", fit)
+    with pytest.warns(UserWarning, match="something else"):
+        assert linear._fit_noting_convergence(LogisticRegression(), np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "scaling", "canonical"),
+    [
+        ("logreg", "logreg", "standard", "logreg"),
+        ("logreg/standard", "logreg", "standard", "logreg"),
+        ("knn/l2", "knn", "l2", "knn/l2"),
+        ("ridge/none", "ridge", "none", "ridge/none"),
+    ],
+)
+def test_names_of_heads(name: str, family: str, scaling: str, canonical: str) -> None:
+    assert find_head(name) == Head(canonical, FAMILIES[family], scaling)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("logregg", "no head named 'logregg'.*did you mean logreg"),
+        ("linear-svm/l2", "did you mean linear_svm"),
+        ("logreg/standart", "no scaling named 'standart'.*did you mean standard"),
+        ("logreg/", "no scaling named ''"),
+    ],
+)
+def test_unknown_heads_name_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(FitError, match=message):
+        find_head(name)
+
+
+def test_the_grid_is_the_published_one() -> None:
+    assert len(linear.C_GRID) == 45
+    assert (linear.C_GRID[0], linear.C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
+    assert np.diff(np.log10(linear.C_GRID)) == pytest.approx(11 / 44)

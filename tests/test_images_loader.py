@@ -1,0 +1,307 @@
+"""The loader: order, batches, what needs no decoding, bounded memory, and threads that end whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import pipeline.images.stages
+from pipeline.errors import UnreadableImageError
+from pipeline.images.items import ImageSource, Item
+from pipeline.images.loader import Batch, default_workers, load
+from pipeline.images.source import open_source
+from pipeline.images.stages import MIN_READERS, WINDOW_BATCHES
+from pipeline.spec import Preprocessing
+
+SMALL = Preprocessing(size=(4, 5), resize=(4, 5), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
+BAD, MISSING = -1, -2
+
+
+def encoded(level: int) -> bytes:
+    """Return a picture of one grey, or bytes that are none."""
+    if level == BAD:
+        return b"not an image"
+    file = BytesIO()
+    Image.new("L", (5, 4), level).save(file, "PNG")
+    return file.getvalue()
+
+
+FILES = {level: encoded(level) for level in range(-1, 256)}
+
+
+def digest(level: int) -> bytes:
+    return hashlib.blake2b(FILES[level], digest_size=16).digest()
+
+
+def source_of(levels: list[int], before: Callable[[int], None] = lambda row: None) -> ImageSource:
+    """Return a source whose row i is a picture of grey ``levels[i]``; `before` is called with the row read."""
+
+    def read(item: Item) -> bytes:
+        row = int(item.uri)
+        before(row)
+        if levels[row] == MISSING:
+            raise UnreadableImageError("no such file")
+        return FILES[levels[row]]
+
+    items = [Item(str(row), -1, "", "", 100 + row, 1000 + row) for row in range(len(levels))]
+    return ImageSource(name="greys", location="/greys", classes=(), items=items, reader=read)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
+
+
+def summary(batches: list[Batch]) -> list[object]:
+    return [
+        (b.rows.tolist(), b.pixels.tobytes(), b.digests.tobytes(), b.sizes.tolist(), b.duplicates, b.failures, b.known)
+        for b in batches
+    ]
+
+
+# -- What comes out ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_full_batches_in_order(workers: int) -> None:
+    levels = list(range(10, 33))
+    batches = list(load(source_of(levels), np.arange(23), SMALL, batch_size=5, workers=workers))
+    assert [len(batch.rows) for batch in batches] == [5, 5, 5, 5, 3]
+    assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(23))
+    for batch in batches:
+        assert batch.rows.dtype == batch.sizes.dtype == batch.mtimes_ns.dtype == np.int64
+        assert batch.pixels.dtype == batch.digests.dtype == np.uint8
+        assert batch.pixels.shape == (len(batch.rows), 4, 5, 3)
+        np.testing.assert_array_equal(batch.pixels, np.zeros((1, 4, 5, 3)) + (batch.rows + 10)[:, None, None, None])
+        assert [bytes(row) for row in batch.digests] == [digest(levels[row]) for row in batch.rows]
+        assert batch.sizes.tolist() == (100 + batch.rows).tolist()
+        assert batch.mtimes_ns.tolist() == (1000 + batch.rows).tolist()
+
+
+def test_only_the_rows_asked_in_the_order_asked() -> None:
+    batches = list(load(source_of(list(range(50))), [40, 3, 17], SMALL, batch_size=2))
+    assert [batch.rows.tolist() for batch in batches] == [[40, 3], [17]]
+    assert [batch.pixels[0, 0, 0, 0] for batch in batches] == [40, 17]
+
+
+def test_no_rows_no_batches() -> None:
+    assert list(load(source_of([1, 2]), [], SMALL, batch_size=2)) == []
+
+
+def test_duplicates_and_failures() -> None:
+    levels = [7, BAD, 7, MISSING, 9, BAD, 9, MISSING, 7]
+    (batch,) = load(source_of(levels), range(9), SMALL, batch_size=4, workers=3)
+    assert batch.rows.tolist() == [0, 4]
+    assert batch.duplicates == [
+        (2, 0, digest(7), 102, 1002),
+        (6, 4, digest(9), 106, 1006),
+        (8, 0, digest(7), 108, 1008),
+    ]
+    reason = "not an image of a known format"
+    assert batch.failures == [
+        (1, reason, digest(BAD), 101, 1001),
+        (3, "no such file", None, 103, 1003),
+        (5, reason, digest(BAD), 105, 1005),
+        (7, "no such file", None, 107, 1007),
+    ]
+
+
+def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    prepare = pipeline.images.stages.prepare
+    monkeypatch.setattr(
+        pipeline.images.stages, "prepare", lambda data, wanted: decoded.append(data) or prepare(data, wanted)
+    )
+    batches = list(load(source_of([5, 6] * 30), range(60), SMALL, batch_size=1, workers=4))
+    assert sorted(decoded) == sorted([FILES[5], FILES[6]])
+    assert sum(len(batch.duplicates) for batch in batches) == 58
+
+
+def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def known(key: bytes) -> bool:
+        asked.append(key)
+        return key in {digest(1), digest(BAD)}
+
+    (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), SMALL, batch_size=9, workers=2, known=known)
+    assert asked == [digest(level) for level in (1, 2, BAD, 1, 3)]
+    assert batch.rows.tolist() == [1, 5]
+    assert batch.known == [(0, digest(1), 100, 1000), (2, digest(BAD), 102, 1002), (3, digest(1), 103, 1003)]
+    assert batch.duplicates == [(4, 1, digest(2), 104, 1004)]
+    assert batch.failures == []
+
+
+def test_a_batch_without_pixels() -> None:
+    (batch,) = load(source_of([BAD, MISSING]), range(2), SMALL, batch_size=2)
+    assert batch.rows.shape == batch.sizes.shape == batch.mtimes_ns.shape == (0,)
+    assert batch.pixels.shape == (0, 4, 5, 3)
+    assert batch.digests.shape == (0, 16)
+    assert [failure.row for failure in batch.failures] == [0, 1]
+
+
+def test_what_follows_the_last_full_batch_comes_too() -> None:
+    batches = list(load(source_of([1, 2, 2, BAD]), range(4), SMALL, batch_size=2))
+    assert [batch.rows.tolist() for batch in batches] == [[0, 1], []]
+    assert [duplicate.row for duplicate in batches[1].duplicates] == [2]
+    assert [failure.row for failure in batches[1].failures] == [3]
+
+
+@given(
+    levels=st.lists(st.sampled_from([BAD, MISSING, 1, 2, 3, *range(40, 60)]), max_size=40),
+    batch_size=st.integers(1, 9),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_number_of_workers_changes_nothing(levels: list[int], batch_size: int) -> None:
+    one, four = (
+        list(load(source_of(levels), range(len(levels)), SMALL, batch_size, workers, lambda key: key == digest(3)))
+        for workers in (1, 4)
+    )
+    assert summary(one) == summary(four)
+    assert all(len(batch.rows) == batch_size for batch in one[:-1])
+    seen: list[int] = []
+    for batch in one:
+        seen += [*batch.rows.tolist(), *(row[0] for row in [*batch.duplicates, *batch.failures, *batch.known])]
+        assert all(duplicate.of in seen for duplicate in batch.duplicates)
+    assert sorted(seen) == list(range(len(levels)))
+    assert all(first < second for batch in one for first, second in pairwise(batch.rows))
+
+
+def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
+    root = make_photos(classes=("a", "b"), each=3)
+    source = open_source(root)
+    (root / "a/1.png").unlink()
+    (root / "b/2.png").write_bytes(b"")
+    (batch,) = load(source, range(6), SMALL, batch_size=8)
+    assert batch.rows.tolist() == [0, 2, 3, 4]
+    assert [(failure.row, failure.reason) for failure in batch.failures] == [(1, "no such file"), (5, "empty file")]
+    assert batch.sizes.tolist() == [source.items[row].size for row in batch.rows]
+
+
+def test_workers_follow_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.process_cpu_count", lambda: 3, raising=False)
+    assert default_workers() == 3
+
+
+# -- Bounded memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (3, 2), (2, 5)])
+def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
+    begun: set[int] = set()
+    levels = list(range(200))
+    window = WINDOW_BATCHES * max(batch_size, workers)
+    with closing(load(source_of(levels, begun.add), range(200), SMALL, batch_size, workers)) as batches:
+        for number in range(1, 4):
+            next(batches)
+            ahead = number * batch_size + window
+            wait_until(lambda ahead=ahead: len(begun) >= ahead)
+            time.sleep(0.01)
+            assert begun == set(range(ahead))
+
+
+@pytest.mark.parametrize("workers", [1, 6])
+def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(
+        pipeline.images.stages, "prepare", lambda data, wanted: go.wait(20) and np.zeros((4, 5, 3), np.uint8)
+    )
+    begun: set[int] = set()
+    limit = max(MIN_READERS, workers) + 2 * workers  # in readers' hands, waiting, in decoders' hands
+    found: list[int] = []
+
+    def watch() -> None:
+        wait_until(lambda: len(begun) >= limit)
+        time.sleep(0.02)
+        found.append(len(begun))
+        go.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    batches = list(load(source_of(list(range(200)), begun.add), range(200), SMALL, batch_size=64, workers=workers))
+    watcher.join()
+    assert found == [limit]
+    assert sum(len(batch.rows) for batch in batches) == 200
+
+
+# -- Endings: `no_thread_is_left` checks each --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_an_early_close(taken: int, workers: int) -> None:
+    batches = load(source_of(list(range(200))), range(200), SMALL, batch_size=4, workers=workers)
+    assert len([next(batches) for _ in range(taken)]) == taken
+    batches.close()
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_the_consumer_is_interrupted(interruption: type[BaseException]) -> None:
+    batches = load(source_of(list(range(200))), range(200), SMALL, batch_size=4, workers=2)
+    next(batches)
+    with pytest.raises(interruption):
+        batches.throw(interruption())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a thread cannot signal another there")
+def test_control_c_while_waiting() -> None:
+    def interrupt(row: int) -> None:
+        if row == 9:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        list(load(source_of(list(range(30)), interrupt), range(30), SMALL, batch_size=2, workers=2))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("in a reader"), MemoryError(), KeyboardInterrupt()], ids=repr)
+def test_what_a_reader_raises_reaches_the_consumer(error: BaseException) -> None:
+    def fail(row: int) -> None:
+        if row == 11:
+            raise error
+
+    batches = load(source_of(list(range(40)), fail), range(40), SMALL, batch_size=1, workers=2)
+    with pytest.raises(type(error)) as caught:
+        list(batches)
+    assert caught.value is error
+
+
+def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(data: bytes, wanted: Preprocessing) -> np.ndarray:
+        raise ZeroDivisionError("in a decoder")
+
+    monkeypatch.setattr(pipeline.images.stages, "prepare", prepare)
+    with pytest.raises(ZeroDivisionError, match="in a decoder"):
+        list(load(source_of(list(range(40))), range(40), SMALL, batch_size=3, workers=2))
+
+
+def test_what_known_raises_reaches_the_consumer() -> None:
+    def known(key: bytes) -> bool:
+        raise LookupError("in known")
+
+    with pytest.raises(LookupError, match="in known"):
+        list(load(source_of(list(range(40))), range(40), SMALL, batch_size=3, workers=2, known=known))

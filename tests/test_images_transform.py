@@ -1,0 +1,161 @@
+"""One resize against torchvision's two steps, over sizes, aspect ratios, filters and reduced JPEG decodes."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from pipeline.images.decode import from_pillow
+from pipeline.images.transform import jpeg_floor, prepare, resize_and_crop, resized_size
+from pipeline.spec import Preprocessing
+
+HALF = (0.5, 0.5, 0.5)
+SIDES = st.integers(1, 400) | st.integers(1, 8)
+
+
+def preprocessing(
+    resize: int | tuple[int, int], crop: tuple[int, int], interpolation: str = "bilinear"
+) -> Preprocessing:
+    return Preprocessing(size=crop, resize=resize, interpolation=interpolation, mean=HALF, std=HALF)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Make something like a photo: light and dark over wide areas, edges, and a little noise."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((width, height), 3)
+    pixels = np.asarray(coarse).astype(int) + generator.integers(-9, 10, (height, width, 3))
+    pixels[height // 3 : height // 2, width // 4 : width // 2] += 80
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def two_steps(image: Image.Image, wanted: Preprocessing) -> np.ndarray:
+    resize = Resize(wanted.resize, InterpolationMode(wanted.interpolation), antialias=True)
+    return np.asarray(Compose([resize, CenterCrop(wanted.size)])(image)).astype(int)
+
+
+def one_step(image: Image.Image, wanted: Preprocessing) -> np.ndarray:
+    pixels = resize_and_crop(from_pillow(image), wanted)
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (*wanted.size, 3)
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+    return pixels.astype(int)
+
+
+@given(
+    width=SIDES,
+    height=SIDES,
+    resize=st.integers(4, 70) | st.tuples(st.integers(4, 70), st.integers(4, 70)),
+    crop=st.tuples(st.integers(1, 80), st.integers(1, 80)),
+    interpolation=st.sampled_from(["bilinear", "bicubic", "lanczos"]),
+)
+@example(width=375, height=250, resize=36, crop=(32, 32), interpolation="bicubic")
+@example(width=250, height=375, resize=35, crop=(32, 32), interpolation="bilinear")
+@example(width=250, height=251, resize=33, crop=(40, 41), interpolation="bilinear")
+@example(width=1, height=400, resize=64, crop=(32, 32), interpolation="bicubic")
+@example(width=64, height=64, resize=64, crop=(31, 30), interpolation="bicubic")
+@settings(max_examples=150, deadline=None)
+def test_within_two_grey_levels_of_two_steps(
+    width: int, height: int, resize: int | tuple[int, int], crop: tuple[int, int], interpolation: str
+) -> None:
+    wanted = preprocessing(resize, crop, interpolation)
+    image = photo(width, height)
+    assert np.abs(one_step(image, wanted) - two_steps(image, wanted)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "interpolation"),
+    [
+        (256, 224, "bilinear"),
+        (232, 224, "bilinear"),
+        (342, 299, "bilinear"),
+        (235, 224, "bicubic"),
+        ((224, 224), 224, "bicubic"),
+    ],
+)
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (640, 427), (200, 150)], ids=str)
+def test_the_sizes_networks_use(resize: int, crop: int, interpolation: str, size: tuple[int, int]) -> None:
+    wanted = preprocessing(resize, (crop, crop), interpolation)
+    image = photo(*size, seed=3)
+    difference = np.abs(one_step(image, wanted) - two_steps(image, wanted))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1  # a box that is off by a fraction of a pixel costs several times that
+
+
+def test_nearest_takes_pixels_as_they_are() -> None:
+    wanted = preprocessing(40, (32, 36), "nearest")
+    image = photo(131, 97)
+    same = (one_step(image, wanted) == two_steps(image, wanted)).all(axis=2)
+    assert same.mean() > 0.9  # the others are halves, rounded to the other neighbour
+    assert {tuple(pixel) for pixel in one_step(image, wanted).reshape(-1, 3)} <= {
+        tuple(pixel) for pixel in np.asarray(image).astype(int).reshape(-1, 3)
+    }
+
+
+def test_without_resizing_the_crop_is_exact() -> None:
+    image = photo(90, 61)
+    wanted = preprocessing(61, (33, 44), "bicubic")
+    top, left = round((61 - 33) / 2), round((90 - 44) / 2)
+    np.testing.assert_array_equal(one_step(image, wanted), np.asarray(image)[top : top + 33, left : left + 44])
+
+
+def test_a_crop_larger_than_the_picture_stands_on_black() -> None:
+    pixels = one_step(Image.new("RGB", (30, 20), "white"), preprocessing(20, (40, 21)))
+    expected = np.zeros((40, 21), int)
+    expected[10:30] = 255
+    np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, 2))
+
+
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), resize=st.integers(1, 600))
+def test_resized_size_is_torchvisions(width: int, height: int, resize: int) -> None:
+    from torchvision.transforms.functional import _compute_resized_output_size
+
+    assert list(resized_size(height, width, resize)) == _compute_resized_output_size((height, width), [resize])
+
+
+def test_the_jpeg_floor_is_twice_the_resize_size() -> None:
+    assert jpeg_floor(preprocessing(256, (224, 224))) == 512
+    assert jpeg_floor(preprocessing((100, 300), (100, 300))) == 600
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1001, 777), (515, 517), (1023, 1537)], ids=str)
+@pytest.mark.parametrize("resize", [48, (48, 48)], ids=str)
+def test_reduced_jpegs_keep_the_geometry(
+    size: tuple[int, int], orientation: int, resize: int | tuple[int, int]
+) -> None:
+    """On slopes of grey a shift shows as a difference, by the slope times the shift; here under a tenth of a pixel."""
+    width, height = size
+    x, y = np.arange(width) / width + np.zeros((height, 1)), np.arange(height)[:, None] / height + np.zeros(width)
+    slopes = np.stack([20 + 215 * x, 20 + 215 * y, 235 - 215 * x], axis=2).round().astype(np.uint8)
+    tags = Image.Exif()
+    tags[274] = orientation
+    file = BytesIO()
+    Image.fromarray(slopes).save(file, "JPEG", quality=97, subsampling=0, exif=tags)
+    wanted = preprocessing(resize, (48, 48))
+    reduced = prepare(file.getvalue(), wanted).astype(int)
+    full = two_steps(ImageOps.exif_transpose(Image.open(file)), wanted)
+    assert not np.array_equal(reduced, full)  # so it was reduced
+    difference = reduced - full
+    assert np.abs(difference).max() <= 2
+    edges = [difference[:3], difference[-3:], difference[:, :3], difference[:, -3:]]
+    assert max(np.abs(edge.mean(axis=(0, 1))).max() for edge in edges) < 0.45
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+def test_reduced_photos_stay_close(orientation: int) -> None:
+    tags = Image.Exif()
+    tags[274] = orientation
+    file = BytesIO()
+    photo(803, 601).save(file, "JPEG", quality=92, exif=tags)
+    wanted = preprocessing(64, (56, 56), "bicubic")
+    full = two_steps(ImageOps.exif_transpose(Image.open(file)), wanted)
+    difference = np.abs(prepare(file.getvalue(), wanted).astype(int) - full)
+    assert difference.mean() < 1
+    assert difference.max() < 12

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pipeline.backbones.pooling import Pool, layout_of, pooled_dim
+from pipeline.errors import BackboneError
+from pipeline.spec import POOLS
+
+
+def grid_means(maps: np.ndarray) -> np.ndarray:
+    """2 x 2 means whose windows cover an odd side's middle twice, channel by channel."""
+    side = maps.shape[-1]
+    low, high = slice(0, -(-side // 2)), slice(side // 2, side)
+    cells = [maps[:, :, rows, columns].mean((2, 3)) for rows in (low, high) for columns in (low, high)]
+    return np.stack(cells, axis=2).reshape(len(maps), -1)
+
+
+ORACLES = {
+    "avg": lambda maps: maps.mean((2, 3)),
+    "max": lambda maps: maps.max((2, 3)),
+    "avg+max": lambda maps: np.concatenate([maps.mean((2, 3)), maps.max((2, 3))], axis=1),
+    "gem": lambda maps: np.cbrt((np.maximum(maps, 1e-6) ** 3).mean((2, 3))),
+    "grid2": grid_means,
+    "flatten": lambda maps: maps.reshape(len(maps), -1),
+}
+MAPS = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 8)).flatmap(
+    lambda size: arrays(np.float32, (size[0], size[1], size[2], size[2]), elements=st.floats(-8, 8, width=32))
+)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@settings(max_examples=25, deadline=None)
+@given(maps=MAPS)
+def test_pooling_of_maps_equals_numpy(pool: str, maps: np.ndarray) -> None:
+    features = Pool(pool, "map")(torch.from_numpy(maps))
+    assert features.dtype == torch.float32
+    assert features.shape[1] == pooled_dim(maps.shape[1:], "map", pool)
+    np.testing.assert_allclose(features, ORACLES[pool](maps.astype(np.float64)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_memory_order_and_channels_last_shapes_change_nothing(pool: str) -> None:
+    maps = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+    plain = Pool(pool, "map")(maps)
+    assert torch.allclose(Pool(pool, "map")(maps.contiguous(memory_format=torch.channels_last)), plain, atol=1e-6)
+    assert torch.allclose(Pool(pool, "map_last")(maps.permute(0, 2, 3, 1).contiguous()), plain, atol=1e-6)
+    assert pooled_dim((5, 5, 6), "map_last", pool) == plain.shape[1]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_vectors_pass_and_tokens_are_averaged(pool: str) -> None:
+    tokens = torch.randn(2, 7, 3)
+    assert torch.equal(Pool(pool, "vector")(tokens[:, 0]), tokens[:, 0])
+    assert torch.allclose(Pool(pool, "tokens")(tokens), tokens.mean(1))
+    assert pooled_dim((3,), "vector", pool) == pooled_dim((7, 3), "tokens", pool) == 3
+
+
+def test_half_precision_is_accumulated_in_float32() -> None:
+    maps = torch.ones(1, 1, 128, 128, dtype=torch.bfloat16)
+    maps[..., 0, 0] = 129.0  # a bfloat16 sum would have lost it
+    with torch.autocast("cpu", torch.bfloat16):
+        for pool in ("avg", "avg+max"):
+            assert Pool(pool, "map")(maps)[0, 0].item() == pytest.approx(1 + 128 / 128**2, rel=1e-6)
+        for pool in POOLS:
+            assert Pool(pool, "map")(maps).dtype == torch.float32
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(("layout", "shape"), [("map", (2, 3, 1, 1)), ("map", (2, 3, 4, 4)), ("vector", (2, 3))])
+def test_features_are_memory_of_their_own(pool: str, layout: str, shape: tuple[int, ...]) -> None:
+    activations = torch.ones(shape)
+    features = Pool(pool, layout)(activations)
+    before = features.clone()
+    activations.fill_(7)
+    assert torch.equal(features, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((10,), "vector"),
+        ((197, 768), "tokens"),
+        ((64, 7, 7), "map"),
+        ((7, 7, 64), "map_last"),
+        ((3, 5, 7), None),
+        ((2, 3, 4, 4), None),
+        ((), None),
+    ],
+)
+def test_shapes_are_read_by_their_equal_sides(shape: tuple[int, ...], layout: str | None) -> None:
+    assert layout_of(shape) == layout
+
+
+def test_an_unknown_pooling_names_the_nearest() -> None:
+    with pytest.raises(BackboneError, match=r"unknown pooling 'grid'; did you mean grid2\?; expected one of avg, max"):
+        Pool("grid", "map")
