@@ -188,7 +188,7 @@ def _compute(
         else:
             old = list(file.layers.values()), file.handles, file.request
             writer = grow(file.path, rows, images.classes, *old, carry=not run.rehash)
-        results.append(_fill(writer, images, backbone.preprocessing, engine, run))
+        results.append(_fill(writer, images, backbone.preprocessing, engine, resolved, run))
     if missing:
         network = tap(backbone, missing, request.pool)
         layers = [_layer_info(specs[name], network.dims[name]) for name in missing]
@@ -199,22 +199,27 @@ def _compute(
         if path.exists():
             open_cache(path)  # a damaged file under this name is refused with its own reason
         writer = CacheWriter.create(path, rows, images.classes, layers, handles, asked)
-        results.append(_fill(writer, images, backbone.preprocessing, TorchEngine(network, resolved), run))
+        results.append(_fill(writer, images, backbone.preprocessing, TorchEngine(network, resolved), resolved, run))
     return results
 
 
 def _fill(
-    writer: CacheWriter, images: ImageSource, preprocessing: Preprocessing, engine: TorchEngine, run: _Run
+    writer: CacheWriter,
+    images: ImageSource,
+    preprocessing: Preprocessing,
+    engine: TorchEngine,
+    resolved: Resolved,
+    run: _Run,
 ) -> ExtractResult:
     """Stream the pending rows of one file through decode, network and writer."""
     names = list(writer.cache.layers)
     computed, started = 0, time.perf_counter()
     with writer:
-        writer.begin_run(_provenance(engine.resolved))
+        writer.begin_run(_provenance(resolved))
         donors = Donors(run.output, {info.fingerprint for info in writer.cache.layers.values()})
         pending = writer.pending()
         handled, total = len(images.items) - len(pending), len(images.items)
-        batch_size = run.batch_size or engine.batch_size
+        batch_size = run.batch_size or resolved.batch_size
         batches = load(images, pending, preprocessing, batch_size, run.workers, lambda digest: digest in donors)
         for batch, features in engine.stream(batches):
             writer.write(

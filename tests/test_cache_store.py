@@ -163,9 +163,9 @@ def test_features_held_back_are_the_ones_that_were_given(
             for layer in (LAST, HALF):
                 buffer[layer.name][:] = values(12, layer)[rows]
             writer.write(rows, buffer, digests(12)[rows], rows, rows)
-            np.testing.assert_array_equal(writer.read("last", rows), buffer["last"])
             for given_before in buffer.values():
                 given_before[:] = -1  # callers reuse their arrays
+        np.testing.assert_array_equal(writer.read("last", [9, 4]), values(12, LAST)[[9, 4]])
         assert (open_cache(path).states == PENDING).all()
     file = open_cache(path)
     assert (file.states == DONE).all()

@@ -10,12 +10,20 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
 from pipeline.heads import linear
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.registry import FAMILIES, Head, find_head
 from pipeline.heads.search import PATIENCE, Fold, make_fold, scale, search, train_final
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads on a busy machine wait for each other most of the time."""
+    with threadpool_limits(1):
+        yield
 
 
 def digits(n: int = 700, seed: int = 0) -> tuple[Fold, np.ndarray, np.ndarray]:

@@ -85,7 +85,7 @@ def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
     if layer in traced.shapes:
         shape = "x".join(map(str, traced.shapes[layer]))
         raise BackboneError(
-            f"layer {layer} of {handle} has the shape {shape}: expected c x h x w, tokens x d or d; {_suggestion(traced)}"
+            f"layer {layer} of {handle} has the shape {shape}: expected cxhxw, tokens x d or d; {_suggestion(traced)}"
         )
     if layer in dict(traced.module.named_modules()):
         raise BackboneError(f"layer {layer} of {handle} gives no tensor with a row an image; {_suggestion(traced)}")

@@ -162,20 +162,22 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     """
     zoo_name, bare, _ = _parse(name)
     zoo = ZOOS[zoo_name]
+    preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
-    for device in ("meta", "cpu"):  # a few networks look at values, while they are built or while they run
-        try:
-            with torch.device(device):
-                module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
-            classifier = zoo.classifier(bare, module)
-            backbone = Backbone(f"{zoo_name}/{bare}", handle, "", "", module, preprocessing, classifier)
-            backbone.traced
-        except (NotImplementedError, RuntimeError, BackboneError):
-            if device == "cpu":
-                raise
-        else:
-            break
-    return backbone
+    def build() -> nn.Module:
+        return zoo.build(bare, size, None).eval().requires_grad_(False)
+
+    def backbone(module: nn.Module) -> Backbone:
+        classifier = zoo.classifier(bare, module)
+        return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifier)
+
+    try:
+        with torch.device("meta"):
+            sketched = backbone(build_untouched(build))
+        _ = sketched.traced
+    except (NotImplementedError, RuntimeError, BackboneError):  # a few networks look at values when built or run
+        return backbone(build_untouched(build))
+    return sketched
 
 
 def _parse(text: str) -> tuple[str, str, str]:

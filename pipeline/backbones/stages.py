@@ -137,7 +137,7 @@ def _resolution_ends(traced: Traced, named: list[fx.Node]) -> list[fx.Node]:
 
 
 def _outermost(node: fx.Node, ends: list[fx.Node], names: dict[fx.Node, list[str]], traced: Traced) -> str:
-    """Return the outermost name of `node`, or of a module around it whose output is as large, that holds no other end."""
+    """Return the outermost name of `node`, or of a module around it that gives a map as large and has no other end."""
     others = [name for end in ends if end is not node for name in names[end]]
     around = {name.rsplit(".", depth)[0] for name in names[node] for depth in range(name.count(".") + 1)}
     fitting = [

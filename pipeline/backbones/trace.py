@@ -67,6 +67,14 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
         )
         self.returned: dict[str, fx.Node] = {}
 
+    def create_args_for_root(self, root_fn: Callable[..., Any], *rest: Any) -> tuple[Callable[..., Any], list[Any]]:
+        """Let only the images be an input; symbols for masks and options would turn on what defaults leave off."""
+
+        def images_only(self: nn.Module, x: Tensor) -> Any:
+            return root_fn(self, x)
+
+        return super().create_args_for_root(images_only, *rest)  # type: ignore[no-any-return]
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:

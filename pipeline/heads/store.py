@@ -21,7 +21,7 @@ import skops.io
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
-from pipeline.errors import ModelFileError
+from pipeline.errors import FitError, ModelFileError
 from pipeline.heads.registry import find_head
 
 FORMAT = "thawline-model"
@@ -155,10 +155,21 @@ def load_model(path: str | Path) -> SavedModel:
     description = _described(path)
     pipeline = _load_pipeline(path)
     wrong = [name for name, kind in _FIELDS.items() if not isinstance(description.get(name), kind)]
+    if "layers" not in wrong and not all(map(_is_layer, description["layers"] or [None])):
+        wrong.append("layers")
     if wrong:
         raise ModelFileError(f"{path} does not say its {', '.join(wrong)}; fit and save it again")
+    try:
+        find_head(description["head"])
+    except FitError as error:
+        raise ModelFileError(f"{path} holds a head of another thawline: {error}") from error
     fields = {name: description[name] for name in _FIELDS}
     return SavedModel(pipeline, **fields | {"classes": tuple(fields["classes"])})
+
+
+def _is_layer(layer: Any) -> bool:
+    kinds = {"spec": dict, "fingerprint": str, "dim": int, "request": dict}
+    return isinstance(layer, dict) and all(isinstance(layer.get(name), kind) for name, kind in kinds.items())
 
 
 def _described(path: Path) -> dict[str, Any]:
