@@ -88,8 +88,8 @@ def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarra
     from matplotlib.figure import Figure  # of its own: no display and no global state are touched
 
     figure = Figure(figsize=(14, 7.5), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(7, 6)))
-    top, bottom = np.ravel(right.subfigures(2, 1, height_ratios=(5, 2)))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))[0]
+    top, bottom = right.subfigures(2, 1, squeeze=False, height_ratios=(5, 2))[:, 0]
 
     tests = report.results[0].n_test
     values = np.array([accuracy[layer] for layer in depth])

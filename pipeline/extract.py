@@ -231,7 +231,8 @@ def _fill(
                     raise SourceError(
                         f"{images.items[failure.row].uri}: {failure.reason}; mend or remove it, or use --on-error skip"
                     )
-                writer.fail(*failure)
+                digest = None if failure.digest is None else np.frombuffer(failure.digest, np.uint8)
+                writer.fail(failure.row, failure.reason, digest, failure.size, failure.mtime_ns)
             computed += len(batch.rows)
             handled += len(batch.rows) + len(batch.duplicates) + len(batch.known) + len(batch.failures)
             run.progress(handled, total, writer.cache.handles["backbone"])

@@ -196,6 +196,9 @@ def _notes(trials: Sequence[tuple[Cut, Head]], outcomes: Sequence[Outcome]) -> l
     cuts = dict.fromkeys(cut for cut, _ in trials)
     notes = [note for cut in cuts for note in cut.layer.table.notes]
     notes += [note for cut in cuts for note in cut.splits.notes]
+    seeds = {cut.seed for cut in cuts}
+    if len(seeds) > 1 and len({cut.splits.train.tobytes() for cut in cuts if cut.shots == "all"}) == 1:
+        notes.append(f"all splits are given, so that {len(seeds)} seeds give the same results: one is enough")
     for head in dict.fromkeys(head for _, head in trials):
         choices = [outcome.choice for (_, other), outcome in zip(trials, outcomes, strict=True) if other is head]
         missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)

@@ -9,7 +9,8 @@ from typing import Any
 
 def to_json(record: Any) -> dict[str, Any]:
     """Return `record` (a dataclass below) as JSON-ready keys; absent and non-finite numbers become ``None``."""
-    return _finite(asdict(record))
+    keys: dict[str, Any] = _finite(asdict(record))
+    return keys
 
 
 def _finite(value: Any) -> Any:

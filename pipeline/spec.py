@@ -28,6 +28,12 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def json_fields(record: Any) -> dict[str, Any]:
+    """Return a dataclass's fields as they read back from JSON: tuples are lists."""
+    fields: dict[str, Any] = json.loads(canonical_json(asdict(record)))
+    return fields
+
+
 def fingerprint_of(value: Any) -> str:
     """Return the blake2b-128 hex digest (32 characters) of the canonical JSON of `value`."""
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
@@ -58,7 +64,8 @@ class Preprocessing:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """Rebuild from `dataclasses.asdict` read back from JSON (lists become tuples)."""
-        return cls(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class LayerSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; `from_json` is its inverse."""
-        return json.loads(canonical_json(asdict(self)))
+        return json_fields(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
@@ -138,4 +145,4 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
-        return json.loads(canonical_json(asdict(self)))
+        return json_fields(self)

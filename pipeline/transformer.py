@@ -168,7 +168,7 @@ def _batches(
 
 def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
     expected = "paths, PIL images or uint8 arrays of shape (h, w, 3) or (h, w)"
-    if isinstance(X, AnyImage) and not isinstance(X, np.ndarray):
+    if isinstance(X, str | PathLike | Image.Image):
         raise SourceError(f"expected a list of {expected}, not a single {type(X).__name__}: put it in a list")
     images = list(X)
     if not images:

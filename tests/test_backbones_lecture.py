@@ -1,176 +1,209 @@
-"""The lecture's networks, against what is published about them and against forward hooks on the plain networks."""
+"""The lecture's networks with random weights, against plain torchvision and timm models holding the same weights."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.backbones.graph import describe, resolve_layers, tap
 from pipeline.backbones.registry import Backbone, load
 
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
-class Published(NamedTuple):
-    parameters: int
+
+class Expected(NamedTuple):
+    """What the papers and the model zoos say; layers are module names with their (c, h, w)."""
+
+    name: str
+    plain: Callable[[], nn.Module]
     side: int
-    stages: dict[str, tuple[int, int]]  # name: channels, side
+    resize: int
+    plain_mean_std: tuple[tuple[float, ...], tuple[float, ...]]
+    parameters: int
+    stages: dict[str, tuple[int, int, int]]
     penultimate: int
-    classifier: str
-    inner: tuple[str, ...]  # some more layers to compare
-    whole: int | None = None  # parameters with auxiliary heads
+    grid2: int
+    logits: str
 
 
-RESNET = {"layer1": (64, 56), "layer2": (128, 28), "layer3": (256, 14), "layer4": (512, 7)}
-NETWORKS = {
-    "vgg19": Published(
-        143_667_240,
+def torchvision_model(name: str, **options: object) -> nn.Module:
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+RESNET_STAGES = {"layer1": (64, 56, 56), "layer2": (128, 28, 28), "layer3": (256, 14, 14), "layer4": (512, 7, 7)}
+VGG_STAGES = {
+    "features.3": (64, 224, 224),
+    "features.8": (128, 112, 112),
+    "features.17": (256, 56, 56),
+    "features.26": (512, 28, 28),
+    "features.35": (512, 14, 14),
+}
+GOOGLENET_STAGES = {"inception3b": (480, 28, 28), "inception4e": (832, 14, 14), "inception5b": (1024, 7, 7)}
+V3_STAGES = {"Mixed_5d": (288, 35, 35), "Mixed_6e": (768, 17, 17), "Mixed_7c": (2048, 8, 8)}
+V4_STAGES = {
+    "features.4": (192, 71, 71),
+    "features.9": (384, 35, 35),
+    "features.17": (1024, 17, 17),
+    "features.21": (1536, 8, 8),
+}
+RESNET_V2_STAGES = {"repeat": (320, 35, 35), "repeat_1": (1088, 17, 17), "block8": (2080, 8, 8)}
+# torchvision's Inceptions re-normalise inside: their plain models get ImageNet's mean and std and `transform_input`.
+googlenet = partial(torchvision_model, "googlenet", aux_logits=False, init_weights=False, transform_input=True)
+inception_v3 = partial(torchvision_model, "inception_v3", aux_logits=False, init_weights=False, transform_input=True)
+NETWORKS = [
+    Expected(
+        "vgg19",
+        partial(torchvision_model, "vgg19"),
         224,
-        {
-            "features.3": (64, 224),
-            "features.8": (128, 112),
-            "features.17": (256, 56),
-            "features.26": (512, 28),
-            "features.35": (512, 14),
-        },
+        256,
+        IMAGENET,
+        143_667_240,
+        VGG_STAGES,
+        4096,
         4096,
         "classifier.6",
-        ("features.2", "features.36", "classifier.0"),
     ),
-    "resnet18": Published(11_689_512, 224, RESNET, 512, "fc", ("bn1", "layer2.0.downsample", "layer3.1.conv2")),
-    "resnet34": Published(21_797_672, 224, RESNET, 512, "fc", ("relu", "layer3.5.bn1")),
-    "googlenet": Published(
-        6_624_904,
+    Expected(
+        "resnet18",
+        partial(torchvision_model, "resnet18"),
         224,
-        {"inception3b": (480, 28), "inception4e": (832, 14), "inception5b": (1024, 7)},
-        1024,
-        "fc",
-        ("conv2", "inception4a.branch2", "maxpool4"),
-        13_004_888,
-    ),
-    "inception_v3": Published(
-        23_834_568,
-        299,
-        {"Mixed_5d": (288, 35), "Mixed_6e": (768, 17), "Mixed_7c": (2048, 8)},
+        256,
+        IMAGENET,
+        11_689_512,
+        RESNET_STAGES,
+        512,
         2048,
         "fc",
-        ("Conv2d_2b_3x3", "Mixed_6a", "Mixed_7a.branch3x3_2.bn"),
-        27_161_264,
     ),
-    "inception_v4": Published(
+    Expected(
+        "resnet34",
+        partial(torchvision_model, "resnet34"),
+        224,
+        256,
+        IMAGENET,
+        21_797_672,
+        RESNET_STAGES,
+        512,
+        2048,
+        "fc",
+    ),
+    Expected("googlenet", googlenet, 224, 256, IMAGENET, 6_624_904, GOOGLENET_STAGES, 1024, 4096, "fc"),
+    Expected("inception_v3", inception_v3, 299, 342, IMAGENET, 23_834_568, V3_STAGES, 2048, 8192, "fc"),
+    Expected(
+        "inception_v4",
+        partial(timm.create_model, "inception_v4"),
+        299,
+        341,
+        HALF,
         42_679_816,
-        299,
-        {"features.4": (192, 71), "features.9": (384, 35), "features.17": (1024, 17), "features.21": (1536, 8)},
+        V4_STAGES,
         1536,
+        6144,
         "last_linear",
-        ("features.0.bn", "features.12.branch1"),
     ),
-    "inception_resnet_v2": Published(
-        55_843_464,
+    Expected(
+        "inception_resnet_v2",
+        partial(timm.create_model, "inception_resnet_v2"),
         299,
-        {"repeat": (320, 35), "repeat_1": (1088, 17), "block8": (2080, 8)},
+        333,
+        HALF,
+        55_843_464,
+        RESNET_V2_STAGES,
         1536,
+        6144,
         "classif",
-        ("mixed_5b", "repeat_1.7", "conv2d_7b"),
     ),
-}
+]
 
 
-@cache
-def network(name: str) -> Backbone:
-    return load(f"{name}@random:0")
+class Loaded(NamedTuple):
+    expected: Expected
+    backbone: Backbone
+    plain: nn.Module
 
 
-@cache
-def plain(name: str) -> nn.Module:
-    """The zoo's own network with the same weights, built without our code."""
-    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+@pytest.fixture(scope="module", params=NETWORKS, ids=lambda network: network.name)
+def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
+    expected: Expected = request.param
+    backbone = load(f"{expected.name}@random:0")
     with torch.device("meta"):
-        if name in torchvision.models.list_models():
-            module = torchvision.models.get_model(name, weights=None, **options)
-        else:
-            module = timm.create_model(name)
-    module.load_state_dict(network(name).module.state_dict(), assign=True)
-    return module.eval()
+        plain = expected.plain().eval()
+    plain.load_state_dict(backbone.module.state_dict(), assign=True)
+    yield Loaded(expected, backbone, plain)
 
 
-def pixels_of(backbone: Backbone, count: int) -> torch.Tensor:
-    rng = np.random.default_rng(3)
-    return torch.from_numpy(rng.integers(0, 256, (count, *backbone.preprocessing.size, 3), dtype=np.uint8))
+def hooked_features(network: Loaded, pixels: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Return clones of what the named modules of the plain model return, and ``read``: what the classifier reads."""
+    found: dict[str, Tensor] = {}
 
+    def keep(name: str, _module: nn.Module, args: tuple[Tensor, ...], value: Tensor) -> None:
+        found[name] = value.clone()
+        if name == network.expected.logits:
+            found["read"] = args[0].clone()
 
-def normalised(backbone: Backbone, pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(item) for item in (backbone.preprocessing.mean, backbone.preprocessing.std))
-    return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-def by_hooks(module: nn.Module, x: torch.Tensor, outputs: list[str], inputs: list[str]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-
-    def keep_output(name: str) -> Any:
-        return lambda _module, _args, value: found.setdefault(name, value.clone()) is None or None
-
-    def keep_input(name: str) -> Any:
-        return lambda _module, args: found.setdefault(f"{name}:input", args[0].clone()) is None or None
-
-    handles = [module.get_submodule(name).register_forward_hook(keep_output(name)) for name in outputs]
-    handles += [module.get_submodule(name).register_forward_pre_hook(keep_input(name)) for name in inputs]
+    handles = [
+        network.plain.get_submodule(name).register_forward_hook(partial(keep, name))
+        for name in [*names, network.expected.logits]
+    ]
+    mean, std = (torch.tensor(item).view(1, 3, 1, 1) for item in network.expected.plain_mean_std)
     with torch.inference_mode():
-        module(x)
+        network.plain((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
     for handle in handles:
         handle.remove()
     return found
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_parameters_and_layers_are_the_published_ones(name: str) -> None:
-    published, backbone = NETWORKS[name], network(name)
-    assert sum(item.numel() for item in backbone.module.parameters()) == published.parameters
-    assert backbone.preprocessing.size == (published.side, published.side)
-    assert backbone.classifier == published.classifier
+def test_the_network_is_the_published_one(loaded: Loaded) -> None:
+    expected, backbone = loaded.expected, loaded.backbone
+    zoo = "timm" if expected.plain_mean_std is HALF else "torchvision"
+    assert backbone.name == f"{zoo}/{expected.name}"
+    assert backbone.handle == f"{expected.name}@random:0"
+    assert sum(item.numel() for item in backbone.module.parameters()) == expected.parameters
+    assert backbone.classifier == expected.logits
+    assert backbone.preprocessing.size == (expected.side, expected.side)
+    assert backbone.preprocessing.resize == expected.resize
+    assert not any(part.training for part in backbone.module.modules())
+    assert not any(item.requires_grad for item in backbone.module.parameters())
+
+
+def test_layers_and_shapes(loaded: Loaded) -> None:
+    expected, backbone = loaded.expected, loaded.backbone
     rows = {row.name: row for row in describe(backbone)}
-    assert rows["input"].shape == (3, published.side, published.side)
-    assert rows["input"].aliases == ("input",)
-    assert rows[published.classifier].shape == (1000,)
-    assert "logits" in rows[published.classifier].aliases
-    for stage, (channels, side) in published.stages.items():
-        assert rows[stage].shape == (channels, side, side)
-        assert "stages" in rows[stage].aliases
-    (read,) = (row for row in rows.values() if "penultimate" in row.aliases)
-    assert read.shape == (published.penultimate,)
-    assert resolve_layers(backbone, ["stages"]) == tuple(published.stages)
+    assert resolve_layers(backbone, ["stages"]) == tuple(expected.stages)
+    assert {name: rows[name].shape for name in expected.stages} == expected.stages
+    assert all("stages" in rows[name].aliases for name in expected.stages)
+    assert rows[expected.logits].shape == (1000,)
+    assert "logits" in rows[expected.logits].aliases
+    assert [row.shape for row in rows.values() if "penultimate" in row.aliases] == [(expected.penultimate,)]
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if NETWORKS[name].whole])
-def test_only_the_auxiliary_heads_are_missing(name: str) -> None:
-    with torch.device("meta"):
-        whole = torchvision.models.get_model(name, weights=None, aux_logits=True, init_weights=False)
-    heads = {"aux1", "aux2", "AuxLogits"}
-    assert sum(item.numel() for item in whole.parameters()) == NETWORKS[name].whole
-    rest = {key for key in whole.state_dict() if key.partition(".")[0] not in heads}
-    assert rest == set(network(name).module.state_dict())
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_one_pass_gives_what_forward_hooks_on_the_plain_network_give(name: str) -> None:
-    published, backbone = NETWORKS[name], network(name)
-    outputs = [*published.stages, *published.inner, published.classifier]
-    pixels = pixels_of(backbone, 1)
-    expected = by_hooks(plain(name), normalised(backbone, pixels), outputs, [published.classifier])
-    net = tap(backbone, [*outputs, "penultimate", "input"])
+def test_features_equal_those_of_hooks_on_the_plain_model(loaded: Loaded) -> None:
+    expected, backbone = loaded.expected, loaded.backbone
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (1, expected.side, expected.side, 3), dtype=torch.uint8, generator=generator)
+    names = list(expected.stages)
+    network = tap(backbone, [*names, "penultimate", "logits"])
     with torch.inference_mode():
-        features = dict(zip(net.layers, net(pixels), strict=True))
-    assert features["input"].shape == (1, 3072)
-    wanted = {layer: expected[layer] for layer in outputs} | {"penultimate": expected[f"{published.classifier}:input"]}
-    for layer, activations in wanted.items():
-        pooled = activations.mean((2, 3)) if activations.ndim == 4 else activations
-        assert features[layer].dtype == torch.float32
-        assert features[layer].shape == pooled.shape == (1, net.dims[layer])
-        scale = float(pooled.abs().max())
-        assert scale > 0
-        np.testing.assert_allclose(features[layer] / scale, pooled / scale, atol=1e-4, err_msg=layer)
+        features = dict(zip(network.layers, network(pixels), strict=True))
+    hooked = hooked_features(loaded, pixels, names)
+    wanted = {name: hooked[name].mean((2, 3)) for name in names}
+    wanted |= {"penultimate": hooked["read"], expected.logits: hooked[expected.logits]}
+    assert network.dims == {name: item.shape[1] for name, item in wanted.items()}
+    for name, item in wanted.items():
+        scale = max(item.abs().max().item(), 1e-12)
+        np.testing.assert_allclose(features[name] / scale, item / scale, atol=1e-4, err_msg=name)
+
+
+def test_penultimate_keeps_its_map_for_other_poolings(loaded: Loaded) -> None:
+    expected, backbone = loaded.expected, loaded.backbone
+    assert tap(backbone, ["penultimate"], "avg").dims == {"penultimate": expected.penultimate}
+    assert tap(backbone, ["penultimate"], "grid2").dims == {"penultimate": expected.grid2}

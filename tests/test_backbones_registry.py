@@ -85,7 +85,7 @@ def test_the_file_is_checked_against_the_digest_in_its_name(tmp_path: Path, monk
         file.seek(100_000)
         file.write(b"\0\1\2\3")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(BackboneError, match="damaged.*SHA-256.*reinstall"):
+    with pytest.raises(BackboneError, match=r"damaged.*SHA-256.*reinstall"):
         load("efficientnet_lite0")
 
 

@@ -39,7 +39,7 @@ def test_a_seed_makes_the_weights_and_disturbs_nobody() -> None:
 
 @pytest.mark.parametrize("weights", ["random", "random:", "random:-1", "random:x", "random:1234567890"])
 def test_a_seed_must_be_a_number(weights: str) -> None:
-    with pytest.raises(BackboneError, match="seed.*random:0"):
+    with pytest.raises(BackboneError, match=r"seed.*random:0"):
         load(f"resnet18@{weights}")
 
 

@@ -168,6 +168,11 @@ def test_classes_missing_from_a_part_are_named() -> None:
     assert "without a row in test: class cat" in notes
 
 
+def test_a_class_that_val_brings_is_learnt_before_test() -> None:
+    notes = split([0, 1, 0, 1, 2, 2], ["train"] * 4 + ["val", "test"]).notes
+    assert not any("counts as an error" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [

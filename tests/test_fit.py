@@ -181,7 +181,7 @@ def test_the_model_of_best_validation_accuracy_is_saved_the_first_on_a_tie(make_
     noise = np.random.default_rng(0).standard_normal((90, 5)).astype("f")
     values = {"noise": noise, "good": clouds(labels, 5, 0.1), "also": clouds(labels, 5, 0.1)}
     path = make_cache(dims=dict.fromkeys(values, 5), features=values)
-    report = fit(path, ["noise", "good", "also"], ["logreg"], save=tmp_path / "m.skops")
+    report = fit(path, ["noise", "good", "also"], ["logreg"], jobs=1, save=tmp_path / "m.skops")
     assert report.best == 1
     assert report.saved == tmp_path / "m.skops"
     assert [layer["spec"]["layer"] for layer in load_model(report.saved).layers] == ["good"]
@@ -299,6 +299,15 @@ def test_a_class_of_test_that_was_never_trained_counts_as_wrong(make_cache: Make
         assert result.log_loss is None or result.log_loss == np.inf
     assert to_json(report.results[0])["log_loss"] is None
     assert any("each test row counts as an error: class cat" in note for note in report.notes)
+
+
+def test_seeds_that_change_nothing_are_told(make_cache: Make) -> None:
+    note = "all splits are given, so that 2 seeds give the same results: one is enough"
+    given = make_cache(splits=["train"] * 60 + ["val"] * 15 + ["test"] * 15)
+    assert note in fit(given, ["low"], ["centroid"], seeds=[0, 1], jobs=1).notes
+    assert note not in fit(given, ["low"], ["centroid"], seeds=[0]).notes
+    assert note not in fit(given, ["low"], ["centroid"], seeds=[0, 1], shots=[3], jobs=1).notes
+    assert note not in fit(make_cache(name="b/x.h5"), ["low"], ["centroid"], seeds=[0, 1], jobs=1).notes
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -277,7 +277,7 @@ def test_without_a_classifier_penultimate_is_the_output() -> None:
 
 
 def test_an_unknown_pooling() -> None:
-    with pytest.raises(BackboneError, match="pooling 'average'.*avg, max"):
+    with pytest.raises(BackboneError, match=r"pooling 'average'.*avg, max"):
         tap(backbone(Convolutions()), ["stem"], "average")
 
 

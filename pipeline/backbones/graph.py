@@ -87,7 +87,7 @@ def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
         raise BackboneError(
             f"layer {layer} of {handle} has the shape {shape}: expected cxhxw, tokens x d or d; {_suggestion(traced)}"
         )
-    if layer in dict(traced.module.named_modules()):
+    if layer and layer in dict(traced.module.named_modules()):
         raise BackboneError(f"layer {layer} of {handle} gives no tensor with a row an image; {_suggestion(traced)}")
     raise BackboneError(
         f"{handle} has no layer '{layer}'{nearest(layer, [*ALIASES, *traced.shapes])}; "

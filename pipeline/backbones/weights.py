@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import socket
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,13 +68,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Any = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Detected pickle protocol")  # it is no file that torch wrote
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, UserWarning) as error:
         raise BackboneError(
             f"{path} holds more than tensors and was not loaded; save its state_dict alone, best as .safetensors"
         ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError) as error:
-        raise BackboneError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+    except Exception as error:  # damaged files make the readers raise nearly anything
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise BackboneError(f"{path} cannot be read as weights ({reason}); save or download it again") from error
     return _unwrapped(state, path)
 
 

@@ -201,7 +201,7 @@ def _require(train: Ints, val: Ints, test: Ints, labels: Ints, notes: list[str],
         raise FitError(
             f"fitting needs at least two classes among the training rows, found only {_names(learnt, classes)}"
         )
-    unseen = np.setdiff1d(labels[test], learnt)
+    unseen = np.setdiff1d(labels[test], labels[np.concatenate([train, val])])
     if unseen.size:
         notes.append(f"without a training row, so that each test row counts as an error: {_names(unseen, classes)}")
     for name, part in (("val", val), ("test", test)):
