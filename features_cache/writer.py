@@ -170,7 +170,7 @@ class CacheWriter:
         self._computed += len(rows)
         self._maybe_commit()
 
-    def fail(self, row: int, reason: str, digest: ArrayLike | None, size: int, mtime_ns: int) -> None:
+    def fail(self, row: int, reason: str, digest: bytes | ArrayLike | None, size: int, mtime_ns: int) -> None:
         """Mark one pending row unreadable.
 
         Parameters
@@ -179,14 +179,15 @@ class CacheWriter:
             Row number.
         reason : str
             Short reason, kept with the row (80 bytes).
-        digest : array_like of uint8, shape (16,), optional
+        digest : bytes or array_like of uint8, shape (16,), optional
             Of the bytes that could not be decoded; ``None`` where there were none.
         size, mtime_ns : int
             As in `write`; the row is tried again when either changes.
         """
         rows = self._pending_rows([row])
-        digests = np.zeros((1, DIGEST_BYTES)) if digest is None else np.reshape(digest, (1, -1))
-        found = records(1, digests, [size], [mtime_ns], self._run["run"], reason.strip() or "unreadable")
+        known = bytes(DIGEST_BYTES) if digest is None else digest
+        plain = np.frombuffer(known, np.uint8) if isinstance(known, bytes) else np.asarray(known)
+        found = records(1, plain[None], [size], [mtime_ns], self._run["run"], reason.strip() or "unreadable")
         self._ledger.put(rows, {}, found, UNREADABLE)
         self._maybe_commit()
 

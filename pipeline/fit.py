@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from features_cache import Catalog
 from pipeline.errors import FitError
 from pipeline.evaluation.intervals import wilson
+from pipeline.heads.cached import Layer, select
 from pipeline.heads.registry import Head, find_head
+from pipeline.heads.schedule import Cut, Finished, Progress, check_rows, cut_layers, run_trials
 from pipeline.heads.store import SavedModel, check_destination, current_versions, save_model
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, to_json
-from pipeline.selection import Layer, select
-from pipeline.trials import Cut, Finished, Progress, check_rows, cut_layers, run_trials
 
 T = TypeVar("T")
 

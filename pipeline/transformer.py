@@ -1,4 +1,4 @@
-"""Images to frozen features as a scikit-learn transformer, for pipelines and cross-validation.
+"""A frozen backbone as a scikit-learn transformer, for pipelines and cross-validation: images in, features out.
 
 make_pipeline(ImageFeatures(), StandardScaler(), LogisticRegression()).fit(paths, labels)
 """
@@ -6,10 +6,11 @@ make_pipeline(ImageFeatures(), StandardScaler(), LogisticRegression()).fit(paths
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from os import PathLike
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,13 +27,18 @@ if TYPE_CHECKING:
     from pipeline.engines.torch_engine import TorchEngine
 
 AnyImage = str | PathLike[str] | Image.Image | np.ndarray
+KEPT = 4
+"""Networks that stay loaded in a process: those used last."""
+
+_RUNNING = Lock()
+"""Held while a network runs: threads share them, and those tapped by hooks bear only one pass at a time."""
 
 
 class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Turn images into the features of a frozen network.
 
-    Nothing is learned: `fit` only checks, and `transform` works without it. The network is loaded on first use and
-    shared by all transformers of the same parameters in a process, clones included.
+    Nothing is learned: `fit` only checks, and `transform` works without it. The network is loaded on first use, is
+    shared by all transformers of the same parameters in a process, clones included, and is no part of a pickle.
 
     Parameters
     ----------
@@ -46,21 +52,22 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         One of `pipeline.spec.PRECISIONS`.
     size : int, optional
         Input height and width in pixels instead of the network's own.
-    batch_size : int, optional
-        Images at once; what suits the device by default.
     engine, device : str, default "auto"
         As for `pipeline.engines.select.resolve`.
+
+    Attributes
+    ----------
+    n_features_out_ : int
+        Features an image; set by `fit`.
     """
 
     def __init__(
         self,
         backbone: str = DEFAULT_BACKBONE,
-        *,
         layer: str = DEFAULT_LAYER,
         pool: str = DEFAULT_POOL,
         precision: str = "auto",
         size: int | None = None,
-        batch_size: int | None = None,
         engine: str = "auto",
         device: str = "auto",
     ) -> None:
@@ -69,7 +76,6 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.pool = pool
         self.precision = precision
         self.size = size
-        self.batch_size = batch_size
         self.engine = engine
         self.device = device
 
@@ -79,16 +85,17 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         X : sequence
-            Paths, PIL images, or uint8 arrays of shape (h, w, 3) or (h, w), also mixed.
+            Paths, Pillow images of any mode, or uint8 arrays of shape (h, w, 3) or (h, w); mixed as you like.
         y : ignored
+            Labels, which change nothing.
 
         Raises
         ------
         ThawlineError
-            If the network, a layer, the precision or the device cannot be had, or `X` holds something else or nothing.
+            If the network, a layer, the precision or the device cannot be had, or `X` holds something else.
         """
         _checked(X)
-        self._extractor()
+        self.n_features_out_ = sum(self._extractor().dims.values())
         return self
 
     def transform(self, X: Sequence[AnyImage]) -> np.ndarray:
@@ -96,15 +103,17 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
         Raises
         ------
+        UnreadableImageError
+            Naming the first image that cannot be decoded.
         ThawlineError
-            As in `fit`; also if an image cannot be decoded, naming it.
+            As in `fit`.
         """
         images = _checked(X)
         extractor = self._extractor()
-        size = self.batch_size or extractor.batch_size
-        with ThreadPoolExecutor() as threads:
-            batches = _batches(images, size, extractor.preprocessing, threads)
-            parts = [np.concatenate(features, axis=1) for _, features in extractor.engine.stream(batches)]
+        parts = [np.empty((0, sum(extractor.dims.values())), np.float32)]
+        with _RUNNING:
+            for _, features in extractor.engine.stream(_batches(images, extractor)):
+                parts.append(np.concatenate(features, axis=1))
         return np.concatenate(parts)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -127,6 +136,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
 
 class _Extractor(NamedTuple):
+    """A network ready to run, what its images must become, and the length of each layer's features."""
+
     engine: TorchEngine
     preprocessing: Preprocessing
     dims: dict[str, int]
@@ -139,7 +150,7 @@ def _stamp(backbone: str) -> int | None:
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=KEPT)
 def _load(
     name: str, stamp: int | None, layer: str, pool: str, precision: str, size: int | None, engine: str, device: str
 ) -> _Extractor:
@@ -154,31 +165,17 @@ def _load(
     return _Extractor(TorchEngine(network, resolved), backbone.preprocessing, network.dims, resolved.batch_size)
 
 
-class _Pixels(NamedTuple):
-    pixels: np.ndarray
-
-
-def _batches(
-    images: list[AnyImage], size: int, preprocessing: Preprocessing, threads: ThreadPoolExecutor
-) -> Iterator[_Pixels]:
-    for start in range(0, len(images), size):
-        chunk = images[start : start + size]
-        yield _Pixels(np.stack(list(threads.map(lambda image: _pixels(image, preprocessing), chunk))))
-
-
 def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
-    expected = "paths, PIL images or uint8 arrays of shape (h, w, 3) or (h, w)"
+    """Return `X` as a list whose items are of a kind that can be an image."""
+    expected = "paths, Pillow images or uint8 arrays of shape (h, w, 3) or (h, w)"
     if isinstance(X, str | PathLike | Image.Image):
         raise SourceError(f"expected a list of {expected}, not a single {type(X).__name__}: put it in a list")
     images = list(X)
-    if not images:
-        raise SourceError(f"no images: expected a list of {expected}")
     for place, image in enumerate(images):
         if not (isinstance(image, str | PathLike | Image.Image) or _is_pixels(image)):
-            what = (
-                f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            )
-            raise SourceError(f"expected {expected}; item {place} is a {what}")
+            is_array = isinstance(image, np.ndarray)
+            kind = f"{image.dtype} array of shape {image.shape}" if is_array else type(image).__name__
+            raise SourceError(f"expected {expected}, but item {place} is a {kind}")
     return images
 
 
@@ -188,13 +185,37 @@ def _is_pixels(image: Any) -> bool:
     return image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
 
 
-def _pixels(image: AnyImage, preprocessing: Preprocessing) -> np.ndarray:
-    """Return the network's input, uint8 (h, w, 3), for one image."""
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
+class _Pixels(NamedTuple):
+    """A batch as the engine wants it: uint8 (k, h, w, 3)."""
+
+    pixels: np.ndarray
+
+
+def _batches(images: list[AnyImage], extractor: _Extractor) -> Iterator[_Pixels]:
+    """Decode in threads, one batch ahead of the one that is being computed."""
+    threads = ThreadPoolExecutor()
+    ahead: list[Future[np.ndarray]] = []
     try:
-        if isinstance(image, Image.Image):
-            return resize_and_crop(from_pillow(image), preprocessing)
-        return prepare(read_file(Path(image)), preprocessing)
-    except (UnreadableImageError, OSError) as error:  # OSError: what Pillow raises for a damaged file that was opened
-        raise UnreadableImageError(f"{image} cannot be used as an image: {error}") from error
+        for start in range(0, len(images), extractor.batch_size):
+            current = ahead
+            chunk = enumerate(images[start : start + extractor.batch_size], start)
+            ahead = [threads.submit(_pixels, image, place, extractor.preprocessing) for place, image in chunk]
+            if current:
+                yield _Pixels(np.stack([future.result() for future in current]))
+        if ahead:
+            yield _Pixels(np.stack([future.result() for future in ahead]))
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _pixels(image: AnyImage, place: int, preprocessing: Preprocessing) -> np.ndarray:
+    """Return the network's input, uint8 (h, w, 3), for item `place`."""
+    try:
+        if isinstance(image, str | PathLike):
+            return prepare(read_file(Path(image)), preprocessing)
+        picture = from_pillow(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
+        return resize_and_crop(picture, preprocessing)
+    except Exception as error:  # a Pillow image from a file decodes here, and damaged ones raise nearly anything
+        name = f" ({image})" if isinstance(image, str | PathLike) else ""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(f"item {place}{name} cannot be used as an image: {reason}") from error

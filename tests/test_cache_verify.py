@@ -10,6 +10,7 @@ import pytest
 from features_cache import (
     DONE,
     PENDING,
+    UNREADABLE,
     CacheError,
     CacheLockedError,
     CacheWriter,
@@ -97,6 +98,16 @@ def test_a_damaged_state_never_makes_a_row_count_that_is_none(path: Path, row: i
     assert {finding.row for finding in report.damaged} == {row}
     repair(path, report)
     assert open_cache(path).states[row] == PENDING
+    assert verify(path).sound
+
+
+def test_a_done_row_that_claims_to_be_unreadable_is_found(path: Path) -> None:
+    damage(path, "/rows/state", 0, 0)
+    damage(path, "/rows/state", 0, 1)
+    assert open_cache(path).states[0] == UNREADABLE
+    report = verify(path)
+    assert [finding.row for finding in report.damaged] == [0]
+    repair(path, report)
     assert verify(path).sound
 
 

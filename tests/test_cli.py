@@ -84,7 +84,7 @@ def test_extract_fit_predict(make_photos: Callable[..., Path], tmp_path: Path) -
             assert (found["state"], found["label"], found["probability"]) == ("unreadable", None, None)
         else:
             assert (found["state"], found["label"]) == ("done", found["uri"].split("/")[0])
-    rows = list(csv.DictReader(table.open()))
+    rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["uri"] for row in rows] == [found["uri"] for found in predictions]
 
     one = json_of(thawline("predict", model, photos / "blue" / "0.png", "--json"))["predictions"]

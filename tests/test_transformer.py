@@ -4,6 +4,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import pytest
 from PIL import Image
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
-from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import FeatureUnion, make_pipeline
@@ -124,8 +124,8 @@ def test_a_union_names_its_features() -> None:
     union = FeatureUnion([("deep", ImageFeatures(**SMALL)), ("raw", ImageFeatures(**SMALL | {"layer": "input"}))])
     assert union.fit_transform(pictures(2)).shape == (2, DIM + 3072)
     names = union.get_feature_names_out()
-    assert names[0] == "deep__imagefeatures0"
-    assert names[-1] == "raw__imagefeatures3071"
+    assert names[0] == "deep__blocks.1_0"
+    assert names[-1] == "raw__input_3071"
 
 
 def test_set_output_is_understood() -> None:
@@ -136,11 +136,20 @@ def test_set_output_is_understood() -> None:
     assert list(frame.columns) == list(ImageFeatures(**SMALL).fit(pictures(1)).get_feature_names_out())
 
 
-def test_names_need_a_fit_but_features_do_not() -> None:
+def test_features_and_their_names_need_no_fit() -> None:
     fresh = ImageFeatures(**SMALL)
     assert fresh.transform(pictures(2)).shape == (2, DIM)
-    with pytest.raises(NotFittedError):
-        fresh.get_feature_names_out()
+    assert list(fresh.get_feature_names_out())[:2] == ["blocks.1_0", "blocks.1_1"]
+    assert fresh.fit(pictures(1)).n_features_out_ == DIM
+
+
+def test_threads_may_share_a_network() -> None:
+    images = pictures(12)
+    expected = ImageFeatures(**SMALL).transform(images)
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: ImageFeatures(**SMALL).transform(images), range(4)))
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_tags_say_what_it_takes() -> None:
@@ -236,7 +245,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes |
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UnreadableImageError, match=rf"image 2 \({re.escape(str(path))}\).*{reason}"):
+    with pytest.raises(UnreadableImageError, match=rf"item 2 \({re.escape(str(path))}\).*{reason}"):
         ImageFeatures(**SMALL).transform([*pictures(2), path])
 
 
@@ -244,22 +253,25 @@ def test_a_truncated_pillow_image_is_named_by_its_place(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     Image.fromarray(pictures(1)[0]).save(path)
     path.write_bytes(path.read_bytes()[:500])
-    with Image.open(path) as image, pytest.raises(UnreadableImageError, match=r"image 1 cannot be read: .*truncated"):
+    with (
+        Image.open(path) as image,
+        pytest.raises(UnreadableImageError, match=r"item 1 cannot be used as an image: .*truncated"),
+    ):
         ImageFeatures(**SMALL).transform([*pictures(1), image])
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("photo.jpg", "not one str; put it into a list"),
-        (Path("photo.jpg"), "put it into a list"),
-        (Image.new("RGB", (4, 4)), "put it into a list"),
-        (np.zeros((3, 8)), r"image 0 is a float64 array \(8,\)"),
-        (np.zeros((3, 8, 8, 4), np.uint8), r"image 0 is a uint8 array \(8, 8, 4\)"),
-        (np.zeros((3, 8, 8)), "image 0 is a float64 array"),
-        ([np.zeros((0, 8, 3), np.uint8)], "image 0 is a uint8 array"),
-        ([np.zeros((8, 8), np.uint8), None], "image 1 is a NoneType"),
-        ([b"bytes"], "image 0 is a bytes"),
+        ("photo.jpg", "not a single str: put it in a list"),
+        (Path("photo.jpg"), "put it in a list"),
+        (Image.new("RGB", (4, 4)), "put it in a list"),
+        (np.zeros((3, 8)), r"item 0 is a float64 array of shape \(8,\)"),
+        (np.zeros((3, 8, 8, 4), np.uint8), r"item 0 is a uint8 array of shape \(8, 8, 4\)"),
+        (np.zeros((3, 8, 8)), "item 0 is a float64 array"),
+        ([np.zeros((0, 8, 3), np.uint8)], "item 0 is a uint8 array"),
+        ([np.zeros((8, 8), np.uint8), None], "item 1 is a NoneType"),
+        ([b"bytes"], "item 0 is a bytes"),
     ],
 )
 @pytest.mark.parametrize("method", ["fit", "transform"])

@@ -139,20 +139,20 @@ def load(name: str, size: int | None = None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
-    if weights.startswith("random"):
-        module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
-        label, tag = weights, None
-    elif weights.endswith(SUFFIXES):
-        module = _from_file(zoo, bare, Path(weights), size)
-        label, tag = Path(weights).name, None
-    else:
-        label = tag = _tag(bare, weights, tags)
+    from_tag = not weights.startswith("random") and not weights.endswith(SUFFIXES)
+    label = _tag(bare, weights, tags) if from_tag else weights
+    preprocessing = _resized(zoo.preprocessing(bare, label if from_tag else None), size)
+    if from_tag:
         module = build_untouched(lambda: zoo.pretrained(bare, label, size))
-    handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
+    elif label.startswith("random"):
+        module = build_untouched(lambda: zoo.build(bare, size, None), _seed(label))
+    else:
+        module = _from_file(zoo, bare, Path(label), size)
+        label = Path(label).name
     module = module.eval().requires_grad_(False).float()
-    preprocessing = _resized(zoo.preprocessing(bare, tag), size)
-    digest = weights_digest(module)
-    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, zoo.classifier(bare, module))
+    handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
+    classifier = zoo.classifier(bare, module)
+    return Backbone(f"{zoo_name}/{bare}", handle, label, weights_digest(module), module, preprocessing, classifier)
 
 
 def sketch(name: str, size: int | None = None) -> Backbone:
@@ -189,7 +189,7 @@ def _parse(text: str) -> tuple[str, str, str]:
     found = [key for key in ([zoo_name] if slash else ZOOS) if bare in ZOOS[key].names()]
     if not found:
         raise BackboneError(
-            f"unknown backbone '{name}'{nearest(name, _all_names())}; `thawline backbones` lists them all"
+            f"unknown backbone '{name}'{nearest(bare, _all_names())}; `thawline backbones` lists them all"
         )
     return found[0], bare, weights
 

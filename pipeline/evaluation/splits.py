@@ -1,8 +1,7 @@
 """Which rows train, which choose, which judge: given splits are used, missing ones are cut.
 
 What is cut is stratified by class and drawn by a seed: 20 % of each class for test, 20 % of the rest for val. Rows of
-one group, and rows of equal bytes, stay on one side. Where a source has train and val but no test, its val is the
-test set, since that is what its makers held out to be reported on, and a new val is cut from train.
+one group, and rows of equal bytes, stay on one side.
 """
 
 from __future__ import annotations
@@ -129,15 +128,13 @@ def _assign(
     train = np.sort(np.concatenate([train, free]))
     if not train.size:
         raise FitError("fitting needs training rows, but every labelled row is given as val or test; add a train split")
-    if not test.size and val.size:
-        notes.append("no test split given: the given val is the test set, and takes no part in choosing")
-        val, test = test, val
     if not test.size:
-        notes.append("no test split given: 20 % of the rows of each class were drawn as test set, by seed")
+        notes.append("no test split given: 20 % of the training rows of each class were drawn as test set, by seed")
+        count = train.size
         train, test = _cut(train, labels, units, rng)
         if not test.size or not train.size:
             raise FitError(
-                f"no test set can be cut from {rows.size} labelled rows: at least one class needs 3 images "
+                f"no test set can be cut from {count} training rows: at least one class needs 3 images "
                 "that are not of one group; add images, or give a test split"
             )
     if not val.size and cut_val:

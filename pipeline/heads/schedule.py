@@ -13,9 +13,9 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
 from pipeline.evaluation.splits import Splits, make_splits
+from pipeline.heads.cached import Layer, require_finite
 from pipeline.heads.registry import Head
 from pipeline.heads.trial import Outcome, Prepared, prepare, run_trial
-from pipeline.selection import Layer, require_finite
 
 Progress = Callable[[int, int, str], None]
 
