@@ -96,8 +96,8 @@ def test_the_list_tells_which_weights_are_here(offline: Path) -> None:
     }
     assert [row.name for row in list_backbones("embedded/*")] == [f"efficientnet_lite{number}" for number in range(3)]
     assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm"}
-    with pytest.raises(BackboneError, match="no backbone fits 'resnext5'; did you mean"):
-        list_backbones("resnext5")
+    with pytest.raises(BackboneError, match="no backbone fits 'resnext500'; did you mean"):
+        list_backbones("resnext500")
 
 
 # Seeds and state

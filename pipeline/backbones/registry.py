@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -117,7 +117,7 @@ def list_backbones(pattern: str | None = None) -> list[BackboneRow]:
                 local = tuple(tag for tag in tags if zoo.cached(name, tag))
                 rows.append(BackboneRow(_short(zoo_name, name), zoo_name, tags, local))
     if not rows:
-        raise BackboneError(f"no backbone fits '{pattern}'{nearest(pattern, _all_names())}")
+        raise BackboneError(f"no backbone fits '{pattern}'{nearest(pattern, _owners())}")
     return rows
 
 
@@ -186,21 +186,20 @@ def _parse(text: str) -> tuple[str, str, str]:
     zoo_name, slash, bare = name.rpartition("/")
     if slash and zoo_name not in ZOOS:
         raise BackboneError(f"unknown zoo '{zoo_name}' in '{text}': expected one of {', '.join(ZOOS)}")
-    found = [key for key in ([zoo_name] if slash else ZOOS) if bare in ZOOS[key].names()]
-    if not found:
-        raise BackboneError(
-            f"unknown backbone '{name}'{nearest(bare, _all_names())}; `thawline backbones` lists them all"
-        )
-    return found[0], bare, weights
+    owner = zoo_name if slash else _owners().get(bare, "")
+    if not owner or bare not in ZOOS[owner].names():
+        raise BackboneError(f"unknown backbone '{name}'{nearest(bare, _owners())}; `thawline backbones` lists them all")
+    return owner, bare, weights
 
 
-def _all_names() -> list[str]:
-    return sorted({name for zoo in ZOOS.values() for name in zoo.names()})
+@cache
+def _owners() -> dict[str, str]:
+    """Return each bare name with the zoo that it means."""
+    return {name: zoo_name for zoo_name, zoo in reversed(ZOOS.items()) for name in zoo.names()}
 
 
 def _short(zoo_name: str, bare: str) -> str:
-    first = next(key for key, zoo in ZOOS.items() if bare in zoo.names())
-    return bare if first == zoo_name else f"{zoo_name}/{bare}"
+    return bare if _owners()[bare] == zoo_name else f"{zoo_name}/{bare}"
 
 
 def _seed(weights: str) -> int:
