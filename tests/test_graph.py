@@ -1,287 +1,347 @@
 from __future__ import annotations
 
-from collections import OrderedDict
-from functools import cache
-from typing import Any
+import math
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from pipeline.backbones.graph import describe, resolve_layers, tap
 from pipeline.backbones.registry import Backbone, load, sketch
+from pipeline.backbones.trace import cut_nodes, hooked
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
 
-SIDE = 16
+SIDE = 64
+PREPROCESSING = Preprocessing((SIDE, SIDE), 73, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def backbone(module: nn.Module, classifier: str | None = "head", side: int = SIDE) -> Backbone:
-    preprocessing = Preprocessing((side, side), side, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
-    module = module.eval().requires_grad_(False)
-    return Backbone("toy/net", "net", "random:0", "0" * 32, module, preprocessing, classifier)
+def wrap(module: nn.Module, classifier: str | None = None, side: int = SIDE) -> Backbone:
+    """A backbone around a network of our own."""
+    frozen = module.eval().requires_grad_(False)
+    preprocessing = Preprocessing((side, side), side, "bilinear", PREPROCESSING.mean, PREPROCESSING.std)
+    return Backbone("own/net", "net", "random:0", "", frozen, preprocessing, classifier)
 
 
-@cache
-def named(name: str) -> Backbone:
-    return load(name, 64)
+@pytest.fixture(scope="module")
+def resnet() -> Backbone:
+    return load("resnet18@random:0", size=SIDE)
 
 
-def pixels(count: int = 2, side: int = SIDE) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(5).integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (2, SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def run(net: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    with torch.inference_mode():
-        return tuple(net(images))
+def normalised(pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(item).view(1, 3, 1, 1) for item in (PREPROCESSING.mean, PREPROCESSING.std))
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-class Convolutions(nn.Module):
-    """Two stages, everything behind a convolution in place."""
+def hook_outputs(module: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
+    """What each module returns the first time it is called, before anything changes it in place."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, _module: nn.Module, _args: object, value: Tensor) -> None:
+        found.setdefault(name, value.clone())
+
+    with hooked(module, {name: partial(keep, name) for name, _ in module.named_modules() if name}), torch.no_grad():
+        module(normalised(pixels))
+    return found
+
+
+# Taps
+
+
+def test_every_module_gives_what_a_hook_sees(resnet: Backbone, pixels: Tensor) -> None:
+    """Containers too, and ahead of the in-place activations and additions behind them."""
+    outputs = hook_outputs(resnet.module, pixels)
+    network = tap(resnet, list(outputs), "flatten")
+    assert set(network.layers) == set(outputs)
+    with torch.no_grad():
+        for name, features in zip(network.layers, network(pixels), strict=True):
+            torch.testing.assert_close(features, outputs[name].flatten(1), rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_torchvisions_node_names_work(resnet: Backbone, pixels: Tensor) -> None:
+    names = ["layer1.0.relu_1", "layer1.0.add", "flatten", "layer3.1.conv2"]
+    plain = create_feature_extractor(resnet.module, names)
+    network = tap(resnet, names, "avg")
+    with torch.no_grad():
+        wanted, found = plain(normalised(pixels)), network(pixels)
+    assert network.layers == tuple(names)
+    # The plain extractor's sum has been through the in-place activation behind it; the tap's has not.
+    assert torch.equal(wanted["layer1.0.add"], wanted["layer1.0.relu_1"])
+    assert not torch.equal(found[0], found[1])
+    for name, features in zip(names, found, strict=True):
+        if name != "layer1.0.add":
+            value = wanted[name]
+            torch.testing.assert_close(features, value.mean((2, 3)) if value.ndim == 4 else value, rtol=1e-4, atol=1e-5)
+
+
+def test_one_pass_equals_many(resnet: Backbone, pixels: Tensor) -> None:
+    layers = ["layer2", "input", "fc", "penultimate", "layer1.1.bn2"]
+    with torch.no_grad():
+        together = tap(resnet, layers, "avg+max")(pixels)
+        apart = [tap(resnet, [layer], "avg+max")(pixels)[0] for layer in layers]
+    assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
+
+
+def test_nothing_is_computed_or_kept_beyond_the_last_tap(resnet: Backbone) -> None:
+    network = tap(resnet, ["layer1", "layer2.0.bn1"])
+    kept = {name for name, _ in network.body.named_modules()}
+    assert "layer2.0.bn1" in kept
+    assert not kept & {"layer2.0.conv2", "layer2.0.downsample", "layer2.1", "layer3", "fc"}
+    assert tap(resnet, ["input"]).body is None
+
+
+def test_input_is_the_small_normalised_image_whatever_the_pooling(resnet: Backbone, pixels: Tensor) -> None:
+    blocks = normalised(pixels).reshape(2, 3, 32, SIDE // 32, 32, SIDE // 32).mean((3, 5)).flatten(1)
+    for pool in POOLS:
+        network = tap(resnet, ["input"], pool)
+        assert network.dims == {"input": 3072}
+        torch.testing.assert_close(network(pixels)[0], blocks, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(tap(resnet, ["input"])(pixels)[0], blocks, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tapped_network_cannot_be_put_in_training(resnet: Backbone, pixels: Tensor) -> None:
+    network = tap(resnet, ["layer4"])
+    assert not any(part.training for part in network.train().modules())
+    assert not any(part.training for part in nn.Sequential(network).train()[0].modules())
+    state = {name: item.clone() for name, item in resnet.module.state_dict().items()}
+    network(pixels)
+    assert all(torch.equal(item, state[name]) for name, item in resnet.module.state_dict().items())
+
+
+class Scribbler(nn.Module):
+    """Changes its activations in place, also without using the result, and takes an option that is off."""
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.relu = nn.ReLU(inplace=True)
-        self.down = nn.Conv2d(4, 6, 3, stride=2, padding=1)
-        self.norm = nn.BatchNorm2d(6)
-        self.late = nn.Conv2d(6, 8, 1)
-        self.drop = nn.Dropout(0.5)
-        self.head = nn.Linear(8, 3)
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.stem(x))
-        x = self.norm(self.down(x))
-        x += 1
-        x = self.late(x).clamp_(min=0)
-        return self.head(self.drop(x.mean((2, 3))))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.conv(x)
+        y = self.norm(x)
+        x.mul_(2)
+        y = y.add_(x)
+        if mask is not None:
+            y = y * mask
+        return self.fc(y.mean((2, 3)))
 
 
-class Untraceable(Convolutions):
-    """Decides by the values it sees, so that no one graph describes it."""
-
-    broken = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.stem(x))
-        if float(x.sum()) < 0:
-            return x
-        x = self.norm(self.down(x))
-        if self.broken:
-            raise RuntimeError("out of luck")
-        return self.head(self.drop(self.late(x).clamp_(min=0).mean((2, 3))))
-
-
-def expected(module: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """The pooled output of a module by an ordinary, cloning hook."""
-    mean, std = torch.tensor((0.5, 0.4, 0.3)), torch.tensor((0.2, 0.3, 0.4))
-    kept: list[Tensor] = []
-    handle = module.get_submodule(layer).register_forward_hook(lambda _m, _a, value: kept.append(value.clone()))
-    with torch.inference_mode():
-        module(((images / 255 - mean) / std).permute(0, 3, 1, 2))
-    handle.remove()
-    return kept[0].mean((2, 3)) if kept[0].ndim == 4 else kept[0]
-
-
-@pytest.mark.parametrize("kind", [Convolutions, Untraceable])
-@pytest.mark.parametrize("layer", ["stem", "relu", "down", "norm", "late", "head"])
-def test_what_follows_in_place_changes_no_tap(kind: type[nn.Module], layer: str) -> None:
-    module = kind()
-    (features,) = run(tap(backbone(module), [layer]), pixels())
-    np.testing.assert_allclose(features, expected(module, layer, pixels()), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", [Convolutions, Untraceable])
-def test_penultimate_is_what_the_classifier_reads(kind: type[nn.Module]) -> None:
-    module = kind()
-    features, logits = run(tap(backbone(module), ["penultimate", "logits"]), pixels())
-    np.testing.assert_allclose(module.head(features), logits, rtol=1e-5, atol=1e-6)
-
-
-def test_the_graph_ends_with_the_last_tap() -> None:
-    net = tap(backbone(Convolutions()), ["down", "stem"])
-    kept = {name for name, _ in net.body.named_modules()}
-    assert {"stem", "relu", "down"} <= kept
-    assert not kept & {"norm", "late", "drop", "head"}
-    assert list(net.dims) == ["down", "stem"]
-
-
-def test_a_tap_leaves_the_network_alone() -> None:
-    module = Convolutions()
-    before = {key: item.clone() for key, item in module.state_dict().items()}
-    run(tap(backbone(module), ["late", "penultimate"], "max"), pixels())
-    assert all(torch.equal(item, before[key]) for key, item in module.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", [Convolutions, Untraceable])
-def test_a_tapped_network_never_trains(kind: type[nn.Module]) -> None:
-    net = tap(backbone(kind()), ["logits"])
-    before = run(net, pixels())[0]
-    net.train()
-    after = run(net, pixels())[0]
-    assert not any(part.training for part in net.modules())
-    assert torch.equal(before, after)
-
-
-def hooks(module: nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
-
-
-def test_hooks_are_taken_off_also_after_an_error() -> None:
-    module = Untraceable()
-    net = tap(backbone(module), ["norm", "penultimate"])
-    run(net, pixels())
-    assert hooks(module) == 0
-    Untraceable.broken = True
-    try:
-        with pytest.raises(RuntimeError, match="out of luck"):
-            run(net, pixels())
-    finally:
-        Untraceable.broken = False
-    assert hooks(module) == 0
-
-
-def test_an_untraceable_network_has_layers_but_no_stages() -> None:
-    net = backbone(Untraceable())
-    shapes = {row.name: row.shape for row in describe(net)}
-    assert shapes["down"] == (6, SIDE // 2, SIDE // 2)
-    assert shapes["head"] == (3,)
-    with pytest.raises(BackboneError, match="no stages"):
-        resolve_layers(net, ["stages"])
-
-
-def test_one_module_called_twice_is_tapped_at_its_first_call() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.act = nn.ReLU()
-            self.head = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.act(self.act(x) - 1).mean((2, 3)))
-
-    module = Twice()
-    first, second = run(tap(backbone(module), ["act", "act_1"]), pixels())
-    np.testing.assert_allclose(first, expected(module, "act", pixels()), rtol=1e-5, atol=1e-6)
-    assert (second < first).all()
-
-
-def test_input_is_the_area_average_of_the_normalised_image() -> None:
-    images = pixels(2, 64)
-    (features,) = run(tap(backbone(Convolutions(), side=64), ["input"], "flatten"), images)
-    normalised = (images.numpy() / 255 - (0.5, 0.4, 0.3)) / (0.2, 0.3, 0.4)
-    blocks = normalised.reshape(2, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2).reshape(2, -1)
-    np.testing.assert_allclose(features, blocks, rtol=1e-4, atol=1e-5)
-
-
-def test_input_alone_runs_no_network() -> None:
-    assert tap(backbone(Convolutions()), ["input"]).body is None
-
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_dims_are_the_lengths_of_the_features(pool: str) -> None:
-    net = tap(named("resnet18@random:0"), ["stages", "penultimate", "logits", "input"], pool)
-    assert [item.shape[1] for item in run(net, pixels(1, 64))] == list(net.dims.values())
-
-
-def test_pooled_penultimate_is_the_map_that_the_classifier_averages() -> None:
-    layers = ["penultimate", "layer4"]
-    averaged, _ = run(tap(named("resnet18@random:0"), layers), pixels(1, 64))
-    for pool in ("grid2", "max", "flatten"):
-        penultimate, last_map = run(tap(named("resnet18@random:0"), layers, pool), pixels(1, 64))
-        assert torch.equal(penultimate, last_map)
-        assert penultimate.shape != averaged.shape or not torch.allclose(penultimate, averaged)
-
-
-def test_tokens_are_averaged() -> None:
-    vit = load("vit_tiny_patch16_224@random:0")
-    (features,) = run(tap(vit, ["blocks.2"]), images := pixels(1, 224))
-    kept: list[Tensor] = []
-    handle = vit.module.blocks[2].register_forward_hook(lambda _m, _a, value: kept.append(value.clone()))
-    mean, std = torch.tensor(vit.preprocessing.mean), torch.tensor(vit.preprocessing.std)
-    with torch.inference_mode():
-        vit.module(((images / 255 - mean) / std).permute(0, 3, 1, 2))
-    handle.remove()
-    assert kept[0].shape == (1, 197, 192)
-    np.testing.assert_allclose(features, kept[0].mean(1), rtol=1e-4, atol=1e-5)
+def test_in_place_changes_come_after_the_tap_and_still_count(pixels: Tensor) -> None:
+    torch.manual_seed(0)
+    backbone = wrap(Scribbler(), "fc")
+    outputs = hook_outputs(backbone.module, pixels)
+    with torch.no_grad():
+        features = tap(backbone, ["conv", "norm", "fc"], "flatten")(pixels)
+    for name, item in zip(("conv", "norm", "fc"), features, strict=True):
+        torch.testing.assert_close(item, outputs[name].flatten(1), rtol=1e-4, atol=1e-5)
 
 
 # Names
 
 
-@pytest.mark.parametrize(
-    ("name", "stages"),
-    [
-        ("efficientnet_lite0", [f"blocks.{place}" for place in range(7)]),
-        ("resnet50", [f"layer{place}" for place in range(1, 5)]),
-        ("timm/resnet18", [f"layer{place}" for place in range(1, 5)]),
-    ],
-)
-def test_stages(name: str, stages: list[str]) -> None:
-    assert list(resolve_layers(sketch(name), ["stages"])) == stages
-
-
-def test_layers_keep_their_order_and_lose_their_twins() -> None:
-    asked = ["input", "layer3", "stages", "logits", "fc", "penultimate", "input"]
-    found = resolve_layers(sketch("resnet18"), asked)
-    assert found == ("input", "layer3", "layer1", "layer2", "layer4", "fc", "penultimate")
-
-
-def test_a_sketch_knows_what_the_network_has() -> None:
-    assert describe(sketch("resnet18", 64)) == describe(named("resnet18@random:0"))
+def test_what_is_asked_resolves_in_order_without_duplicates(resnet: Backbone) -> None:
+    asked = ["logits", "stages", "input", "fc", "layer2", "penultimate", "input"]
+    assert resolve_layers(resnet, asked) == ("fc", "layer1", "layer2", "layer3", "layer4", "input", "penultimate")
+    assert resolve_layers(resnet, resolve_layers(resnet, asked)) == resolve_layers(resnet, asked)
 
 
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([], "no layer was asked for"),
-        (["layer5"], r"no layer 'layer5'; did you mean layer.*`thawline layers resnet18` lists them all"),
-        (["penultimat"], "did you mean penultimate"),
-        (["layer1", ""], "no layer ''"),
+        (
+            ["layr3"],
+            r"resnet18@random:0 has no layer 'layr3'; did you mean layer3.*`thawline layers resnet18@random:0`",
+        ),
+        (["stage"], r"did you mean stages"),
+        (["layer3", "layer9"], "no layer 'layer9'"),
+        ([""], "no layer ''"),
+        ([], "no layer was asked for: name one, such as penultimate"),
     ],
 )
-def test_a_layer_that_is_not_there(layers: list[str], message: str) -> None:
-    with pytest.raises(BackboneError, match=message) as caught:
-        resolve_layers(sketch("resnet18"), layers)
-    assert "\n" not in str(caught.value)
+def test_unknown_layers_name_the_nearest(resnet: Backbone, layers: list[str], message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        tap(resnet, layers)
+
+
+def test_an_unknown_pooling_is_refused(resnet: Backbone) -> None:
+    with pytest.raises(BackboneError, match="unknown pooling 'mean'; .*expected one of avg"):
+        tap(resnet, ["input"], "mean")
 
 
 class Odd(nn.Module):
-    """Gives shapes that nobody can pool."""
+    """Gives shapes that cannot be pooled, a tuple, and has a module that is never called and no classifier."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.split = nn.Unflatten(1, (1, 3))  # (1, 3, h, w)
-        self.pair = nn.AdaptiveMaxPool2d(1, return_indices=True)
-        self.never = nn.ReLU()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.strip = nn.AdaptiveAvgPool2d((2, 6))
+        self.pair = Pair()
+        self.idle = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pair(self.split(x).flatten(1, 2))[0].flatten(1)
+        first, second = self.pair(self.strip(self.conv(x)))
+        return first * second
 
 
-@pytest.mark.parametrize(("layer", "message"), [("split", "shape"), ("pair", "no tensor"), ("never", "no tensor")])
-def test_a_layer_that_cannot_be_pooled_names_some_that_can(layer: str, message: str) -> None:
-    with pytest.raises(BackboneError, match=f"{message}.*layers that work"):
-        resolve_layers(backbone(Odd(), None), [layer])
+class Pair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x + 1
 
 
-def test_without_a_classifier_penultimate_is_the_output() -> None:
-    net = backbone(nn.Sequential(OrderedDict(flat=nn.Flatten(), line=nn.Linear(3 * SIDE**2, 5))), None)
-    features, line = run(tap(net, ["penultimate", "line"]), pixels())
-    assert torch.equal(features, line)
-    for alias in ("logits", "stages"):
-        with pytest.raises(BackboneError, match="has no"):
-            resolve_layers(net, [alias])
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("strip", "layer strip of net has the shape 4x2x6: expected cxhxw, .*; layers that work: conv"),
+        ("pair", "layer pair of net gives no tensor with a row an image; layers that work: conv"),
+        ("idle", "layer idle of net gives no tensor with a row an image"),
+        ("logits", "net has no classifier that 'logits' could go by; layers that work: conv"),
+        ("penultimate", "net has no classifier that 'penultimate' could go by"),
+        ("stages", "net has no stages that end in maps; layers that work: conv"),
+    ],
+)
+def test_layers_without_features_name_some_that_have(layer: str, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        tap(wrap(Odd()), [layer])
 
 
-def test_an_unknown_pooling() -> None:
-    with pytest.raises(BackboneError, match=r"pooling 'average'.*avg, max"):
-        tap(backbone(Convolutions()), ["stem"], "average")
+# Aliases and shapes, without weights
 
 
-def test_a_network_that_does_not_run_at_this_size_says_so() -> None:
-    tiny: Any = sketch("inception_v3", 20)
-    with pytest.raises(BackboneError, match="does not run on 20x20 images"):
-        resolve_layers(tiny, ["stages"])
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("efficientnet_lite0", [f"blocks.{number}" for number in range(7)]),
+        ("mobilenet_v2", ["features.1", "features.3", "features.6", "features.13", "features.17"]),
+        ("efficientnet_b0", [f"features.{number}" for number in range(1, 8)]),
+        ("densenet121", [f"features.denseblock{number}" for number in range(1, 5)]),
+        ("convnext_tiny", ["features.1", "features.3", "features.5", "features.7"]),
+        ("timm/convnext_tiny", [f"stages.{number}" for number in range(4)]),
+        ("timm/resnet50d", [f"layer{number}" for number in range(1, 5)]),
+        ("regnet_y_400mf", [f"trunk_output.block{number}" for number in range(1, 5)]),
+        ("alexnet", ["features.1", "features.4", "features.11"]),
+        ("vgg11_bn", ["features.2", "features.6", "features.13", "features.20", "features.27"]),
+        ("swin_t", ["features.1", "features.3", "features.5", "features.7"]),
+        ("timm/test_maxvit", ["stem", "stages.0", "stages.1", "stages.2", "stages.3"]),
+    ],
+)
+def test_stages_end_where_their_papers_say(name: str, stages: list[str]) -> None:
+    assert resolve_layers(sketch(name), ["stages"]) == tuple(stages)
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "timm/test_vit", "timm/levit_128"])
+def test_transformers_have_no_stages_of_maps(name: str) -> None:
+    with pytest.raises(BackboneError, match="has no stages that end in maps; layers that work: "):
+        resolve_layers(sketch(name), ["stages"])
+
+
+@pytest.mark.parametrize(
+    ("name", "avg", "grid2"),
+    [
+        ("efficientnet_lite0", 1280, 5120),
+        ("densenet121", 1024, 4096),
+        ("squeezenet1_1", 512, 2048),
+        ("swin_t", 768, 3072),
+        ("alexnet", 4096, 4096),
+        ("mobilenet_v3_small", 1024, 1024),
+        ("convnext_tiny", 768, 768),
+        ("vit_b_16", 768, 768),
+    ],
+)
+def test_penultimate_is_pooled_from_its_map_only_where_nothing_else_happens(name: str, avg: int, grid2: int) -> None:
+    backbone = sketch(name)
+    assert tap(backbone, ["penultimate"], "avg").dims == {"penultimate": avg}
+    assert tap(backbone, ["penultimate"], "grid2").dims == {"penultimate": grid2}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("efficientnet_lite0", 70), ("googlenet", 26), ("inception_resnet_v2", 100)]
+)
+def test_nodes_that_every_path_crosses(name: str, count: int) -> None:
+    assert len(cut_nodes(sketch(name).traced.graph)) == count
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/test_efficientnet", "timm/test_vit"])
+def test_shapes_without_weights_are_the_real_ones(name: str) -> None:
+    backbone = sketch(name, size=SIDE if name == "resnet18" else None)
+    assert {item.device.type for item in backbone.module.parameters()} == {"meta"}
+    real = load(f"{name}@random:0", size=SIDE if name == "resnet18" else None)
+    side = real.preprocessing.size[0]
+    outputs = hook_outputs(real.module, torch.zeros(2, side, side, 3, dtype=torch.uint8))
+    rows = {row.name: row for row in describe(backbone)}
+    assert {name: rows[name].shape for name in outputs} == {
+        name: tuple(item.shape[1:]) for name, item in outputs.items()
+    }
+    assert rows["input"] == ("input", (3, side, side), ("input",))
+
+
+# Networks that cannot be traced
+
+
+class Untraceable(nn.Module):
+    """Looks at its values; may fail on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc = nn.Linear(4, 5)
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = self.act(x if x.sum() > -math.inf else -x)
+        if self.fails:
+            raise ValueError("on the way")
+        return self.fc(x.mean((2, 3)))
+
+
+def test_untraceable_networks_are_tapped_with_hooks(pixels: Tensor) -> None:
+    backbone = wrap(Untraceable(), "fc")
+    assert backbone.traced.graph is None
+    outputs = hook_outputs(backbone.module, pixels)
+    network = tap(backbone, ["logits", "input", "conv", "penultimate"], "avg")
+    assert network.dims == {"fc": 5, "input": 3072, "conv": 4, "penultimate": 4}
+    with torch.no_grad():
+        logits, _, conv, penultimate = network(pixels)
+    torch.testing.assert_close(logits, outputs["fc"])
+    torch.testing.assert_close(conv, outputs["conv"].mean((2, 3)))
+    torch.testing.assert_close(penultimate, outputs["act"].mean((2, 3)))
+    assert [row.name for row in describe(backbone)] == ["input", "conv", "act", "fc"]
+    with pytest.raises(BackboneError, match="no layer 'con'; did you mean conv"):
+        tap(backbone, ["con"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_hooks_are_always_taken_off(pixels: Tensor, fails: bool) -> None:
+    backbone = wrap(Untraceable(), "fc")
+    network = tap(backbone, ["conv", "fc"])
+    backbone.module.fails = fails
+    if fails:
+        with pytest.raises(ValueError, match="on the way"):
+            network(pixels)
+    else:
+        network(pixels)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in backbone.module.modules())
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_maxvit", "timm/test_resnet", "timm/hiera_tiny_224"])
+def test_other_families_give_their_own_output(name: str) -> None:
+    backbone = load(f"{name}@random:0")
+    nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifier).weight, std=0.1)
+    side = backbone.preprocessing.size[0]
+    pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)
+    mean, std = (
+        torch.tensor(item).view(1, 3, 1, 1) for item in (backbone.preprocessing.mean, backbone.preprocessing.std)
+    )
+    with torch.inference_mode():
+        wanted = backbone.module((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+        torch.testing.assert_close(tap(backbone, ["logits"])(pixels)[0], wanted, rtol=1e-3, atol=1e-4)

@@ -181,8 +181,9 @@ class OnMatrices(ImageFeatures):
 
 # Checks of the estimator's form, on the class itself. All others of scikit-learn's feed float matrices, which are not
 # images; those of them that look at behaviour rather than at the validation of a matrix run on the subclass above.
-# Left out are those that index columns of X, which paths do not have, and the ones about matrices alone: dtypes, sparse, complex, object, NaN, 1d, one feature, n_features_in_,
-# feature names, sample weights and array API; and `check_fit_check_is_fitted`, since there is nothing to be fitted.
+# Left out are those that index columns of X, which paths do not have, and the ones about matrices alone: dtypes,
+# sparse, complex, object, NaN, 1d, one feature, n_features_in_, feature names, sample weights and array API; and
+# `check_fit_check_is_fitted`, since there is nothing to be fitted.
 FORM = [
     "check_estimator_cloneable",
     "check_estimator_repr",

