@@ -108,11 +108,13 @@ def test_val_is_cut_from_train_where_only_train_and_test_are_given() -> None:
     assert any("no val split" in note for note in found.notes)
 
 
-def test_a_given_val_is_the_test_set_where_none_is_given() -> None:
-    found = split([0, 1] * 20, ["train"] * 30 + ["val"] * 10)
-    assert found.test.tolist() == list(range(30, 40))
-    assert len(found.val) == 6
-    assert any("given val is the test set" in note for note in found.notes)
+def test_a_missing_test_is_cut_from_train_and_the_given_val_stays_val() -> None:
+    labels = np.array([0, 1] * 20)
+    found = split(labels, ["train"] * 30 + ["val"] * 10)
+    assert found.val.tolist() == list(range(30, 40))
+    assert np.bincount(labels[found.test]).tolist() == [3, 3]
+    assert sorted([*found.train, *found.test]) == list(range(30))
+    assert any("no test split given" in note for note in found.notes)
 
 
 def test_rows_without_a_split_train_where_others_have_one() -> None:
@@ -179,7 +181,7 @@ def test_a_class_that_val_brings_is_learnt_before_test() -> None:
         ([-1, -1], None, "no row has a label"),
         ([0] * 20, None, "at least two classes among the training rows, found only class ape"),
         ([0, 1] * 3, ["test"] * 6, "every labelled row is given as val or test"),
-        ([0, 1, 0, 1], None, "no test set can be cut from 4 labelled rows"),
+        ([0, 1, 0, 1], None, "no test set can be cut from 4 training rows"),
     ],
 )
 def test_what_cannot_be_split_is_refused(labels: list[int], names: list[str] | None, message: str) -> None:

@@ -168,6 +168,11 @@ def test_importing_and_making_one_loads_no_torch() -> None:
 class OnMatrices(ImageFeatures):
     """Takes the matrices that scikit-learn's checks are made of: every row becomes a picture of one line."""
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = False  # or the checks would flatten their matrices
+        return tags
+
     def fit(self, X: Any, y: object = None) -> OnMatrices:
         super().fit(self._pictures(X))
         return self
@@ -200,13 +205,21 @@ FORM = [
 BEHAVIOUR = [
     "check_fit_score_takes_y",
     "check_estimators_overwrite_params",
+    "check_dont_overwrite_parameters",
     "check_estimators_fit_returns_self",
     "check_readonly_memmap_input",
     "check_positive_only_tag_during_fit",
     "check_pipeline_consistency",
     "check_estimators_pickle",
+    "check_f_contiguous_array_estimator",
+    "check_transformer_data_not_an_array",
+    "check_transformer_general",
     "check_transformers_unfitted_stateless",
+    "check_methods_sample_order_invariance",
+    "check_methods_subset_invariance",
+    "check_dict_unchanged",
     "check_fit_idempotent",
+    "check_fit2d_1sample",
 ]
 
 
