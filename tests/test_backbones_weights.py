@@ -16,18 +16,13 @@ from pipeline.errors import BackboneError
 
 
 def state(seed: int = 3) -> dict[str, Tensor]:
-    return {key: item.clone() for key, item in load(f"test_resnet@random:{seed}").module.state_dict().items()}
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    return {key: item.clone() for key, item in load(f"resnet18@random:{seed}").module.state_dict().items()}
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     halves = {key: item.half() if item.is_floating_point() else item for key, item in state().items()}
     safetensors.torch.save_file(halves, path := tmp_path / "half.safetensors")
-    module = load(f"test_resnet@{path}").module
+    module = load(f"resnet18@{path}").module
     assert {item.dtype for item in module.parameters()} == {torch.float32}
     assert torch.equal(module.conv1.weight, halves["conv1.weight"].float())
 
@@ -39,9 +34,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     given["conv1.weight"] = torch.ones(64, 1, 7, 7)
     torch.save(given, path := tmp_path / "odd.pth")
     with pytest.raises(BackboneError) as caught:
-        load(f"test_resnet@{path}")
+        load(f"resnet18@{path}")
     message = str(caught.value)
-    assert "odd.pth for test_resnet does not fit" in message
+    assert "odd.pth for resnet18 does not fit" in message
     assert "missing: layer1.0.conv1.weight" in message
     assert "unexpected: layer9.weight" in message
     assert "conv1.weight (64, 1, 7, 7) for (64, 3, 7, 7)" in message
@@ -65,7 +60,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, sav
     else:
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(BackboneError, match=r"evil\.pth"):
-        load(f"test_resnet@{path}")
+        load(f"resnet18@{path}")
     assert not trace.exists()
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -173,7 +174,7 @@ def test_unknown_layers_name_the_nearest(resnet: Backbone, layers: list[str], me
 
 
 def test_an_unknown_pooling_is_refused(resnet: Backbone) -> None:
-    with pytest.raises(BackboneError, match="unknown pooling 'mean'; .*expected one of avg"):
+    with pytest.raises(BackboneError, match=r"unknown pooling 'mean'; .*expected one of avg"):
         tap(resnet, ["input"], "mean")
 
 
@@ -276,10 +277,11 @@ def test_shapes_without_weights_are_the_real_ones(name: str) -> None:
     real = load(f"{name}@random:0", size=SIDE if name == "resnet18" else None)
     side = real.preprocessing.size[0]
     outputs = hook_outputs(real.module, torch.zeros(2, side, side, 3, dtype=torch.uint8))
+    # timm has its batch norms computed in one step: what stands inside them is out of reach.
+    whole = [name for name, part in real.module.named_modules() if isinstance(part, BatchNormAct2d)]
+    outputs = {name: item for name, item in outputs.items() if not any(name.startswith(f"{norm}.") for norm in whole)}
     rows = {row.name: row for row in describe(backbone)}
-    assert {name: rows[name].shape for name in outputs} == {
-        name: tuple(item.shape[1:]) for name, item in outputs.items()
-    }
+    assert {name: rows[name].shape for name in outputs} == {name: item.shape[1:] for name, item in outputs.items()}
     assert rows["input"] == ("input", (3, side, side), ("input",))
 
 
