@@ -149,5 +149,6 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outc
 
 
 def _as_pipeline(scaled: Scaled, estimator: object) -> Pipeline:
-    steps = [] if scaled.scaler is None else [("scaler", scaled.scaler)]
+    # here rows were scaled in place to spare memory; a model must leave its callers' rows as they are
+    steps = [] if scaled.scaler is None else [("scaler", scaled.scaler.set_params(copy=True))]
     return Pipeline([*steps, ("classifier", estimator)])
