@@ -112,3 +112,12 @@ def test_the_digest_is_of_names_shapes_types_and_values() -> None:
         digest(a=torch.zeros(2, 3)),
     ]
     assert len({base, *different}) == 6
+
+
+def test_the_digest_leaves_out_counters() -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3))
+    digest = weights_digest(module)
+    module[1].num_batches_tracked += 1
+    assert weights_digest(module) == digest
+    module[1].running_var[0] += 1e-6
+    assert weights_digest(module) != digest

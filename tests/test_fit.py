@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from pipeline.heads.registry import FAMILIES
 from pipeline.heads.store import load_model
 from pipeline.results import to_json
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("ape", "bee", "cat")
 DIMS = {"low": 6, "top": 200}
 Make = Callable[..., Path]
@@ -195,6 +200,39 @@ def test_processes_change_nothing(make_cache: Make) -> None:
     for a, b in zip(alone.predictions, together.predictions, strict=True):
         assert a.y_pred.tolist() == b.y_pred.tolist()
         assert a.probability == pytest.approx(b.probability, abs=1e-6)
+
+
+def test_no_worker_and_no_memory_map_outlives_the_process(make_cache: Make, tmp_path: Path) -> None:
+    path, temporary = make_cache(300, dims={"wide": 2000}), tmp_path / "joblib"
+    temporary.mkdir()
+    code = (
+        "import os, sys, threading\nfrom pipeline.fit import fit\nmapped, over = threading.Event(), threading.Event()\n"
+        "def watch():\n"
+        "    while not over.wait(0.002):\n"
+        "        if any(names for *_, names in os.walk(sys.argv[2])): mapped.set()\n"
+        "watcher = threading.Thread(target=watch)\nwatcher.start()\n"
+        "results = fit(sys.argv[1], heads=['knn', 'centroid'], jobs=2).results\n"
+        "over.set()\nwatcher.join()\nprint(len(results), mapped.is_set())"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code, path, temporary],
+        env=os.environ | {"JOBLIB_TEMP_FOLDER": str(temporary), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    out, err = child.communicate(timeout=120)
+    assert (child.returncode, out, err) == (0, "2 True\n", "")
+    for _ in range(100):  # the tracker of temporary files ends a moment after the process whose files it removes
+        try:
+            os.killpg(child.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a worker still runs")
+    assert not list(temporary.rglob("*"))
 
 
 @pytest.mark.parametrize("shots", [1, 3])

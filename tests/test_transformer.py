@@ -1,160 +1,304 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import sklearn.utils.estimator_checks as checks
-import torch
 from PIL import Image
 from sklearn.base import clone
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
-from sklearn.pipeline import make_pipeline
-from timm.models import create_model
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.utils import estimator_checks, get_tags
 
-from pipeline.backbones.graph import tap
-from pipeline.backbones.registry import load
-from pipeline.errors import ThawlineError
-from pipeline.images.transform import prepare
+from features_cache import ThawlineError, open_cache
+from pipeline.errors import BackboneError, EngineError, SourceError, UnreadableImageError
+from pipeline.extract import extract
 from pipeline.transformer import ImageFeatures
 
-TINY = {"backbone": "timm/test_resnet@random:0", "precision": "fp32", "size": 64}
-CHECKS = [
-    checks.check_estimator_cloneable,
-    checks.check_estimator_repr,
-    checks.check_estimator_tags_renamed,
-    checks.check_valid_tag_types,
-    checks.check_no_attributes_set_in_init,
-    checks.check_do_not_raise_errors_in_init_or_set_params,
-    checks.check_parameters_default_constructible,
-    checks.check_get_params_invariance,
-    checks.check_set_params,
-    checks.check_mixin_order,
+SMALL = {"layer": "blocks.1", "size": 32, "precision": "fp32", "device": "cpu"}
+DIM = 24
+
+
+def pictures(count: int = 6, seed: int = 0) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 256, (count, 40, 36, 3), dtype=np.uint8))
+
+
+def test_a_picture_gives_the_same_features_however_it_is_given(tmp_path: Path) -> None:
+    (picture,) = pictures(1)
+    path = tmp_path / "picture.png"
+    Image.fromarray(picture).save(path)
+    features = ImageFeatures(**SMALL).transform([path, str(path), picture, Image.fromarray(picture), Image.open(path)])
+    assert features.shape == (5, DIM)
+    assert features.dtype == np.float32
+    assert np.ptp(features, axis=0).max() == 0
+    assert features.std() > 0
+
+
+def test_a_grey_array_is_its_rgb_picture() -> None:
+    grey = pictures(1)[0][..., 0]
+    features = ImageFeatures(**SMALL).transform([grey, np.stack([grey] * 3, axis=-1)])
+    np.testing.assert_array_equal(features[0], features[1])
+
+
+def test_features_are_those_of_extract(make_photos: Any, tmp_path: Path) -> None:
+    photos = make_photos(each=2)
+    (result,) = extract(photos, layers=["blocks.1"], pool="gem", output=tmp_path / "c", size=32, precision="fp32")
+    cache = open_cache(result.path)
+    paths = [photos / uri for uri in cache.uris]
+    np.testing.assert_allclose(
+        ImageFeatures(**SMALL, pool="gem").transform(paths), cache.matrix("blocks.1"), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_more_images_than_a_batch_stay_in_order() -> None:
+    images = pictures(21)
+    together = ImageFeatures(**SMALL).transform(images)
+    for place in (0, 7, 8, 15, 16, 20):
+        alone = ImageFeatures(**SMALL).transform(images[place : place + 1])
+        np.testing.assert_allclose(together[place], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_joined_by_a_plus_stand_side_by_side() -> None:
+    images = pictures(2)
+    joined = ImageFeatures(**SMALL | {"layer": "blocks.1+input"}).fit_transform(images)
+    parts = [ImageFeatures(**SMALL | {"layer": layer}).transform(images) for layer in ("blocks.1", "input")]
+    np.testing.assert_allclose(joined, np.hstack(parts), rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_gives_no_rows_of_the_right_width() -> None:
+    assert ImageFeatures(**SMALL).fit_transform([]).shape == (0, DIM)
+
+
+def test_parameters_changed_later_count() -> None:
+    features = ImageFeatures(**SMALL).fit(pictures())
+    assert features.set_params(layer="blocks.0").fit_transform(pictures()).shape == (6, 16)
+    assert len(features.get_feature_names_out()) == 16
+
+
+def test_a_weights_file_written_again_is_read_again(tmp_path: Path) -> None:
+    import torch
+
+    from pipeline.backbones.registry import load
+
+    path = tmp_path / "weights.pth"
+    results = []
+    for seed in (0, 1):
+        torch.save(load(f"efficientnet_lite0@random:{seed}").module.state_dict(), path)
+        results.append(ImageFeatures(f"efficientnet_lite0@{path}", **SMALL).transform(pictures(1)))
+    assert not np.allclose(results[0], results[1])
+
+
+# Within scikit-learn
+
+
+def test_a_pipeline_learns_and_is_cross_validated() -> None:
+    rng = np.random.default_rng(0)
+    y = np.arange(24) % 2
+    images = [
+        np.where(label, 150, 0).astype(np.uint8) + rng.integers(0, 100, (20, 20, 3), dtype=np.uint8) for label in y
+    ]
+    scores = cross_val_score(make_pipeline(ImageFeatures(**SMALL), LogisticRegression(max_iter=500)), images, y, cv=3)
+    blind = cross_val_score(make_pipeline(ImageFeatures(**SMALL), DummyClassifier()), images, y, cv=3)
+    assert scores.min() == 1
+    assert blind.max() < 0.7
+
+
+def test_a_fitted_pipeline_survives_a_pickle_without_the_network() -> None:
+    images = pictures()
+    model = make_pipeline(ImageFeatures(**SMALL), LogisticRegression(max_iter=500)).fit(images, [0, 1] * 3)
+    data = pickle.dumps(model)
+    assert len(data) < 10_000
+    np.testing.assert_array_equal(pickle.loads(data).predict_proba(images), model.predict_proba(images))
+    assert pickle.loads(data)[0].get_feature_names_out().size == DIM
+
+
+def test_a_union_names_its_features() -> None:
+    union = FeatureUnion([("deep", ImageFeatures(**SMALL)), ("raw", ImageFeatures(**SMALL | {"layer": "input"}))])
+    assert union.fit_transform(pictures(2)).shape == (2, DIM + 3072)
+    names = union.get_feature_names_out()
+    assert names[0] == "deep__blocks.1_0"
+    assert names[-1] == "raw__input_3071"
+
+
+def test_set_output_is_understood() -> None:
+    features = ImageFeatures(**SMALL).set_output(transform="default").fit_transform(pictures(2))
+    assert isinstance(features, np.ndarray)
+    pytest.importorskip("pandas")
+    frame = ImageFeatures(**SMALL).set_output(transform="pandas").fit_transform(pictures(2))
+    assert list(frame.columns) == list(ImageFeatures(**SMALL).fit(pictures(1)).get_feature_names_out())
+
+
+def test_features_and_their_names_need_no_fit() -> None:
+    fresh = ImageFeatures(**SMALL)
+    assert fresh.transform(pictures(2)).shape == (2, DIM)
+    assert list(fresh.get_feature_names_out())[:2] == ["blocks.1_0", "blocks.1_1"]
+    assert fresh.fit(pictures(1)).n_features_out_ == DIM
+
+
+def test_threads_may_share_a_network() -> None:
+    images = pictures(12)
+    expected = ImageFeatures(**SMALL).transform(images)
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda _: ImageFeatures(**SMALL).transform(images), range(4)))
+    for result in results:
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tags_say_what_it_takes() -> None:
+    tags = get_tags(ImageFeatures())
+    assert not tags.requires_fit
+    assert not tags.input_tags.two_d_array
+    assert tags.input_tags.string
+    assert tags.target_tags.required is False
+
+
+def test_importing_and_making_one_loads_no_torch() -> None:
+    code = "import sys; from pipeline.transformer import ImageFeatures; ImageFeatures(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+class OnMatrices(ImageFeatures):
+    """Takes the matrices that scikit-learn's checks are made of: every row becomes a picture of one line."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = False  # or the checks would flatten their matrices
+        return tags
+
+    def fit(self, X: Any, y: object = None) -> OnMatrices:
+        super().fit(self._pictures(X))
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:
+        return super().transform(self._pictures(X))
+
+    def _pictures(self, X: Any) -> list[np.ndarray]:
+        return [np.clip(np.asarray(row) * 20 + 128, 0, 255).astype(np.uint8).reshape(1, -1) for row in np.asarray(X)]
+
+
+# Checks of the estimator's form, on the class itself. All others of scikit-learn's feed float matrices, which are not
+# images; those of them that look at behaviour rather than at the validation of a matrix run on the subclass above.
+# Left out are those that index columns of X, which paths do not have, and the ones about matrices alone: dtypes,
+# sparse, complex, object, NaN, 1d, one feature, n_features_in_, feature names, sample weights and array API; and
+# `check_fit_check_is_fitted`, since there is nothing to be fitted.
+FORM = [
+    "check_estimator_cloneable",
+    "check_estimator_repr",
+    "check_estimator_tags_renamed",
+    "check_valid_tag_types",
+    "check_no_attributes_set_in_init",
+    "check_parameters_default_constructible",
+    "check_do_not_raise_errors_in_init_or_set_params",
+    "check_get_params_invariance",
+    "check_set_params",
+    "check_mixin_order",
+    "check_n_features_in_after_fitting",
+]
+BEHAVIOUR = [
+    "check_fit_score_takes_y",
+    "check_estimators_overwrite_params",
+    "check_dont_overwrite_parameters",
+    "check_estimators_fit_returns_self",
+    "check_readonly_memmap_input",
+    "check_positive_only_tag_during_fit",
+    "check_pipeline_consistency",
+    "check_estimators_pickle",
+    "check_f_contiguous_array_estimator",
+    "check_transformer_data_not_an_array",
+    "check_transformer_general",
+    "check_transformers_unfitted_stateless",
+    "check_methods_sample_order_invariance",
+    "check_methods_subset_invariance",
+    "check_dict_unchanged",
+    "check_fit_idempotent",
+    "check_fit2d_1sample",
 ]
 
 
-@pytest.fixture
-def paths(make_photos: Callable[..., Path]) -> list[Path]:
-    return sorted(make_photos().rglob("*.png"))
+@pytest.mark.parametrize("check", FORM)
+def test_scikit_learns_checks_of_the_form(check: str) -> None:
+    getattr(estimator_checks, check)("ImageFeatures", ImageFeatures(**SMALL))
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_scikit_learns_checks(check: Callable[..., None]) -> None:
-    """Those that feed no numbers: scikit-learn itself leaves the others out for estimators without 2-D input."""
-    estimator = ImageFeatures(**TINY)
-    if check is checks.check_mixin_order:
-        check("ImageFeatures", estimator)
-    else:
-        check("ImageFeatures", estimator)
+@pytest.mark.parametrize("check", BEHAVIOUR)
+def test_scikit_learns_checks_of_the_behaviour(check: str) -> None:
+    getattr(estimator_checks, check)("OnMatrices", OnMatrices(**SMALL | {"layer": "blocks.0"}))
 
 
-def test_features_are_those_of_the_tapped_network(paths: list[Path]) -> None:
-    backbone = load(TINY["backbone"], size=64)
-    pixels = np.stack([prepare(path.read_bytes(), backbone.preprocessing) for path in paths])
-    with torch.inference_mode():
-        wanted = torch.cat(tap(backbone, ["layer2", "input"], "max")(torch.from_numpy(pixels)), dim=1).numpy()
-    features = ImageFeatures(**TINY, layer="layer2+input", pool="max", batch_size=5).transform(paths)
-    assert features.dtype == np.float32
-    np.testing.assert_allclose(features, wanted, rtol=1e-3, atol=1e-4)
+def test_a_clone_is_as_good() -> None:
+    fitted = ImageFeatures(**SMALL).fit(pictures())
+    copy = clone(fitted)
+    assert copy.get_params() == fitted.get_params()
+    np.testing.assert_array_equal(copy.transform(pictures()), fitted.transform(pictures()))
 
 
-def test_paths_photos_and_arrays_are_the_same(paths: list[Path]) -> None:
-    transformer = ImageFeatures(**TINY).fit(paths)
-    wanted = transformer.transform(paths)
-    photos = [Image.open(path) for path in paths]
-    arrays = np.stack([np.asarray(photo) for photo in photos])
-    mixed = [str(paths[0]), photos[1], arrays[2]]
-    for same in (photos, arrays, [str(path) for path in paths], np.array(list(map(str, paths)), dtype=object)):
-        assert np.array_equal(transformer.transform(same), wanted)
-    np.testing.assert_allclose(transformer.transform(mixed), wanted[:3], rtol=1e-3, atol=1e-5)
-    grey = np.asarray(photos[0].convert("L"))
-    assert np.array_equal(transformer.transform([grey]), transformer.transform([np.stack([grey] * 3, axis=2)]))
-
-
-def test_names_and_pandas_free_output(paths: list[Path]) -> None:
-    transformer = ImageFeatures(**TINY, layer="logits+penultimate")
-    names = transformer.get_feature_names_out()
-    assert names.dtype == object
-    assert [names[0], names[999], names[1000], names[-1]] == ["fc_0", "fc_999", "penultimate_0", "penultimate_127"]
-    assert transformer.transform(paths[:1]).shape == (1, len(names))
-
-
-def test_fit_changes_nothing_and_instances_travel(paths: list[Path]) -> None:
-    transformer = ImageFeatures(**TINY)
-    before = dict(vars(transformer))
-    wanted = transformer.fit_transform(paths)
-    assert vars(transformer) == before
-    for other in (clone(transformer), pickle.loads(pickle.dumps(transformer))):
-        assert np.array_equal(other.transform(paths), wanted)
-    assert len(pickle.dumps(transformer)) < 2000
-    other = clone(transformer).set_params(pool="max")
-    assert not np.array_equal(other.transform(paths), wanted)
-
-
-def test_it_works_where_scikit_learn_puts_it(paths: list[Path]) -> None:
-    labels = [path.parent.name for path in paths]
-    pipeline = make_pipeline(ImageFeatures(**TINY, layer="input"), LogisticRegression(max_iter=1000))
-    assert cross_val_score(pipeline, paths, labels, cv=3).mean() > 0.9
-    assert cross_val_score(pipeline, np.array(list(map(str, paths))), labels, cv=3, n_jobs=2).mean() > 0.9
-    search = GridSearchCV(pipeline, {"imagefeatures__pool": ["avg", "max"]}, cv=2).fit(paths, labels)
-    assert search.predict(paths[:1])[0] == labels[0]
-
-
-def test_a_rewritten_weights_file_is_loaded_again(tmp_path: Path, paths: list[Path]) -> None:
-    file = tmp_path / "mine.pth"
-    features = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        torch.save(create_model("test_resnet").state_dict(), file)
-        features.append(ImageFeatures(f"timm/test_resnet@{file}", size=64).transform(paths[:1]))
-    assert not np.array_equal(*features)
+# Bad input
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"backbone": "test_resnt"}, "unknown backbone 'test_resnt'; did you mean test_resnet"),
-        ({"layer": "layer9"}, "no layer 'layer9'"),
-        ({"pool": "mean"}, "unknown pooling 'mean'"),
-        ({"precision": "fp64"}, "unknown precision 'fp64'"),
-        ({"engine": "jax"}, "unknown engine 'jax'"),
-        ({"device": "gpu"}, "unknown device 'gpu'"),
-    ],
+    ("name", "content", "reason"),
+    [("gone.jpg", None, "no such file"), ("empty.jpg", b"", "empty file"), ("text.png", b"hello", "not an image")],
 )
-def test_fit_checks_the_parameters(paths: list[Path], parameters: dict[str, str], message: str) -> None:
-    with pytest.raises(ThawlineError, match=message):
-        ImageFeatures(**TINY | parameters).fit(paths)
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes | None, reason: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UnreadableImageError, match=rf"item 2 \({re.escape(str(path))}\).*{reason}"):
+        ImageFeatures(**SMALL).transform([*pictures(2), path])
 
 
-@pytest.mark.parametrize("method", ["fit", "transform"])
+def test_a_truncated_pillow_image_is_named_by_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    Image.fromarray(pictures(1)[0]).save(path)
+    path.write_bytes(path.read_bytes()[:500])
+    with (
+        Image.open(path) as image,
+        pytest.raises(UnreadableImageError, match=r"item 1 cannot be used as an image: .*truncated"),
+    ):
+        ImageFeatures(**SMALL).transform([*pictures(1), image])
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ([], "no images: expected a list of paths, PIL images or uint8 arrays"),
-        ("photo.png", "not a single str: put it in a list"),
-        ([1.5], "expected paths, .*; item 0 is a float"),
-        ([np.zeros((2, 2), np.float32)], r"item 0 is a float32 array of shape \(2, 2\)"),
-        ([np.zeros((4, 4, 2), np.uint8)], r"item 0 is a uint8 array of shape \(4, 4, 2\)"),
-        (np.zeros((3, 3), np.uint8), r"item 0 is a uint8 array of shape \(3,\)"),
+        ("photo.jpg", "not a single str: put it in a list"),
+        (Path("photo.jpg"), "put it in a list"),
+        (Image.new("RGB", (4, 4)), "put it in a list"),
+        (np.zeros((3, 8)), r"item 0 is a float64 array of shape \(8,\)"),
+        (np.zeros((3, 8, 8, 4), np.uint8), r"item 0 is a uint8 array of shape \(8, 8, 4\)"),
+        (np.zeros((3, 8, 8)), "item 0 is a float64 array"),
+        ([np.zeros((0, 8, 3), np.uint8)], "item 0 is a uint8 array"),
+        ([np.zeros((8, 8), np.uint8), None], "item 1 is a NoneType"),
+        ([b"bytes"], "item 0 is a bytes"),
     ],
 )
-def test_other_inputs_are_refused(method: str, images: object, message: str) -> None:
-    with pytest.raises(ThawlineError, match=message):
-        getattr(ImageFeatures(**TINY), method)(images)
+@pytest.mark.parametrize("method", ["fit", "transform"])
+def test_what_is_no_image_is_refused_by_fit_and_transform(images: Any, message: str, method: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        getattr(ImageFeatures(**SMALL), method)(images)
 
 
-def test_an_unreadable_image_is_named(tmp_path: Path, paths: list[Path]) -> None:
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(paths[0].read_bytes()[:100])
-    transformer = ImageFeatures(**TINY).fit([broken])
-    for bad, message in (
-        (broken, "broken.png cannot be used"),
-        (tmp_path / "gone.png", "gone.png cannot be used.*no such"),
-    ):
-        with pytest.raises(ThawlineError, match=message):
-            transformer.transform([paths[0], bad])
-    with pytest.raises(ThawlineError, match="cannot be used as an image"):
-        transformer.transform([Image.open(broken)])
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        ({"backbone": "efficientnet_lite00"}, BackboneError, "efficientnet_lite0"),
+        ({"layer": "blocks.11"}, BackboneError, "no layer 'blocks.11'"),
+        ({"pool": "average"}, BackboneError, "pooling 'average'"),
+        ({"size": 0}, BackboneError, "size"),
+        ({"precision": "fp8"}, EngineError, "fp8"),
+        ({"engine": "jax"}, EngineError, "jax"),
+        ({"device": "gpu"}, EngineError, "gpu"),
+    ],
+)
+def test_fit_finds_a_wrong_parameter(parameters: dict[str, Any], error: type[ThawlineError], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        ImageFeatures(**{**SMALL, **parameters}).fit(pictures(1))
+    assert "\n" not in str(caught.value)
