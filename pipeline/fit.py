@@ -120,6 +120,8 @@ def fit(
     chosen = _distinct([find_head(name) for name in heads])
     destination = None if save is None else check_destination(save)
     selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
+    if len({layer.table.classes for layer in selected}) > 1:
+        raise FitError("the layers are of sources with different classes; fit one source a call, named by --source")
     cuts = cut_layers(selected, seeds, shots)
     trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
     check_rows(trials)

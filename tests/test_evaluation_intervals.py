@@ -10,7 +10,7 @@ from scipy import stats
 
 from pipeline.errors import FitError
 from pipeline.evaluation.intervals import bootstrap, corrected_t_test, mcnemar, wilson
-from pipeline.evaluation.metrics import confusion_matrix, macro_f1
+from pipeline.evaluation.metrics import count, macro_f1
 
 
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95]))
@@ -34,16 +34,16 @@ def test_bootstrap_of_a_mean_is_scipys_percentile_interval() -> None:
     assert found == pytest.approx((expected.low, expected.high), abs=0.01)
 
 
-def test_bootstrap_takes_a_statistic_of_the_confusion_matrix_and_repeats_with_its_seed() -> None:
+def test_bootstrap_takes_a_statistic_of_counts_and_repeats_with_its_seed() -> None:
     rng = np.random.default_rng(3)
     true = rng.integers(0, 3, 400)
     predicted = np.where(rng.random(400) < 0.8, true, rng.integers(0, 3, 400))
 
     def statistic(rows: np.ndarray) -> np.ndarray:
-        return macro_f1(confusion_matrix(true[rows], predicted[rows], 3))
+        return macro_f1(count(true[rows], predicted[rows], 3))
 
     low, high = bootstrap(statistic, 400, draws=300)
-    assert low < float(macro_f1(confusion_matrix(true, predicted, 3))) < high
+    assert low < float(macro_f1(count(true, predicted, 3))) < high
     assert bootstrap(statistic, 400, draws=300) == (low, high)
     assert bootstrap(statistic, 400, draws=300, seed=1) != (low, high)
 

@@ -60,6 +60,7 @@ def make_cache(tmp_path: Path) -> Make:
         unreadable: Sequence[int] = (),
         pending: Sequence[int] = (),
         features: dict[str, np.ndarray] | None = None,
+        classes: Sequence[str] = CLASSES,
     ) -> Path:
         labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
         layers = [
@@ -83,7 +84,7 @@ def make_cache(tmp_path: Path) -> Make:
         ).reshape(n, 16)
         done = np.setdiff1d(np.arange(n), [*unreadable, *pending])
         values = features or {key: clouds(labels, dim, seed=dim) for key, dim in dims.items()}
-        with CacheWriter.create(path, rows, CLASSES, layers, handles, request) as writer:
+        with CacheWriter.create(path, rows, classes, layers, handles, request) as writer:
             writer.begin_run({})
             writer.write(
                 done, {key: value[done] for key, value in values.items()}, digests[done], zeros[done], zeros[done]
@@ -233,6 +234,13 @@ def test_no_worker_and_no_memory_map_outlives_the_process(make_cache: Make, tmp_
     else:
         pytest.fail("a worker still runs")
     assert not list(temporary.rglob("*"))
+
+
+def test_layers_of_sources_with_other_classes_are_refused(make_cache: Make) -> None:
+    first = make_cache(name="cache/a.h5", dims={"low": 4})
+    make_cache(name="cache/b.h5", dims={"top": 4}, classes=("x", "y", "z"))
+    with pytest.raises(FitError, match="different classes"):
+        fit(first.parent, layers=["low", "top"])
 
 
 @pytest.mark.parametrize("shots", [1, 3])

@@ -57,7 +57,7 @@ def rewrite(path: Path, *, drop: bool = False, **changes: Any) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-        description["digest"] = store._digest(archive)
+        description["digest"] = store._digest(archive, description)
         if not drop:
             archive.writestr("thawline.json", json.dumps(description))
 
@@ -204,6 +204,21 @@ def test_a_pipeline_exchanged_for_another_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="was changed after it was saved"):
         load_model(ours)
     assert load_model(theirs).head == "ridge"
+
+
+@pytest.mark.parametrize("key", ["classes", "layers", "head", "params", "metrics"])
+def test_a_changed_description_is_noticed(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "m.skops"
+    save_model(path, trained())
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    description = json.loads(members["thawline.json"])
+    description[key] = {"classes": ["bee", "ape", "çat"], "head": "knn"}.get(key, type(description[key])())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in (members | {"thawline.json": json.dumps(description)}).items():
+            archive.writestr(name, content)
+    with pytest.raises(ModelFileError, match="was changed after it was saved"):
+        load_model(path)
 
 
 def forge(path: Path, content: Any) -> None:

@@ -94,12 +94,12 @@ class BackboneRow(NamedTuple):
     local: tuple[str, ...]
 
 
-def list_backbones(pattern: str | None = None) -> list[BackboneRow]:
+def list_backbones(pattern: str = "") -> list[BackboneRow]:
     """Return the networks whose name fits `pattern`, in the order of the zoos, then by name.
 
     Parameters
     ----------
-    pattern : str, optional
+    pattern : str, default ""
         A part of the name, or a shell pattern such as ``"resnet*"``; it may name the zoo (``"timm/vit*"``).
 
     Raises
@@ -107,7 +107,6 @@ def list_backbones(pattern: str | None = None) -> list[BackboneRow]:
     BackboneError
         If nothing fits.
     """
-    pattern = pattern or ""
     shell = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     rows = []
     for zoo_name, zoo in ZOOS.items():
@@ -151,8 +150,8 @@ def load(name: str, size: int | None = None) -> Backbone:
         label = Path(label).name
     module = module.eval().requires_grad_(False).float()
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
-    classifier = zoo.classifier(bare, module)
-    return Backbone(f"{zoo_name}/{bare}", handle, label, weights_digest(module), module, preprocessing, classifier)
+    digest, classifier = weights_digest(module), zoo.classifier(bare, module)
+    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
 
 
 def sketch(name: str, size: int | None = None) -> Backbone:
@@ -243,9 +242,9 @@ def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
         return own
     if size < 1:
         raise BackboneError(f"the input size must be a positive number of pixels, not {size}")
-    scale = size / own.size[0]
-    if isinstance(own.resize, int):
-        resize: int | tuple[int, int] = max(size, round(own.resize * scale))
-    else:
-        resize = (max(size, round(own.resize[0] * scale)), max(size, round(own.resize[1] * scale)))
+
+    def scaled(edge: int) -> int:
+        return max(size, round(edge * size / own.size[0]))
+
+    resize = scaled(own.resize) if isinstance(own.resize, int) else (scaled(own.resize[0]), scaled(own.resize[1]))
     return replace(own, size=(size, size), resize=resize)

@@ -1,11 +1,12 @@
-"""How good predictions are: everything but log-loss and ECE is read off the confusion matrix.
+"""How good predictions are: everything but log-loss and ECE is read off three counts a class.
 
-All functions of a confusion matrix take leading axes, so that a bootstrap computes a thousand of them at once.
+These counts and what is read off them take leading axes, so that a bootstrap computes a thousand at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,22 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 ECE_BINS = 15
+
+
+class Counts(NamedTuple):
+    """Rows of each class, K classes; all (..., K) int64.
+
+    Parameters
+    ----------
+    true, predicted : (..., K) int64
+        How often it is the true label, and how often the predicted one.
+    right : (..., K) int64
+        How often both.
+    """
+
+    true: Ints
+    predicted: Ints
+    right: Ints
 
 
 @dataclass(frozen=True)
@@ -51,49 +68,38 @@ def evaluate(y_true: Ints, y_pred: Ints, n_classes: int, probabilities: Floats |
     probabilities : (n, K) float64, optional
         Rows that sum to one.
     """
-    confusion = confusion_matrix(y_true, y_pred, n_classes)
+    counts = count(y_true, y_pred, n_classes)
     return Metrics(
-        accuracy=float(np.trace(confusion) / confusion.sum()),
-        mean_per_class_accuracy=float(mean_per_class_accuracy(confusion)),
-        macro_f1=float(macro_f1(confusion)),
+        accuracy=float(np.mean(y_true == y_pred)),
+        mean_per_class_accuracy=float(mean_per_class_accuracy(counts)),
+        macro_f1=float(macro_f1(counts)),
         log_loss=None if probabilities is None else log_loss(y_true, probabilities),
         ece=None if probabilities is None else expected_calibration_error(y_true, probabilities),
     )
 
 
-def confusion_matrix(y_true: Ints, y_pred: Ints, n_classes: int) -> Ints:
-    """Count rows by true (first) and predicted (second) class.
+def count(y_true: Ints, y_pred: Ints, n_classes: int) -> Counts:
+    """Count the rows of each class.
 
     Parameters
     ----------
     y_true, y_pred : (..., n) int64
-        Class numbers below `n_classes`, K.
-
-    Returns
-    -------
-    (..., K, K) int64
+        Class numbers below `n_classes`.
     """
-    cells = y_true * n_classes + y_pred
-    leading = cells.shape[:-1]
-    size = n_classes * n_classes
-    tables = np.arange(int(np.prod(leading)))[:, None] * size + cells.reshape(-1, cells.shape[-1])
-    counts = np.bincount(tables.ravel(), minlength=len(tables) * size)
-    return counts.reshape(*leading, n_classes, n_classes).astype(np.int64)
+    hits = np.where(y_true == y_pred, y_true, n_classes)  # misses go to a class of their own, dropped below
+    return Counts(_tally(y_true, n_classes), _tally(y_pred, n_classes), _tally(hits, n_classes + 1)[..., :n_classes])
 
 
-def mean_per_class_accuracy(confusion: Ints) -> Floats:
-    """Return the mean recall over classes that occur among the true labels: (..., K, K) to (...)."""
-    rows = confusion.sum(axis=-1)
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    recall = right / np.maximum(rows, 1)  # a class without rows has no right answer either: 0, and is not counted
-    return np.asarray(recall.sum(axis=-1) / (rows > 0).sum(axis=-1))
+def mean_per_class_accuracy(counts: Counts) -> Floats:
+    """Return the mean recall over classes that occur among the true labels: (...) of counts (..., K)."""
+    recall = counts.right / np.maximum(counts.true, 1)  # without rows there is no right answer: 0, and not counted
+    return np.asarray(recall.sum(axis=-1) / (counts.true > 0).sum(axis=-1))
 
 
-def macro_f1(confusion: Ints) -> Floats:
-    """Return the mean F1 over classes that are true or predicted at least once: (..., K, K) to (...)."""
-    right = np.diagonal(confusion, axis1=-2, axis2=-1)
-    touched = confusion.sum(axis=-1) + confusion.sum(axis=-2)  # true plus predicted = 2 tp + fp + fn
-    f1 = 2 * right / np.maximum(touched, 1)
+def macro_f1(counts: Counts) -> Floats:
+    """Return the mean F1 over classes that are true or predicted at least once: (...) of counts (..., K)."""
+    touched = counts.true + counts.predicted  # 2 tp + fp + fn
+    f1 = 2 * counts.right / np.maximum(touched, 1)
     return np.asarray(f1.sum(axis=-1) / (touched > 0).sum(axis=-1))
 
 
@@ -127,3 +133,11 @@ def expected_calibration_error(y_true: Ints, probabilities: Floats, bins: int = 
     place = np.searchsorted(edges, confidence, side="left")
     gap = np.bincount(place, weights=confidence - right, minlength=bins)
     return float(np.abs(gap).sum() / len(y_true))
+
+
+def _tally(y: Ints, n_classes: int) -> Ints:
+    """Count each class along the last axis: (..., n) to (..., n_classes)."""
+    samples = y.reshape(-1, y.shape[-1])
+    cells = np.arange(len(samples))[:, None] * n_classes + samples
+    counts = np.bincount(cells.ravel(), minlength=len(samples) * n_classes)
+    return counts.reshape(*y.shape[:-1], n_classes).astype(np.int64)

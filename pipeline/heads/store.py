@@ -1,7 +1,7 @@
 """Saved models: a skops file that is its own description, read without running anything from it.
 
 The archive holds what `skops.io.dump` wrote (so ``skops.io.load`` alone gives the scikit-learn pipeline) and one more
-member, ``thawline.json``, with everything else `predict` needs and a digest of the other members.
+member, ``thawline.json``, with everything else `predict` needs and a digest of all of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.errors import FitError, ModelFileError
 from pipeline.heads.registry import find_head
+from pipeline.spec import canonical_json
 
 FORMAT = "thawline-model"
 VERSION = 1
@@ -135,8 +136,9 @@ def save_model(path: str | Path, model: SavedModel) -> None:
             draft = Path(folder) / path.name
             skops.io.dump(model.pipeline, draft)
             with zipfile.ZipFile(draft, "a") as archive:
-                head = {"format": FORMAT, "version": VERSION, "digest": _digest(archive)}
-                archive.writestr(_DESCRIPTION, json.dumps(head | description, indent=1, allow_nan=False))
+                described = {"format": FORMAT, "version": VERSION, **description}
+                described["digest"] = _digest(archive, described)
+                archive.writestr(_DESCRIPTION, json.dumps(described, indent=1, allow_nan=False))
             draft.replace(path)
     except OSError as error:
         raise ModelFileError(f"cannot write the model {path}: {error.strerror or error}") from error
@@ -178,7 +180,7 @@ def _described(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             found = _DESCRIPTION in archive.namelist()
             description = json.loads(archive.read(_DESCRIPTION)) if found else {}
-            digest = _digest(archive)
+            digest = _digest(archive, description) if isinstance(description, dict) else ""
     except OSError as error:
         raise ModelFileError(f"cannot read the model {path}: {error.strerror or error}") from error
     except Exception as error:  # damaged bytes make zipfile and json raise nearly anything
@@ -207,9 +209,10 @@ def _load_pipeline(path: Path) -> Pipeline:
     return pipeline
 
 
-def _digest(archive: zipfile.ZipFile) -> str:
-    """Return a digest over names and bytes of all members but the description."""
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(archive: zipfile.ZipFile, description: dict[str, Any]) -> str:
+    """Return a digest over the description but for its own digest, and over names and bytes of all other members."""
+    rest = {key: value for key, value in description.items() if key != "digest"}
+    digest = hashlib.blake2b(canonical_json(rest).encode(), digest_size=16)
     for name in sorted(archive.namelist()):
         if name != _DESCRIPTION:
             content = archive.read(name)

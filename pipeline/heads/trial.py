@@ -149,6 +149,5 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outc
 
 
 def _as_pipeline(scaled: Scaled, estimator: object) -> Pipeline:
-    # here rows were scaled in place to spare memory; a model must leave its callers' rows as they are
-    steps = [] if scaled.scaler is None else [("scaler", scaled.scaler.set_params(copy=True))]
+    steps = [] if scaled.scaler is None else [("scaler", scaled.scaler)]
     return Pipeline([*steps, ("classifier", estimator)])
