@@ -20,11 +20,9 @@ import numpy as np
 
 from features_cache import (
     DONE,
-    PENDING,
     UNREADABLE,
     CacheFile,
     CacheWriter,
-    Catalog,
     Donors,
     LayerInfo,
     Rows,
@@ -37,6 +35,7 @@ from features_cache import (
 from pipeline.errors import ModelFileError, SourceError
 from pipeline.images.loader import Batch, Duplicate, Known, load
 from pipeline.images.source import ImageSource, open_source
+from pipeline.lookup import continued_precision, files_of, find_answer, find_holder, is_complete, rows_of
 from pipeline.results import ExtractResult
 from pipeline.spec import (
     DEFAULT_BACKBONE,
@@ -122,13 +121,13 @@ def extract(
     """
     run = _Run(Path(output), engine, device, batch_size, workers, on_error, rehash, progress or _silent)
     images = open_source(source)
-    rows = _rows(images)
+    rows = rows_of(images)
     results: list[ExtractResult] = []
     for name in backbones:
         request = Request(name, tuple(layers), pool, precision, store, size, _weights_file_digest(name))
-        files = _files_of(images, run.output)
-        answer = None if rehash else _answer(files, request)
-        if answer is not None and all(_is_complete(file, rows, images.classes) for file in answer.values()):
+        files = files_of(images, run.output)
+        answer = None if rehash else find_answer(files, request)
+        if answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values()):
             _check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in answer.items()), expect)
             results += [_result(file.path, computed=0, seconds=0.0) for file in dict.fromkeys(answer.values())]
         else:
@@ -168,18 +167,18 @@ def _compute(
     from pipeline.engines.select import resolve
     from pipeline.engines.torch_engine import TorchEngine
 
-    resolved = resolve(run.engine, run.device, _continued_precision(files, request) or request.precision)
+    resolved = resolve(run.engine, run.device, continued_precision(files, request) or request.precision)
     backbone = load_backbone(request.backbone, request.size)
     aliases = {asked: list(resolve_layers(backbone, [asked])) for asked in request.layers}
     names = list(dict.fromkeys(name for group in aliases.values() for name in group))
     specs = {name: _spec(backbone, name, request, resolved) for name in names}
     _check_expected(specs.values(), expect)
 
-    holders = {name: _holder(files, spec) for name, spec in specs.items()}
+    holders = {name: find_holder(files, spec) for name, spec in specs.items()}
     missing = [name for name in names if holders[name] is None]
     results = []
     for file in dict.fromkeys(holder for holder in holders.values() if holder):
-        if _is_complete(file, rows, images.classes) and not run.rehash:
+        if is_complete(file, rows, images.classes) and not run.rehash:
             results.append(_result(file.path, computed=0, seconds=0.0))
             continue
         engine = TorchEngine(tap(backbone, list(file.layers), request.pool), resolved)
@@ -254,63 +253,6 @@ def _write_copies(writer: CacheWriter, batch: Batch, donors: Donors) -> None:
     digests = np.frombuffer(b"".join(copy.digest for copy in copies), np.uint8).reshape(len(copies), -1)
     sizes, mtimes = [copy.size for copy in copies], [copy.mtime_ns for copy in copies]
     writer.write([copy.row for copy in copies], features, digests, sizes, mtimes)
-
-
-def _rows(images: ImageSource) -> Rows:
-    items = images.items
-    return Rows(
-        uris=[item.uri for item in items],
-        labels=np.array([item.label for item in items], np.int64),
-        splits=[item.split for item in items],
-        groups=[item.group for item in items],
-        sizes=np.array([item.size for item in items], np.int64),
-        mtimes_ns=np.array([item.mtime_ns for item in items], np.int64),
-    )
-
-
-def _files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
-    """Return the cache files in `folder` that hold images of this source."""
-    if not any(folder.glob("*.h5")):
-        return []
-    return [file for file in Catalog(folder).files if file.request.get("location") == images.location]
-
-
-def _answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:
-    """Return the file that holds each layer of `request`, or None when some layer of the very same request is in none.
-
-    Aliases are looked up in what they resolved to when the file was made, so that no network is needed.
-    """
-    asked = request.to_json()
-    layers = asked.pop("layers")
-    alike = [file for file in files if asked.items() <= file.request.items()]
-    found: dict[str, CacheFile] = {}
-    for alias in layers:
-        names = next((file.request["aliases"][alias] for file in alike if alias in file.request["aliases"]), None)
-        if names is None:
-            return None
-        for name in names:
-            holder = next((file for file in alike if name in file.layers), None)
-            if holder is None:
-                return None
-            found[name] = holder
-    return found
-
-
-def _continued_precision(files: Sequence[CacheFile], request: Request) -> str | None:
-    """Return the precision of a file of the same request, so that ``auto`` goes on as it began."""
-    asked = request.to_json()
-    del asked["layers"]
-    specs = [info.spec for file in files if asked.items() <= file.request.items() for info in file.layers.values()]
-    return specs[0]["precision"] if specs else None
-
-
-def _holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
-    """Return the file of this source that has (room for) exactly these features."""
-    return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
-
-
-def _is_complete(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
-    return same_rows(file, rows, classes) and not (file.states == PENDING).any()
 
 
 def _spec(backbone: Backbone, layer: str, request: Request, resolved: Resolved) -> LayerSpec:

@@ -1,0 +1,73 @@
+"""What a cache folder already holds of a request: pure look-ups, made before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from features_cache import PENDING, CacheError, CacheFile, Catalog, Rows, same_rows
+from pipeline.images.source import ImageSource
+from pipeline.spec import LayerSpec, Request
+
+
+def rows_of(images: ImageSource) -> Rows:
+    """Return the images of a source as columns, a row each."""
+    items = images.items
+    return Rows(
+        uris=[item.uri for item in items],
+        labels=np.array([item.label for item in items], np.int64),
+        splits=[item.split for item in items],
+        groups=[item.group for item in items],
+        sizes=np.array([item.size for item in items], np.int64),
+        mtimes_ns=np.array([item.mtime_ns for item in items], np.int64),
+    )
+
+
+def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
+    """Return the cache files in `folder` that hold images of this source."""
+    try:
+        files = Catalog(folder).files
+    except CacheError:  # nothing usable there yet; a damaged file of the very same name is refused when it is its turn
+        return []
+    return [file for file in files if file.request.get("location") == images.location]
+
+
+def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:
+    """Return the file that holds each layer of `request`, or None when some layer of the very same request is in none.
+
+    Aliases are looked up in what they resolved to when the file was made, so that no network is needed.
+    """
+    asked = request.to_json()
+    layers = asked.pop("layers")
+    alike = [file for file in files if asked.items() <= file.request.items()]
+    found: dict[str, CacheFile] = {}
+    for alias in layers:
+        names = next((file.request["aliases"][alias] for file in alike if alias in file.request["aliases"]), None)
+        if names is None:
+            return None
+        for name in names:
+            holder = next((file for file in alike if name in file.layers), None)
+            if holder is None:
+                return None
+            found[name] = holder
+    return found
+
+
+def continued_precision(files: Sequence[CacheFile], request: Request) -> str | None:
+    """Return the precision of a file of the same request, so that ``auto`` goes on as it began."""
+    asked = request.to_json()
+    del asked["layers"]
+    specs = [info.spec for file in files if asked.items() <= file.request.items() for info in file.layers.values()]
+    return specs[0]["precision"] if specs else None
+
+
+def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
+    """Return the file of this source that has (room for) exactly these features."""
+    return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
+
+
+def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
+    """Tell whether `file` was made for exactly these rows and none is pending."""
+    return same_rows(file, rows, classes) and not (file.states == PENDING).any()
