@@ -186,6 +186,25 @@ def predict(model: str, source: str, csv_path: str | None, as_json: bool, **opti
         _print_table(count_table(report.predictions))
 
 
+@thawline.command()
+@click.argument("model")
+@click.option("--onnx", "path", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@json_option
+def export(model: str, path: str, as_json: bool) -> None:
+    """Write a saved MODEL and its network as one ONNX graph: pixels in, labels out."""
+    from pipeline.export import export as run
+    from pipeline.results import to_json
+
+    result = run(model, path)
+    if as_json:
+        _print_json(to_json(result))
+        return
+    click.echo(f"{result.path}: {result.backbone}, {result.layer}, {result.head}, {result.bytes / 1e6:.1f} MB")
+    for name, shape in result.inputs.items():
+        click.echo(f"takes {name}: uint8 ({', '.join('n' if axis is None else str(axis) for axis in shape)})")
+    click.echo(f"gives {', '.join(result.outputs)} for {result.classes} classes")
+
+
 def _shots(values: tuple[str, ...]) -> list[int | str]:
     for value in values:
         if value != "all" and not (value.isdigit() and int(value) > 0):

@@ -78,3 +78,17 @@ class Prediction:
     probability: float | None
     state: str
     reason: str = field(default="")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A model as one ONNX file; `inputs` maps names to shapes, whose free axis is ``None``."""
+
+    path: str
+    backbone: str
+    layer: str
+    head: str
+    classes: int
+    inputs: dict[str, list[int | None]]
+    outputs: list[str]
+    bytes: int
