@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.backbones.graph import TappedNetwork, tap
 from pipeline.backbones.registry import Backbone, load
 from pipeline.errors import ModelFileError
-from pipeline.heads.hyperplanes import hyperplanes
+from pipeline.heads.hyperplanes import Hyperplanes, hyperplanes
 from pipeline.heads.registry import find_head
 from pipeline.heads.store import SavedModel, check_destination, load_model
 from pipeline.results import ExportResult
@@ -55,11 +55,12 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
         raise ModelFileError("ONNX files need two more packages: pip install 'thawline[onnx]'")
     path = check_destination(path)
     saved = load_model(model)
+    planes = hyperplanes(saved.head.partition("/")[0], saved.pipeline.named_steps["classifier"])
     specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
     backbone = _backbone(saved, specs)
     network = tap(backbone, [spec.layer for spec in specs], specs[0].pool)
     classes = [saved.classes[number] for number in saved.pipeline.classes_]
-    graph = _Classifier(network, saved, half=specs[0].store == "float16")
+    graph = _Classifier(network, planes, saved, half=specs[0].store == "float16")
     program = _program(graph, backbone.preprocessing.size)
     program.model.metadata_props.update(_metadata(saved, specs, classes))
     _write(path, program)
@@ -83,14 +84,13 @@ class _Classifier(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: TappedNetwork, saved: SavedModel, *, half: bool) -> None:
+    def __init__(self, network: TappedNetwork, planes: Hyperplanes, saved: SavedModel, *, half: bool) -> None:
         super().__init__()
         head = find_head(saved.head)
-        steps = saved.pipeline.named_steps
-        planes = hyperplanes(saved.head.partition("/")[0], steps["classifier"])
-        buffers = {"weights": planes.weights, "bias": planes.bias}
+        buffers = planes._asdict()
         if head.scaling == "standard":
-            buffers |= {"mean": steps["scaler"].mean_, "deviation": steps["scaler"].scale_}
+            scaler = saved.pipeline.named_steps["scaler"]
+            buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
         for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
         self.network = network

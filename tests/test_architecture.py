@@ -14,7 +14,7 @@ RANKS = [
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.lookup"},
     {"pipeline.extract"},
-    {"pipeline.fit", "pipeline.predict", "pipeline.transformer"},
+    {"pipeline.fit", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
     {"pipeline.reporting"},
     {"pipeline.demo"},
     {"cli"},
@@ -22,7 +22,7 @@ RANKS = [
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines"),
+    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.export"),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines"),
     "h5py": ("features_cache",),
