@@ -193,8 +193,9 @@ def _compute(
         layers = [_layer_info(specs[name], network.dims[name]) for name in missing]
         key = fingerprint_of([images.location, *(layer.fingerprint for layer in layers)])
         path = run.output / file_name(images.name, backbone.handle, key)
-        handles = {"source": images.name, "backbone": backbone.handle, "pool": request.pool}
-        asked = request.to_json() | {"location": images.location, "aliases": aliases}
+        handles = {"source": images.name, "location": images.location, "backbone": backbone.handle}
+        handles["pool"] = request.pool
+        asked = request.to_json() | {"aliases": aliases}
         if path.exists():
             open_cache(path)  # a damaged file under this name is refused with its own reason
         writer = CacheWriter.create(path, rows, images.classes, layers, handles, asked)

@@ -12,7 +12,7 @@ RANKS = [
     {"pipeline.errors", "pipeline.spec", "pipeline.results"},
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
-    {"pipeline.lookup"},
+    {"pipeline.lookup", "pipeline.overview"},
     {"pipeline.extract"},
     {"pipeline.fit", "pipeline.predict", "pipeline.transformer"},
     {"pipeline.reporting"},

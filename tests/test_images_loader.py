@@ -101,6 +101,13 @@ def test_full_batches_in_order(workers: int) -> None:
         assert batch.mtimes_ns.tolist() == (1000 + batch.rows).tolist()
 
 
+def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
+    levels = [7, *range(20, 20 + 100), *[7] * 1500]
+    batches = list(load(source_of(levels), np.arange(len(levels)), SMALL, 512, known=lambda found: found != digest(7)))
+    assert [len(batch.rows) for batch in batches] == [1, 0, 0, 0]
+    assert [len(batch.known) + len(batch.duplicates) for batch in batches] == [512, 512, 512, 64]
+
+
 def test_only_the_rows_asked_in_the_order_asked() -> None:
     batches = list(load(source_of(list(range(50))), [40, 3, 17], SMALL, batch_size=2))
     assert [batch.rows.tolist() for batch in batches] == [[40, 3], [17]]

@@ -19,6 +19,9 @@ from pipeline.images.outcomes import Decoded, Duplicate, Failure, Known, Outcome
 from pipeline.images.stages import Stages
 from pipeline.spec import Preprocessing
 
+MOST_OTHERS = 512
+"""Rows without an image in a batch: so many that are known already are written, and reported, together."""
+
 __all__ = ["Batch", "Duplicate", "Failure", "Known", "default_workers", "load"]
 
 
@@ -31,7 +34,8 @@ class Batch:
     rows : np.ndarray
         (k,) int64, ascending in the order asked.
     pixels : np.ndarray
-        (k, h, w, 3) uint8; k is the batch size, but for the last batch, where it may be less, even 0.
+        (k, h, w, 3) uint8; k is the batch size but where many rows need no decoding, and for the last batch: there it
+        may be less, even 0.
     digests : np.ndarray
         (k, 16) uint8, blake2b-128 of each file's bytes.
     sizes, mtimes_ns : np.ndarray
@@ -92,7 +96,8 @@ def load(
     Yields
     ------
     Batch
-        With `batch_size` images, but for the last. A duplicate comes with its original or after it.
+        With `batch_size` images, but for the last and where `MOST_OTHERS` rows without any have gathered. A duplicate
+        comes with its original or after it.
     """
     stages = Stages(source, [int(row) for row in rows], preprocessing, workers or default_workers(), batch_size, known)
     try:
@@ -105,11 +110,11 @@ def _batches(outcomes: Iterator[Outcome], preprocessing: Preprocessing, batch_si
     decoded: list[Decoded] = []
     others: list[Duplicate | Failure | Known] = []
     for outcome in outcomes:
-        if not isinstance(outcome, Decoded):
+        if isinstance(outcome, Decoded):
+            decoded.append(outcome)
+        else:
             others.append(outcome)
-            continue
-        decoded.append(outcome)
-        if len(decoded) == batch_size:
+        if len(decoded) == batch_size or len(others) == MOST_OTHERS:
             yield _batch(decoded, others, preprocessing)
             decoded, others = [], []
     if decoded or others:
