@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from features_cache.errors import ThawlineError
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
+from pipeline.spec import (
+    DEFAULT_BACKBONE,
+    DEFAULT_CACHE,
+    DEFAULT_LAYER,
+    DEFAULT_POOL,
+    ENGINES,
+    POOLS,
+    PRECISIONS,
+    STORES,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -27,7 +36,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_con
 source_argument = click.argument("source")
 cache_argument = click.argument("cache")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-engine_option = click.option("--engine", type=click.Choice(["auto", "torch"]), default="auto", help="What computes.")
+engine_option = click.option("--engine", type=click.Choice(ENGINES), default="auto", help="What computes.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 
 
@@ -131,6 +140,8 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 
     with progress_bar() as progress:
         results = run(source, backbone, layer, progress=progress, **options)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        click.echo(f"note: {note}", err=True)
     for line in unreadable_lines(results):
         click.echo(line, err=True)
     if as_json:

@@ -25,7 +25,7 @@ Thawline = Callable[..., Any]
 
 @pytest.mark.parametrize("command", [(), *[(name,) for name in COMMANDS]], ids=str)
 def test_help_answers_without_heavy_imports(command: tuple[str, ...]) -> None:
-    heavy = ("torch", "timm", "sklearn", "h5py", "matplotlib", "PIL", "rich")
+    heavy = ("torch", "openvino", "timm", "sklearn", "h5py", "matplotlib", "PIL", "rich")
     code = (
         f"import sys, cli\ntry:\n cli.thawline([*{command!r}, '--help'])\nexcept SystemExit as e: assert e.code == 0\n"
         f"assert not set(sys.modules) & set({heavy!r}), set(sys.modules) & set({heavy!r})"
