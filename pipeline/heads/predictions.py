@@ -113,9 +113,11 @@ def summarise(results: Sequence[FitResult], predictions: Sequence[TestPrediction
     found = {cell: _over_seeds([results[place] for place in places]) for cell, places in cells.items()}
     for shots in dict.fromkeys(result.shots for result in results):
         rivals = [cell for cell in cells if cell[2] == shots]
+        tests = {tuple(predictions[place].uris.tobytes() for place in cells[cell]) for cell in rivals}
         places = cells[rivals[0]]
-        if len({predictions[place].uris.tobytes() for place in places}) == 1 and results[places[0]].cv is None:
-            continue  # the same test rows for all seeds: their draw is not what varies
+        resampled = len(set(next(iter(tests)))) > 1 or results[places[0]].cv is not None
+        if len(tests) > 1 or not resampled:
+            continue  # the test is for heads on the same splits, whose test rows vary from seed to seed
         splits = [np.concatenate([predictions[place].accuracies() for place in cells[cell]]) for cell in rivals]
         one = results[places[0]]
         p_values = compare_over_splits(splits, one.n_train + one.n_val, one.n_test // (one.cv or 1))
