@@ -240,3 +240,17 @@ def test_the_grid_is_the_published_one() -> None:
     assert len(C_GRID) == 45
     assert (C_GRID[0], C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
     assert np.diff(np.log10(C_GRID)) == pytest.approx(11 / 44)
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_intercepts_are_right_where_the_penalty_dwarfs_them(labels: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(labels), [30, 20, 10, 5][:labels])
+    train = rng.standard_normal((len(y), 40)).astype(np.float32)
+    logreg = find_head("logreg").family
+    exact = LogisticRegression(C=1e-6, tol=1e-10, max_iter=10_000, solver="newton-cg").fit(train.astype(float), y)
+    step = next(iter(logreg.path(logreg.grid(len(y)), train, y, train)))
+    assert step.probabilities == pytest.approx(exact.predict_proba(train), abs=1e-4)
+    assert logreg.fit({"C": 1e-6}, train, y).estimator.predict_proba(train) == pytest.approx(
+        exact.predict_proba(train), abs=1e-4
+    )
