@@ -8,24 +8,59 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from features_cache.errors import ThawlineError
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
+from pipeline.spec import (
+    DEFAULT_BACKBONE,
+    DEFAULT_CACHE,
+    DEFAULT_LAYER,
+    DEFAULT_POOL,
+    ENGINES,
+    POOLS,
+    PRECISIONS,
+    STORES,
+)
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
+Command = TypeVar("Command", bound=Callable[..., None])
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 source_argument = click.argument("source")
+cache_argument = click.argument("cache")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-engine_option = click.option("--engine", type=click.Choice(["auto", "torch"]), default="auto", help="What computes.")
+engine_option = click.option("--engine", type=click.Choice(ENGINES), default="auto", help="What computes.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+class AutoCount(click.IntRange):
+    """A positive whole number, or ``auto``, which the stage knows as ``None``."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or ``None``."""
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
+def selecting_options(command: Command) -> Command:
+    """Add the options that pick one file, and one layer, of a cache."""
+    for option in (
+        click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where the cache holds several."),
+        click.option("-l", "--layer", help="Which layer, where the cache holds several."),
+        click.option("-b", "--backbone", help="Which backbone, where the cache holds several."),
+        click.option("--source", help="Which source, by name or location, where the cache holds several."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings=CONTEXT)
@@ -97,8 +132,8 @@ def layers(backbone: str, size: int | None, as_json: bool) -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="auto: bf16 where there is hardware.")
 @click.option("--store", type=click.Choice(STORES), default="float32", help="Number type on disk.")
 @click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images a forward pass; fits the machine by default.")
-@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads; fits the machine by default.")
+@click.option("--batch-size", type=AutoCount(), default="auto", help="Images a forward pass; auto fits the machine.")
+@click.option("--workers", type=AutoCount(), default="auto", help="Decoding threads; auto is one a core.")
 @click.option("--on-error", type=click.Choice(["skip", "stop"]), default="skip", help="When an image is unreadable.")
 @click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size and time.")
 @engine_option
@@ -116,6 +151,8 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 
     with progress_bar() as progress:
         results = run(source, backbone, layer, progress=progress, **options)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        click.echo(f"note: {note}", err=True)
     for line in unreadable_lines(results):
         click.echo(line, err=True)
     if as_json:
@@ -133,6 +170,9 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 @click.option("--source", help="Which source, where the cache holds several.")
 @click.option("-b", "--backbone", help="Which backbone, where the cache holds several.")
 @click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where the cache holds several.")
+@click.option("--cv", type=click.IntRange(min=2), help="Cross-validate with so many folds; every image is test once.")
+@click.option("--balanced", is_flag=True, help="Let every class count alike, whatever its size.")
+@click.option("--drop-leaks", is_flag=True, help="Take test images out that are byte-equal to training images.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
 @json_option
@@ -143,18 +183,134 @@ def fit(
     """Train heads on the features in CACHE and measure them on its test images, once."""
     from pipeline.fit import fit as run
     from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import fit_table
+    from pipeline.reporting.tables import fit_table, seeds_table
 
     with progress_bar() as progress:
         report = run(cache, list(layer) or None, head, seed, _shots(shots), progress=progress, **options)
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
     if as_json:
-        _print_json({"results": _records(report.results)})
+        _print_json({"results": _records(report.results), "summary": _records(report.summary), "notes": report.notes})
         return
     _print_table(fit_table(report.results))
+    if report.summary:
+        _print_table(seeds_table(report.summary))
     if report.saved:
         click.echo(f"model: {report.saved}")
+
+
+@thawline.group("cache")
+def cache_group() -> None:
+    """Look into the files of a cache, check them, take features out, clear up."""
+
+
+@cache_group.command("ls")
+@cache_argument
+@json_option
+def cache_ls(cache: str, as_json: bool) -> None:
+    """List the files of CACHE: what of which images, how much of it is done."""
+    from pipeline.overview import list_files
+    from pipeline.reporting.cache_tables import listing_table
+
+    listing = list_files(cache)
+    if as_json:
+        _print_json(_records([listing])[0])
+        return
+    _print_table(listing_table(listing.files))
+    for problem in listing.problems:
+        click.echo(f"unusable: {problem}", err=True)
+    if listing.superseded:
+        megabytes = sum(file["bytes"] for file in listing.superseded) / 1e6
+        click.echo(f"{len(listing.superseded)} superseded files, {megabytes:.1f} MB; see `thawline cache prune`")
+
+
+@cache_group.command("show")
+@cache_argument
+@selecting_options
+@json_option
+def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
+    """Show all about one file of CACHE: specs, runs, classes, unreadable images, images that stand in it twice."""
+    from features_cache import Catalog
+    from pipeline.overview import detail
+    from pipeline.reporting.cache_tables import details_view
+
+    details = detail(Catalog(cache).find(**selection))
+    if as_json:
+        _print_json(_records([details])[0])
+        return
+    _print_table(details_view(details))
+
+
+@cache_group.command("verify")
+@cache_argument
+@click.option("--source", help="The images: compare each row's digest with its image, too.")
+@click.option("--repair", is_flag=True, help="Mark damaged rows pending, so that extract computes them.")
+@json_option
+def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
+    """Check structure and checksums of every file of CACHE; exit with 1 where damage is left, or an image changed."""
+    from pipeline.overview import check, to_record
+    from pipeline.reporting.cache_tables import finding_lines, verify_table
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        reports, problems = check(cache, source, repair, progress)
+    if as_json:
+        _print_json({"files": [to_record(report) for report in reports], "problems": problems, "repaired": repair})
+    else:
+        _print_table(verify_table(reports))
+        for line in [*finding_lines(reports, repair), *(f"unusable: {problem}" for problem in problems)]:
+            click.echo(line)
+    damaged = any(not report.sound for report in reports) and not repair
+    if damaged or problems or any(report.changed for report in reports):
+        sys.exit(1)
+
+
+@cache_group.command("export")
+@cache_argument
+@click.argument("file", type=click.Path(dir_okay=False))
+@selecting_options
+@json_option
+def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **selection: Any) -> None:
+    """Write the finished rows of one layer of CACHE to FILE: .npy (with a .csv), .parquet or .safetensors."""
+    from features_cache import Catalog, export
+    from pipeline.overview import only_layer
+
+    cached = Catalog(cache).find(layer, **selection)
+    written = export(cached, layer or only_layer(cached), file)
+    if as_json:
+        _print_json({"files": [str(path) for path in written]})
+        return
+    click.echo("wrote " + " and ".join(map(str, written)))
+
+
+@cache_group.command("prune")
+@cache_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
+    """Delete the files of CACHE that a newer one has superseded, with the rows that only they have."""
+    from features_cache import prune, superseded
+
+    paths = superseded(cache)
+    for path in paths:
+        click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB", err=True)
+    if not paths or not (yes or _confirmed(f"Delete {len(paths)} files?")):
+        deleted, freed = [], 0
+    else:
+        deleted, freed = paths, prune(paths)
+    if as_json:
+        _print_json({"deleted": [str(path) for path in deleted], "bytes": freed})
+        return
+    click.echo(f"{len(deleted)} files deleted, {freed / 1e6:.1f} MB set free")
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        raise click.UsageError(
+            "not answered, so nothing was deleted; add --yes to delete without being asked"
+        ) from None
 
 
 @thawline.command()
@@ -222,10 +378,11 @@ def _print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 
-def _print_table(table: Table) -> None:
+def _print_table(table: Table | Group) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, markup=False, highlight=False).print(table)  # file names may look like markup
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.backbones.graph import TappedNetwork, tap
 from pipeline.backbones.registry import Backbone, load
 from pipeline.errors import ModelFileError
-from pipeline.heads.hyperplanes import Hyperplanes, hyperplanes
+from pipeline.heads.linear_scores import LinearScores, linear_scores
 from pipeline.heads.registry import find_head
 from pipeline.heads.store import SavedModel, check_destination, load_model
 from pipeline.results import ExportResult
@@ -32,7 +32,7 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
 
     The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images resized and cropped as the file's metadata says;
     normalisation is part of the graph. It gives ``label``, int64 (n,), ``scores``, float32 (n, K), whose largest is the
-    label, and, where the head has them, ``probabilities``, float32 (n, K). Numbers are float32 whatever the features
+    label, and, where the head has them, ``probabilities``, float32 (n, K), calibrated as `predict` does. Numbers are float32 whatever the features
     were trained in. The metadata holds JSON: ``classes`` (K names, in the order of the scores), ``preprocessing``
     (`pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, test metrics, versions).
 
@@ -55,12 +55,12 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
         raise ModelFileError("ONNX files need two more packages: pip install 'thawline[onnx]'")
     path = check_destination(path)
     saved = load_model(model)
-    planes = hyperplanes(saved.head.partition("/")[0], saved.pipeline.named_steps["classifier"])
+    linear = linear_scores(saved.head.partition("/")[0], saved.pipeline.named_steps["classifier"])
     specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
     backbone = _backbone(saved, specs)
     network = tap(backbone, [spec.layer for spec in specs], specs[0].pool)
     classes = [saved.classes[number] for number in saved.pipeline.classes_]
-    graph = _Classifier(network, planes, saved, half=specs[0].store == "float16")
+    graph = _Classifier(network, linear, saved, half=specs[0].store == "float16")
     program = _program(graph, backbone.preprocessing.size)
     program.model.metadata_props.update(_metadata(saved, specs, classes))
     _write(path, program)
@@ -84,10 +84,10 @@ class _Classifier(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, network: TappedNetwork, planes: Hyperplanes, saved: SavedModel, *, half: bool) -> None:
+    def __init__(self, network: TappedNetwork, linear: LinearScores, saved: SavedModel, *, half: bool) -> None:
         super().__init__()
         head = find_head(saved.head)
-        buffers = planes._asdict()
+        buffers = linear._asdict()
         if head.scaling == "standard":
             scaler = saved.pipeline.named_steps["scaler"]
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
@@ -96,6 +96,7 @@ class _Classifier(nn.Module):
         self.network = network
         self.scaling = head.scaling
         self.half_features = half
+        self.temperature = saved.temperature or 1.0
         self.outputs = ["label", "scores", *(["probabilities"] if head.family.probabilities else [])]
         self.eval()
 
@@ -105,7 +106,7 @@ class _Classifier(nn.Module):
         if self.half_features:
             features = features.half().float()  # as the cache rounded what the head was trained on
         scores = self._scaled(features) @ self.weights.T + self.bias
-        found = scores.argmax(1), scores, scores.softmax(1)
+        found = scores.argmax(1), scores, (scores / self.temperature).softmax(1)
         return found[: len(self.outputs)]
 
     def _scaled(self, features: Tensor) -> Tensor:
@@ -137,6 +138,7 @@ def _metadata(saved: SavedModel, specs: Sequence[LayerSpec], classes: Sequence[s
         "head": saved.head,
         "params": saved.params,
         "layers": [spec.to_json() for spec in specs],
+        "temperature": saved.temperature,
         "metrics": saved.metrics,
         "versions": saved.versions | {"torch": version("torch")},
     }

@@ -14,6 +14,7 @@ from PIL import Image
 from features_cache import Catalog
 from pipeline import export as export_module
 from pipeline.errors import ModelFileError
+from pipeline.evaluation.calibration import tempered
 from pipeline.export import export
 from pipeline.extract import extract
 from pipeline.fit import fit
@@ -86,7 +87,9 @@ def test_the_graph_says_what_predict_says(
     catalog = Catalog(tmp_path / "predicted")
     features = np.hstack([catalog.find(layer=name).matrix(name).astype("f") for name in layer.split("+")])
     if head.startswith("logreg"):
-        np.testing.assert_allclose(found["probabilities"], saved.pipeline.predict_proba(features), atol=1e-3)
+        assert saved.temperature != 1
+        calibrated = tempered(saved.pipeline.predict_proba(features), saved.temperature)
+        np.testing.assert_allclose(found["probabilities"], calibrated, atol=1e-3)
         np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
     elif head != "centroid":
         scores = found["scores"] if len(classes) > 2 else found["scores"][:, 1]

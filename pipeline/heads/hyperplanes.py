@@ -1,61 +1,29 @@
-"""A trained head as one matrix: a score a class, the largest of which is the label."""
+"""What heads of one hyperplane a class share: the grid of C, labels as signs, and signs as labels.
+
+Regularisation is searched on the grid of Kornblith et al. (2019, "Do better ImageNet models transfer better?"): 45
+values of C from 1e-6 to 1e5, evenly spaced in the logarithm.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import ModelFileError
+from pipeline.heads.family import Floats, Ints
 
-Doubles = NDArray[np.float64]
-
-
-class Hyperplanes(NamedTuple):
-    """Scores of scaled features x (d,) are ``weights @ x + bias``.
-
-    Parameters
-    ----------
-    weights : (K, d) float64
-    bias : (K,) float64
-        In the order of the estimator's ``classes_``.
-    """
-
-    weights: Doubles
-    bias: Doubles
+C_GRID = tuple(float(c) for c in np.logspace(-6, 5, 45))
 
 
-def hyperplanes(head: str, estimator: Any) -> Hyperplanes:
-    """Return the hyperplanes of a trained classifier.
+def one_against_rest(y: Ints) -> tuple[Ints, Floats]:
+    """Return the classes and their signs: (n, K) of -1 and 1, a single column for two classes."""
+    classes = np.unique(y)
+    columns = classes[1:] if len(classes) == 2 else classes
+    return classes, np.where(y[:, None] == columns, np.float32(1), np.float32(-1))
 
-    Of two classes the first scores 0 and the second what scikit-learn calls the decision, so that softmax gives a
-    logistic regression's probabilities for any number of classes.
 
-    Parameters
-    ----------
-    head : str
-        Name of its family, such as ``"logreg"``.
-    estimator : sklearn classifier
-        As `pipeline.heads` trains it.
-
-    Raises
-    ------
-    ModelFileError
-        If the head is not linear.
-    """
-    match head:
-        case "logreg" | "linear_svm" | "ridge":
-            weights = np.atleast_2d(np.asarray(estimator.coef_, np.float64))
-            bias = np.atleast_1d(np.asarray(estimator.intercept_, np.float64))
-            if len(weights) == 1:
-                weights, bias = np.vstack([0 * weights, weights]), np.append(0.0, bias)
-            return Hyperplanes(weights, bias)
-        case "centroid":  # -|x - m|² / 2 without -|x|² / 2, which is the same for all classes
-            means = np.asarray(estimator._fit_X, np.float64)
-            return Hyperplanes(means, -0.5 * np.square(means).sum(axis=1))
-        case _:
-            raise ModelFileError(
-                f"only heads with one hyperplane a class become part of a graph, and {head} has none; "
-                "fit logreg, linear_svm, ridge or centroid"
-            )
+def choose(classes: Ints, scores: NDArray[np.floating[Any]]) -> Ints:
+    """Return the class of the largest score of each row (m, K), by the sign where there is one column."""
+    best = (scores[:, 0] > 0).astype(np.int64) if scores.shape[1] == 1 else scores.argmax(axis=1)
+    return cast("Ints", classes[best])
