@@ -343,6 +343,32 @@ def predict(model: str, source: str, csv_path: str | None, as_json: bool, **opti
 
 
 @thawline.command()
+@cache_argument
+@click.option("--source", help="Which source, where the cache holds several.")
+@click.option("-b", "--backbone", help="Only this backbone.")
+@click.option("--pool", type=click.Choice(POOLS), help="Only this pooling.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the split.")
+@click.option("--fit", "fitted", is_flag=True, help="Fit logistic regression, too, and compare the orders.")
+@json_option
+def rank(cache: str, as_json: bool, **options: Any) -> None:
+    """Order the layers and backbones in CACHE by how well they promise to suit the classes, before any fit."""
+    from pipeline.diagnostics.rank import rank as run
+    from pipeline.reporting.diagnostic_tables import agreement_lines, rank_table
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        report = run(cache, progress=progress, **options)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        _print_json({"ranking": _records(report.ranking), "agreement": _records(report.agreement)})
+        return
+    _print_table(rank_table(report.ranking))
+    for line in agreement_lines(report.agreement):
+        click.echo(line)
+
+
+@thawline.command()
 @click.argument("model")
 @click.option("--onnx", "path", required=True, type=click.Path(dir_okay=False), help="The file to write.")
 @json_option

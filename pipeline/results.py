@@ -140,3 +140,31 @@ class ExportResult:
     inputs: dict[str, list[int | None]]
     outputs: list[str]
     bytes: int
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """How one layer promises to suit the classes; of its training rows, more is better.
+
+    `leep` is that of the logits, ``None`` for other layers; `accuracy` is on test, ``None`` where nothing was fitted.
+    """
+
+    backbone: str
+    pool: str
+    layer: str
+    dim: int
+    n_train: int
+    logme: float
+    h_score: float
+    leep: float | None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the order by one score agrees with the order by test accuracy, over so many layers: 1 is the same order."""
+
+    score: str
+    layers: int
+    kendall_tau: float
+    spearman_rho: float

@@ -16,6 +16,7 @@ RANKS = [
     {"pipeline.filling"},
     {"pipeline.extract"},
     {"pipeline.fit", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
+    {"pipeline.diagnostics"},
     {"pipeline.reporting"},
     {"pipeline.demo"},
     {"cli"},
