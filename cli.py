@@ -369,6 +369,29 @@ def rank(cache: str, as_json: bool, **options: Any) -> None:
 
 
 @thawline.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("-l", "--layer", default=DEFAULT_LAYER, help="A layer that both caches hold.")
+@click.option("-b", "--backbone", help="Which backbone, where a cache holds several.")
+@click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where a cache holds several.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of draws, folds and permutations.")
+@json_option
+def drift(as_json: bool, **options: Any) -> None:
+    """Test whether the images of the caches FIRST and SECOND are of one domain, and name the most foreign ones."""
+    from pipeline.diagnostics.drift import drift as run
+    from pipeline.reporting.diagnostic_tables import drift_lines, foreign_table
+    from pipeline.results import to_json
+
+    result = run(**options)
+    if as_json:
+        _print_json(to_json(result))
+        return
+    for line in drift_lines(result):
+        click.echo(line)
+    _print_table(foreign_table(result))
+
+
+@thawline.command()
 @click.argument("model")
 @click.option("--onnx", "path", required=True, type=click.Path(dir_okay=False), help="The file to write.")
 @json_option

@@ -168,3 +168,32 @@ class Agreement:
     layers: int
     kendall_tau: float
     spearman_rho: float
+
+
+@dataclass(frozen=True)
+class ForeignImage:
+    """An image and how far the domain classifier puts it towards its own set: above 0 is right, 1 is typical."""
+
+    uri: str
+    score: float
+
+
+@dataclass(frozen=True)
+class DriftResult:
+    """How well a held-out classifier tells two sets of images apart.
+
+    `images` counts the different ones of each set, `shared` those of both, which are left out, and `compared` how many
+    of each set the classifier saw, so that an accuracy of a half is a guess. The foreign ones of each set are those that
+    look least like the other set, the most foreign first.
+    """
+
+    first: str
+    second: str
+    layer: str
+    images: list[int]
+    shared: int
+    compared: int
+    accuracy: float
+    p_value: float
+    foreign_in_first: list[ForeignImage]
+    foreign_in_second: list[ForeignImage]
