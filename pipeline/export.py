@@ -32,8 +32,8 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
 
     The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images resized and cropped as the file's metadata says;
     normalisation is part of the graph. It gives ``label``, int64 (n,), ``scores``, float32 (n, K), whose largest is the
-    label, and, where the head has them, ``probabilities``, float32 (n, K), calibrated as `predict` does. Numbers are float32 whatever the features
-    were trained in. The metadata holds JSON: ``classes`` (K names, in the order of the scores), ``preprocessing``
+    label, and, where the head has them, ``probabilities``, float32 (n, K), calibrated as `predict` does. Numbers are
+    float32 whatever the features were trained in. The metadata holds JSON: ``classes`` (K names, in the order of the scores), ``preprocessing``
     (`pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, test metrics, versions).
 
     Parameters
@@ -150,7 +150,9 @@ def _metadata(saved: SavedModel, specs: Sequence[LayerSpec], classes: Sequence[s
 def _program(graph: _Classifier, size: tuple[int, int]) -> torch.onnx.ONNXProgram:
     weight = sum(item.nbytes for item in graph.state_dict().values())
     if weight > _LARGEST:
-        raise ModelFileError(f"an ONNX file holds at most 2 GiB, and this model has {weight / 2**30:.1f} GiB of weights")
+        raise ModelFileError(
+            f"an ONNX file holds at most 2 GiB, and this model has {weight / 2**30:.1f} GiB of weights"
+        )
     try:
         program = torch.onnx.export(
             graph,

@@ -183,8 +183,8 @@ class DriftResult:
     """How well a held-out classifier tells two sets of images apart.
 
     `images` counts the different ones of each set, `shared` those of both, which are left out, and `compared` how many
-    of each set the classifier saw, so that an accuracy of a half is a guess. The foreign ones of each set are those that
-    look least like the other set, the most foreign first.
+    of each set the classifier saw, so that an accuracy of a half is a guess. The foreign ones of each set look least
+    like the other set, the most foreign first.
     """
 
     first: str

@@ -135,7 +135,7 @@ def test_another_network_under_the_same_name_is_refused(
 ) -> None:
     model = trained(make_photos(), tmp_path, "ridge")
     monkeypatch.setattr(export_module, "load", lambda name, size: load_other(size))
-    with pytest.raises(ModelFileError, match="other weights or another preprocessing"):
+    with pytest.raises(ModelFileError, match=r"other weights or another preprocessing"):
         export(model, tmp_path / "model.onnx")
 
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_written_leaves_nothing(
     make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, path = trained(make_photos(), tmp_path, "ridge"), tmp_path / "model.onnx"
-    with pytest.raises(ModelFileError, match="no folder"):
+    with pytest.raises(ModelFileError, match=r"no folder"):
         export(model, tmp_path / "nowhere" / "model.onnx")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -157,7 +157,7 @@ def test_what_cannot_be_written_leaves_nothing(
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     before = set(tmp_path.iterdir())
-    with pytest.raises(ModelFileError, match="cannot be written as ONNX: no operator$"):
+    with pytest.raises(ModelFileError, match=r"cannot be written as ONNX: no operator$"):
         export(model, path)
     monkeypatch.setattr(export_module, "find_spec", lambda name: None)
     with pytest.raises(ModelFileError, match=r"pip install 'thawline\[onnx\]'"):

@@ -1,1 +1,1 @@
-"""What cached features say before any head is trained: which layer suits the classes, and whether two sets are alike."""
+"""What cached features tell before a head is trained: which layer suits the classes, whether two sets are alike."""

@@ -1,7 +1,7 @@
 """Can a linear classifier tell two sets of rows apart? A classifier two-sample test (Lopez-Paz & Oquab 2017).
 
-The classifier is ridge regression on labels of -1 and 1. Its held-out scores are a fixed matrix times the labels, so one
-decomposition a fold serves the labels and all permutations of them.
+The classifier is ridge regression on labels of -1 and 1. Its held-out scores are a fixed matrix times the labels, so
+one decomposition a fold serves the labels and all permutations of them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def domain_test(first: Floats, second: Floats, seed: int = 0, permutations: int 
     m = len(first)
     products = _products(np.vstack([first, second]))
     folds = np.concatenate([rng.permutation(np.arange(m) % FOLDS) for _ in range(2)])
-    labels = np.repeat(np.array([[-1.0], [1.0]]), m, axis=0) * np.ones(permutations + 1)  # the first column is the truth
+    labels = np.repeat(np.array([[-1.0], [1.0]]), m, axis=0) * np.ones(
+        permutations + 1
+    )  # the first column is the truth
     for fold in range(FOLDS):
         rows = np.flatnonzero(folds == fold)
         labels[rows, 1:] = rng.permuted(labels[rows, 1:], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ def drift(
     found_test = domain_test(features[0], features[1], seed)
     towards_own = found_test.scores * np.array([[-1.0], [1.0]])
     foreign = [
-        [ForeignImage(str(file.uris[rows[place]]), float(scores[place])) for place in np.argsort(-scores)[:MOST_FOREIGN]]
+        [
+            ForeignImage(str(file.uris[rows[place]]), float(scores[place]))
+            for place in np.argsort(-scores)[:MOST_FOREIGN]
+        ]
         for file, rows, scores in zip(files, drawn, towards_own, strict=True)
     ]
     return DriftResult(
@@ -113,7 +117,7 @@ def _require_same_features(first: CacheFile, second: CacheFile, layer: str) -> N
         )
 
 
-def _changed(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
 
 

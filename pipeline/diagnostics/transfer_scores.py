@@ -130,7 +130,7 @@ def _ledoit_wolf(centred: Doubles, variances: Doubles) -> float:
     distance = square - variances.sum() ** 2 / d
     fourth = float(np.square(np.einsum("nd,nd->n", centred, centred)).sum())
     noise = (fourth / n - square) / n
-    return min(noise, distance) / distance if distance > 0 else 0.0
+    return float(min(noise, distance) / distance) if distance > 0 else 0.0
 
 
 def leep(logits: Floats, labels: Ints) -> float:
