@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from pipeline.fit import FitReport
+
 Command = TypeVar("Command", bound=Callable[..., None])
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 source_argument = click.argument("source")
@@ -174,29 +176,36 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 @click.option("--balanced", is_flag=True, help="Let every class count alike, whatever its size.")
 @click.option("--drop-leaks", is_flag=True, help="Take test images out that are byte-equal to training images.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
+@click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw the results into this folder.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
 @json_option
 def fit(
     cache: str, layer: tuple[str, ...], head: tuple[str, ...], shots: tuple[str, ...], seed: tuple[int, ...],
-    as_json: bool, **options: Any,
+    plot: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train heads on the features in CACHE and measure them on its test images, once."""
     from pipeline.fit import fit as run
     from pipeline.reporting.progress import progress_bar
     from pipeline.reporting.tables import fit_table, seeds_table
 
+    if plot:
+        plot.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
     with progress_bar() as progress:
         report = run(cache, list(layer) or None, head, seed, _shots(shots), progress=progress, **options)
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
+    drawn = _draw_fit(report, plot, cache, options) if plot else []
     if as_json:
-        _print_json({"results": _records(report.results), "summary": _records(report.summary), "notes": report.notes})
+        document = {"results": _records(report.results), "summary": _records(report.summary), "notes": report.notes}
+        _print_json(document | {"plots": drawn} if plot else document)
         return
     _print_table(fit_table(report.results))
     if report.summary:
         _print_table(seeds_table(report.summary))
     if report.saved:
         click.echo(f"model: {report.saved}")
+    for path in drawn:
+        click.echo(f"picture: {path}")
 
 
 @thawline.group("cache")
@@ -408,6 +417,16 @@ def export(model: str, path: str, as_json: bool) -> None:
     for name, shape in result.inputs.items():
         click.echo(f"takes {name}: uint8 ({', '.join('n' if axis is None else str(axis) for axis in shape)})")
     click.echo(f"gives {', '.join(result.outputs)} for {result.classes} classes")
+
+
+def _draw_fit(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) -> list[str]:
+    from features_cache import Catalog
+    from pipeline.heads.cached import select
+    from pipeline.reporting.plots.fit_pictures import draw_fit
+
+    narrowed = (options["source"], options["backbone"], options["pool"])
+    layer = select(Catalog(cache), [report.results[report.best].layer], *narrowed)[0]
+    return [str(path) for path in draw_fit(report, layer, folder)]
 
 
 def _shots(values: tuple[str, ...]) -> list[int | str]:

@@ -97,7 +97,7 @@ def logme(features: Floats, labels: Ints) -> float:
 def _evidence(n: int, left: float, log_determinant: float) -> float:
     """Log evidence under the best noise precision, where the covariance's quadratic form is `left`."""
     left = max(left, n * np.finfo(np.float64).eps)  # an exact fit would make the evidence infinite
-    return -0.5 * (n * np.log(2 * np.pi * left / n) + n + log_determinant)
+    return float(-0.5 * (n * np.log(2 * np.pi * left / n) + n + log_determinant))
 
 
 def h_score(features: Floats, labels: Ints) -> float:
