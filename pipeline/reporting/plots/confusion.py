@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -14,6 +16,7 @@ from pipeline.reporting.plots.style import ACCENT, INK, new_figure, short
 MOST_COUNTED = 30
 """Classes up to which cells show their counts."""
 MOST_NAMED = 120
+MOST_SLANTED = 15
 
 
 def confusion_figure(
@@ -32,7 +35,9 @@ def confusion_figure(
     counts = np.zeros((len(classes), len(classes)), np.int64)
     np.add.at(counts, (y_true, y_pred), 1)
     side = float(np.clip(0.45 * len(classes), 4.5, 16))
-    figure = new_figure(side + 1.2, side + 0.8)
+    margin = 0.07 * max(len(short(name)) for name in classes) if len(classes) <= MOST_NAMED else 0.4
+    figure = new_figure(side + margin + 0.6, side + margin)
+    figure.set_layout_engine("compressed")  # the matrix stays square whatever the names take
     axes = figure.subplots()
     confusion_matrix(axes, counts, classes)
     if title:
@@ -56,7 +61,8 @@ def confusion_matrix(axes: Axes, counts: NDArray[np.int64], classes: Sequence[st
     """
     k = len(classes)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    norm = PowerNorm(1 if k <= MOST_COUNTED else 0.5, 0, 1)  # where no counts are written, rare mistakes must show
+    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if k <= MOST_COUNTED:
@@ -67,8 +73,11 @@ def confusion_matrix(axes: Axes, counts: NDArray[np.int64], classes: Sequence[st
         return
     names = [short(name) for name in classes]
     size = float(np.clip(420 / k, 5.5, 10))
-    crowded = max(map(len, names)) > 3 or k > MOST_COUNTED
-    axes.set_xticks(np.arange(k), names, fontsize=size, rotation=90 if crowded else 0)
+    if k > MOST_SLANTED:
+        turn: dict[str, Any] = {"rotation": 90}
+    else:
+        turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(np.arange(k), names, fontsize=size, **turn)
     axes.set_yticks(np.arange(k), names, fontsize=size)
 
 

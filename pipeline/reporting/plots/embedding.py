@@ -29,7 +29,7 @@ Places = NDArray[np.float64]
 def embedding_figure(features: Floats, y_true: Ints, y_pred: Ints, classes: Sequence[str], title: str = "") -> Figure:
     """Return maps of test images by PCA and by t-SNE (van der Maaten & Hinton 2008), wrongly labelled ones ringed.
 
-    Of more than 24 classes, the ten that are mixed up most have colours and the others are grey.
+    Of more than 24 classes, the ten that are mixed up most have colours and rings, and the others are grey.
 
     Parameters
     ----------
@@ -75,6 +75,7 @@ def _shown(y_true: Ints, y_pred: Ints, n_classes: int) -> list[int]:
 
 def _scatter(axes: Axes, places: Places, y: Ints, wrong: NDArray[np.bool_], shown: Sequence[tuple[int, str]]) -> None:
     rest = ~np.isin(y, [number for number, _ in shown])
+    ringed = wrong & ~rest  # rings on everything would hide it all
     if rest.any():
         axes.scatter(
             places[rest, 0], places[rest, 1], s=10, color=QUIET, alpha=0.45, linewidths=0, label="other classes"
@@ -91,8 +92,8 @@ def _scatter(axes: Axes, places: Places, y: Ints, wrong: NDArray[np.bool_], show
             linewidths=0,
             label=name,
         )
-    if wrong.any():
-        ring: dict[str, Any] = {"s": 70, "facecolors": "none", "edgecolors": INK, "linewidths": 1.1}
-        axes.scatter(places[wrong, 0], places[wrong, 1], label="labelled wrongly", **ring)
+    if ringed.any():
+        ring: dict[str, Any] = {"s": 55, "facecolors": "none", "edgecolors": INK, "linewidths": 0.9}
+        axes.scatter(places[ringed, 0], places[ringed, 1], label="labelled wrongly", **ring)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color(QUIET)

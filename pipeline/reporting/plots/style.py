@@ -15,7 +15,7 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8
 """Those of Okabe and Ito (2008), their yellow darkened for white paper."""
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
-LONGEST = 24
+LONGEST = 30
 
 
 def new_figure(width: float, height: float) -> Figure:
