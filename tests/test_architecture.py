@@ -15,7 +15,8 @@ RANKS = [
     {"pipeline.lookup", "pipeline.overview"},
     {"pipeline.filling"},
     {"pipeline.extract"},
-    {"pipeline.fit", "pipeline.predict", "pipeline.transformer"},
+    {"pipeline.fit", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
+    {"pipeline.diagnostics"},
     {"pipeline.reporting"},
     {"pipeline.demo"},
     {"cli"},
@@ -23,7 +24,7 @@ RANKS = [
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines"),
+    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.export"),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines"),
     "openvino": ("pipeline.engines",),

@@ -1,4 +1,4 @@
-"""Pictures of results. Each function draws on the axes it is given; nothing here computes a result."""
+"""One curve of accuracy over depth, its peak named: the picture of the demo."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from PIL.Image import Image
 
-INK = "#1f2a44"
-ACCENT = "#d1495b"
-QUIET = "#8d99ae"
+from pipeline.reporting.plots.style import ACCENT, INK, QUIET, tidy
 
 
 def depth_curve(
@@ -56,41 +53,5 @@ def depth_curve(
         axes.axhline(baseline[1], color=QUIET, linestyle="--", label=f"{baseline[0]}  {baseline[1]:.3f}")
     axes.set_xticks(places, layers, rotation=30, ha="right")
     axes.set_ylabel("test accuracy")
-    axes.grid(axis="y", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(frameon=False, loc="lower center")
-
-
-def confusion_matrix(axes: Axes, counts: NDArray[np.int64], classes: Sequence[str]) -> None:
-    """Draw how often each true class (row) was called each class (column).
-
-    Parameters
-    ----------
-    axes : Axes
-        Where to draw.
-    counts : ndarray of int64, shape (k, k)
-        Test images; rows are the truth.
-    classes : sequence of str
-        k names.
-    """
-    mistakes = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.argwhere(counts > 0):
-        wrong = mistakes[row, column] > 0
-        color = ACCENT if wrong else ("white" if shares[row, column] > 0.5 else INK)
-        axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=9)
-    places = np.arange(len(classes))
-    axes.set_xticks(places, classes)
-    axes.set_yticks(places, classes)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-
-
-def image_strip(axes: Sequence[Axes], images: Sequence[Image], titles: Sequence[str]) -> None:
-    """Show one image on each of `axes` under its title; axes left over stay empty."""
-    for place in axes:
-        place.axis("off")
-    for place, image, title in zip(axes, images, titles, strict=False):
-        place.imshow(np.asarray(image), cmap="gray")
-        place.set_title(title, fontsize=9, color=INK)
