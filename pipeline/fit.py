@@ -170,6 +170,7 @@ def _result(cut: Cut, head: Head, outcome: Outcome) -> FitResult:
         n_train=len(cut.splits.train),
         n_val=len(cut.splits.val),
         n_test=len(cut.splits.test),
+        validation_accuracy=None if math.isnan(outcome.choice.score) else outcome.choice.score,
         accuracy_ci95=wilson(int((outcome.y_pred == y_true).sum()), len(y_true)),
         **asdict(outcome.metrics),
         seconds=outcome.seconds,

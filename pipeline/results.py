@@ -45,6 +45,7 @@ class ExtractResult:
 class FitResult:
     """One head on one layer, one seed: what was trained on what, and how it did on test.
 
+    `validation_accuracy` is what the parameters were chosen by, ``None`` where one row a class left nothing to choose by;
     `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities.
     """
 
@@ -59,6 +60,7 @@ class FitResult:
     n_train: int
     n_val: int
     n_test: int
+    validation_accuracy: float | None
     accuracy: float
     accuracy_ci95: tuple[float, float]
     mean_per_class_accuracy: float

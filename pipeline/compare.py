@@ -1,0 +1,162 @@
+"""Scripted benchmark: one plan, every job once, and a report that says whether to freeze or to fine-tune."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from features_cache.errors import ThawlineError
+from pipeline.comparing.check import check_heads, open_sources, sketch_features
+from pipeline.comparing.folder import Record, RunFolder
+from pipeline.comparing.jobs import extractions, finetunes, fits
+from pipeline.comparing.plan import Plan, read_plan
+from pipeline.comparing.provenance import machine
+from pipeline.comparing.run import Failure, Progress, Work, run
+from pipeline.errors import RunFolderError
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """What a run holds now.
+
+    Parameters
+    ----------
+    results : list of dict
+        One for each finished job, with the keys of `fit` and `finetune` and `key`, `source`.
+    failures : list of Failure
+    answer : list of str
+        What the results say, in sentences.
+    computed, reused : int
+        Jobs done now, and before.
+    seconds : float
+    files : dict of str to str
+        Where everything is.
+    """
+
+    results: list[Record]
+    failures: list[Failure]
+    answer: list[str]
+    computed: int
+    reused: int
+    seconds: float
+    files: dict[str, str]
+
+
+def compare(plan: str | Path, output: str | Path, progress: Progress | None = None) -> CompareReport:
+    """Do what is missing of a plan, and write the results and the report.
+
+    Parameters
+    ----------
+    plan : str or Path
+        A TOML file; see the README.
+    output : str or Path
+        The run folder; made if missing. A second run into it does only what is missing or changed.
+    progress : callable, optional
+        ``progress(done, total, text)``.
+
+    Returns
+    -------
+    CompareReport
+        A failed job is in `failures`; the others are done all the same.
+
+    Raises
+    ------
+    PlanError
+        The plan asks for what does not exist; nothing was computed.
+    RunFolderError
+        The folder is another plan's, or cannot be written.
+    """
+    started = time.perf_counter()
+    work = _prepare(plan, output, progress)
+    if work.is_done() and work.folder.report.exists():
+        return _report(work, started)
+    check_plan(work)
+    with work.folder.claim():
+        _begin(work)
+        try:
+            run(work)
+        finally:
+            _end(work, started)
+        _render(work)
+    return _report(work, started)
+
+
+def check_plan(work: Work) -> None:
+    """Raise `PlanError` unless all that the plan names exists; fills in what layers stand for."""
+    check_heads(work.plan)
+    for extraction, found in work.features.items():
+        work.features[extraction] = found or sketch_features(work.plan, extraction)
+    for extraction, found in work.features.items():
+        for _ in fits(work.plan, extraction, found.aliases if found else {}):
+            pass  # whatever is wrong with one raises
+    finetunes(work.plan)
+
+
+def _prepare(path: str | Path, output: str | Path, progress: Progress | None) -> Work:
+    """Read the plan and look up what is there, without importing anything heavy."""
+    plan = read_plan(path)
+    asked = extractions(plan)
+    folder = RunFolder(output)
+    _require_own(folder, plan)
+    work = Work(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or _silent)
+    work.look_up()
+    return work
+
+
+def _require_own(folder: RunFolder, plan: Plan) -> None:
+    """Refuse the folder of another plan: one of another file with another content."""
+    before = folder.read_json("run.json")
+    if before and before["plan"] != plan.meaning and before["plan_file"] != str(plan.path):
+        raise RunFolderError(
+            f"{folder.path} holds the run of another plan, {before['plan_file']}; choose another folder for {plan.path}"
+        )
+
+
+def _begin(work: Work) -> None:
+    document = work.folder.read_json("run.json")
+    document |= {"plan_file": str(work.plan.path), "plan": work.plan.meaning}
+    document.setdefault("extractions", {})
+    document.setdefault("runs", []).append(machine())
+    work.folder.write("plan.toml", work.plan.text)
+    _write_json(work.folder, "run.json", document)
+
+
+def _end(work: Work, started: float) -> None:
+    """Keep what the run cost and what went wrong, also when it was interrupted."""
+    document = work.folder.read_json("run.json")
+    seconds = time.perf_counter() - started
+    document["runs"][-1] |= {"seconds": seconds, "computed": work.computed, "failed": len(work.failures)}
+    for result in work.extracted:
+        entry = document["extractions"].setdefault(Path(result.path).name, {"computed": 0, "seconds": 0.0})
+        entry |= {"backbone": result.backbone, "rows": result.rows, "unreadable": result.unreadable}
+        entry["computed"] += result.computed
+        entry["seconds"] += result.seconds
+    document["notes"] = list(dict.fromkeys([*document.get("notes", []), *work.notes]))
+    document["failures"] = [asdict(failure) for failure in work.failures]
+    _write_json(work.folder, "run.json", document)
+    work.folder.write_csv()
+
+
+def _write_json(folder: RunFolder, name: str, document: dict[str, Any]) -> None:
+    import json
+
+    folder.write(name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def _render(work: Work) -> None:
+    """Write the report."""
+
+
+def _report(work: Work, started: float) -> CompareReport:
+    folder = work.folder
+    names = {"results": "results.jsonl", "table": "results.csv", "report": "report.html"}
+    files = {name: str(folder.path / file) for name, file in names.items()}
+    results = list(folder.records.values())
+    reused = len(results) - work.computed
+    return CompareReport(results, work.failures, [], work.computed, reused, time.perf_counter() - started, files)
+
+
+def _silent(done: int, total: int, text: str) -> None:
+    """Report nothing."""
