@@ -146,7 +146,21 @@ def _write_json(folder: RunFolder, name: str, document: dict[str, Any]) -> None:
 
 
 def _render(work: Work) -> None:
-    """Write the report."""
+    """Write the report; a run without any result has none."""
+    from pipeline.reporting.html import Seen, render
+
+    if not work.folder.records:
+        return
+    seen = {}
+    for source in work.images.values():
+        features = {
+            (file.handles["backbone"], extraction.request.pool): found
+            for extraction, found in work.features.items()
+            if found is not None and work.images[extraction.source] is source
+            for file in found.files.values()
+        }
+        seen[source.name] = Seen(source, features)
+    work.folder.write("report.html", render(work.folder, work.plan.text, seen))
 
 
 def _report(work: Work, started: float) -> CompareReport:

@@ -174,6 +174,7 @@ def _fit(work: Work, found: Features | None, block: Sequence[Fit], keys: Mapping
     for job, result, predictions in zip(block, report.results, report.predictions, strict=True):
         spec = found.files[job.layer.split("+")[0]].layers[job.layer.split("+")[0]].spec
         about = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
+        about["n_classes"] = len(report.classes)
         _keep(work, {"key": keys[job], "source": source.name, **to_json(result), **about}, predictions)
     work.notes += [note for note in report.notes if note not in work.notes]
 
@@ -187,6 +188,7 @@ def _finetune(work: Work, key: str, line: Line, job: Finetune) -> None:
     tell = _prefixed(work.progress, f"finetune {options['backbone']} ")
     report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=tell, **options, **how)
     record = {"key": key, "source": work.images[job.source].name, **to_json(report.results[0])}
+    record["n_classes"] = len(report.classes)
     record["options"] = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     _keep(work, record, report.predictions[0])
     work.notes += [note for note in report.notes if note not in work.notes]
