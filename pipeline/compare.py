@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from features_cache.errors import ThawlineError
+from pipeline.comparing.against import Against, compare_runs
+from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_heads, open_sources, sketch_features
-from pipeline.comparing.folder import Record, RunFolder
+from pipeline.comparing.estimate import Planned, plan_extraction, plan_finetune, plan_fit
+from pipeline.comparing.features import finetune_key, fit_key
+from pipeline.comparing.folder import Record, RunFolder, open_finished
 from pipeline.comparing.jobs import extractions, finetunes, fits
+from pipeline.comparing.methods import boards
 from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.provenance import machine
 from pipeline.comparing.run import Failure, Progress, Work, run
@@ -28,6 +33,8 @@ class CompareReport:
     failures : list of Failure
     answer : list of str
         What the results say, in sentences.
+    against : Against or None
+        What changed since another run, where one was named.
     computed, reused : int
         Jobs done now, and before.
     seconds : float
@@ -38,13 +45,16 @@ class CompareReport:
     results: list[Record]
     failures: list[Failure]
     answer: list[str]
+    against: Against | None
     computed: int
     reused: int
     seconds: float
     files: dict[str, str]
 
 
-def compare(plan: str | Path, output: str | Path, progress: Progress | None = None) -> CompareReport:
+def compare(
+    plan: str | Path, output: str | Path, *, against: str | Path | None = None, progress: Progress | None = None
+) -> CompareReport:
     """Do what is missing of a plan, and write the results and the report.
 
     Parameters
@@ -53,6 +63,8 @@ def compare(plan: str | Path, output: str | Path, progress: Progress | None = No
         A TOML file; see the README.
     output : str or Path
         The run folder; made if missing. A second run into it does only what is missing or changed.
+    against : str or Path, optional
+        Another run's folder, to compare the results with.
     progress : callable, optional
         ``progress(done, total, text)``.
 
@@ -69,9 +81,10 @@ def compare(plan: str | Path, output: str | Path, progress: Progress | None = No
         The folder is another plan's, or cannot be written.
     """
     started = time.perf_counter()
+    other = None if against is None else open_finished(against)
     work = _prepare(plan, output, progress)
     if work.is_done() and work.folder.report.exists():
-        return _report(work, started)
+        return _report(work, other, started)
     check_plan(work)
     with work.folder.claim():
         _begin(work)
@@ -80,7 +93,28 @@ def compare(plan: str | Path, output: str | Path, progress: Progress | None = No
         finally:
             _end(work, started)
         _render(work)
-    return _report(work, started)
+    return _report(work, other, started)
+
+
+def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
+    """Return the jobs of a plan with guesses at their time and disk; checks all of it and computes nothing.
+
+    Parameters and errors are those of `compare`.
+    """
+    work = _prepare(plan, output, None)
+    check_plan(work)
+    folder, planned = work.folder, []
+    for extraction, found in work.features.items():
+        assert found is not None  # noqa: S101 - the check filled it in
+        n_images = len(work.images[extraction.source].items)
+        planned.append(plan_extraction(extraction, found, n_images, folder))
+        for job in fits(work.plan, extraction, found.aliases):
+            done = found.complete and folder.has(fit_key(job, found))
+            planned.append(plan_fit(job, found, done, n_images, folder))
+    for _, tune in finetunes(work.plan):
+        images = work.images[tune.source]
+        planned.append(plan_finetune(tune, folder.has(finetune_key(tune, images)), len(images.items)))
+    return planned
 
 
 def check_plan(work: Work) -> None:
@@ -140,8 +174,6 @@ def _end(work: Work, started: float) -> None:
 
 
 def _write_json(folder: RunFolder, name: str, document: dict[str, Any]) -> None:
-    import json
-
     folder.write(name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -163,13 +195,18 @@ def _render(work: Work) -> None:
     work.folder.write("report.html", render(work.folder, work.plan.text, seen))
 
 
-def _report(work: Work, started: float) -> CompareReport:
+def _report(work: Work, other: RunFolder | None, started: float) -> CompareReport:
     folder = work.folder
+    extraction = extraction_seconds(folder.read_json("run.json"))
+    answers = [answer(board, folder.judged, extraction) for board in boards(folder.records.values())]
+    sentences = [sentence for one in answers for sentence in (f"{one.headline}.", *one.sentences)]
     names = {"results": "results.jsonl", "table": "results.csv", "report": "report.html"}
     files = {name: str(folder.path / file) for name, file in names.items()}
     results = list(folder.records.values())
     reused = len(results) - work.computed
-    return CompareReport(results, work.failures, [], work.computed, reused, time.perf_counter() - started, files)
+    changes = None if other is None else compare_runs(other, folder)
+    seconds = time.perf_counter() - started
+    return CompareReport(results, work.failures, sentences, changes, work.computed, reused, seconds, files)
 
 
 def _silent(done: int, total: int, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,12 @@ def finetune_key(job: Finetune, images: ImageSource) -> str:
     )
 
 
+@cache
 def _rules() -> list[Any]:
     return [RULES, version("thawline"), version("scikit-learn")]
 
 
+@cache  # one file stands for hundreds of fits
 def _rows_digest(file: CacheFile) -> str:
     columns = [file.uris, file.labels, file.splits, file.groups, file.digests, file.states]
     return fingerprint_of([file.classes, *(column.tolist() for column in columns)])

@@ -16,6 +16,7 @@ IDENTITY = (
 )  # fmt: skip
 """Keys of a record that tell methods apart; the rest is seed, labels, or outcome."""
 _SAID_ANYWAY = ("kind", "layer", "head", "freeze")
+_SETTINGS = ("size", "precision", "store")
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +123,12 @@ def shots_order(shots: int | str) -> tuple[bool, int]:
     return (True, 0) if isinstance(shots, str) else (False, shots)
 
 
-def boards(records: Iterable[Record]) -> list[Board]:
-    """Gather records by source, method and shots; names say what differs within a run."""
+def boards(records: Iterable[Record], beside: Iterable[Record] = ()) -> list[Board]:
+    """Gather records by source, method and shots; names say what differs among them and those of another run."""
     records = list(records)
-    values = {key: {_text(record.get(key)) for record in records} for key in IDENTITY}
-    varying = [key for key in IDENTITY if len(values[key]) > 1 and key not in (*_SAID_ANYWAY, "source")]
-    options = _varying_options(records)
+    every = [*records, *beside]
+    varying = [key for key in IDENTITY if key not in (*_SAID_ANYWAY, "source") and _varies(key, every)]
+    options = _varying_options(every)
     grouped: dict[str, dict[tuple[str, int | str], dict[int, Record]]] = {}
     for record in records:
         method = name_of(record, varying, options)
@@ -152,6 +153,14 @@ def name_of(record: Record, varying: Sequence[str] = ("backbone",), options: Seq
     if "pool" in varying and record["kind"] == HEAD:
         parts.append(record["pool"])
     return ", ".join(parts)
+
+
+def _varies(key: str, records: Sequence[Record]) -> bool:
+    """Tell whether a key tells methods apart; what follows from the backbone does so only within one backbone."""
+    values: dict[str, set[str]] = {}
+    for record in records:
+        values.setdefault(record["backbone"] if key in _SETTINGS else "", set()).add(_text(record.get(key)))
+    return any(len(found) > 1 for found in values.values())
 
 
 def _varying_options(records: Sequence[Record]) -> list[str]:

@@ -69,7 +69,7 @@ def depth_chart(board: Board) -> Chart | None:
                 (depth[best], means[best]),
                 (0, 7 + 11 * number),
                 textcoords="offset points",
-                ha="right" if depth[best] > 0.7 else "center",
+                ha="right" if depth[best] > 0.7 else "left" if depth[best] < 0.3 else "center",
                 color=color,
                 weight="bold",
             )
@@ -81,11 +81,15 @@ def depth_chart(board: Board) -> Chart | None:
         if raw:
             base = max(score.accuracy for score in raw)
             axes.axhline(base, color=QUIET, linestyle="--", linewidth=1, label=f"raw pixels {100 * base:.1f}")
-        axes.set_xticks([0, 1], ["first layer", "last layer"])
+        depths = {tuple(score.first["layer"] for score in scores) for scores in shown.values()}
+        if len(depths) == 1 and len(names := depths.pop()) <= 12:
+            axes.set_xticks(np.linspace(0, 1, len(names)), names, rotation=30, ha="right")
+        else:
+            axes.set_xticks([0, 1], ["first layer", "last layer"])
         _percent_axis(axes, "test accuracy, %")
+        axes.margins(y=0.12)
         axes.legend(loc="best", fontsize=8)
-        names = ", ".join(shown)
-        svg = to_svg(figure, f"Test accuracy by depth for {names}; the numbers are in the table below.")
+        svg = to_svg(figure, f"Test accuracy by depth for {', '.join(shown)}; the numbers are in the table below.")
     caption = "Each backbone under the head that is best at its best layer; bands are 95 % intervals."
     columns = ("backbone", "head", "layer", "accuracy", "95 % from", "to")
     return Chart("Where in the network are the useful features?", caption, svg, columns, rows)
@@ -141,13 +145,20 @@ def cost_chart(board: Board, extraction: Mapping[str, float]) -> Chart:
                 linewidths=0,
             )  # fmt: skip
         axes.plot(costs[front], values[front], color=INK, linewidth=1, drawstyle="steps-post", zorder=0)
-        for place in front[-1:]:
-            axes.annotate(
-                scores[place].method, (costs[place], values[place]), (0, 8), textcoords="offset points",
-                ha="right" if place == costs.argmax() else "center", fontsize=8, weight="bold",
-            )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xlabel("seconds, extraction of all images included")
+        best = front[-1]
+        left = np.log(costs[best] / costs.min()) < np.log(costs.max() / costs.min()) / 2
+        axes.annotate(
+            scores[best].method, (costs[best], values[best]), (0, 8), textcoords="offset points",
+            ha="left" if left else "right", fontsize=8, weight="bold",
+        )  # fmt: skip
+        if costs.max() > 3 * costs.min():
+            axes.set_xscale("log")
+            axes.set_xlabel("seconds, extraction of all images included; logarithmic")
+        else:
+            axes.set_xlabel("seconds, extraction of all images included")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.margins(y=0.12)
         axes.grid(axis="x", color=GRID, which="major")
         _percent_axis(axes, "test accuracy, %")
         axes.legend(loc="lower right", fontsize=8)
