@@ -8,24 +8,48 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from features_cache.errors import ThawlineError
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
+from pipeline.spec import (
+    DEFAULT_BACKBONE,
+    DEFAULT_CACHE,
+    DEFAULT_LAYER,
+    DEFAULT_POOL,
+    ENGINES,
+    POOLS,
+    PRECISIONS,
+    STORES,
+)
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
+Command = TypeVar("Command", bound=Callable[..., None])
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 source_argument = click.argument("source")
+cache_argument = click.argument("cache")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-engine_option = click.option("--engine", type=click.Choice(["auto", "torch"]), default="auto", help="What computes.")
+engine_option = click.option("--engine", type=click.Choice(ENGINES), default="auto", help="What computes.")
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+
+
+def selecting_options(command: Command) -> Command:
+    """Add the options that pick one file, and one layer, of a cache."""
+    for option in (
+        click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where the cache holds several."),
+        click.option("-l", "--layer", help="Which layer, where the cache holds several."),
+        click.option("-b", "--backbone", help="Which backbone, where the cache holds several."),
+        click.option("--source", help="Which source, by name or location, where the cache holds several."),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings=CONTEXT)
@@ -116,6 +140,8 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 
     with progress_bar() as progress:
         results = run(source, backbone, layer, progress=progress, **options)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        click.echo(f"note: {note}", err=True)
     for line in unreadable_lines(results):
         click.echo(line, err=True)
     if as_json:
@@ -155,6 +181,120 @@ def fit(
     _print_table(fit_table(report.results))
     if report.saved:
         click.echo(f"model: {report.saved}")
+
+
+@thawline.group("cache")
+def cache_group() -> None:
+    """Look into the files of a cache, check them, take features out, clear up."""
+
+
+@cache_group.command("ls")
+@cache_argument
+@json_option
+def cache_ls(cache: str, as_json: bool) -> None:
+    """List the files of CACHE: what of which images, how much of it is done."""
+    from pipeline.overview import list_files
+    from pipeline.reporting.cache_tables import listing_table
+
+    listing = list_files(cache)
+    if as_json:
+        _print_json(_records([listing])[0])
+        return
+    _print_table(listing_table(listing.files))
+    for problem in listing.problems:
+        click.echo(f"unusable: {problem}", err=True)
+    if listing.superseded:
+        megabytes = sum(file["bytes"] for file in listing.superseded) / 1e6
+        click.echo(f"{len(listing.superseded)} superseded files, {megabytes:.1f} MB; see `thawline cache prune`")
+
+
+@cache_group.command("show")
+@cache_argument
+@selecting_options
+@json_option
+def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
+    """Show all about one file of CACHE: specs, runs, classes, unreadable images, images that stand in it twice."""
+    from features_cache import Catalog
+    from pipeline.overview import detail
+    from pipeline.reporting.cache_tables import details_view
+
+    details = detail(Catalog(cache).find(**selection))
+    if as_json:
+        _print_json(_records([details])[0])
+        return
+    _print_table(details_view(details))
+
+
+@cache_group.command("verify")
+@cache_argument
+@click.option("--source", help="The images: compare each row's digest with its image, too.")
+@click.option("--repair", is_flag=True, help="Mark damaged rows pending, so that extract computes them.")
+@json_option
+def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
+    """Check structure and checksums of every file of CACHE; exit with 1 where damage is left, or an image changed."""
+    from pipeline.overview import check, to_record
+    from pipeline.reporting.cache_tables import finding_lines, verify_table
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        reports, problems = check(cache, source, repair, progress)
+    if as_json:
+        _print_json({"files": [to_record(report) for report in reports], "problems": problems, "repaired": repair})
+    else:
+        _print_table(verify_table(reports))
+        for line in [*finding_lines(reports, repair), *(f"unusable: {problem}" for problem in problems)]:
+            click.echo(line)
+    damaged = any(not report.sound for report in reports) and not repair
+    if damaged or problems or any(report.changed for report in reports):
+        sys.exit(1)
+
+
+@cache_group.command("export")
+@cache_argument
+@click.argument("file", type=click.Path(dir_okay=False))
+@selecting_options
+@json_option
+def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **selection: Any) -> None:
+    """Write the finished rows of one layer of CACHE to FILE: .npy (with a .csv), .parquet or .safetensors."""
+    from features_cache import Catalog, export
+    from pipeline.overview import only_layer
+
+    cached = Catalog(cache).find(layer, **selection)
+    written = export(cached, layer or only_layer(cached), file)
+    if as_json:
+        _print_json({"files": [str(path) for path in written]})
+        return
+    click.echo("wrote " + " and ".join(map(str, written)))
+
+
+@cache_group.command("prune")
+@cache_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
+    """Delete the files of CACHE that a newer one has superseded, with the rows that only they have."""
+    from features_cache import prune, superseded
+
+    paths = superseded(cache)
+    for path in paths:
+        click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB", err=True)
+    if not paths or not (yes or _confirmed(f"Delete {len(paths)} files?")):
+        deleted, freed = [], 0
+    else:
+        deleted, freed = paths, prune(paths)
+    if as_json:
+        _print_json({"deleted": [str(path) for path in deleted], "bytes": freed})
+        return
+    click.echo(f"{len(deleted)} files deleted, {freed / 1e6:.1f} MB set free")
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        raise click.UsageError(
+            "not answered, so nothing was deleted; add --yes to delete without being asked"
+        ) from None
 
 
 @thawline.command()
@@ -256,10 +396,11 @@ def _print_json(document: dict[str, Any]) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
 
 
-def _print_table(table: Table) -> None:
+def _print_table(table: Table | Group) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, markup=False, highlight=False).print(table)  # file names may look like markup
 
 
 @contextmanager

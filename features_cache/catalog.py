@@ -59,14 +59,15 @@ class Catalog:
     ) -> CacheFile:
         """Return the one file that fits everything that is not ``None``.
 
-        Files that hold `layer` with one fingerprint are equivalent: the one with most finished rows is returned.
+        Files of the same handles that hold `layer` with one fingerprint are equivalent: the one with most finished
+        rows is returned.
 
         Parameters
         ----------
         layer : str, optional
             Name of a layer that the file must hold.
         source, backbone, pool : str, optional
-            Handles of the file.
+            As for `fitting`.
 
         Raises
         ------
@@ -75,20 +76,50 @@ class Catalog:
         AmbiguousCacheError
             Several fit; the message lists them.
         """
+        fitting = self.fitting(source, backbone, pool)
+        if layer is not None:
+            fitting = self._narrow(fitting, "layer", layer, [set(file.layers) for file in fitting])
+            if self.is_one_cache(fitting) and len({file.layers[layer].fingerprint for file in fitting}) == 1:
+                return max(fitting, key=lambda file: np.count_nonzero(file.states == DONE))
+        if len(fitting) > 1:
+            raise self.ambiguous(fitting)
+        return fitting[0]
+
+    def fitting(
+        self, source: str | None = None, backbone: str | None = None, pool: str | None = None
+    ) -> list[CacheFile]:
+        """Return the files that fit everything that is not ``None``, at least one.
+
+        Parameters
+        ----------
+        source : str, optional
+            Name or location of the source.
+        backbone, pool : str, optional
+            Handles of the file.
+
+        Raises
+        ------
+        CacheError
+            No file fits; the message names what exists.
+        """
         fitting = self.files
         for key, wanted in {"source": source, "backbone": backbone, "pool": pool}.items():
             if wanted is not None:
-                fitting = self._narrow(fitting, key, wanted, [{file.handles.get(key, "")} for file in fitting])
-        if layer is not None:
-            fitting = self._narrow(fitting, "layer", layer, [set(file.layers) for file in fitting])
-        if layer is not None and len({file.layers[layer].fingerprint for file in fitting}) == 1:
-            return max(fitting, key=lambda file: np.count_nonzero(file.states == DONE))
-        if len(fitting) > 1:
-            raise AmbiguousCacheError(
-                f"{len(fitting)} files of {self.path} fit, one was expected; narrow it with --source, -b, -l or "
-                f"--pool: {'; '.join(describe(file) for file in fitting)}"
-            )
-        return fitting[0]
+                keys = (key, "location") if key == "source" else (key,)
+                offered = [{file.handles.get(key, "") for key in keys} for file in fitting]
+                fitting = self._narrow(fitting, key, wanted, offered)
+        return fitting
+
+    def is_one_cache(self, files: Sequence[CacheFile]) -> bool:
+        """Tell whether `files` hold layers of one source, backbone and pooling, so that readers see one cache."""
+        return len({tuple(sorted(file.handles.items())) for file in files}) == 1
+
+    def ambiguous(self, files: Sequence[CacheFile]) -> AmbiguousCacheError:
+        """Return the error that lists `files` where one was expected."""
+        return AmbiguousCacheError(
+            f"{len(files)} files of {self.path} fit, one was expected; narrow it with --source, -b, -l or "
+            f"--pool: {'; '.join(describe(file) for file in files)}"
+        )
 
     def _narrow(
         self, files: Sequence[CacheFile], key: str, wanted: str, offered: Sequence[set[str]]

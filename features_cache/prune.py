@@ -23,8 +23,15 @@ def superseded(folder: str | Path) -> list[Path]:
 
     A superseded file may hold rows that its successor lacks (of images that are gone, or came back under another
     name); extraction takes rows from it for as long as it is there.
+
+    Raises
+    ------
+    CacheError
+        `folder` is none.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise CacheError(f"{folder} is no folder; name the folder that holds the cache files")
     return sorted(path for path in folder.glob("*.h5*") if _may_go(path))
 
 

@@ -70,15 +70,18 @@ class CacheFile:
         self.layers = header.layers
         self.handles = header.handles
         self.request = header.request
+        self._views: dict[str, np.memmap[Any, Any]] = {}
 
     def __repr__(self) -> str:
         return f"<CacheFile {self.path} with {self.n_rows} rows of {', '.join(self.layers)}>"
 
     def array(self, name: str) -> np.memmap[Any, Any]:
         """Return one array of the file, such as ``"/rows/label"``, as a read-only view; FORMAT.md lists them."""
-        place = self.header.arrays[name]
-        view = self._bytes[place.offset : place.end].view(place.dtype).reshape(place.shape)
-        return cast("np.memmap[Any, Any]", view)  # slices of a memmap stay memmaps, which numpy's types do not know
+        if name not in self._views:
+            place = self.header.arrays[name]
+            view = self._bytes[place.offset : place.end].view(place.dtype).reshape(place.shape)
+            self._views[name] = cast("np.memmap[Any, Any]", view)  # slices of a memmap stay memmaps
+        return self._views[name]
 
     def matrix(self, layer: str) -> np.memmap[Any, Any]:
         """Return the features of one layer without reading them.

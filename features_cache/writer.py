@@ -133,6 +133,10 @@ class CacheWriter:
         """Return the numbers of the rows that are still to be computed, in order."""
         return np.flatnonzero(self._ledger.states == PENDING)
 
+    def has(self, rows: ArrayLike) -> NDArray[np.bool_]:
+        """Tell for each of `rows` (k,) whether its features are written, committed or not."""
+        return np.asarray(self._ledger.states[np.asarray(rows, np.int64)] == DONE, bool)
+
     def write(
         self,
         rows: ArrayLike,

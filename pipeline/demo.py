@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.evaluation.intervals import wilson
-from pipeline.extract import Progress, extract
+from pipeline.extract import extract
 from pipeline.fit import FitReport, TestPredictions, fit
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.reporting.plots import confusion_matrix, depth_curve, image_strip
-from pipeline.results import ExtractResult, FitResult
+from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

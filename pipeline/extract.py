@@ -1,7 +1,8 @@
 """Stage 1: run frozen backbones over an image source once and keep their layers' features in a cache.
 
-For each backbone: find what the cache already holds, make room for the rest, and stream the missing images through
-decode, network and writer. A request that a complete cache answers never imports torch.
+For each backbone: find what the cache already holds, and make room for the rest. Then one stream of the missing images,
+read and decoded once, goes through all networks to their files. A request that a complete cache answers never imports
+torch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +24,6 @@ from features_cache import (
     UNREADABLE,
     CacheFile,
     CacheWriter,
-    Donors,
     LayerInfo,
     Rows,
     drop_redundant,
@@ -31,29 +32,34 @@ from features_cache import (
     open_cache,
     same_rows,
 )
-from pipeline.errors import ModelFileError, SourceError
-from pipeline.images.loader import Batch, Duplicate, Known, load
+from pipeline.errors import ModelFileError
+from pipeline.filling import Clock, Filling
+from pipeline.images.loader import load
 from pipeline.images.source import ImageSource, open_source
-from pipeline.lookup import continued_precision, files_of, find_answer, find_holder, is_complete, rows_of, weights_file_digest
-from pipeline.results import ExtractResult
+from pipeline.lookup import (
+    continued_precision,
+    files_of,
+    find_answer,
+    find_holder,
+    is_complete,
+    rows_of,
+    weights_file_digest,
+)
+from pipeline.results import ExtractResult, Progress
 from pipeline.spec import (
     DEFAULT_BACKBONE,
     DEFAULT_CACHE,
     DEFAULT_LAYER,
     DEFAULT_POOL,
     LayerSpec,
-    Preprocessing,
     Request,
     fingerprint_of,
 )
 
 if TYPE_CHECKING:
+    from pipeline.backbones.graph import TappedNetwork
     from pipeline.backbones.registry import Backbone
     from pipeline.engines.select import Resolved
-    from pipeline.engines.torch_engine import TorchEngine
-
-Progress = Callable[[int, int, str], None]
-"""``progress(images done, images in all, backbone)``, called after every batch."""
 
 
 def extract(
@@ -106,7 +112,7 @@ def extract(
     expect : sequence of LayerSpec, optional
         Refuse to compute anything but these, precision aside.
     progress : callable, optional
-        See `Progress`.
+        Called after every batch.
 
     Returns
     -------
@@ -121,17 +127,24 @@ def extract(
     run = _Run(Path(output), engine, device, batch_size, workers, on_error, rehash, progress or _silent)
     images = open_source(source)
     rows = rows_of(images)
-    results: list[ExtractResult] = []
-    for name in backbones:
-        request = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
-        files = files_of(images, run.output)
-        answer = None if rehash else find_answer(files, request)
-        if answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values()):
-            _check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in answer.items()), expect)
-            results += [_result(file.path, computed=0, seconds=0.0) for file in dict.fromkeys(answer.values())]
-        else:
-            results += _compute(images, rows, request, files, run, expect)
-    return results
+    found: list[Path | Filling] = []
+    clock = Clock()
+    with ExitStack() as writers:
+        for name in dict.fromkeys(backbones):
+            request = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
+            files = files_of(images, run.output)
+            answer = None if rehash else find_answer(files, request)
+            if answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values()):
+                specs = (LayerSpec.from_json(file.layers[layer].spec) for layer, file in answer.items())
+                _check_expected(specs, expect)
+                found += [file.path for file in dict.fromkeys(answer.values())]
+            else:
+                found += _open(images, rows, request, files, run, expect, clock, writers)
+        fillings = [item for item in found if isinstance(item, Filling)]
+        seconds = _fill(images, fillings, run, clock) if fillings else 0.0
+    for filling in fillings:
+        drop_redundant(filling.writer.cache.path)
+    return [_result(item, seconds, clock) for item in dict.fromkeys(found)]
 
 
 @dataclass(frozen=True)
@@ -148,23 +161,28 @@ class _Run:
     progress: Progress
 
 
-def _silent(done: int, total: int, text: str) -> None:
+def _silent(done: int, total: int, text: str, bound: str = "") -> None:
     """Report nothing."""
 
 
-def _compute(
+def _open(
     images: ImageSource,
     rows: Rows,
     request: Request,
     files: list[CacheFile],
     run: _Run,
     expect: Sequence[LayerSpec] | None,
-) -> list[ExtractResult]:
-    """Bring the files that hold parts of `request` up to date, and make a new one for what none holds."""
+    clock: Clock,
+    writers: ExitStack,
+) -> list[Path | Filling]:
+    """Return the files that hold parts of `request`, open for writing where they lack rows, and a new one for the rest.
+
+    `writers` closes what is opened here.
+    """
     from pipeline.backbones.graph import resolve_layers, tap
     from pipeline.backbones.registry import load as load_backbone
+    from pipeline.engines.engine import build_engine
     from pipeline.engines.select import resolve
-    from pipeline.engines.torch_engine import TorchEngine
 
     resolved = resolve(run.engine, run.device, continued_precision(files, request) or request.precision)
     backbone = load_backbone(request.backbone, request.size)
@@ -172,86 +190,67 @@ def _compute(
     names = list(dict.fromkeys(name for group in aliases.values() for name in group))
     specs = {name: _spec(backbone, name, request, resolved) for name in names}
     _check_expected(specs.values(), expect)
+    batch_size = run.batch_size or resolved.batch_size
 
+    def fill(writer: CacheWriter, network: TappedNetwork) -> Filling:
+        writers.enter_context(writer)
+        engine = build_engine(network, resolved, batch_size)
+        writer.begin_run(_provenance(engine.resolved))
+        return Filling(writer, engine, backbone.preprocessing, run.on_error, clock)
+
+    found: list[Path | Filling] = []
     holders = {name: find_holder(files, spec) for name, spec in specs.items()}
-    missing = [name for name in names if holders[name] is None]
-    results = []
     for file in dict.fromkeys(holder for holder in holders.values() if holder):
         if is_complete(file, rows, images.classes) and not run.rehash:
-            results.append(_result(file.path, computed=0, seconds=0.0))
+            found.append(file.path)
             continue
-        engine = TorchEngine(tap(backbone, list(file.layers), request.pool), resolved)
+        network = tap(backbone, list(file.layers), request.pool)
         if same_rows(file, rows, images.classes) and not run.rehash:
             writer = CacheWriter.resume(file.path)
         else:
             old = list(file.layers.values()), file.handles, file.request
             writer = grow(file.path, rows, images.classes, *old, carry=not run.rehash)
-        results.append(_fill(writer, images, backbone.preprocessing, engine, resolved, run))
+        found.append(fill(writer, network))
+    missing = [name for name in names if holders[name] is None]
     if missing:
         network = tap(backbone, missing, request.pool)
         layers = [_layer_info(specs[name], network.dims[name]) for name in missing]
         key = fingerprint_of([images.location, *(layer.fingerprint for layer in layers)])
         path = run.output / file_name(images.name, backbone.handle, key)
-        handles = {"source": images.name, "backbone": backbone.handle, "pool": request.pool}
-        asked = request.to_json() | {"location": images.location, "aliases": aliases}
+        handles = {"source": images.name, "location": images.location, "backbone": backbone.handle}
+        handles["pool"] = request.pool
         if path.exists():
             open_cache(path)  # a damaged file under this name is refused with its own reason
-        writer = CacheWriter.create(path, rows, images.classes, layers, handles, asked)
-        results.append(_fill(writer, images, backbone.preprocessing, TorchEngine(network, resolved), resolved, run))
-    return results
+        asked = request.to_json() | {"aliases": aliases}
+        found.append(fill(CacheWriter.create(path, rows, images.classes, layers, handles, asked), network))
+    return found
 
 
-def _fill(
-    writer: CacheWriter,
-    images: ImageSource,
-    preprocessing: Preprocessing,
-    engine: TorchEngine,
-    resolved: Resolved,
-    run: _Run,
-) -> ExtractResult:
-    """Stream the pending rows of one file through decode, network and writer."""
-    names = list(writer.cache.layers)
-    computed, started = 0, time.perf_counter()
-    with writer:
-        writer.begin_run(_provenance(resolved))
-        donors = Donors(run.output, {info.fingerprint for info in writer.cache.layers.values()})
-        pending = writer.pending()
-        handled, total = len(images.items) - len(pending), len(images.items)
-        batch_size = run.batch_size or resolved.batch_size
-        batches = load(images, pending, preprocessing, batch_size, run.workers, lambda digest: digest in donors)
-        for batch, features in engine.stream(batches):
-            writer.write(
-                batch.rows, dict(zip(names, features, strict=True)), batch.digests, batch.sizes, batch.mtimes_ns
-            )
-            _write_copies(writer, batch, donors)
-            for failure in batch.failures:
-                if run.on_error == "stop":
-                    raise SourceError(
-                        f"{images.items[failure.row].uri}: {failure.reason}; mend or remove it, or use --on-error skip"
-                    )
-                digest = None if failure.digest is None else np.frombuffer(failure.digest, np.uint8)
-                writer.fail(failure.row, failure.reason, digest, failure.size, failure.mtime_ns)
-            computed += len(batch.rows)
-            handled += len(batch.rows) + len(batch.duplicates) + len(batch.known) + len(batch.failures)
-            run.progress(handled, total, writer.cache.handles["backbone"])
-    drop_redundant(writer.cache.path)
-    return _result(writer.cache.path, computed, time.perf_counter() - started)
+def _fill(images: ImageSource, fillings: Sequence[Filling], run: _Run, clock: Clock) -> float:
+    """Stream the rows that any file lacks through one decode into all files; return the seconds it took."""
+    began = time.perf_counter()
+    shared = {filling.preprocessing.geometry: filling.preprocessing for filling in fillings}
+    place = {geometry: number for number, geometry in enumerate(shared)}
+    pending = np.flatnonzero(np.any([filling.pending for filling in fillings], axis=0))
+    handled, total = len(images.items) - len(pending), len(images.items)
+    text = ", ".join(dict.fromkeys(filling.writer.cache.handles["backbone"] for filling in fillings))
+    batch_size = run.batch_size or fillings[0].engine.resolved.batch_size
 
+    def known(digest: bytes) -> bool:
+        return all(filling.knows(digest) for filling in fillings)
 
-def _write_copies(writer: CacheWriter, batch: Batch, donors: Donors) -> None:
-    """Write the rows of a batch whose features exist already: seen before in this run, or in any file of the folder."""
-    copies: list[Duplicate | Known] = [*batch.duplicates, *batch.known]
-    if not copies:
-        return
-    twins = [copy.of for copy in batch.duplicates]
-    given = [donors[copy.digest] for copy in batch.known]
-    features = {
-        name: np.concatenate([writer.read(name, twins), *(donor[name][None] for donor in given)])
-        for name in writer.cache.layers
-    }
-    digests = np.frombuffer(b"".join(copy.digest for copy in copies), np.uint8).reshape(len(copies), -1)
-    sizes, mtimes = [copy.size for copy in copies], [copy.mtime_ns for copy in copies]
-    writer.write([copy.row for copy in copies], features, digests, sizes, mtimes)
+    batches = load(images, pending, list(shared.values()), batch_size, run.workers, known)
+    waited = time.perf_counter()
+    for batch in batches:
+        clock.spend("decode", waited)
+        for filling in fillings:
+            filling.feed(batch, batch.pixels[place[filling.preprocessing.geometry]])
+        handled += len(batch.rows) + len(batch.duplicates) + len(batch.known) + len(batch.failures)
+        run.progress(handled, total, text, clock.bound)
+        waited = time.perf_counter()
+    for filling in fillings:
+        filling.drain()
+    return time.perf_counter() - began
 
 
 def _spec(backbone: Backbone, layer: str, request: Request, resolved: Resolved) -> LayerSpec:
@@ -283,7 +282,7 @@ def _check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | No
 
 
 def _provenance(resolved: Resolved) -> dict[str, Any]:
-    names = ("thawline", "torch", "torchvision", "timm", "numpy", "pillow")
+    names = ("thawline", "torch", "torchvision", "timm", "numpy", "pillow", "openvino")
     return {
         "engine": resolved.engine,
         "device": resolved.device,
@@ -294,11 +293,13 @@ def _provenance(resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def _result(path: Path, computed: int, seconds: float) -> ExtractResult:
-    file = open_cache(path)
+def _result(item: Path | Filling, seconds: float, clock: Clock) -> ExtractResult:
+    filling = item if isinstance(item, Filling) else None
+    file = open_cache(item.writer.cache.path if isinstance(item, Filling) else item)
+    computed = filling.computed if filling else 0
     done = int((file.states == DONE).sum())
     return ExtractResult(
-        path=str(path),
+        path=str(file.path),
         backbone=file.handles["backbone"],
         layers={name: info.dim for name, info in file.layers.items()},
         rows=file.n_rows,
@@ -308,6 +309,8 @@ def _result(path: Path, computed: int, seconds: float) -> ExtractResult:
         computed=computed,
         precision=next(iter(file.layers.values())).spec["precision"],
         engine=file.runs[-1]["engine"] if file.runs else "none",
-        seconds=seconds,
-        images_per_second=computed / seconds if seconds else 0.0,
+        seconds=seconds if filling else 0.0,
+        images_per_second=computed / seconds if computed else 0.0,
+        bound=clock.bound if computed else None,
+        notes=filling.engine.notes if filling else [],
     )

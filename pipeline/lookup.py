@@ -32,7 +32,7 @@ def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
         files = Catalog(folder).files
     except CacheError:  # nothing usable there yet; a damaged file of the very same name is refused when it is its turn
         return []
-    return [file for file in files if file.request.get("location") == images.location]
+    return [file for file in files if file.handles.get("location") == images.location]
 
 
 def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:

@@ -16,10 +16,10 @@ import numpy as np
 
 from features_cache import DONE, CacheFile, open_cache
 from pipeline.errors import EngineError
-from pipeline.extract import Progress, extract
+from pipeline.extract import extract
 from pipeline.heads.store import SavedModel, load_model
 from pipeline.images.source import open_source
-from pipeline.results import Prediction
+from pipeline.results import Prediction, Progress
 from pipeline.spec import DEFAULT_CACHE, LayerSpec
 
 WORTH_KEEPING = 1000

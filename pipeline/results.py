@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """How the stages tell how far they are: items done and in all, on what, and what bounds the speed if known."""
+
+    def __call__(self, done: int, total: int, text: str, bound: str = "", /) -> None:
+        """Show it."""
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -25,7 +32,11 @@ def _finite(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """One cache file after an extraction: ``rows = done + unreadable + pending``; done includes reused."""
+    """One cache file after an extraction: ``rows = done + unreadable + pending``; done includes reused.
+
+    `seconds` are those of the whole run, which several backbones share; `bound` is what it waited for most (``decode``,
+    ``model`` or ``disk``; ``None`` where nothing was computed), and `notes` what the user should know.
+    """
 
     path: str
     backbone: str
@@ -39,6 +50,8 @@ class ExtractResult:
     engine: str
     seconds: float
     images_per_second: float
+    bound: str | None
+    notes: list[str]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ DEFAULT_POOL = "avg"
 DEFAULT_CACHE = "thawline-cache"
 POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
 DECODE_POLICY = 1
 """Version of the rules in `pipeline.images`; raised whenever the same file could give other pixels."""
@@ -60,6 +61,11 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """All that decides about the pixels, which networks that agree in it can share."""
+        return self.size, self.resize, self.interpolation
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:

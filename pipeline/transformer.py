@@ -24,7 +24,7 @@ from pipeline.images.transform import prepare, resize_and_crop
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, Preprocessing
 
 if TYPE_CHECKING:
-    from pipeline.engines.torch_engine import TorchEngine
+    from pipeline.engines.engine import Engine
 
 AnyImage = str | PathLike[str] | Image.Image | np.ndarray
 KEPT = 4
@@ -108,11 +108,13 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         ThawlineError
             As in `fit`.
         """
+        from pipeline.engines.engine import stream
+
         images = _checked(X)
         extractor = self._extractor()
         parts = [np.empty((0, sum(extractor.dims.values())), np.float32)]
         with _RUNNING:
-            for _, features in extractor.engine.stream(_batches(images, extractor)):
+            for features in stream(extractor.engine, _batches(images, extractor)):
                 parts.append(np.concatenate(features, axis=1))
         return np.concatenate(parts)
 
@@ -138,7 +140,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 class _Extractor(NamedTuple):
     """A network ready to run, what its images must become, and the length of each layer's features."""
 
-    engine: TorchEngine
+    engine: Engine
     preprocessing: Preprocessing
     dims: dict[str, int]
     batch_size: int
@@ -156,13 +158,14 @@ def _load(
 ) -> _Extractor:
     from pipeline.backbones.graph import tap
     from pipeline.backbones.registry import load
+    from pipeline.engines.engine import build_engine
     from pipeline.engines.select import resolve
-    from pipeline.engines.torch_engine import TorchEngine
 
     resolved = resolve(engine, device, precision)
     backbone = load(name, size)
     network = tap(backbone, layer.split("+"), pool)
-    return _Extractor(TorchEngine(network, resolved), backbone.preprocessing, network.dims, resolved.batch_size)
+    built = build_engine(network, resolved, resolved.batch_size)
+    return _Extractor(built, backbone.preprocessing, network.dims, resolved.batch_size)
 
 
 def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
@@ -185,13 +188,7 @@ def _is_pixels(image: Any) -> bool:
     return image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
 
 
-class _Pixels(NamedTuple):
-    """A batch as the engine wants it: uint8 (k, h, w, 3)."""
-
-    pixels: np.ndarray
-
-
-def _batches(images: list[AnyImage], extractor: _Extractor) -> Iterator[_Pixels]:
+def _batches(images: list[AnyImage], extractor: _Extractor) -> Iterator[np.ndarray]:
     """Decode in threads, one batch ahead of the one that is being computed."""
     threads = ThreadPoolExecutor()
     ahead: list[Future[np.ndarray]] = []
@@ -201,9 +198,9 @@ def _batches(images: list[AnyImage], extractor: _Extractor) -> Iterator[_Pixels]
             chunk = enumerate(images[start : start + extractor.batch_size], start)
             ahead = [threads.submit(_pixels, image, place, extractor.preprocessing) for place, image in chunk]
             if current:
-                yield _Pixels(np.stack([future.result() for future in current]))
+                yield np.stack([future.result() for future in current])
         if ahead:
-            yield _Pixels(np.stack([future.result() for future in ahead]))
+            yield np.stack([future.result() for future in ahead])
     finally:
         threads.shutdown(cancel_futures=True)
 

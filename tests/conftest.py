@@ -1,11 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import cli
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep converted models out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user-cache")))
+        yield
 
 
 @pytest.fixture
@@ -24,3 +39,43 @@ def make_photos(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@dataclass
+class Finished:
+    """What a command printed and returned."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one document on stdout of a command that did not fail."""
+        assert self.returncode == 0, self.stderr
+        return json.loads(self.stdout)
+
+    def assert_one_line(self, *parts: str) -> None:
+        """Check that the command failed as every library error does."""
+        assert self.returncode == 1, self.stderr
+        assert self.stdout == ""
+        assert self.stderr.count("\n") == 1, self.stderr
+        for part in parts:
+            assert part in self.stderr
+
+
+@pytest.fixture
+def thawline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """Run a command as a user would, but in this process, which has its libraries loaded already."""
+
+    def run(*arguments: object, cwd: Path = Path()) -> Finished:
+        code, out, err = 0, io.StringIO(), io.StringIO()
+        monkeypatch.setattr("sys.argv", ["thawline", *map(str, arguments)])
+        with redirect_stdout(out), redirect_stderr(err), chdir(cwd):
+            try:
+                cli.main()
+            except SystemExit as exit_:
+                code = int(exit_.code or 0)
+        return Finished(code, out.getvalue(), err.getvalue())
+
+    return run

@@ -12,7 +12,8 @@ RANKS = [
     {"pipeline.errors", "pipeline.spec", "pipeline.results"},
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
-    {"pipeline.lookup"},
+    {"pipeline.lookup", "pipeline.overview"},
+    {"pipeline.filling"},
     {"pipeline.extract"},
     {"pipeline.fit", "pipeline.predict", "pipeline.transformer"},
     {"pipeline.reporting"},
@@ -25,6 +26,7 @@ MAY_IMPORT_AT_MODULE_LEVEL = {
     "torch": ("pipeline.backbones", "pipeline.engines"),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines"),
+    "openvino": ("pipeline.engines",),
     "h5py": ("features_cache",),
     "sklearn": ("pipeline.evaluation", "pipeline.heads", "pipeline.transformer", "pipeline.reporting"),
 }

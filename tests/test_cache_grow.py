@@ -356,8 +356,11 @@ def test_find_narrows_names_what_exists_and_lists_what_is_ambiguous(tmp_path: Pa
 
 def test_of_equivalent_files_the_fullest_is_found(tmp_path: Path) -> None:
     for name, count in (("a", 1), ("b", 3), ("c", 2)):
-        make(tmp_path / f"{name}.h5", dict(list(BASE.items())[:count]), handles={"source": name})
+        make(tmp_path / f"{name}.h5", dict(list(BASE.items())[:count]), handles={"source": "s"})
     assert Catalog(tmp_path).find("a").path.name == "b.h5"
-    assert Catalog(tmp_path).find("a", source="c").path.name == "c.h5"
-    with pytest.raises(AmbiguousCacheError, match="3 files"):
+    make(tmp_path / "d.h5", BASE, handles={"source": "s", "location": "/elsewhere"})
+    with pytest.raises(AmbiguousCacheError, match="location /elsewhere"):
+        Catalog(tmp_path).find("a")
+    assert Catalog(tmp_path).find("a", source="/elsewhere").path.name == "d.h5"
+    with pytest.raises(AmbiguousCacheError, match="4 files"):
         Catalog(tmp_path).find()

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor, fx, nn
 
 from pipeline.backbones.graph import tap
 from pipeline.backbones.registry import Backbone, load
+from pipeline.engines.engine import Engine, build_engine, stream
 from pipeline.engines.fold import folded
+from pipeline.engines.openvino_model import converted
 from pipeline.engines.select import Resolved, has_bf16, resolve
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import EngineError
@@ -22,16 +25,9 @@ LAYERS = ["stages", "penultimate", "logits", "input"]
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-class Batch(NamedTuple):
-    pixels: np.ndarray
-    number: int
-
-
-def batches(sizes: list[int], side: int = SIDE) -> list[Batch]:
+def batches(sizes: list[int], side: int = SIDE) -> list[np.ndarray]:
     rng = np.random.default_rng(1)
-    return [
-        Batch(rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8), number) for number, size in enumerate(sizes)
-    ]
+    return [rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8) for size in sizes]
 
 
 @cache
@@ -54,8 +50,8 @@ def plain_features(backbone: Backbone, pixels: np.ndarray) -> list[np.ndarray]:
         return [item.numpy() for item in tap(backbone, LAYERS)(torch.from_numpy(pixels))]
 
 
-def engine(backbone: Backbone, precision: str, device: str = "cpu") -> TorchEngine:
-    return TorchEngine(tap(backbone, LAYERS), resolve("torch", device, precision))
+def engine(backbone: Backbone, precision: str, device: str = "cpu", name: str = "torch") -> Engine:
+    return build_engine(tap(backbone, LAYERS), resolve(name, device, precision), 4)
 
 
 def count(body: nn.Module, kind: type[nn.Module]) -> int:
@@ -116,21 +112,22 @@ def test_what_cannot_be_folded_is_left() -> None:
 
 def test_a_tap_between_convolution_and_batch_norm_keeps_its_value() -> None:
     backbone = lively("resnet18")
-    pixels = batches([2])[0].pixels
+    (pixels,) = batches([2])
     layers = ["conv1", "bn1", "layer1.0.conv1", "layer1.0.bn1"]
     network = tap(backbone, layers)
     with torch.inference_mode():
         expected = network(torch.from_numpy(pixels))
-    ((_, features),) = TorchEngine(network, resolve("torch", "cpu", "fp32")).stream([Batch(pixels, 0)])
+    (features,) = stream(TorchEngine(network, resolve("torch", "cpu", "fp32"), 2), [pixels])
     for mine, theirs in zip(features, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
-def test_fp32_is_eager_fp32(name: str) -> None:
+def test_fp32_is_eager_fp32(name: str, kind: str) -> None:
     (batch,) = batches([3])
-    ((_, features),) = engine(lively(name), "fp32").stream([batch])
-    for mine, theirs in zip(features, plain_features(lively(name), batch.pixels), strict=True):
+    (features,) = stream(engine(lively(name), "fp32", name=kind), [batch])
+    for mine, theirs in zip(features, plain_features(lively(name), batch), strict=True):
         assert mine.dtype == np.float32
         assert mine.shape == theirs.shape
         assert np.abs(mine - theirs).max() <= 1e-4 * np.abs(theirs).max()
@@ -140,76 +137,152 @@ def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
 
 
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
-def test_bf16_is_close(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)  # emulated where there is none
+def test_bf16_is_close(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "openvino" and not has_bf16("cpu"):
+        pytest.skip("OpenVINO computes in fp32 where there is no bf16")
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)  # torch emulates it
     (batch,) = batches([2])
-    ((_, features),) = engine(lively(name), "bf16").stream([batch])
-    pairs = list(zip(features, plain_features(lively(name), batch.pixels), strict=True))
+    (features,) = stream(engine(lively(name), "bf16", name=kind), [batch])
+    pairs = list(zip(features, plain_features(lively(name), batch), strict=True))
     for mine, theirs in pairs:
         assert mine.dtype == np.float32
         assert cosines(mine, theirs).min() > 0.99
     assert any(not np.allclose(mine, theirs, rtol=1e-4) for mine, theirs in pairs[:-1])
-    np.testing.assert_allclose(*pairs[-1], rtol=1e-6, atol=1e-7)  # the input is never rounded
+    np.testing.assert_allclose(*pairs[-1], rtol=1e-6, atol=1e-6)  # the input is never rounded
 
 
 def test_the_input_layer_is_exact() -> None:
     backbone = lively("resnet18")
     (batch,) = batches([2])
-    ((_, (*_, features)),) = engine(backbone, "fp32").stream([batch])
-    normalised = (batch.pixels / 255 - backbone.preprocessing.mean) / backbone.preprocessing.std
+    ((*_, features),) = stream(engine(backbone, "fp32"), [batch])
+    normalised = (batch / 255 - backbone.preprocessing.mean) / backbone.preprocessing.std
     blocks = normalised.reshape(2, 32, 2, 32, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2).reshape(2, -1)
     np.testing.assert_allclose(features, blocks, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", [[], [0], [2, 0, 3, 1], [0, 0, 2], [1, 0]])
-def test_batches_come_back_in_order_and_whole(sizes: list[int]) -> None:
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
+@pytest.mark.parametrize("sizes", [[], [0], [2, 0, 3, 1, 4, 4, 4, 1, 2], [0, 0, 2], [1, 0]])
+def test_batches_come_back_in_order_and_whole(sizes: list[int], kind: str) -> None:
     given = batches(sizes)
-    results = list(engine(lively("resnet18"), "fp32").stream(iter(given)))
-    assert [batch.number for batch, _ in results] == list(range(len(sizes)))
-    for (batch, features), original in zip(results, given, strict=True):
-        assert batch is original
-        for mine, theirs in zip(features, plain_features(lively("resnet18"), original.pixels), strict=True):
+    results = list(stream(engine(lively("resnet18"), "fp32", name=kind), iter(given)))
+    for features, original in zip(results, given, strict=True):
+        for mine, theirs in zip(features, plain_features(lively("resnet18"), original), strict=True):
             assert mine.shape == theirs.shape
             assert mine.dtype == np.float32
             np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_pixels_need_be_neither_writable_nor_contiguous() -> None:
-    pixels = batches([4])[0].pixels[::2]
+@pytest.mark.parametrize("kind", ["torch", "openvino"])
+def test_pixels_need_be_neither_writable_nor_contiguous(kind: str) -> None:
+    pixels = batches([8])[0][::2]
     frozen = pixels.copy()
     frozen.flags.writeable = False
-    results = engine(lively("resnet18"), "fp32").stream([Batch(pixels, 0), Batch(frozen, 1)])
-    (_, first), (_, second) = results
+    first, second = stream(engine(lively("resnet18"), "fp32", name=kind), [pixels, frozen])
     assert all(np.array_equal(mine, theirs) for mine, theirs in zip(first, second, strict=True))
 
 
-def test_on_a_cpu_no_batch_is_asked_for_ahead_of_the_reader() -> None:
-    given = iter(batches([1, 1]))
-    stream = engine(lively("resnet18"), "fp32").stream(given)
-    assert next(stream)[0].number == 0
-    assert next(given).number == 1
-
-
 def test_an_error_of_the_source_reaches_the_reader_after_what_came_before() -> None:
-    def source() -> Iterator[Batch]:
+    def source() -> Iterator[np.ndarray]:
         yield from batches([1])
         raise OSError("gone")
 
-    stream = engine(lively("resnet18"), "fp32").stream(source())
-    assert next(stream)[0].number == 0
+    features = stream(engine(lively("resnet18"), "fp32"), source())
+    assert len(next(features)) == len(plain_features(lively("resnet18"), batches([1])[0]))
     with pytest.raises(OSError, match="gone"):
-        next(stream)
+        next(features)
 
 
 def test_an_engine_leaves_the_network_as_it_was() -> None:
     network = tap(lively("resnet18"), LAYERS)
     before = {key: item.clone() for key, item in network.state_dict().items()}
-    engine_of = TorchEngine(network, resolve("torch", "cpu", "fp32"))
-    list(engine_of.stream(batches([1])))
+    for kind in ("torch", "openvino"):
+        list(stream(build_engine(network, resolve(kind, "cpu", "fp32"), 1), batches([1])))
     after = network.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(item, after[key]) for key, item in before.items())
+
+
+class Loud(nn.Module):
+    """Stands for a network on a device whose memory holds two images."""
+
+    def __init__(self, network: nn.Module, room: int) -> None:
+        super().__init__()
+        self.network, self.room = network, room
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.network(pixels)
+
+
+def test_a_batch_without_memory_is_halved_until_it_fits() -> None:
+    (pixels,) = batches([7])
+    small = TorchEngine(tap(lively("resnet18"), LAYERS), resolve("torch", "cpu", "fp32"), 7)
+    small._call = Loud(small._network, room=2)
+    (features,) = stream(small, [pixels])
+    for mine, theirs in zip(features, plain_features(lively("resnet18"), pixels), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert [note.rpartition(": ")[2] for note in small.notes] == ["3 from then on", "1 from then on"]
+    small._call = Loud(small._network, room=0)
+    with pytest.raises(EngineError, match="no memory for one image of resnet18"):
+        list(stream(small, [pixels]))
+
+
+def test_a_compiled_engine_meets_one_shape_only() -> None:
+    compiled = TorchEngine(tap(lively("resnet18"), LAYERS), Resolved("compile", "cpu", "fp32"), 4)
+    shapes = []
+
+    def call(pixels: Tensor) -> tuple[Tensor, ...]:
+        shapes.append(tuple(pixels.shape))
+        return compiled._network(pixels)  # what the compiler would make of it takes a minute
+
+    compiled._call = call
+    given = batches([4, 1, 3])
+    for features, pixels in zip(stream(compiled, given), given, strict=True):
+        for mine, theirs in zip(features, plain_features(lively("resnet18"), pixels), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+    assert set(shapes) == {(4, SIDE, SIDE, 3)}
+
+
+def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such operation\nmore")
+
+    monkeypatch.setattr("pipeline.engines.openvino_model.convert", fail)
+    built = build_engine(tap(lively("resnet18"), ["layer2"]), resolve("openvino", "cpu", "fp32"), 2)
+    assert built.resolved == Resolved("torch", "cpu", "fp32")
+    assert built.notes == ["OpenVINO cannot run resnet18@random:0, so torch computes: no such operation"]
+    (pixels,) = batches([2])
+    ((features,),) = stream(built, [pixels])
+    with torch.inference_mode():
+        (expected,) = tap(lively("resnet18"), ["layer2"])(torch.from_numpy(pixels))
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_converted_models_are_kept_and_the_least_used_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.engines.openvino_model.KEPT", 2)
+    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+
+    def names() -> set[str]:
+        return {path.name for path in (tmp_path / "openvino").iterdir()}
+
+    converted(tap(lively("resnet18"), ["conv1"]), 1)
+    (first,) = names()
+    os.utime(tmp_path / "openvino" / first, (1, 1))
+    converted(tap(lively("resnet18"), ["layer1"]), 1)
+    (second,) = names() - {first}
+    os.utime(tmp_path / "openvino" / second, (2, 2))
+    monkeypatch.setattr("pipeline.engines.openvino_model.convert", None)  # may not be needed
+    converted(tap(lively("resnet18"), ["conv1"]), 1)
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.engines.openvino_model.KEPT", 2)
+    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+    converted(tap(lively("resnet18"), ["layer2"], "max"), 1)
+    assert first in names()
+    assert second not in names()
+    assert len(names()) == 2
 
 
 # What a run gets
@@ -220,7 +293,7 @@ def test_auto_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for bf16, precision in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device, bf16=bf16: bf16)
         resolved = resolve()
-        assert (resolved.engine, resolved.device, resolved.precision) == ("torch", "cpu", precision)
+        assert (resolved.engine, resolved.device, resolved.precision) == ("openvino", "cpu", precision)
     assert resolve(precision="fp32").precision == "fp32"
 
 
@@ -228,7 +301,9 @@ def test_auto_takes_cuda_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)
-    assert resolve().device == "cuda"
+    assert (resolve().engine, resolve().device) == ("torch", "cuda")
+    with pytest.raises(EngineError, match=r"openvino.*cuda"):
+        resolve("openvino")
     assert resolve(device="cuda:1", precision="fp16").precision == "fp16"
     with pytest.raises(EngineError, match="cuda:2"):
         resolve(device="cuda:2")
@@ -284,9 +359,8 @@ def test_batches_are_larger_on_a_gpu() -> None:
 @pytest.mark.parametrize(("precision", "least"), [("fp32", 0.9999), ("bf16", 0.99), ("fp16", 0.99)])
 def test_cuda_agrees_with_the_cpu(precision: str, least: float) -> None:
     given = batches([3, 0, 2, 1])
-    results = list(engine(lively("resnet18"), precision, "cuda").stream(given))
-    assert [batch.number for batch, _ in results] == [0, 1, 2, 3]
-    for (_, features), batch in zip(results, given, strict=True):
-        for mine, theirs in zip(features, plain_features(lively("resnet18"), batch.pixels), strict=True):
+    results = list(stream(engine(lively("resnet18"), precision, "cuda"), given))
+    for features, pixels in zip(results, given, strict=True):
+        for mine, theirs in zip(features, plain_features(lively("resnet18"), pixels), strict=True):
             assert mine.shape == theirs.shape
             assert not len(mine) or cosines(mine, theirs).min() > least

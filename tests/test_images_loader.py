@@ -77,7 +77,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def summary(batches: list[Batch]) -> list[object]:
     return [
-        (b.rows.tolist(), b.pixels.tobytes(), b.digests.tobytes(), b.sizes.tolist(), b.duplicates, b.failures, b.known)
+        (
+            b.rows.tolist(),
+            b.pixels[0].tobytes(),
+            b.digests.tobytes(),
+            b.sizes.tolist(),
+            b.duplicates,
+            b.failures,
+            b.known,
+        )
         for b in batches
     ]
 
@@ -88,32 +96,41 @@ def summary(batches: list[Batch]) -> list[object]:
 @pytest.mark.parametrize("workers", [1, 4])
 def test_full_batches_in_order(workers: int) -> None:
     levels = list(range(10, 33))
-    batches = list(load(source_of(levels), np.arange(23), SMALL, batch_size=5, workers=workers))
+    batches = list(load(source_of(levels), np.arange(23), [SMALL], batch_size=5, workers=workers))
     assert [len(batch.rows) for batch in batches] == [5, 5, 5, 5, 3]
     assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(23))
     for batch in batches:
         assert batch.rows.dtype == batch.sizes.dtype == batch.mtimes_ns.dtype == np.int64
-        assert batch.pixels.dtype == batch.digests.dtype == np.uint8
-        assert batch.pixels.shape == (len(batch.rows), 4, 5, 3)
-        np.testing.assert_array_equal(batch.pixels, np.zeros((1, 4, 5, 3)) + (batch.rows + 10)[:, None, None, None])
+        assert batch.pixels[0].dtype == batch.digests.dtype == np.uint8
+        assert batch.pixels[0].shape == (len(batch.rows), 4, 5, 3)
+        np.testing.assert_array_equal(batch.pixels[0], np.zeros((1, 4, 5, 3)) + (batch.rows + 10)[:, None, None, None])
         assert [bytes(row) for row in batch.digests] == [digest(levels[row]) for row in batch.rows]
         assert batch.sizes.tolist() == (100 + batch.rows).tolist()
         assert batch.mtimes_ns.tolist() == (1000 + batch.rows).tolist()
 
 
+def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
+    levels = [7, *range(20, 20 + 100), *[7] * 1500]
+    batches = list(
+        load(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
+    )
+    assert [len(batch.rows) for batch in batches] == [1, 0, 0, 0]
+    assert [len(batch.known) + len(batch.duplicates) for batch in batches] == [512, 512, 512, 64]
+
+
 def test_only_the_rows_asked_in_the_order_asked() -> None:
-    batches = list(load(source_of(list(range(50))), [40, 3, 17], SMALL, batch_size=2))
+    batches = list(load(source_of(list(range(50))), [40, 3, 17], [SMALL], batch_size=2))
     assert [batch.rows.tolist() for batch in batches] == [[40, 3], [17]]
-    assert [batch.pixels[0, 0, 0, 0] for batch in batches] == [40, 17]
+    assert [batch.pixels[0][0, 0, 0, 0] for batch in batches] == [40, 17]
 
 
 def test_no_rows_no_batches() -> None:
-    assert list(load(source_of([1, 2]), [], SMALL, batch_size=2)) == []
+    assert list(load(source_of([1, 2]), [], [SMALL], batch_size=2)) == []
 
 
 def test_duplicates_and_failures() -> None:
     levels = [7, BAD, 7, MISSING, 9, BAD, 9, MISSING, 7]
-    (batch,) = load(source_of(levels), range(9), SMALL, batch_size=4, workers=3)
+    (batch,) = load(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
     assert batch.rows.tolist() == [0, 4]
     assert batch.duplicates == [
         (2, 0, digest(7), 102, 1002),
@@ -135,7 +152,7 @@ def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         pipeline.images.stages, "prepare", lambda data, wanted: decoded.append(data) or prepare(data, wanted)
     )
-    batches = list(load(source_of([5, 6] * 30), range(60), SMALL, batch_size=1, workers=4))
+    batches = list(load(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
     assert sorted(decoded) == sorted([FILES[5], FILES[6]])
     assert sum(len(batch.duplicates) for batch in batches) == 58
 
@@ -147,7 +164,7 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(key)
         return key in {digest(1), digest(BAD)}
 
-    (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), SMALL, batch_size=9, workers=2, known=known)
+    (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
     assert asked == [digest(level) for level in (1, 2, BAD, 1, 3)]
     assert batch.rows.tolist() == [1, 5]
     assert batch.known == [(0, digest(1), 100, 1000), (2, digest(BAD), 102, 1002), (3, digest(1), 103, 1003)]
@@ -156,15 +173,15 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_without_pixels() -> None:
-    (batch,) = load(source_of([BAD, MISSING]), range(2), SMALL, batch_size=2)
+    (batch,) = load(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
     assert batch.rows.shape == batch.sizes.shape == batch.mtimes_ns.shape == (0,)
-    assert batch.pixels.shape == (0, 4, 5, 3)
+    assert batch.pixels[0].shape == (0, 4, 5, 3)
     assert batch.digests.shape == (0, 16)
     assert [failure.row for failure in batch.failures] == [0, 1]
 
 
 def test_what_follows_the_last_full_batch_comes_too() -> None:
-    batches = list(load(source_of([1, 2, 2, BAD]), range(4), SMALL, batch_size=2))
+    batches = list(load(source_of([1, 2, 2, BAD]), range(4), [SMALL], batch_size=2))
     assert [batch.rows.tolist() for batch in batches] == [[0, 1], []]
     assert [duplicate.row for duplicate in batches[1].duplicates] == [2]
     assert [failure.row for failure in batches[1].failures] == [3]
@@ -177,7 +194,7 @@ def test_what_follows_the_last_full_batch_comes_too() -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_number_of_workers_changes_nothing(levels: list[int], batch_size: int) -> None:
     one, four = (
-        list(load(source_of(levels), range(len(levels)), SMALL, batch_size, workers, lambda key: key == digest(3)))
+        list(load(source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key: key == digest(3)))
         for workers in (1, 4)
     )
     assert summary(one) == summary(four)
@@ -195,7 +212,7 @@ def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
     source = open_source(root)
     (root / "a/1.png").unlink()
     (root / "b/2.png").write_bytes(b"")
-    (batch,) = load(source, range(6), SMALL, batch_size=8)
+    (batch,) = load(source, range(6), [SMALL], batch_size=8)
     assert batch.rows.tolist() == [0, 2, 3, 4]
     assert [(failure.row, failure.reason) for failure in batch.failures] == [(1, "no such file"), (5, "empty file")]
     assert batch.sizes.tolist() == [source.items[row].size for row in batch.rows]
@@ -214,7 +231,7 @@ def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
     begun: set[int] = set()
     levels = list(range(200))
     window = WINDOW_BATCHES * max(batch_size, workers)
-    with closing(load(source_of(levels, begun.add), range(200), SMALL, batch_size, workers)) as batches:
+    with closing(load(source_of(levels, begun.add), range(200), [SMALL], batch_size, workers)) as batches:
         for number in range(1, 4):
             next(batches)
             ahead = number * batch_size + window
@@ -241,7 +258,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    batches = list(load(source_of(list(range(200)), begun.add), range(200), SMALL, batch_size=64, workers=workers))
+    batches = list(load(source_of(list(range(200)), begun.add), range(200), [SMALL], batch_size=64, workers=workers))
     watcher.join()
     assert found == [limit]
     assert sum(len(batch.rows) for batch in batches) == 200
@@ -253,7 +270,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("taken", [0, 1, 3])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_early_close(taken: int, workers: int) -> None:
-    batches = load(source_of(list(range(200))), range(200), SMALL, batch_size=4, workers=workers)
+    batches = load(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=workers)
     assert len([next(batches) for _ in range(taken)]) == taken
     batches.close()
     assert next(batches, None) is None
@@ -261,7 +278,7 @@ def test_an_early_close(taken: int, workers: int) -> None:
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_the_consumer_is_interrupted(interruption: type[BaseException]) -> None:
-    batches = load(source_of(list(range(200))), range(200), SMALL, batch_size=4, workers=2)
+    batches = load(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=2)
     next(batches)
     with pytest.raises(interruption):
         batches.throw(interruption())
@@ -275,7 +292,7 @@ def test_control_c_while_waiting() -> None:
             time.sleep(0.05)
 
     with pytest.raises(KeyboardInterrupt):
-        list(load(source_of(list(range(30)), interrupt), range(30), SMALL, batch_size=2, workers=2))
+        list(load(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("in a reader"), MemoryError(), KeyboardInterrupt()], ids=repr)
@@ -284,7 +301,7 @@ def test_what_a_reader_raises_reaches_the_consumer(error: BaseException) -> None
         if row == 11:
             raise error
 
-    batches = load(source_of(list(range(40)), fail), range(40), SMALL, batch_size=1, workers=2)
+    batches = load(source_of(list(range(40)), fail), range(40), [SMALL], batch_size=1, workers=2)
     with pytest.raises(type(error)) as caught:
         list(batches)
     assert caught.value is error
@@ -296,7 +313,7 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(pipeline.images.stages, "prepare", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
-        list(load(source_of(list(range(40))), range(40), SMALL, batch_size=3, workers=2))
+        list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
 
 
 def test_what_known_raises_reaches_the_consumer() -> None:
@@ -304,4 +321,4 @@ def test_what_known_raises_reaches_the_consumer() -> None:
         raise LookupError("in known")
 
     with pytest.raises(LookupError, match="in known"):
-        list(load(source_of(list(range(40))), range(40), SMALL, batch_size=3, workers=2, known=known))
+        list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2, known=known))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from pipeline.backbones.registry import Backbone
 from pipeline.backbones.stages import classifier_input, last_map, stages
 from pipeline.backbones.trace import SHAPE, Shape, Traced, tapped_graph
 from pipeline.errors import BackboneError
+from pipeline.spec import fingerprint_of
 
 INPUT = "input"
 PENULTIMATE = "penultimate"
@@ -142,6 +144,12 @@ class TappedNetwork(nn.Module):
 
     Attributes
     ----------
+    name : str
+        The backbone's handle.
+    identity : str
+        Digest of all that tells this network from another: weights, layers, pooling, preprocessing.
+    size : tuple of int
+        Height and width of the pixels.
     layers : tuple of str
         The layers, in the order of the results.
     dims : dict of str to int
@@ -158,6 +166,9 @@ class TappedNetwork(nn.Module):
         check_pool(pool)
         found = {layer: _find(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
         taps = {layer: item for layer, item in found.items() if item is not None}
+        self.name, self.size = backbone.handle, backbone.preprocessing.size
+        preprocessing = asdict(backbone.preprocessing)
+        self.identity = fingerprint_of([backbone.name, backbone.weights_digest, layers, pool, preprocessing])
         self.layers = layers
         self.dims = {
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)

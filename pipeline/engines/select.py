@@ -8,9 +8,8 @@ import torch
 
 from features_cache.errors import nearest
 from pipeline.errors import EngineError
-from pipeline.spec import PRECISIONS
+from pipeline.spec import ENGINES, PRECISIONS
 
-ENGINES = ("torch",)
 BATCH_SIZES = {"cpu": 8, "cuda": 128}
 """Images a batch where none are asked for; on a CPU, small batches stay in its cache (8 measured best)."""
 
@@ -22,7 +21,7 @@ class Resolved:
     Parameters
     ----------
     engine : str
-        One of `ENGINES`.
+        One of `pipeline.spec.ENGINES`.
     device : str
         ``"cpu"``, ``"cuda"`` or ``"cuda:INDEX"``.
     precision : str
@@ -50,7 +49,8 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     Parameters
     ----------
     engine : str, default "auto"
-        ``"torch"`` or ``"auto"``.
+        ``"openvino"`` (CPUs only), ``"torch"``, ``"compile"`` (torch, compiled first, which takes up to a minute), or
+        ``"auto"``: OpenVINO on a CPU, torch on CUDA.
     device : str, default "auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:INDEX"`` or ``"auto"``: CUDA where there is a device.
     precision : str, default "auto"
@@ -61,8 +61,8 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     EngineError
         If this machine does not have it.
     """
-    if engine not in ("auto", *ENGINES):
-        expected = ", ".join(("auto", *ENGINES))
+    if engine not in ENGINES:
+        expected = ", ".join(ENGINES)
         raise EngineError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; expected one of {expected}")
     if precision not in PRECISIONS:
         expected = ", ".join(PRECISIONS)
@@ -76,7 +76,11 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
         raise EngineError(f"this machine's {found} does not compute bf16; use fp32 (or auto)")
     elif precision == "fp16" and found == "cpu":
         raise EngineError("fp16 is for CUDA devices only; on a CPU use fp32 or bf16 (or auto)")
-    return Resolved("torch", found, precision)
+    if engine == "openvino" and found != "cpu":
+        raise EngineError(f"the engine openvino runs on a CPU, not on {found}; use --device cpu, or the engine torch")
+    if engine == "auto":
+        engine = "openvino" if found == "cpu" else "torch"
+    return Resolved(engine, found, precision)
 
 
 def _device(device: str) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol, TypeVar
+import ctypes
+import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,79 +13,116 @@ from torch import Tensor, fx
 
 from pipeline.backbones.graph import TappedNetwork
 from pipeline.engines.fold import folded
+from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
+from pipeline.errors import EngineError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class HasPixels(Protocol):
-    """What the engine needs of a batch: `pixels`, uint8 (k, h, w, 3), k perhaps 0."""
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """The images."""
-
-
-BatchT = TypeVar("BatchT", bound=HasPixels)
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
 
 
 class _Running(NamedTuple):
-    """Features on their way to the host, complete when `done` has happened (None: at once)."""
+    """Parts of a batch, their features on the way to the host; each complete when `done` has happened."""
 
-    features: list[Tensor]
-    done: torch.cuda.Event | None
+    parts: list[tuple[list[Tensor], torch.cuda.Event | None]]
+    images: int
 
     def arrays(self) -> list[np.ndarray]:
-        if self.done is not None:
-            self.done.synchronize()
-        return [item.numpy() for item in self.features]
+        for _, done in self.parts:
+            if done is not None:
+                done.synchronize()
+        layers = zip(*(features for features, _ in self.parts), strict=True)
+        return [np.concatenate([item.numpy() for item in layer])[: self.images] for layer in layers]
 
 
 class TorchEngine:
-    """Runs one tapped network over batches.
+    """Runs one tapped network over batches; see `pipeline.engines.engine.Engine`.
 
     Parameters
     ----------
     network : TappedNetwork
         As `pipeline.backbones.graph.tap` returns it; it is not changed.
     resolved : Resolved
-        Device and precision, as `pipeline.engines.select.resolve` returns them.
+        Engine, device and precision. With the engine ``"compile"``, the first batch waits for the compiler.
+    batch_size : int
+        Images in the largest batch. A GPU without memory for it gets smaller ones from then on.
     """
 
-    def __init__(self, network: TappedNetwork, resolved: Resolved) -> None:
-        self._resolved = resolved
+    def __init__(self, network: TappedNetwork, resolved: Resolved, batch_size: int) -> None:
+        self.resolved = resolved
+        self.ahead = 0 if resolved.device_kind == "cpu" else 1
+        self.notes: list[str] = []
+        self._batch_size = self._limit = batch_size
         own = copy.deepcopy(network)
         if isinstance(own.body, fx.GraphModule):
             own.body = folded(own.body)
+        self._dims = list(own.dims.values())
         self._network = own.eval().to(memory_format=torch.channels_last).to(resolved.device)
+        self._call = torch.compile(self._network, dynamic=False) if resolved.engine == "compile" else self._network
+        if resolved.device == "cpu":
+            _keep_freed_memory()
 
-    def stream(self, batches: Iterable[BatchT]) -> Iterator[tuple[BatchT, list[np.ndarray]]]:
-        """Yield each batch with its features: one float32 (k, d) array for each layer, in order.
-
-        On CUDA a batch is handed out when the next one has been sent to the device.
-        """
-        ahead = 0 if self._resolved.device_kind == "cpu" else 1
-        running: deque[tuple[BatchT, _Running]] = deque()
-        for batch in batches:
-            running.append((batch, self._start(batch.pixels)))
-            if len(running) > ahead:
-                earlier, features = running.popleft()
-                yield earlier, features.arrays()
-        for earlier, features in running:
-            yield earlier, features.arrays()
-
-    def _start(self, pixels: np.ndarray) -> _Running:
+    def start(self, pixels: np.ndarray) -> _Running:
+        """Begin with uint8 (k, h, w, 3); on a CPU, compute them."""
         if not len(pixels):
-            return _Running([torch.empty(0, dim) for dim in self._network.dims.values()], None)
+            return _Running([([torch.empty(0, dim) for dim in self._dims], None)], 0)
+        parts = []
+        place = 0
+        while place < len(pixels):
+            part = pixels[place : place + self._limit]
+            try:
+                parts.append(self._compute(part))
+                place += len(part)
+            except torch.OutOfMemoryError as error:
+                self._shrink(len(part), error)
+        return _Running(parts, len(pixels))
+
+    def _compute(self, pixels: np.ndarray) -> tuple[list[Tensor], torch.cuda.Event | None]:
+        if self.resolved.engine == "compile":
+            pixels = padded(pixels, self._limit)  # another shape would be compiled again
         images = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-        kind, dtype = self._resolved.device_kind, _DTYPES.get(self._resolved.precision)
+        kind, dtype = self.resolved.device_kind, _DTYPES.get(self.resolved.precision)
         with torch.inference_mode(), torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None):
             if kind == "cpu":
-                return _Running(list(self._network(images)), None)
-            features = self._network(images.pin_memory().to(self._resolved.device, non_blocking=True))
+                return self._features(images), None
+            features = self._features(images.pin_memory().to(self.resolved.device, non_blocking=True))
             hosts = [torch.empty(item.shape, dtype=item.dtype, pin_memory=True) for item in features]
             for host, item in zip(hosts, features, strict=True):
                 host.copy_(item, non_blocking=True)
             done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self._resolved.device))
-            return _Running(hosts, done)
+            done.record(torch.cuda.current_stream(self.resolved.device))
+            return hosts, done
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        try:
+            return list(self._call(images))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise EngineError(
+                f"torch cannot compile {self._network.name} ({reason}): is there a C++ compiler? Use --engine torch"
+            ) from error
+
+    def _shrink(self, count: int, error: torch.OutOfMemoryError) -> None:
+        """Halve the batches after one of `count` images did not fit."""
+        if count == 1:
+            device = self.resolved.device
+            raise EngineError(
+                f"{device} has no memory for one image of {self._network.name}; use --device cpu"
+            ) from error
+        self._limit = count // 2
+        self.notes.append(
+            f"batches of {count} images do not fit into {self.resolved.device}: {self._limit} from then on"
+        )
+        torch.cuda.empty_cache()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep large buffers that were freed, which the next layer or batch needs again at once.
+
+    Otherwise each is mapped anew and every page of it faults: at batches of 64, half of ResNet-50's time.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries may not have it
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 1 << 30)
+            mallopt(_TRIM_THRESHOLD, 1 << 30)

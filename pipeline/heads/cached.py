@@ -108,7 +108,8 @@ def select(
     catalog : Catalog
         A folder of cache files, or one of them.
     layers : sequence of str, optional
-        Names; ``A+B`` joins. By default every layer of the one file that fits.
+        Names, or the aliases by which they were extracted (``stages``); ``A+B`` joins. By default every layer of the
+        files that fit, which must be of one source, backbone and pooling.
     source, backbone, pool : str, optional
         Handles that narrow the files.
 
@@ -120,13 +121,9 @@ def select(
         If joined files have different classes.
     """
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
-    if layers is None:
-        file = catalog.find(**narrowed)
-        table = _tabulate((file,))
-        return [Layer(name, ((file, info),), table) for name, info in file.layers.items()]
     tables: dict[tuple[CacheFile, ...], Table] = {}
     selected = []
-    for joined in dict.fromkeys(layers):
+    for joined in _names(catalog, catalog.fitting(**narrowed), layers):
         names = joined.split("+")
         files = [catalog.find(layer=name, **narrowed) for name in names]
         key = tuple(dict.fromkeys(files))
@@ -135,6 +132,17 @@ def select(
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
     return selected
+
+
+def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | None) -> list[str]:
+    """Return layer names, each once: all that `files` hold, or what was asked, aliases resolved."""
+    if asked is None:
+        if not catalog.is_one_cache(files):
+            raise catalog.ambiguous(files)
+        return list(dict.fromkeys(name for file in files for name in file.layers))
+    held = {name for file in files for name in file.layers}
+    aliases = {alias: names for file in files for alias, names in file.request.get("aliases", {}).items()}
+    return list(dict.fromkeys(name for one in asked for name in ([one] if one in held else aliases.get(one, [one]))))
 
 
 def require_finite(layer: Layer) -> None:

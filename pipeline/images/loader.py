@@ -19,6 +19,9 @@ from pipeline.images.outcomes import Decoded, Duplicate, Failure, Known, Outcome
 from pipeline.images.stages import Stages
 from pipeline.spec import Preprocessing
 
+MOST_OTHERS = 512
+"""Rows without an image in a batch: so many that are known already are written, and reported, together."""
+
 __all__ = ["Batch", "Duplicate", "Failure", "Known", "default_workers", "load"]
 
 
@@ -30,8 +33,9 @@ class Batch:
     ----------
     rows : np.ndarray
         (k,) int64, ascending in the order asked.
-    pixels : np.ndarray
-        (k, h, w, 3) uint8; k is the batch size, but for the last batch, where it may be less, even 0.
+    pixels : tuple of np.ndarray
+        (k, h, w, 3) uint8 for each preprocessing; k is the batch size but where many rows need no decoding, and for
+        the last batch: there it may be less, even 0.
     digests : np.ndarray
         (k, 16) uint8, blake2b-128 of each file's bytes.
     sizes, mtimes_ns : np.ndarray
@@ -45,7 +49,7 @@ class Batch:
     """
 
     rows: np.ndarray
-    pixels: np.ndarray
+    pixels: tuple[np.ndarray, ...]
     digests: np.ndarray
     sizes: np.ndarray
     mtimes_ns: np.ndarray
@@ -64,7 +68,7 @@ def default_workers() -> int:
 def load(
     source: ImageSource,
     rows: Sequence[int] | np.ndarray,
-    preprocessing: Preprocessing,
+    preprocessings: Sequence[Preprocessing],
     batch_size: int,
     workers: int | None = None,
     known: Callable[[bytes], bool] | None = None,
@@ -79,8 +83,8 @@ def load(
         Where the images are.
     rows : sequence of int
         Positions in ``source.items``.
-    preprocessing : Preprocessing
-        What the network expects.
+    preprocessings : sequence of Preprocessing
+        What the networks expect, those of equal geometry only once; a file is read once for all.
     batch_size : int
         Images in a batch; at least 1.
     workers : int, optional
@@ -92,34 +96,39 @@ def load(
     Yields
     ------
     Batch
-        With `batch_size` images, but for the last. A duplicate comes with its original or after it.
+        With `batch_size` images, but for the last and where `MOST_OTHERS` rows without any have gathered. A duplicate
+        comes with its original or after it.
     """
-    stages = Stages(source, [int(row) for row in rows], preprocessing, workers or default_workers(), batch_size, known)
+    numbers = [int(row) for row in rows]
+    stages = Stages(source, numbers, preprocessings, workers or default_workers(), batch_size, known)
     try:
-        yield from _batches(stages.outcomes(), preprocessing, batch_size)
+        yield from _batches(stages.outcomes(), preprocessings, batch_size)
     finally:
         stages.stop()
 
 
-def _batches(outcomes: Iterator[Outcome], preprocessing: Preprocessing, batch_size: int) -> Iterator[Batch]:
+def _batches(outcomes: Iterator[Outcome], preprocessings: Sequence[Preprocessing], batch_size: int) -> Iterator[Batch]:
     decoded: list[Decoded] = []
     others: list[Duplicate | Failure | Known] = []
     for outcome in outcomes:
-        if not isinstance(outcome, Decoded):
+        if isinstance(outcome, Decoded):
+            decoded.append(outcome)
+        else:
             others.append(outcome)
-            continue
-        decoded.append(outcome)
-        if len(decoded) == batch_size:
-            yield _batch(decoded, others, preprocessing)
+        if len(decoded) == batch_size or len(others) == MOST_OTHERS:
+            yield _batch(decoded, others, preprocessings)
             decoded, others = [], []
     if decoded or others:
-        yield _batch(decoded, others, preprocessing)
+        yield _batch(decoded, others, preprocessings)
 
 
-def _batch(decoded: list[Decoded], others: list[Duplicate | Failure | Known], preprocessing: Preprocessing) -> Batch:
-    pixels = np.empty((len(decoded), *preprocessing.size, 3), np.uint8)
+def _batch(
+    decoded: list[Decoded], others: list[Duplicate | Failure | Known], preprocessings: Sequence[Preprocessing]
+) -> Batch:
+    pixels = tuple(np.empty((len(decoded), *wanted.size, 3), np.uint8) for wanted in preprocessings)
     for number, image in enumerate(decoded):
-        pixels[number] = image.pixels
+        for place, prepared in enumerate(image.pixels):
+            pixels[place][number] = prepared
     return Batch(
         rows=np.array([image.row for image in decoded], np.int64),
         pixels=pixels,

@@ -8,10 +8,10 @@ import numpy as np
 
 
 class Decoded(NamedTuple):
-    """A row's pixels, (h, w, 3) uint8; size in bytes and time in nanoseconds as listed, here and below."""
+    """Pixels, uint8 (h, w, 3) for each preprocessing; size in bytes and time in nanoseconds as listed, as below."""
 
     row: int
-    pixels: np.ndarray
+    pixels: tuple[np.ndarray, ...]
     digest: bytes
     size: int
     mtime_ns: int

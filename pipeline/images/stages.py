@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Condition, Thread, current_thread
 from typing import NamedTuple
 
@@ -39,12 +39,12 @@ class Stages:
         self,
         source: ImageSource,
         rows: list[int],
-        preprocessing: Preprocessing,
+        preprocessings: Sequence[Preprocessing],
         workers: int,
         batch_size: int,
         known: Callable[[bytes], bool] | None,
     ) -> None:
-        self._source, self._rows, self._preprocessing, self._known = source, rows, preprocessing, known
+        self._source, self._rows, self._preprocessings, self._known = source, rows, preprocessings, known
         self._window = WINDOW_BATCHES * max(batch_size, workers)
         self._jobs_limit = workers
         self._changed = Condition()
@@ -157,7 +157,7 @@ class Stages:
             item = self._source.items[job.row]
             outcome: Outcome
             try:
-                pixels = prepare(job.data, self._preprocessing)
+                pixels = tuple(prepare(job.data, wanted) for wanted in self._preprocessings)
                 outcome = Decoded(job.row, pixels, job.digest, item.size, item.mtime_ns)
             except UnreadableImageError as error:
                 outcome = Failure(job.row, str(error), job.digest, item.size, item.mtime_ns)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 from rich.text import Text
+
+from pipeline.results import Progress
 
 
 class _Rate(ProgressColumn):
@@ -28,19 +30,26 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a ``progress(done, total, text)`` callable that draws one bar for each different `text`.
+def progress_bar() -> Iterator[Progress]:
+    """Yield a function that draws one bar for each different `text`.
 
     Nothing is drawn where stderr is not a terminal, so logs stay readable.
     """
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[bound]}"),
+    )
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as drawing:
+    with Bars(*columns, console=console, disable=not console.is_terminal) as drawing:
 
-        def report(done: int, total: int, text: str) -> None:
+        def report(done: int, total: int, text: str, bound: str = "") -> None:
             if text not in bars:
-                bars[text] = drawing.add_task(text, total=total)
-            drawing.update(bars[text], completed=done, total=total)
+                bars[text] = drawing.add_task(text, total=total, bound="")
+            drawing.update(bars[text], completed=done, total=total, bound=f"bound by {bound}" if bound else "")
 
         yield report

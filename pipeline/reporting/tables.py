@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from rich.table import Table
@@ -16,11 +16,17 @@ def extract_table(results: Iterable[ExtractResult]) -> Table:
     """One row for each cache file."""
     table = _table("cache", "backbone", "layers", "rows", "reused", "computed", "unreadable", "precision", "images/s")
     for result in results:
-        layers = ", ".join(f"{name} ({dim})" for name, dim in result.layers.items())
+        layers = layers_text(result.layers)
         counts = (result.rows, result.reused, result.computed, result.unreadable)
         rate = f"{result.images_per_second:.0f}" if result.computed else "-"
         table.add_row(result.path, result.backbone, layers, *map(str, counts), result.precision, rate)
     return table
+
+
+def layers_text(layers: Mapping[str, int], most: int = 3) -> str:
+    """Name layers with their dims, of many the first and the last."""
+    named = [f"{name} ({dim})" for name, dim in layers.items()]
+    return ", ".join(named) if len(named) <= most else f"{len(named)}: {named[0]} … {named[-1]}"
 
 
 def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[str]:

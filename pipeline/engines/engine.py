@@ -1,0 +1,78 @@
+"""What an engine is, and which one runs a network."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.backbones.graph import TappedNetwork
+from pipeline.engines.openvino_engine import OpenVinoEngine
+from pipeline.engines.select import Resolved
+from pipeline.engines.torch_engine import TorchEngine
+
+
+class Running(Protocol):
+    """A batch that is being computed."""
+
+    def arrays(self) -> list[np.ndarray]:
+        """Wait, and return a float32 (k, d) for each layer, in order; call it once."""
+
+
+class Engine(Protocol):
+    """Runs one tapped network.
+
+    Attributes
+    ----------
+    resolved : Resolved
+        What it really runs on.
+    ahead : int
+        Batches that may be started before the oldest one's arrays are asked for.
+    notes : list of str
+        What the user should know, a sentence each.
+    """
+
+    resolved: Resolved
+    ahead: int
+    notes: list[str]
+
+    def start(self, pixels: np.ndarray) -> Running:
+        """Begin with uint8 (k, h, w, 3); k is at most the batch size that the engine was built for, perhaps 0."""
+
+
+def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) -> Engine:
+    """Make a network ready to run.
+
+    Parameters
+    ----------
+    network : TappedNetwork
+        As `pipeline.backbones.graph.tap` returns it; it is not changed.
+    resolved : Resolved
+        As `pipeline.engines.select.resolve` returns it. A network that OpenVINO cannot convert runs on torch, and the
+        engine's `notes` say so.
+    batch_size : int
+        Images in the largest batch that will come.
+    """
+    if resolved.engine != "openvino":
+        return TorchEngine(network, resolved, batch_size)
+    try:
+        return OpenVinoEngine(network, resolved, batch_size)
+    except Exception as error:  # conversion fails in as many ways as there are networks
+        engine = TorchEngine(network, replace(resolved, engine="torch"), batch_size)
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        engine.notes.append(f"OpenVINO cannot run {network.name}, so torch computes: {reason}")
+        return engine
+
+
+def stream(engine: Engine, batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Yield the features of each batch of pixels, in order, as many batches being under way as the engine likes."""
+    running: deque[Running] = deque()
+    for pixels in batches:
+        running.append(engine.start(pixels))
+        if len(running) > engine.ahead:
+            yield running.popleft().arrays()
+    while running:
+        yield running.popleft().arrays()
