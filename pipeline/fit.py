@@ -30,17 +30,26 @@ class TestPredictions:
 
     Parameters
     ----------
-    uris : (n,) str
+    uris, groups : (n,) str
+        Names of the images, and of the groups they belong to; ``""`` is no group.
     y_true, y_pred : (n,) int64
         Class numbers.
-    probability : (n,) float64 or None
-        That of `y_pred`; ``None`` for heads without probabilities.
+    probabilities : (n, K) float64 or None
+        Of all classes, a line each row, as the head gives them; ``None`` for heads without probabilities.
     """
 
     uris: NDArray[np.str_]
+    groups: NDArray[np.str_]
     y_true: NDArray[np.int64]
     y_pred: NDArray[np.int64]
-    probability: NDArray[np.float64] | None
+    probabilities: NDArray[np.float64] | None
+
+    @property
+    def probability(self) -> NDArray[np.float64] | None:
+        """That of `y_pred` (n,)."""
+        if self.probabilities is None:
+            return None
+        return np.asarray(self.probabilities[np.arange(len(self.y_pred)), self.y_pred])
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +189,9 @@ def _result(cut: Cut, head: Head, outcome: Outcome) -> FitResult:
 
 def _predictions(cut: Cut, outcome: Outcome) -> TestPredictions:
     table, test = cut.layer.table, cut.splits.test
-    return TestPredictions(table.uris[test], table.labels[test], outcome.y_pred, outcome.probability)
+    return TestPredictions(
+        table.uris[test], table.groups[test], table.labels[test], outcome.y_pred, outcome.probabilities
+    )
 
 
 def _model(finished: Finished, layer: Layer, result: FitResult) -> SavedModel:

@@ -61,8 +61,8 @@ class Outcome:
     metrics : Metrics
         On test.
     y_pred : (m,) int64
-    probability : (m,) float64 or None
-        That of the predicted label.
+    probabilities : (m, K) float64 or None
+        Of all classes, where the head has probabilities.
     seconds : float
         Of preparing (all of it, also where other heads shared it), search, final training and test.
     pipeline : Pipeline or None
@@ -74,7 +74,7 @@ class Outcome:
     converged: bool
     metrics: Metrics
     y_pred: Ints
-    probability: NDArray[np.float64] | None
+    probabilities: NDArray[np.float64] | None
     seconds: float
     pipeline: Pipeline | None
 
@@ -142,7 +142,7 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outc
         converged,
         evaluate(rows.y_test, y_pred, n_classes, probabilities),
         y_pred,
-        None if probabilities is None else probabilities[np.arange(len(y_pred)), y_pred],
+        probabilities,
         rows.seconds + time.perf_counter() - began,
         _as_pipeline(rows.final, estimator) if keep else None,
     )
