@@ -18,8 +18,9 @@ from pipeline.comparing.jobs import extractions, finetunes, fits
 from pipeline.comparing.methods import boards
 from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.provenance import machine
-from pipeline.comparing.run import Failure, Progress, Work, run
+from pipeline.comparing.run import Failure, Work, run
 from pipeline.errors import RunFolderError
+from pipeline.results import Progress
 
 
 @dataclass(frozen=True)
@@ -209,5 +210,5 @@ def _report(work: Work, other: RunFolder | None, started: float) -> CompareRepor
     return CompareReport(results, work.failures, sentences, changes, work.computed, reused, seconds, files)
 
 
-def _silent(done: int, total: int, text: str) -> None:
+def _silent(done: int, total: int, text: str, bound: str = "") -> None:
     """Report nothing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -91,6 +91,7 @@ def fit(
     save: str | Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    on_result: Callable[[FitResult, TestPredictions], None] | None = None,
 ) -> FitReport:
     """Train every head on every layer with every seed and number of shots.
 
@@ -114,6 +115,8 @@ def fit(
         Fits at a time, each on one BLAS thread; by default one a core.
     progress : callable, optional
         Called as ``progress(done, total, text)`` after each fit.
+    on_result : callable, optional
+        Called as ``on_result(result, predictions)`` as soon as each fit is done, in the order in which they end.
 
     Raises
     ------
@@ -134,7 +137,13 @@ def fit(
     cuts = cut_layers(selected, seeds, shots)
     trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
     check_rows(trials)
-    finished = run_trials(trials, jobs, progress, keep=destination is not None)
+
+    def pass_on(place: int, outcome: Outcome) -> None:
+        if on_result is not None:
+            cut, head = trials[place]
+            on_result(_result(cut, head, outcome), _predictions(cut, outcome))
+
+    finished = run_trials(trials, jobs, progress, keep=destination is not None, finished=pass_on)
     pairs = list(zip(trials, finished.outcomes, strict=True))
     results = [_result(cut, head, outcome) for (cut, head), outcome in pairs]
     if destination is not None:

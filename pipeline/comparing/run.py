@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,10 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit, Job, finetunes, f
 from pipeline.comparing.plan import Line, Plan
 from pipeline.errors import RunFolderError
 from pipeline.images.source import ImageSource
-from pipeline.results import ExtractResult, to_json
+from pipeline.results import ExtractResult, FitResult, Progress, to_json
 
 if TYPE_CHECKING:
     from pipeline.fit import TestPredictions
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,11 @@ def run(work: Work) -> None:
     missing = [(key, line, job) for job, (key, line) in tunes.items() if not work.folder.has(key)]
     total = sum(map(len, pending.values())) + len(missing)
     for extraction, jobs in pending.items():
-        _fit_all(work, extraction, jobs, total)
+        found = work.features[extraction]
+        if found is not None:
+            _fit_all(work, found, jobs, total)
     for key, line, job in missing:
-        _attempt(work, [job], total, lambda jobs, key=key, line=line: _finetune(work, key, line, jobs[0]))
+        _attempt(work, {job: key}, total, partial(_finetune_one, work, line, total))
 
 
 def _extract_all(work: Work) -> dict[Extraction, str]:
@@ -139,69 +140,80 @@ def _extract(work: Work, group: Sequence[Extraction]) -> None:
     work.extracted += extract(first.source, backbones, asked.layers, asked.pool, progress=tell, **settings, **how)
 
 
-def _fit_all(work: Work, extraction: Extraction, jobs: Mapping[Fit, str], total: int) -> None:
-    """Fit layer by layer: what is lost to a kill is one layer's fits at most."""
-    found = work.features[extraction]
-    for layer in dict.fromkeys(job.layer for job in jobs):
-        for block in rectangles([job for job in jobs if job.layer == layer]):
-            _attempt(work, block, total, lambda block: _fit(work, found, block, jobs))
+def _fit_all(work: Work, found: Features, jobs: Mapping[Fit, str], total: int) -> None:
+    for block in rectangles(list(jobs)):
+        _attempt(work, {job: jobs[job] for job in block}, total, partial(_fit, work, found, total))
 
 
-def _attempt(work: Work, jobs: Sequence[Job], total: int, call: Callable[[Sequence[Any]], None]) -> None:
-    """Run jobs in one call, or, if that fails, each in its own, so that only those to blame fail."""
+def _attempt(work: Work, jobs: Mapping[Any, str], total: int, call: Callable[[Mapping[Any, str]], None]) -> None:
+    """Run jobs in one call, or, if that fails, those that are left each in its own: only what is to blame fails."""
     try:
         call(jobs)
     except RunFolderError:
         raise
     except Exception as error:
+        left = {job: key for job, key in jobs.items() if not work.folder.has(key)}
         if len(jobs) > 1:
-            for job in jobs:
-                _attempt(work, [job], total, call)
+            for job, key in left.items():
+                _attempt(work, {job: key}, total, call)
             return
-        work.failures.append(Failure(str(jobs[0]), reason_of(error)))
-    work.progress(work.computed + len(work.failures), total, "all jobs")
+        work.failures += [Failure(str(job), reason_of(error)) for job in left]
+        _tell(work, total)
 
 
-def _fit(work: Work, found: Features | None, block: Sequence[Fit], keys: Mapping[Fit, str]) -> None:
+def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> None:
     from pipeline.fit import fit
 
-    assert found is not None  # noqa: S101 - told apart by the caller
-    axes = [list(dict.fromkeys(values)) for values in zip(*(job[1:] for job in block), strict=True)]
-    jobs = work.plan.of("fit")[0].values.get("jobs", (None,))[0]
-    tell = _prefixed(work.progress, f"{block[0].extraction.request.backbone} ")
-    report = fit(found.catalog(), *axes, jobs=jobs, progress=tell)
-    source = work.images[block[0].extraction.source]
-    for job, result, predictions in zip(block, report.results, report.predictions, strict=True):
-        spec = found.files[job.layer.split("+")[0]].layers[job.layer.split("+")[0]].spec
+    keys = {(job.layer, job.head.removesuffix("/standard"), job.seed, job.shots): key for job, key in block.items()}
+    first = next(iter(block)).extraction
+    source = work.images[first.source]
+
+    def keep(result: FitResult, predictions: TestPredictions) -> None:
+        key = keys[result.layer, result.head, result.seed, result.shots]
+        part = result.layer.split("+")[0]
+        spec = found.files[part].layers[part].spec
         about = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
-        about["n_classes"] = len(report.classes)
-        _keep(work, {"key": keys[job], "source": source.name, **to_json(result), **about}, predictions)
+        _keep(work, {"key": key, **_common(source), **to_json(result), **about}, predictions, total)
+
+    axes = [list(dict.fromkeys(values)) for values in zip(*(job[1:] for job in block), strict=True)]
+    jobs = work.plan.of("fit")[0].how().get("jobs")
+    tell = _prefixed(work.progress, f"{first.request.backbone} ")
+    report = fit(found.catalog(), *axes, jobs=jobs, progress=tell, on_result=keep)
     work.notes += [note for note in report.notes if note not in work.notes]
 
 
-def _finetune(work: Work, key: str, line: Line, job: Finetune) -> None:
+def _finetune_one(work: Work, line: Line, total: int, block: Mapping[Finetune, str]) -> None:
     from pipeline.comparing.options import FINETUNE
     from pipeline.finetune import finetune
 
+    ((job, key),) = block.items()
     options = {FINETUNE[name].parameter: value for name, value in job.options}
     how = line.how() | {"output": work.cache(line)}
     tell = _prefixed(work.progress, f"finetune {options['backbone']} ")
     report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=tell, **options, **how)
-    record = {"key": key, "source": work.images[job.source].name, **to_json(report.results[0])}
-    record["n_classes"] = len(report.classes)
+    record = {"key": key, **_common(work.images[job.source]), **to_json(report.results[0])}
     record["options"] = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
-    _keep(work, record, report.predictions[0])
+    _keep(work, record, report.predictions[0], total)
     work.notes += [note for note in report.notes if note not in work.notes]
 
 
-def _keep(work: Work, record: Record, said: TestPredictions) -> None:
+def _common(source: ImageSource) -> Record:
+    return {"source": source.name, "n_classes": len(source.classes)}
+
+
+def _keep(work: Work, record: Record, said: TestPredictions, total: int) -> None:
     probability = None if said.probability is None else said.probability.astype(np.float32)
     work.folder.append(record, Judged(said.uris, said.y_true, said.y_pred, probability))
     work.computed += 1
+    _tell(work, total)
+
+
+def _tell(work: Work, total: int) -> None:
+    work.progress(work.computed + len(work.failures), total, "all jobs")
 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:
-    return lambda done, total, text: progress(done, total, f"{prefix}{text}")
+    return lambda done, total, text, bound="": progress(done, total, f"{prefix}{text}", bound)
 
 
 def reason_of(error: Exception) -> str:

@@ -83,7 +83,12 @@ def check_rows(trials: Sequence[tuple[Cut, Head]]) -> None:
 
 
 def run_trials(
-    trials: Sequence[tuple[Cut, Head]], jobs: int | None, progress: Progress | None, *, keep: bool
+    trials: Sequence[tuple[Cut, Head]],
+    jobs: int | None,
+    progress: Progress | None,
+    *,
+    keep: bool,
+    finished: Callable[[int, Outcome], None] | None = None,
 ) -> Finished:
     """Run all trials, several at a time.
 
@@ -96,6 +101,8 @@ def run_trials(
         Called as ``progress(done, total, "fit")``.
     keep : bool
         Whether to keep the best model.
+    finished : callable, optional
+        Called as ``finished(place, outcome)`` as soon as the trial at `place` is done.
     """
     outcomes: dict[int, Outcome] = {}
     best, model = (-math.inf, 0), None
@@ -113,6 +120,8 @@ def run_trials(
             if (score, -place) > best:
                 best, model = (score, -place), outcome.pipeline
             outcomes[place] = replace(outcome, pipeline=None)
+            if finished is not None:
+                finished(place, outcomes[place])
             if progress is not None:
                 progress(len(outcomes), len(trials), "fit")
     return Finished([outcomes[place] for place in range(len(trials))], -best[1], model)
