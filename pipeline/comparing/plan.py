@@ -151,7 +151,7 @@ def _values(
     if key not in options:
         homes = [name for name, known in TABLES.items() if key in known]
         hint = f"; it belongs into [[{homes[0]}]]" if homes else nearest(key, [*options, *(() if table else TABLES)])
-        raise plan.error(f"{where} has no key '{key}'{hint}", table, place, key)
+        raise plan.error(f"{where} has no key '{key}'{hint}", table or key, place, key)
     option = options[key]
     values = tuple(value) if isinstance(value, list) else (value,)
     if not values:

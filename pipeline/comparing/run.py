@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +137,10 @@ def _extract(work: Work, group: Sequence[Extraction]) -> None:
     backbones = [extraction.request.backbone for extraction in group]
     settings: dict[str, Any] = {"precision": asked.precision, "store": asked.store, "size": asked.size}
     tell = _prefixed(work.progress, "extract ")
-    work.extracted += extract(first.source, backbones, asked.layers, asked.pool, progress=tell, **settings, **how)
+    results = extract(first.source, backbones, asked.layers, asked.pool, progress=tell, **settings, **how)
+    sharing = max(1, sum(result.computed > 0 for result in results))  # of the seconds, which are the whole call's
+    work.extracted += [replace(result, seconds=result.seconds / sharing) for result in results]
+    work.notes += [note for result in results for note in result.notes if note not in work.notes]
 
 
 def _fit_all(work: Work, found: Features, jobs: Mapping[Fit, str], total: int) -> None:

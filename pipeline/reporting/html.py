@@ -22,6 +22,7 @@ from pipeline.images.source import ImageSource
 from pipeline.reporting.html_charts import (
     Chart,
     calibration_chart,
+    class_chart,
     contenders,
     cost_chart,
     depth_chart,
@@ -122,7 +123,7 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
     said = {score.first["key"]: folder.judged(score.first["key"]) for score in chosen}
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
-    charts.append(calibration_chart(chosen, said))
+    charts += [class_chart(chosen, said, classes), calibration_chart(chosen, said)]
     features = next(iter(seen.features.values()), None)
     if verdict.frozen is not None:
         charts.append(_map(verdict.frozen, seen, said[verdict.frozen.first["key"]]))

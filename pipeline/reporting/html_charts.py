@@ -15,6 +15,7 @@ from pipeline.comparing.methods import FINETUNE, HEAD, Board, Score, best_of
 from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
 
 MOST_LINES = len(SERIES)
+MOST_BARS = 20
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def cost_chart(board: Board, extraction: Mapping[str, float]) -> Chart:
         axes.margins(y=0.12)
         axes.grid(axis="x", color=GRID, which="major")
         _percent_axis(axes, "test accuracy, %")
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="best", fontsize=8)
         svg = to_svg(figure, "Test accuracy against seconds for every method; the numbers are in the table below.")
     order = sorted(range(len(scores)), key=lambda place: costs[place])
     marked = set(front.tolist())
@@ -197,10 +198,41 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> 
         axes.set_xlabel("mean probability of the predicted class")
         axes.set_ylabel("share that is right")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-        axes.legend(loc="upper left", fontsize=8)
+        axes.legend(loc="best", fontsize=8)
         svg = to_svg(figure, "Share of right answers against predicted probability; the numbers are in the table below.")
     caption = "Ten groups of test images by probability. Below the dashed line a model is surer than it is right."
     return Chart("Can its probabilities be trusted?", caption, svg, ("method", "sure", "right", "images"), rows)
+
+
+def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: Sequence[str]) -> Chart | None:
+    """Share of each class that is found, a mark for each method; of many classes the hardest; None without any."""
+    found = {}
+    for score in scores:
+        said = judged[score.first["key"]]
+        totals = np.bincount(said.y_true, minlength=len(classes))
+        right = np.bincount(said.y_true[said.right], minlength=len(classes))
+        found[score.method] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
+    worst = np.argsort(-next(iter(found.values())), kind="stable")
+    worst = worst[totals[worst] > 0][-MOST_BARS:]
+    with themed(5.4, max(2.6, 0.9 + 0.2 * len(worst))) as (figure, axes):
+        places = np.arange(len(worst))
+        for number, (method, recall) in enumerate(found.items()):
+            axes.plot(recall[worst], places, MARKERS[number], color=SERIES[number], markersize=7, label=method, alpha=0.9)
+        low = min(float(np.nanmin(recall[worst])) for recall in found.values())
+        axes.hlines(places, low - 0.02, 1, color=GRID, linewidth=1, zorder=0)
+        axes.set_yticks(places, [plain(classes[number])[:24] for number in worst])
+        axes.grid(visible=False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+        axes.set_xlabel("share of the class that is found (recall), %")
+        axes.legend(loc="best", fontsize=8)
+        svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
+    shown = list(found.items())
+    rows = [
+        (classes[number], int(totals[number]), *("–" if np.isnan(r[number]) else percent(r[number]) for _, r in shown))
+        for number in worst
+    ]
+    caption = "The hardest below." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
+    return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
 
 
 def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str], layer: str) -> Chart:
@@ -215,7 +247,7 @@ def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str],
             axes.scatter(*places[own].T, s=16, color=color, marker=marker, alpha=0.8, linewidths=0)
             if counts[number] and len(classes) <= 30:
                 axes.annotate(
-                    _plain(classes[number]), np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center"
+                    plain(classes[number]), np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center"
                 )
             wrong = int((own & ~said.right).sum())
             rows.append((classes[number], int(counts[number]), wrong))
@@ -279,6 +311,6 @@ def _percent_axis(axes: Any, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Return text that matplotlib does not take for mathematics."""
     return text.replace("$", r"\$")

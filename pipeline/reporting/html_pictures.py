@@ -124,6 +124,7 @@ def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.fl
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
 
     file = features.files[layer.split("+")[0]]
     row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}
@@ -135,7 +136,8 @@ def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.fl
     scaled = StandardScaler().fit_transform(matrix)
     reduced = PCA(min(50, *scaled.shape), random_state=0).fit_transform(scaled)
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
+    with threadpool_limits(1):  # more threads wait for one another on rows this few
+        places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
     probability = None if said.probability is None else said.probability[kept]
     return places, Judged(said.uris[kept], said.y_true[kept], said.y_pred[kept], probability)
 
