@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,20 +16,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 
 from features_cache import CacheLockedError
-from pipeline.compare import compare, dry_run
+from pipeline.compare import CompareReport, compare, dry_run
 from pipeline.comparing.answer import answer
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import boards
-from pipeline.comparing.paired import compare_scores, holm
+from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
 from pipeline.fit import fit
 from pipeline.results import to_json
 from pipeline.reporting.html_charts import pareto, reliability
 
 ROOT = Path(__file__).resolve().parents[1]
+Thawline = Callable[..., Any]
 PLAN = """\
 source = "photos"
 seed = [0, 1]
@@ -43,26 +45,52 @@ head = ["logreg", "centroid"]
 """
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compare") / "photos"
+    generator = np.random.default_rng(7)
+    for number, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = generator.integers(0, 120, (40, 48, 3))
+            pixels[..., number] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path) -> CompareReport:
+    """A whole run, made once; tests that go on from it copy its folder."""
+    plan = photos.parent / "plan.toml"
+    plan.write_text(PLAN)
+    return compare(plan, photos.parent / "run")
+
+
 @pytest.fixture
-def plan(make_photos: Callable[..., Path], tmp_path: Path) -> Path:
-    make_photos(each=8)
+def plan(photos: Path, tmp_path: Path) -> Path:
     path = tmp_path / "plan.toml"
-    path.write_text(PLAN)
+    path.write_text(PLAN.replace("photos", str(photos)))
     return path
+
+
+@pytest.fixture
+def run(finished: CompareReport, photos: Path, plan: Path, tmp_path: Path) -> Path:
+    """The finished run as if it were that of `plan`."""
+    copy = Path(shutil.copytree(photos.parent / "run", tmp_path / "run"))
+    document = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**document, "plan_file": str(plan)}))
+    return copy
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
 
 
-def test_a_run_holds_what_fit_returns_and_a_rerun_adds_nothing(
-    plan: Path, tmp_path: Path, thawline: Callable[..., Any]
-) -> None:
-    run = tmp_path / "run"
-    first = thawline("compare", plan, "-o", run, "--json").json
-    assert (first["computed"], first["reused"], first["failures"]) == (16, 0, [])
+def test_a_run_holds_what_fit_returns(finished: CompareReport, photos: Path) -> None:
+    run = photos.parent / "run"
+    assert (finished.computed, finished.reused, finished.failures) == (16, 0, [])
     records = lines_of(run)
-    assert first["results"] == records
+    assert finished.results == records
 
     alone = fit(run / "cache", heads=["logreg", "centroid"], seeds=[0, 1], shots=[2, "all"])
     same = ("backbone", "layer", "head", "seed", "shots", "n_train", "n_val", "n_test", "accuracy", "macro_f1")
@@ -77,30 +105,23 @@ def test_a_run_holds_what_fit_returns_and_a_rerun_adds_nothing(
     provenance = json.loads((run / "run.json").read_text())
     assert provenance["runs"][0]["versions"]["scikit-learn"]
 
+
+def test_a_rerun_adds_nothing_and_imports_nothing_heavy(finished: CompareReport, photos: Path) -> None:
+    plan, run = photos.parent / "plan.toml", photos.parent / "run"
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    again = thawline("compare", plan, "-o", run, "--json").json
-    assert (again["computed"], again["reused"]) == (0, 16)
-    assert again["answer"] == first["answer"]
-    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}, "nothing is touched"
-
-
-def test_a_rerun_with_nothing_to_do_imports_nothing_heavy(plan: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    compare(plan, run)
     code = (
         f"import sys; from pipeline.compare import compare; report = compare({str(plan)!r}, {str(run)!r})\n"
-        "assert report.computed == 0 and report.reused == 16\n"
-        "heavy = {'torch', 'timm', 'sklearn', 'matplotlib', 'jinja2', 'pandas'} & set(sys.modules); assert not heavy, heavy"
+        f"assert (report.computed, report.reused) == (0, 16) and report.answer == {finished.answer!r}\n"
+        "heavy = {'torch', 'timm', 'sklearn', 'matplotlib', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}, "nothing is touched"
 
 
-def test_after_a_kill_only_the_rest_is_done(plan: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    whole = {record["key"]: record for record in compare(plan, run).results}
-    text = (run / "results.jsonl").read_text()
-    lines = text.splitlines(keepends=True)
+def test_after_a_kill_only_the_rest_is_done(plan: Path, run: Path) -> None:
+    lines = (run / "results.jsonl").read_text().splitlines(keepends=True)
+    whole = {json.loads(line)["key"]: json.loads(line) for line in lines}
     (run / "results.jsonl").write_text("".join(lines[:9]) + lines[9][: len(lines[9]) // 2])  # a torn last line
     (run / "report.html").unlink()
     lost = json.loads(lines[3])["key"]
@@ -122,10 +143,8 @@ def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
         compare(plan, tmp_path / "run")
 
 
-def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    compare(plan, run)
-    plan.write_text(PLAN.replace('"centroid"', '"knn"'))
+def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
+    plan.write_text(plan.read_text().replace('"centroid"', '"knn"'))
     report = compare(plan, run)
     assert (report.computed, report.reused) == (8, 8)
     assert {record["head"] for record in lines_of(run)} == {"logreg", "knn"}
@@ -133,25 +152,27 @@ def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, tmp_
     assert {record["head"] for record in gone} == {"centroid"}
 
 
-def test_a_changed_image_runs_all_again(plan: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    compare(plan, run)
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "photos" / "red" / "0.png")
-    assert compare(plan, run).computed == 16
+def test_a_changed_image_runs_all_again(plan: Path, run: Path, photos: Path, tmp_path: Path) -> None:
+    changed = photos / "red" / "0.png"
+    before, times = changed.read_bytes(), changed.stat()
+    Image.new("RGB", (40, 40), "red").save(changed)
+    try:
+        assert compare(plan, run).computed == 16
+    finally:
+        changed.write_bytes(before)
+        os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def test_the_folder_of_another_plan_is_refused(plan: Path, tmp_path: Path, thawline: Callable[..., Any]) -> None:
-    run = tmp_path / "run"
-    compare(plan, run)
+def test_the_folder_of_another_plan_is_refused(plan: Path, run: Path, tmp_path: Path, thawline: Thawline) -> None:
     other = tmp_path / "other.toml"
-    other.write_text(PLAN.replace("[0, 1]", "[0]"))
+    other.write_text(plan.read_text().replace("[0, 1]", "[0]"))
     thawline("compare", other, "-o", run).assert_one_line("another plan", "plan.toml", "other.toml")
-    other.write_text(PLAN + "# the same in other words\n")
-    assert compare(other, run).computed == 0, "what counts is what a plan says"
+    plan.write_text(plan.read_text() + "# the same in other words\n")
+    assert compare(plan, run).computed == 0, "what counts is what a plan says"
 
 
 def test_a_failing_job_is_recorded_and_the_rest_goes_on(
-    plan: Path, tmp_path: Path, thawline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    plan: Path, run: Path, thawline: Thawline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = ModuleType("pipeline.finetune")
 
@@ -160,28 +181,29 @@ def test_a_failing_job_is_recorded_and_the_rest_goes_on(
 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
-    plan.write_text(PLAN + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nshots = "all"\nseed = 0\n')
-    run = tmp_path / "run"
+    tune = '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nshots = "all"\nseed = 0\n'
+    plan.write_text(plan.read_text() + tune)
     done = thawline("compare", plan, "-o", run, "--json")
     assert done.returncode == 1
     report = json.loads(done.stdout)
-    assert report["computed"] == 16
+    assert (report["computed"], report["reused"]) == (0, 16)
     (failure,) = report["failures"]
     assert failure["reason"] == "ZeroDivisionError: no luck with all"
     assert failure["job"] in done.stderr
     assert "ZeroDivisionError: no luck with all" in (run / "report.html").read_text()
 
 
-def test_only_the_backbone_that_fails_fails(plan: Path, tmp_path: Path) -> None:
+def test_only_the_backbone_that_fails_fails(plan: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"no weights")
-    plan.write_text(PLAN.replace('"resnet18@random:0"', '["resnet18@random:0", "resnet18@bad.pth"]'))
-    report = compare(plan, tmp_path / "run")
-    assert report.computed == 16
+    both = '["resnet18@random:0", "resnet18@bad.pth"]'
+    plan.write_text(plan.read_text().replace('"resnet18@random:0"', both))
+    report = compare(plan, run)
+    assert (report.computed, report.reused) == (0, 16)
     assert len(report.failures) == 16
     assert all("bad.pth" in failure.reason for failure in report.failures)
 
 
-def test_fine_tunes_are_compared_with_heads(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     module = ModuleType("pipeline.finetune")
 
@@ -202,30 +224,29 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, tmp_path: Path, monkeypa
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
     monkeypatch.setattr("pipeline.comparing.run.to_json", lambda result: {**to_json(result), "freeze": "all"})
-    plan.write_text(PLAN + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nseed = 0\n')
-    report = compare(plan, tmp_path / "run")
+    plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nseed = 0\n')
+    report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
     assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
 
 
-def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    planned = dry_run(plan, run)
+def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:
+    planned = dry_run(plan, tmp_path / "new")
     assert len(planned) == 1 + 16
     assert planned[0].bytes == 24 * (64 + 3072) * 4, "24 images, float32"
     assert all(job.seconds > 0 and not job.done for job in planned)
-    compare(plan, run)
     assert all(job.done for job in dry_run(plan, run))
 
 
-def test_against_another_run_names_what_changed(plan: Path, tmp_path: Path, thawline: Callable[..., Any]) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    compare(plan, one)
-    same = compare(plan, two, against=one).against
+def test_against_another_run_names_what_changed(
+    finished: CompareReport, photos: Path, plan: Path, run: Path, thawline: Thawline
+) -> None:
+    one = photos.parent / "run"
+    same = compare(plan, run, against=one).against
     assert same is not None
     assert (same.compared, same.changed) == (8, [])
-    assert "0 of 8 methods changed" in thawline("compare", plan, "-o", two, "--against", one).stdout
-    thawline("compare", plan, "-o", two, "--against", tmp_path / "oen").assert_one_line("oen", "one")
+    assert "0 of 8 methods changed" in thawline("compare", plan, "-o", run, "--against", one).stdout
+    thawline("compare", plan, "-o", run, "--against", photos.parent / "rnu").assert_one_line("rnu", "run")
 
 
 def record(key: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -274,11 +295,6 @@ def test_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
     assert paired is not None
     assert "3 seeds" in paired.test
     assert paired.p < 1e-6, "the same lead under every seed"
-
-
-def test_holm_is_that_of_statsmodels() -> None:
-    values = [0.04, 0.001, 0.3, 0.02, 0.02, 0.9]
-    assert holm(values) == pytest.approx(multipletests(values, method="holm")[1])
 
 
 def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int, int]) -> Any:

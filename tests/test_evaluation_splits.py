@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import FitError
+from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.leaks import join_units
-from pipeline.evaluation.splits import Splits, make_splits, stratified_folds
+from pipeline.evaluation.splits import Splits, make_splits
 
 
 def split(labels: Any, given_splits: Any = None, groups: Any = None, images: Any = None, **rest: Any) -> Splits:
@@ -197,7 +198,7 @@ def test_one_group_cannot_be_split() -> None:
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=50), st.integers(2, 5), st.integers(0, 3))
 def test_folds_part_the_rows_and_spread_each_class(labels: list[int], count: int, seed: int) -> None:
     array = np.array(labels)
-    folds = stratified_folds(array, count, seed)
+    folds = stratified_folds(array, np.arange(len(array)), count, seed)
     for rest, held in folds:
         assert sorted([*rest, *held]) == list(range(len(labels)))
         assert len(np.unique(array[rest])) > 1

@@ -13,8 +13,9 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
-from pipeline.heads import linear
+from pipeline.heads import linear, linear_svm
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
 from pipeline.heads.search import PATIENCE, Fold, make_fold, scale, search, train_final
 
@@ -49,9 +50,9 @@ def cold(models: Sequence[object], fold: Fold) -> list[int]:
 def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) -> None:
     fold, fresh, _ = digits(300, seed)
     choice = search(find_head("logreg"), [fold])
-    models = [LogisticRegression(C=c, tol=1e-8, max_iter=5000) for c in linear.C_GRID]
+    models = [LogisticRegression(C=c, tol=1e-8, max_iter=5000) for c in C_GRID]
     right = cold(models, fold)
-    chosen = linear.C_GRID.index(choice.params["C"])
+    chosen = C_GRID.index(choice.params["C"])
     assert right[chosen] == max(right)
     assert choice.score == pytest.approx(max(right) / 300)
     final = train_final(find_head("logreg"), choice.params, scale("none", fold.train, fresh, rotated=False), fold.y)
@@ -62,8 +63,8 @@ def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) 
 def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
     fold, fresh, _ = digits(400)
     svm = find_head("linear_svm")
-    steps = dict(zip(linear.C_GRID, svm.family.path(svm.family.grid(400), fold.train, fold.y, fold.held), strict=True))
-    for c in linear.C_GRID[:21:5]:
+    steps = dict(zip(C_GRID, svm.family.path(svm.family.grid(400), fold.train, fold.y, fold.held), strict=True))
+    for c in C_GRID[:21:5]:
         exact = LinearSVC(C=c, tol=1e-6, max_iter=20_000).fit(fold.train.astype(float), fold.y)
         assert (steps[c].predicted == exact.predict(fold.held)).mean() >= 0.995
         found = svm.family.fit({"C": c}, fold.train, fold.y).estimator
@@ -155,11 +156,13 @@ class Scripted(Family):
     def grid(self, n_rows: int) -> Sequence[Params]:
         return [{"number": number} for number in range(len(self.right))]
 
-    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
         for count in self.right:
             yield Step(np.arange(10) < count, self.saturated, converged=count != 3)
 
-    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         raise NotImplementedError
 
 
@@ -190,18 +193,20 @@ def test_candidates_at_their_iteration_limit_are_counted() -> None:
 @pytest.mark.parametrize("name", ["logreg", "linear_svm"])
 def test_an_iteration_limit_is_a_flag_and_no_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fold, _, _ = digits(200)
-    monkeypatch.setattr(linear, "MOST_ITERATIONS", 3)
+    for module in (linear, linear_svm):
+        monkeypatch.setattr(module, "MOST_ITERATIONS", 3)
     assert not find_head(name).family.fit({"C": 10.0}, fold.train, fold.y).converged
     assert search(find_head(name), [fold]).unconverged > 0
 
 
 def test_other_warnings_of_a_fit_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(self: object, train: Floats, y: Ints) -> None:
+    def fit(self: object, train: Floats, y: Ints, weight: Floats | None) -> None:
         warnings.warn("something else", UserWarning, stacklevel=1)
 
     monkeypatch.setattr(LogisticRegression, "fit", fit)
+    no_rows = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     with pytest.warns(UserWarning, match="something else"):
-        assert linear._fit_noting_convergence(LogisticRegression(), np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+        assert linear._fit_noting_convergence(LogisticRegression(), *no_rows, None)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +237,6 @@ def test_unknown_heads_name_the_nearest(name: str, message: str) -> None:
 
 
 def test_the_grid_is_the_published_one() -> None:
-    assert len(linear.C_GRID) == 45
-    assert (linear.C_GRID[0], linear.C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
-    assert np.diff(np.log10(linear.C_GRID)) == pytest.approx(11 / 44)
+    assert len(C_GRID) == 45
+    assert (C_GRID[0], C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
+    assert np.diff(np.log10(C_GRID)) == pytest.approx(11 / 44)

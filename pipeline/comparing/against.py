@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Score, boards
-from pipeline.comparing.paired import LEVEL, compare_scores, holm
+from pipeline.comparing.paired import LEVEL, compare_scores
+from pipeline.evaluation.comparisons import holm
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def fit_key(fit: Fit, features: Features) -> str:
             "rows": [_rows_digest(file) for file in dict.fromkeys(parts)],
             "layers": [file.layers[name].fingerprint for name, file in names],
             "head": fit.head.removesuffix("/standard"),
+            "options": fit.options,
             "seed": fit.seed,
             "shots": fit.shots,
         }

@@ -36,13 +36,14 @@ class Extraction:
 
 
 class Fit(NamedTuple):
-    """One head on one layer (or a join ``A+B``) with one seed and number of shots."""
+    """One head on one layer (or a join ``A+B``) with one seed and number of shots; `options` as `pipeline.fit.fit`'s."""
 
     extraction: Extraction
     layer: str
     head: str
     seed: int
     shots: Shots
+    options: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         source, backbone = self.extraction.source, self.extraction.request.backbone
@@ -112,7 +113,9 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
         asked = line.values.get("layer", tuple(aliases))
         layers = dict.fromkeys(layer for name in asked for layer in _resolve(plan, line, extraction, name, aliases))
         crossed = (line.values[key] for key in ("head", "seed", "shots"))
-        for fit in (Fit(extraction, *job) for job in itertools.product(layers, *crossed)):
+        how = line.how()
+        options = tuple((name, how[name]) for name in ("cv", "balanced", "drop_leaks") if how.get(name))
+        for fit in (Fit(extraction, *job, options) for job in itertools.product(layers, *crossed)):
             if fit in seen:
                 message = f"{fit.head} on {fit.layer}, seed {fit.seed}, shots {fit.shots} is asked for by two [[fit]]"
                 raise plan.error(message, "fit", line.place)
@@ -169,10 +172,8 @@ def rectangles(fits: Sequence[Fit]) -> list[list[Fit]]:
 
     Every group comes in the order in which `pipeline.fit.fit` returns its results.
     """
-    blocks: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
-    for job in fits:
-        blocks[job.layer, job.head, job.seed, job.shots] = ([job.layer], [job.head], [job.seed], [job.shots])
-    for axis in (3, 2, 1, 0):
+    blocks = {tuple(job[1:]): tuple([value] for value in job[1:]) for job in fits}
+    for axis in (3, 2, 1, 0):  # options stay apart
         merged: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
         for block in blocks.values():
             others = tuple(tuple(values) for place, values in enumerate(block) if place != axis)

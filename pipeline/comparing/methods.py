@@ -12,10 +12,13 @@ from pipeline.evaluation.intervals import wilson
 
 HEAD, FINETUNE = "head", "finetune"
 IDENTITY = (
-    "kind", "source", "backbone", "layer", "pool", "head", "freeze", "options", "size", "precision", "store",
+    "kind", "source", "backbone", "layer", "pool", "head", "freeze", "options", "balanced", "cv", "size", "precision",
+    "store",
 )  # fmt: skip
 """Keys of a record that tell methods apart; the rest is seed, labels, or outcome."""
 _SAID_ANYWAY = ("kind", "layer", "head", "freeze")
+_NAMES = ("backbone", "size", "precision", "store")
+_WORDS = {"balanced": "balanced", "cv": "cross-validated"}
 _SETTINGS = ("size", "precision", "store")
 
 
@@ -149,7 +152,8 @@ def name_of(record: Record, varying: Sequence[str] = ("backbone",), options: Seq
         words = {"all": "new top by backprop", "none": "whole network fine-tuned"}
         parts = [words.get(freeze, f"fine-tuned above {freeze}")]
         parts += [f"{key} {record['options'][key]}" for key in options if key in record["options"]]
-    parts += [_text(record[key]) for key in varying if key not in ("options", "pool") and record.get(key) is not None]
+    parts += [_text(record[key]) for key in varying if key in _NAMES and record.get(key) is not None]
+    parts += [word for key, word in _WORDS.items() if key in varying and record.get(key)]
     if "pool" in varying and record["kind"] == HEAD:
         parts.append(record["pool"])
     return ", ".join(parts)

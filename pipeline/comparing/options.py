@@ -98,6 +98,9 @@ FIT = {
     "layer": Option("layers", _text),
     "seed": _SEED,
     "shots": _SHOTS,
+    "cv": Option("cv", _whole(2), crossed=False),
+    "balanced": Option("balanced", _flag, default=False, crossed=False),
+    "drop-leaks": Option("drop_leaks", _flag, default=False, crossed=False),
     "jobs": Option("jobs", _whole(1), crossed=False),
 }
 FINETUNE = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,12 +71,3 @@ def compare_scores(a: Score, b: Score, judged: Callable[[str], Judged], judged_b
         differences = np.array([first.right[left].mean() - second.right[right].mean()])
     of_seed = f", seed {seeds[0]}" if len(seeds) > 1 else ""
     return Paired(float(differences.mean()), p, f"McNemar's exact test on {len(left)} test images{of_seed}")
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for their number (Holm 1979), in the order given."""
-    order = np.argsort(p_values, kind="stable")
-    steps = np.arange(len(p_values), 0, -1)
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = np.minimum(1, np.maximum.accumulate(np.asarray(p_values)[order] * steps))
-    return [float(p) for p in adjusted]

@@ -178,10 +178,11 @@ def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> N
         about = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
         _keep(work, {"key": key, **_common(source), **to_json(result), **about}, predictions, total)
 
-    axes = [list(dict.fromkeys(values)) for values in zip(*(job[1:] for job in block), strict=True)]
+    axes = [list(dict.fromkeys(values)) for values in zip(*(job[1:5] for job in block), strict=True)]
+    options = dict(next(iter(block)).options)
     jobs = work.plan.of("fit")[0].how().get("jobs")
     tell = _prefixed(work.progress, f"{first.request.backbone} ")
-    report = fit(found.catalog(), *axes, jobs=jobs, progress=tell, on_result=keep)
+    report = fit(found.catalog(), *axes, jobs=jobs, progress=tell, on_result=keep, **options)
     work.notes += [note for note in report.notes if note not in work.notes]
 
 

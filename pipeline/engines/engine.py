@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.backbones.graph import TappedNetwork
+from pipeline.engines.memory import keep_freed_memory
 from pipeline.engines.openvino_engine import OpenVinoEngine
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import TorchEngine
@@ -56,6 +57,7 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
     batch_size : int
         Images in the largest batch that will come.
     """
+    keep_freed_memory()
     if resolved.engine != "openvino":
         return TorchEngine(network, resolved, batch_size)
     try:

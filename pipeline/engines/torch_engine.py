@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +16,6 @@ from pipeline.engines.select import Resolved
 from pipeline.errors import EngineError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's names for mallopt
 
 
 class _Running(NamedTuple):
@@ -59,8 +56,6 @@ class TorchEngine:
         self._dims = list(own.dims.values())
         self._network = own.eval().to(memory_format=torch.channels_last).to(resolved.device)
         self._call = torch.compile(self._network, dynamic=False) if resolved.engine == "compile" else self._network
-        if resolved.device == "cpu":
-            _keep_freed_memory()
 
     def start(self, pixels: np.ndarray) -> _Running:
         """Begin with uint8 (k, h, w, 3); on a CPU, compute them."""
@@ -114,15 +109,3 @@ class TorchEngine:
             f"batches of {count} images do not fit into {self.resolved.device}: {self._limit} from then on"
         )
         torch.cuda.empty_cache()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep large buffers that were freed, which the next layer or batch needs again at once.
-
-    Otherwise each is mapped anew and every page of it faults: at batches of 64, half of ResNet-50's time.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries may not have it
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, 1 << 30)
-            mallopt(_TRIM_THRESHOLD, 1 << 30)

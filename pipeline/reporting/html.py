@@ -16,7 +16,8 @@ from pipeline.comparing.answer import Answer, answer, duration, extraction_secon
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import HEAD, Board, Score, boards, shots_order
-from pipeline.comparing.paired import LEVEL, compare_scores, holm
+from pipeline.comparing.paired import LEVEL, compare_scores
+from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
 from pipeline.images.source import ImageSource
 from pipeline.reporting.html_charts import (
