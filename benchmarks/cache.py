@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -152,7 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.extract:
         extract(arguments.extract[0], output=arguments.extract[1], **TINY)  # type: ignore[arg-type]
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+        status = Path("/proc/self/status").read_text()
+        print(int(status.partition("VmHWM:")[2].split()[0]) * 1.024e-3)
         return
     report = {}
     for name in arguments.part or parts:

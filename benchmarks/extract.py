@@ -2,7 +2,9 @@
 
 The plain recipe is a torchvision transform, a DataLoader (with no and with two workers; the better counts) and an
 eager float32 network with its classifier taken off. Ours is `pipeline.extract.extract`, cache file and all. Both start
-with the network loaded into memory; rounds alternate, medians are reported with the spread.
+with the network loaded into memory; rounds alternate, medians are reported with the spread. The bound is what decode
+(all cores decoding, no network) and model (batches in memory, no decode) allow together: 1 / (1 / model + 1 / decode).
+Last, a process of its own for one core and for all of them tells the speed and the peak memory.
 
     python benchmarks/extract.py [SOURCE] [--backbone NAME]... [--rounds 3] [--images 400]
 
@@ -15,10 +17,13 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -30,9 +35,13 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from pipeline.backbones.graph import tap
 from pipeline.backbones.registry import Backbone
 from pipeline.backbones.registry import load as load_backbone
+from pipeline.engines.engine import build_engine, stream
+from pipeline.engines.select import resolve
 from pipeline.extract import extract
+from pipeline.images.loader import default_workers, load
 from pipeline.images.source import open_source
 
 
@@ -86,6 +95,35 @@ def ours(source: Path, backbone: str) -> float:
         return extract(source, [backbone], output=cache)[0].images_per_second
 
 
+def decode_rate(source: Path, backbone: Backbone) -> float:
+    """Return images/s of reading and decoding alone."""
+    images = open_source(source)
+    start = time.perf_counter()
+    count = sum(len(batch.rows) for batch in load(images, range(len(images.items)), [backbone.preprocessing], 8))
+    return count / (time.perf_counter() - start)
+
+
+def model_rate(backbone: Backbone, seconds: float = 5.0) -> float:
+    """Return images/s of the engine alone, on batches in memory."""
+    resolved = resolve()
+    engine = build_engine(tap(backbone, ["penultimate"]), resolved, resolved.batch_size)
+    shape = (resolved.batch_size, *backbone.preprocessing.size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    list(stream(engine, [pixels] * 4))
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        count += sum(len(features) for features, *_ in stream(engine, [pixels] * 16))
+    return count / (time.perf_counter() - start)
+
+
+def in_a_process(source: Path, backbone: str, cores: int) -> dict[str, float]:
+    """Return images/s and peak memory of an extraction that may use so many cores."""
+    command = [sys.executable, __file__, str(source), "-b", backbone, "--child", str(cores)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
 def make_photos(folder: Path, count: int) -> None:
     """Write `count` different JPEG crops of two real photos, 400x533 pixels."""
     generator = np.random.default_rng(0)
@@ -106,39 +144,101 @@ def measure(rounds: int, runs: dict[str, Callable[[], float]]) -> dict[str, list
     return rates
 
 
+def compare(source: Path, name: str, rounds: int) -> dict[str, Any]:
+    """Measure one backbone in every way."""
+    backbone = load_backbone(name)
+    paths = [source / item.uri for item in open_source(source).items]
+    rates = measure(
+        rounds,
+        {
+            "plain0": lambda: plain(paths, backbone, 0),
+            "plain2": lambda: plain(paths, backbone, 2),
+            "thawline": lambda: ours(source, name),
+            "decode": lambda: decode_rate(source, backbone),
+            "model": lambda: model_rate(backbone),
+        },
+    )
+    middle = {key: statistics.median(values) for key, values in rates.items()}
+    bound = 1 / (1 / middle["model"] + 1 / middle["decode"])
+    cores = {count: in_a_process(source, name, count) for count in (1, default_workers())}
+    return {
+        "backbone": name,
+        "images": len(paths),
+        "rates": rates,
+        "ratio": middle["thawline"] / max(middle["plain0"], middle["plain2"]),
+        "bound": bound,
+        "share_of_bound": middle["thawline"] / bound,
+        "by_cores": cores,
+    }
+
+
+def table_of(report: list[dict[str, Any]]) -> Table:
+    """Return the report as a table of medians (lowest–highest)."""
+    columns = (
+        "plain, 0 workers",
+        "plain, 2 workers",
+        "thawline",
+        "ratio",
+        "model",
+        "decode",
+        "of bound",
+        "1 core",
+        "MB",
+    )
+    table = Table("backbone", *columns, title="images/s", box=None)
+    for entry in report:
+        cells = {
+            key: f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})"
+            for key, rates in entry["rates"].items()
+        }
+        one, *_, every = entry["by_cores"].values()
+        table.add_row(
+            entry["backbone"],
+            *(cells[key] for key in ("plain0", "plain2", "thawline")),
+            f"{entry['ratio']:.1f}",
+            *(f"{statistics.median(entry['rates'][key]):.0f}" for key in ("model", "decode")),
+            f"{entry['share_of_bound']:.0%}",
+            f"{one['images_per_second']:.0f}",
+            f"{every['peak_mb']:.0f}",
+        )
+    return table
+
+
 @click.command()
 @click.argument("source", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--backbone", "-b", "backbones", multiple=True, default=("efficientnet_lite0", "resnet50@random:0"))
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--images", default=400, show_default=True, help="How many photos to make when no SOURCE is given.")
-def main(source: Path | None, backbones: tuple[str, ...], rounds: int, images: int) -> None:
+@click.option("--child", type=int, hidden=True, help="Extract once, on so many cores.")
+def main(source: Path | None, backbones: tuple[str, ...], rounds: int, images: int, child: int | None) -> None:
     """Print a table and a JSON line."""
+    if child is not None and source is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:child])
+        rate = ours(source, backbones[0])
+        click.echo(json.dumps({"images_per_second": rate, "peak_mb": peak_mb()}))
+        return
     with tempfile.TemporaryDirectory() as folder:
         if source is None:
             source = Path(folder)
             make_photos(source, images)
-        items = open_source(source).items
-        paths = [source / item.uri for item in items]
-        table = Table("backbone", "plain, 0 workers", "plain, 2 workers", "thawline", "ratio", title="images/s")
-        report = []
-        for name in backbones:
-            backbone = load_backbone(name)
-            rates = measure(
-                rounds,
-                {
-                    "plain0": lambda backbone=backbone: plain(paths, backbone, 0),  # type: ignore[misc]
-                    "plain2": lambda backbone=backbone: plain(paths, backbone, 2),  # type: ignore[misc]
-                    "thawline": lambda name=name: ours(source, name),  # type: ignore[misc]
-                },
-            )
-            middle = {key: statistics.median(values) for key, values in rates.items()}
-            ratio = middle["thawline"] / max(middle["plain0"], middle["plain2"])
-            cells = [f"{middle[key]:.1f} ({min(rates[key]):.1f}–{max(rates[key]):.1f})" for key in rates]
-            table.add_row(name, *cells, f"{ratio:.1f}")
-            report.append({"backbone": name, "images": len(paths), "rates": rates, "ratio": ratio})
-    Console(width=110).print(table)
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+        report = [compare(source, name, rounds) for name in backbones]
+    Console(width=160).print(table_of(report))
+    machine = {"cpu": cpu_name(), "cores": default_workers(), "torch": torch.__version__}
     click.echo(json.dumps({"machine": machine, "results": report}))
+
+
+def peak_mb() -> float:
+    """Return the most memory that this process has held, in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1.024e-3
+
+
+def cpu_name() -> str:
+    """Return the processor's name and what of it computes bf16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    return f"{names[0] if names else platform.machine()}, {' '.join(sorted(flags & {'avx512_bf16', 'amx_bf16'}))}"
 
 
 if __name__ == "__main__":

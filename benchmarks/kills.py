@@ -164,7 +164,7 @@ def kill_extractions(kills: int, seed: int) -> dict[str, int]:
         photos = Path(name) / "photos"
         photos.mkdir()
         pixels = np.random.default_rng(seed)
-        for number in range(1500):
+        for number in range(600):
             Image.fromarray(pixels.integers(0, 256, (96, 96, 3), np.uint8)).save(photos / f"{number}.jpg")
 
         def command(cache: str) -> list[str]:
