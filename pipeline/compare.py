@@ -10,11 +10,11 @@ from typing import Any
 
 from pipeline.comparing.against import Against, compare_runs
 from pipeline.comparing.answer import answer, extraction_seconds
-from pipeline.comparing.check import check_heads, open_sources, sketch_features
+from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
 from pipeline.comparing.estimate import Planned, plan_extraction, plan_finetune, plan_fit
-from pipeline.comparing.features import finetune_key, fit_key
+from pipeline.comparing.features import Features, finetune_key, fit_key
 from pipeline.comparing.folder import Record, RunFolder, open_finished
-from pipeline.comparing.jobs import extractions, finetunes, fits
+from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits
 from pipeline.comparing.methods import boards
 from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.provenance import machine
@@ -103,13 +103,11 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
     Parameters and errors are those of `compare`.
     """
     work = _prepare(plan, output, None)
-    check_plan(work)
     folder, planned = work.folder, []
-    for extraction, found in work.features.items():
-        assert found is not None  # noqa: S101 - the check filled it in
+    for extraction, found, jobs in check_plan(work):
         n_images = len(work.images[extraction.source].items)
         planned.append(plan_extraction(extraction, found, n_images, folder))
-        for job in fits(work.plan, extraction, found.aliases):
+        for job in jobs:
             done = found.complete and folder.has(fit_key(job, found))
             planned.append(plan_fit(job, found, done, n_images, folder))
     for _, tune in finetunes(work.plan):
@@ -118,15 +116,16 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
     return planned
 
 
-def check_plan(work: Work) -> None:
-    """Raise `PlanError` unless all that the plan names exists; fills in what layers stand for."""
+def check_plan(work: Work) -> list[tuple[Extraction, Features, list[Fit]]]:
+    """Return what is extracted and fitted; raise `PlanError` unless all that the plan names exists."""
     check_heads(work.plan)
-    for extraction, found in work.features.items():
-        work.features[extraction] = found or sketch_features(work.plan, extraction)
-    for extraction, found in work.features.items():
-        for _ in fits(work.plan, extraction, found.aliases if found else {}):
-            pass  # whatever is wrong with one raises
-    finetunes(work.plan)
+    check_finetunes(work.plan)
+    checked = []
+    for extraction, known in work.features.items():
+        found = known or sketch_features(work.plan, extraction)
+        work.features[extraction] = found
+        checked.append((extraction, found, list(fits(work.plan, extraction, found.aliases))))
+    return checked
 
 
 def _prepare(path: str | Path, output: str | Path, progress: Progress | None) -> Work:

@@ -16,8 +16,9 @@ RANKS = [
     {"pipeline.filling"},
     {"pipeline.extract"},
     {"pipeline.fit", "pipeline.predict", "pipeline.transformer"},
+    {"pipeline.comparing"},
     {"pipeline.reporting"},
-    {"pipeline.demo"},
+    {"pipeline.compare", "pipeline.demo"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}

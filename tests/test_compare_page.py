@@ -150,7 +150,8 @@ def choose(page: Page, selector: str, value: str, event: str) -> None:
 def click(page: Page, name: str) -> str:
     """Press a column's button and return the direction that the column then tells."""
     script = """(name) => { const th = [...document.querySelectorAll('#results th')]
-      .find(th => th.textContent.trim() === name); th.querySelector('button').click(); return th.getAttribute('aria-sort'); }"""
+      .find(th => th.textContent.trim() === name);
+      th.querySelector('button').click(); return th.getAttribute('aria-sort'); }"""
     return str(page.run(f"({script})({json.dumps(name)})"))
 
 
@@ -181,7 +182,9 @@ def test_names_are_text_not_markup(page: Page) -> None:
 
 def test_nothing_is_requested_and_nothing_complains(page: Page) -> None:
     page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
-    requested = [event["params"]["request"]["url"] for event in page.events if event["method"] == "Network.requestWillBeSent"]
+    requested = [
+        event["params"]["request"]["url"] for event in page.events if event["method"] == "Network.requestWillBeSent"
+    ]
     assert all(url.startswith(("file:", "data:")) for url in requested), requested
     assert sum(url.startswith("file:") for url in requested) == 1, "the page itself"
     kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
@@ -261,7 +264,8 @@ CONTRAST = """(() => {
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.textContent.trim() || !element.checkVisibility() || ['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName)) continue;
+    if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+    if (['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName)) continue;
     const style = getComputedStyle(element);
     const ink = rgba(element.closest('svg') ? style.fill : style.color).slice(0, 3);
     const [a, b] = [light(ink), light(behind(element).slice(0, 3))].sort((x, y) => y - x);
@@ -276,8 +280,11 @@ CONTRAST = """(() => {
 def test_all_text_has_contrast(page: Page, scheme: str) -> None:
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.run("document.querySelectorAll('details').forEach(one => one.open = true)")
-    assert page.run("getComputedStyle(document.body).backgroundColor") == {
-        "light": "rgb(244, 246, 248)",
-        "dark": "rgb(13, 19, 27)",
-    }[scheme]
+    assert (
+        page.run("getComputedStyle(document.body).backgroundColor")
+        == {
+            "light": "rgb(244, 246, 248)",
+            "dark": "rgb(13, 19, 27)",
+        }[scheme]
+    )
     assert page.run(CONTRAST) == []

@@ -157,7 +157,9 @@ def test_a_plan_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_the_same_layer_of_two_extracts_is_a_duplicate(tmp_path: Path) -> None:
-    plan = read_plan(write(tmp_path, PLAN + '[[extract]]\nbackbone = "resnet18@random:0"\nlayer = "input"\nsize = 32\n'))
+    plan = read_plan(
+        write(tmp_path, PLAN + '[[extract]]\nbackbone = "resnet18@random:0"\nlayer = "input"\nsize = 32\n')
+    )
     with pytest.raises(PlanError, match=r"line 14: layer input .* twice"):
         extractions(plan)
 

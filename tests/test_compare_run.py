@@ -25,8 +25,8 @@ from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
 from pipeline.fit import fit
-from pipeline.results import to_json
 from pipeline.reporting.html_charts import pareto, reliability
+from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Thawline = Callable[..., Any]
@@ -332,8 +332,12 @@ def test_names_say_what_differs_and_nothing_else() -> None:
     plain = boards([record("x"), record("y", layer="c")])[0]
     assert plain.methods == ["logreg on b", "logreg on c"]
     tune = {"kind": "finetune", "freeze": "blocks.4"}
-    records = [record("x"), record("y", backbone="z", pool="max"), record("t", **tune, options={"lr": 0.1, "epochs": 3}),
-               record("u", **tune, options={"lr": 0.2, "epochs": 3})]  # fmt: skip
+    records = [
+        record("x"),
+        record("y", backbone="z", pool="max"),
+        record("t", **tune, options={"lr": 0.1, "epochs": 3}),
+        record("u", **tune, options={"lr": 0.2, "epochs": 3}),
+    ]
     assert boards(records)[0].methods == [
         "logreg on b, a, avg",
         "logreg on b, z, max",
@@ -349,9 +353,7 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 
 def test_reliability_counts_every_row_once() -> None:
     probability = np.array([0.05, 0.55, 0.58, 1.0], np.float32)
-    sure, right, counts = reliability(
-        Judged(np.array(list("abcd")), np.zeros(4, np.int64), np.array([0, 0, 1, 0]), probability)
-    )
+    sure, right, counts = reliability(probability, np.array([True, True, False, True]))
     assert counts.tolist() == [1, 2, 1]
     assert right.tolist() == [1.0, 0.5, 1.0]
     assert sure == pytest.approx([0.05, 0.565, 1.0])

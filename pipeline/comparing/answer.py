@@ -51,8 +51,7 @@ def answer(board: Board, judged: Judge, extraction: Mapping[str, float]) -> Answ
     frozen, tuned = board.best(HEAD), board.best(FINETUNE)
     if frozen and tuned:
         return _both(board, frozen, tuned, judged, extraction)
-    best = frozen or tuned
-    assert best is not None  # noqa: S101 - a board has results
+    best = frozen or tuned or next(iter(board.scores.values()))
     sentences = [_praise("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
     rival = _rival(board, best)
     paired = compare_scores(rival, best, judged) if rival else None

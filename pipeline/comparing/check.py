@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
-from pipeline.comparing.jobs import Extraction, Finetune
-from pipeline.comparing.options import TABLES
-from pipeline.comparing.plan import Line, Plan
+from pipeline.comparing.jobs import Extraction, finetunes
+from pipeline.comparing.plan import Plan
 from pipeline.images.source import ImageSource, open_source
 
 
@@ -67,6 +65,16 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
         resolve(how["engine"], how["device"], asked.precision)
         names = [name for group in aliases.values() for name in group]
         return Features(aliases, tap(backbone, names, asked.pool).dims, {}, complete=False)
+
+
+def check_finetunes(plan: Plan) -> None:
+    """Raise `PlanError` unless every network that is fine-tuned exists."""
+    for line, job in finetunes(plan):
+        from pipeline.backbones.registry import check_weights
+
+        backbone = str(dict(job.options)["backbone"])
+        with pointed(plan, "finetune", line.place, backbone):
+            check_weights(backbone)
 
 
 @contextmanager

@@ -19,7 +19,14 @@ DECODED = 250
 """Photos a second and core."""
 START = 3.0
 """Seconds to load a network."""
-SECONDS_A_VALUE = {"logreg": 1.2e-6, "linear_svm": 1.5e-5, "rbf_svm": 3e-6, "knn": 2e-8, "centroid": 1e-8, "ridge": 1e-7}
+SECONDS_A_VALUE = {
+    "logreg": 1.2e-6,
+    "linear_svm": 1.5e-5,
+    "rbf_svm": 3e-6,
+    "knn": 2e-8,
+    "centroid": 1e-8,
+    "ridge": 1e-7,
+}
 """Seconds of a fit, its search included, by training rows times features."""
 TRAINED_SHARE = {"all": 0.01, "none": 1.0}
 """Share of a network's operations that training repeats every epoch; about half of it above a line."""

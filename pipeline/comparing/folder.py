@@ -214,4 +214,6 @@ def _explained(path: Path, doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise RunFolderError(f"cannot {doing} {error.filename or path}: {reason}; mend that, then run it again") from error
+        raise RunFolderError(
+            f"cannot {doing} {error.filename or path}: {reason}; mend that, then run it again"
+        ) from error

@@ -36,7 +36,7 @@ class Extraction:
 
 
 class Fit(NamedTuple):
-    """One head on one layer (or a join ``A+B``) with one seed and number of shots; `options` as `pipeline.fit.fit`'s."""
+    """One head on one layer (or a join ``A+B``) with one seed and number of shots; `options` are those of `fit`."""
 
     extraction: Extraction
     layer: str
@@ -79,7 +79,9 @@ def extractions(plan: Plan) -> list[Extraction]:
     for line in plan.of("extract"):
         values = {key: line.values.get(key, (None,)) for key in ("backbone", "pool", "precision", "store", "size")}
         for source, backbone, *settings in itertools.product(plan.sources, *values.values()):
-            request = Request(backbone, line.values["layer"], *settings, weights_file_digest(backbone))
+            pool, precision, store, size = settings
+            digest = weights_file_digest(backbone)
+            request = Request(backbone, line.values["layer"], pool, precision, store, size, digest)
             found.append(Extraction(source, request, line))
     seen: set[tuple[str, ...]] = set()
     for extraction in found:
@@ -115,7 +117,8 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
         crossed = (line.values[key] for key in ("head", "seed", "shots"))
         how = line.how()
         options = tuple((name, how[name]) for name in ("cv", "balanced", "drop_leaks") if how.get(name))
-        for fit in (Fit(extraction, *job, options) for job in itertools.product(layers, *crossed)):
+        for layer, head, seed, shots in itertools.product(layers, *crossed):
+            fit = Fit(extraction, layer, head, seed, shots, options)
             if fit in seen:
                 message = f"{fit.head} on {fit.layer}, seed {fit.seed}, shots {fit.shots} is asked for by two [[fit]]"
                 raise plan.error(message, "fit", line.place)
@@ -172,7 +175,9 @@ def rectangles(fits: Sequence[Fit]) -> list[list[Fit]]:
 
     Every group comes in the order in which `pipeline.fit.fit` returns its results.
     """
-    blocks = {tuple(job[1:]): tuple([value] for value in job[1:]) for job in fits}
+    blocks: dict[tuple[Any, ...], tuple[list[Any], ...]] = {
+        tuple(job[1:]): tuple([value] for value in job[1:]) for job in fits
+    }
     for axis in (3, 2, 1, 0):  # options stay apart
         merged: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
         for block in blocks.values():

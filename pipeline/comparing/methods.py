@@ -110,7 +110,7 @@ class Board:
 
 
 def best_of(scores: Sequence[Score]) -> Score | None:
-    """Return the best by validation accuracy, or by test accuracy where that is not known of all; the first on a tie."""
+    """Return the best by validation accuracy (by test accuracy where one lacks it), the first on a tie."""
     if not scores:
         return None
     return max(scores, key=lambda s: s.validation if is_validated(scores) else s.accuracy)  # type: ignore[arg-type, return-value]

@@ -33,7 +33,9 @@ class Paired:
     test: str
 
 
-def compare_scores(a: Score, b: Score, judged: Callable[[str], Judged], judged_b: Callable[[str], Judged] | None = None) -> Paired | None:
+def compare_scores(
+    a: Score, b: Score, judged: Callable[[str], Judged], judged_b: Callable[[str], Judged] | None = None
+) -> Paired | None:
     """Compare two methods on what they share.
 
     Where seeds draw the test images, the corrected resampled t-test over seeds is used; where all seeds have the same

@@ -35,9 +35,7 @@ class Line:
     def how(self) -> dict[str, Any]:
         """Return the options that say how to run, as parameters of the stage."""
         options = TABLES[self.table]
-        return {
-            options[key].parameter: values[0] for key, values in self.values.items() if not options[key].crossed
-        }
+        return {options[key].parameter: values[0] for key, values in self.values.items() if not options[key].crossed}
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,7 @@ def _build(plan: Plan) -> Plan:
     return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
 
 
-def _values(
-    plan: Plan, options: Mapping[str, Option], key: str, value: Any, table: str, place: int
-) -> tuple[Any, ...]:
+def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, table: str, place: int) -> tuple[Any, ...]:
     """Return the checked values of a key as a tuple."""
     where = f"[[{table}]]" if table else "a plan"
     if key not in options:

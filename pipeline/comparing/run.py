@@ -19,7 +19,7 @@ from pipeline.images.source import ImageSource
 from pipeline.results import ExtractResult, FitResult, Progress, to_json
 
 if TYPE_CHECKING:
-    from pipeline.fit import TestPredictions
+    from pipeline.heads.predictions import TestPredictions
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,12 @@ def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> N
         about = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
         _keep(work, {"key": key, **_common(source), **to_json(result), **about}, predictions, total)
 
-    axes = [list(dict.fromkeys(values)) for values in zip(*(job[1:5] for job in block), strict=True)]
+    axes: list[Any] = [list(dict.fromkeys(values)) for values in zip(*(job[1:5] for job in block), strict=True)]
+    layers, heads, seeds, shots = axes
     options = dict(next(iter(block)).options)
     jobs = work.plan.of("fit")[0].how().get("jobs")
     tell = _prefixed(work.progress, f"{first.request.backbone} ")
-    report = fit(found.catalog(), *axes, jobs=jobs, progress=tell, on_result=keep, **options)
+    report = fit(found.catalog(), layers, heads, seeds, shots, jobs=jobs, progress=tell, on_result=keep, **options)
     work.notes += [note for note in report.notes if note not in work.notes]
 
 

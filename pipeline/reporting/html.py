@@ -226,8 +226,12 @@ def _unreadable(seen: Seen) -> list[tuple[str, str]]:
 def _costs(run: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
     """Return what each extraction took: backbone, images computed, time and rate."""
     return [
-        (entry["backbone"], entry["computed"], duration(entry["seconds"]), f"{entry['computed'] / entry['seconds']:.0f}")
+        (
+            entry["backbone"],
+            entry["computed"],
+            duration(entry["seconds"]),
+            f"{entry['computed'] / entry['seconds']:.0f}",
+        )
         for entry in run["extractions"].values()
         if entry["computed"]
     ]
-

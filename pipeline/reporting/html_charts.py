@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.comparing.answer import duration, percent, seconds
 from pipeline.comparing.folder import Judged
-from pipeline.comparing.methods import FINETUNE, HEAD, Board, Score, best_of
+from pipeline.comparing.methods import HEAD, Board, Score, best_of
 from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
 
 MOST_LINES = len(SERIES)
@@ -75,7 +75,13 @@ def depth_chart(board: Board) -> Chart | None:
                 weight="bold",
             )
             rows += [
-                (name, score.first["head"], score.first["layer"], percent(score.accuracy), *map(percent, score.interval))
+                (
+                    name,
+                    score.first["head"],
+                    score.first["layer"],
+                    percent(score.accuracy),
+                    *map(percent, score.interval),
+                )
                 for score in scores
             ]
         raw = [score for score in board.at(board.shots[-1], HEAD) if score.first["layer"] == "input"]
@@ -184,7 +190,7 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> 
             said = judged[score.first["key"]]
             if said.probability is None:
                 continue
-            sure, right, counts = reliability(said)
+            sure, right, counts = reliability(said.probability, said.right)
             axes.plot(
                 sure, right, color=SERIES[drawn], marker=MARKERS[drawn], markersize=5, linewidth=1.8,
                 label=f"{score.method}, ECE {score.first['ece']:.3f}",
@@ -199,7 +205,9 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> 
         axes.set_ylabel("share that is right")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
         axes.legend(loc="best", fontsize=8)
-        svg = to_svg(figure, "Share of right answers against predicted probability; the numbers are in the table below.")
+        svg = to_svg(
+            figure, "Share of right answers against predicted probability; the numbers are in the table below."
+        )
     caption = "Ten groups of test images by probability. Below the dashed line a model is surer than it is right."
     return Chart("Can its probabilities be trusted?", caption, svg, ("method", "sure", "right", "images"), rows)
 
@@ -217,10 +225,12 @@ def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: 
     with themed(5.4, max(2.6, 0.9 + 0.2 * len(worst))) as (figure, axes):
         places = np.arange(len(worst))
         for number, (method, recall) in enumerate(found.items()):
-            axes.plot(recall[worst], places, MARKERS[number], color=SERIES[number], markersize=7, label=method, alpha=0.9)
+            axes.plot(
+                recall[worst], places, MARKERS[number], color=SERIES[number], markersize=7, label=method, alpha=0.9
+            )
         low = min(float(np.nanmin(recall[worst])) for recall in found.values())
         axes.hlines(places, low - 0.02, 1, color=GRID, linewidth=1, zorder=0)
-        axes.set_yticks(places, [plain(classes[number])[:24] for number in worst])
+        axes.set_yticks(places, [classes[number][:24] for number in worst])
         axes.grid(visible=False)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
         axes.set_xlabel("share of the class that is found (recall), %")
@@ -231,7 +241,9 @@ def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: 
         (classes[number], int(totals[number]), *("–" if np.isnan(r[number]) else percent(r[number]) for _, r in shown))
         for number in worst
     ]
-    caption = "The hardest below." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
+    caption = (
+        "The hardest below." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
+    )
     return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
 
 
@@ -244,14 +256,14 @@ def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str],
             own = said.y_true == number
             color = SERIES[number % MOST_LINES]
             marker = MARKERS[(number // MOST_LINES + number) % len(MARKERS)]
-            axes.scatter(*places[own].T, s=16, color=color, marker=marker, alpha=0.8, linewidths=0)
+            axes.scatter(places[own, 0], places[own, 1], s=16, color=color, marker=marker, alpha=0.8, linewidths=0)
             if counts[number] and len(classes) <= 30:
-                axes.annotate(
-                    plain(classes[number]), np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center"
-                )
+                axes.annotate(classes[number], np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center")
             wrong = int((own & ~said.right).sum())
             rows.append((classes[number], int(counts[number]), wrong))
-        axes.scatter(*places[~said.right].T, s=52, facecolors="none", edgecolors=INK, linewidths=1)
+        axes.scatter(
+            places[~said.right, 0], places[~said.right, 1], s=52, facecolors="none", edgecolors=INK, linewidths=1
+        )
         axes.set(xticks=[], yticks=[])
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
@@ -274,17 +286,18 @@ def pareto(costs: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[n
     order = np.lexsort((-values, costs))
     best = np.maximum.accumulate(values[order])
     rises = np.concatenate([[True], best[1:] > best[:-1]])
-    return order[rises]
+    return np.asarray(order[rises])
 
 
-def reliability(said: Judged, bins: int = 10) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+def reliability(
+    probability: NDArray[np.float32], correct: NDArray[np.bool_], bins: int = 10
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Return mean probability, share right and number of rows of each filled bin of equal width."""
-    assert said.probability is not None  # noqa: S101 - the caller looked
-    place = np.minimum((said.probability * bins).astype(int), bins - 1)
+    place = np.minimum((probability * bins).astype(int), bins - 1)
     counts = np.bincount(place, minlength=bins)
     filled = counts > 0
-    sure = np.bincount(place, weights=said.probability, minlength=bins)[filled] / counts[filled]
-    right = np.bincount(place, weights=said.right, minlength=bins)[filled] / counts[filled]
+    sure = np.bincount(place, weights=probability, minlength=bins)[filled] / counts[filled]
+    right = np.bincount(place, weights=correct, minlength=bins)[filled] / counts[filled]
     return sure, right, counts[filled]
 
 
@@ -309,8 +322,3 @@ def _labels_a_class(score: Score, board: Board) -> float:
 def _percent_axis(axes: Any, label: str) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
     axes.set_ylabel(label)
-
-
-def plain(text: str) -> str:
-    """Return text that matplotlib does not take for mathematics."""
-    return text.replace("$", r"\$")

@@ -120,7 +120,7 @@ def leaks(features: Features, album: Album) -> Leaks:
 
 
 def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.float64], Judged]:
-    """Return places (n, 2) of test images by t-SNE of their features at `layer`, and those images, at most a thousand."""
+    """Return places (n, 2) of at most a thousand test images by t-SNE of their features, and these images."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from sklearn.preprocessing import StandardScaler

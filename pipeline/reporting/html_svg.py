@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -29,9 +30,10 @@ _numbers = count(1)
 @contextmanager
 def themed(width: float = 5.4, height: float = 3.5) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure of inches `width` by `height` with one pair of axes, drawn in the page's colours."""
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "font.size": 9,
+        "text.parse_math": False,
         "text.color": INK,
         "axes.edgecolor": QUIET,
         "axes.labelcolor": INK,
