@@ -108,7 +108,7 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
         n_images = len(work.images[extraction.source].items)
         planned.append(plan_extraction(extraction, found, n_images, folder))
         for job in jobs:
-            done = found.complete and folder.has(fit_key(job, found))
+            done = found.complete and folder.has(fit_key(job, found, work.images[extraction.source].name))
             planned.append(plan_fit(job, found, done, n_images, folder))
     for _, tune in finetunes(work.plan):
         images = work.images[tune.source]

@@ -238,6 +238,20 @@ def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path,
     assert all(job.done for job in dry_run(plan, run))
 
 
+def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> None:
+    second = Path(shutil.copytree(photos, tmp_path / "second" / "photos"))
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'source = ["{photos}", "{second}"]\n[[extract]]\nlayer = "input"\nbackbone = "resnet18@random:0"\nsize = 32\n'
+        '[[fit]]\nhead = "centroid"\n'
+    )
+    report = compare(plan, tmp_path / "run")
+    assert [record["source"] for record in report.results] == [str(photos), str(second)]
+    page = Path(report.files["report"]).read_text()
+    assert str(second) in page
+    assert page.count("<h1>") == 1
+
+
 def test_against_another_run_names_what_changed(
     finished: CompareReport, photos: Path, plan: Path, run: Path, thawline: Thawline
 ) -> None:

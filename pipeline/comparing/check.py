@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
@@ -13,7 +15,7 @@ from pipeline.images.source import ImageSource, open_source
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
-    """Return the plan's sources by name.
+    """Return the plan's sources as the plan names them; those that share a name are called by their whole path.
 
     Raises
     ------
@@ -27,7 +29,11 @@ def open_sources(plan: Plan) -> dict[str, ImageSource]:
         if len(opened[source].classes) < 2:
             message = f"{source}: a comparison needs images of two classes or more, found {len(opened[source].classes)}"
             raise plan.error(message, "", 0, asked)
-    return opened
+    names = Counter(images.name for images in opened.values())
+    return {
+        source: images if names[images.name] == 1 else replace(images, name=images.location)
+        for source, images in opened.items()
+    }
 
 
 def check_heads(plan: Plan) -> None:

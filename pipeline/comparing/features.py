@@ -61,13 +61,14 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
     return Features(aliases, {name: file.layers[name].dim for name, file in answer.items()}, answer, complete)
 
 
-def fit_key(fit: Fit, features: Features) -> str:
-    """Return a digest of all that a fit's result depends on."""
+def fit_key(fit: Fit, features: Features, source: str) -> str:
+    """Return a digest of all that a fit's result depends on, and of the name of its source."""
     parts = [features.files[name] for name in fit.layer.split("+")]
     names = zip(fit.layer.split("+"), parts, strict=True)
     return fingerprint_of(
         {
             "kind": "head",
+            "source": source,
             "rules": _rules(),
             "rows": [_rows_digest(file) for file in dict.fromkeys(parts)],
             "layers": [file.layers[name].fingerprint for name, file in names],
@@ -84,6 +85,7 @@ def finetune_key(job: Finetune, images: ImageSource) -> str:
     return fingerprint_of(
         {
             "kind": "finetune",
+            "source": images.name,
             "rules": [*_rules(), version("torch")],
             "rows": fingerprint_of([images.classes, images.items]),
             "options": job.options,

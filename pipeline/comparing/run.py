@@ -70,7 +70,8 @@ class Work:
         for extraction, found in self.features.items():
             if found is None or not found.complete:
                 return None
-            keys |= {fit_key(job, found): job for job in fits(self.plan, extraction, found.aliases)}
+            source = self.images[extraction.source].name
+            keys |= {fit_key(job, found, source): job for job in fits(self.plan, extraction, found.aliases)}
         return keys | {finetune_key(job, self.images[job.source]): job for _, job in finetunes(self.plan)}
 
     def is_done(self) -> bool:
@@ -90,7 +91,8 @@ def run(work: Work) -> None:
             asked = fits(work.plan, extraction, found.aliases if found else {})
             work.failures += [Failure(str(job), failed.get(extraction, "not extracted")) for job in asked]
             continue
-        named = {job: fit_key(job, found) for job in fits(work.plan, extraction, found.aliases)}
+        source = work.images[extraction.source].name
+        named = {job: fit_key(job, found, source) for job in fits(work.plan, extraction, found.aliases)}
         keys |= set(named.values())
         pending[extraction] = {job: key for job, key in named.items() if not work.folder.has(key)}
     tunes = {job: (finetune_key(job, work.images[job.source]), line) for line, job in finetunes(work.plan)}
