@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.comparing.against import Against, compare_runs
 from pipeline.comparing.answer import answer, extraction_seconds
@@ -154,7 +152,7 @@ def _begin(work: Work) -> None:
     document.setdefault("extractions", {})
     document.setdefault("runs", []).append(machine())
     work.folder.write("plan.toml", work.plan.text)
-    _write_json(work.folder, "run.json", document)
+    work.folder.write_json("run.json", document)
 
 
 def _end(work: Work, started: float) -> None:
@@ -162,19 +160,10 @@ def _end(work: Work, started: float) -> None:
     document = work.folder.read_json("run.json")
     seconds = time.perf_counter() - started
     document["runs"][-1] |= {"seconds": seconds, "computed": work.computed, "failed": len(work.failures)}
-    for result in work.extracted:
-        entry = document["extractions"].setdefault(Path(result.path).name, {"computed": 0, "seconds": 0.0})
-        entry |= {"backbone": result.backbone, "rows": result.rows, "unreadable": result.unreadable}
-        entry["computed"] += result.computed
-        entry["seconds"] += result.seconds
     document["notes"] = list(dict.fromkeys([*document.get("notes", []), *work.notes]))
     document["failures"] = [asdict(failure) for failure in work.failures]
-    _write_json(work.folder, "run.json", document)
+    work.folder.write_json("run.json", document)
     work.folder.write_csv()
-
-
-def _write_json(folder: RunFolder, name: str, document: dict[str, Any]) -> None:
-    folder.write(name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def _render(work: Work) -> None:

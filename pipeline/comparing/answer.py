@@ -74,6 +74,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def points(difference: float) -> str:
+    """Return a difference of shares in points, with its sign."""
+    text = f"{100 * difference:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
 def duration(value: float) -> str:
     """Return seconds as a reader would say them."""
     if value < 90:
@@ -108,8 +114,8 @@ def _headline(paired: Paired, costs: tuple[float, float]) -> str:
         if ratio >= 1.5:
             return f"Freeze: fine-tuning is not measurably better here, and takes {ratio:.0f} times as long"
         return "Either: no difference that these test images could show"
-    points = f"{abs(100 * paired.difference):.1f} points"
-    return f"Fine-tune: it is {points} better here" if paired.difference > 0 else f"Freeze: it is {points} better here"
+    gap = f"{abs(100 * paired.difference):.1f} points"
+    return f"Fine-tune: it is {gap} better here" if paired.difference > 0 else f"Freeze: it is {gap} better here"
 
 
 def _praise(what: str, score: Score, board: Board, extraction: Mapping[str, float]) -> str:
@@ -119,7 +125,9 @@ def _praise(what: str, score: Score, board: Board, extraction: Mapping[str, floa
     chosen = f", chosen from {len(rivals)} {how}" if len(rivals) > 1 else ""
     seeds = f" (mean of {len(score.records)} seeds)" if len(score.records) > 1 else ""
     cost = duration(seconds(score, extraction))
-    spent = f"{cost}, the extraction of all images included" if score.first["kind"] == HEAD else f"{cost} of training"
+    spent = f"{cost} of training"
+    if score.first["kind"] == HEAD and score.first["backbone"] in extraction:
+        spent = f"{cost}, the extraction of all images included"
     return (
         f"{what} is {score.method}{chosen}: {percent(score.accuracy)} of {score.first['n_test']} test images "
         f"right{seeds}, 95 % interval {100 * low:.1f}–{percent(high)}, for {spent}."
@@ -127,10 +135,10 @@ def _praise(what: str, score: Score, board: Board, extraction: Mapping[str, floa
 
 
 def _doubt(paired: Paired) -> str:
-    points = f"{100 * paired.difference:+.1f} points".replace("-", "−")
+    gap = f"{points(paired.difference)} points"
     if paired.p < LEVEL:
-        return f"{points}, a real difference ({paired.test}, {p_text(paired.p)})"
-    return f"{points}, which cannot be told from chance ({paired.test}, {p_text(paired.p)})"
+        return f"{gap}, a real difference ({paired.test}, {p_text(paired.p)})"
+    return f"{gap}, which cannot be told from chance ({paired.test}, {p_text(paired.p)})"
 
 
 def _rival(board: Board, best: Score) -> Score | None:
@@ -185,9 +193,8 @@ def _facts(first: Score, second: Score | None, paired: Paired | None) -> list[tu
             kind = "frozen" if score.first["kind"] == HEAD else "fine-tuned"
             found.append((kind, percent(score.accuracy), f"{score.method}; {100 * low:.1f}–{100 * high:.1f}"))
     if paired is not None:
-        number = f"{100 * paired.difference:+.1f}".replace("-", "−")
         verdict = "real" if paired.p < LEVEL else "not told from chance"
-        found.append(("difference, points", number, f"{verdict}, {p_text(paired.p)}"))
+        found.append(("difference, points", points(paired.difference), f"{verdict}, {p_text(paired.p)}"))
     return found
 
 

@@ -138,6 +138,10 @@ class RunFolder:
                 raise RunFolderError(f"{file}: expected JSON, found something else; remove the file") from None
         return document
 
+    def write_json(self, name: str, document: Record) -> None:
+        """Replace a JSON document of the folder."""
+        self.write(name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
     def write_csv(self) -> None:
         """Write `results.csv`: the records, one column a key, lists and dictionaries as JSON."""
         columns = list(dict.fromkeys(key for record in self.records.values() for key in record))

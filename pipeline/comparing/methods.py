@@ -149,7 +149,7 @@ def name_of(record: Record, varying: Sequence[str] = ("backbone",), options: Seq
         parts = [f"{record['head']} on {record['layer']}"]
     else:
         freeze = record["freeze"]
-        words = {"all": "new top by backprop", "none": "whole network fine-tuned"}
+        words = {"all": "new top trained by backprop", "none": "whole network fine-tuned"}
         parts = [words.get(freeze, f"fine-tuned above {freeze}")]
         parts += [f"{key} {record['options'][key]}" for key in options if key in record["options"]]
     parts += [_text(record[key]) for key in varying if key in _NAMES and record.get(key) is not None]

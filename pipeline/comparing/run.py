@@ -50,7 +50,6 @@ class Work:
     features: dict[Extraction, Features | None]
     progress: Progress
     failures: list[Failure] = field(default_factory=list)
-    extracted: list[ExtractResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     computed: int = 0
 
@@ -141,8 +140,19 @@ def _extract(work: Work, group: Sequence[Extraction]) -> None:
     tell = _prefixed(work.progress, "extract ")
     results = extract(first.source, backbones, asked.layers, asked.pool, progress=tell, **settings, **how)
     sharing = max(1, sum(result.computed > 0 for result in results))  # of the seconds, which are the whole call's
-    work.extracted += [replace(result, seconds=result.seconds / sharing) for result in results]
+    _note(work.folder, [replace(result, seconds=result.seconds / sharing) for result in results])
     work.notes += [note for result in results for note in result.notes if note not in work.notes]
+
+
+def _note(folder: RunFolder, results: Sequence[ExtractResult]) -> None:
+    """Keep what an extraction cost, at once: a later run cannot measure it again."""
+    document = folder.read_json("run.json")
+    for result in results:
+        entry = document["extractions"].setdefault(Path(result.path).name, {"computed": 0, "seconds": 0.0})
+        entry |= {"backbone": result.backbone, "rows": result.rows, "unreadable": result.unreadable}
+        entry["computed"] += result.computed
+        entry["seconds"] += result.seconds
+    folder.write_json("run.json", document)
 
 
 def _fit_all(work: Work, found: Features, jobs: Mapping[Fit, str], total: int) -> None:
@@ -183,7 +193,8 @@ def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> N
     axes: list[Any] = [list(dict.fromkeys(values)) for values in zip(*(job[1:5] for job in block), strict=True)]
     layers, heads, seeds, shots = axes
     options = dict(next(iter(block)).options)
-    jobs = work.plan.of("fit")[0].how().get("jobs")
+    given = [line.how()["jobs"] for line in work.plan.of("fit") if "jobs" in line.values]
+    jobs = min(given, default=None)  # one call may serve several lines: the most careful of them counts
     tell = _prefixed(work.progress, f"{first.request.backbone} ")
     report = fit(found.catalog(), layers, heads, seeds, shots, jobs=jobs, progress=tell, on_result=keep, **options)
     work.notes += [note for note in report.notes if note not in work.notes]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pipeline.comparing.against import Against
-from pipeline.comparing.answer import duration, percent
+from pipeline.comparing.answer import duration, percent, points
 from pipeline.comparing.estimate import Planned
 from pipeline.comparing.folder import Record
 from pipeline.comparing.methods import boards
@@ -54,8 +54,8 @@ def against_lines(against: Against | None) -> list[str]:
         return []
     lines = [f"against the other run: {len(against.changed)} of {against.compared} methods changed beyond noise"]
     for change in against.changed:
-        points = f"{100 * change.difference:+.1f} points".replace("-", "−")
-        lines.append(f"  {change.method}, shots {change.shots}, {change.source}: {points} (p = {change.p:.2g})")
+        gap = f"{points(change.difference)} points"
+        lines.append(f"  {change.method}, shots {change.shots}, {change.source}: {gap} (p = {change.p:.2g})")
     for names, run in ((against.only_before, "the other run"), (against.only_now, "this run")):
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""

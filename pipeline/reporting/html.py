@@ -12,7 +12,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from features_cache import UNREADABLE
-from pipeline.comparing.answer import Answer, answer, duration, extraction_seconds, p_text, percent, seconds
+from pipeline.comparing.answer import Answer, answer, duration, extraction_seconds, p_text, percent, points, seconds
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import HEAD, Board, Score, boards, shots_order
@@ -185,8 +185,7 @@ def _differences(board: Board, folder: RunFolder) -> Differences | None:
     cells: list[list[tuple[str, str, bool] | None]] = [[None] * len(scores) for _ in scores]
     for ((a, b), test), p in zip(known, adjusted, strict=True):
         for row, column, sign in ((a, b, 1), (b, a, -1)):
-            points = f"{100 * sign * test.difference:+.1f}".replace("-", "−")
-            cells[row][column] = (points, p_text(p), p < LEVEL)
+            cells[row][column] = (points(sign * test.difference), p_text(p), p < LEVEL)
     return Differences([score.method for score in scores], cells)
 
 

@@ -15,6 +15,8 @@ from pipeline.comparing.methods import HEAD, Board, Score, best_of
 from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
 
 MOST_LINES = len(SERIES)
+CLEAR_LINES = 5
+"""More lines than this hide one another: then only the best head of each backbone has one."""
 MOST_BARS = 20
 
 
@@ -108,7 +110,10 @@ def labels_chart(board: Board) -> Chart | None:
         return None
     rows = []
     with themed() as (figure, axes):
-        for number, method in enumerate(contenders(board)[:MOST_LINES]):
+        methods = contenders(board)
+        if len(methods) > CLEAR_LINES:
+            methods = contenders(board, by_head=False)
+        for number, method in enumerate(methods[:MOST_LINES]):
             scores = [board.scores[method, shots] for shots in board.shots if (method, shots) in board.scores]
             labels = [_labels_a_class(score, board) for score in scores]
             lows = [min(score.accuracies) for score in scores]
@@ -272,11 +277,12 @@ def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str],
     return Chart("What does the network see as alike?", caption, svg, ("class", "test images", "mistakes"), rows)
 
 
-def contenders(board: Board) -> list[str]:
-    """Return the methods worth a line: the best of each backbone's heads, and every fine-tuning."""
+def contenders(board: Board, *, by_head: bool = True) -> list[str]:
+    """Return the best layer of each backbone (and of each of its heads), and every fine-tuning."""
     groups: dict[str, list[Score]] = {}
     for score in board.at(board.shots[-1]):
-        groups.setdefault(_group(score) if score.first["kind"] == HEAD else score.method, []).append(score)
+        group = _group(score) if by_head else score.first["backbone"]
+        groups.setdefault(group if score.first["kind"] == HEAD else score.method, []).append(score)
     best = [best_of(scores) for scores in groups.values()]
     return [score.method for score in best if score is not None]
 
