@@ -40,6 +40,17 @@ engine_option = click.option("--engine", type=click.Choice(ENGINES), default="au
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 
 
+class AutoCount(click.IntRange):
+    """A positive whole number, or ``auto``, which the stage knows as ``None``."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or ``None``."""
+        return None if value == "auto" else super().convert(value, param, ctx)
+
+
 def selecting_options(command: Command) -> Command:
     """Add the options that pick one file, and one layer, of a cache."""
     for option in (
@@ -121,8 +132,8 @@ def layers(backbone: str, size: int | None, as_json: bool) -> None:
 @click.option("--precision", type=click.Choice(PRECISIONS), default="auto", help="auto: bf16 where there is hardware.")
 @click.option("--store", type=click.Choice(STORES), default="float32", help="Number type on disk.")
 @click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images a forward pass; fits the machine by default.")
-@click.option("--workers", type=click.IntRange(min=1), help="Decoding threads; fits the machine by default.")
+@click.option("--batch-size", type=AutoCount(), default="auto", help="Images a forward pass; auto fits the machine.")
+@click.option("--workers", type=AutoCount(), default="auto", help="Decoding threads; auto is one a core.")
 @click.option("--on-error", type=click.Choice(["skip", "stop"]), default="skip", help="When an image is unreadable.")
 @click.option("--rehash", is_flag=True, help="Read every file again instead of trusting size and time.")
 @engine_option

@@ -2,9 +2,9 @@
 
 The plain recipe is a torchvision transform, a DataLoader (with no and with two workers; the better counts) and an
 eager float32 network with its classifier taken off. Ours is `pipeline.extract.extract`, cache file and all. Both start
-with the network loaded into memory; rounds alternate, medians are reported with the spread. The bound is what decode
-(all cores decoding, no network) and model (batches in memory, no decode) allow together: 1 / (1 / model + 1 / decode).
-Last, a process of its own for one core and for all of them tells the speed and the peak memory.
+with the network loaded into memory. Each measurement has a process of its own, they alternate, and medians are reported
+with the spread. The bound is what decode (all cores decoding, no network) and model (batches in memory, no decode)
+allow together: 1 / (1 / model + 1 / decode). Peak memory is that of our process.
 
     python benchmarks/extract.py [SOURCE] [--backbone NAME]... [--rounds 3] [--images 400]
 
@@ -70,8 +70,9 @@ class Photos(Dataset[torch.Tensor]):
             return tensor
 
 
-def plain(paths: list[Path], backbone: Backbone, workers: int) -> float:
+def plain(source: Path, backbone: Backbone, workers: int) -> float:
     """Return images/s of the plain recipe."""
+    paths = [source / item.uri for item in open_source(source).items]
     network = backbone.module
     name, _, last = str(backbone.classifier).rpartition(".")
     parent = network.get_submodule(name)
@@ -89,10 +90,10 @@ def plain(paths: list[Path], backbone: Backbone, workers: int) -> float:
         setattr(parent, last, classifier)
 
 
-def ours(source: Path, backbone: str) -> float:
+def ours(source: Path, backbone: Backbone) -> float:
     """Return images/s of `extract` into a fresh cache, once the network is loaded."""
     with tempfile.TemporaryDirectory() as cache:
-        return extract(source, [backbone], output=cache)[0].images_per_second
+        return extract(source, [backbone.handle], output=cache)[0].images_per_second
 
 
 def decode_rate(source: Path, backbone: Backbone) -> float:
@@ -116,12 +117,23 @@ def model_rate(backbone: Backbone, seconds: float = 5.0) -> float:
     return count / (time.perf_counter() - start)
 
 
-def in_a_process(source: Path, backbone: str, cores: int) -> dict[str, float]:
-    """Return images/s and peak memory of an extraction that may use so many cores."""
-    command = [sys.executable, __file__, str(source), "-b", backbone, "--child", str(cores)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+MEASURES: dict[str, Callable[[Path, Backbone], float]] = {
+    "plain, 0 workers": lambda source, backbone: plain(source, backbone, 0),
+    "plain, 2 workers": lambda source, backbone: plain(source, backbone, 2),
+    "thawline": ours,
+    "model": lambda source, backbone: model_rate(backbone),
+    "decode": decode_rate,
+}
+
+
+def in_a_process(source: Path, backbone: str, what: str, cores: int | None = None) -> tuple[float, float]:
+    """Return images/s and peak memory in MB of one of `MEASURES`, in a process of its own."""
+    command = [sys.executable, __file__, str(source), "-b", backbone, "--child", what]
+    affinity = sorted(os.sched_getaffinity(0))[:cores]
+    limited = ["taskset", "-c", ",".join(map(str, affinity)), *command]
+    done = subprocess.run(limited, check=True, capture_output=True, text=True)
+    rate, peak = json.loads(done.stdout)
+    return rate, peak
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -135,71 +147,41 @@ def make_photos(folder: Path, count: int) -> None:
         crop.save(folder / f"{index:05d}.jpg", quality=90)
 
 
-def measure(rounds: int, runs: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Run every entry `rounds` times, alternating, so that noise of the machine meets all alike."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            rates[name].append(run())
-    return rates
-
-
 def compare(source: Path, name: str, rounds: int) -> dict[str, Any]:
-    """Measure one backbone in every way."""
-    backbone = load_backbone(name)
-    paths = [source / item.uri for item in open_source(source).items]
-    rates = measure(
-        rounds,
-        {
-            "plain0": lambda: plain(paths, backbone, 0),
-            "plain2": lambda: plain(paths, backbone, 2),
-            "thawline": lambda: ours(source, name),
-            "decode": lambda: decode_rate(source, backbone),
-            "model": lambda: model_rate(backbone),
-        },
-    )
-    middle = {key: statistics.median(values) for key, values in rates.items()}
+    """Measure one backbone in every way, in turn, so that the machine's noise meets all alike."""
+    runs = {what: [] for what in MEASURES}  # type: dict[str, list[tuple[float, float]]]
+    for _ in range(rounds):
+        for what, found in runs.items():
+            found.append(in_a_process(source, name, what))
+    rates = {what: [rate for rate, _ in found] for what, found in runs.items()}
+    middle = {what: statistics.median(found) for what, found in rates.items()}
     bound = 1 / (1 / middle["model"] + 1 / middle["decode"])
-    cores = {count: in_a_process(source, name, count) for count in (1, default_workers())}
     return {
         "backbone": name,
-        "images": len(paths),
         "rates": rates,
-        "ratio": middle["thawline"] / max(middle["plain0"], middle["plain2"]),
+        "ratio": middle["thawline"] / max(middle["plain, 0 workers"], middle["plain, 2 workers"]),
         "bound": bound,
         "share_of_bound": middle["thawline"] / bound,
-        "by_cores": cores,
+        "one_core": in_a_process(source, name, "thawline", cores=1)[0],
+        "peak_mb": max(peak for _, peak in runs["thawline"]),
     }
 
 
 def table_of(report: list[dict[str, Any]]) -> Table:
     """Return the report as a table of medians (lowest–highest)."""
-    columns = (
-        "plain, 0 workers",
-        "plain, 2 workers",
-        "thawline",
-        "ratio",
-        "model",
-        "decode",
-        "of bound",
-        "1 core",
-        "MB",
-    )
-    table = Table("backbone", *columns, title="images/s", box=None)
+    spread, alone = list(MEASURES)[:3], list(MEASURES)[3:]
+    table = Table("backbone", *spread, "ratio", *alone, "of bound", "1 core", "MB", title="images/s", box=None)
     for entry in report:
-        cells = {
-            key: f"{statistics.median(rates):.1f} ({min(rates):.1f}–{max(rates):.1f})"
-            for key, rates in entry["rates"].items()
-        }
-        one, *_, every = entry["by_cores"].values()
+        rates = entry["rates"]
+        middle = {what: statistics.median(found) for what, found in rates.items()}
         table.add_row(
             entry["backbone"],
-            *(cells[key] for key in ("plain0", "plain2", "thawline")),
+            *(f"{middle[what]:.1f} ({min(rates[what]):.1f}–{max(rates[what]):.1f})" for what in spread),
             f"{entry['ratio']:.1f}",
-            *(f"{statistics.median(entry['rates'][key]):.0f}" for key in ("model", "decode")),
+            *(f"{middle[what]:.0f}" for what in alone),
             f"{entry['share_of_bound']:.0%}",
-            f"{one['images_per_second']:.0f}",
-            f"{every['peak_mb']:.0f}",
+            f"{entry['one_core']:.0f}",
+            f"{entry['peak_mb']:.0f}",
         )
     return table
 
@@ -209,21 +191,20 @@ def table_of(report: list[dict[str, Any]]) -> Table:
 @click.option("--backbone", "-b", "backbones", multiple=True, default=("efficientnet_lite0", "resnet50@random:0"))
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--images", default=400, show_default=True, help="How many photos to make when no SOURCE is given.")
-@click.option("--child", type=int, hidden=True, help="Extract once, on so many cores.")
-def main(source: Path | None, backbones: tuple[str, ...], rounds: int, images: int, child: int | None) -> None:
+@click.option("--child", hidden=True, help="Measure one thing.")
+def main(source: Path | None, backbones: tuple[str, ...], rounds: int, images: int, child: str | None) -> None:
     """Print a table and a JSON line."""
     if child is not None and source is not None:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:child])
-        rate = ours(source, backbones[0])
-        click.echo(json.dumps({"images_per_second": rate, "peak_mb": peak_mb()}))
+        click.echo(json.dumps([MEASURES[child](source, load_backbone(backbones[0])), peak_mb()]))
         return
     with tempfile.TemporaryDirectory() as folder:
         if source is None:
             source = Path(folder)
             make_photos(source, images)
         report = [compare(source, name, rounds) for name in backbones]
+        count = len(open_source(source).items)
     Console(width=160).print(table_of(report))
-    machine = {"cpu": cpu_name(), "cores": default_workers(), "torch": torch.__version__}
+    machine = {"cpu": cpu_name(), "cores": default_workers(), "torch": torch.__version__, "images": count}
     click.echo(json.dumps({"machine": machine, "results": report}))
 
 

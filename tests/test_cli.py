@@ -107,6 +107,8 @@ def test_bad_input_is_one_line(
 def test_usage_errors_exit_with_2(thawline: Thawline, tmp_path: Path) -> None:
     assert thawline("extract").returncode == 2
     assert thawline("fit", "cache", "--shots", "few", cwd=tmp_path).returncode == 2
+    assert thawline("extract", "photos", "--workers", "0", cwd=tmp_path).returncode == 2
+    thawline("extract", "photos", "--workers", "auto", "--batch-size", "2", cwd=tmp_path).assert_one_line("photos")
 
 
 def test_heads_ask_for_labels(thawline: Thawline, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pipeline.heads import linear, linear_svm
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
-from pipeline.heads.search import PATIENCE, Fold, make_fold, scale, search, train_final
+from pipeline.heads.search import PATIENCE, Fold, balanced_weights, make_fold, scale, search, train_final
 
 
 @pytest.fixture(autouse=True)
@@ -240,3 +240,86 @@ def test_the_grid_is_the_published_one() -> None:
     assert len(C_GRID) == 45
     assert (C_GRID[0], C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
     assert np.diff(np.log10(C_GRID)) == pytest.approx(11 / 44)
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_intercepts_are_right_where_the_penalty_dwarfs_them(labels: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(labels), [30, 20, 10, 5][:labels])
+    train = rng.standard_normal((len(y), 40)).astype(np.float32)
+    logreg = find_head("logreg").family
+    exact = LogisticRegression(C=1e-6, tol=1e-10, max_iter=10_000, solver="newton-cg").fit(train.astype(float), y)
+    step = next(iter(logreg.path(logreg.grid(len(y)), train, y, train)))
+    assert step.probabilities == pytest.approx(exact.predict_proba(train), abs=1e-4)
+    assert logreg.fit({"C": 1e-6}, train, y).estimator.predict_proba(train) == pytest.approx(
+        exact.predict_proba(train), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "oracle"),
+    [
+        ("logreg", {"C": 0.1}, LogisticRegression(C=0.1, tol=1e-8, max_iter=10_000, class_weight="balanced")),
+        ("linear_svm", {"C": 0.1}, LinearSVC(C=0.1, tol=1e-5, max_iter=20_000)),
+        ("ridge", {"alpha": 3.0}, RidgeClassifier(alpha=3.0, class_weight="balanced")),
+        ("rbf_svm", {"C": 1.0, "gamma": 1.0}, SVC(C=1.0, class_weight="balanced")),
+    ],
+)
+def test_balanced_is_scikit_learns_balanced_weight_in_search_and_in_training(
+    name: str, params: Params, oracle: SVC
+) -> None:
+    fold, fresh, _ = digits(300)
+    kept = np.flatnonzero((fold.y > 2) | (np.arange(300) % 4 == 0))  # three classes become rare
+    train, y = fold.train[kept], fold.y[kept]
+    head = find_head(name)
+    weight = balanced_weights(y)
+    # liblinear's class weights leave the rest unweighted when it sets one class against it
+    given_weights = (weight,) if name == "linear_svm" else ()
+    expected = oracle.fit(train.astype(float), y, *given_weights)
+    final = train_final(head, params, scale("none", train, fresh, rotated=False), y, balanced=True).estimator
+    assert (final.predict(fresh) == expected.predict(fresh)).mean() >= 0.995
+    step = next(iter(head.family.path([params], train, y, fresh, weight)))
+    assert (step.predicted == expected.predict(fresh)).mean() >= 0.995
+
+
+def test_balanced_search_chooses_by_the_mean_over_classes() -> None:
+    y_held = np.array([0] * 9 + [1])
+    all_zero, half = np.zeros(10, np.int64), np.array([0] * 6 + [1] * 4)
+
+    class Two(Scripted):
+        def path(
+            self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        ) -> Iterator[Step]:
+            assert (weight is not None) == balanced
+            yield from (Step(predicted, saturated=False, converged=True) for predicted in (all_zero, half))
+
+    rows = np.zeros((10, 1), np.float32)
+    for balanced in (False, True):
+        choice = search(Head("two", Two([1, 2], False), "none"), [Fold(rows, y_held, rows, y_held)], balanced=balanced)
+        assert choice.params == {"number": int(balanced)}
+        assert choice.score == pytest.approx((6 / 9 + 1) / 2 if balanced else 0.9)
+
+
+@pytest.mark.parametrize("name", ["logreg", "linear_svm"])
+@pytest.mark.parametrize("width", [40, 600])
+def test_the_choice_of_c_is_that_of_scikit_learn_on_overlapping_classes(name: str, width: int) -> None:
+    rng = np.random.default_rng(width)
+    y = np.arange(700) % 4
+    signal = rng.standard_normal((4, 30))[y] + 2.0 * rng.standard_normal((700, 30))
+    x = np.hstack([signal, signal @ rng.standard_normal((30, width - 30)) + rng.standard_normal((700, width - 30))])
+    scaled = scale("standard", x[:200].astype("f"), x[200:350].astype("f"), rotated=True)
+    choice = search(find_head(name), [make_fold(scaled, y[:200], y[200:350])])
+    grid = C_GRID[:29]  # beyond C = 10 nothing changes but scikit-learn's time
+    models = [
+        LogisticRegression(C=c, tol=1e-8, max_iter=5000)
+        if name == "logreg"
+        else LinearSVC(C=c, tol=1e-6, max_iter=50_000)
+        for c in grid[::2]
+    ]
+    fold = Fold(scaled.train, y[:200], scaled.held, y[200:350])
+    right = cold(models, fold)
+    assert round(choice.score * 150) >= max(right) - 1
+    final = train_final(find_head(name), choice.params, scaled, y[:200]).estimator
+    exact = models[0].set_params(C=choice.params["C"]).fit(scaled.train.astype(float), y[:200])
+    fresh = ((x[350:] - x[:200].mean(axis=0)) / x[:200].std(axis=0)).astype("f")
+    assert (final.predict(fresh) == exact.predict(fresh)).mean() >= 0.995

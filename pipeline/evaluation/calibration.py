@@ -36,7 +36,8 @@ def fit_temperature(probabilities: Floats, y: Ints) -> float:
     target[np.arange(n), y] = (n + 1) / (n + 2)
 
     def cross_entropy(log_temperature: float) -> float:
-        return -float(np.vdot(target, log_softmax(scores * np.exp(-log_temperature), axis=1))) / n
+        logs = np.asarray(log_softmax(scores * np.exp(-log_temperature), axis=1))
+        return float(-np.vdot(target, logs) / n)
 
     # convex in one over the temperature, so there is one minimum in its logarithm too
     found = minimize_scalar(cross_entropy, bounds=(-_RANGE, _RANGE), method="bounded", options={"xatol": 1e-6})

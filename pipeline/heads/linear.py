@@ -35,16 +35,17 @@ class Logreg(Family):
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, each started where the last one ended."""
-        model = LogisticRegression(tol=TOLERANCE, max_iter=MOST_ITERATIONS, warm_start=True)
+        model = _start_from_class_shares(train, y, weight)
         for params in grid:
             converged = _fit_noting_convergence(model.set_params(**params), train, y, weight)
             saturated = bool((model.predict(train) == y).all())
             yield Step(model.predict(held), saturated, converged, model.predict_proba(held))
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
-        """Train from zero; weights are kept in float64, so that a small probability does not become none."""
-        model = LogisticRegression(tol=TOLERANCE, max_iter=MOST_ITERATIONS, **params)
+        """Train from the class shares; weights become float64, so that a small probability does not become none."""
+        model = _start_from_class_shares(train, y, weight).set_params(**params)
         converged = _fit_noting_convergence(model, train, y, weight)
+        model.set_params(warm_start=False)
         model.coef_ = model.coef_.astype(np.float64)
         model.intercept_ = model.intercept_.astype(np.float64)
         return Fitted(model, params, converged)
@@ -83,6 +84,21 @@ class Ridge(Family):
         """Train a `RidgeClassifier`, by singular values: small alphas on wide rows are too much for Cholesky."""
         model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)
+
+
+def _start_from_class_shares(train: Floats, y: Ints, weight: Floats | None) -> LogisticRegression:
+    """Return a model about to start where C = 0 has its optimum.
+
+    From zero it would not get to the intercepts where C is small: next to the penalty they are too little to see.
+    """
+    _, codes = np.unique(y, return_inverse=True)
+    shares = np.log(np.bincount(codes, weights=weight))
+    shares -= shares.mean()
+    intercept = shares if len(shares) > 2 else shares[1:] - shares[:1]
+    model = LogisticRegression(tol=TOLERANCE, max_iter=MOST_ITERATIONS, warm_start=True)
+    model.coef_ = np.zeros((len(intercept), train.shape[1]), np.float32)
+    model.intercept_ = intercept.astype(np.float32)
+    return model
 
 
 def _fit_noting_convergence(model: Any, train: Floats, y: Ints, weight: Floats | None) -> bool:

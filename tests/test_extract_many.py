@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from features_cache import DONE, PENDING, CacheWriter, open_cache
+from pipeline.errors import SourceError
+from pipeline.extract import extract
+from pipeline.images import folder
+from pipeline.results import ExtractResult
+
+ONE, OTHER, LARGER = "resnet18@random:0", "resnet34@random:1", "googlenet@random:0"
+OPTIONS = {"layers": ["penultimate"], "size": 64, "precision": "fp32", "engine": "torch"}
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each file was read."""
+    counts: Counter[str] = Counter()
+    plain = folder.read_file
+
+    def counting(path: Path) -> bytes:
+        counts[path.name] += 1
+        return plain(path)
+
+    monkeypatch.setattr(folder, "read_file", counting)
+    return counts
+
+
+def features(result: ExtractResult) -> np.ndarray:
+    file = open_cache(result.path)
+    assert (file.states == DONE).all()
+    return np.array(file.matrix("penultimate"))
+
+
+def test_several_backbones_read_each_image_once_and_give_what_each_gives_alone(
+    make_photos: Callable[..., Path], tmp_path: Path, reads: Counter[str]
+) -> None:
+    photos = make_photos(classes=("one",), each=11)
+    both = extract(photos, [ONE, OTHER], output=tmp_path / "both", batch_size=4, **OPTIONS)
+    assert set(reads.values()) == {1}
+    assert [result.backbone for result in both] == [ONE, OTHER]
+    for result in both:
+        (alone,) = extract(photos, [result.backbone], output=tmp_path / "alone", batch_size=4, **OPTIONS)
+        np.testing.assert_allclose(features(result), features(alone), rtol=1e-5, atol=1e-5)
+        assert (result.computed, result.rows) == (11, 11)
+
+
+def test_backbones_of_different_input_sizes_share_the_read(
+    make_photos: Callable[..., Path], tmp_path: Path, reads: Counter[str]
+) -> None:
+    photos = make_photos(classes=("one",), each=3)
+    results = extract(photos, ["efficientnet_lite0", LARGER], ["input"], output=tmp_path / "both", precision="fp32")
+    assert set(reads.values()) == {1}
+    for result in results:
+        (alone,) = extract(photos, [result.backbone], ["input"], output=tmp_path / "alone", precision="fp32")
+        both = [open_cache(one.path).matrix("input") for one in (result, alone)]
+        np.testing.assert_array_equal(*both)
+    first, second = (open_cache(result.path).matrix("input") for result in results)
+    assert not np.allclose(first, second)
+
+
+def test_each_file_gets_only_the_rows_that_it_lacks(
+    make_photos: Callable[..., Path], tmp_path: Path, reads: Counter[str]
+) -> None:
+    photos = make_photos(classes=("one",), each=6)
+    cache = tmp_path / "cache"
+    extract(photos, [ONE], output=cache, **OPTIONS)
+    Image.new("RGB", (50, 50), (200, 10, 10)).save(photos / "one" / "new.png")
+    Image.new("RGB", (50, 50), (200, 10, 10)).save(photos / "one" / "newer.png")
+    (photos / "one" / "broken.png").write_bytes(b"no image")
+    reads.clear()
+    first, second = extract(photos, [ONE, OTHER], output=cache, batch_size=2, **OPTIONS)
+    assert (first.computed, first.reused, first.unreadable) == (1, 7, 1)
+    assert (second.computed, second.reused, second.unreadable) == (7, 1, 1)
+    assert set(reads.values()) == {1}
+    for result in (first, second):
+        (alone,) = extract(photos, [result.backbone], output=tmp_path / "alone", **OPTIONS)
+        done = open_cache(result.path).states == DONE
+        mine, theirs = (open_cache(one.path).matrix("penultimate")[done] for one in (result, alone))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_what_one_file_has_of_an_image_and_the_other_lacks_is_computed_for_the_other(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    photos = make_photos(classes=("one",), each=4)
+    cache = tmp_path / "cache"
+    for result in extract(photos, [ONE, OTHER], output=cache, **OPTIONS):
+        kept = features(result)
+        place = open_cache(result.path).header.arrays["/rows/state"]
+        with Path(result.path).open("r+b") as file:  # as if killed: other rows are pending in each file
+            file.seek(place.offset + (1 if result.backbone == ONE else 2))
+            file.write(bytes([PENDING]))
+        np.save(tmp_path / result.backbone, kept)
+    for result in extract(photos, [ONE, OTHER], output=cache, **OPTIONS):
+        assert (result.computed, result.reused) == (1, 3)
+        np.testing.assert_allclose(features(result), np.load(tmp_path / f"{result.backbone}.npy"), rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_in_one_backbone_keeps_what_both_have(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_photos(classes=("one",), each=9)
+    (photos / "one" / "7.png").write_bytes(b"no image")
+    with pytest.raises(SourceError, match=r"one/7.png.*--on-error skip"):
+        extract(photos, [ONE, OTHER], output=tmp_path / "cache", batch_size=2, on_error="stop", **OPTIONS)
+    files = [open_cache(path) for path in (tmp_path / "cache").glob("*.h5")]
+    assert len(files) == 2
+    assert all((file.states == DONE).sum() >= 4 for file in files)
+    assert not list((tmp_path / "cache").glob("*.lock"))
+    assert CacheWriter.resume(files[0].path).close() is None
+
+
+def test_progress_and_result_say_what_bounds_the_speed(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    calls = []
+    (result,) = extract(make_photos(), [ONE], output=tmp_path, progress=lambda *call: calls.append(call), **OPTIONS)
+    assert result.bound in ("decode", "model", "disk")
+    assert [done for done, *_ in calls] == [8, 16, 24]
+    assert {(total, text) for _, total, text, _ in calls} == {(24, ONE)}
+    assert all(bound in ("decode", "model", "disk") for *_, bound in calls)
+    (again,) = extract(tmp_path / "photos", [ONE], output=tmp_path, **OPTIONS)
+    assert again.bound is None
