@@ -124,6 +124,11 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
         (('"logreg"', '"ridge"'), ("line 11", "twice")),
         (("[[fit]]", '[[fit]]\nlayer = "layer2"'), ("line 11", "layer2", "layer1")),
         (("[[fit]]", "[fit]"), ("line 10", "[[fit]]")),
+        (
+            ("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nfreeze = "layer9"\n[[fit]]'),
+            ("line 12", "layer9", "layer"),
+        ),
+        (("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nlr = -1\n[[fit]]'), ("line 12", "'lr'", "above 0")),
         (("[[fit]]", "[[fti]]"), ("line 10", "fti", "fit")),
         (("[[fit]]", "[[fit]]\n[[fit]]"), ("line 11", "two [[fit]]")),
         (('[[fit]]\nhead = ["logreg", "ridge"]\n', ""), ("line 5", "[[fit]]")),

@@ -223,10 +223,15 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
-    monkeypatch.setattr("pipeline.comparing.run.to_json", lambda result: {**to_json(result), "freeze": "all"})
+    epochs = [{"valid_loss": 0.5, "valid_acc": 0.7}, {"valid_loss": 0.4, "valid_acc": 0.6}, {"valid_loss": 0.6}]
+    tuned = {"freeze": "all", "history": epochs, "validation_accuracy": None}
+    known = "pipeline.comparing.run.to_json"
+    monkeypatch.setattr(known, lambda result: to_json(result) | (tuned if result.kind == "finetune" else {}))
     plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nseed = 0\n')
     report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
+    records = [record for record in report.results if record["kind"] == "finetune"]
+    assert [record["validation_accuracy"] for record in records] == [0.6, 0.6], "that of the least loss"
     assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
 
 

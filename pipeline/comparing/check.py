@@ -74,13 +74,21 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
 
 
 def check_finetunes(plan: Plan) -> None:
-    """Raise `PlanError` unless every network that is fine-tuned exists."""
-    for line, job in finetunes(plan):
-        from pipeline.backbones.registry import check_weights
+    """Raise `PlanError` unless every network that is fine-tuned exists, and has the layer above which it thaws."""
+    wanted = {
+        (line, options["backbone"], options["freeze"], options.get("size"))
+        for line, job in finetunes(plan)
+        if (options := dict(job.options))
+    }
+    for line, backbone, freeze, size in wanted:
+        from pipeline.backbones.graph import resolve_layers
+        from pipeline.backbones.registry import check_weights, sketch
 
-        backbone = str(dict(job.options)["backbone"])
         with pointed(plan, "finetune", line.place, backbone):
             check_weights(backbone)
+        if freeze not in ("all", "none"):
+            with pointed(plan, "finetune", line.place, freeze):
+                resolve_layers(sketch(backbone, size), [freeze])
 
 
 @contextmanager

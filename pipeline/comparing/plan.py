@@ -14,7 +14,7 @@ from pipeline.comparing.options import TABLES, Option, shared
 from pipeline.errors import PlanError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     """One ``[[table]]`` of a plan, its defaults filled in.
 

@@ -210,9 +210,17 @@ def _finetune_one(work: Work, line: Line, total: int, block: Mapping[Finetune, s
     tell = _prefixed(work.progress, f"finetune {options['backbone']} ")
     report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=tell, **options, **how)
     record = {"key": key, **_common(work.images[job.source]), **to_json(report.results[0])}
+    record["validation_accuracy"] = record.get("validation_accuracy") or _validated(record["history"])
     record["options"] = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     _keep(work, record, report.predictions[0], total)
     work.notes += [note for note in report.notes if note not in work.notes]
+
+
+def _validated(history: Sequence[Record]) -> float | None:
+    """Return the validation accuracy of the epoch whose weights were kept: that of the least validation loss."""
+    epochs = [epoch for epoch in history if epoch.get("valid_loss") is not None]
+    kept: float | None = min(epochs, key=lambda epoch: epoch["valid_loss"])["valid_acc"] if epochs else None
+    return kept
 
 
 def _common(source: ImageSource) -> Record:
