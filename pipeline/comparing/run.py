@@ -182,13 +182,16 @@ def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> N
     keys = {(job.layer, job.head.removesuffix("/standard"), job.seed, job.shots): key for job, key in block.items()}
     first = next(iter(block)).extraction
     source = work.images[first.source]
+    depths = {layer: place for place, layer in enumerate(found.dims)}
 
     def keep(result: FitResult, predictions: TestPredictions) -> None:
         key = keys[result.layer, result.head, result.seed, result.shots]
         part = result.layer.split("+")[0]
         spec = found.files[part].layers[part].spec
         about = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
-        _keep(work, {"key": key, **_common(source), **to_json(result), **about}, predictions, total)
+        depth = depths.get(result.layer)  # results come as they end, charts go from the image upwards
+        record = {"key": key, **_common(source), **to_json(result), **about, "depth": depth}
+        _keep(work, record, predictions, total)
 
     axes: list[Any] = [list(dict.fromkeys(values)) for values in zip(*(job[1:5] for job in block), strict=True)]
     layers, heads, seeds, shots = axes

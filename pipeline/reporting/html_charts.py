@@ -47,10 +47,13 @@ def depth_chart(board: Board) -> Chart | None:
     lines: dict[str, list[Score]] = {}
     for score in board.at(board.shots[-1], HEAD):
         lines.setdefault(_without_layer(score), []).append(score)
+    pools = {score.first["pool"] for scores in lines.values() for score in scores}
+    telling = ("backbone", "pool") if len(pools) > 1 else ("backbone",)
     backbones: dict[str, list[Score]] = {}
     for scores in lines.values():
-        ordered = [score for score in scores if score.first["layer"] != "input" and "+" not in score.first["layer"]]
-        key = ", ".join(str(scores[0].first[name]) for name in ("backbone", "pool"))
+        deep = [score for score in scores if score.first["layer"] != "input" and score.first.get("depth") is not None]
+        ordered = sorted(deep, key=lambda score: score.first["depth"])
+        key = ", ".join(str(scores[0].first[name]) for name in telling)
         if len(ordered) > 1 and (key not in backbones or _peak(ordered) > _peak(backbones[key])):
             backbones[key] = ordered
     if not backbones:
@@ -62,20 +65,13 @@ def depth_chart(board: Board) -> Chart | None:
             depth = np.linspace(0, 1, len(scores))
             means = [score.accuracy for score in scores]
             lows, highs = zip(*(score.interval for score in scores), strict=True)
-            label = f"{name}, {scores[0].first['head']}"
+            best = int(np.argmax(means))
+            peak = f"{scores[best].first['layer']} {100 * means[best]:.1f}"
+            label = f"{name}, {scores[0].first['head']}: {peak}"
             color = SERIES[number]
             axes.fill_between(depth, lows, highs, color=color, alpha=0.13, linewidth=0)
             axes.plot(depth, means, color=color, marker=MARKERS[number], markersize=5, linewidth=1.8, label=label)
-            best = int(np.argmax(means))
-            axes.annotate(
-                f"{scores[best].first['layer']} {100 * means[best]:.1f}",
-                (depth[best], means[best]),
-                (0, 7 + 11 * number),
-                textcoords="offset points",
-                ha="right" if depth[best] > 0.7 else "left" if depth[best] < 0.3 else "center",
-                color=color,
-                weight="bold",
-            )
+            axes.plot(depth[best], means[best], MARKERS[number], color=color, markersize=9)
             rows += [
                 (
                     name,
