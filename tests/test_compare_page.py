@@ -23,11 +23,11 @@ NASTY = "<img src=x onerror=boom()>&\"'{{ 7*7 }}$x^2$"
 PLAN = """\
 source = "photos"
 seed = [0, 1]
-shots = [1, 3, "all"]
+shots = [3, "all"]
 
 [[extract]]
 backbone = ["resnet18@random:0", "resnet18@random:1"]
-layer = ["stages", "input"]
+layer = ["layer1", "layer4", "input"]
 size = 32
 
 [[fit]]
