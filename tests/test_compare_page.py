@@ -26,7 +26,7 @@ seed = [0, 1]
 shots = [3, "all"]
 
 [[extract]]
-backbone = ["resnet18@random:0", "resnet18@random:1"]
+backbone = "resnet18@random:0"
 layer = ["layer1", "layer4", "input"]
 size = 32
 
@@ -208,10 +208,10 @@ def test_columns_sort_both_ways_and_unknown_numbers_stay_last(page: Page) -> Non
 def test_words_and_menus_filter_together(page: Page) -> None:
     total = page.run("document.querySelectorAll('#results tbody tr').length")
     choose(page, "select[data-column=shots]", "3", "change")
-    choose(page, "#words", "LOGREG  random:1", "input")
+    choose(page, "#words", "LOGREG  layer", "input")
     methods = column(page, "method")
     assert methods
-    assert all("logreg" in method and "random:1" in method for method in methods)
+    assert all("logreg" in method and "layer" in method for method in methods)
     assert set(column(page, "labels")) == {"3"}
     assert page.run("document.getElementById('shown').textContent") == f"{len(methods)} of {total} shown"
     choose(page, "#words", "no such thing", "input")
