@@ -58,6 +58,7 @@ class ExtractResult:
 class FitResult:
     """One head on one layer, one seed: what was trained on what, and how it did on test.
 
+    `validation_accuracy` is what the parameters were chosen by, ``None`` where nothing was left to choose by;
     `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities, and so are
     `temperature` and what the two become under it, also where no held-out rows were left to fit it on. `balanced` tells
     whether classes counted alike in training. `cv` is the number of folds: then every row was test once, `params` are
@@ -91,6 +92,7 @@ class FitResult:
     log_loss_calibrated: float | None = None
     ece_calibrated: float | None = None
     p_vs_best: float | None = None
+    validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)

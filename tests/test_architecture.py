@@ -16,9 +16,9 @@ RANKS = [
     {"pipeline.filling"},
     {"pipeline.extract"},
     {"pipeline.fit", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
-    {"pipeline.diagnostics"},
+    {"pipeline.diagnostics", "pipeline.comparing"},
     {"pipeline.reporting"},
-    {"pipeline.demo"},
+    {"pipeline.compare", "pipeline.demo"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}

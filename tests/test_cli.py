@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "backbones", "layers", "extract", "cache", "fit", "predict", "export", "rank", "drift")
+COMMANDS = ("demo", "backbones", "layers", "extract", "cache", "fit", "predict", "export", "rank", "drift", "compare")
 NETWORK = ("-b", "resnet18@random:0", "--size", "32")
 
 
