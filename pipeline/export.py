@@ -33,8 +33,9 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images resized and cropped as the file's metadata says;
     normalisation is part of the graph. It gives ``label``, int64 (n,), ``scores``, float32 (n, K), whose largest is the
     label, and, where the head has them, ``probabilities``, float32 (n, K), calibrated as `predict` does. Numbers are
-    float32 whatever the features were trained in. The metadata holds JSON: ``classes`` (K names, in the order of the scores), ``preprocessing``
-    (`pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, test metrics, versions).
+    float32 whatever the features were trained in. The metadata holds JSON: ``classes`` (K names,
+    in the order of the scores), ``preprocessing`` (`pipeline.spec.Preprocessing`) and ``model`` (head, parameters,
+    layers, test metrics, versions).
 
     Parameters
     ----------

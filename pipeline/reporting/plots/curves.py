@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,15 +25,15 @@ def depth_figure(results: Sequence[FitResult]) -> Figure:
     Parameters
     ----------
     results : sequence of FitResult
-        Of one source; layers are drawn in their order here, those of several backbones under their names.
+        Of one backbone; layers stand in their order here.
     """
-    layers = list(dict.fromkeys(map(_layer, results)))
+    layers = list(dict.fromkeys(result.layer for result in results))
     lines = _lines(results, lambda result: (result.head, result.shots))
     figure = new_figure(max(6.4, 0.6 * len(layers) + 2.5), 4.6)
     axes = figure.subplots()
     for number, (label, members) in enumerate(lines.items()):
-        places = np.array([place for place, layer in enumerate(layers) if any(_layer(r) == layer for r in members)])
-        groups = [[r for r in members if _layer(r) == layers[place]] for place in places]
+        places = np.array([place for place, layer in enumerate(layers) if any(r.layer == layer for r in members)])
+        groups = [[r for r in members if r.layer == layers[place]] for place in places]
         means = np.array([np.mean([r.accuracy for r in group]) for group in groups])
         ends = np.array([_interval(group) for group in groups])
         shift = 0.5 * (number - (len(lines) - 1) / 2) / len(lines) if len(lines) > 1 else 0.0
@@ -59,7 +60,7 @@ def budget_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
     def place(result: FitResult) -> float:
         return (result.n_train + result.n_val) / n_classes if result.shots == "all" else float(result.shots)
 
-    lines = _lines(results, lambda result: (_layer(result), result.head))
+    lines = _lines(results, lambda result: (result.layer, result.head))
     figure = new_figure(7.2, 4.6)
     axes = figure.subplots()
     for number, (label, members) in enumerate(lines.items()):
@@ -99,10 +100,6 @@ def _word(part: Hashable) -> str:
     return f"{part} shots" if isinstance(part, int) else ("all labels" if part == "all" else short(str(part), 40))
 
 
-def _layer(result: FitResult) -> str:
-    return result.layer
-
-
 def _which(results: Sequence[FitResult]) -> str:
     """Return backbone and pooling for a title's second line."""
     return "\n" + ", ".join(dict.fromkeys(f"{r.backbone}, {r.pool} pooling" for r in results))
@@ -113,7 +110,7 @@ def _interval(group: Sequence[FitResult]) -> tuple[float, float]:
     return wilson(round(mean * tests), tests)
 
 
-def _look(number: int) -> dict[str, str]:
+def _look(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % 8], "marker": MARKERS[number % 8], "linestyle": LINES[number % 4]}
 
 

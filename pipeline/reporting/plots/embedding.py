@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -75,12 +76,23 @@ def _shown(y_true: Ints, y_pred: Ints, n_classes: int) -> list[int]:
 def _scatter(axes: Axes, places: Places, y: Ints, wrong: NDArray[np.bool_], shown: Sequence[tuple[int, str]]) -> None:
     rest = ~np.isin(y, [number for number, _ in shown])
     if rest.any():
-        axes.scatter(*places[rest].T, s=10, color=QUIET, alpha=0.45, linewidths=0, label="other classes")
+        axes.scatter(
+            places[rest, 0], places[rest, 1], s=10, color=QUIET, alpha=0.45, linewidths=0, label="other classes"
+        )
     for place, (number, name) in enumerate(shown):
         marker, color = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)], COLOURS[place % len(COLOURS)]
-        axes.scatter(*places[y == number].T, s=22, color=color, marker=marker, alpha=0.8, linewidths=0, label=name)
+        axes.scatter(
+            places[y == number, 0],
+            places[y == number, 1],
+            s=22,
+            color=color,
+            marker=marker,
+            alpha=0.8,
+            linewidths=0,
+            label=name,
+        )
     if wrong.any():
-        ring = {"s": 70, "facecolors": "none", "edgecolors": INK, "linewidths": 1.1}
-        axes.scatter(*places[wrong].T, label="labelled wrongly", **ring)
+        ring: dict[str, Any] = {"s": 70, "facecolors": "none", "edgecolors": INK, "linewidths": 1.1}
+        axes.scatter(places[wrong, 0], places[wrong, 1], label="labelled wrongly", **ring)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color(QUIET)

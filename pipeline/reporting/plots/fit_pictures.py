@@ -34,8 +34,8 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
     Returns
     -------
     list of Path
-        ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of heads
-        with probabilities) and ``embedding``, each as PNG and SVG.
+        ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
+        heads with probabilities) and ``embedding``, each as PNG and SVG.
     """
     kept, predictions = report.results[report.best], report.predictions[report.best]
     title = f"{kept.head} on {kept.layer}, {kept.accuracy:.3f} on {kept.n_test} test images"

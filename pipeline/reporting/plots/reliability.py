@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.metrics import expected_calibration_error
 from pipeline.reporting.plots.style import COLOURS, MARKERS, QUIET, new_figure, tidy
 
@@ -35,14 +36,16 @@ def reliability_figure(y_true: NDArray[np.int64], probabilities: Mapping[str, ND
         filled = counts > 0
         x = np.bincount(place, weights=confidence, minlength=BINS)[filled] / counts[filled]
         y = np.bincount(place, weights=right, minlength=BINS)[filled] / counts[filled]
+        low, high = np.array([wilson(round(share * n), n) for share, n in zip(y, counts[filled], strict=True)]).T
         error = expected_calibration_error(y_true, values)
         color, marker = COLOURS[number], MARKERS[number]
-        top.plot(x, y, color=color, marker=marker, label=f"{name}: calibration error {error:.3f}")
+        label = f"{name}: calibration error {error:.3f}"
+        top.errorbar(x, y, (y - low, high - y), color=color, marker=marker, capsize=3, alpha=0.85, label=label)
         width = 1 / BINS / len(probabilities)
         bottom.bar(edges[:-1] + width * number, counts, width * 0.9, align="edge", color=color)
-    top.set(ylabel="accuracy", ylim=(-0.02, 1.02), title="Reliability on test images")
+    top.set(ylabel="accuracy", ylim=(-0.02, 1.02), title="Reliability on test images, with 95 % intervals")
     bottom.set(xlabel="confidence: the largest probability", ylabel="images", xlim=(0, 1.02))
-    top.legend(frameon=False, loc="upper left")
+    top.legend(frameon=False, loc="lower right")
     tidy(top)
     tidy(bottom)
     return figure
