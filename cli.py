@@ -170,6 +170,9 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 @click.option("--source", help="Which source, where the cache holds several.")
 @click.option("-b", "--backbone", help="Which backbone, where the cache holds several.")
 @click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where the cache holds several.")
+@click.option("--cv", type=click.IntRange(min=2), help="Cross-validate with so many folds; every image is test once.")
+@click.option("--balanced", is_flag=True, help="Let every class count alike, whatever its size.")
+@click.option("--drop-leaks", is_flag=True, help="Take test images out that are byte-equal to training images.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
 @json_option
@@ -180,16 +183,18 @@ def fit(
     """Train heads on the features in CACHE and measure them on its test images, once."""
     from pipeline.fit import fit as run
     from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import fit_table
+    from pipeline.reporting.tables import fit_table, seeds_table
 
     with progress_bar() as progress:
         report = run(cache, list(layer) or None, head, seed, _shots(shots), progress=progress, **options)
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
     if as_json:
-        _print_json({"results": _records(report.results)})
+        _print_json({"results": _records(report.results), "summary": _records(report.summary), "notes": report.notes})
         return
     _print_table(fit_table(report.results))
+    if report.summary:
+        _print_table(seeds_table(report.summary))
     if report.saved:
         click.echo(f"model: {report.saved}")
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
-from pipeline.fit import FitReport, TestPredictions, fit
+from pipeline.fit import FitReport, fit
+from pipeline.heads.predictions import TestPredictions
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
 from pipeline.reporting.plots import confusion_matrix, depth_curve, image_strip

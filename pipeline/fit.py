@@ -6,41 +6,35 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features_cache import Catalog
 from pipeline.errors import FitError
+from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.leaks import tell_clusters
+from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.heads.cached import Layer, select
+from pipeline.heads.family import Params
+from pipeline.heads.predictions import TestPredictions, pool_folds, summarise
 from pipeline.heads.registry import Head, find_head
-from pipeline.heads.schedule import Cut, Finished, Progress, check_rows, cut_layers, run_trials
+from pipeline.heads.schedule import Cut, Progress, check_trials, cut_layers, run_trials, validated
 from pipeline.heads.store import SavedModel, check_destination, current_versions, save_model
 from pipeline.heads.trial import Outcome
-from pipeline.results import FitResult, to_json
+from pipeline.results import FitResult, SeedSummary, to_json
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class TestPredictions:
-    """What one model said about each test row.
+class Trial(NamedTuple):
+    """One head on one layer and split, and what came of it."""
 
-    Parameters
-    ----------
-    uris : (n,) str
-    y_true, y_pred : (n,) int64
-        Class numbers.
-    probability : (n,) float64 or None
-        That of `y_pred`; ``None`` for heads without probabilities.
-    """
-
-    uris: NDArray[np.str_]
-    y_true: NDArray[np.int64]
-    y_pred: NDArray[np.int64]
-    probability: NDArray[np.float64] | None
+    cut: Cut
+    head: Head
+    outcome: Outcome
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +46,8 @@ class FitReport:
     results : list of FitResult
     predictions : list of TestPredictions
         One for each result.
+    summary : list of SeedSummary
+        One for each layer, head and number of shots, where there are several seeds; otherwise empty.
     notes : list of str
         What a user should know, a sentence each.
     classes : tuple of str
@@ -64,6 +60,7 @@ class FitReport:
 
     results: list[FitResult]
     predictions: list[TestPredictions]
+    summary: list[SeedSummary]
     notes: list[str]
     classes: tuple[str, ...]
     best: int
@@ -79,6 +76,10 @@ def fit(
     source: str | None = None,
     backbone: str | None = None,
     pool: str | None = None,
+    *,
+    cv: int | None = None,
+    balanced: bool = False,
+    drop_leaks: bool = False,
     save: str | Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
@@ -99,6 +100,13 @@ def fit(
         Training rows of each class; parameters are then chosen inside these rows only and val is not used.
     source, backbone, pool : str, optional
         Select a file where the cache holds several.
+    cv : int, optional
+        Cross-validate with so many folds in place of a test split: every row is test once, parameters are chosen
+        inside the other folds, and a result is about all rows. Repeated with each seed.
+    balanced : bool, default False
+        Let every class count alike, whatever its size, in training and in the choice of parameters.
+    drop_leaks : bool, default False
+        Take test images out that repeat the bytes of training images.
     save : str or Path, optional
         Write the model of best validation accuracy here, as a skops file.
     jobs : int, optional
@@ -116,28 +124,30 @@ def fit(
         If the model cannot be written.
     """
     _check_choices(heads, seeds, shots)
+    if cv is not None and save is not None:
+        raise FitError("cross-validation trains a model a fold and keeps none; fit without --cv to save one")
     seeds, shots = _distinct(seeds), _distinct(shots)
     chosen = _distinct([find_head(name) for name in heads])
     destination = None if save is None else check_destination(save)
     selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; fit one source a call, named by --source")
-    cuts = cut_layers(selected, seeds, shots)
+    cuts = cut_layers(selected, seeds, shots, cv, drop_leaks=drop_leaks)
     trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
-    check_rows(trials)
-    finished = run_trials(trials, jobs, progress, keep=destination is not None)
-    pairs = list(zip(trials, finished.outcomes, strict=True))
-    results = [_result(cut, head, outcome) for (cut, head), outcome in pairs]
+    check_trials(trials, balanced=balanced)
+    finished = run_trials(trials, jobs, progress, balanced=balanced, keep=destination is not None)
+    done = [Trial(cut, head, outcome) for (cut, head), outcome in zip(trials, finished.outcomes, strict=True)]
+    folds = cv or 1
+    cells = [done[start : start + folds] for start in range(0, len(done), folds)]
+    predictions = [pool_folds([(trial.cut, trial.outcome) for trial in cell]) for cell in cells]
+    p_values = compare_models([each.uris for each in predictions], [each.right for each in predictions])
+    results = [_result(cell, each, balanced, cv, p) for cell, each, p in zip(cells, predictions, p_values, strict=True)]
+    best = int(np.argmax([np.mean([validated(trial.outcome) for trial in cell]) for cell in cells]))
     if destination is not None:
-        save_model(destination, _model(finished, trials[finished.best][0].layer, results[finished.best]))
-    return FitReport(
-        results,
-        [_predictions(cut, outcome) for (cut, _), outcome in pairs],
-        _notes(trials, finished.outcomes),
-        selected[0].table.classes,
-        finished.best,
-        destination,
-    )
+        save_model(destination, _model(finished.model, cells[best][0].cut.layer, results[best]))
+    notes = _notes(done, predictions) + tell_ties(p_values)
+    summary = summarise(results, predictions)
+    return FitReport(results, predictions, summary, notes, selected[0].table.classes, best, destination)
 
 
 def _distinct(values: Sequence[T]) -> list[T]:
@@ -156,57 +166,74 @@ def _check_choices(heads: Sequence[str], seeds: Sequence[int], shots: Sequence[i
             raise FitError(f"shots are a positive number of images per class or 'all', got {count!r}")
 
 
-def _result(cut: Cut, head: Head, outcome: Outcome) -> FitResult:
-    y_true = cut.layer.table.labels[cut.splits.test]
+def _result(
+    cell: Sequence[Trial], found: TestPredictions, balanced: bool, cv: int | None, p_vs_best: float | None
+) -> FitResult:
+    cut, outcomes = cell[0].cut, [trial.outcome for trial in cell]
+    n_classes = len(cut.layer.table.classes)
+    scores = evaluate(found.y_true, found.y_pred, n_classes, found.probabilities)
+    calibrated = found.calibrated
     return FitResult(
         kind="head",
         backbone=cut.layer.handle("backbone"),
         layer=cut.layer.name,
         pool=cut.layer.handle("pool"),
-        head=head.name,
-        params=outcome.params,
+        head=cell[0].head.name,
+        params=_commonest([outcome.params for outcome in outcomes]),
         seed=cut.seed,
         shots=cut.shots,
-        n_train=len(cut.splits.train),
-        n_val=len(cut.splits.val),
-        n_test=len(cut.splits.test),
-        accuracy_ci95=wilson(int((outcome.y_pred == y_true).sum()), len(y_true)),
-        **asdict(outcome.metrics),
-        seconds=outcome.seconds,
-        converged=outcome.converged,
+        n_train=_mean_count([trial.cut.splits.train for trial in cell]),
+        n_val=_mean_count([trial.cut.splits.val for trial in cell]),
+        n_test=len(found.y_true),
+        accuracy_ci95=wilson(int(found.right.sum()), len(found.right)),
+        **asdict(scores),
+        seconds=sum(outcome.seconds for outcome in outcomes),
+        converged=all(outcome.converged for outcome in outcomes),
+        balanced=balanced,
+        cv=cv,
+        temperature=None if found.temperatures is None else float(np.median(found.temperatures)),
+        log_loss_calibrated=None if calibrated is None else log_loss(found.y_true, calibrated),
+        ece_calibrated=None if calibrated is None else expected_calibration_error(found.y_true, calibrated),
+        p_vs_best=p_vs_best,
     )
 
 
-def _predictions(cut: Cut, outcome: Outcome) -> TestPredictions:
-    table, test = cut.layer.table, cut.splits.test
-    return TestPredictions(table.uris[test], table.labels[test], outcome.y_pred, outcome.probability)
+def _commonest(params: Sequence[Params]) -> Params:
+    """Return the parameters that most folds chose, the first on a tie."""
+    return max(params, key=params.count)
 
 
-def _model(finished: Finished, layer: Layer, result: FitResult) -> SavedModel:
+def _mean_count(parts: Sequence[NDArray[np.int64]]) -> int:
+    return round(sum(len(part) for part in parts) / len(parts))
+
+
+def _model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:
     return SavedModel(
-        finished.model,
+        pipeline,
         result.head,
         result.params,
         layer.describe(),
         layer.table.classes,
+        result.temperature,
         to_json(result),
         current_versions(),
     )
 
 
-def _notes(trials: Sequence[tuple[Cut, Head]], outcomes: Sequence[Outcome]) -> list[str]:
-    cuts = dict.fromkeys(cut for cut, _ in trials)
+def _notes(done: Sequence[Trial], predictions: Sequence[TestPredictions]) -> list[str]:
+    cuts = dict.fromkeys(trial.cut for trial in done)
     notes = [note for cut in cuts for note in cut.layer.table.notes]
     notes += [note for cut in cuts for note in cut.splits.notes]
     seeds = {cut.seed for cut in cuts}
     if len(seeds) > 1 and len({cut.splits.train.tobytes() for cut in cuts if cut.shots == "all"}) == 1:
         notes.append(f"all splits are given, so that {len(seeds)} seeds give the same results: one is enough")
-    for head in dict.fromkeys(head for _, head in trials):
-        choices = [outcome.choice for (_, other), outcome in zip(trials, outcomes, strict=True) if other is head]
+    notes += [note for each in predictions for note in tell_clusters(each.groups)]
+    for head in dict.fromkeys(trial.head for trial in done):
+        choices = [trial.outcome.choice for trial in done if trial.head is head]
         missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
         if missed:
             notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
         if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
             fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
-            notes.append(f"{head.name}: one row a class leaves nothing to validate on, so {fixed} is taken")
+            notes.append(f"{head.name}: one row (or group) a class leaves nothing to validate on, so {fixed} is taken")
     return _distinct(notes)

@@ -58,7 +58,12 @@ class ExtractResult:
 class FitResult:
     """One head on one layer, one seed: what was trained on what, and how it did on test.
 
-    `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities.
+    `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities, and so are
+    `temperature` and what the two become under it, also where no held-out rows were left to fit it on. `balanced` tells
+    whether classes counted alike in training. `cv` is the number of folds: then every row was test once, `params` are
+    those chosen most often, `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
+    `p_vs_best` is that of McNemar's exact test, corrected by Holm's rule, against the most accurate result on the same
+    test rows; ``None`` for that one.
     """
 
     kind: str
@@ -80,6 +85,36 @@ class FitResult:
     ece: float | None
     seconds: float
     converged: bool
+    balanced: bool = False
+    cv: int | None = None
+    temperature: float | None = None
+    log_loss_calibrated: float | None = None
+    ece_calibrated: float | None = None
+    p_vs_best: float | None = None
+
+
+@dataclass(frozen=True)
+class SeedSummary:
+    """One head on one layer over several seeds.
+
+    `accuracy_ci95` is Wilson's interval around the mean accuracy for the test rows of one seed: what another test set
+    might give. `accuracy_sd`, `accuracy_min` and `accuracy_max` are what another draw of splits or shots gives.
+    `p_vs_best` is that of the corrected resampled t-test, with Holm's rule, against the best mean of the same shots;
+    ``None`` for that one and where all seeds share one test set, which takes McNemar's test.
+    """
+
+    backbone: str
+    layer: str
+    pool: str
+    head: str
+    shots: int | str
+    seeds: int
+    accuracy_mean: float
+    accuracy_ci95: tuple[float, float]
+    accuracy_sd: float
+    accuracy_min: float
+    accuracy_max: float
+    p_vs_best: float | None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import join_units
-from pipeline.evaluation.splits import Splits, make_splits, stratified_folds
+from pipeline.evaluation.splits import Splits, make_splits
 
 
 def split(labels: Any, given_splits: Any = None, groups: Any = None, images: Any = None, **rest: Any) -> Splits:
@@ -194,14 +194,18 @@ def test_one_group_cannot_be_split() -> None:
         split([0, 1] * 10, groups=["a"] * 20)
 
 
-@given(st.lists(st.integers(0, 4), min_size=2, max_size=50), st.integers(2, 5), st.integers(0, 3))
-def test_folds_part_the_rows_and_spread_each_class(labels: list[int], count: int, seed: int) -> None:
-    array = np.array(labels)
-    folds = stratified_folds(array, count, seed)
-    for rest, held in folds:
-        assert sorted([*rest, *held]) == list(range(len(labels)))
-        assert len(np.unique(array[rest])) > 1
-    if len(folds) == count:
-        assert sorted(row for _, held in folds for row in held) == list(range(len(labels)))
-        spread = np.array([np.bincount(array[held], minlength=5) for _, held in folds])
-        assert (spread.max(axis=0) - spread.min(axis=0)).max() <= 1
+def test_leaks_may_be_dropped_from_test_and_shots_do_not_change_what_is_dropped() -> None:
+    labels = [0, 1] * 8
+    names = ["train"] * 8 + ["val"] * 2 + ["test"] * 6
+    images = [*range(10), 3, 11, 9, 13, 14, 15]
+    for shots in ("all", 1):
+        found = split(labels, names, images=images, drop_leaks=True, shots=shots)
+        assert found.test.tolist() == [11, 13, 14, 15]
+        assert found.leaks == []
+        assert "2 of 6 test images repeat training images and were taken out of test" in found.notes
+    assert split(labels, names, drop_leaks=True).test.tolist() == list(range(10, 16))
+
+
+def test_a_test_of_nothing_but_leaks_is_refused() -> None:
+    with pytest.raises(FitError, match="every one of the 2 test images repeats a training image"):
+        split([0, 1] * 4, ["train"] * 6 + ["test"] * 2, images=[0, 1, 2, 3, 4, 5, 0, 1], drop_leaks=True)

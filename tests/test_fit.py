@@ -18,8 +18,10 @@ from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows
 from pipeline.errors import FitError, ModelFileError
-from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
+from pipeline.evaluation.metrics import expected_calibration_error, log_loss
 from pipeline.fit import fit
+from pipeline.heads import schedule
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.store import load_model
 from pipeline.results import to_json
@@ -61,6 +63,7 @@ def make_cache(tmp_path: Path) -> Make:
         pending: Sequence[int] = (),
         features: dict[str, np.ndarray] | None = None,
         classes: Sequence[str] = CLASSES,
+        groups: Sequence[str] | None = None,
     ) -> Path:
         labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
         layers = [
@@ -71,7 +74,7 @@ def make_cache(tmp_path: Path) -> Make:
             uris or [f"{i:03d}.png" for i in range(n)],
             labels.astype(np.int64),
             splits or [""] * n,
-            [""] * n,
+            groups or [""] * n,
             zeros,
             zeros,
         )
@@ -123,7 +126,8 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
-    assert " ".join(result) == f"{shape} {scores}"
+    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best"
+    assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
     assert expected.items() <= result.items()
     assert result["shots"] == "all"
@@ -155,7 +159,10 @@ def test_a_fit_is_a_standardised_logistic_regression_chosen_on_val_and_refitted(
     assert right(result.params["C"]) >= max(right(c) for c in np.logspace(-6, 5, 45)[::4])
     oracle = model(np.concatenate([parts["train"], parts["val"]]), result.params["C"])
     assert (found.y_pred == oracle.predict(x[parts["test"]])).mean() > 0.985
-    assert found.probability == pytest.approx(oracle.predict_proba(x[parts["test"]]).max(axis=1), abs=0.01)
+    assert found.probabilities is not None
+    assert found.probabilities.max(axis=1) == pytest.approx(
+        oracle.predict_proba(x[parts["test"]]).max(axis=1), abs=0.01
+    )
     assert found.y_true.tolist() == labels[parts["test"]].tolist()
     assert found.uris.tolist() == [f"{i:03d}.png" for i in parts["test"]]
     assert result.accuracy == pytest.approx((found.y_pred == found.y_true).mean())
@@ -263,7 +270,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg: one row a class leaves nothing to validate on, so C=1 is taken"
+    fixed = "logreg: one row (or group) a class leaves nothing to validate on, so C=1 is taken"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 
@@ -384,6 +391,9 @@ def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> 
         ({"shots": ["some"]}, FitError, "got 'some'"),
         ({"backbone": "nit"}, CacheError, "did you mean net"),
         ({"save": "nowhere/m.skops"}, ModelFileError, "no folder nowhere"),
+        ({"save": "m.skops", "cv": 3}, FitError, "fit without --cv to save one"),
+        ({"cv": 91}, FitError, "cannot cut 91 folds of 90 rows"),
+        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "knn cannot weigh its training rows; leave it"),
     ],
 )
 def test_wrong_choices_are_refused_before_anything_is_fitted(
@@ -418,3 +428,121 @@ def test_two_files_are_ambiguous_until_one_is_named(make_cache: Make) -> None:
     with pytest.raises(AmbiguousCacheError, match="second"):
         fit(path.parent)
     assert {r.backbone for r in fit(path.parent, backbone="second", heads=["centroid"]).results} == {"second"}
+
+
+def test_cross_validation_predicts_every_row_once_by_models_that_did_not_see_it(make_cache: Make) -> None:
+    groups = [f"g{i // 3}" for i in range(90)]
+    labels = np.arange(90) // 3 % 3
+    path = make_cache(dims={"low": 6}, labels=labels, features={"low": clouds(labels, 6, 2.0)}, groups=groups)
+    report = fit(path, heads=["ridge", "knn"], seeds=[0, 1], cv=3, jobs=1)
+    assert [(r.head, r.seed, r.cv, r.n_train, r.n_val, r.n_test) for r in report.results] == [
+        (head, seed, 3, 51, 9, 90) for head in ("ridge", "knn") for seed in (0, 1)
+    ]
+    for result, found in zip(report.results, report.predictions, strict=True):
+        assert found.uris.tolist() == [f"{i:03d}.png" for i in range(90)]
+        assert found.y_true.tolist() == labels.tolist()
+        assert len({(group, fold) for group, fold in zip(found.groups, found.folds, strict=True)}) == 30
+        assert result.accuracy == pytest.approx((found.y_pred == labels).mean())
+        assert found.accuracies().mean() == pytest.approx(result.accuracy)
+    assert report.predictions[2].probabilities is not None
+    assert report.results[2].log_loss == log_loss(labels, report.predictions[2].probabilities)
+    splits = [np.concatenate([each.accuracies() for each in report.predictions[start : start + 2]]) for start in (0, 2)]
+    worse = int(splits[1].mean() < splits[0].mean())
+    p = corrected_t_test(splits[1 - worse] - splits[worse], 60, 30)[1]
+    assert [row.p_vs_best for row in report.summary][worse] == pytest.approx(p)
+
+
+def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    values = {"low": clouds(labels, 6, 2.5), "top": clouds(labels, 200, 9.0)}
+    report = fit(make_cache(features=values), heads=["centroid"], seeds=[0, 1, 2], jobs=1)
+    assert [(row.layer, row.head, row.shots, row.seeds) for row in report.summary] == [
+        ("low", "centroid", "all", 3),
+        ("top", "centroid", "all", 3),
+    ]
+    for row in report.summary:
+        of_seeds = np.array([result.accuracy for result in report.results if result.layer == row.layer])
+        assert (row.accuracy_mean, row.accuracy_sd) == (
+            pytest.approx(of_seeds.mean()),
+            pytest.approx(of_seeds.std(ddof=1)),
+        )
+        assert (row.accuracy_min, row.accuracy_max) == (of_seeds.min(), of_seeds.max())
+        assert row.accuracy_ci95 == wilson(round(of_seeds.mean() * 18), 18)
+    assert sorted(row.p_vs_best is None for row in report.summary) == [False, True]
+    assert fit(make_cache(name="b/x.h5"), heads=["centroid"]).summary == []
+
+
+def test_seeds_of_one_test_set_are_not_taken_for_resamples(make_cache: Make) -> None:
+    path = make_cache(splits=["train"] * 60 + ["test"] * 30)
+    report = fit(path, heads=["centroid"], seeds=[0, 1], shots=[3], jobs=1)
+    assert [row.p_vs_best for row in report.summary] == [None, None]
+
+
+def test_results_on_one_test_set_are_compared_with_the_best(make_cache: Make) -> None:
+    labels = np.arange(300) % 3
+    values = {"good": clouds(labels, 5, 0.8), "bad": clouds(labels, 5, 4.0)}
+    report = fit(make_cache(300, dims=dict.fromkeys(values, 5), features=values), heads=["centroid"], jobs=1)
+    good, bad = report.predictions
+    assert report.results[0].p_vs_best is None
+    assert report.results[1].p_vs_best == pytest.approx(mcnemar(good.right, bad.right))
+    assert report.results[1].p_vs_best < 0.05
+    assert any("0 of 1 other results are not distinguishable from the best" in note for note in report.notes)
+
+
+def test_calibration_is_fitted_before_the_refit_told_on_test_and_kept_in_the_model(
+    make_cache: Make, tmp_path: Path
+) -> None:
+    labels = np.arange(300) % 3
+    report = fit(make_cache(300, dims={"low": 6}, features={"low": clouds(labels, 6, 0.5)}), save=tmp_path / "m.skops")
+    result, found = report.results[0], report.predictions[0]
+    assert result.temperature is not None
+    assert result.temperature < 0.5, "the least C of a perfect validation set is far from sure enough"
+    assert found.calibrated is not None
+    assert result.log_loss_calibrated == log_loss(found.y_true, found.calibrated)
+    assert result.ece_calibrated == expected_calibration_error(found.y_true, found.calibrated)
+    assert result.log_loss is not None
+    assert result.log_loss_calibrated < result.log_loss
+    assert load_model(tmp_path / "m.skops").temperature == result.temperature
+
+
+@pytest.mark.parametrize("head", [name for name in FAMILIES if name != "knn"])
+def test_balanced_classes_count_alike(make_cache: Make, head: str) -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(1200) < 0.08).astype(int)
+    values = {"low": (rng.standard_normal((1200, 3)) + 1.2 * labels[:, None]).astype("f")}
+    path = make_cache(1200, dims={"low": 3}, labels=labels, features=values)
+    plain, balanced = (fit(path, heads=[head], balanced=each, jobs=1).results[0] for each in (False, True))
+    assert (plain.balanced, balanced.balanced) == (False, True)
+    assert balanced.mean_per_class_accuracy >= plain.mean_per_class_accuracy
+    assert balanced.mean_per_class_accuracy > 0.7
+
+
+@pytest.mark.parametrize("head", FAMILIES)
+def test_constant_features_give_a_result_at_chance(make_cache: Make, head: str) -> None:
+    path = make_cache(dims={"low": 4}, features={"low": np.full((90, 4), 2.5, "f")})
+    assert fit(path, heads=[head], jobs=1).results[0].accuracy == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("head", FAMILIES)
+def test_a_class_of_one_row_is_fitted_and_told(make_cache: Make, head: str) -> None:
+    labels = np.arange(90) % 2
+    labels[7] = 2
+    report = fit(make_cache(labels=labels, dims={"low": 6}), heads=[head], jobs=1)
+    assert any("class cat" in note for note in report.notes)
+    assert report.results[0].accuracy > 0.8
+
+
+def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_cache(dims={"top": 200})
+    monkeypatch.setattr(schedule, "MOST_CELLS", 500)
+    for head in ("logreg", "linear_svm"):
+        with pytest.raises(FitError, match=f"{head} for 3 classes would need a table of .* GiB; take centroid"):
+            fit(path, heads=[head])
+    assert fit(path, heads=["centroid"]).results
+
+
+def test_groups_in_test_are_told_to_make_intervals_too_narrow(make_cache: Make) -> None:
+    groups = [f"g{i // 3}" for i in range(90)]
+    splits = ["train"] * 60 + ["test"] * 30
+    report = fit(make_cache(dims={"low": 6}, groups=groups, splits=splits), heads=["centroid"])
+    assert any("30 test rows come from 10 groups" in note for note in report.notes)

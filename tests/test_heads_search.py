@@ -13,10 +13,11 @@ from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
-from pipeline.heads import linear
+from pipeline.heads import linear, linear_svm
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
-from pipeline.heads.search import PATIENCE, Fold, make_fold, scale, search, train_final
+from pipeline.heads.search import PATIENCE, Fold, balanced_weights, make_fold, scale, search, train_final
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +50,9 @@ def cold(models: Sequence[object], fold: Fold) -> list[int]:
 def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) -> None:
     fold, fresh, _ = digits(300, seed)
     choice = search(find_head("logreg"), [fold])
-    models = [LogisticRegression(C=c, tol=1e-8, max_iter=5000) for c in linear.C_GRID]
+    models = [LogisticRegression(C=c, tol=1e-8, max_iter=5000) for c in C_GRID]
     right = cold(models, fold)
-    chosen = linear.C_GRID.index(choice.params["C"])
+    chosen = C_GRID.index(choice.params["C"])
     assert right[chosen] == max(right)
     assert choice.score == pytest.approx(max(right) / 300)
     final = train_final(find_head("logreg"), choice.params, scale("none", fold.train, fresh, rotated=False), fold.y)
@@ -62,8 +63,8 @@ def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) 
 def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
     fold, fresh, _ = digits(400)
     svm = find_head("linear_svm")
-    steps = dict(zip(linear.C_GRID, svm.family.path(svm.family.grid(400), fold.train, fold.y, fold.held), strict=True))
-    for c in linear.C_GRID[:21:5]:
+    steps = dict(zip(C_GRID, svm.family.path(svm.family.grid(400), fold.train, fold.y, fold.held), strict=True))
+    for c in C_GRID[:21:5]:
         exact = LinearSVC(C=c, tol=1e-6, max_iter=20_000).fit(fold.train.astype(float), fold.y)
         assert (steps[c].predicted == exact.predict(fold.held)).mean() >= 0.995
         found = svm.family.fit({"C": c}, fold.train, fold.y).estimator
@@ -155,11 +156,13 @@ class Scripted(Family):
     def grid(self, n_rows: int) -> Sequence[Params]:
         return [{"number": number} for number in range(len(self.right))]
 
-    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
         for count in self.right:
             yield Step(np.arange(10) < count, self.saturated, converged=count != 3)
 
-    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         raise NotImplementedError
 
 
@@ -190,18 +193,20 @@ def test_candidates_at_their_iteration_limit_are_counted() -> None:
 @pytest.mark.parametrize("name", ["logreg", "linear_svm"])
 def test_an_iteration_limit_is_a_flag_and_no_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fold, _, _ = digits(200)
-    monkeypatch.setattr(linear, "MOST_ITERATIONS", 3)
+    for module in (linear, linear_svm):
+        monkeypatch.setattr(module, "MOST_ITERATIONS", 3)
     assert not find_head(name).family.fit({"C": 10.0}, fold.train, fold.y).converged
     assert search(find_head(name), [fold]).unconverged > 0
 
 
 def test_other_warnings_of_a_fit_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(self: object, train: Floats, y: Ints) -> None:
+    def fit(self: object, train: Floats, y: Ints, weight: Floats | None) -> None:
         warnings.warn("something else", UserWarning, stacklevel=1)
 
     monkeypatch.setattr(LogisticRegression, "fit", fit)
+    no_rows = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
     with pytest.warns(UserWarning, match="something else"):
-        assert linear._fit_noting_convergence(LogisticRegression(), np.zeros((1, 1), np.float32), np.zeros(1, np.int64))
+        assert linear._fit_noting_convergence(LogisticRegression(), *no_rows, None)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +237,89 @@ def test_unknown_heads_name_the_nearest(name: str, message: str) -> None:
 
 
 def test_the_grid_is_the_published_one() -> None:
-    assert len(linear.C_GRID) == 45
-    assert (linear.C_GRID[0], linear.C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
-    assert np.diff(np.log10(linear.C_GRID)) == pytest.approx(11 / 44)
+    assert len(C_GRID) == 45
+    assert (C_GRID[0], C_GRID[-1]) == (pytest.approx(1e-6), pytest.approx(1e5))
+    assert np.diff(np.log10(C_GRID)) == pytest.approx(11 / 44)
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_intercepts_are_right_where_the_penalty_dwarfs_them(labels: int) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(labels), [30, 20, 10, 5][:labels])
+    train = rng.standard_normal((len(y), 40)).astype(np.float32)
+    logreg = find_head("logreg").family
+    exact = LogisticRegression(C=1e-6, tol=1e-10, max_iter=10_000, solver="newton-cg").fit(train.astype(float), y)
+    step = next(iter(logreg.path(logreg.grid(len(y)), train, y, train)))
+    assert step.probabilities == pytest.approx(exact.predict_proba(train), abs=1e-4)
+    assert logreg.fit({"C": 1e-6}, train, y).estimator.predict_proba(train) == pytest.approx(
+        exact.predict_proba(train), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "oracle"),
+    [
+        ("logreg", {"C": 0.1}, LogisticRegression(C=0.1, tol=1e-8, max_iter=10_000, class_weight="balanced")),
+        ("linear_svm", {"C": 0.1}, LinearSVC(C=0.1, tol=1e-5, max_iter=20_000)),
+        ("ridge", {"alpha": 3.0}, RidgeClassifier(alpha=3.0, class_weight="balanced")),
+        ("rbf_svm", {"C": 1.0, "gamma": 1.0}, SVC(C=1.0, class_weight="balanced")),
+    ],
+)
+def test_balanced_is_scikit_learns_balanced_weight_in_search_and_in_training(
+    name: str, params: Params, oracle: SVC
+) -> None:
+    fold, fresh, _ = digits(300)
+    kept = np.flatnonzero((fold.y > 2) | (np.arange(300) % 4 == 0))  # three classes become rare
+    train, y = fold.train[kept], fold.y[kept]
+    head = find_head(name)
+    weight = balanced_weights(y)
+    # liblinear's class weights leave the rest unweighted when it sets one class against it
+    given_weights = (weight,) if name == "linear_svm" else ()
+    expected = oracle.fit(train.astype(float), y, *given_weights)
+    final = train_final(head, params, scale("none", train, fresh, rotated=False), y, balanced=True).estimator
+    assert (final.predict(fresh) == expected.predict(fresh)).mean() >= 0.995
+    step = next(iter(head.family.path([params], train, y, fresh, weight)))
+    assert (step.predicted == expected.predict(fresh)).mean() >= 0.995
+
+
+def test_balanced_search_chooses_by_the_mean_over_classes() -> None:
+    y_held = np.array([0] * 9 + [1])
+    all_zero, half = np.zeros(10, np.int64), np.array([0] * 6 + [1] * 4)
+
+    class Two(Scripted):
+        def path(
+            self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        ) -> Iterator[Step]:
+            assert (weight is not None) == balanced
+            yield from (Step(predicted, saturated=False, converged=True) for predicted in (all_zero, half))
+
+    rows = np.zeros((10, 1), np.float32)
+    for balanced in (False, True):
+        choice = search(Head("two", Two([1, 2], False), "none"), [Fold(rows, y_held, rows, y_held)], balanced=balanced)
+        assert choice.params == {"number": int(balanced)}
+        assert choice.score == pytest.approx((6 / 9 + 1) / 2 if balanced else 0.9)
+
+
+@pytest.mark.parametrize("name", ["logreg", "linear_svm"])
+@pytest.mark.parametrize("width", [40, 600])
+def test_the_choice_of_c_is_that_of_scikit_learn_on_overlapping_classes(name: str, width: int) -> None:
+    rng = np.random.default_rng(width)
+    y = np.arange(700) % 4
+    signal = rng.standard_normal((4, 30))[y] + 2.0 * rng.standard_normal((700, 30))
+    x = np.hstack([signal, signal @ rng.standard_normal((30, width - 30)) + rng.standard_normal((700, width - 30))])
+    scaled = scale("standard", x[:200].astype("f"), x[200:350].astype("f"), rotated=True)
+    choice = search(find_head(name), [make_fold(scaled, y[:200], y[200:350])])
+    grid = C_GRID[:29]  # beyond C = 10 nothing changes but scikit-learn's time
+    models = [
+        LogisticRegression(C=c, tol=1e-8, max_iter=5000)
+        if name == "logreg"
+        else LinearSVC(C=c, tol=1e-6, max_iter=50_000)
+        for c in grid[::2]
+    ]
+    fold = Fold(scaled.train, y[:200], scaled.held, y[200:350])
+    right = cold(models, fold)
+    assert round(choice.score * 150) >= max(right) - 1
+    final = train_final(find_head(name), choice.params, scaled, y[:200]).estimator
+    exact = models[0].set_params(C=choice.params["C"]).fit(scaled.train.astype(float), y[:200])
+    fresh = ((x[350:] - x[:200].mean(axis=0)) / x[:200].std(axis=0)).astype("f")
+    assert (final.predict(fresh) == exact.predict(fresh)).mean() >= 0.995

@@ -13,6 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
 
 from pipeline.errors import ModelFileError
+from pipeline.evaluation.calibration import tempered
 from pipeline.heads import store
 from pipeline.heads.registry import FAMILIES, SCALINGS, find_head
 from pipeline.heads.search import scale, search
@@ -35,7 +36,7 @@ def trained(name: str = "logreg", **changes: Any) -> SavedModel:
     features = (rng.standard_normal((12, 30)) + 2 * rng.standard_normal((3, 30))[y]).astype(np.float32)
     head = find_head(name)
     final = scale(head.scaling, features.copy(), features.copy(), rotated=head.family.linear)
-    outcome = run_trial(head, Prepared((), final, y, y, 0.0), 3, keep=True)
+    outcome = run_trial(head, Prepared((), final, y, 0.0), 3, balanced=False, keep=True)
     assert outcome.pipeline is not None
     fields = {
         "pipeline": outcome.pipeline,
@@ -43,6 +44,7 @@ def trained(name: str = "logreg", **changes: Any) -> SavedModel:
         "params": outcome.params,
         "layers": [LAYER],
         "classes": ("ape", "bee", "çat"),
+        "temperature": 2.0,
         "metrics": {"accuracy": 1.0, "log_loss": None},
         "versions": current_versions(),
     }
@@ -81,7 +83,7 @@ def test_a_model_comes_back_as_it_went(tmp_path: Path, name: str, scaling: str) 
         assert name not in ("logreg", "knn")
     else:
         assert probability.tolist() == expected_probability.tolist()
-        assert probability == pytest.approx(model.pipeline.predict_proba(fresh).max(axis=1))
+        assert probability == pytest.approx(tempered(model.pipeline.predict_proba(fresh), 2.0).max(axis=1))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -95,6 +95,17 @@ def tell_groups(train: Ints, val: Ints, test: Ints, groups: Strings) -> list[str
     return [f"{count} groups have rows in test and in train or val"] if count else []
 
 
+def tell_clusters(groups: Strings) -> list[str]:
+    """Say that intervals are too narrow where test rows (n,) come in groups, as photos of a few people do."""
+    names, counts = np.unique(groups[groups != ""], return_counts=True)
+    if not (counts > 1).any():
+        return []
+    return [
+        f"{counts.sum()} test rows come from {len(names)} groups: intervals and tests take rows for independent, and "
+        "claim too much where those of a group are alike"
+    ]
+
+
 def _as_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
     # numpy drops trailing zero bytes when it compares; all keys being 16 bytes long, that confuses none
     return np.ascontiguousarray(digests).view("S16").ravel()

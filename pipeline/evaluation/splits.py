@@ -33,6 +33,8 @@ class Splits:
         One sentence each.
     leaks : list of (int, int)
         Row of test (or val) that repeats the bytes of a row of train or val (or train): ``(repeated, original)``.
+    units : (all rows,) int64
+        Rows of equal number belong together, by their group or their bytes.
     """
 
     train: Ints
@@ -40,6 +42,7 @@ class Splits:
     test: Ints
     notes: list[str]
     leaks: list[tuple[int, int]]
+    units: Ints
 
 
 def make_splits(
@@ -51,6 +54,8 @@ def make_splits(
     shots: int | str = "all",
     classes: Sequence[str] = (),
     uris: Sequence[str] = (),
+    *,
+    drop_leaks: bool = False,
 ) -> Splits:
     """Sort labelled rows into train, val and test.
 
@@ -70,52 +75,42 @@ def make_splits(
         How many training rows of each class to keep; val is then empty and the given one is not used.
     classes, uris : sequences of str, optional
         Names of classes and rows, for the notes.
+    drop_leaks : bool, default False
+        Take rows out of a given test that repeat the bytes of training rows (of all, whatever the shots).
 
     Raises
     ------
     FitError
         If a part that a fit needs would be empty, or fewer than two classes are left to train on.
     """
-    rows = np.flatnonzero(labels >= 0)
-    if not len(rows):
-        raise FitError("fitting needs labelled rows, but no row has a label; put the images into a folder per class")
+    rows = labelled_rows(labels)
     units = join_units(groups, digests)
     rng = np.random.default_rng(seed)
     notes: list[str] = []
     train, val, test = _assign(rows, labels, given, units, rng, notes, cut_val=shots == "all")
+    if drop_leaks:
+        test = _without_leaks(train, val, test, digests, notes)
     if shots != "all":
-        train = _draw(train, labels, int(shots), rng, notes, classes)
+        train = draw(train, labels, int(shots), rng, notes, classes)
         val = val[:0]
-    _require(train, val, test, labels, notes, classes)
+    notes += check_parts(train, val, test, labels, classes)
     leaks = find_leaks(train, val, test, digests)
     notes += tell_leaks(leaks, test, uris) + tell_groups(train, val, test, groups)
-    return Splits(train, val, test, notes, leaks)
+    return Splits(train, val, test, notes, leaks, units)
 
 
-def stratified_folds(labels: Ints, count: int, seed: int) -> list[tuple[Ints, Ints]]:
-    """Cut rows into folds, each class spread evenly over them.
+def labelled_rows(labels: Ints) -> Ints:
+    """Return the rows whose label is not -1.
 
-    Parameters
-    ----------
-    labels : (n,) int64
-        Class numbers.
-    count : int
-        Number of folds wanted. Fewer come back where leaving a fold out would leave a single class.
-    seed : int
-        Draws the folds.
-
-    Returns
-    -------
-    list of (train, held)
-        Sorted positions in `labels`.
+    Raises
+    ------
+    FitError
+        If there is none.
     """
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class after class, so that consecutive rows part
-    fold = np.empty(len(labels), np.int64)
-    fold[order] = np.arange(len(labels)) % count
-    pairs = [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(count)]
-    return [(rest, held) for rest, held in pairs if len(held) and len(np.unique(labels[rest])) > 1]
+    rows = np.flatnonzero(labels >= 0)
+    if not len(rows):
+        raise FitError("fitting needs labelled rows, but no row has a label; put the images into a folder per class")
+    return rows
 
 
 def _assign(
@@ -131,14 +126,14 @@ def _assign(
     if not test.size:
         notes.append("no test split given: 20 % of the training rows of each class were drawn as test set, by seed")
         count = train.size
-        train, test = _cut(train, labels, units, rng)
+        train, test = cut(train, labels, units, rng)
         if not test.size or not train.size:
             raise FitError(
                 f"no test set can be cut from {count} training rows: at least one class needs 3 images "
                 "that are not of one group; add images, or give a test split"
             )
     if not val.size and cut_val:
-        train, val = _cut(train, labels, units, rng)
+        train, val = cut(train, labels, units, rng)
         notes.append(
             "no val split given: 20 % of the training rows of each class were drawn as val set, by seed"
             if val.size
@@ -147,8 +142,19 @@ def _assign(
     return train, val, test
 
 
-def _cut(rows: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
-    """Hold out a share of each class, whole units only: the big ones first, single rows fill what is missing."""
+def _without_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8], notes: list[str]) -> Ints:
+    in_test = set(test.tolist())
+    leaking = [row for row, _ in find_leaks(train, val, test, digests) if row in in_test]
+    kept = np.setdiff1d(test, leaking)
+    if not kept.size:
+        raise FitError(f"every one of the {test.size} test images repeats a training image; give other test images")
+    if leaking:
+        notes.append(f"{len(leaking)} of {test.size} test images repeat training images and were taken out of test")
+    return kept
+
+
+def cut(rows: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Hold out `HELD_OUT` of each class, whole units only: the big ones first, single rows fill what is missing."""
     rows = rng.permutation(rows)
     _, unit, sizes = np.unique(units[rows], return_inverse=True, return_counts=True)
     if len(sizes) == 1:
@@ -181,9 +187,10 @@ def _rank_in_class(labels: Ints) -> Ints:
     return rank
 
 
-def _draw(
+def draw(
     train: Ints, labels: Ints, shots: int, rng: np.random.Generator, notes: list[str], classes: Sequence[str]
 ) -> Ints:
+    """Keep `shots` training rows of each class, or all it has."""
     shuffled = rng.permutation(train)
     kept = np.sort(shuffled[_rank_in_class(labels[shuffled]) < shots])
     found, counts = np.unique(labels[kept], return_counts=True)
@@ -192,7 +199,15 @@ def _draw(
     return kept
 
 
-def _require(train: Ints, val: Ints, test: Ints, labels: Ints, notes: list[str], classes: Sequence[str]) -> None:
+def check_parts(train: Ints, val: Ints, test: Ints, labels: Ints, classes: Sequence[str]) -> list[str]:
+    """Refuse training rows of one class; return notes on classes that a part lacks.
+
+    Raises
+    ------
+    FitError
+        If there are fewer than two classes to train on.
+    """
+    notes = []
     learnt = np.unique(labels[train])
     if len(learnt) < 2:
         raise FitError(
@@ -205,6 +220,7 @@ def _require(train: Ints, val: Ints, test: Ints, labels: Ints, notes: list[str],
         absent = np.setdiff1d(learnt, labels[part])
         if part.size and absent.size:
             notes.append(f"without a row in {name}: {_names(absent, classes)}")
+    return notes
 
 
 def _names(numbers: Ints, classes: Sequence[str]) -> str:

@@ -25,11 +25,14 @@ class Step(NamedTuple):
         All training rows are predicted right, so that less regularisation cannot fit them better.
     converged : bool
         The solver stopped by its tolerance, not by its iteration limit.
+    probabilities : (m, K) float, optional
+        Of the K classes of the training rows, for families that have them.
     """
 
     predicted: Ints
     saturated: bool
     converged: bool
+    probabilities: NDArray[np.floating[Any]] | None = None
 
 
 class Fitted(NamedTuple):
@@ -49,6 +52,8 @@ class Family(ABC):
         Whether the trained head is one hyperplane a class: such heads may be trained on rows rotated onto their span.
     probabilities : bool
         Whether the estimator's `predict_proba` means probabilities.
+    weighted : bool
+        Whether training rows may weigh differently.
     fixed : dict
         Parameters where nothing is left to validate on, as with one row a class.
     most_rows : int or None
@@ -57,6 +62,7 @@ class Family(ABC):
 
     linear: ClassVar[bool] = False
     probabilities: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
     fixed: ClassVar[Params] = {}
     most_rows: ClassVar[int | None] = None
 
@@ -65,9 +71,11 @@ class Family(ABC):
         """Return the candidates for at least `n_rows` training rows, the most regularised first."""
 
     @abstractmethod
-    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
-        """Fit the candidates in order on `train` (n, d), `y` (n,), and predict `held` (m, d) with each."""
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
+        """Fit the candidates in order on `train` (n, d), `y` and `weight` (n,), and predict `held` (m, d) with each."""
 
     @abstractmethod
-    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
-        """Train the final classifier on `train` (n, d) and `y` (n,)."""
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+        """Train the final classifier on `train` (n, d), `y` and `weight` (n,)."""

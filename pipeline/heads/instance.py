@@ -22,6 +22,7 @@ NEIGHBOURS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 class RbfSvm(Family):
     """SVM with a Gaussian kernel; C and gamma are searched on distances that are computed once."""
 
+    weighted = True
     fixed: ClassVar[Params] = {"C": 1.0, "gamma": 1.0}
     most_rows = 20_000
 
@@ -29,20 +30,22 @@ class RbfSvm(Family):
         """Return 5 values of C by 6 of gamma, the latter relative to ``"scale"``."""
         return [{"C": c, "gamma": width} for c in RBF_C for width in RBF_WIDTHS]
 
-    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         among = euclidean_distances(train.astype(np.float64), squared=True)
         across = euclidean_distances(held.astype(np.float64), train.astype(np.float64), squared=True)
         scale = _scale(train)
         for params in grid:
             gamma = scale * params["gamma"]
-            model = SVC(C=params["C"], kernel="precomputed").fit(np.exp(-gamma * among), y)
+            model = SVC(C=params["C"], kernel="precomputed").fit(np.exp(-gamma * among), y, weight)
             yield Step(model.predict(np.exp(-gamma * across)), saturated=False, converged=True)
 
-    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Train an `SVC`; the gamma handed back is absolute."""
         absolute = {"C": params["C"], "gamma": _scale(train) * params["gamma"]}
-        return Fitted(SVC(kernel="rbf", **absolute).fit(train, y), absolute, converged=True)
+        return Fitted(SVC(kernel="rbf", **absolute).fit(train, y, weight), absolute, converged=True)
 
 
 class Knn(Family):
@@ -55,34 +58,42 @@ class Knn(Family):
         """Return the values of k that `n_rows` rows allow, the largest first."""
         return [{"k": k} for k in reversed(NEIGHBOURS) if k <= n_rows]
 
-    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, from one list of neighbours."""
         classes, codes = np.unique(y, return_inverse=True)
         most = max(params["k"] for params in grid)
         index = NearestNeighbors(n_neighbors=most, metric="cosine", algorithm="brute").fit(train)
         votes = codes[index.kneighbors(held, return_distance=False)]  # (m, most), nearest first
         for params in grid:
-            yield Step(_vote(classes, votes[:, : params["k"]]), saturated=False, converged=True)
+            shares = _shares(votes[:, : params["k"]], len(classes))
+            predicted = cast("Ints", classes[shares.argmax(axis=1)])  # the first of equals, as scikit-learn has it
+            yield Step(predicted, saturated=False, converged=True, probabilities=shares)
 
-    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Keep the rows in a `KNeighborsClassifier`."""
         model = KNeighborsClassifier(n_neighbors=params["k"], metric="cosine", algorithm="brute")
         return Fitted(model.fit(train, y), params, converged=True)
 
 
 class Centroid(Family):
-    """Nearest class mean by Euclidean distance; nothing to choose."""
+    """Nearest class mean by Euclidean distance; nothing to choose, and every class counts alike whatever its size."""
+
+    weighted = True
 
     def grid(self, n_rows: int) -> Sequence[Params]:
         """Return the one candidate there is."""
         return [{}]
 
-    def path(self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats) -> Iterator[Step]:
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
         """Yield the one `Step`."""
         for params in grid:
             yield Step(self.fit(params, train, y).estimator.predict(held), saturated=False, converged=True)
 
-    def fit(self, params: Params, train: Floats, y: Ints) -> Fitted:
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Keep the class means as the rows of a 1-nearest-neighbour classifier.
 
         `NearestCentroid` estimates spreads too, which divides by zero at one row a class.
@@ -98,9 +109,8 @@ def _scale(train: Floats) -> float:
     return 1 / (train.shape[1] * variance) if variance > 0 else 1.0
 
 
-def _vote(classes: Ints, codes: NDArray[np.int64]) -> Ints:
-    """Return the most frequent class of each row (m, k); the first of equals, as scikit-learn has it."""
-    count = len(classes)
+def _shares(codes: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """Return the share of each of `count` classes in each line of votes: (m, k) to (m, count)."""
     cells = np.arange(len(codes))[:, None] * count + codes
     votes = np.bincount(cells.ravel(), minlength=len(codes) * count).reshape(len(codes), count)
-    return cast("Ints", classes[votes.argmax(axis=1)])
+    return np.asarray(votes / codes.shape[1])

@@ -8,7 +8,8 @@ from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.heads.family import Family
 from pipeline.heads.instance import Centroid, Knn, RbfSvm
-from pipeline.heads.linear import LinearSvm, Logreg, Ridge
+from pipeline.heads.linear import Logreg, Ridge
+from pipeline.heads.linear_svm import LinearSvm
 
 FAMILIES: dict[str, Family] = {
     "logreg": Logreg(),

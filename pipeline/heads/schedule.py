@@ -12,6 +12,7 @@ import joblib
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
+from pipeline.evaluation.folds import cross_splits
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.heads.cached import Layer, require_finite
 from pipeline.heads.registry import Head
@@ -19,10 +20,13 @@ from pipeline.heads.trial import Outcome, Prepared, prepare, run_trial
 
 Progress = Callable[[int, int, str], None]
 
+MOST_CELLS = 1 << 27
+"""Weights of a linear head, or probabilities of test rows: 1 GiB of float64."""
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """One layer under one split."""
+    """One layer under one split; of a cross-validation there are as many in a row as folds."""
 
     layer: Layer
     seed: int
@@ -38,38 +42,53 @@ class Finished:
     ----------
     outcomes : list of Outcome
         Without their models.
-    best : int
-        Index of the one of best validation accuracy, the first on a tie; where nothing was validated, the first.
     model : Pipeline or None
-        The best one's, if models were to be kept.
+        That of best validation accuracy, the first on a tie, if models were to be kept.
     """
 
     outcomes: list[Outcome]
-    best: int
     model: Any
 
 
-def cut_layers(layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[int | str]) -> list[Cut]:
-    """Split each layer's rows; layers of the same files share their splits."""
-    made: dict[tuple[int, int, int | str], Splits] = {}
+def cut_layers(
+    layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[int | str], cv: int | None, *, drop_leaks: bool
+) -> list[Cut]:
+    """Split each layer's rows; layers of the same files share their splits.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+    seeds, shots : sequences
+        Crossed with the layers.
+    cv : int, optional
+        Number of folds: so many cuts for each layer, seed and number of shots.
+    drop_leaks : bool
+        Whether test rows that repeat training rows are left out.
+    """
+    made: dict[tuple[int, int, int | str], list[Splits]] = {}
     cuts = []
     for layer, seed, count in itertools.product(layers, seeds, shots):
         table = layer.table
         key = (id(table), seed, count)
         if key not in made:
             columns = (table.labels, table.splits, table.groups, table.digests)
-            made[key] = make_splits(*columns, seed, count, table.classes, table.uris.tolist())
-        cuts.append(Cut(layer, seed, count, made[key]))
+            if cv is None:
+                uris = table.uris.tolist()
+                made[key] = [make_splits(*columns, seed, count, table.classes, uris, drop_leaks=drop_leaks)]
+            else:
+                made[key] = cross_splits(*columns, seed, cv, count, table.classes)
+        cuts += [Cut(layer, seed, count, splits) for splits in made[key]]
     return cuts
 
 
-def check_rows(trials: Sequence[tuple[Cut, Head]]) -> None:
-    """Refuse what the rows do not allow, before anything is trained.
+def check_trials(trials: Sequence[tuple[Cut, Head]], *, balanced: bool) -> None:
+    """Refuse what rows and heads do not allow, before anything is trained.
 
     Raises
     ------
     FitError
-        If a layer has NaN or infinite features, or a head is given more rows than it can take.
+        If a layer has NaN or infinite features, a head is given more rows or classes than it can take, or classes are
+        to be balanced for a head that cannot.
     """
     for cut, head in trials:
         rows, most = len(cut.splits.train) + len(cut.splits.val), head.family.most_rows
@@ -78,12 +97,21 @@ def check_rows(trials: Sequence[tuple[Cut, Head]]) -> None:
                 f"{head.name} compares all pairs of at most {most} training rows, got {rows}; "
                 "take linear_svm, or fewer rows with --shots"
             )
+        if balanced and not head.family.weighted:
+            raise FitError(f"{head.name} cannot weigh its training rows; leave it or --balanced out")
+        classes, tested = len(cut.layer.table.classes), len(cut.splits.test)
+        cells = classes * max(cut.layer.dim if head.family.linear else 0, tested if head.family.probabilities else 0)
+        if cells > MOST_CELLS:
+            raise FitError(
+                f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
+                "take centroid, or give coarser labels"
+            )
     for layer in dict.fromkeys(cut.layer for cut, _ in trials):
         require_finite(layer)
 
 
 def run_trials(
-    trials: Sequence[tuple[Cut, Head]], jobs: int | None, progress: Progress | None, *, keep: bool
+    trials: Sequence[tuple[Cut, Head]], jobs: int | None, progress: Progress | None, *, balanced: bool, keep: bool
 ) -> Finished:
     """Run all trials, several at a time.
 
@@ -94,11 +122,14 @@ def run_trials(
         Processes; one a core by default, and never more than there are trials.
     progress : callable, optional
         Called as ``progress(done, total, "fit")``.
+    balanced : bool
+        Whether every class counts alike.
     keep : bool
         Whether to keep the best model.
     """
     outcomes: dict[int, Outcome] = {}
-    best, model = (-math.inf, 0), None
+    best: tuple[float, int] = (-math.inf, 0)
+    model = None
     workers = min(jobs or joblib.cpu_count(), len(trials))
     first: dict[Cut, int] = {}
     for place, (cut, _) in enumerate(trials):
@@ -107,18 +138,22 @@ def run_trials(
     # one trial prepared ahead of the workers keeps them busy, and memory within what they use
     parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, pre_dispatch="n_jobs + 1")
     with threadpool_limits(1 if workers > 1 else None):
-        tasks = _tasks([trials[place] for place in places], keep=keep)
+        tasks = _tasks([trials[place] for place in places], balanced=balanced, keep=keep)
         for place, outcome in zip(places, parallel(tasks), strict=True):
-            score = -1.0 if math.isnan(outcome.choice.score) else outcome.choice.score
-            if (score, -place) > best:
-                best, model = (score, -place), outcome.pipeline
+            if (rank := (validated(outcome), -place)) > best:
+                best, model = rank, outcome.pipeline
             outcomes[place] = replace(outcome, pipeline=None)
             if progress is not None:
                 progress(len(outcomes), len(trials), "fit")
-    return Finished([outcomes[place] for place in range(len(trials))], -best[1], model)
+    return Finished([outcomes[place] for place in range(len(trials))], model)
 
 
-def _tasks(trials: Sequence[tuple[Cut, Head]], *, keep: bool) -> Iterator[Any]:
+def validated(outcome: Outcome) -> float:
+    """Return the validation accuracy of a trial, -1 where nothing was validated."""
+    return -1.0 if math.isnan(outcome.choice.score) else outcome.choice.score
+
+
+def _tasks(trials: Sequence[tuple[Cut, Head]], *, balanced: bool, keep: bool) -> Iterator[Any]:
     """Prepare rows when a worker is about to need them, once for all heads of a cut that want the same."""
     prepared: dict[tuple[str, bool], Prepared] = {}
     current = None
@@ -131,4 +166,5 @@ def _tasks(trials: Sequence[tuple[Cut, Head]], *, keep: bool) -> Iterator[Any]:
             prepared[scaling, rotated] = prepare(
                 cut.layer.features, table.labels, cut.splits, scaling, rotated=rotated, seed=cut.seed
             )
-        yield joblib.delayed(run_trial)(head, prepared[scaling, rotated], len(table.classes), keep=keep)
+        rows = prepared[scaling, rotated]
+        yield joblib.delayed(run_trial)(head, rows, len(table.classes), balanced=balanced, keep=keep)

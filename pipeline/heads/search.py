@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from pipeline.heads.family import Fitted, Floats, Ints, Params
+from pipeline.evaluation.calibration import fit_temperature
+from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
 from pipeline.heads.registry import Head
 from pipeline.heads.span import Span, find_span
 
@@ -54,7 +57,9 @@ class Choice:
     ----------
     params : dict
     score : float
-        Accuracy on the held-out rows of all folds; NaN for fixed parameters.
+        Accuracy on the held-out rows of all folds, the mean over classes if balanced; NaN for fixed parameters.
+    temperature : float or None
+        What calibrates the chosen candidate's probabilities of these rows.
     unconverged : int
         Candidates whose solver hit its iteration limit on some fold.
     tried : int
@@ -63,6 +68,7 @@ class Choice:
 
     params: Params
     score: float
+    temperature: float | None
     unconverged: int
     tried: int
 
@@ -90,7 +96,13 @@ def make_fold(scaled: Scaled, y: Ints, y_held: Ints) -> Fold:
     return Fold(scaled.span.rotated, y, scaled.span.rotate(scaled.train, scaled.held), y_held)
 
 
-def search(head: Head, folds: Sequence[Fold]) -> Choice:
+def balanced_weights(y: Ints) -> Floats:
+    """Return weights (n,) by which every class of `y` (n,) counts alike, their mean 1."""
+    classes, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+    return np.asarray(len(y) / (len(classes) * counts)[codes], np.float32)
+
+
+def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choice:
     """Choose by accuracy on the held-out rows, the most regularised candidate on a tie.
 
     Parameters
@@ -98,25 +110,51 @@ def search(head: Head, folds: Sequence[Fold]) -> Choice:
     head : Head
     folds : sequence of Fold
         One for a val split, several for cross-validation, none where nothing can be validated: then a fixed rule holds.
+    balanced : bool, default False
+        Every class counts alike, in training and in the accuracy.
     """
     family = head.family
     if not folds:
-        return Choice(family.fixed, float("nan"), 0, 0)
+        return Choice(family.fixed, float("nan"), None, 0, 0)
     grid = family.grid(min(len(fold.y) for fold in folds))
-    paths = [family.path(grid, fold.train, fold.y, fold.held) for fold in folds]
-    total = sum(len(fold.y_held) for fold in folds)
-    best, most, unconverged = 0, -1, 0
+    weights = [balanced_weights(fold.y) if balanced else None for fold in folds]
+    paths = [
+        family.path(grid, fold.train, fold.y, fold.held, weight) for fold, weight in zip(folds, weights, strict=True)
+    ]
+    truth = np.concatenate([fold.y_held for fold in folds])
+    held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
+    best, most, unconverged = 0, -1.0, 0
+    chosen: tuple[Step, ...] = ()
     for number, steps in enumerate(zip(*paths, strict=True)):
-        right = sum(int((step.predicted == fold.y_held).sum()) for step, fold in zip(steps, folds, strict=True))
+        right = np.concatenate([step.predicted for step in steps]) == truth
+        score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # so that equals tie
         unconverged += not all(step.converged for step in steps)
-        if right > most:
-            best, most = number, right
+        if score > most:
+            best, most, chosen = number, score, steps
         elif number - best >= PATIENCE and all(step.saturated for step in steps):
             break
-    return Choice(grid[best], most / total, unconverged, number + 1)
+    held = [step.probabilities for step in chosen]
+    return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, number + 1)
 
 
-def train_final(head: Head, params: Params, scaled: Scaled, y: Ints) -> Fitted:
+def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
+    """Calibrate on the held-out rows of all folds whose class was trained on."""
+    classes = np.unique(np.concatenate([fold.y for fold in folds]))
+    parts, truths = [], []
+    for probabilities, fold in zip(held, folds, strict=True):
+        if probabilities is None:
+            return None
+        learnt = np.unique(fold.y)
+        known = np.isin(fold.y_held, learnt)
+        part = np.zeros((int(known.sum()), len(classes)))
+        part[:, np.searchsorted(classes, learnt)] = probabilities[known]
+        parts.append(part)
+        truths.append(np.searchsorted(classes, fold.y_held[known]))
+    truth = np.concatenate(truths)
+    return fit_temperature(np.concatenate(parts), truth) if len(truth) else None
+
+
+def train_final(head: Head, params: Params, scaled: Scaled, y: Ints, *, balanced: bool = False) -> Fitted:
     """Train on all rows, in their span where there is one, and give the weights back to the features.
 
     Returns
@@ -124,9 +162,10 @@ def train_final(head: Head, params: Params, scaled: Scaled, y: Ints) -> Fitted:
     Fitted
         Its estimator takes rows of scaled features (k, d).
     """
+    weight = balanced_weights(y) if balanced else None
     if scaled.span is None:
-        return head.family.fit(params, scaled.train, y)
-    fitted = head.family.fit(params, scaled.span.rotated, y)
+        return head.family.fit(params, scaled.train, y, weight)
+    fitted = head.family.fit(params, scaled.span.rotated, y, weight)
     fitted.estimator.coef_ = scaled.span.unrotate(scaled.train, fitted.estimator.coef_)
     fitted.estimator.n_features_in_ = scaled.train.shape[1]
     return fitted

@@ -22,13 +22,22 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from pipeline.errors import FitError, ModelFileError
+from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
 from pipeline.spec import canonical_json
 
 FORMAT = "thawline-model"
 VERSION = 1
 _DESCRIPTION = "thawline.json"
-_FIELDS = {"head": str, "params": dict, "layers": list, "classes": list, "metrics": dict, "versions": dict}
+_FIELDS: dict[str, Any] = {
+    "head": str,
+    "params": dict,
+    "layers": list,
+    "classes": list,
+    "temperature": float | None,
+    "metrics": dict,
+    "versions": dict,
+}
 _LIBRARIES = ("thawline", "scikit-learn", "numpy", "skops")
 
 
@@ -49,6 +58,8 @@ class SavedModel:
         ``request`` (what to ask of the extractor: backbone as the user wrote it, layer, pool, size, precision, ...).
     classes : tuple of str
         Class names by number.
+    temperature : float or None
+        What calibrates its probabilities, see `pipeline.evaluation.calibration`; ``None`` leaves them as they are.
     metrics : dict
         The `FitResult` of the same model, as JSON.
     versions : dict of str to str
@@ -60,6 +71,7 @@ class SavedModel:
     params: dict[str, Any]
     layers: list[dict[str, Any]]
     classes: tuple[str, ...]
+    temperature: float | None
     metrics: dict[str, Any]
     versions: dict[str, str]
 
@@ -76,7 +88,7 @@ class SavedModel:
         labels : (n,) int64
             Indices into `classes`.
         probability : (n,) float64 or None
-            That of the label; ``None`` for heads without probabilities.
+            That of the label, calibrated; ``None`` for heads without probabilities.
 
         Raises
         ------
@@ -93,9 +105,11 @@ class SavedModel:
         labels = np.asarray(self.pipeline.predict(features), np.int64)
         if not find_head(self.head).family.probabilities:
             return labels, None
-        probabilities = self.pipeline.predict_proba(features)
+        probabilities = np.asarray(self.pipeline.predict_proba(features), np.float64)
+        if self.temperature is not None:
+            probabilities = tempered(probabilities, self.temperature)
         place = np.searchsorted(self.pipeline.classes_, labels)
-        return labels, np.asarray(probabilities[np.arange(len(labels)), place], np.float64)
+        return labels, probabilities[np.arange(len(labels)), place]
 
 
 def current_versions() -> dict[str, str]:
@@ -156,7 +170,7 @@ def load_model(path: str | Path) -> SavedModel:
     path = Path(path)
     description = _described(path)
     pipeline = _load_pipeline(path)
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(description.get(name), kind)]
+    wrong = [name for name, kind in _FIELDS.items() if not isinstance(description.get(name, ...), kind)]
     if "layers" not in wrong and not all(map(_is_layer, description["layers"] or [None])):
         wrong.append("layers")
     if wrong:

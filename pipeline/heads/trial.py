@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from pipeline.evaluation.metrics import Metrics, evaluate
-from pipeline.evaluation.splits import Splits, stratified_folds
+from pipeline.evaluation.folds import stratified_folds
+from pipeline.evaluation.splits import Splits
 from pipeline.heads.family import Floats, Ints, Params
 from pipeline.heads.registry import Head
 from pipeline.heads.search import Choice, Fold, Scaled, make_fold, scale, search, train_final
@@ -34,8 +34,8 @@ class Prepared:
         To choose parameters on.
     final : Scaled
         Train and val rows, and test rows held out.
-    y, y_test : (n,) and (m,) int64
-        Labels of these.
+    y : (n,) int64
+        Labels of train and val.
     seconds : float
         Time spent preparing.
     """
@@ -43,7 +43,6 @@ class Prepared:
     folds: tuple[Fold, ...]
     final: Scaled
     y: Ints
-    y_test: Ints
     seconds: float
 
 
@@ -58,11 +57,10 @@ class Outcome:
         Of the final model.
     converged : bool
         Whether the final model's solver stopped by its tolerance.
-    metrics : Metrics
-        On test.
     y_pred : (m,) int64
-    probability : (m,) float64 or None
-        That of the predicted label.
+        On test.
+    probabilities : (m, K) float64 or None
+        Of all classes, where the head has probabilities.
     seconds : float
         Of preparing (all of it, also where other heads shared it), search, final training and test.
     pipeline : Pipeline or None
@@ -72,9 +70,8 @@ class Outcome:
     choice: Choice
     params: Params
     converged: bool
-    metrics: Metrics
     y_pred: Ints
-    probability: NDArray[np.float64] | None
+    probabilities: NDArray[np.float64] | None
     seconds: float
     pipeline: Pipeline | None
 
@@ -92,7 +89,8 @@ def prepare(
         Of all rows.
     splits : Splits
         Without a val part, parameters are chosen on stratified folds of train: five, or as many as the largest class
-        has rows; with one row a class on none.
+        has rows; on none where no two rows of a class may part, as with one row a class. Groups and equal images stay
+        on one side.
     scaling : str
         One of `pipeline.heads.registry.SCALINGS`.
     rotated : bool
@@ -106,16 +104,17 @@ def prepare(
         pairs = [(train, val)]
     else:
         count = min(MOST_FOLDS, int(np.bincount(labels[train]).max()))
-        pairs = [(train[a], train[b]) for a, b in stratified_folds(labels[train], count, seed)] if count > 1 else []
+        folded = stratified_folds(labels[train], splits.units[train], count, seed) if count > 1 else []
+        pairs = [(train[a], train[b]) for a, b in folded]
     folds = tuple(
         make_fold(scale(scaling, features(a), features(b), rotated=rotated), labels[a], labels[b]) for a, b in pairs
     )
     known = np.concatenate([train, val])
     final = scale(scaling, features(known), features(test), rotated=rotated)
-    return Prepared(folds, final, labels[known], labels[test], time.perf_counter() - began)
+    return Prepared(folds, final, labels[known], time.perf_counter() - began)
 
 
-def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outcome:
+def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> Outcome:
     """Choose parameters, train on train and val, predict test; on one BLAS thread.
 
     Parameters
@@ -124,13 +123,15 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outc
     rows : Prepared
     n_classes : int
         Number of classes, K; labels are below it.
+    balanced : bool
+        Whether every class counts alike.
     keep : bool
         Whether to hand back the model.
     """
     began = time.perf_counter()
     with threadpool_limits(1):
-        choice = search(head, rows.folds)
-        estimator, params, converged = train_final(head, choice.params, rows.final, rows.y)
+        choice = search(head, rows.folds, balanced=balanced)
+        estimator, params, converged = train_final(head, choice.params, rows.final, rows.y, balanced=balanced)
         y_pred = np.asarray(estimator.predict(rows.final.held), np.int64)
         probabilities = None
         if head.family.probabilities:
@@ -140,9 +141,8 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, keep: bool) -> Outc
         choice,
         params,
         converged,
-        evaluate(rows.y_test, y_pred, n_classes, probabilities),
         y_pred,
-        None if probabilities is None else probabilities[np.arange(len(y_pred)), y_pred],
+        probabilities,
         rows.seconds + time.perf_counter() - began,
         _as_pipeline(rows.final, estimator) if keep else None,
     )

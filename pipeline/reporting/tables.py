@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
-from pipeline.results import ExtractResult, FitResult, Prediction
+from pipeline.results import ExtractResult, FitResult, Prediction, SeedSummary
 
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
@@ -58,8 +58,13 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
         "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        "log-loss": [_calibrated(result) for result in results],
+        "p vs best": [_p_value(result.p_vs_best) for result in results],
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
+    for name in ("log-loss", "p vs best"):
+        if set(columns[name]) == {"-"}:
+            del columns[name]
     fixed = [name for name in list(columns)[:7] if len(set(columns[name])) == 1]
     title = ", ".join(f"{name} {columns.pop(name)[0]}" for name in fixed)
     best = max((result.accuracy for result in results), default=0.0)
@@ -67,6 +72,45 @@ def fit_table(results: Sequence[FitResult]) -> Table:
     for result, *cells in zip(results, *columns.values(), strict=True):
         table.add_row(*cells, style="bold" if result.accuracy == best else "")
     return table
+
+
+def seeds_table(summary: Sequence[SeedSummary]) -> Table:
+    """One row for each head over its seeds: what other test rows might give, beside what other draws gave."""
+    columns: dict[str, list[str]] = {
+        "backbone": [row.backbone for row in summary],
+        "pool": [row.pool for row in summary],
+        "layer": [row.layer for row in summary],
+        "head": [row.head for row in summary],
+        "shots": [str(row.shots) for row in summary],
+        "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
+        "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
+        "sd over seeds": [f"{row.accuracy_sd:.3f}" for row in summary],
+        "lowest–highest seed": [f"{row.accuracy_min:.3f}–{row.accuracy_max:.3f}" for row in summary],
+        "p vs best": [_p_value(row.p_vs_best) for row in summary],
+    }
+    fixed = [name for name in list(columns)[:5] if len(set(columns[name])) == 1]
+    title = ", ".join([f"over {summary[0].seeds} seeds", *(f"{name} {columns.pop(name)[0]}" for name in fixed)])
+    if set(columns["p vs best"]) == {"-"}:
+        del columns["p vs best"]
+    best = max(row.accuracy_mean for row in summary)
+    table = _table(*columns, title=title)
+    for row, *cells in zip(summary, *columns.values(), strict=True):
+        table.add_row(*cells, style="bold" if row.accuracy_mean == best else "")
+    return table
+
+
+def _p_value(p: float | None) -> str:
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _calibrated(result: FitResult) -> str:
+    """Log-loss before and after calibration."""
+    if result.log_loss is None:
+        return "-"
+    after = "" if result.log_loss_calibrated is None else f" → {result.log_loss_calibrated:.3f}"
+    return f"{result.log_loss:.3f}{after}"
 
 
 def _params(result: FitResult) -> str:

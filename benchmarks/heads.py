@@ -1,0 +1,261 @@
+"""How fast heads are chosen and trained beside scikit-learn as most people call it, on the same rows in the same run.
+
+    python benchmarks/heads.py [search] [wide] [grid] [--rows 3068] [--dim 1280] [--classes 10] [--shrink 1]
+
+- search: a head over 45 values of C on ROWS x DIM. The peer is a loop over C of cold float64 scikit-learn fits: with as
+  many BLAS threads as there are cores, as a user runs it, and with one.
+- wide: 200 rows x 20,480 features, where rows are first rotated onto their span. The peer is that loop with one thread.
+- grid: eight layers x logreg, linear SVM, k-NN x three seeds on 2,000 rows through `fit`, cache file and all: seconds
+  by head and by layer, and the memory of each worker (pages shared with others are divided among them).
+
+Both sides choose C on the same validation rows; the table says which, with what validation accuracy, and how many of
+2,000 fresh rows they label alike. Features are made: ten classes in 60 of the directions of a spectrum that falls like
+that of a CNN's features. SHRINK divides all sizes, to see whether it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+from threadpoolctl import threadpool_limits
+
+from features_cache import CacheWriter, LayerInfo, Rows
+from pipeline.fit import fit
+from pipeline.heads.hyperplanes import C_GRID
+from pipeline.heads.registry import find_head
+from pipeline.heads.search import make_fold, scale, search, train_final
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+STAGES = {"b0": 16, "b1": 24, "b2": 40, "b3": 80, "b4": 112, "b5": 192, "b6": 320, "penultimate": 1280}
+FRESH = 2000
+
+
+class Task(NamedTuple):
+    """Raw features and labels to train on, to choose C on, and to compare predictions on."""
+
+    x: tuple[Floats, Floats, Floats]
+    y: tuple[Ints, Ints, Ints]
+
+
+class Chosen(NamedTuple):
+    """Seconds until a trained head was there, its C and validation accuracy, its labels of the fresh rows."""
+
+    seconds: float
+    c: float
+    score: float
+    unconverged: int
+    labels: Ints
+
+
+def make_features(n: int, dim: int, classes: int, seed: int = 0) -> tuple[Floats, Ints]:
+    """Return features (n, dim) and labels (n,)."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, n)
+    hidden = rng.standard_normal((n, 400)).astype(np.float32)
+    means = np.random.default_rng(99).standard_normal((classes, 60))
+    hidden[:, :60] += (0.55 * means)[y]
+    spectrum = np.arange(1, 401) ** -0.5
+    mixing = np.random.default_rng(98).standard_normal((400, dim)) * spectrum[:, None]
+    features = hidden @ mixing.astype(np.float32) + 0.1 * rng.standard_normal((n, dim), np.float32)
+    return np.maximum(features, 0), y  # features are what a ReLU let through
+
+
+def make_task(rows: int, dim: int, classes: int) -> Task:
+    """Cut 80 % of `rows` for training and the rest for choosing C; fresh rows come on top."""
+    x, y = make_features(rows + FRESH, dim, classes)
+    cuts = [rows * 4 // 5, rows]
+    a, b, c = np.split(x, cuts)
+    return Task((a, b, c), tuple(np.split(y, cuts)))  # type: ignore[arg-type]
+
+
+def cold(task: Task, make: Callable[..., Any], threads: int | None) -> Chosen:
+    """Loop over C as a user would: float64, every fit from zero, the smallest C of best accuracy."""
+    began = time.perf_counter()
+    with threadpool_limits(threads), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        scaler = StandardScaler().fit(task.x[0].astype(np.float64))
+        train, held = (scaler.transform(part.astype(np.float64)) for part in task.x[:2])
+        scores = [make(C=c).fit(train, task.y[0]).score(held, task.y[1]) for c in C_GRID]
+        c = C_GRID[int(np.argmax(scores))]
+        known = np.concatenate(task.x[:2]).astype(np.float64)
+        scaler = StandardScaler().fit(known)
+        model = make(C=c).fit(scaler.transform(known), np.concatenate(task.y[:2]))
+        seconds = time.perf_counter() - began
+        labels = model.predict(scaler.transform(task.x[2].astype(np.float64)))
+        return Chosen(seconds, c, max(scores), len(caught), labels)
+
+
+def ours(task: Task, name: str) -> Chosen:
+    """Choose and train the head `name` as `fit` does in a worker."""
+    head = find_head(name)
+    began = time.perf_counter()
+    with threadpool_limits(1):
+        rotated = task.x[0].shape[1] > len(task.x[0])
+        fold = make_fold(scale("standard", task.x[0].copy(), task.x[1].copy(), rotated=rotated), *task.y[:2])
+        choice = search(head, [fold])
+        final = scale("standard", np.concatenate(task.x[:2]), task.x[2].copy(), rotated=rotated)
+        fitted = train_final(head, choice.params, final, np.concatenate(task.y[:2]))
+        seconds = time.perf_counter() - began
+        labels = fitted.estimator.predict(final.held)
+        return Chosen(seconds, choice.params["C"], choice.score, choice.unconverged, labels)
+
+
+def logreg(**params: float) -> LogisticRegression:
+    """Return the peer's model: enough iterations to converge, tolerance as scikit-learn has it."""
+    return LogisticRegression(max_iter=1000, **params)
+
+
+def linear_svm(**params: float) -> LinearSVC:
+    """Return the peer's model with scikit-learn's own settings."""
+    return LinearSVC(**params)
+
+
+def compare(title: str, task: Task, heads: Sequence[str], threads: dict[str, int | None]) -> tuple[Table, list[Any]]:
+    """Measure heads and peers in turn."""
+    table = Table("head", "run", "seconds", "times as long", "C", "val accuracy", "unconverged", "alike", title=title)
+    report = []
+    for name in heads:
+        mine = ours(task, name)
+        runs = {"thawline": mine} | {run: cold(task, globals()[name], count) for run, count in threads.items()}
+        for run, found in runs.items():
+            row = {
+                "head": name,
+                "run": run,
+                "seconds": found.seconds,
+                "ratio": found.seconds / mine.seconds,
+                "C": found.c,
+                "val_accuracy": found.score,
+                "unconverged": found.unconverged,
+                "alike": float((found.labels == mine.labels).mean()),
+            }
+            report.append(row)
+            cells = (f"{row['seconds']:.2f}", f"{row['ratio']:.1f}", f"{found.c:.3g}", f"{found.score:.4f}")
+            table.add_row(name, run, *cells, str(found.unconverged), f"{row['alike']:.2%}")
+    return table, report
+
+
+def write_cache(path: Path, n: int) -> None:
+    """Write made features of all stages of a network as a cache file."""
+    zeros = np.zeros(n, np.int64)
+    made = {name: make_features(n, dim, 10) for name, dim in STAGES.items()}
+    layers = [LayerInfo(name, dim, "float32", {"layer": name, "pool": "avg"}, name) for name, dim in STAGES.items()]
+    labels = made["penultimate"][1]
+    rows = Rows([f"{i:05d}.png" for i in range(n)], labels, [""] * n, [""] * n, zeros, zeros)
+    handles = {"source": "made", "backbone": "net", "pool": "avg"}
+    request = {"backbone": "net", "layers": list(STAGES), "pool": "avg", "size": None, "precision": "auto"}
+    digests = np.random.default_rng(1).integers(0, 256, (n, 16), np.uint8)
+    with CacheWriter.create(path, rows, [str(i) for i in range(10)], layers, handles, request) as writer:
+        writer.begin_run({})
+        writer.write(np.arange(n), {name: x for name, (x, _) in made.items()}, digests, zeros, zeros)
+
+
+class WorkerMemory(threading.Thread):
+    """Watch the children of this process; the largest proportional set size of each, MiB (Linux only)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peaks: dict[str, float] = {}
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Look every 50 ms."""
+        while not self.over.wait(0.05):
+            for listing in Path("/proc/self/task").glob("*/children"):
+                for child in listing.read_text().split():
+                    self.peaks[child] = max(self.peaks.get(child, 0.0), self._size(child))
+
+    @staticmethod
+    def _size(child: str) -> float:
+        try:
+            lines = Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it ended
+            return 0.0
+        return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def grid(n: int, jobs: int, heads: Sequence[str]) -> dict[str, Any]:
+    """Fit every head on every stage with three seeds; return seconds and memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made.h5"
+        write_cache(path, n)
+        memory = WorkerMemory()
+        memory.start()
+        began = time.perf_counter()
+        results = fit(path, heads=heads, seeds=(0, 1, 2), jobs=jobs).results
+        seconds = time.perf_counter() - began
+        memory.over.set()
+        memory.join()
+    by_head: dict[str, float] = defaultdict(float)
+    by_layer: dict[str, float] = defaultdict(float)
+    for result in results:
+        by_head[result.head] += result.seconds
+        by_layer[result.layer] += result.seconds
+    workers = sorted(memory.peaks.values(), reverse=True)[:jobs]
+    return {
+        "jobs": jobs,
+        "fits": len(results),
+        "seconds": seconds,
+        "by_head": by_head,
+        "by_layer": by_layer,
+        "worker_mib": workers,
+    }
+
+
+@click.command()
+@click.argument("parts", nargs=-1, type=click.Choice(["search", "wide", "grid"]))
+@click.option("--rows", default=3068, show_default=True)
+@click.option("--dim", default=1280, show_default=True)
+@click.option("--classes", default=10, show_default=True)
+@click.option("--head", "heads", multiple=True, default=("logreg",), help="Of search and wide: logreg, linear_svm.")
+@click.option("--shrink", default=1, show_default=True, help="Divide all sizes, to see whether it runs.")
+def main(parts: tuple[str, ...], rows: int, dim: int, classes: int, heads: tuple[str, ...], shrink: int) -> None:
+    """Print a table for each part and a JSON line."""
+    parts = parts or ("search", "wide", "grid")
+    console = Console(width=110)
+    report: dict[str, Any] = {"cores": os.cpu_count()}
+    if "search" in parts:
+        size = f"{rows // shrink} x {dim // shrink}, {classes} classes, 45 values of C"
+        task = make_task(rows // shrink, dim // shrink, classes)
+        table, report["search"] = compare(size, task, heads, {"cold, all threads": None, "cold, 1 thread": 1})
+        console.print(table)
+    if "wide" in parts:
+        x, y = make_features(250 + FRESH, 20_480 // shrink, classes)
+        task = Task(tuple(np.split(x, [200, 250])), tuple(np.split(y, [200, 250])))  # type: ignore[arg-type]
+        table, report["wide"] = compare(f"200 x {20_480 // shrink}", task, heads, {"cold, 1 thread": 1})
+        console.print(table)
+    if "grid" in parts:
+        runs = [grid(2000 // shrink, jobs, ("logreg", "linear_svm", "knn")) for jobs in (2, 4)]
+        report["grid"] = runs
+        table = Table("jobs", "fits", "seconds", "seconds by head", "by layer", "MiB of each worker")
+        for run in runs:
+            by = [
+                ", ".join(f"{key} {value:.1f}" for key, value in run[side].items()) for side in ("by_head", "by_layer")
+            ]
+            memory = ", ".join(f"{size:.0f}" for size in run["worker_mib"])
+            table.add_row(str(run["jobs"]), str(run["fits"]), f"{run['seconds']:.1f}", *by, memory)
+        console.print(table)
+    click.echo(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Which results differ by more than chance: paired tests between models, corrected for how many are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.evaluation.intervals import corrected_t_test, mcnemar
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number so that all claims hold together (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(np.maximum.accumulate(factors * np.asarray(p_values, np.float64)[order]), 1)
+    return [float(p) for p in adjusted]
+
+
+def compare_models(tests: Sequence[NDArray[np.str_]], right: Sequence[Bools]) -> list[float | None]:
+    """Compare each model with the most accurate one on the same test rows: McNemar's exact test, Holm's correction.
+
+    Parameters
+    ----------
+    tests : sequence of (n,) str
+        Names of each model's test rows; models are compared where these are the same in the same order.
+    right : sequence of (n,) bool
+        Which of them it predicted right.
+
+    Returns
+    -------
+    list of float or None
+        A p-value for each model; ``None`` for the most accurate (the first on a tie) and where nothing shares its rows.
+    """
+    alike: dict[bytes, list[int]] = {}
+    for place, names in enumerate(tests):
+        alike.setdefault(names.tobytes(), []).append(place)
+    compared: list[float | None] = [None] * len(right)
+    for places in alike.values():
+        best = max(places, key=lambda place: int(right[place].sum()))
+        others = [place for place in places if place != best]
+        adjusted = holm([mcnemar(right[best], right[place]) for place in others])
+        for place, p in zip(others, adjusted, strict=True):
+            compared[place] = p
+    return compared
+
+
+def tell_ties(p_values: Sequence[float | None], level: float = 0.05) -> list[str]:
+    """Say how many of the compared models may be as good as the most accurate one on their test rows."""
+    compared = [p for p in p_values if p is not None]
+    ties = sum(p >= level for p in compared)
+    test = f"McNemar's exact test, Holm's correction, {level:.0%}"
+    return (
+        [f"{ties} of {len(compared)} other results are not distinguishable from the best ({test})"] if compared else []
+    )
+
+
+def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int) -> list[float | None]:
+    """Compare each head with the one of best mean over the same resampled splits, by the corrected t-test and Holm's.
+
+    Parameters
+    ----------
+    accuracies : sequence of (k,) float64
+        Of each head on each split, k at least 2.
+    n_train, n_test : int
+        Rows of a split's two sides.
+
+    Returns
+    -------
+    list of float or None
+        A p-value for each head; ``None`` for the best.
+    """
+    best = int(np.argmax([values.mean() for values in accuracies]))
+    others = [place for place in range(len(accuracies)) if place != best]
+    adjusted = holm([corrected_t_test(accuracies[best] - accuracies[place], n_train, n_test)[1] for place in others])
+    compared: list[float | None] = [None] * len(accuracies)
+    for place, p in zip(others, adjusted, strict=True):
+        compared[place] = p
+    return compared

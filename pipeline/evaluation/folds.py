@@ -1,0 +1,116 @@
+"""Cross-validation: folds that keep classes even and linked rows together, and the splits made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import FitError
+from pipeline.evaluation.leaks import join_units
+from pipeline.evaluation.splits import Splits, check_parts, cut, draw, labelled_rows
+
+Ints = NDArray[np.int64]
+Strings = NDArray[np.str_]
+
+
+def stratified_folds(labels: Ints, units: Ints, count: int, seed: int) -> list[tuple[Ints, Ints]]:
+    """Cut rows into folds, each class spread as evenly over them as rows that stay together allow.
+
+    Parameters
+    ----------
+    labels : (n,) int64
+        Class numbers.
+    units : (n,) int64
+        Rows of equal number stay together.
+    count : int
+        Number of folds wanted. Fewer come back where leaving a fold out would leave a single class.
+    seed : int
+        Draws the folds.
+
+    Returns
+    -------
+    list of (train, held)
+        Sorted positions in `labels`.
+    """
+    rng = np.random.default_rng(seed)
+    codes = np.unique(labels, return_inverse=True)[1]
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(units[order], kind="stable")]
+    sets = np.split(order, np.flatnonzero(np.diff(units[order])) + 1)
+    sets = sorted((sets[place] for place in rng.permutation(len(sets))), key=len, reverse=True)  # the big ones first
+    share = 1 / np.bincount(codes)
+    filled = np.zeros((count, len(share)))  # the share of each class that each fold has
+    sizes = np.zeros(count, np.int64)
+    fold = np.empty(len(labels), np.int64)
+    for rows in sets:
+        crowding = filled[:, codes[rows]].sum(axis=1)
+        best = int(np.lexsort((sizes, np.round(crowding, 9)))[0])
+        fold[rows] = best
+        np.add.at(filled[best], codes[rows], share[codes[rows]])
+        sizes[best] += len(rows)
+    pairs = [(np.flatnonzero(fold != number), np.flatnonzero(fold == number)) for number in range(count)]
+    return [(rest, held) for rest, held in pairs if len(held) and len(np.unique(labels[rest])) > 1]
+
+
+def cross_splits(
+    labels: Ints,
+    given: Strings,
+    groups: Strings,
+    digests: NDArray[np.uint8],
+    seed: int,
+    count: int,
+    shots: int | str = "all",
+    classes: Sequence[str] = (),
+) -> list[Splits]:
+    """Let every labelled row be test once: one split a fold, its val (or its shots) taken from the other folds.
+
+    Parameters
+    ----------
+    labels, given, groups, digests, seed, shots, classes
+        As for `pipeline.evaluation.splits.make_splits`; a given val has no part of its own here.
+    count : int
+        Number of folds.
+
+    Raises
+    ------
+    FitError
+        If the source gives a test split, or its rows do not make so many folds.
+    """
+    rows = labelled_rows(labels)
+    given_test = int((given[rows] == "test").sum())
+    if given_test:
+        raise FitError(
+            f"cross-validation is for sources without a test split, but {given_test} rows are given as test; "
+            "leave --cv out to train on the others and measure on them"
+        )
+    units = join_units(groups, digests)
+    apart = len(np.unique(units[rows]))
+    folds = stratified_folds(labels[rows], units[rows], count, seed) if 1 < count <= apart else []
+    if len(folds) < count or count < 2:
+        raise FitError(
+            f"cannot cut {count} folds of {len(rows)} rows ({apart} that may part): each needs a row, "
+            "and two classes outside of it; ask for fewer, at least 2"
+        )
+    rng = np.random.default_rng(seed)
+    return [_split(rows[rest], rows[held], labels, units, rng, shots, classes) for rest, held in folds]
+
+
+def _split(
+    train: Ints,
+    test: Ints,
+    labels: Ints,
+    units: Ints,
+    rng: np.random.Generator,
+    shots: int | str,
+    classes: Sequence[str],
+) -> Splits:
+    notes: list[str] = []
+    if shots == "all":
+        train, val = cut(train, labels, units, rng)
+    else:
+        train, val = draw(train, labels, int(shots), rng, notes, classes), train[:0]
+    # what a single fold's val or test lacks is no news
+    notes += [note for note in check_parts(train, val, test, labels, classes) if "counts as an error" in note]
+    return Splits(train, val, test, notes, [], units)

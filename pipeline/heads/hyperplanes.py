@@ -1,0 +1,29 @@
+"""What heads of one hyperplane a class share: the grid of C, labels as signs, and signs as labels.
+
+Regularisation is searched on the grid of Kornblith et al. (2019, "Do better ImageNet models transfer better?"): 45
+values of C from 1e-6 to 1e5, evenly spaced in the logarithm.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.heads.family import Floats, Ints
+
+C_GRID = tuple(float(c) for c in np.logspace(-6, 5, 45))
+
+
+def one_against_rest(y: Ints) -> tuple[Ints, Floats]:
+    """Return the classes and their signs: (n, K) of -1 and 1, a single column for two classes."""
+    classes = np.unique(y)
+    columns = classes[1:] if len(classes) == 2 else classes
+    return classes, np.where(y[:, None] == columns, np.float32(1), np.float32(-1))
+
+
+def choose(classes: Ints, scores: NDArray[np.floating[Any]]) -> Ints:
+    """Return the class of the largest score of each row (m, K), by the sign where there is one column."""
+    best = (scores[:, 0] > 0).astype(np.int64) if scores.shape[1] == 1 else scores.argmax(axis=1)
+    return cast("Ints", classes[best])
