@@ -15,7 +15,8 @@ RANKS = [
     {"pipeline.lookup", "pipeline.overview"},
     {"pipeline.filling"},
     {"pipeline.extract"},
-    {"pipeline.fit", "pipeline.predict", "pipeline.transformer"},
+    {"pipeline.finetuning"},
+    {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer"},
     {"pipeline.reporting"},
     {"pipeline.demo"},
     {"cli"},
@@ -23,9 +24,9 @@ RANKS = [
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines"),
+    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
-    "timm": ("pipeline.backbones", "pipeline.engines"),
+    "timm": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "openvino": ("pipeline.engines",),
     "h5py": ("features_cache",),
     "sklearn": ("pipeline.evaluation", "pipeline.heads", "pipeline.transformer", "pipeline.reporting"),
