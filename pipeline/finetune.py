@@ -6,7 +6,7 @@ what is above the line trains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +75,7 @@ def finetune(
     device: str = "auto",
     workers: int | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     **training: Any,
 ) -> FinetuneReport:
     """Train a network above its thaw line, once for each seed and number of shots.
@@ -105,6 +106,8 @@ def finetune(
         As for extraction.
     progress : callable, optional
         ``progress(done, total, text, how it goes)``.
+    say : callable, optional
+        Called beforehand with what the user should know by then: the disk space that activations will take.
     **training
         Fields of `pipeline.finetuning.recipe.Recipe`: ``lr``, ``layer_decay``, ``lr_at``, ``epochs``, ``patience``,
         ``optimizer``, ``weight_decay``, ``schedule``, ``warmup``, ``batch_size``, ``label_smoothing``,
@@ -131,7 +134,7 @@ def finetune(
     plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent)
     wanted = Wanted(
         source, backbone, freeze, recipe.top, recipe.augment, head_first, Path(output), precision, store,
-        engine, device, size, workers, plan.progress, notes.append,
+        engine, device, size, workers, plan.progress, say or notes.append,
     )  # fmt: skip
     done: list[_Done] = []
     best: tuple[float, int, Network | None] = (-1.0, 0, None)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "backbones", "layers", "extract", "cache", "fit", "predict")
+COMMANDS = ("demo", "backbones", "layers", "extract", "cache", "fit", "finetune", "predict")
 NETWORK = ("-b", "resnet18@random:0", "--size", "32")
 
 

@@ -172,7 +172,7 @@ class Report(Callback):  # type: ignore[misc]
         self.progress(total, total, self.name, self._text(net.history, len(net.history)))
 
     def _text(self, history: History, epoch: int) -> str:
-        last = next((earlier for earlier in reversed(history) if "batches" not in earlier), {})
+        last: dict[str, Any] = next((earlier for earlier in reversed(history) if "batches" not in earlier), {})
         named = (("train_loss", "train loss"), ("valid_loss", "val loss"), ("valid_acc", "val accuracy"))
         told = [f"{label} {last[key]:.3f}" for key, label in named if key in last]
         return ", ".join([f"epoch {epoch}/{self.epochs}", *told])

@@ -106,15 +106,6 @@ def save_tuned(path: Path, model: TunedModel) -> None:
         raise ModelFileError(f"cannot write the model {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def is_tuned(path: Path) -> bool:
-    """Tell by its first bytes whether a file can be one of safetensors: a length, then a JSON object."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(9)[8:] == b"{"
-    except OSError:
-        return False
-
-
 def load_tuned(path: str | Path) -> TunedModel:
     """Read a fine-tuned network and rebuild it; nothing in the file is executed.
 

@@ -79,7 +79,7 @@ class Net(NeuralNetClassifier):  # type: ignore[misc]
     def predict_part(self, part: Part) -> NDArray[np.float64]:
         """Return the probabilities of a part's rows (n, k)."""
         logits = self.forward(part)
-        return softmax(logits.double(), 1).numpy()  # type: ignore[no-any-return]
+        return softmax(logits.double(), 1).numpy()
 
 
 def first_bad_layer(network: Network, inputs: tuple[Tensor, ...]) -> str:

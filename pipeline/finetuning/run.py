@@ -117,7 +117,7 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
         key = [*key, "head first"]
     checkpoint = plan.folder / f"{fingerprint_of(key)}.pt"
     trained = train(network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name)
-    seconds += sum(epoch["seconds"] for epoch in trained.history)
+    seconds += _seconds(trained)
     return Run(splits, network.eval(), trained, trained.net.predict_part(test), seconds, network.precision)
 
 
@@ -149,7 +149,11 @@ def _train_head(
     checkpoint = plan.folder / f"{fingerprint_of([*key, 'head'])}.pt"
     rate = recipe.rate(new_only=True)
     trained = train(head, recipe, rate, part, valid, classes, checkpoint, seed, device, plan.progress, f"{name}, head")
-    return sum(epoch["seconds"] for epoch in trained.history)
+    return _seconds(trained)
+
+
+def _seconds(trained: Trained) -> float:
+    return float(sum(epoch["seconds"] for epoch in trained.history))
 
 
 def _digest(table: Table, splits: Splits) -> str:
