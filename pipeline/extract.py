@@ -161,7 +161,7 @@ class _Run:
     progress: Progress
 
 
-def _silent(done: int, total: int, text: str, bound: str = "") -> None:
+def _silent(done: int, total: int, text: str, state: str = "") -> None:
     """Report nothing."""
 
 
@@ -246,7 +246,7 @@ def _fill(images: ImageSource, fillings: Sequence[Filling], run: _Run, clock: Cl
         for filling in fillings:
             filling.feed(batch, batch.pixels[place[filling.preprocessing.geometry]])
         handled += len(batch.rows) + len(batch.duplicates) + len(batch.known) + len(batch.failures)
-        run.progress(handled, total, text, clock.bound)
+        run.progress(handled, total, text, f"bound by {clock.bound}")
         waited = time.perf_counter()
     for filling in fillings:
         filling.drain()

@@ -17,6 +17,7 @@ from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.leaks import tell_clusters
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
+from pipeline.evaluation.splits import check_draws
 from pipeline.heads.cached import Layer, select
 from pipeline.heads.family import Params
 from pipeline.heads.predictions import TestPredictions, pool_folds, summarise
@@ -127,7 +128,9 @@ def fit(
     ModelFileError
         If the model cannot be written.
     """
-    _check_choices(heads, seeds, shots)
+    if not heads:
+        raise FitError("fitting needs at least one of heads, got none")
+    check_draws(seeds, shots)
     if cv is not None and save is not None:
         raise FitError("cross-validation trains a model a fold and keeps none; fit without --cv to save one")
     seeds, shots = _distinct(seeds), _distinct(shots)
@@ -167,18 +170,6 @@ def fit(
 
 def _distinct(values: Sequence[T]) -> list[T]:
     return list(dict.fromkeys(values))
-
-
-def _check_choices(heads: Sequence[str], seeds: Sequence[int], shots: Sequence[int | str]) -> None:
-    for name, values in (("heads", heads), ("seeds", seeds), ("shots", shots)):
-        if not values:
-            raise FitError(f"fitting needs at least one of {name}, got none")
-    for seed in seeds:
-        if seed < 0:
-            raise FitError(f"a seed is a whole number from 0 on, got {seed}")
-    for count in shots:
-        if count != "all" and (isinstance(count, str) or count < 1):
-            raise FitError(f"shots are a positive number of images per class or 'all', got {count!r}")
 
 
 def _result(
