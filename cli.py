@@ -208,6 +208,64 @@ def fit(
         click.echo(f"picture: {path}")
 
 
+@thawline.command()
+@source_argument
+@click.option("-b", "--backbone", default=DEFAULT_BACKBONE, help="NAME or NAME@WEIGHTS.")
+@click.option("--freeze", default="all", help="all: train a new top alone; none: everything; LAYER: what is above it.")
+@click.option(
+    "--init", type=click.Choice(["pretrained", "random"]), default="pretrained", help="Weights to begin with."
+)
+@click.option("--head-first", is_flag=True, help="Train the new top alone first, then all above the line (LP-FT).")
+@click.option("--top", type=click.Choice(["linear", "hidden", "direct"]), default="linear", help="The new top.")
+@click.option("--lr", type=float, help="Highest learning rate; by default one that suits the optimizer.")
+@click.option("--layer-decay", type=float, default=1.0, help="How much slower each block learns than the one above it.")
+@click.option("--lr-at", multiple=True, help="LAYER=RATE, a learning rate of its own; repeat.")
+@click.option("--epochs", type=int, default=30, help="Passes over the training images, at most.")
+@click.option("--patience", type=int, default=5, help="Epochs without a lower validation loss before it stops.")
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", help="SGD has momentum 0.9.")
+@click.option("--weight-decay", type=float, default=0.01, help="Not on biases and norms.")
+@click.option("--schedule", type=click.Choice(["cosine", "plateau"]), default="cosine", help="Of the learning rates.")
+@click.option("--warmup", type=int, default=1, help="Epochs in which the rates rise.")
+@click.option("--batch-size", type=int, default=32, help="Images a step.")
+@click.option("--label-smoothing", type=float, default=0.0, help="Share of the target spread over all classes.")
+@click.option("--class-weights", is_flag=True, help="Let every class count alike, whatever its size.")
+@click.option("--augment", default="none", help="none, or crop, flip and colour, joined by +.")
+@click.option("--clip", type=float, help="Longest gradient.")
+@click.option("--shots", multiple=True, default=["all"], help="Training images per class, or all; repeat.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=[0], help="Of split, shots and training; repeat.")
+@click.option("-o", "--output", default=DEFAULT_CACHE, help="Folder of cache files and checkpoints.")
+@click.option(
+    "--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.safetensors."
+)
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: what is fastest.")
+@click.option("--store", type=click.Choice(STORES), default="float32", help="Number type of cached activations.")
+@click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
+@click.option("--workers", type=AutoCount(), default="auto", help="Decoding threads; auto is one a core.")
+@engine_option
+@device_option
+@json_option
+def finetune(source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
+
+    What is frozen runs once, through the cache, unless images are augmented. A run that was stopped goes on.
+    """
+    from pipeline.finetune import finetune as run
+    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.tables import finetune_table
+
+    rates = _rates(lr_at)
+    with progress_bar() as progress:
+        report = run(source, lr_at=rates, shots=_shots(shots), progress=progress, say=_say, **options)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        _print_json({"results": _records(report.results), "notes": report.notes})
+        return
+    _print_table(finetune_table(report.results))
+    if report.saved:
+        click.echo(f"model: {report.saved}")
+
+
 @thawline.group("cache")
 def cache_group() -> None:
     """Look into the files of a cache, check them, take features out, clear up."""
@@ -429,11 +487,79 @@ def _draw_fit(report: FitReport, folder: Path, cache: str, options: dict[str, An
     return [str(path) for path in draw_fit(report, layer, folder)]
 
 
+@thawline.command()
+@click.argument("plan", type=click.Path(dir_okay=False))
+@click.option("-o", "--output", required=True, help="Run folder: results, cache and report; made if missing.")
+@click.option("--dry-run", is_flag=True, help="Check all of PLAN and list its jobs with guesses at time and disk.")
+@click.option("--against", type=click.Path(file_okay=False), help="Say what changed, beyond noise, since another run.")
+@json_option
+def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json: bool) -> None:
+    """Run PLAN, a TOML file of sources, backbones, layers, heads and fine-tunes, and write a report.
+
+    Results are kept one by one: the same command again does only what is missing or changed.
+    """
+    from dataclasses import asdict
+
+    if dry_run:
+        _print_jobs(plan, output, as_json)
+        return
+    from pipeline.compare import compare as run
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        report = run(plan, output, against=against, progress=progress)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        from pipeline.reporting.compare_tables import against_lines, score_table
+
+        _print_table(score_table(report.results))
+        click.echo("\n" + "\n".join(report.answer))
+        click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
+        for line in against_lines(report.against):
+            click.echo(line)
+        for name, path in report.files.items():
+            click.echo(f"{name}: {path}")
+    for failure in report.failures:
+        click.echo(f"failed: {failure.job}: {failure.reason}", err=True)
+    if report.failures:
+        sys.exit(1)
+
+
+def _print_jobs(plan: str, output: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from pipeline.compare import dry_run
+    from pipeline.reporting.compare_tables import plan_line, plan_table
+
+    planned = dry_run(plan, output)
+    if as_json:
+        _print_json({"jobs": [asdict(job) for job in planned]})
+        return
+    _print_table(plan_table(planned))
+    click.echo(plan_line(planned))
+
+
 def _shots(values: tuple[str, ...]) -> list[int | str]:
     for value in values:
         if value != "all" and not (value.isdigit() and int(value) > 0):
             raise click.BadParameter(f"expected a positive whole number or 'all', got {value!r}", param_hint="--shots")
     return [value if value == "all" else int(value) for value in values]
+
+
+def _say(sentence: str) -> None:
+    click.echo(f"note: {sentence}", err=True)
+
+
+def _rates(values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    rates = []
+    for value in values:
+        layer, _, rate = value.rpartition("=")
+        try:
+            rates.append((layer, float(rate)))
+        except ValueError:
+            raise click.BadParameter(f"expected LAYER=RATE, got {value!r}", param_hint="--lr-at") from None
+    return tuple(rates)
 
 
 def _records(records: list[Any]) -> list[dict[str, Any]]:

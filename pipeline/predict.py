@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from features_cache import DONE, CacheFile, open_cache
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, ModelFileError
 from pipeline.extract import extract
 from pipeline.heads.store import SavedModel, load_model
 from pipeline.images.source import open_source
@@ -49,12 +49,12 @@ def predict(
     Parameters
     ----------
     model : str or Path
-        A ``.skops`` file that ``fit --save`` wrote.
+        What ``fit --save`` or ``finetune --save`` wrote.
     source : str or Path
         Anything `pipeline.extract.extract` takes; labels it may have are ignored.
     output : str or Path, optional
         Folder of cache files to go through. By default a temporary one, or ``thawline-cache`` for sources of more
-        than 1,000 images.
+        than 1,000 images. Not for fine-tuned networks, which read the images themselves.
     engine, device : str, default "auto"
         As for extraction.
     progress : callable, optional
@@ -67,6 +67,8 @@ def predict(
     ThawlineError
         Whatever extraction raises.
     """
+    if is_tuned(Path(model)):
+        return _predict_tuned(model, source, output, engine, device, progress)
     saved = load_model(model)
     specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
     precision, notes = _available_precision(specs[0].precision, engine, device)
@@ -90,6 +92,35 @@ def predict(
             )
             files.append(open_cache(results[0].path))
         return PredictReport(_label(saved, specs, files), notes)
+
+
+def is_tuned(path: Path) -> bool:
+    """Tell by its first bytes whether a file can be one of safetensors: a length, then a JSON object."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(9)[8:] == b"{"
+    except OSError:
+        return False
+
+
+def _predict_tuned(
+    model: str | Path,
+    source: str | Path,
+    output: str | Path | None,
+    engine: str,
+    device: str,
+    progress: Progress | None,
+) -> PredictReport:
+    from pipeline.engines.select import resolve
+    from pipeline.finetuning.apply import label_images
+    from pipeline.finetuning.model_file import load_tuned
+
+    if output is not None or engine not in ("auto", "torch"):
+        raise ModelFileError(f"{model} is a fine-tuned network, which torch runs without a cache; name neither")
+    tuned = load_tuned(model)
+    return PredictReport(
+        label_images(tuned, open_source(source), resolve("torch", device, "fp32").device, progress), []
+    )
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """How the stages tell how far they are: items done and in all, on what, and what bounds the speed if known."""
+    """How the stages tell how far they are: items done and in all, on what, and how it goes where there is more."""
 
-    def __call__(self, done: int, total: int, text: str, bound: str = "", /) -> None:
+    def __call__(self, done: int, total: int, text: str, state: str = "", /) -> None:
         """Show it."""
 
 
@@ -58,6 +58,7 @@ class ExtractResult:
 class FitResult:
     """One head on one layer, one seed: what was trained on what, and how it did on test.
 
+    `validation_accuracy` is what the parameters were chosen by, ``None`` where nothing was left to choose by;
     `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities, and so are
     `temperature` and what the two become under it, also where no held-out rows were left to fit it on. `balanced` tells
     whether classes counted alike in training. `cv` is the number of folds: then every row was test once, `params` are
@@ -91,6 +92,7 @@ class FitResult:
     log_loss_calibrated: float | None = None
     ece_calibrated: float | None = None
     p_vs_best: float | None = None
+    validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,22 @@ class SeedSummary:
     accuracy_min: float
     accuracy_max: float
     p_vs_best: float | None
+
+
+@dataclass(frozen=True)
+class FinetuneResult(FitResult):
+    """One fine-tuned network, one seed: a `FitResult` whose head was trained together with what is above the line.
+
+    `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
+    which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
+    ``train_loss``, ``valid_loss`` and ``valid_acc`` (where there were validation images), the highest learning rate
+    and the seconds.
+    """
+
+    freeze: str = ""
+    epochs: int = 0
+    trainable_parameters: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,22 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class View(Preprocessing):
+    """One augmented view of every image, drawn by its number and the image's bytes.
+
+    Parameters
+    ----------
+    augment : str
+        ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
+    view : int
+        Number of the view.
+    """
+
+    augment: str
+    view: int
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """Everything that changes a value of one layer's features.
 

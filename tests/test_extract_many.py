@@ -123,6 +123,6 @@ def test_progress_and_result_say_what_bounds_the_speed(make_photos: Callable[...
     assert result.bound in ("decode", "model", "disk")
     assert [done for done, *_ in calls] == [8, 16, 24]
     assert {(total, text) for _, total, text, _ in calls} == {(24, ONE)}
-    assert all(bound in ("decode", "model", "disk") for *_, bound in calls)
+    assert all(state in ("bound by decode", "bound by model", "bound by disk") for *_, state in calls)
     (again,) = extract(tmp_path / "photos", [ONE], output=tmp_path, **OPTIONS)
     assert again.bound is None

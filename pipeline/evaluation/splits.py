@@ -99,6 +99,19 @@ def make_splits(
     return Splits(train, val, test, notes, leaks, units)
 
 
+def check_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> None:
+    """Raise `FitError` unless there are seeds from 0 on, and shots that are positive or ``"all"``."""
+    for name, values in (("seeds", seeds), ("shots", shots)):
+        if not values:
+            raise FitError(f"fitting needs at least one of {name}, got none")
+    for seed in seeds:
+        if seed < 0:
+            raise FitError(f"a seed is a whole number from 0 on, got {seed}")
+    for count in shots:
+        if count != "all" and (isinstance(count, str) or count < 1):
+            raise FitError(f"shots are a positive number of images per class or 'all', got {count!r}")
+
+
 def labelled_rows(labels: Ints) -> Ints:
     """Return the rows whose label is not -1.
 

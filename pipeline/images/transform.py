@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pipeline.images.augment import changed, parse_augment, random_box, view_generator
 from pipeline.images.decode import Picture, decode
-from pipeline.spec import Preprocessing
+from pipeline.spec import Preprocessing, View
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -48,7 +49,22 @@ def prepare(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     UnreadableImageError
         With a short reason; see `pipeline.images.decode.decode`.
     """
-    return resize_and_crop(decode(data, jpeg_floor(preprocessing)), preprocessing)
+    picture = decode(data, jpeg_floor(preprocessing))
+    if isinstance(preprocessing, View):
+        return _augmented(picture, preprocessing, view_generator(preprocessing, data))
+    return resize_and_crop(picture, preprocessing)
+
+
+def _augmented(picture: Picture, view: View, generator: np.random.Generator) -> np.ndarray:
+    """Return an augmented view; a random crop takes the place of resize and centre crop."""
+    parts = parse_augment(view.augment)
+    if "crop" in parts:
+        box = random_box(picture.box, generator)
+        height, width = view.size
+        image = picture.image.resize((width, height), _FILTERS[view.interpolation], box)
+    else:
+        image = Image.fromarray(resize_and_crop(picture, view))
+    return np.array(changed(image, parts, generator))
 
 
 def jpeg_floor(preprocessing: Preprocessing) -> int:

@@ -42,14 +42,14 @@ def progress_bar() -> Iterator[Progress]:
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[bound]}"),
+        TextColumn("{task.fields[state]}"),
     )
     bars: dict[str, TaskID] = {}
     with Bars(*columns, console=console, disable=not console.is_terminal) as drawing:
 
-        def report(done: int, total: int, text: str, bound: str = "") -> None:
+        def report(done: int, total: int, text: str, state: str = "") -> None:
             if text not in bars:
-                bars[text] = drawing.add_task(text, total=total, bound="")
-            drawing.update(bars[text], completed=done, total=total, bound=f"bound by {bound}" if bound else "")
+                bars[text] = drawing.add_task(text, total=total, state="")
+            drawing.update(bars[text], completed=done, total=total, state=state)
 
         yield report

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
-from pipeline.results import ExtractResult, FitResult, Prediction, SeedSummary
+from pipeline.results import ExtractResult, FinetuneResult, FitResult, Prediction, SeedSummary
 
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
@@ -53,6 +53,7 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "head": [result.head for result in results],
         "seed": [str(result.seed) for result in results],
         "shots": [str(result.shots) for result in results],
+        "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
         "chosen": [_params(result) for result in results],
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
@@ -62,15 +63,43 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "p vs best": [_p_value(result.p_vs_best) for result in results],
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
-    for name in ("log-loss", "p vs best"):
+    for name in ("folds", "log-loss", "p vs best"):
         if set(columns[name]) == {"-"}:
             del columns[name]
-    fixed = [name for name in list(columns)[:7] if len(set(columns[name])) == 1]
+    until = list(columns).index("chosen")
+    fixed = [name for name in list(columns)[:until] if len(set(columns[name])) == 1]
     title = ", ".join(f"{name} {columns.pop(name)[0]}" for name in fixed)
     best = max((result.accuracy for result in results), default=0.0)
     table = _table(*columns, title=title)
     for result, *cells in zip(results, *columns.values(), strict=True):
         table.add_row(*cells, style="bold" if result.accuracy == best else "")
+    return table
+
+
+def finetune_table(results: Sequence[FinetuneResult]) -> Table:
+    """One row for each run, the best accuracy in bold."""
+    columns = ("freeze", "seed", "shots", "train/val/test", "epochs", "best", "trained weights", "accuracy")
+    one = results[0]
+    title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
+    table = _table(*columns, "95 % interval", "per class", "log-loss", "p vs best", "seconds", title=title)
+    best = max(result.accuracy for result in results)
+    for result in results:
+        table.add_row(
+            result.freeze,
+            str(result.seed),
+            str(result.shots),
+            f"{result.n_train}/{result.n_val}/{result.n_test}",
+            str(result.epochs) + ("" if result.converged else " (diverged)"),
+            str(result.params["best_epoch"]),
+            f"{result.trainable_parameters:,}",
+            f"{result.accuracy:.3f}",
+            "{:.3f}–{:.3f}".format(*result.accuracy_ci95),
+            f"{result.mean_per_class_accuracy:.3f}",
+            _calibrated(result),
+            _p_value(result.p_vs_best),
+            f"{result.seconds:.1f}",
+            style="bold" if result.accuracy == best else "",
+        )
     return table
 
 

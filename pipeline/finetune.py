@@ -1,0 +1,240 @@
+"""Stage 3: train the top of a network above its thaw line, on the very splits that `fit` uses, to compare the two.
+
+What is frozen runs once: where images are not augmented, the activations at the line come from the cache, and only
+what is above the line trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from pipeline.errors import FitError
+from pipeline.evaluation.comparisons import compare_models, tell_ties
+from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.splits import check_draws
+from pipeline.heads.predictions import TestPredictions
+from pipeline.results import FinetuneResult, Progress, to_json
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL
+
+if TYPE_CHECKING:
+    from pipeline.finetuning.material import Material
+    from pipeline.finetuning.network import Network
+    from pipeline.finetuning.recipe import Recipe
+    from pipeline.finetuning.run import Plan, Run
+
+
+FOLDER = "finetune"
+"""Of checkpoints, within the folder of cache files."""
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneReport:
+    """All results of a call, in the order seeds × shots.
+
+    Parameters
+    ----------
+    results : list of FinetuneResult
+    predictions : list of TestPredictions
+        One for each result.
+    notes : list of str
+        What a user should know, a sentence each.
+    classes : tuple of str
+        Class names by number.
+    saved : Path or None
+        The model file, of the best validation accuracy, the first on a tie.
+    """
+
+    results: list[FinetuneResult]
+    predictions: list[TestPredictions]
+    notes: list[str]
+    classes: tuple[str, ...]
+    saved: Path | None
+
+
+def finetune(
+    source: str | Path,
+    backbone: str = DEFAULT_BACKBONE,
+    *,
+    freeze: str = "all",
+    seeds: Sequence[int] = (0,),
+    shots: Sequence[int | str] = ("all",),
+    output: str | Path = DEFAULT_CACHE,
+    init: str = "pretrained",
+    head_first: bool = False,
+    save: str | Path | None = None,
+    precision: str = "auto",
+    store: str = "float32",
+    size: int | None = None,
+    engine: str = "auto",
+    device: str = "auto",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    **training: Any,
+) -> FinetuneReport:
+    """Train a network above its thaw line, once for each seed and number of shots.
+
+    Parameters
+    ----------
+    source : str or Path
+        Anything `pipeline.extract.extract` takes, with labels.
+    backbone : str, default "efficientnet_lite0"
+        ``NAME`` or ``NAME@WEIGHTS``.
+    freeze : str, default "all"
+        ``"all"`` trains a new top alone, ``"none"`` everything, a layer what is above it.
+    seeds : sequence of int, default (0,)
+        Draw the splits that the source does not give, the shots, the order of batches, and random weights.
+    shots : sequence of int or "all", default ("all",)
+        Training images of each class; there is no early stopping then, for validation images would be more shots.
+    output : str or Path, default "thawline-cache"
+        Folder of cache files; checkpoints go to ``finetune`` in it.
+    init : {"pretrained", "random"}
+        ``random`` trains from scratch.
+    head_first : bool, default False
+        Train the new top on frozen features first, then everything above the line (LP-FT; Kumar et al. 2022).
+    save : str or Path, optional
+        Write the network of best validation accuracy here.
+    precision : {"auto", "fp32", "bf16"}
+        Below the line as for extraction; above it ``auto`` is bf16 where that trains faster.
+    store, size, engine, device, workers
+        As for extraction.
+    progress : callable, optional
+        ``progress(done, total, text, how it goes)``.
+    say : callable, optional
+        Called beforehand with what the user should know by then: the disk space that activations will take.
+    **training
+        Fields of `pipeline.finetuning.recipe.Recipe`: ``lr``, ``layer_decay``, ``lr_at``, ``epochs``, ``patience``,
+        ``optimizer``, ``weight_decay``, ``schedule``, ``warmup``, ``batch_size``, ``label_smoothing``,
+        ``class_weights``, ``augment``, ``clip``, ``top``.
+
+    Raises
+    ------
+    FitError
+        If an option or the rows do not allow it, or the loss is not finite before the first epoch is over.
+    BackboneError
+        If the line cannot be drawn there; the message says where it can.
+    ThawlineError
+        Whatever extraction raises.
+    """
+    from pipeline.finetuning.material import Wanted, gather
+    from pipeline.finetuning.recipe import make_recipe
+    from pipeline.finetuning.run import Plan, run
+
+    recipe = make_recipe(training)
+    _check(freeze, init, precision, backbone, seeds, shots, head_first=head_first)
+    destination = None if save is None else _destination(save)
+    notes: list[str] = []
+    rate = recipe.rate(new_only=freeze == "all" or init == "random")
+    plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent)
+    wanted = Wanted(
+        source, backbone, freeze, recipe.top, recipe.augment, head_first, Path(output), precision, store,
+        engine, device, size, workers, plan.progress, say or notes.append,
+    )  # fmt: skip
+    done: list[_Done] = []
+    best: tuple[float, int, Network | None] = (-1.0, 0, None)
+    for seed in dict.fromkeys(seeds):
+        if not done or init == "random":
+            named = f"{backbone}@random:{seed}" if init == "random" else backbone
+            material = gather(replace(wanted, backbone=named))
+            notes += material.table.notes
+        for count in dict.fromkeys(shots):
+            came = run(material, plan, seed, count)
+            notes += [*came.splits.notes, *came.trained.notes]
+            if came.score > best[0]:
+                best = came.score, len(done), came.network
+            done.append(_finished(came, material, plan, init, seed, count, head_first=head_first))
+    p_values = compare_models([one.said.uris for one in done], [one.said.right for one in done])
+    results = [replace(one.result, p_vs_best=p) for one, p in zip(done, p_values, strict=True)]
+    if destination is not None and best[2] is not None:
+        _save(destination, best[2], material, recipe, results[best[1]])
+    notes += tell_ties(p_values)
+    said = [one.said for one in done]
+    return FinetuneReport(results, said, list(dict.fromkeys(notes)), material.table.classes, destination)
+
+
+class _Done(NamedTuple):
+    """What is kept of a run once it is over."""
+
+    result: FinetuneResult
+    said: TestPredictions
+
+
+def _check(
+    freeze: str,
+    init: str,
+    precision: str,
+    backbone: str,
+    seeds: Sequence[int],
+    shots: Sequence[int | str],
+    *,
+    head_first: bool,
+) -> None:
+    from pipeline.finetuning.recipe import INITS, TRAIN_PRECISIONS, check_choice
+
+    check_draws(seeds, shots)
+    check_choice("init", init, INITS)
+    check_choice("precision", precision, TRAIN_PRECISIONS)
+    if init == "random" and "@" in backbone:
+        raise FitError(f"init random draws its own weights, so name {backbone.partition('@')[0]} without any")
+    if head_first and freeze == "all":
+        raise FitError("with freeze all nothing but the head is trained; leave out head-first")
+
+
+def _destination(save: str | Path) -> Path:
+    from pipeline.heads.store import check_destination
+
+    return check_destination(save)
+
+
+def _silent(done: int, total: int, text: str, state: str = "") -> None:
+    """Report nothing."""
+
+
+def _finished(
+    came: Run, material: Material, plan: Plan, init: str, seed: int, shots: int | str, *, head_first: bool
+) -> _Done:
+    table, splits, trained = material.table, came.splits, came.trained
+    y_true, y_pred = table.labels[splits.test], came.probabilities.argmax(1)
+    uris, groups, folds = table.uris[splits.test], table.groups[splits.test], np.zeros(len(y_true), np.int64)
+    said = TestPredictions(uris, groups, folds, y_true, y_pred, came.probabilities, None)
+    how = {"init": init, "head_first": head_first, "precision": came.precision, "best_epoch": trained.best_epoch}
+    result = FinetuneResult(
+        kind="finetune",
+        backbone=material.backbone.handle,
+        layer=DEFAULT_LAYER,
+        pool=DEFAULT_POOL,
+        head=plan.recipe.top,
+        params=plan.recipe.to_json() | {"lr": plan.rate} | how,
+        seed=seed,
+        shots=shots,
+        n_train=len(splits.train),
+        n_val=len(splits.val),
+        n_test=len(splits.test),
+        accuracy_ci95=wilson(int(said.right.sum()), len(said.right)),
+        **asdict(evaluate(y_true, y_pred, len(table.classes), came.probabilities)),
+        seconds=came.seconds,
+        converged=not trained.diverged,
+        balanced=plan.recipe.class_weights,
+        freeze=plan.freeze,
+        epochs=len(trained.history),
+        trainable_parameters=sum(item.numel() for item in came.network.parameters() if item.requires_grad),
+        history=trained.history,
+    )
+    return _Done(result, said)
+
+
+def _save(path: Path, network: Network, material: Material, recipe: Recipe, result: FinetuneResult) -> None:
+    from pipeline.finetuning.model_file import TunedModel, save_tuned
+
+    backbone = material.backbone
+    side, classes = backbone.preprocessing.size[0], material.table.classes
+    model = TunedModel(
+        network.cpu(), backbone.name, side, result.freeze, recipe.top, backbone.preprocessing, classes, to_json(result)
+    )
+    save_tuned(path, model)

@@ -1,0 +1,128 @@
+"""The network that is trained: a frozen trunk below the thaw line, a thawed top, and a new head for the target."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from pipeline.backbones.cut import Place, find_line, read_place, split
+from pipeline.backbones.graph import INPUT_DIM, INPUT_SIDE
+from pipeline.backbones.pooling import Pool, pooled_dim
+from pipeline.backbones.registry import Backbone
+from pipeline.finetuning.top import make_top
+from pipeline.spec import DEFAULT_POOL
+
+ALL = "all"
+NOTHING = "none"
+"""Where the thaw line is drawn, besides after a layer: above everything, or below everything."""
+
+
+class Network(nn.Module):
+    """From pixels, or from activations at the thaw line, to logits.
+
+    What lies below the line stays in eval mode and gets no gradient, whatever is called on the network.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        A loaded network; the result shares its frozen weights, and trains copies of the others.
+    freeze : str
+        ``"all"``, ``"none"``, or the layer up to which (itself too) everything is frozen.
+    top : str
+        One of `pipeline.finetuning.recipe.TOPS`.
+    classes : int
+        Number of logits.
+
+    Attributes
+    ----------
+    line : Place or None
+        Where the trunk ends; None where nothing is frozen.
+    trunk_precision, precision : str
+        ``"fp32"`` or ``"bf16"`` (by autocast), below and above the line. The new head always computes in float32.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, backbone: Backbone, freeze: str, top: str, classes: int) -> None:
+        super().__init__()
+        read = read_place(backbone)
+        self.line = line_of(backbone, freeze)
+        trunk, body = split(backbone.traced, self.line.node if self.line else None, read.node)
+        self.trunk = trunk
+        self.body = copy.deepcopy(body).requires_grad_(True)
+        pool = Pool(DEFAULT_POOL, read.layout)
+        self.new_head = make_top(top, pool, pooled_dim(read.shape, read.layout, DEFAULT_POOL), INPUT_DIM, classes)
+        self.trunk_precision = self.precision = "fp32"
+        mean = torch.tensor(backbone.preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
+        std = torch.tensor(backbone.preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+        self.eval()
+
+    def train(self, mode: bool = True) -> Network:
+        """Set the mode of what is thawed; the trunk stays in eval mode."""
+        super().train(mode)
+        if self.trunk is not None:
+            self.trunk.eval()
+        return self
+
+    def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+        """Map uint8 pixels (n, h, w, 3), or activations at the line with `image` (n, 3072), to float32 logits (n, k).
+
+        `image`, the pixels area-averaged to 32x32, is only read by a ``direct`` top.
+        """
+        features, image = self.features(x, image)
+        with _autocast(x, "fp32"):
+            logits: Tensor = self.new_head(features, image)
+        return logits
+
+    def features(self, x: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return what the new head reads of the same input: pooled features (n, d), float32, and the small image."""
+        if x.dtype == torch.uint8:
+            x, image = self.below(x)
+        with _autocast(x, self.precision):
+            activations = self.body(x)
+        return self.new_head.pooled(activations), image
+
+    def below(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Map uint8 pixels (n, h, w, 3) to activations at the line, without gradients, and to the small image."""
+        x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
+        image = adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1) if self.new_head.reads_image else None
+        if self.trunk is None:
+            return x, image
+        with torch.no_grad(), _autocast(x, self.trunk_precision):
+            return self.trunk(x), image
+
+    def thawed_state(self) -> dict[str, Tensor]:
+        """Return the tensors that training may change, by name; views, not copies."""
+        return {name: item for name, item in self.state_dict().items() if not name.startswith("trunk.")}
+
+    def load_thawed(self, state: dict[str, Tensor]) -> None:
+        """Set the tensors that `thawed_state` names."""
+        own = self.thawed_state()
+        if state.keys() != own.keys():
+            raise KeyError(f"expected the tensors {sorted(own)}, got {sorted(state)}")
+        self.load_state_dict(state, strict=False)
+
+
+def line_of(backbone: Backbone, freeze: str) -> Place | None:
+    """Return where the trunk ends for ``all``, ``none`` or a layer; raises `BackboneError` where it cannot."""
+    if freeze == NOTHING:
+        return None
+    return read_place(backbone) if freeze == ALL else find_line(backbone, freeze)
+
+
+def layer_name(parameter: str) -> str:
+    """Return the dotted name, as in the backbone, of the layer that holds a parameter of a `Network`."""
+    part, _, name = parameter.partition(".")
+    return (name if part in ("trunk", "body") else parameter).rpartition(".")[0]
+
+
+def _autocast(x: Tensor, precision: str) -> AbstractContextManager[Any]:
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")

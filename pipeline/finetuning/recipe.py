@@ -1,0 +1,122 @@
+"""How to train: every choice that changes the outcome, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from features_cache.errors import nearest
+from pipeline.errors import FitError
+from pipeline.images.augment import parse_augment
+from pipeline.spec import json_fields
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "plateau")
+TOPS = ("linear", "hidden", "direct")
+INITS = ("pretrained", "random")
+TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
+DEFAULT_RATES = {("adamw", True): 1e-3, ("adamw", False): 3e-4, ("sgd", True): 5e-2, ("sgd", False): 1e-2}
+"""Learning rates by optimizer and by whether only new or random weights are trained."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about the training itself.
+
+    Parameters
+    ----------
+    lr : float, optional
+        Highest learning rate of the uppermost layers; by default one that suits the optimizer (`DEFAULT_RATES`).
+    layer_decay : float, default 1.0
+        Each group of layers further down learns this much slower than the one above it; 0 < decay <= 1.
+    lr_at : tuple of (str, float)
+        Layers with learning rates of their own, instead of what the decay gives them.
+    epochs : int, default 30
+        Most passes over the training images.
+    patience : int, default 5
+        Stop after this many epochs without a lower validation loss.
+    optimizer : {"adamw", "sgd"}
+        SGD has momentum 0.9.
+    weight_decay : float, default 0.01
+        Not on biases and norms.
+    schedule : {"cosine", "plateau"}
+        Cosine to zero by step, or a tenth after each ``patience // 2`` epochs without progress; after `warmup`.
+    warmup : int, default 1
+        Epochs in which the rates rise linearly from zero.
+    batch_size : int, default 32
+        Images a step; batches are evened out, so that none is a lone rest.
+    label_smoothing : float, default 0.0
+        Share of the target spread over all classes.
+    class_weights : bool, default False
+        Weigh classes by the inverse of their number of training images.
+    augment : str, default "none"
+        ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
+    clip : float, optional
+        Longest gradient, over all weights.
+    top : {"linear", "hidden", "direct"}
+        What replaces the classifier: a linear layer, one with a hidden layer before it, or one with direct connections
+        from the image (area-averaged to 32x32) beside it.
+    """
+
+    lr: float | None = None
+    layer_decay: float = 1.0
+    lr_at: tuple[tuple[str, float], ...] = ()
+    epochs: int = 30
+    patience: int = 5
+    optimizer: str = "adamw"
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+    warmup: int = 1
+    batch_size: int = 32
+    label_smoothing: float = 0.0
+    class_weights: bool = False
+    augment: str = "none"
+    clip: float | None = None
+    top: str = "linear"
+
+    def rate(self, *, new_only: bool) -> float:
+        """Return the learning rate; `new_only` where no pretrained weight is trained."""
+        return DEFAULT_RATES[self.optimizer, new_only] if self.lr is None else self.lr
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return json_fields(self)
+
+
+def make_recipe(options: Mapping[str, Any]) -> Recipe:
+    """Check `options`, the fields of `Recipe` by name (None for the default), and return the recipe.
+
+    Raises
+    ------
+    FitError
+        Naming the first option that cannot be, with what was expected.
+    """
+    known = [field.name for field in fields(Recipe)]
+    for name in options:
+        if name not in known:
+            raise FitError(f"fine-tuning has no option '{name}'{nearest(name, known)}; it has {', '.join(known)}")
+    recipe = Recipe(**{name: value for name, value in options.items() if value is not None})
+    for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("top", TOPS)):
+        check_choice(name, getattr(recipe, name), names)
+    parse_augment(recipe.augment)
+    rates = [("lr", recipe.lr), ("clip", recipe.clip), *((f"lr_at {name}", rate) for name, rate in recipe.lr_at)]
+    for name, value in rates:
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise FitError(f"{name} is a positive number, got {value}")
+    for name, least in (("epochs", 1), ("patience", 1), ("batch_size", 1), ("warmup", 0)):
+        if getattr(recipe, name) < least:
+            raise FitError(f"{name} is a whole number from {least} on, got {getattr(recipe, name)}")
+    for name, share in (("layer_decay", recipe.layer_decay), ("1 - label_smoothing", 1 - recipe.label_smoothing)):
+        if not 0 < share <= 1:
+            raise FitError(f"{name} is a number above 0 and at most 1, got {share}")
+    if not recipe.weight_decay >= 0:
+        raise FitError(f"weight_decay is a number from 0 on, got {recipe.weight_decay}")
+    return recipe
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise `FitError` unless `value` is one of `known`."""
+    if value not in known:
+        raise FitError(f"unknown {name} '{value}'{nearest(value, known)}; expected one of {', '.join(known)}")

@@ -1,0 +1,164 @@
+"""One run: a seed and a number of shots, from the split to the test images' labels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache.errors import explained
+from pipeline.evaluation.splits import Splits, make_splits
+from pipeline.finetuning.data import Ints, Part, Reader
+from pipeline.finetuning.material import Material
+from pipeline.finetuning.network import ALL, Network
+from pipeline.finetuning.precision import train_precision
+from pipeline.finetuning.recipe import Recipe
+from pipeline.finetuning.train import Trained, standardise, train
+from pipeline.heads.cached import Table
+from pipeline.results import Progress
+from pipeline.spec import fingerprint_of
+
+HEAD_EPOCHS = 10
+"""Epochs of the new top alone, at most, where it trains first."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs of a call share.
+
+    Parameters
+    ----------
+    freeze : str
+    recipe : Recipe
+    rate : float
+        Learning rate of the uppermost layers.
+    precision : str
+        As asked for.
+    folder : Path
+        Of checkpoints.
+    progress : callable
+    """
+
+    freeze: str
+    recipe: Recipe
+    rate: float
+    precision: str
+    folder: Path
+    progress: Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What came of a run.
+
+    Parameters
+    ----------
+    splits : Splits
+    network : Network
+        With the best weights, in eval mode.
+    trained : Trained
+    probabilities : (n, K) float64
+        Of test rows.
+    seconds : float
+        Of training, those before a checkpoint included.
+    precision : str
+        In which what is thawed was trained.
+    """
+
+    splits: Splits
+    network: Network
+    trained: Trained
+    probabilities: NDArray[np.float64]
+    seconds: float
+    precision: str
+
+    @property
+    def score(self) -> float:
+        """Validation accuracy; 0 without validation images."""
+        return float(np.nan_to_num(self.trained.valid_accuracy))
+
+
+def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
+    """Split as `fit` does, train on train, stop by val, label test.
+
+    Raises
+    ------
+    FitError
+        If the rows do not allow it, or the loss is not finite.
+    CacheError
+        If a checkpoint is damaged, or their folder cannot be made.
+    """
+    n_classes = len(material.table.classes)
+    table, recipe, device = material.table, plan.recipe, material.resolved.device
+    columns = (table.labels, table.splits, table.groups, table.digests)
+    splits = make_splits(*columns, seed, shots, table.classes, table.uris.tolist())
+    network = Network(material.backbone, plan.freeze, recipe.top, n_classes)
+    network.trunk_precision = material.trunk_precision
+    network.precision = train_precision(network, material.resolved, plan.precision)
+    name = f"{material.backbone.handle}, freeze {plan.freeze}, seed {seed}, shots {shots}"
+    key = [plan.freeze, recipe.to_json(), plan.rate, network.precision, material.trunk_precision, device, seed]
+    key += [material.backbone.name, material.backbone.weights_digest, _digest(table, splits)]
+    with explained(plan.folder, "make the folder of checkpoints"):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    part, valid, test = _parts(material.reader, table, splits, recipe, seed)
+    seconds = 0.0
+    if material.features is None:
+        standardise(network, part, device)
+    else:
+        head = Network(material.backbone, ALL, recipe.top, n_classes)
+        parts = _parts(material.features, table, splits, replace(recipe, augment="none"), seed)
+        seconds = _train_head(head, n_classes, parts, plan, key, seed, device, name)
+        network.new_head.load_state_dict(head.new_head.state_dict())
+        key = [*key, "head first"]
+    checkpoint = plan.folder / f"{fingerprint_of(key)}.pt"
+    trained = train(network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name)
+    seconds += _seconds(trained)
+    return Run(splits, network.eval(), trained, trained.net.predict_part(test), seconds, network.precision)
+
+
+def _parts(reader: Reader, table: Table, splits: Splits, recipe: Recipe, seed: int) -> tuple[Part, Part | None, Part]:
+    """Return train, val (None where it is empty) and test."""
+    rows, size = table.rows[0], recipe.batch_size
+
+    def part(index: Ints, order: int | None, *, augmented: bool = False) -> Part:
+        return Part(reader, rows[index], table.labels[index], size, order, augmented=augmented)
+
+    train_part = part(splits.train, seed, augmented=recipe.augment != "none")
+    return train_part, part(splits.val, None) if len(splits.val) else None, part(splits.test, None)
+
+
+def _train_head(
+    head: Network,
+    classes: int,
+    parts: tuple[Part, Part | None, Part],
+    plan: Plan,
+    key: Sequence[Any],
+    seed: int,
+    device: str,
+    name: str,
+) -> float:
+    """Train the new top alone on frozen features; return the seconds it took."""
+    part, valid, _ = parts
+    standardise(head, part, device)
+    recipe = replace(plan.recipe, epochs=min(plan.recipe.epochs, HEAD_EPOCHS), layer_decay=1.0, lr_at=())
+    checkpoint = plan.folder / f"{fingerprint_of([*key, 'head'])}.pt"
+    rate = recipe.rate(new_only=True)
+    trained = train(head, recipe, rate, part, valid, classes, checkpoint, seed, device, plan.progress, f"{name}, head")
+    return _seconds(trained)
+
+
+def _seconds(trained: Trained) -> float:
+    return float(sum(epoch["seconds"] for epoch in trained.history))
+
+
+def _digest(table: Table, splits: Splits) -> str:
+    """Return a digest of the images that train and choose, and of their labels."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (splits.train, splits.val):
+        digest.update(np.ascontiguousarray(table.digests[part]).tobytes() + table.labels[part].tobytes() + b"|")
+    return digest.hexdigest()

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import copy
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.backbones.cut import find_line, lines, read_place, split
+from pipeline.backbones.registry import load
+from pipeline.errors import BackboneError, FitError
+from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.finetuning import keeper, material
+from pipeline.finetuning.data import Part, Pictures, batch_count
+from pipeline.finetuning.groups import parameter_groups
+from pipeline.finetuning.net import class_weights
+from pipeline.finetuning.network import Network
+from pipeline.finetuning.recipe import Recipe, make_recipe
+from pipeline.finetuning.train import Trained, train
+from pipeline.fit import fit
+from pipeline.images.source import open_source
+from pipeline.images.transform import prepare
+from pipeline.spec import View
+
+NET = "resnet18@random:0"
+OPTIONS: dict[str, Any] = {"size": 32, "engine": "torch", "device": "cpu", "precision": "fp32", "batch_size": 8}
+Photos = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Any:
+    return load(NET, 32)
+
+
+def tune(photos: Path, output: Path, **options: Any) -> Any:
+    return finetune(photos, NET, output=output, **{"freeze": "layer3", "epochs": 2, **OPTIONS, **options})
+
+
+def losses(report: Any, place: int = 0) -> list[float]:
+    return [epoch["train_loss"] for epoch in report.results[place].history]
+
+
+def train_on_pixels(photos: Path, backbone: Any, freeze: str, path: Path, recipe: Recipe) -> tuple[Network, Trained]:
+    source = open_source(photos)
+    rows = np.arange(len(source.items))
+    labels = np.array([item.label for item in source.items])
+    part = Part(Pictures(source, backbone.preprocessing, "none"), rows, labels, recipe.batch_size, 0, augmented=False)
+    network = Network(backbone, freeze, "linear", 3)
+    silent = lambda *call: None  # noqa: E731
+    return network, train(network, recipe, 1e-3, part, None, 3, path, 0, "cpu", silent, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (NET, "layer2"),
+        (NET, "layer4"),
+        ("efficientnet_lite0@random:0", "blocks.4"),
+        ("googlenet@random:0", "inception4b"),
+    ],
+)
+def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
+    loaded = load(name, 64)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    trunk, body = split(loaded.traced, find_line(loaded, line).node, read_place(loaded).node)
+    assert trunk is not None
+    classify = loaded.module.get_submodule(str(loaded.classifier))
+    with torch.inference_mode():
+        features = body(trunk(x))
+        assert torch.equal(classify(features.flatten(1)), loaded.module(x))
+
+
+def test_only_layers_that_every_path_crosses_can_be_the_line(backbone: Any) -> None:
+    known = lines(backbone)
+    assert {"layer1", "layer2", "layer3", "layer4"} <= set(known)
+    assert "layer2.0.conv1" not in known
+    with pytest.raises(BackboneError, match=r"paths jump over it.*layer1"):
+        find_line(backbone, "layer2.0.conv1")
+    with pytest.raises(BackboneError, match="did you mean layer3"):
+        find_line(backbone, "layr3")
+
+
+def test_what_is_frozen_stays_bit_identical_and_the_rest_learns(
+    make_photos: Photos, backbone: Any, tmp_path: Path
+) -> None:
+    whole = copy.deepcopy(backbone.module.state_dict())
+    network, _ = train_on_pixels(make_photos(), backbone, "layer3", tmp_path / "run.pt", Recipe(epochs=2, batch_size=8))
+    assert all(torch.equal(item, whole[name]) for name, item in backbone.module.state_dict().items())
+    assert network.trunk is not None
+    assert all(torch.equal(item, whole[name]) for name, item in network.trunk.state_dict().items())
+    learnt = dict(network.body.state_dict())
+    assert all(name.startswith("layer4") for name in learnt)
+    assert not any(torch.equal(item, whole[name]) for name, item in learnt.items())
+
+
+def test_the_trunk_stays_frozen_whatever_is_called(backbone: Any) -> None:
+    network = Network(backbone, "layer2", "linear", 2).train()
+    assert network.trunk is not None
+    assert not any(part.training for part in network.trunk.modules())
+    assert all(part.training for part in network.body.modules())
+    network(torch.zeros(2, 32, 32, 3, dtype=torch.uint8)).sum().backward()
+    assert all(item.grad is None for item in network.trunk.parameters())
+
+
+def test_cached_activations_train_like_the_whole_network(make_photos: Photos, backbone: Any, tmp_path: Path) -> None:
+    photos = make_photos()
+    report = tune(photos, tmp_path / "cached", seeds=[3], epochs=1)
+    reader = Pictures(open_source(photos), backbone.preprocessing, "none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(material, "Activations", lambda *_: reader)
+        whole = tune(photos, tmp_path / "whole", seeds=[3], epochs=1)
+    assert losses(whole) == pytest.approx(losses(report), rel=1e-4)
+    assert whole.results[0].history[0]["valid_loss"] == pytest.approx(
+        report.results[0].history[0]["valid_loss"], rel=1e-3
+    )
+
+
+def test_splits_are_those_of_fit_and_seeds_reproduce(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    runs = [tune(photos, tmp_path / name, seeds=[0, 1], shots=["all", 2], freeze="all") for name in ("a", "b")]
+    extract(photos, [NET], output=tmp_path / "fit", size=32, engine="torch", device="cpu", precision="fp32")
+    rival = fit(tmp_path / "fit", seeds=[0, 1], shots=["all", 2])
+    for found, expected in zip(runs[0].predictions, rival.predictions, strict=True):
+        np.testing.assert_array_equal(found.uris, expected.uris)
+        np.testing.assert_array_equal(found.y_true, expected.y_true)
+    counts = [(r.seed, r.shots, r.n_train, r.n_val, r.n_test) for r in runs[0].results]
+    assert counts == [(r.seed, r.shots, r.n_train, r.n_val, r.n_test) for r in rival.results]
+    for one, other in zip(runs[0].predictions, runs[1].predictions, strict=True):
+        np.testing.assert_array_equal(one.probabilities, other.probabilities)
+    assert losses(runs[0]) != losses(runs[0], 2)
+
+
+def test_early_stopping_keeps_the_weights_of_the_best_epoch(make_photos: Photos, tmp_path: Path) -> None:
+    report = tune(make_photos(), tmp_path, epochs=12, patience=2, lr=0.02, warmup=0)
+    result = report.results[0]
+    valid = [epoch["valid_loss"] for epoch in result.history]
+    best = int(np.argmin(valid)) + 1
+    assert result.params["best_epoch"] == best
+    assert result.epochs == len(valid) == min(best + 2, 12)
+    state = keeper.read_checkpoint(next((tmp_path / "finetune").glob("*.pt")))
+    assert state is not None
+    assert (state["finished"], state["best_epoch"]) == (True, best)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "SAVE_EVERY_S", 0.0)
+    photos = make_photos()
+    options = {"epochs": 4, "optimizer": "sgd", "schedule": "plateau"}
+    expected = tune(photos, tmp_path / "whole", **options)
+
+    def stop(done: int, total: int, text: str, state: str = "") -> None:
+        if "epoch 3" in state:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(photos, tmp_path / "cut", progress=stop, **options)
+    epochs: list[str] = []
+    found = tune(photos, tmp_path / "cut", progress=lambda *call: epochs.append(call[-1]), **options)
+    assert not any("epoch 2/" in state for state in epochs)
+    assert losses(found) == losses(expected)
+    np.testing.assert_array_equal(found.predictions[0].probabilities, expected.predictions[0].probabilities)
+
+
+def test_a_full_disk_costs_the_checkpoint_alone(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_photos()
+    tune(photos, tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(keeper.os, "fsync", full)
+    report = tune(photos, tmp_path, seeds=[5])
+    assert any("without a checkpoint" in note and "disk is full" in note for note in report.notes)
+    assert report.results[0].epochs == 2
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_layer(make_photos: Photos, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match=r"step \d+ of epoch 1, first in \w+.*lower --lr"):
+        tune(make_photos(), tmp_path, lr=1e30, optimizer="sgd", warmup=0, batch_size=2)
+
+
+@pytest.mark.parametrize("top", ["hidden", "direct"])
+def test_other_tops_learn_colours(make_photos: Photos, tmp_path: Path, top: str) -> None:
+    report = tune(make_photos(each=12), tmp_path, freeze="all", top=top, epochs=15, patience=15, lr=0.01)
+    assert report.results[0].accuracy > 0.8
+
+
+def test_head_first_and_augmentation_run_together(make_photos: Photos, tmp_path: Path) -> None:
+    report = tune(make_photos(), tmp_path, head_first=True, augment="crop+flip+colour", freeze="layer4", epochs=1)
+    assert len(report.results[0].history) == 1
+    assert len(list((tmp_path / "finetune").glob("*.pt"))) == 2
+
+
+def test_a_view_is_a_function_of_its_number_and_the_image(make_photos: Photos, backbone: Any) -> None:
+    data = (make_photos() / "red" / "0.png").read_bytes()
+    views = [prepare(data, View(**vars(backbone.preprocessing), augment="crop+flip", view=view)) for view in (0, 0, 1)]
+    np.testing.assert_array_equal(views[0], views[1])
+    assert (views[0] != views[2]).any()
+    assert views[0].shape == (32, 32, 3)
+
+
+def test_rates_fall_by_depth_and_can_be_given_by_layer(backbone: Any) -> None:
+    network = Network(backbone, "layer2", "linear", 3)
+    groups = parameter_groups(network, 1.0, 0.5, [("layer3.0", 0.1)], 0.01)
+    rates = {id(item): group["lr"] for group in groups for item in group["params"]}
+    found = {name: rates[id(item)] for name, item in network.named_parameters() if id(item) in rates}
+    assert found["new_head.layers.weight"] == 1.0
+    assert found["body.layer4.1.conv1.weight"] == 0.5
+    assert found["body.layer4.0.conv1.weight"] == 0.25
+    assert found["body.layer3.1.bn1.bias"] == 0.125
+    assert found["body.layer3.0.conv1.weight"] == pytest.approx(0.1)
+    assert all(group["weight_decay"] == 0 for group in groups for item in group["params"] if item.ndim == 1)
+    with pytest.raises(FitError, match="no thawed layer 'layer1'"):
+        parameter_groups(network, 1.0, 1.0, [("layer1", 0.1)], 0.0)
+
+
+@given(rows=st.integers(2, 500), size=st.integers(1, 64))
+def test_batches_are_even_and_never_one_row_unless_asked(rows: int, size: int) -> None:
+    parts = [len(part) for part in np.array_split(np.arange(rows), batch_count(rows, size))]
+    assert max(parts) - min(parts) <= 1
+    assert max(parts) <= max(size, 3)
+    assert min(parts) > 1 or size == 1
+
+
+def test_class_weights_have_mean_one_over_the_images() -> None:
+    counts = np.array([10, 30, 0])
+    weights = class_weights(counts).numpy()
+    assert (weights * counts).sum() / counts.sum() == pytest.approx(1)
+    assert weights[0] == pytest.approx(3 * weights[1])
+    assert weights[2] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ({"lr": -1.0}, "lr is a positive number, got -1.0"),
+        ({"optimizer": "adma"}, "unknown optimizer 'adma'; did you mean adam"),
+        ({"augment": "crop+flop"}, "unknown augmentation 'flop'; did you mean flip"),
+        ({"layer_decay": 1.5}, "layer_decay is a number above 0"),
+        ({"epochs": 0}, "epochs is a whole number from 1 on, got 0"),
+        ({"pateince": 3}, "no option 'pateince'; did you mean patience"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(option: dict[str, Any], parts: str) -> None:
+    with pytest.raises(FitError, match=parts):
+        make_recipe(option)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("--freeze", "layer9"), ("layer9", "layer4")),
+        (("--freeze", "layer2.0.conv1"), ("paths jump over it", "layer2")),
+        (("--freeze", "layer3", "--batch-size", "1"), ("batches of one", "--batch-size 2")),
+        (("--init", "random"), ("init random", "without any")),
+        (("--head-first",), ("head-first",)),
+        (("--lr", "0"), ("lr is a positive number",)),
+        (("--save", "nowhere/model.safetensors"), ("nowhere",)),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_input_is_one_line(
+    thawline: Callable[..., Any], make_photos: Photos, tmp_path: Path, arguments: Any, parts: Any
+) -> None:
+    base = ("finetune", make_photos(), "-b", NET, "--size", 32, "--engine", "torch", "--store", "float16")
+    finished = thawline(*base, "-o", tmp_path / "cache", "--epochs", 1, *arguments, cwd=tmp_path)
+    assert finished.returncode == 1, finished.stderr
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith("thawline: ")
+    assert all(part in last for part in parts)
+    assert all(line.startswith("note: ") for line in finished.stderr.splitlines()[:-1])
+
+
+def test_one_class_is_refused(thawline: Callable[..., Any], make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos(classes=("red",))
+    base = ("finetune", photos, "-b", NET, "--size", 32, "--engine", "torch", "-o", tmp_path / "cache")
+    thawline(*base).assert_one_line("at least two classes")
+
+
+def test_the_command_saves_a_model_that_predict_takes(
+    thawline: Callable[..., Any], make_photos: Photos, tmp_path: Path
+) -> None:
+    photos, model = make_photos(each=12), tmp_path / "model.safetensors"
+    (photos / "red" / "broken.png").write_bytes(b"no image")
+    base = ("finetune", photos, "-b", NET, "--size", 32, "--engine", "torch", "--precision", "fp32")
+    how = ("--freeze", "layer4", "--epochs", 15, "--patience", 15, "--lr", 0.01)
+    output = thawline(*base, *how, "-o", tmp_path / "cache", "--save", model, "--json")
+    document = output.json
+    assert "activations at layer4 of 37 images take" in output.stderr
+    result = document["results"][0]
+    assert result["kind"] == "finetune"
+    assert result["freeze"] == "layer4"
+    assert result["trainable_parameters"] == 512 * 3 + 3
+    assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, result["epochs"] + 1))
+    assert any("1 unreadable" in note for note in document["notes"])
+    table = thawline(*base, *how, "-o", tmp_path / "cache")
+    assert "layer4" in table.stdout
+    predictions = thawline("predict", model, photos, "--json").json["predictions"]
+    said = {found["uri"]: found for found in predictions}
+    assert said["red/broken.png"]["state"] == "unreadable"
+    right = [found["label"] == uri.split("/")[0] for uri, found in said.items() if uri != "red/broken.png"]
+    assert np.mean(right) > 0.8
+    damaged = bytearray(model.read_bytes())
+    damaged[-5] ^= 1
+    model.write_bytes(damaged)
+    thawline("predict", model, photos).assert_one_line("digests differ")
