@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL.Image import Image
+
+from pipeline.results import FinetuneResult
 
 INK = "#1f2a44"
 ACCENT = "#d1495b"
@@ -85,6 +89,50 @@ def confusion_matrix(axes: Axes, counts: NDArray[np.int64], classes: Sequence[st
     axes.set_yticks(places, classes)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
+
+
+def training_curves(axes: Axes, history: Sequence[Mapping[str, float]], best_epoch: int) -> None:
+    """Draw the losses over the epochs of one run, and mark the epoch whose weights were kept.
+
+    Parameters
+    ----------
+    axes : Axes
+        Where to draw.
+    history : sequence of mapping
+        Of a `pipeline.results.FinetuneResult`.
+    best_epoch : int
+        From 1.
+    """
+    epochs = [epoch["epoch"] for epoch in history]
+    for key, label, color in (("train_loss", "training", QUIET), ("valid_loss", "validation", INK)):
+        if key in history[0]:
+            axes.plot(epochs, [epoch[key] for epoch in history], color=color, linewidth=2, marker=".", label=label)
+    axes.axvline(best_epoch, color=ACCENT, linestyle="--", label=f"kept: epoch {best_epoch}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+
+
+def save_training(results: Sequence[FinetuneResult], path: str) -> None:
+    """Write the curves of all runs, a panel each, as one picture.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written.
+    """
+    figure = Figure(figsize=(5 * len(results), 3.6), layout="constrained")
+    places = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    for axes, result in zip(places, results, strict=True):
+        training_curves(axes, result.history, result.params["best_epoch"])
+        axes.set_title(
+            f"freeze {result.freeze}, seed {result.seed}, shots {result.shots}: test {result.accuracy:.3f}", fontsize=10
+        )
+    figure.savefig(path, format="png", dpi=120)
 
 
 def image_strip(axes: Sequence[Axes], images: Sequence[Image], titles: Sequence[str]) -> None:
