@@ -121,7 +121,6 @@ FINETUNE = {
     "label-smoothing": Option("label_smoothing", _not_negative),
     "class-weights": Option("class_weights", _flag),
     "augment": Option("augment", _text, "none"),
-    "views": Option("views", _whole(0)),
     "clip": Option("clip", _number),
     "precision": Option("precision", _choice(*PRECISIONS), "auto"),
     "store": Option("store", _choice(*STORES), "float32"),
