@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from pipeline.fit import FitReport
+
 Command = TypeVar("Command", bound=Callable[..., None])
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 source_argument = click.argument("source")
@@ -174,29 +176,36 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
 @click.option("--balanced", is_flag=True, help="Let every class count alike, whatever its size.")
 @click.option("--drop-leaks", is_flag=True, help="Take test images out that are byte-equal to training images.")
 @click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
+@click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw the results into this folder.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
 @json_option
 def fit(
     cache: str, layer: tuple[str, ...], head: tuple[str, ...], shots: tuple[str, ...], seed: tuple[int, ...],
-    as_json: bool, **options: Any,
+    plot: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Train heads on the features in CACHE and measure them on its test images, once."""
     from pipeline.fit import fit as run
     from pipeline.reporting.progress import progress_bar
     from pipeline.reporting.tables import fit_table, seeds_table
 
+    if plot:
+        plot.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
     with progress_bar() as progress:
         report = run(cache, list(layer) or None, head, seed, _shots(shots), progress=progress, **options)
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
+    drawn = _draw_fit(report, plot, cache, options) if plot else []
     if as_json:
-        _print_json({"results": _records(report.results), "summary": _records(report.summary), "notes": report.notes})
+        document = {"results": _records(report.results), "summary": _records(report.summary), "notes": report.notes}
+        _print_json(document | {"plots": drawn} if plot else document)
         return
     _print_table(fit_table(report.results))
     if report.summary:
         _print_table(seeds_table(report.summary))
     if report.saved:
         click.echo(f"model: {report.saved}")
+    for path in drawn:
+        click.echo(f"picture: {path}")
 
 
 @thawline.command()
@@ -253,7 +262,7 @@ def finetune(
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
     if picture:
-        from pipeline.reporting.plots import save_training
+        from pipeline.reporting.plots.training import save_training
 
         save_training(report.results, picture)
     if as_json:
@@ -405,6 +414,137 @@ def predict(model: str, source: str, csv_path: str | None, as_json: bool, **opti
     _print_table(prediction_table(report.predictions))
     if len(report.predictions) > 1:
         _print_table(count_table(report.predictions))
+
+
+@thawline.command()
+@cache_argument
+@click.option("--source", help="Which source, where the cache holds several.")
+@click.option("-b", "--backbone", help="Only this backbone.")
+@click.option("--pool", type=click.Choice(POOLS), help="Only this pooling.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the split.")
+@click.option("--fit", "fitted", is_flag=True, help="Fit logistic regression, too, and compare the orders.")
+@json_option
+def rank(cache: str, as_json: bool, **options: Any) -> None:
+    """Order the layers and backbones in CACHE by how well they promise to suit the classes, before any fit."""
+    from pipeline.diagnostics.rank import rank as run
+    from pipeline.reporting.diagnostic_tables import agreement_lines, rank_table
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        report = run(cache, progress=progress, **options)
+    for note in report.notes:
+        click.echo(f"note: {note}", err=True)
+    if as_json:
+        _print_json({"ranking": _records(report.ranking), "agreement": _records(report.agreement)})
+        return
+    _print_table(rank_table(report.ranking))
+    for line in agreement_lines(report.agreement):
+        click.echo(line)
+
+
+@thawline.command()
+@click.argument("first")
+@click.argument("second")
+@click.option("-l", "--layer", default=DEFAULT_LAYER, help="A layer that both caches hold.")
+@click.option("-b", "--backbone", help="Which backbone, where a cache holds several.")
+@click.option("--pool", type=click.Choice(POOLS), help="Which pooling, where a cache holds several.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of draws, folds and permutations.")
+@json_option
+def drift(as_json: bool, **options: Any) -> None:
+    """Test whether the images of the caches FIRST and SECOND are of one domain, and name the most foreign ones."""
+    from pipeline.diagnostics.drift import drift as run
+    from pipeline.reporting.diagnostic_tables import drift_lines, foreign_table
+    from pipeline.results import to_json
+
+    result = run(**options)
+    if as_json:
+        _print_json(to_json(result))
+        return
+    for line in drift_lines(result):
+        click.echo(line)
+    _print_table(foreign_table(result))
+
+
+@thawline.command()
+@click.argument("model")
+@click.option("--onnx", "path", required=True, type=click.Path(dir_okay=False), help="The file to write.")
+@json_option
+def export(model: str, path: str, as_json: bool) -> None:
+    """Write a saved MODEL and its network as one ONNX graph: pixels in, labels out."""
+    from pipeline.export import export as run
+    from pipeline.results import to_json
+
+    result = run(model, path)
+    if as_json:
+        _print_json(to_json(result))
+        return
+    click.echo(f"{result.path}: {result.backbone}, {result.layer}, {result.head}, {result.bytes / 1e6:.1f} MB")
+    for name, shape in result.inputs.items():
+        click.echo(f"takes {name}: uint8 ({', '.join('n' if axis is None else str(axis) for axis in shape)})")
+    click.echo(f"gives {', '.join(result.outputs)} for {result.classes} classes")
+
+
+def _draw_fit(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) -> list[str]:
+    from features_cache import Catalog
+    from pipeline.heads.cached import select
+    from pipeline.reporting.plots.fit_pictures import draw_fit
+
+    narrowed = (options["source"], options["backbone"], options["pool"])
+    layer = select(Catalog(cache), [report.results[report.best].layer], *narrowed)[0]
+    return [str(path) for path in draw_fit(report, layer, folder)]
+
+
+@thawline.command()
+@click.argument("plan", type=click.Path(dir_okay=False))
+@click.option("-o", "--output", required=True, help="Run folder: results, cache and report; made if missing.")
+@click.option("--dry-run", is_flag=True, help="Check all of PLAN and list its jobs with guesses at time and disk.")
+@click.option("--against", type=click.Path(file_okay=False), help="Say what changed, beyond noise, since another run.")
+@json_option
+def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json: bool) -> None:
+    """Run PLAN, a TOML file of sources, backbones, layers, heads and fine-tunes, and write a report.
+
+    Results are kept one by one: the same command again does only what is missing or changed.
+    """
+    from dataclasses import asdict
+
+    if dry_run:
+        _print_jobs(plan, output, as_json)
+        return
+    from pipeline.compare import compare as run
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        report = run(plan, output, against=against, progress=progress)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        from pipeline.reporting.compare_tables import against_lines, score_table
+
+        _print_table(score_table(report.results))
+        click.echo("\n" + "\n".join(report.answer))
+        click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
+        for line in against_lines(report.against):
+            click.echo(line)
+        for name, path in report.files.items():
+            click.echo(f"{name}: {path}")
+    for failure in report.failures:
+        click.echo(f"failed: {failure.job}: {failure.reason}", err=True)
+    if report.failures:
+        sys.exit(1)
+
+
+def _print_jobs(plan: str, output: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from pipeline.compare import dry_run
+    from pipeline.reporting.compare_tables import plan_line, plan_table
+
+    planned = dry_run(plan, output)
+    if as_json:
+        _print_json({"jobs": [asdict(job) for job in planned]})
+        return
+    _print_table(plan_table(planned))
+    click.echo(plan_line(planned))
 
 
 def _shots(values: tuple[str, ...]) -> list[int | str]:

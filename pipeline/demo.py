@@ -15,7 +15,9 @@ from pipeline.fit import FitReport, fit
 from pipeline.heads.predictions import TestPredictions
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.reporting.plots import confusion_matrix, depth_curve, image_strip
+from pipeline.reporting.plots.confusion import confusion_matrix
+from pipeline.reporting.plots.depth import depth_curve
+from pipeline.reporting.plots.strip import image_strip
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:

@@ -27,3 +27,11 @@ class FitError(ThawlineError):
 
 class ModelFileError(ThawlineError):
     """A saved model is damaged, foreign, of another version, or does not match its backbone."""
+
+
+class PlanError(ThawlineError):
+    """A plan is no TOML, or asks for what does not exist; the message names file and line."""
+
+
+class RunFolderError(ThawlineError):
+    """A run folder belongs to another plan, is in use, or cannot be read or written."""

@@ -7,7 +7,6 @@ torch.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import sys
 import time
@@ -37,7 +36,15 @@ from pipeline.errors import ModelFileError
 from pipeline.filling import Clock, Filling
 from pipeline.images.loader import load
 from pipeline.images.source import ImageSource, open_source
-from pipeline.lookup import continued_precision, files_of, find_answer, find_holder, is_complete, rows_of
+from pipeline.lookup import (
+    continued_precision,
+    files_of,
+    find_answer,
+    find_holder,
+    is_complete,
+    rows_of,
+    weights_file_digest,
+)
 from pipeline.results import ExtractResult, Progress
 from pipeline.spec import (
     DEFAULT_BACKBONE,
@@ -124,7 +131,7 @@ def extract(
     clock = Clock()
     with ExitStack() as writers:
         for name in dict.fromkeys(backbones):
-            request = Request(name, tuple(layers), pool, precision, store, size, _weights_file_digest(name))
+            request = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
             files = files_of(images, run.output)
             answer = None if rehash else find_answer(files, request)
             if answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values()):
@@ -272,15 +279,6 @@ def _check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | No
                 f"the model was trained on other features of {wanted.backbone} {wanted.layer}: {changed} differ here; "
                 "use the weights and versions it was trained with, or train it again"
             )
-
-
-def _weights_file_digest(backbone: str) -> str | None:
-    """Return the digest of the weights file that `backbone` names, if it names one that exists."""
-    path = Path(backbone.partition("@")[2])
-    if not path.suffix or not path.is_file():
-        return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _provenance(resolved: Resolved) -> dict[str, Any]:

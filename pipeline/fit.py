@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -84,6 +84,7 @@ def fit(
     save: str | Path | None = None,
     jobs: int | None = None,
     progress: Progress | None = None,
+    on_result: Callable[[FitResult, TestPredictions], None] | None = None,
 ) -> FitReport:
     """Train every head on every layer with every seed and number of shots.
 
@@ -114,6 +115,9 @@ def fit(
         Fits at a time, each on one BLAS thread; by default one a core.
     progress : callable, optional
         Called as ``progress(done, total, text)`` after each fit.
+    on_result : callable, optional
+        Called as ``on_result(result, predictions)`` as soon as each fit is done, in the order in which they end; there
+        is nothing to compare it with yet, so that its `p_vs_best` is None.
 
     Raises
     ------
@@ -138,7 +142,18 @@ def fit(
     cuts = cut_layers(selected, seeds, shots, cv, drop_leaks=drop_leaks)
     trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
     check_trials(trials, balanced=balanced)
-    finished = run_trials(trials, jobs, progress, balanced=balanced, keep=destination is not None)
+    waiting: dict[int, dict[int, Trial]] = {}
+
+    def pass_on(place: int, outcome: Outcome) -> None:
+        cell = waiting.setdefault(place // (cv or 1), {})
+        cell[place] = Trial(*trials[place], outcome)
+        if on_result is not None and len(cell) == (cv or 1):
+            done = [cell[fold] for fold in sorted(cell)]
+            found = pool_folds([(trial.cut, trial.outcome) for trial in done])
+            on_result(_result(done, found, balanced, cv, None), found)
+
+    keep = destination is not None
+    finished = run_trials(trials, jobs, progress, balanced=balanced, keep=keep, finished=pass_on)
     done = [Trial(cut, head, outcome) for (cut, head), outcome in zip(trials, finished.outcomes, strict=True)]
     folds = cv or 1
     cells = [done[start : start + folds] for start in range(0, len(done), folds)]
@@ -176,6 +191,7 @@ def _result(
         n_train=_mean_count([trial.cut.splits.train for trial in cell]),
         n_val=_mean_count([trial.cut.splits.val for trial in cell]),
         n_test=len(found.y_true),
+        validation_accuracy=_mean_score([outcome.choice.score for outcome in outcomes]),
         accuracy_ci95=wilson(int(found.right.sum()), len(found.right)),
         **asdict(scores),
         seconds=sum(outcome.seconds for outcome in outcomes),
@@ -196,6 +212,10 @@ def _commonest(params: Sequence[Params]) -> Params:
 
 def _mean_count(parts: Sequence[NDArray[np.int64]]) -> int:
     return round(sum(len(part) for part in parts) / len(parts))
+
+
+def _mean_score(scores: Sequence[float]) -> float | None:
+    return None if any(map(math.isnan, scores)) else float(np.mean(scores))
 
 
 def _model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:

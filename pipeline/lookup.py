@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,3 +72,12 @@ def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
     """Tell whether `file` was made for exactly these rows and none is pending."""
     return same_rows(file, rows, classes) and not (file.states == PENDING).any()
+
+
+def weights_file_digest(backbone: str) -> str | None:
+    """Return the digest of the weights file that `backbone` names, if it names one that exists."""
+    path = Path(backbone.partition("@")[2])
+    if not path.suffix or not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -58,6 +58,7 @@ class ExtractResult:
 class FitResult:
     """One head on one layer, one seed: what was trained on what, and how it did on test.
 
+    `validation_accuracy` is what the parameters were chosen by, ``None`` where nothing was left to choose by;
     `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities, and so are
     `temperature` and what the two become under it, also where no held-out rows were left to fit it on. `balanced` tells
     whether classes counted alike in training. `cv` is the number of folds: then every row was test once, `params` are
@@ -91,6 +92,7 @@ class FitResult:
     log_loss_calibrated: float | None = None
     ece_calibrated: float | None = None
     p_vs_best: float | None = None
+    validation_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,74 @@ class Prediction:
     probability: float | None
     state: str
     reason: str = field(default="")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A model as one ONNX file; `inputs` maps names to shapes, whose free axis is ``None``."""
+
+    path: str
+    backbone: str
+    layer: str
+    head: str
+    classes: int
+    inputs: dict[str, list[int | None]]
+    outputs: list[str]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """How one layer promises to suit the classes; of its training rows, more is better.
+
+    `leep` is that of the logits, ``None`` for other layers; `accuracy` is on test, ``None`` where nothing was fitted.
+    """
+
+    backbone: str
+    pool: str
+    layer: str
+    dim: int
+    n_train: int
+    logme: float
+    h_score: float
+    leep: float | None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the order by one score agrees with the order by test accuracy, over so many layers: 1 is the same order."""
+
+    score: str
+    layers: int
+    kendall_tau: float
+    spearman_rho: float
+
+
+@dataclass(frozen=True)
+class ForeignImage:
+    """An image and how far the domain classifier puts it towards its own set: above 0 is right, 1 is typical."""
+
+    uri: str
+    score: float
+
+
+@dataclass(frozen=True)
+class DriftResult:
+    """How well a held-out classifier tells two sets of images apart.
+
+    `images` counts the different ones of each set, `shared` those of both, which are left out, and `compared` how many
+    of each set the classifier saw, so that an accuracy of a half is a guess. The foreign ones of each set look least
+    like the other set, the most foreign first.
+    """
+
+    first: str
+    second: str
+    layer: str
+    images: list[int]
+    shared: int
+    compared: int
+    accuracy: float
+    p_value: float
+    foreign_in_first: list[ForeignImage]
+    foreign_in_second: list[ForeignImage]

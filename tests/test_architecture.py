@@ -16,15 +16,16 @@ RANKS = [
     {"pipeline.filling"},
     {"pipeline.extract"},
     {"pipeline.finetuning"},
-    {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer"},
+    {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
+    {"pipeline.diagnostics", "pipeline.comparing"},
     {"pipeline.reporting"},
-    {"pipeline.demo"},
+    {"pipeline.compare", "pipeline.demo"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
+    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning", "pipeline.export"),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "openvino": ("pipeline.engines",),

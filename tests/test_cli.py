@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("demo", "backbones", "layers", "extract", "cache", "fit", "finetune", "predict")
+COMMANDS = tuple(
+    "demo backbones layers extract cache fit finetune predict export rank drift compare".split()  # noqa: SIM905
+)
 NETWORK = ("-b", "resnet18@random:0", "--size", "32")
 
 

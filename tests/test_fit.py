@@ -126,7 +126,7 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
-    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best"
+    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy"
     assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
     assert expected.items() <= result.items()

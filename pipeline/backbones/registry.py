@@ -154,6 +154,18 @@ def load(name: str, size: int | None = None) -> Backbone:
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
 
 
+def check_weights(name: str) -> None:
+    """Raise `BackboneError` unless `name` means a network and weights that exist, without loading either."""
+    zoo_name, bare, weights = _parse(name)
+    if weights.endswith(SUFFIXES):
+        if not Path(weights).is_file():
+            raise BackboneError(f"{name}: expected a weights file, found nothing at {weights}")
+    elif weights.startswith("random"):
+        _seed(weights)
+    else:
+        _tag(bare, weights, ZOOS[zoo_name].tags(bare))
+
+
 def sketch(name: str, size: int | None = None) -> Backbone:
     """Return a network without meaningful weights, mostly on torch's meta device: all that layers and shapes need.
 

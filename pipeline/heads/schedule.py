@@ -111,7 +111,13 @@ def check_trials(trials: Sequence[tuple[Cut, Head]], *, balanced: bool) -> None:
 
 
 def run_trials(
-    trials: Sequence[tuple[Cut, Head]], jobs: int | None, progress: Progress | None, *, balanced: bool, keep: bool
+    trials: Sequence[tuple[Cut, Head]],
+    jobs: int | None,
+    progress: Progress | None,
+    *,
+    balanced: bool,
+    keep: bool,
+    finished: Callable[[int, Outcome], None] | None = None,
 ) -> Finished:
     """Run all trials, several at a time.
 
@@ -126,6 +132,8 @@ def run_trials(
         Whether every class counts alike.
     keep : bool
         Whether to keep the best model.
+    finished : callable, optional
+        Called as ``finished(place, outcome)`` as soon as the trial at `place` is done.
     """
     outcomes: dict[int, Outcome] = {}
     best: tuple[float, int] = (-math.inf, 0)
@@ -143,6 +151,8 @@ def run_trials(
             if (rank := (validated(outcome), -place)) > best:
                 best, model = rank, outcome.pipeline
             outcomes[place] = replace(outcome, pipeline=None)
+            if finished is not None:
+                finished(place, outcomes[place])
             if progress is not None:
                 progress(len(outcomes), len(trials), "fit")
     return Finished([outcomes[place] for place in range(len(trials))], model)

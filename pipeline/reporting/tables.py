@@ -53,6 +53,7 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "head": [result.head for result in results],
         "seed": [str(result.seed) for result in results],
         "shots": [str(result.shots) for result in results],
+        "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
         "chosen": [_params(result) for result in results],
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
@@ -62,10 +63,11 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "p vs best": [_p_value(result.p_vs_best) for result in results],
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
-    for name in ("log-loss", "p vs best"):
+    for name in ("folds", "log-loss", "p vs best"):
         if set(columns[name]) == {"-"}:
             del columns[name]
-    fixed = [name for name in list(columns)[:7] if len(set(columns[name])) == 1]
+    until = list(columns).index("chosen")
+    fixed = [name for name in list(columns)[:until] if len(set(columns[name])) == 1]
     title = ", ".join(f"{name} {columns.pop(name)[0]}" for name in fixed)
     best = max((result.accuracy for result in results), default=0.0)
     table = _table(*columns, title=title)

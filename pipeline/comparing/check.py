@@ -1,0 +1,112 @@
+"""Does everything that a plan names exist here? Asked before anything is computed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+from features_cache import ThawlineError
+from pipeline.comparing.features import Features
+from pipeline.comparing.jobs import Extraction, finetunes
+from pipeline.comparing.options import FINETUNE
+from pipeline.comparing.plan import Plan
+from pipeline.images.source import ImageSource, open_source
+
+
+def open_sources(plan: Plan) -> dict[str, ImageSource]:
+    """Return the plan's sources as the plan names them; those that share a name are called by their whole path.
+
+    Raises
+    ------
+    PlanError
+        One is missing, empty, or has no labelled images of two classes.
+    """
+    opened = {}
+    for asked, source in zip(_as_written(plan), plan.sources, strict=True):
+        with pointed(plan, "", 0, asked):
+            opened[source] = open_source(source)
+        if len(opened[source].classes) < 2:
+            message = f"{source}: a comparison needs images of two classes or more, found {len(opened[source].classes)}"
+            raise plan.error(message, "", 0, asked)
+    names = Counter(images.name for images in opened.values())
+    return {
+        source: images if names[images.name] == 1 else replace(images, name=images.location)
+        for source, images in opened.items()
+    }
+
+
+def check_heads(plan: Plan) -> None:
+    """Raise `PlanError` unless every head exists."""
+    from pipeline.heads.registry import find_head
+
+    for line in plan.of("fit"):
+        for name in line.values["head"]:
+            with pointed(plan, "fit", line.place, name):
+                find_head(name)
+
+
+def sketch_features(plan: Plan, extraction: Extraction) -> Features:
+    """Return an extraction's layers without weights or images.
+
+    Raises
+    ------
+    PlanError
+        The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
+    """
+    from pipeline.backbones.graph import resolve_layers, tap
+    from pipeline.backbones.registry import check_weights, sketch
+    from pipeline.engines.select import resolve
+
+    asked, line = extraction.request, extraction.line
+    with pointed(plan, "extract", line.place, asked.backbone):
+        check_weights(asked.backbone)
+        backbone = sketch(asked.backbone, asked.size)
+    aliases = {}
+    for layer in asked.layers:
+        with pointed(plan, "extract", line.place, layer):
+            aliases[layer] = resolve_layers(backbone, [layer])
+    with pointed(plan, "extract", line.place):
+        how = line.how()
+        resolve(how["engine"], how["device"], asked.precision)
+        names = [name for group in aliases.values() for name in group]
+        return Features(aliases, tap(backbone, names, asked.pool).dims, {}, complete=False)
+
+
+def check_finetunes(plan: Plan) -> None:
+    """Raise `PlanError` unless every network that is fine-tuned exists, can thaw at its line, and can train so."""
+    for place, options in dict.fromkeys((line.place, job.options) for line, job in finetunes(plan)):
+        _check_finetune(plan, place, dict(options))
+
+
+def _check_finetune(plan: Plan, place: int, options: dict[str, Any]) -> None:
+    from pipeline.backbones.cut import find_line
+    from pipeline.backbones.registry import check_weights, sketch
+    from pipeline.finetuning.recipe import Recipe, make_recipe
+
+    backbone, freeze = options["backbone"], options["freeze"]
+    training = {FINETUNE[name].parameter: value for name, value in options.items()}
+    recipe = {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
+    with pointed(plan, "finetune", place, backbone):
+        check_weights(backbone)
+    with pointed(plan, "finetune", place, freeze if freeze not in ("all", "none") else backbone):
+        if freeze not in ("all", "none"):
+            find_line(sketch(backbone, options.get("size")), freeze)
+    with pointed(plan, "finetune", place):
+        make_recipe(recipe)
+
+
+@contextmanager
+def pointed(plan: Plan, table: str, place: int, text: str = "") -> Iterator[None]:
+    """Make any error of ours in the block point at its line of the plan."""
+    try:
+        yield
+    except ThawlineError as error:
+        raise plan.error(str(error), table, place, text) from error
+
+
+def _as_written(plan: Plan) -> list[str]:
+    source = plan.meaning["source"]
+    return source if isinstance(source, list) else [source]

@@ -1,0 +1,223 @@
+"""A run folder: what was planned, what came of every job, and what each model said about each test image.
+
+`results.jsonl` only ever grows by whole, synced lines; everything else is replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import nearest
+from features_cache.lock import WriterLock
+from pipeline.errors import RunFolderError
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What one model said about each test image, as kept.
+
+    Parameters
+    ----------
+    uris : (n,) str
+    y_true, y_pred : (n,) int64
+    probability : (n,) float32 or None
+        That of the predicted class.
+    """
+
+    uris: NDArray[np.str_]
+    y_true: NDArray[np.int64]
+    y_pred: NDArray[np.int64]
+    probability: NDArray[np.float32] | None
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Whether each image was labelled right, (n,)."""
+        return np.asarray(self.y_true == self.y_pred)
+
+
+class RunFolder:
+    """A run's files.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder; `claim` makes it.
+
+    Attributes
+    ----------
+    records : dict of str to dict
+        Finished results by key, in the order in which they finished.
+
+    Raises
+    ------
+    RunFolderError
+        `results.jsonl` is damaged before its last line, or cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.results = self.path / "results.jsonl"
+        self.cache = self.path / "cache"
+        self.report = self.path / "report.html"
+        self.records: dict[str, Record] = {}
+        with _explained(self.path, "read"):
+            self._load()
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Make the folder if need be and keep other processes from writing to it."""
+        with _explained(self.path, "write"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "predictions").mkdir(exist_ok=True)
+        lock = WriterLock(self.results)
+        try:
+            with _explained(self.path, "read"):
+                self._load(mend=True)
+            yield
+        finally:
+            lock.release()
+
+    def has(self, key: str) -> bool:
+        """Tell whether a job is finished, its predictions included."""
+        return key in self.records and self._predictions(key).exists()
+
+    def append(self, record: Record, judged: Judged) -> None:
+        """Keep a finished result; on return it is on disk."""
+        with _explained(self.path, "write"):
+            columns = {name: value for name, value in vars(judged).items() if value is not None}
+            with _replacing(self._predictions(record["key"])) as stream:
+                np.savez_compressed(stream, **columns)
+            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+            with self.results.open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+                log.flush()
+                os.fsync(log.fileno())
+        self.records[record["key"]] = record
+
+    def keep_only(self, keys: Iterable[str]) -> None:
+        """Move results of jobs that the plan no longer has, or whose images changed, to `superseded.jsonl`."""
+        wanted = set(keys)
+        stale = [record for key, record in self.records.items() if key not in wanted]
+        if stale:
+            with _explained(self.path, "write"), (self.path / "superseded.jsonl").open("a", encoding="utf-8") as log:
+                log.write(_lines(stale))
+            self.records = {key: record for key, record in self.records.items() if key in wanted}
+            self.write("results.jsonl", _lines(self.records.values()))
+
+    def judged(self, key: str) -> Judged:
+        """Return what a finished model said about its test images."""
+        with _explained(self.path, "read"), np.load(self._predictions(key)) as stored:
+            return Judged(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file of the folder as a whole."""
+        with _explained(self.path, "write"), _replacing(self.path / name) as stream:
+            stream.write(text.encode("utf-8", "surrogateescape"))
+
+    def read_json(self, name: str) -> Record:
+        """Return a JSON document of the folder, an empty one where there is none."""
+        with _explained(self.path, "read"):
+            file = self.path / name
+            try:
+                document: Record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            except ValueError:
+                raise RunFolderError(f"{file}: expected JSON, found something else; remove the file") from None
+        return document
+
+    def write_json(self, name: str, document: Record) -> None:
+        """Replace a JSON document of the folder."""
+        self.write(name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+    def write_csv(self) -> None:
+        """Write `results.csv`: the records, one column a key, lists and dictionaries as JSON."""
+        columns = list(dict.fromkeys(key for record in self.records.values() for key in record))
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(columns)
+        for record in self.records.values():
+            table.writerow([_cell(record.get(column)) for column in columns])
+        self.write("results.csv", text.getvalue())
+
+    def _predictions(self, key: str) -> Path:
+        return self.path / "predictions" / f"{key}.npz"
+
+    def _load(self, *, mend: bool = False) -> None:
+        """Read the results; what a kill left of a last line is passed over, and cut off where we may write."""
+        self.records = {}
+        text = self.results.read_text(encoding="utf-8", errors="replace") if self.results.exists() else ""
+        whole, _, torn = text.rpartition("\n")
+        for number, line in enumerate(whole.split("\n") if whole else [], 1):
+            try:
+                record = json.loads(line)
+                self.records[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise RunFolderError(
+                    f"{self.results} line {number}: expected a result as JSON, found something else; "
+                    "remove the line to have its job run again"
+                ) from None
+        if torn and mend:
+            os.truncate(self.results, len(f"{whole}\n".encode()) if whole else 0)
+
+
+def open_finished(path: str | Path) -> RunFolder:
+    """Return a run folder that holds results.
+
+    Raises
+    ------
+    RunFolderError
+        There is none.
+    """
+    folder = RunFolder(path)
+    if not folder.records:
+        near = nearest(folder.path.name, [other.name for other in folder.path.parent.glob("*/")])
+        raise RunFolderError(f"{path}: expected the folder of a run with a results.jsonl, found no result{near}")
+    return folder
+
+
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list) else value
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[io.BufferedRandom]:
+    """Yield a temporary file that takes the place of `path`, synced, when the block ends well."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w+b") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _explained(path: Path, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunFolderError(
+            f"cannot {doing} {error.filename or path}: {reason}; mend that, then run it again"
+        ) from error

@@ -1,0 +1,190 @@
+"""From a plan to its jobs: what is extracted, fitted and fine-tuned, each once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from features_cache import nearest
+from pipeline.comparing.options import TABLES
+from pipeline.comparing.plan import Line, Plan
+from pipeline.lookup import weights_file_digest
+from pipeline.spec import Request
+
+Shots = int | str
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Some layers of one backbone over one source.
+
+    Parameters
+    ----------
+    source : str
+        As in `Plan.sources`.
+    request : Request
+        What is asked of the backbone.
+    line : Line
+        Where the plan asks for it.
+    """
+
+    source: str
+    request: Request
+    line: Line = field(compare=False, hash=False)
+
+
+class Fit(NamedTuple):
+    """One head on one layer (or a join ``A+B``) with one seed and number of shots; `options` are those of `fit`."""
+
+    extraction: Extraction
+    layer: str
+    head: str
+    seed: int
+    shots: Shots
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        source, backbone = self.extraction.source, self.extraction.request.backbone
+        return f"fit {self.head} on {self.layer} of {backbone}, seed {self.seed}, shots {self.shots}, {source}"
+
+
+class Finetune(NamedTuple):
+    """One network trained on one source with one seed and number of shots; `options` are those that are crossed."""
+
+    source: str
+    options: tuple[tuple[str, Any], ...]
+    seed: int
+    shots: Shots
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{key} {value}" for key, value in self.options if key != "backbone")
+        backbone = dict(self.options)["backbone"]
+        return f"finetune {backbone}, {chosen}, seed {self.seed}, shots {self.shots}, {self.source}"
+
+
+Job = Fit | Finetune
+
+
+def extractions(plan: Plan) -> list[Extraction]:
+    """Return what has to be extracted, in the plan's order.
+
+    Raises
+    ------
+    PlanError
+        Two lines ask for the same layer of the same thing.
+    """
+    found: list[Extraction] = []
+    for line in plan.of("extract"):
+        values = {key: line.values.get(key, (None,)) for key in ("backbone", "pool", "precision", "store", "size")}
+        for source, backbone, *settings in itertools.product(plan.sources, *values.values()):
+            pool, precision, store, size = settings
+            digest = weights_file_digest(backbone)
+            request = Request(backbone, line.values["layer"], pool, precision, store, size, digest)
+            found.append(Extraction(source, request, line))
+    seen: set[tuple[str, ...]] = set()
+    for extraction in found:
+        asked = extraction.request.to_json()
+        for layer in asked.pop("layers"):
+            key = (extraction.source, layer, *map(str, asked.values()))
+            if key in seen:
+                message = f"layer {layer} of {extraction.request.backbone} is asked for twice, by two [[extract]]"
+                raise plan.error(message, "extract", extraction.line.place, layer)
+            seen.add(key)
+    return found
+
+
+def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]]) -> Iterator[Fit]:
+    """Yield the fits of every ``[[fit]]`` on one extraction.
+
+    Parameters
+    ----------
+    plan : Plan
+    extraction : Extraction
+    aliases : dict of str to sequence of str
+        What each layer that was asked for stands for in this backbone.
+
+    Raises
+    ------
+    PlanError
+        A ``[[fit]]`` names a layer that is not extracted, or two ask for the same fit.
+    """
+    seen = set()
+    for line in plan.of("fit"):
+        asked = line.values.get("layer", tuple(aliases))
+        layers = dict.fromkeys(layer for name in asked for layer in _resolve(plan, line, extraction, name, aliases))
+        crossed = (line.values[key] for key in ("head", "seed", "shots"))
+        how = line.how()
+        options = tuple((name, how[name]) for name in ("cv", "balanced", "drop_leaks") if how.get(name))
+        for layer, head, seed, shots in itertools.product(layers, *crossed):
+            fit = Fit(extraction, layer, head, seed, shots, options)
+            if fit in seen:
+                message = f"{fit.head} on {fit.layer}, seed {fit.seed}, shots {fit.shots} is asked for by two [[fit]]"
+                raise plan.error(message, "fit", line.place)
+            seen.add(fit)
+            yield fit
+
+
+def _resolve(
+    plan: Plan, line: Line, extraction: Extraction, asked: str, aliases: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return the layers, or joins of layers, that a ``[[fit]]`` means by one name."""
+    known = dict(aliases) | {name: [name] for names in aliases.values() for name in names}
+    parts = asked.split("+")
+    for part in parts:
+        if part not in known:
+            raise plan.error(
+                f"[[fit]] asks for layer '{part}', which is not extracted from {extraction.request.backbone}; "
+                f"[[extract]] line has {', '.join(aliases)}{nearest(part, known)}",
+                "fit",
+                line.place,
+                asked,
+            )
+    return ["+".join(names) for names in itertools.product(*(known[part] for part in parts))]
+
+
+def finetunes(plan: Plan) -> list[tuple[Line, Finetune]]:
+    """Return the fine-tunes with the lines that ask for them.
+
+    Raises
+    ------
+    PlanError
+        Two lines ask for the same one.
+    """
+    found: dict[Finetune, Line] = {}
+    for line in plan.of("finetune"):
+        crossed = {
+            key: line.values[key]
+            for key, option in TABLES["finetune"].items()
+            if option.crossed and key not in ("seed", "shots") and key in line.values
+        }
+        jobs = itertools.product(
+            plan.sources, itertools.product(*crossed.values()), line.values["seed"], line.values["shots"]
+        )
+        for source, chosen, seed, shots in jobs:
+            job = Finetune(source, tuple(zip(crossed, chosen, strict=True)), seed, shots)
+            if job in found:
+                raise plan.error(f"{job} is asked for by two [[finetune]]", "finetune", line.place)
+            found[job] = line
+    return [(line, job) for job, line in found.items()]
+
+
+def rectangles(fits: Sequence[Fit]) -> list[list[Fit]]:
+    """Gather fits of one extraction into calls of `fit`, each a full product of layers, heads, seeds and shots.
+
+    Every group comes in the order in which `pipeline.fit.fit` returns its results.
+    """
+    blocks: dict[tuple[Any, ...], tuple[list[Any], ...]] = {
+        tuple(job[1:]): tuple([value] for value in job[1:]) for job in fits
+    }
+    for axis in (3, 2, 1, 0):  # options stay apart
+        merged: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
+        for block in blocks.values():
+            others = tuple(tuple(values) for place, values in enumerate(block) if place != axis)
+            if others in merged:
+                merged[others][axis].extend(block[axis])
+            else:
+                merged[others] = tuple(list(values) for values in block)
+        blocks = merged
+    return [[Fit(fits[0].extraction, *job) for job in itertools.product(*block)] for block in blocks.values()]

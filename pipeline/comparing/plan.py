@@ -1,0 +1,192 @@
+"""A plan file: read, and checked as far as its own text goes."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from features_cache import nearest
+from pipeline.comparing.options import TABLES, Option, shared
+from pipeline.errors import PlanError
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One ``[[table]]`` of a plan, its defaults filled in.
+
+    Parameters
+    ----------
+    table : str
+        ``"extract"``, ``"fit"`` or ``"finetune"``.
+    place : int
+        The how-manieth of its kind, from 0.
+    values : dict of str to tuple
+        Values by key, a plain one as a tuple of one; keys without any value are left out.
+    """
+
+    table: str
+    place: int
+    values: Mapping[str, tuple[Any, ...]]
+
+    def how(self) -> dict[str, Any]:
+        """Return the options that say how to run, as parameters of the stage."""
+        options = TABLES[self.table]
+        return {options[key].parameter: values[0] for key, values in self.values.items() if not options[key].crossed}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole plan; paths in it are relative to its folder.
+
+    Parameters
+    ----------
+    path : Path
+        The file, absolute.
+    text : str
+        What stands in it.
+    sources : tuple of str
+        Resolved: absolute paths, or ``"digits"``.
+    lines : tuple of Line
+        In the order of the tables extract, fit, finetune.
+    meaning : dict
+        The parsed document: what tells two plans apart.
+    """
+
+    path: Path
+    text: str
+    sources: tuple[str, ...]
+    lines: tuple[Line, ...]
+    meaning: dict[str, Any]
+
+    def of(self, table: str) -> list[Line]:
+        """Return the lines of one table."""
+        return [line for line in self.lines if line.table == table]
+
+    def error(self, message: str, table: str = "", place: int = 0, text: str = "") -> PlanError:
+        """Return an error that points at the line where `text` stands in a table (or above all tables)."""
+        return PlanError(f"{self.path.name} line {find_line(self.text, table, place, text)}: {message}")
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan.
+
+    Parameters
+    ----------
+    path : str or Path
+        A TOML file.
+
+    Raises
+    ------
+    PlanError
+        It cannot be read, is no TOML, or holds a key or a value that no command takes; the message names the line.
+    """
+    path = Path(path).absolute()
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
+    except OSError as error:
+        near = nearest(path.name, [other.name for other in path.parent.glob("*.toml")])
+        raise PlanError(f"{path}: expected a plan in TOML: {error.strerror}{near}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path.name}: expected TOML: {error}") from None
+    return _build(Plan(path, text, (), (), document))
+
+
+def find_line(text: str, table: str = "", place: int = 0, wanted: str = "") -> int:
+    """Return the number of the first line from a table's header on that holds `wanted`, else that of the header.
+
+    Parameters
+    ----------
+    text : str
+        A TOML document.
+    table : str
+        Name of an array of tables; ``""`` for what stands above all tables.
+    place : int
+        The how-manieth table of that name, from 0.
+    wanted : str
+        A key, or a value as it is written.
+    """
+    lines = text.splitlines() or [""]
+    headers = [number for number, line in enumerate(lines) if line.lstrip().startswith("[") and "=" not in line]
+    own = [number for number in headers if re.match(rf"\s*\[\[?\s*{re.escape(table)}\s*\]", lines[number])]
+    start = own[min(place, len(own) - 1)] if table and own else 0
+    end = next((number for number in headers if number > start), len(lines))
+    word = re.compile(rf"(?<![\w.+-]){re.escape(wanted)}(?![\w.+-])")
+    return 1 + next((n for n in range(start, end) if wanted and word.search(lines[n].split("#")[0])), start)
+
+
+def _build(plan: Plan) -> Plan:
+    common: dict[str, tuple[Any, ...]] = {}
+    for key, value in plan.meaning.items():
+        if key not in TABLES:
+            common[key] = _values(plan, shared(), key, value, "", 0)
+    if "source" not in common:
+        raise plan.error("expected a key 'source': a folder of images, or digits")
+    lines = []
+    for table, options in TABLES.items():
+        entries = plan.meaning.get(table, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise plan.error(f"expected [[{table}]] with two brackets", table, 0, table)
+        for place, entry in enumerate(entries):
+            own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
+            defaults = {key: (option.default,) for key, option in options.items() if option.default is not None}
+            above = {key: values for key, values in common.items() if key in options}
+            lines.append(Line(table, place, _rooted(plan, defaults | above | own)))
+    _require_work(plan, lines)
+    sources = tuple(_path(plan, source) for source in common["source"])
+    return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
+
+
+def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, table: str, place: int) -> tuple[Any, ...]:
+    """Return the checked values of a key as a tuple."""
+    where = f"[[{table}]]" if table else "a plan"
+    if key not in options:
+        homes = [name for name, known in TABLES.items() if key in known]
+        hint = f"; it belongs into [[{homes[0]}]]" if homes else nearest(key, [*options, *(() if table else TABLES)])
+        raise plan.error(f"{where} has no key '{key}'{hint}", table or key, place, key)
+    option = options[key]
+    values = tuple(value) if isinstance(value, list) else (value,)
+    if not values:
+        raise plan.error(f"'{key}' is an empty list; expected a value", table, place, key)
+    if len(values) > 1 and not option.crossed:
+        raise plan.error(f"'{key}' says how to run and takes one value, got {len(values)}", table, place, key)
+    for number, one in enumerate(values):
+        if reason := option.check(one):
+            raise plan.error(f"'{key}': {reason}", table, place, key)
+        if one in values[:number]:
+            raise plan.error(f"'{key}' has {one!r} twice, which would be the same job", table, place, key)
+    return values
+
+
+def _rooted(plan: Plan, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """Make paths absolute: the cache's, and those of weights files."""
+    if "output" in values:
+        values["output"] = (str(plan.path.parent / values["output"][0]),)
+    if "backbone" in values:
+        values["backbone"] = tuple(_weights_path(plan, name) for name in values["backbone"])
+    return values
+
+
+def _weights_path(plan: Plan, backbone: str) -> str:
+    name, at, weights = backbone.partition("@")
+    file = plan.path.parent / weights
+    return f"{name}{at}{file}" if at and Path(weights).suffix and file.exists() else backbone
+
+
+def _path(plan: Plan, source: str) -> str:
+    path = plan.path.parent / source
+    return source if source == "digits" and not path.exists() else str(path)
+
+
+def _require_work(plan: Plan, lines: list[Line]) -> None:
+    tables = {line.table for line in lines}
+    if "fit" in tables and "extract" not in tables:
+        raise plan.error("[[fit]] has no features to work on: add an [[extract]]", "fit")
+    if "extract" in tables and "fit" not in tables:
+        raise plan.error("[[extract]] has no heads: add a [[fit]], which may be empty (logreg)", "extract")
+    if not tables:
+        raise plan.error("expected at least [[extract]] and [[fit]], or a [[finetune]]")

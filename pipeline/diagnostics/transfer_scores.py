@@ -1,0 +1,151 @@
+"""How well features suit classes, without training: LogME, H-score and LEEP; more is better in all three."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, logsumexp
+
+Floats = NDArray[np.floating]
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_RATIOS = np.linspace(-14, 14, 57)
+"""Decimal logarithms at which the evidence is looked at first, relative to the mean squared singular value."""
+
+
+class Projection(NamedTuple):
+    """Class indicators seen from the features' singular vectors.
+
+    Parameters
+    ----------
+    squares : (r,) float64
+        Squared singular values of the rows, r their rank.
+    shares : (r, K) float64
+        Squared inner products of the left singular vectors with each class's 0-1 indicator.
+    sizes : (K,) float64
+        Rows of each class.
+    """
+
+    squares: Doubles
+    shares: Doubles
+    sizes: Doubles
+
+
+def project(features: Floats, labels: Ints) -> Projection:
+    """Decompose the smaller of the two products of the rows with themselves, in float64.
+
+    Parameters
+    ----------
+    features : (n, d) float
+    labels : (n,) int64
+        Classes without a row are left out.
+    """
+    rows = features.astype(np.float64)
+    _, codes = np.unique(labels, return_inverse=True)
+    indicators = np.eye(codes.max() + 1)[codes]  # (n, K)
+    wide = rows.shape[1] > len(rows)
+    squares, vectors = eigh(rows @ rows.T if wide else rows.T @ rows, overwrite_a=True)
+    kept = squares > squares[-1] * max(rows.shape) * np.finfo(np.float64).eps
+    squares, vectors = squares[kept], vectors[:, kept]
+    inner = vectors.T @ (indicators if wide else rows.T @ indicators)
+    if not wide:
+        inner /= np.sqrt(squares)[:, None]
+    return Projection(squares, np.square(inner), indicators.sum(axis=0))
+
+
+def logme(features: Floats, labels: Ints) -> float:
+    """Return the largest log evidence a row of a Bayesian linear regression on class indicators (You et al. 2021).
+
+    The mean over classes of ``max over a, b of log p(y | F, a, b) / n``, where weights are normal with precision a and
+    noise with precision b. For a given ratio of the two the best b is known, so one number is searched a class.
+
+    Parameters
+    ----------
+    features : (n, d) float
+        As they are cached, neither centred nor scaled.
+    labels : (n,) int64
+    """
+    found = project(features, labels)
+    n = len(labels)
+    rest = np.maximum(found.sizes - found.shares.sum(axis=0), 0.0)  # of |y|², outside of the rows' span
+    if not found.squares.size:
+        return float(np.mean([_evidence(n, size, 0.0) for size in found.sizes]))
+    unit = found.squares.mean()
+
+    def evidence(exponent: float, number: int) -> float:
+        gain = found.squares / (unit * 10.0**exponent)
+        left = float((found.shares[:, number] / (1 + gain)).sum() + rest[number])
+        return _evidence(n, left, float(np.log1p(gain).sum()))
+
+    best = []
+    for number in range(len(found.sizes)):
+        coarse = [evidence(exponent, number) for exponent in _RATIOS]
+        peak = _RATIOS[int(np.argmax(coarse))]
+        step = _RATIOS[1] - _RATIOS[0]
+        fine = minimize_scalar(
+            lambda exponent, number=number: -evidence(exponent, number), bounds=(peak - step, peak + step)
+        )
+        best.append(max(-fine.fun, *coarse))
+    return float(np.mean(best)) / n
+
+
+def _evidence(n: int, left: float, log_determinant: float) -> float:
+    """Log evidence under the best noise precision, where the covariance's quadratic form is `left`."""
+    left = max(left, n * np.finfo(np.float64).eps)  # an exact fit would make the evidence infinite
+    return float(-0.5 * (n * np.log(2 * np.pi * left / n) + n + log_determinant))
+
+
+def h_score(features: Floats, labels: Ints) -> float:
+    """Return the share of the features' variance that lies between classes, summed over directions: 0 to K - 1.
+
+    The H-score of Bao et al. (2019) with the covariance shrunk as by Ledoit and Wolf (2004), after Ibrahim et al.
+    (2022): the plain one is K - 1 for any features where they are as many as the rows.
+
+    Parameters
+    ----------
+    features : (n, d) float
+    labels : (n,) int64
+    """
+    centred = features - features.mean(axis=0, dtype=np.float64)
+    found = project(centred, labels)
+    if not found.squares.size:
+        return 0.0
+    n, d = centred.shape
+    variances = found.squares / n
+    between = variances * (found.shares / found.sizes).sum(axis=1)
+    shrinkage = _ledoit_wolf(centred, variances)
+    shrunk = (1 - shrinkage) * variances + shrinkage * variances.sum() / d
+    return float((1 - shrinkage) * (between / shrunk).sum())
+
+
+def _ledoit_wolf(centred: Doubles, variances: Doubles) -> float:
+    """Return how far to shrink the covariance of rows (n, d) with these non-zero eigenvalues towards a sphere."""
+    n, d = centred.shape
+    square = float(np.square(variances).sum())
+    distance = square - variances.sum() ** 2 / d
+    fourth = float(np.square(np.einsum("nd,nd->n", centred, centred)).sum())
+    noise = (fourth / n - square) / n
+    return float(min(noise, distance) / distance) if distance > 0 else 0.0
+
+
+def leep(logits: Floats, labels: Ints) -> float:
+    """Return the mean log likelihood of the labels under the empirical classifier of Nguyen et al. (2020).
+
+    It predicts a label from the source network's own classes by how often the two went together.
+
+    Parameters
+    ----------
+    logits : (n, Z) float
+        Of the source network's classes.
+    labels : (n,) int64
+    """
+    log_source = log_softmax(logits.astype(np.float64), axis=1)  # (n, Z)
+    classes, codes = np.unique(labels, return_inverse=True)
+    joint = np.stack([logsumexp(log_source[codes == code], axis=0) for code in range(len(classes))])  # (K, Z)
+    conditional = joint - logsumexp(joint, axis=0)
+    return float(logsumexp(conditional[codes] + log_source, axis=1).mean())

@@ -1,0 +1,326 @@
+"""The report's charts: each a picture, what it shows in words, and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.comparing.answer import duration, percent, seconds
+from pipeline.comparing.folder import Judged
+from pipeline.comparing.methods import HEAD, Board, Score, best_of
+from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
+
+MOST_LINES = len(SERIES)
+CLEAR_LINES = 5
+"""More lines than this hide one another: then only the best head of each backbone has one."""
+MOST_BARS = 20
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart.
+
+    Parameters
+    ----------
+    title, caption : str
+        What it asks, and how to read it.
+    svg : str
+        The picture.
+    columns : sequence of str
+    rows : sequence of sequences
+        Its numbers.
+    """
+
+    title: str
+    caption: str
+    svg: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def depth_chart(board: Board) -> Chart | None:
+    """Accuracy against depth, a line for each backbone under its best head; None where no backbone has two layers."""
+    lines: dict[str, list[Score]] = {}
+    for score in board.at(board.shots[-1], HEAD):
+        lines.setdefault(_without_layer(score), []).append(score)
+    pools = {score.first["pool"] for scores in lines.values() for score in scores}
+    telling = ("backbone", "pool") if len(pools) > 1 else ("backbone",)
+    backbones: dict[str, list[Score]] = {}
+    for scores in lines.values():
+        deep = [score for score in scores if score.first["layer"] != "input" and score.first.get("depth") is not None]
+        ordered = sorted(deep, key=lambda score: score.first["depth"])
+        key = ", ".join(str(scores[0].first[name]) for name in telling)
+        if len(ordered) > 1 and (key not in backbones or _peak(ordered) > _peak(backbones[key])):
+            backbones[key] = ordered
+    if not backbones:
+        return None
+    shown = dict(list(backbones.items())[:MOST_LINES])
+    rows = []
+    with themed() as (figure, axes):
+        for number, (name, scores) in enumerate(shown.items()):
+            depth = np.linspace(0, 1, len(scores))
+            means = [score.accuracy for score in scores]
+            lows, highs = zip(*(score.interval for score in scores), strict=True)
+            best = int(np.argmax(means))
+            peak = f"{scores[best].first['layer']} {100 * means[best]:.1f}"
+            label = f"{name}, {scores[0].first['head']}: {peak}"
+            color = SERIES[number]
+            axes.fill_between(depth, lows, highs, color=color, alpha=0.13, linewidth=0)
+            axes.plot(depth, means, color=color, marker=MARKERS[number], markersize=5, linewidth=1.8, label=label)
+            axes.plot(depth[best], means[best], MARKERS[number], color=color, markersize=9)
+            rows += [
+                (
+                    name,
+                    score.first["head"],
+                    score.first["layer"],
+                    percent(score.accuracy),
+                    *map(percent, score.interval),
+                )
+                for score in scores
+            ]
+        raw = [score for score in board.at(board.shots[-1], HEAD) if score.first["layer"] == "input"]
+        if raw:
+            base = max(score.accuracy for score in raw)
+            axes.axhline(base, color=QUIET, linestyle="--", linewidth=1, label=f"raw pixels {100 * base:.1f}")
+        depths = {tuple(score.first["layer"] for score in scores) for scores in shown.values()}
+        if len(depths) == 1 and len(names := depths.pop()) <= 12:
+            axes.set_xticks(np.linspace(0, 1, len(names)), names, rotation=30, ha="right")
+        else:
+            axes.set_xticks([0, 1], ["first layer", "last layer"])
+        _percent_axis(axes, "test accuracy, %")
+        axes.margins(y=0.12)
+        axes.legend(loc="best", fontsize=8)
+        svg = to_svg(figure, f"Test accuracy by depth for {', '.join(shown)}; the numbers are in the table below.")
+    caption = "Each backbone under the head that is best at its best layer; bands are 95 % intervals."
+    columns = ("backbone", "head", "layer", "accuracy", "95 % from", "to")
+    return Chart("Where in the network are the useful features?", caption, svg, columns, rows)
+
+
+def labels_chart(board: Board) -> Chart | None:
+    """Accuracy against labels a class for the best method of each kind and backbone; None with one number of labels."""
+    if len(board.shots) < 2:
+        return None
+    rows = []
+    with themed() as (figure, axes):
+        methods = contenders(board)
+        if len(methods) > CLEAR_LINES:
+            methods = contenders(board, by_head=False)
+        for number, method in enumerate(methods[:MOST_LINES]):
+            scores = [board.scores[method, shots] for shots in board.shots if (method, shots) in board.scores]
+            labels = [_labels_a_class(score, board) for score in scores]
+            lows = [min(score.accuracies) for score in scores]
+            highs = [max(score.accuracies) for score in scores]
+            axes.fill_between(labels, lows, highs, color=SERIES[number], alpha=0.15, linewidth=0)
+            dashes = "-" if scores[0].first["kind"] == HEAD else "--"
+            means = [score.accuracy for score in scores]
+            axes.plot(
+                labels, means, dashes, color=SERIES[number], marker=MARKERS[number], markersize=5, linewidth=1.8,
+                label=method,
+            )  # fmt: skip
+            rows += [
+                (method, score.shots, f"{label:.0f}", percent(score.accuracy), percent(low), percent(high))
+                for score, label, low, high in zip(scores, labels, lows, highs, strict=True)
+            ]
+        axes.set_xscale("log")
+        ticks = sorted({round(_labels_a_class(score, board)) for score in board.scores.values()})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("training images a class")
+        _percent_axis(axes, "test accuracy, %")
+        axes.legend(loc="lower right", fontsize=8)
+        svg = to_svg(figure, "Test accuracy by training images a class; the numbers are in the table below.")
+    caption = "Lines are means, bands reach from the lowest to the highest seed; dashed lines are fine-tuned."
+    columns = ("method", "shots", "images a class", "mean", "lowest seed", "highest seed")
+    return Chart("How many labels does it take?", caption, svg, columns, rows)
+
+
+def cost_chart(board: Board, extraction: Mapping[str, float]) -> Chart:
+    """Accuracy against seconds at the most labels, with the methods that nothing beats on both."""
+    scores = board.at(board.shots[-1])
+    costs = np.array([max(seconds(score, extraction), 1e-3) for score in scores])
+    values = np.array([score.accuracy for score in scores])
+    front = pareto(costs, values)
+    groups = list(dict.fromkeys(_group(score) for score in scores))[:MOST_LINES]
+    with themed() as (figure, axes):
+        for number, group in enumerate(groups):
+            own = [place for place, score in enumerate(scores) if _group(score) == group]
+            axes.scatter(
+                costs[own], values[own], s=26, color=SERIES[number], marker=MARKERS[number], label=group, alpha=0.75,
+                linewidths=0,
+            )  # fmt: skip
+        axes.plot(costs[front], values[front], color=INK, linewidth=1, drawstyle="steps-post", zorder=0)
+        best = front[-1]
+        left = np.log(costs[best] / costs.min()) < np.log(costs.max() / costs.min()) / 2
+        axes.annotate(
+            scores[best].method, (costs[best], values[best]), (0, 8), textcoords="offset points",
+            ha="left" if left else "right", fontsize=8, weight="bold",
+        )  # fmt: skip
+        if costs.max() > 3 * costs.min():
+            axes.set_xscale("log")
+            axes.set_xlabel("seconds, extraction of all images included; logarithmic")
+        else:
+            axes.set_xlabel("seconds, extraction of all images included")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.margins(y=0.12)
+        axes.grid(axis="x", color=GRID, which="major")
+        _percent_axis(axes, "test accuracy, %")
+        axes.legend(loc="best", fontsize=8)
+        svg = to_svg(figure, "Test accuracy against seconds for every method; the numbers are in the table below.")
+    order = sorted(range(len(scores)), key=lambda place: costs[place])
+    marked = set(front.tolist())
+    rows = [
+        (scores[place].method, duration(costs[place]), percent(values[place]), "yes" if place in marked else "")
+        for place in order
+    ]
+    caption = "The black line joins what nothing beats at once in time and in accuracy."
+    return Chart("What does accuracy cost?", caption, svg, ("method", "time", "accuracy", "unbeaten"), rows)
+
+
+def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> Chart | None:
+    """How often a method is right when it is so sure; None where no method gives probabilities."""
+    rows = []
+    drawn = 0
+    with themed(5.4, 3.5) as (figure, axes):
+        axes.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1, label="as sure as right")
+        for score in scores[:MOST_LINES]:
+            said = judged[score.first["key"]]
+            if said.probability is None:
+                continue
+            sure, right, counts = reliability(said.probability, said.right)
+            axes.plot(
+                sure, right, color=SERIES[drawn], marker=MARKERS[drawn], markersize=5, linewidth=1.8,
+                label=f"{score.method}, ECE {score.first['ece']:.3f}",
+            )  # fmt: skip
+            rows += [
+                (score.method, percent(s), percent(r), int(c)) for s, r, c in zip(sure, right, counts, strict=True)
+            ]
+            drawn += 1
+        if not drawn:
+            return None
+        axes.set_xlabel("mean probability of the predicted class")
+        axes.set_ylabel("share that is right")
+        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+        axes.legend(loc="best", fontsize=8)
+        svg = to_svg(
+            figure, "Share of right answers against predicted probability; the numbers are in the table below."
+        )
+    caption = "Ten groups of test images by probability. Below the dashed line a model is surer than it is right."
+    return Chart("Can its probabilities be trusted?", caption, svg, ("method", "sure", "right", "images"), rows)
+
+
+def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: Sequence[str]) -> Chart | None:
+    """Share of each class that is found, a mark for each method; of many classes the hardest; None without any."""
+    found = {}
+    for score in scores:
+        said = judged[score.first["key"]]
+        totals = np.bincount(said.y_true, minlength=len(classes))
+        right = np.bincount(said.y_true[said.right], minlength=len(classes))
+        found[score.method] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
+    worst = np.argsort(-next(iter(found.values())), kind="stable")
+    worst = worst[totals[worst] > 0][-MOST_BARS:]
+    with themed(5.4, max(2.6, 0.9 + 0.2 * len(worst))) as (figure, axes):
+        places = np.arange(len(worst))
+        for number, (method, recall) in enumerate(found.items()):
+            axes.plot(
+                recall[worst], places, MARKERS[number], color=SERIES[number], markersize=7, label=method, alpha=0.9
+            )
+        low = min(float(np.nanmin(recall[worst])) for recall in found.values())
+        axes.hlines(places, low - 0.02, 1, color=GRID, linewidth=1, zorder=0)
+        axes.set_yticks(places, [classes[number][:24] for number in worst])
+        axes.grid(visible=False)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+        axes.set_xlabel("share of the class that is found (recall), %")
+        axes.legend(loc="best", fontsize=8)
+        svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
+    shown = list(found.items())
+    rows = [
+        (classes[number], int(totals[number]), *("–" if np.isnan(r[number]) else percent(r[number]) for _, r in shown))
+        for number in worst
+    ]
+    caption = (
+        "The hardest below." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
+    )
+    return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
+
+
+def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str], layer: str) -> Chart:
+    """Test images as t-SNE lays out their features, (n, 2), coloured by class, mistakes ringed."""
+    counts = np.bincount(said.y_true, minlength=len(classes))
+    rows = []
+    with themed(5.4, 4.2) as (figure, axes):
+        for number in range(len(classes)):
+            own = said.y_true == number
+            color = SERIES[number % MOST_LINES]
+            marker = MARKERS[(number // MOST_LINES + number) % len(MARKERS)]
+            axes.scatter(places[own, 0], places[own, 1], s=16, color=color, marker=marker, alpha=0.8, linewidths=0)
+            if counts[number] and len(classes) <= 30:
+                axes.annotate(classes[number], np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center")
+            wrong = int((own & ~said.right).sum())
+            rows.append((classes[number], int(counts[number]), wrong))
+        axes.scatter(
+            places[~said.right, 0], places[~said.right, 1], s=52, facecolors="none", edgecolors=INK, linewidths=1
+        )
+        axes.set(xticks=[], yticks=[])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        svg = to_svg(figure, f"Map of the test images by their features at {layer}; mistakes are ringed.")
+    caption = f"t-SNE of the features at {layer}: near images look alike to the network. Rings are mistakes."
+    return Chart("What does the network see as alike?", caption, svg, ("class", "test images", "mistakes"), rows)
+
+
+def contenders(board: Board, *, by_head: bool = True) -> list[str]:
+    """Return the best layer of each backbone (and of each of its heads), and every fine-tuning."""
+    groups: dict[str, list[Score]] = {}
+    for score in board.at(board.shots[-1]):
+        group = _group(score) if by_head else score.first["backbone"]
+        groups.setdefault(group if score.first["kind"] == HEAD else score.method, []).append(score)
+    best = [best_of(scores) for scores in groups.values()]
+    return [score.method for score in best if score is not None]
+
+
+def pareto(costs: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the places that no other one beats in cost (less) and value (more), by rising cost."""
+    order = np.lexsort((-values, costs))
+    best = np.maximum.accumulate(values[order])
+    rises = np.concatenate([[True], best[1:] > best[:-1]])
+    return np.asarray(order[rises])
+
+
+def reliability(
+    probability: NDArray[np.float32], correct: NDArray[np.bool_], bins: int = 10
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Return mean probability, share right and number of rows of each filled bin of equal width."""
+    place = np.minimum((probability * bins).astype(int), bins - 1)
+    counts = np.bincount(place, minlength=bins)
+    filled = counts > 0
+    sure = np.bincount(place, weights=probability, minlength=bins)[filled] / counts[filled]
+    right = np.bincount(place, weights=correct, minlength=bins)[filled] / counts[filled]
+    return sure, right, counts[filled]
+
+
+def _group(score: Score) -> str:
+    first = score.first
+    return f"{first['backbone']}, {first['head']}" if first["kind"] == HEAD else f"{first['backbone']}, fine-tuned"
+
+
+def _without_layer(score: Score) -> str:
+    return score.method.replace(f" on {score.first['layer']}", "", 1)
+
+
+def _peak(scores: Sequence[Score]) -> float:
+    return max(score.accuracy for score in scores)
+
+
+def _labels_a_class(score: Score, board: Board) -> float:
+    classes = max(1, score.first.get("n_classes") or 1)
+    return float(score.shots) if score.shots != "all" else score.first["n_train"] / classes
+
+
+def _percent_axis(axes: Any, label: str) -> None:
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+    axes.set_ylabel(label)

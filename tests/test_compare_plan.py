@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cli
+from pipeline.compare import compare, dry_run
+from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits, rectangles
+from pipeline.comparing.options import TABLES
+from pipeline.comparing.plan import Line, find_line, read_plan
+from pipeline.errors import PlanError
+from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.finetuning.recipe import Recipe
+from pipeline.fit import fit
+from pipeline.spec import Request
+
+PLAN = """\
+source = "photos"   # beside the plan
+seed = [0, 1]
+shots = [5, "all"]
+
+[[extract]]
+backbone = "resnet18@random:0"
+layer = ["layer1", "input"]
+size = 32
+
+[[fit]]
+head = ["logreg", "ridge"]
+"""
+
+
+def write(folder: Path, text: str = PLAN) -> Path:
+    path = folder / "plan.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("table", "stages"), [("extract", [extract]), ("fit", [fit]), ("finetune", [finetune, Recipe])], ids=str
+)
+def test_keys_and_defaults_are_those_of_the_commands(table: str, stages: list[Callable[..., object]]) -> None:
+    parameters = {name: one for stage in stages for name, one in inspect.signature(stage).parameters.items()}
+    options = {
+        option.opts[-1].lstrip("-"): option
+        for option in cli.thawline.commands[table].params
+        if isinstance(option, click.Option)
+    }
+    for key, option in TABLES[table].items():
+        assert key in options, "a plan's keys are the long option names"
+        assert option.parameter in parameters
+        default = parameters[option.parameter].default
+        plain = default[0] if isinstance(default, tuple) else default
+        if key != "output":
+            assert option.default == plain, key
+        offered = options[key].type
+        if isinstance(offered, click.Choice):
+            assert all(not option.check(choice) for choice in offered.choices), key
+
+
+def test_a_plan_is_crossed(tmp_path: Path) -> None:
+    plan = read_plan(write(tmp_path))
+    assert plan.sources == (str(tmp_path / "photos"),)
+    (extraction,) = extractions(plan)
+    assert extraction.request == Request("resnet18@random:0", ("layer1", "input"), size=32)
+    jobs = list(fits(plan, extraction, {"layer1": ["layer1"], "input": ["input"]}))
+    crossed = itertools.product(["layer1", "input"], ["logreg", "ridge"], [0, 1], [5, "all"])
+    assert jobs == [Fit(extraction, *job) for job in crossed]
+
+
+def test_defaults_are_the_commands_own(tmp_path: Path) -> None:
+    plan = read_plan(write(tmp_path, 'source = "digits"\n[[extract]]\n[[fit]]\n[[finetune]]\n'))
+    (extraction,) = extractions(plan)
+    assert extraction.request == Request("efficientnet_lite0", ("penultimate",))
+    assert extraction.source == "digits"
+    assert list(fits(plan, extraction, {"penultimate": ["penultimate"]})) == [
+        Fit(extraction, "penultimate", "logreg", 0, "all")
+    ]
+    ((_, tune),) = finetunes(plan)
+    assert dict(tune.options)["freeze"] == "all"
+
+
+def test_aliases_and_joins_stand_for_their_layers(tmp_path: Path) -> None:
+    text = 'source = "digits"\n[[extract]]\nlayer = ["stages", "input"]\n[[fit]]\nlayer = ["input+stages", "b"]\n'
+    plan = read_plan(write(tmp_path, text))
+    (extraction,) = extractions(plan)
+    jobs = fits(plan, extraction, {"stages": ["a", "b"], "input": ["input"]})
+    assert [job.layer for job in jobs] == ["input+a", "input+b", "b"]
+
+
+def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"")
+    text = 'source = "../photos"\noutput = "features"\n[[extract]]\nbackbone = "resnet18@weights.pth"\n[[fit]]\n'
+    plan = read_plan(write(tmp_path, text))
+    (extraction,) = extractions(plan)
+    assert extraction.request.backbone == f"resnet18@{tmp_path}/weights.pth"
+    assert extraction.line.how()["output"] == str(tmp_path / "features")
+    assert Path(plan.sources[0]).resolve() == tmp_path.parent / "photos"
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (("source =", "source ="), ()),
+        (('"photos"', '"phots"'), ("line 1", "phots", "photos")),
+        (('"photos"', '"empty"'), ("line 1", "empty")),
+        (("[0, 1]", "[0, 1"), ("plan.toml", "TOML", "line")),
+        (("[0, 1]", "[0, 0]"), ("line 2", "'seed'", "twice")),
+        (("[0, 1]", "-1"), ("line 2", "'seed'", "-1")),
+        (("[0, 1]", "[]"), ("line 2", "empty")),
+        (('[5, "all"]', '[5, "most"]'), ("line 3", "'shots'", "most")),
+        (("layer =", "layers ="), ("line 7", "'layers'", "layer")),
+        (('"layer1"', '"layer9"'), ("line 7", "layer9", "layer4")),
+        (("resnet18", "resnet81"), ("line 6", "resnet81", "resnet18")),
+        (("@random:0", "@nowhere.pth"), ("line 6", "nowhere.pth")),
+        (("size = 32", 'pool = "agv"'), ("line 8", "agv", "avg")),
+        (("size = 32", "workers = [1, 2]"), ("line 8", "workers", "one value")),
+        (("size = 32", 'head = "logreg"'), ("line 8", "'head'", "[[fit]]")),
+        (("size = 32", 'device = "cuda:99"'), ("line 5", "cuda:99")),
+        (('"logreg"', '"logrge"'), ("line 11", "logrge", "logreg")),
+        (('"logreg"', '"ridge"'), ("line 11", "twice")),
+        (("[[fit]]", '[[fit]]\nlayer = "layer2"'), ("line 11", "layer2", "layer1")),
+        (("[[fit]]", "[fit]"), ("line 10", "[[fit]]")),
+        (
+            ("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nfreeze = "layer9"\n[[fit]]'),
+            ("line 12", "layer9", "layer"),
+        ),
+        (("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nlr = -1\n[[fit]]'), ("line 12", "'lr'", "above 0")),
+        (("[[fit]]", "[[fti]]"), ("line 10", "fti", "fit")),
+        (("[[fit]]", "[[fit]]\n[[fit]]"), ("line 11", "two [[fit]]")),
+        (('[[fit]]\nhead = ["logreg", "ridge"]\n', ""), ("line 5", "[[fit]]")),
+    ],
+    ids=lambda value: str(value[-1])[:24] if value and isinstance(value, tuple) else None,
+)
+def test_whatever_is_wrong_is_said_before_any_work(
+    make_photos: Callable[..., Path], tmp_path: Path, change: tuple[str, str], parts: tuple[str, ...]
+) -> None:
+    make_photos(each=6)
+    (tmp_path / "empty").mkdir()
+    path = write(tmp_path, PLAN.replace(*change))
+    run = tmp_path / "run"
+    if not parts:
+        assert len(dry_run(path, run)) == 17
+        assert not run.exists(), "a dry run writes nothing"
+        return
+    with pytest.raises(PlanError) as error:
+        compare(path, run)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert not run.exists()
+
+
+def test_a_plan_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(PlanError, match=r"paln\.toml.*did you mean plan\.toml"):
+        read_plan(tmp_path / "paln.toml")
+
+
+def test_the_same_layer_of_two_extracts_is_a_duplicate(tmp_path: Path) -> None:
+    plan = read_plan(
+        write(tmp_path, PLAN + '[[extract]]\nbackbone = "resnet18@random:0"\nlayer = "input"\nsize = 32\n')
+    )
+    with pytest.raises(PlanError, match=r"line 14: layer input .* twice"):
+        extractions(plan)
+
+
+def test_lines_are_found_by_table_and_word() -> None:
+    text = 'a = 1\n[[fit]]\nhead = "x"\n[[fit]]\nheads = 1\nhead = "head" # x\n'
+    assert find_line(text, "fit", 0, "head") == 3
+    assert find_line(text, "fit", 1, "head") == 6, "a part of a word is no word"
+    assert find_line(text, "fit", 1, "x") == 4, "comments do not count, and the header is the fallback"
+    assert find_line(text, "", 0, "a") == 1
+
+
+EXTRACTION = Extraction("digits", Request("a", ("b",)), Line("extract", 0, {}))
+
+
+@given(
+    st.sets(
+        st.tuples(
+            st.sampled_from("ab"), st.sampled_from(["logreg", "knn"]), st.integers(0, 2), st.sampled_from([1, 5, "all"])
+        ),
+        min_size=1,
+    )
+)
+def test_fits_are_gathered_into_whole_products(jobs: set[tuple[str, str, int, int | str]]) -> None:
+    wanted = [Fit(EXTRACTION, *job) for job in jobs]
+    blocks = rectangles(wanted)
+    assert sorted(map(str, itertools.chain(*blocks))) == sorted(map(str, wanted)), "each once"
+    for block in blocks:
+        axes = [list(dict.fromkeys(values)) for values in zip(*(job[1:] for job in block), strict=True)]
+        assert [job[1:] for job in block] == list(itertools.product(*axes))
+
+
+def test_a_whole_plan_is_one_call() -> None:
+    jobs = itertools.product("ab", ["logreg", "knn"], [0, 1], [5, "all"])
+    assert len(rectangles([Fit(EXTRACTION, *job) for job in jobs])) == 1

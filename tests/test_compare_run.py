@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import binomtest
+
+from features_cache import CacheLockedError
+from pipeline.compare import CompareReport, compare, dry_run
+from pipeline.comparing.answer import answer
+from pipeline.comparing.folder import Judged, RunFolder
+from pipeline.comparing.methods import boards
+from pipeline.comparing.paired import compare_scores
+from pipeline.errors import RunFolderError
+from pipeline.fit import fit
+from pipeline.reporting.html_charts import pareto, reliability
+from pipeline.results import to_json
+
+ROOT = Path(__file__).resolve().parents[1]
+Thawline = Callable[..., Any]
+PLAN = """\
+source = "photos"
+seed = [0, 1]
+shots = [2, "all"]
+
+[[extract]]
+backbone = "resnet18@random:0"
+layer = ["layer1", "input"]
+size = 32
+
+[[fit]]
+head = ["logreg", "centroid"]
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compare") / "photos"
+    generator = np.random.default_rng(7)
+    for number, name in enumerate(("blue", "green", "red")):
+        (root / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = generator.integers(0, 120, (40, 48, 3))
+            pixels[..., number] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path) -> CompareReport:
+    """A whole run, made once; tests that go on from it copy its folder."""
+    plan = photos.parent / "plan.toml"
+    plan.write_text(PLAN)
+    return compare(plan, photos.parent / "run")
+
+
+@pytest.fixture
+def plan(photos: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.replace("photos", str(photos)))
+    return path
+
+
+@pytest.fixture
+def run(finished: CompareReport, photos: Path, plan: Path, tmp_path: Path) -> Path:
+    """The finished run as if it were that of `plan`."""
+    copy = Path(shutil.copytree(photos.parent / "run", tmp_path / "run"))
+    document = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**document, "plan_file": str(plan)}))
+    return copy
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_run_holds_what_fit_returns(finished: CompareReport, photos: Path) -> None:
+    run = photos.parent / "run"
+    assert (finished.computed, finished.reused, finished.failures) == (16, 0, [])
+    records = lines_of(run)
+    assert finished.results == records
+
+    alone = fit(run / "cache", heads=["logreg", "centroid"], seeds=[0, 1], shots=[2, "all"])
+    same = ("backbone", "layer", "head", "seed", "shots", "n_train", "n_val", "n_test", "accuracy", "macro_f1")
+    expected = {tuple(to_json(result)[key] for key in same) for result in alone.results}
+    assert {tuple(record[key] for key in same) for record in records} == expected
+    assert set(to_json(alone.results[0])) <= set(records[0]), "the keys are those of fit, and some more"
+
+    table = list(csv.DictReader((run / "results.csv").read_text().splitlines()))
+    assert [row["accuracy"] for row in table] == [str(record["accuracy"]) for record in records]
+    assert json.loads(table[0]["accuracy_ci95"]) == records[0]["accuracy_ci95"]
+    assert (run / "plan.toml").read_text() == PLAN
+    provenance = json.loads((run / "run.json").read_text())
+    assert provenance["runs"][0]["versions"]["scikit-learn"]
+
+
+def test_a_rerun_adds_nothing_and_imports_nothing_heavy(finished: CompareReport, photos: Path) -> None:
+    plan, run = photos.parent / "plan.toml", photos.parent / "run"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    code = (
+        f"import sys; from pipeline.compare import compare; report = compare({str(plan)!r}, {str(run)!r})\n"
+        f"assert (report.computed, report.reused) == (0, 16) and report.answer == {finished.answer!r}\n"
+        "heavy = {'torch', 'timm', 'sklearn', 'matplotlib', 'jinja2'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}, "nothing is touched"
+
+
+def test_after_a_kill_only_the_rest_is_done(plan: Path, run: Path) -> None:
+    lines = (run / "results.jsonl").read_text().splitlines(keepends=True)
+    whole = {json.loads(line)["key"]: json.loads(line) for line in lines}
+    (run / "results.jsonl").write_text("".join(lines[:9]) + lines[9][: len(lines[9]) // 2])  # a torn last line
+    (run / "report.html").unlink()
+    lost = json.loads(lines[3])["key"]
+    (run / "predictions" / f"{lost}.npz").unlink()
+
+    report = compare(plan, run)
+    assert report.computed == 16 - 9 + 1
+    found = {record["key"]: record for record in lines_of(run)}
+    assert len(lines_of(run)) == 17, "the lost one stands there twice; the later line counts"
+    for key, record in whole.items():
+        assert {**record, "seconds": 0} == {**found[key], "seconds": 0}
+    assert (run / "report.html").exists()
+
+
+def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.jsonl").write_text('{"key": "a"}\nnonsense\n')
+    with pytest.raises(RunFolderError, match="line 2"):
+        compare(plan, tmp_path / "run")
+
+
+def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
+    plan.write_text(plan.read_text().replace('"centroid"', '"knn"'))
+    report = compare(plan, run)
+    assert (report.computed, report.reused) == (8, 8)
+    assert {record["head"] for record in lines_of(run)} == {"logreg", "knn"}
+    gone = [json.loads(line) for line in (run / "superseded.jsonl").read_text().splitlines()]
+    assert {record["head"] for record in gone} == {"centroid"}
+
+
+def test_a_changed_image_runs_all_again(plan: Path, run: Path, photos: Path, tmp_path: Path) -> None:
+    changed = photos / "red" / "0.png"
+    before, times = changed.read_bytes(), changed.stat()
+    Image.new("RGB", (40, 40), "red").save(changed)
+    try:
+        assert compare(plan, run).computed == 16
+    finally:
+        changed.write_bytes(before)
+        os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_the_folder_of_another_plan_is_refused(plan: Path, run: Path, tmp_path: Path, thawline: Thawline) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(plan.read_text().replace("[0, 1]", "[0]"))
+    thawline("compare", other, "-o", run).assert_one_line("another plan", "plan.toml", "other.toml")
+    plan.write_text(plan.read_text() + "# the same in other words\n")
+    assert compare(plan, run).computed == 0, "what counts is what a plan says"
+
+
+def test_a_failing_job_is_recorded_and_the_rest_goes_on(
+    plan: Path, run: Path, thawline: Thawline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("pipeline.finetune")
+
+    def finetune(*_: Any, **options: Any) -> None:
+        raise ZeroDivisionError(f"no\nluck with {options['freeze']}")
+
+    module.finetune = finetune  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
+    tune = '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nshots = "all"\nseed = 0\n'
+    plan.write_text(plan.read_text() + tune)
+    done = thawline("compare", plan, "-o", run, "--json")
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert (report["computed"], report["reused"]) == (0, 16)
+    (failure,) = report["failures"]
+    assert failure["reason"] == "ZeroDivisionError: no luck with all"
+    assert failure["job"] in done.stderr
+    assert "ZeroDivisionError: no luck with all" in (run / "report.html").read_text()
+
+
+def test_only_the_backbone_that_fails_fails(plan: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    both = '["resnet18@random:0", "resnet18@bad.pth"]'
+    plan.write_text(plan.read_text().replace('"resnet18@random:0"', both))
+    report = compare(plan, run)
+    assert (report.computed, report.reused) == (0, 16)
+    assert len(report.failures) == 16
+    assert all("bad.pth" in failure.reason for failure in report.failures)
+
+
+def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    module = ModuleType("pipeline.finetune")
+
+    @dataclass
+    class Report:
+        results: list[Any]
+        predictions: list[Any]
+        notes: list[str]
+        classes: tuple[str, ...]
+
+    def finetune(source: str, seeds: list[int], shots: list[Any], **options: Any) -> Report:
+        calls.append((seeds, shots, options["freeze"], options["backbone"]))
+        made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots)
+        return Report(
+            [replace(result, kind="finetune") for result in made.results], made.predictions, made.notes, made.classes
+        )
+
+    module.finetune = finetune  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
+    epochs = [{"valid_loss": 0.5, "valid_acc": 0.7}, {"valid_loss": 0.4, "valid_acc": 0.6}, {"valid_loss": 0.6}]
+    tuned = {"freeze": "all", "history": epochs, "validation_accuracy": None}
+    known = "pipeline.comparing.run.to_json"
+    monkeypatch.setattr(known, lambda result: to_json(result) | (tuned if result.kind == "finetune" else {}))
+    plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nseed = 0\n')
+    report = compare(plan, run)
+    assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
+    records = [record for record in report.results if record["kind"] == "finetune"]
+    assert [record["validation_accuracy"] for record in records] == [0.6, 0.6], "that of the least loss"
+    assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
+
+
+def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:
+    planned = dry_run(plan, tmp_path / "new")
+    assert len(planned) == 1 + 16
+    assert planned[0].bytes == 24 * (64 + 3072) * 4, "24 images, float32"
+    assert all(job.seconds > 0 and not job.done for job in planned)
+    assert all(job.done for job in dry_run(plan, run))
+
+
+def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> None:
+    second = Path(shutil.copytree(photos, tmp_path / "second" / "photos"))
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'source = ["{photos}", "{second}"]\n[[extract]]\nlayer = "input"\nbackbone = "resnet18@random:0"\nsize = 32\n'
+        '[[fit]]\nhead = "centroid"\n'
+    )
+    report = compare(plan, tmp_path / "run")
+    assert [record["source"] for record in report.results] == [str(photos), str(second)]
+    page = Path(report.files["report"]).read_text()
+    assert str(second) in page
+    assert page.count("<h1>") == 1
+
+
+def test_against_another_run_names_what_changed(
+    finished: CompareReport, photos: Path, plan: Path, run: Path, thawline: Thawline
+) -> None:
+    one = photos.parent / "run"
+    same = compare(plan, run, against=one).against
+    assert same is not None
+    assert (same.compared, same.changed) == (8, [])
+    assert "0 of 8 methods changed" in thawline("compare", plan, "-o", run, "--against", one).stdout
+    thawline("compare", plan, "-o", run, "--against", photos.parent / "rnu").assert_one_line("rnu", "run")
+
+
+def record(key: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    known = {
+        "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg", "head": "logreg",
+        "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2, "accuracy": 0.5,
+        "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
+    }  # fmt: skip
+    return {**known, **changes}
+
+
+def said(right: np.ndarray, first: int = 0) -> Judged:
+    uris = np.array([f"{number}.png" for number in range(first, first + len(right))])
+    truth = np.zeros(len(right), np.int64)
+    return Judged(uris, truth, np.where(right, 0, 1), None)
+
+
+def test_one_test_set_is_judged_by_mcnemar() -> None:
+    a, b = np.arange(20) < 15, np.arange(20) % 2 == 0
+    board = boards([record("x", accuracy=0.75), record("y", head="knn", accuracy=0.5)])[0]
+    first, second = board.scores.values()
+    paired = compare_scores(first, second, {"x": said(a), "y": said(b)}.__getitem__)
+    assert paired is not None
+    assert paired.difference == pytest.approx(0.25)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    assert paired.p == pytest.approx(binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def test_images_that_only_one_run_has_do_not_count() -> None:
+    board = boards([record("x", accuracy=1.0)])[0]
+    (score,) = board.scores.values()
+    paired = compare_scores(
+        score, score, lambda _: said(np.ones(20, bool)), lambda _: said(np.arange(20) < 10, first=10)
+    )
+    assert paired is not None
+    assert paired.difference == 0, "of the ten images that both know, both were right about all"
+    nothing = compare_scores(score, score, lambda _: said(np.ones(5, bool)), lambda _: said(np.ones(5, bool), first=5))
+    assert nothing is None
+
+
+def test_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
+    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn") + 0.01 * seed)
+               for head in ("logreg", "knn") for seed in (0, 1, 2)]  # fmt: skip
+    first, second = boards(records)[0].scores.values()
+    paired = compare_scores(second, first, lambda key: said(np.ones(20, bool), first=20 * int(key[-1])))
+    assert paired is not None
+    assert "3 seeds" in paired.test
+    assert paired.p < 1e-6, "the same lead under every seed"
+
+
+def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int, int]) -> Any:
+    records = [record(f"f{shots}", shots=shots, accuracy=value) for shots, value in frozen.items()]
+    extra = {"kind": "finetune", "freeze": "none", "options": {}, "seconds": 60.0}
+    records += [record(f"t{shots}", shots=shots, accuracy=value, **extra) for shots, value in tuned.items()]
+    judged = {"f": said(np.arange(20) < right[0]), "t": said(np.arange(20) < right[1])}
+    return answer(boards(records)[0], lambda key: judged[key[0]], {"a": 2.0})
+
+
+def test_the_answer_says_whether_the_difference_is_real() -> None:
+    level = verdict({5: 0.5, "all": 0.9}, {5: 0.4, "all": 0.95}, (18, 19))
+    assert level.headline == "Freeze: fine-tuning is not measurably better here, and takes 20 times as long"
+    assert "cannot be told from chance" in " ".join(level.sentences)
+    assert "50.0 % frozen and 40.0 % fine-tuned; from all labels on fine-tuning is ahead" in level.sentences[-1]
+
+    better = verdict({5: 0.5, "all": 0.5}, {5: 0.6, "all": 1.0}, (10, 20))
+    assert better.headline == "Fine-tune: it is 50.0 points better here"
+    assert "ahead at every number of labels" in better.sentences[-1]
+
+    worse = verdict({5: 0.5, "all": 1.0}, {5: 0.4, "all": 0.5}, (20, 10))
+    assert worse.headline == "Freeze: it is 50.0 points better here"
+
+
+def test_methods_are_chosen_by_validation_not_by_test() -> None:
+    board = boards(
+        [record("x", layer="b", accuracy=0.9, validation_accuracy=0.6), record("y", layer="c", validation_accuracy=0.8)]
+    )[0]
+    best = board.best("head")
+    assert best is not None
+    assert best.method == "logreg on c"
+
+
+def test_names_say_what_differs_and_nothing_else() -> None:
+    plain = boards([record("x"), record("y", layer="c")])[0]
+    assert plain.methods == ["logreg on b", "logreg on c"]
+    tune = {"kind": "finetune", "freeze": "blocks.4"}
+    records = [
+        record("x"),
+        record("y", backbone="z", pool="max"),
+        record("t", **tune, options={"lr": 0.1, "epochs": 3}),
+        record("u", **tune, options={"lr": 0.2, "epochs": 3}),
+    ]
+    assert boards(records)[0].methods == [
+        "logreg on b, a, avg",
+        "logreg on b, z, max",
+        "fine-tuned above blocks.4, lr 0.1, a",
+        "fine-tuned above blocks.4, lr 0.2, a",
+    ]
+
+
+def test_the_pareto_front_is_what_nothing_beats() -> None:
+    costs, values = np.array([3.0, 1.0, 2.0, 2.0, 4.0]), np.array([0.9, 0.5, 0.4, 0.7, 0.8])
+    assert pareto(costs, values).tolist() == [1, 3, 0]
+
+
+def test_reliability_counts_every_row_once() -> None:
+    probability = np.array([0.05, 0.55, 0.58, 1.0], np.float32)
+    sure, right, counts = reliability(probability, np.array([True, True, False, True]))
+    assert counts.tolist() == [1, 2, 1]
+    assert right.tolist() == [1.0, 0.5, 1.0]
+    assert sure == pytest.approx([0.05, 0.565, 1.0])
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.claim(), pytest.raises(CacheLockedError, match="is writing it"), RunFolder(folder.path).claim():
+        pass

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from features_cache import Catalog
+from pipeline import export as export_module
+from pipeline.errors import ModelFileError
+from pipeline.evaluation.calibration import tempered
+from pipeline.export import export
+from pipeline.extract import extract
+from pipeline.fit import fit
+from pipeline.heads.registry import FAMILIES
+from pipeline.heads.store import load_model
+from pipeline.images.decode import from_pillow
+from pipeline.images.transform import resize_and_crop
+from pipeline.predict import predict
+from pipeline.spec import Preprocessing
+
+NETWORK = "timm/test_resnet@random:0"
+CLASSES = ("blue", "green", "red")
+
+
+def trained(photos: Path, folder: Path, head: str, layer: str = "layer2", **options: Any) -> Path:
+    """Extract in float32, fit, and return the model's path."""
+    layers = layer.split("+")
+    extract(photos, [NETWORK], layers, output=folder / "cache", precision="fp32", size=48, **options)
+    model = folder / f"{head.replace('/', '-')}.skops"
+    fit(folder / "cache", [layer], [head], save=model, jobs=1)
+    return model
+
+
+def run(path: Path, pixels: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return what ONNX Runtime makes of pixels, by output name, and the metadata."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [item.name for item in session.get_inputs()] == ["pixels"]
+    names = [item.name for item in session.get_outputs()]
+    metadata = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    return dict(zip(names, session.run(None, {"pixels": pixels}), strict=True)), metadata
+
+
+@pytest.mark.parametrize(
+    ("head", "layer", "classes", "options"),
+    [
+        ("logreg", "layer2+input", CLASSES, {}),
+        ("logreg/l2", "layer2", CLASSES[:2], {"pool": "avg+max"}),
+        ("linear_svm", "penultimate", CLASSES, {"store": "float16"}),
+        ("ridge/none", "layer1", CLASSES[:2], {"pool": "grid2"}),
+        ("centroid", "layer2", CLASSES, {}),
+    ],
+)
+def test_the_graph_says_what_predict_says(
+    make_photos: Callable[..., Path], tmp_path: Path, head: str, layer: str, classes: tuple[str, ...], options: Any
+) -> None:
+    photos = make_photos(classes, each=9)
+    model = trained(photos, tmp_path, head, layer, **options)
+    result = export(model, tmp_path / "model.onnx")
+    # Colours are less clear than in the training photos, so that scores are no foregone conclusion.
+    rng = np.random.default_rng(1)
+    tints = 60 * np.eye(3, dtype=int)[np.arange(11) % 3]
+    mixed = [(rng.integers(0, 160, (60, 50, 3)) + tint).astype(np.uint8) for tint in tints]
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    for number, image in enumerate(mixed):
+        Image.fromarray(image).save(fresh / f"{number:02d}.png")
+    expected = predict(model, fresh, tmp_path / "predicted").predictions
+
+    _, metadata = run(tmp_path / "model.onnx", np.zeros((1, 48, 48, 3), np.uint8))
+    preprocessing = Preprocessing.from_json(metadata["preprocessing"])
+    pixels = np.stack([resize_and_crop(from_pillow(Image.fromarray(image)), preprocessing) for image in mixed])
+    found, _ = run(tmp_path / "model.onnx", pixels)
+
+    assert result.outputs == list(found)
+    assert metadata["classes"] == list(classes)
+    assert [classes[label] for label in found["label"]] == [item.label for item in expected]
+    assert len({item.label for item in expected}) > 1
+    assert found["scores"].shape == (11, len(classes))
+    saved = load_model(model)
+    catalog = Catalog(tmp_path / "predicted")
+    features = np.hstack([catalog.find(layer=name).matrix(name).astype("f") for name in layer.split("+")])
+    if head.startswith("logreg"):
+        assert saved.temperature != 1
+        calibrated = tempered(saved.pipeline.predict_proba(features), saved.temperature)
+        np.testing.assert_allclose(found["probabilities"], calibrated, atol=1e-3)
+        np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
+    elif head != "centroid":
+        scores = found["scores"] if len(classes) > 2 else found["scores"][:, 1]
+        np.testing.assert_allclose(scores, saved.pipeline.decision_function(features), atol=1e-3)
+
+
+def test_metadata_tells_where_the_model_comes_from(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    model = trained(make_photos(), tmp_path, "ridge")
+    export(model, tmp_path / "model.onnx")
+    _, metadata = run(tmp_path / "model.onnx", np.zeros((1, 48, 48, 3), np.uint8))
+    saved = load_model(model)
+    assert metadata["model"]["head"] == "ridge"
+    assert metadata["model"]["layers"] == [saved.layers[0]["spec"]]
+    assert metadata["model"]["metrics"]["accuracy"] == saved.metrics["accuracy"]
+    assert metadata["preprocessing"] == saved.layers[0]["spec"]["preprocessing"]
+
+
+@pytest.mark.parametrize("head", ["rbf_svm", "knn"])
+def test_heads_without_hyperplanes_are_refused(make_photos: Callable[..., Path], tmp_path: Path, head: str) -> None:
+    model = trained(make_photos(), tmp_path, head)
+    with pytest.raises(ModelFileError, match=f"{head} has none; fit logreg, linear_svm, ridge or centroid"):
+        export(model, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_every_family_is_decided(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    """A new family of heads must say whether it has hyperplanes."""
+    decided = {"logreg", "linear_svm", "ridge", "centroid", "rbf_svm", "knn"}
+    assert set(FAMILIES) == decided
+
+
+def test_layers_of_two_poolings_are_refused(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    photos = make_photos()
+    for layer, pool in (("layer1", "avg"), ("layer2", "max")):
+        extract(photos, [NETWORK], [layer], pool, tmp_path / "cache", precision="fp32", size=48)
+    fit(tmp_path / "cache", ["layer1+layer2"], ["ridge"], save=tmp_path / "m.skops", jobs=1)
+    with pytest.raises(ModelFileError, match=r"layers of one backbone and pooling, got .*layer1 \(avg\)"):
+        export(tmp_path / "m.skops", tmp_path / "model.onnx")
+
+
+def test_another_network_under_the_same_name_is_refused(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(make_photos(), tmp_path, "ridge")
+    monkeypatch.setattr(export_module, "load", lambda name, size: load_other(size))
+    with pytest.raises(ModelFileError, match=r"other weights or another preprocessing"):
+        export(model, tmp_path / "model.onnx")
+
+
+def load_other(size: int) -> Any:
+    from pipeline.backbones.registry import load
+
+    return load(NETWORK.replace(":0", ":1"), size)
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = trained(make_photos(), tmp_path, "ridge"), tmp_path / "model.onnx"
+    with pytest.raises(ModelFileError, match=r"no folder"):
+        export(model, tmp_path / "nowhere" / "model.onnx")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.onnx.OnnxExporterError("no operator\nfor that")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(ModelFileError, match=r"cannot be written as ONNX: no operator$"):
+        export(model, path)
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    with pytest.raises(ModelFileError, match=r"pip install 'thawline\[onnx\]'"):
+        export(model, path)
+    assert set(tmp_path.iterdir()) == before

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pipeline.evaluation.intervals import wilson
+from pipeline.extract import extract
+from pipeline.reporting.plots.confusion import confusion_figure
+from pipeline.reporting.plots.curves import MOST_LINES, budget_figure, depth_figure
+from pipeline.reporting.plots.embedding import embedding_figure
+from pipeline.reporting.plots.reliability import reliability_figure
+from pipeline.reporting.plots.style import LONGEST, save, short
+from pipeline.results import FitResult
+
+
+def predictions(k: int, n: int = 300) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, k, n)
+    names = [f"class {number} with a name that costs $5 and $$ and never seems to end" for number in range(k)]
+    return y, np.where(rng.random(n) < 0.7, y, rng.integers(0, k, n)), names
+
+
+def result(layer: str, accuracy: float, head: str = "logreg", shots: int | str = "all", seed: int = 0) -> FitResult:
+    return FitResult(
+        "head", "net", layer, "avg", head, {}, seed, shots, 80, 20, 50, accuracy, (0, 1), accuracy, accuracy, None,
+        None, 1.0, True,
+    )  # fmt: skip
+
+
+def texts(figure: Figure) -> list[str]:
+    figure.draw_without_rendering()
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+@pytest.mark.parametrize("k", [2, 10, 100, 130])
+def test_confusion_matrix_has_any_number_of_classes(k: int, tmp_path: Path) -> None:
+    y, found, names = predictions(k)
+    figure = confusion_figure(y, found, names)
+    shown = np.asarray(figure.axes[0].images[0].get_array())
+    expected = np.zeros((k, k))
+    np.add.at(expected, (y, found), 1)
+    np.testing.assert_allclose(shown, expected / np.maximum(expected.sum(axis=1, keepdims=True), 1))
+    if k <= 10:
+        assert sorted(map(int, texts(figure))) == sorted(expected[expected > 0].astype(int))
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert (ticks == [short(name) for name in names]) == (k <= 100)
+    save(figure, tmp_path, "m")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        inside = axes.get_tightbbox()
+        assert inside is not None
+        assert inside.x0 >= 0
+        assert inside.y0 >= 0, "labels are not cut off"
+
+
+def test_depth_curve_has_means_over_seeds_and_wilsons_intervals() -> None:
+    values = {"low": (0.4, 0.48), "mid": (0.8, 0.92), "top": (0.6, 0.8)}
+    results = [result(layer, value, seed=seed) for layer, pair in values.items() for seed, value in enumerate(pair)]
+    axes = depth_figure(results).axes[0]
+    line, _, (bars,) = axes.containers[0].lines
+    np.testing.assert_allclose(line.get_ydata(), [0.44, 0.86, 0.7])
+    ends = np.array([segment[:, 1] for segment in bars.get_segments()])
+    np.testing.assert_allclose(ends, [wilson(round(50 * mean), 50) for mean in (0.44, 0.86, 0.7)])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == list(values)
+
+
+def test_budget_curve_goes_through_means_and_its_band_over_seeds() -> None:
+    values = {5: (0.4, 0.5), 20: (0.6, 0.8), "all": (0.9, 0.9)}
+    results = [
+        result("top", value, shots=shots, seed=seed)
+        for shots, pair in values.items()
+        for seed, value in enumerate(pair)
+    ]
+    axes = budget_figure(results, n_classes=2).axes[0]
+    np.testing.assert_allclose(axes.lines[0].get_xdata(), [5, 20, 50])
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.45, 0.7, 0.9])
+    band = axes.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in np.round(band, 6)} >= {(5, 0.4), (5, 0.5), (20, 0.6), (20, 0.8), (50, 0.9)}
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["5", "20", "all"]
+
+
+def test_of_many_lines_the_best_are_drawn() -> None:
+    results = [result(f"layer{k}", k / 40, shots=shots) for k in range(30) for shots in (1, "all")]
+    axes = budget_figure(results, 2).axes[0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"layer{k}" for k in range(22, 30)]
+    assert len(axes.lines) == MOST_LINES
+
+
+def test_reliability_shows_accuracy_by_confidence() -> None:
+    sure = np.array([[0.95, 0.05]] * 10 + [[0.4, 0.6]] * 10)
+    y = np.array([0] * 9 + [1] + [1] * 5 + [0] * 5)
+    axes = reliability_figure(y, {"as trained": sure}).axes
+    line = axes[0].containers[0].lines[0]
+    np.testing.assert_allclose(np.column_stack(line.get_data()), [(0.6, 0.5), (0.95, 0.9)])
+    assert [bar.get_height() for bar in axes[1].patches] == [0, 0, 0, 0, 0, 10, 0, 0, 0, 10]
+    assert "calibration error 0.075" in axes[0].get_legend().get_texts()[1].get_text()
+
+
+@pytest.mark.parametrize(("k", "n", "legend"), [(2, 6, 3), (24, 200, 25), (100, 300, 12)])
+def test_the_map_colours_what_can_be_told_apart(k: int, n: int, legend: int) -> None:
+    y, found, names = predictions(k, n)
+    y[:k] = np.arange(k)
+    found[:2] = [1, 0]
+    features = np.eye(k, 12, dtype=np.float32)[y] + np.random.default_rng(1).standard_normal((n, 12)).astype("f")
+    figure = embedding_figure(features, y, found, names)
+    pca, tsne = figure.axes
+    assert len(figure.legends[0].get_texts()) == legend
+    for axes in (pca, tsne):
+        points = sum(len(drawn.get_offsets()) for drawn in axes.collections if drawn.get_label() != "labelled wrongly")
+        assert points == n
+        looks = {(str(drawn.get_facecolor()), drawn.get_paths()[0].vertices.tobytes()) for drawn in axes.collections}
+        assert len(looks) == legend, "no two classes look the same"
+
+
+def test_names_are_shortened_in_the_middle_and_are_no_formulas() -> None:
+    assert short("cat") == "cat"
+    long = short("a" * 50 + "z" * 50)
+    assert len(long) == LONGEST
+    assert long.startswith("aaa")
+    assert long.endswith("zzz")
+    assert short("US$ and $") == r"US\$ and \$"
+
+
+def test_the_command_draws_what_there_is_to_show(
+    make_photos: Callable[..., Path], tmp_path: Path, thawline: Callable[..., object]
+) -> None:
+    extract(make_photos(each=12), ["timm/test_resnet@random:0"], ["layer1", "layer2"], output=tmp_path / "c", size=32)
+    arguments = (
+        "fit",
+        tmp_path / "c",
+        "--shots",
+        2,
+        "--shots",
+        "all",
+        "--jobs",
+        1,
+        "--plot",
+        tmp_path / "new" / "plots",
+    )
+    plots = thawline(*arguments, "--json").json["plots"]
+    names = ["confusion", "depth", "budget", "reliability", "embedding"]
+    assert [Path(path).name for path in plots] == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    for path in plots[::2]:
+        with Image.open(path) as picture:
+            assert min(picture.size) > 400
+    assert "blue" in Path(plots[1]).read_text(), "text in an SVG stays text"
+
+    plain = ("fit", tmp_path / "c", "-l", "layer1", "--head", "ridge", "--jobs", 1)
+    assert "plots" not in thawline(*plain, "--json").json
+    assert thawline(*plain, "--plot", tmp_path / "few").stdout.count("picture: ") == 4
+    (tmp_path / "file").write_text("")
+    thawline(*plain, "--plot", tmp_path / "file" / "plots").assert_one_line("file")
