@@ -18,7 +18,7 @@ from pipeline.spec import DEFAULT_LAYER
 
 Ints = NDArray[np.int64]
 
-MOST_ROWS = 2000
+MOST_ROWS = 1000
 """Images of each set that are compared; more are drawn by seed."""
 MOST_FOREIGN = 10
 
@@ -43,7 +43,7 @@ def drift(
     """Test whether a classifier can tell the images of two caches apart, and name those it finds easiest.
 
     Images that stand in both are left out: none of them could be foreign, and none stands on both sides of a fold. Both
-    sets then count alike: as many images of each are drawn as the smaller one has, at most 2,000.
+    sets then count alike: as many images of each are drawn as the smaller one has, at most 1,000.
 
     Parameters
     ----------

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
+from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheError, CacheFile, Catalog, nearest
 from pipeline.diagnostics.transfer_scores import h_score, leep, logme
@@ -151,13 +152,15 @@ def _score(layer: Layer, rows: Ints) -> LayerScore:
     features = layer.features(rows)
     file, info = layer.parts[0]
     are_logits = info.name in file.request.get("aliases", {}).get("logits", ())
+    with threadpool_limits(1):  # two threads wait for each other longer than they work
+        scores = logme(features, labels), h_score(features, labels)
     return LayerScore(
         backbone=layer.handle("backbone"),
         pool=layer.handle("pool"),
         layer=layer.name,
         dim=layer.dim,
         n_train=len(rows),
-        logme=logme(features, labels),
-        h_score=h_score(features, labels),
+        logme=scores[0],
+        h_score=scores[1],
         leep=leep(features, labels) if are_logits else None,
     )
