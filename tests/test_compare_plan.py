@@ -44,7 +44,9 @@ def write(folder: Path, text: str = PLAN) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("table", "stages"), [("extract", [extract]), ("fit", [fit]), ("finetune", [finetune, Recipe])], ids=str
+    ("table", "stages"),
+    [("extract", [extract]), ("fit", [fit]), ("finetune", [finetune, Recipe])],
+    ids=["extract", "fit", "finetune"],
 )
 def test_keys_and_defaults_are_those_of_the_commands(table: str, stages: list[Callable[..., object]]) -> None:
     parameters = {name: one for stage in stages for name, one in inspect.signature(stage).parameters.items()}
