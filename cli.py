@@ -237,6 +237,7 @@ def fit(
 @click.option(
     "--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.safetensors."
 )
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw losses and accuracy over epochs, as a .png.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: what is fastest.")
 @click.option("--store", type=click.Choice(STORES), default="float32", help="Number type of cached activations.")
 @click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
@@ -244,7 +245,9 @@ def fit(
 @engine_option
 @device_option
 @json_option
-def finetune(source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def finetune(
+    source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], picture: str | None, as_json: bool, **options: Any
+) -> None:
     """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
 
     What is frozen runs once, through the cache, unless images are augmented. A run that was stopped goes on.
@@ -258,6 +261,10 @@ def finetune(source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], as_jso
         report = run(source, lr_at=rates, shots=_shots(shots), progress=progress, say=_say, **options)
     for note in report.notes:
         click.echo(f"note: {note}", err=True)
+    if picture:
+        from pipeline.reporting.plots.training import save_training
+
+        save_training(report.results, picture)
     if as_json:
         _print_json({"results": _records(report.results), "notes": report.notes})
         return

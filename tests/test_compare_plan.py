@@ -17,6 +17,8 @@ from pipeline.comparing.options import TABLES
 from pipeline.comparing.plan import Line, find_line, read_plan
 from pipeline.errors import PlanError
 from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
 from pipeline.spec import Request
 
@@ -41,12 +43,14 @@ def write(folder: Path, text: str = PLAN) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("table", "stage", "command"), [("extract", extract, "extract"), ("fit", fit, "fit")])
-def test_keys_and_defaults_are_those_of_the_commands(table: str, stage: Callable[..., object], command: str) -> None:
-    parameters = inspect.signature(stage).parameters
+@pytest.mark.parametrize(
+    ("table", "stages"), [("extract", [extract]), ("fit", [fit]), ("finetune", [finetune, Recipe])], ids=str
+)
+def test_keys_and_defaults_are_those_of_the_commands(table: str, stages: list[Callable[..., object]]) -> None:
+    parameters = {name: one for stage in stages for name, one in inspect.signature(stage).parameters.items()}
     options = {
         option.opts[-1].lstrip("-"): option
-        for option in cli.thawline.commands[command].params
+        for option in cli.thawline.commands[table].params
         if isinstance(option, click.Option)
     }
     for key, option in TABLES[table].items():

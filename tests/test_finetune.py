@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.backbones.cut import find_line, lines, read_place, split
 from pipeline.backbones.registry import load
@@ -191,6 +192,19 @@ def test_a_loss_that_is_no_number_stops_with_step_and_layer(make_photos: Photos,
         tune(make_photos(), tmp_path, lr=1e30, optimizer="sgd", warmup=0, batch_size=2)
 
 
+@pytest.mark.parametrize(("below", "above"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
+def test_each_side_of_the_line_has_its_own_precision(backbone: Any, below: str, above: str) -> None:
+    pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    network = Network(backbone, "layer2", "linear", 3)
+    with torch.inference_mode():
+        exact, _ = network.features(pixels)
+        network.trunk_precision, network.precision = below, above
+        found, _ = network.features(pixels)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    assert torch.cosine_similarity(found, exact).min() > 0.99
+
+
 @pytest.mark.parametrize("top", ["hidden", "direct"])
 def test_other_tops_learn_colours(make_photos: Photos, tmp_path: Path, top: str) -> None:
     report = tune(make_photos(each=12), tmp_path, freeze="all", top=top, epochs=15, patience=15, lr=0.01)
@@ -305,8 +319,11 @@ def test_the_command_saves_a_model_that_predict_takes(
     assert result["trainable_parameters"] == 512 * 3 + 3
     assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, result["epochs"] + 1))
     assert any("1 unreadable" in note for note in document["notes"])
-    table = thawline(*base, *how, "-o", tmp_path / "cache")
+    picture = tmp_path / "curves.png"
+    table = thawline(*base, *how, "-o", tmp_path / "cache", "--picture", picture)
     assert "layer4" in table.stdout
+    with Image.open(picture) as drawn:
+        assert drawn.size == (600, 432)
     predictions = thawline("predict", model, photos, "--json").json["predictions"]
     said = {found["uri"]: found for found in predictions}
     assert said["red/broken.png"]["state"] == "unreadable"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
+from pipeline.comparing.options import FINETUNE
 from pipeline.comparing.plan import Plan
 from pipeline.images.source import ImageSource, open_source
 
@@ -74,21 +76,26 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
 
 
 def check_finetunes(plan: Plan) -> None:
-    """Raise `PlanError` unless every network that is fine-tuned exists, and has the layer above which it thaws."""
-    wanted = {
-        (line, options["backbone"], options["freeze"], options.get("size"))
-        for line, job in finetunes(plan)
-        if (options := dict(job.options))
-    }
-    for line, backbone, freeze, size in wanted:
-        from pipeline.backbones.graph import resolve_layers
-        from pipeline.backbones.registry import check_weights, sketch
+    """Raise `PlanError` unless every network that is fine-tuned exists, can thaw at its line, and can train so."""
+    for place, options in dict.fromkeys((line.place, job.options) for line, job in finetunes(plan)):
+        _check_finetune(plan, place, dict(options))
 
-        with pointed(plan, "finetune", line.place, backbone):
-            check_weights(backbone)
+
+def _check_finetune(plan: Plan, place: int, options: dict[str, Any]) -> None:
+    from pipeline.backbones.cut import find_line
+    from pipeline.backbones.registry import check_weights, sketch
+    from pipeline.finetuning.recipe import Recipe, make_recipe
+
+    backbone, freeze = options["backbone"], options["freeze"]
+    training = {FINETUNE[name].parameter: value for name, value in options.items()}
+    recipe = {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
+    with pointed(plan, "finetune", place, backbone):
+        check_weights(backbone)
+    with pointed(plan, "finetune", place, freeze if freeze not in ("all", "none") else backbone):
         if freeze not in ("all", "none"):
-            with pointed(plan, "finetune", line.place, freeze):
-                resolve_layers(sketch(backbone, size), [freeze])
+            find_line(sketch(backbone, options.get("size")), freeze)
+    with pointed(plan, "finetune", place):
+        make_recipe(recipe)
 
 
 @contextmanager

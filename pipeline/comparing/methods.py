@@ -160,10 +160,12 @@ def name_of(record: Record, varying: Sequence[str] = ("backbone",), options: Seq
 
 
 def _varies(key: str, records: Sequence[Record]) -> bool:
-    """Tell whether a key tells methods apart; what follows from the backbone does so only within one backbone."""
-    values: dict[str, set[str]] = {}
+    """Tell whether a key tells methods apart; what follows from kind and backbone does so only within one of them."""
+    values: dict[tuple[str, ...], set[str]] = {}
     for record in records:
-        values.setdefault(record["backbone"] if key in _SETTINGS else "", set()).add(_text(record.get(key)))
+        if record.get(key) is not None:
+            among = (record["kind"], record["backbone"]) if key in _SETTINGS else ()
+            values.setdefault(among, set()).add(_text(record[key]))
     return any(len(found) > 1 for found in values.values())
 
 

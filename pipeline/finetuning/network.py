@@ -91,13 +91,13 @@ class Network(nn.Module):
         return self.new_head.pooled(activations), image
 
     def below(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map uint8 pixels (n, h, w, 3) to activations at the line, without gradients, and to the small image."""
+        """Map uint8 pixels (n, h, w, 3) to float32 activations at the line, and to the small image; no gradients."""
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
         image = adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1) if self.new_head.reads_image else None
         if self.trunk is None:
             return x, image
         with torch.no_grad(), _autocast(x, self.trunk_precision):
-            return self.trunk(x), image
+            return self.trunk(x).float(), image
 
     def thawed_state(self) -> dict[str, Tensor]:
         """Return the tensors that training may change, by name; views, not copies."""

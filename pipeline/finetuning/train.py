@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pipeline.engines.memory import keep_freed_memory
 from pipeline.errors import FitError
 from pipeline.finetuning.data import Part
 from pipeline.finetuning.keeper import Keeper, Report, StopEarly, as_history, read_checkpoint
@@ -96,6 +97,8 @@ def train(
     CacheError
         If the checkpoint is damaged.
     """
+    keep_freed_memory()
+    network.to(memory_format=torch.channels_last)
     if part.smallest == 1:
         _refuse_batches_of_one(network)
     schedule = Schedule(recipe, part.count, validated=valid is not None)
