@@ -291,8 +291,12 @@ def test_control_c_while_waiting() -> None:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.05)
 
-    with pytest.raises(KeyboardInterrupt):
-        list(load(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(load(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("in a reader"), MemoryError(), KeyboardInterrupt()], ids=repr)
