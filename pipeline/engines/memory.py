@@ -12,8 +12,8 @@ _KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> None:
     """Let glibc keep large buffers instead of giving each back to the system and faulting its pages in again.
 
-    Decoded pictures and activations are such buffers: decoding gains up to 40 %, ResNet-50 in eager bf16 at batches of
-    64 half its time. Other C libraries are left as they are.
+    Decoded pictures and activations are such buffers: a photo of 400x533 decodes in 0.57 ms instead of 0.82. Other C
+    libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -49,7 +49,7 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     Parameters
     ----------
     engine : str, default "auto"
-        ``"openvino"`` (CPUs only), ``"torch"``, ``"compile"`` (torch, compiled first, which takes up to a minute), or
+        ``"openvino"`` (CPUs only), ``"torch"``, ``"compile"`` (torch, compiled first, which takes a while), or
         ``"auto"``: OpenVINO on a CPU, torch on CUDA.
     device : str, default "auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:INDEX"`` or ``"auto"``: CUDA where there is a device.

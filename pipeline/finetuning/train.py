@@ -127,7 +127,7 @@ def _run(net: Net, part: Part, recipe: Recipe, keeper: Keeper, notes: list[str])
     diverged = False
     try:
         net.fit_loop(part, epochs=recipe.epochs - len(net.history))
-    except StopEarly:
+    except StopEarly:  # the patience is over; the keeper has the best weights
         pass
     except DivergedError as error:
         net.history = as_history([epoch for epoch in net.history if "batches" not in epoch])

@@ -6,14 +6,27 @@ values of C from 1e-6 to 1e5, evenly spaced in the logarithm.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.heads.family import Floats, Ints
+from pipeline.heads.family import Family, Floats, Ints, Params
 
 C_GRID = tuple(float(c) for c in np.logspace(-6, 5, 45))
+
+
+class OverC(Family):
+    """A linear head whose one parameter is C."""
+
+    linear = True
+    weighted = True
+    fixed: ClassVar[Params] = {"C": 1.0}
+
+    def grid(self, n_rows: int) -> Sequence[Params]:
+        """Return the 45 values of C."""
+        return [{"C": c} for c in C_GRID]
 
 
 def one_against_rest(y: Ints) -> tuple[Ints, Floats]:

@@ -11,7 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
-from pipeline.heads.hyperplanes import C_GRID, choose, one_against_rest
+from pipeline.heads.hyperplanes import C_GRID, OverC, choose, one_against_rest
 
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-6
@@ -19,17 +19,10 @@ TOLERANCE = 1e-6
 warm start before it moves, which changed the choice of C; at 1e-6 it is that of float64 at 1e-8."""
 
 
-class Logreg(Family):
+class Logreg(OverC):
     """Multinomial logistic regression with an l2 penalty, warm-started upwards in C."""
 
-    linear = True
     probabilities = True
-    weighted = True
-    fixed: ClassVar[Params] = {"C": 1.0}
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return the 45 values of C."""
-        return [{"C": c} for c in C_GRID]
 
     def path(
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None

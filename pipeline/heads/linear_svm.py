@@ -9,15 +9,14 @@ of the objective's own curvature, ten steps do the work of a hundred.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from sklearn.svm import LinearSVC
 
-from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
-from pipeline.heads.hyperplanes import C_GRID, choose, one_against_rest
+from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
+from pipeline.heads.hyperplanes import OverC, choose, one_against_rest
 
 Doubles = NDArray[np.float64]
 
@@ -26,16 +25,8 @@ TOLERANCE = 1e-5
 """On the gradient in units of curvature, relative to the objective."""
 
 
-class LinearSvm(Family):
+class LinearSvm(OverC):
     """Scikit-learn's `LinearSVC`: squared hinge loss, one class against the rest, penalised intercept."""
-
-    linear = True
-    weighted = True
-    fixed: ClassVar[Params] = {"C": 1.0}
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return the 45 values of C."""
-        return [{"C": c} for c in C_GRID]
 
     def path(
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
