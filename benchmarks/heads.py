@@ -12,8 +12,8 @@
   by head and by layer, and the memory of each worker (pages shared with others are divided among them).
 
 Both sides choose C on the same validation rows; the table says which, with what validation accuracy, and how many of
-2,000 fresh rows they label right, and like thawline does. Features are made: ten classes in 60 of the directions of a spectrum that falls like
-that of a CNN's features. SHRINK divides all sizes, to see whether it runs.
+2,000 fresh rows they label right, and like thawline does. Features are made: ten classes in 60 of the directions of a
+spectrum that falls like that of a CNN's features. SHRINK divides all sizes, to see whether it runs.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ def linear_svm(c: float, tol: float | None) -> LinearSVC:
 
 def compare(title: str, task: Task, heads: Sequence[str], peers: dict[str, Peer]) -> tuple[Table, list[Any]]:
     """Measure heads and peers in turn."""
-    table = Table("head", "run", "seconds", "times as long", "C", "val accuracy", "fresh accuracy", "alike", title=title)
+    table = Table(
+        "head", "run", "seconds", "times as long", "C", "val accuracy", "fresh accuracy", "alike", title=title
+    )
     report = []
     for name in heads:
         mine = ours(task, name)
