@@ -13,8 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.graph import TappedNetwork, tap
-from pipeline.backbones.registry import Backbone, load
+from pipeline.backbones.registry import load
 from pipeline.errors import ModelFileError
 from pipeline.heads.linear_scores import LinearScores, linear_scores
 from pipeline.heads.registry import find_head
