@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
@@ -95,11 +98,6 @@ def test_a_description_that_lacks_something_is_refused(tmp_path: Path, field: st
     path = tmp_path / "tuned.safetensors"
     saved(path)
     wrong: dict[str, Any] = {"scores": {"backbone": 1}, "classes": None, "temperature": "warm"}
-    import json
-
-    from safetensors import safe_open
-    from safetensors.numpy import load_file, save_file
-
     with safe_open(path, "np") as file:
         described = json.loads(file.metadata()["thawline"])
     save_file(load_file(path), path, {"thawline": json.dumps(described | {field: wrong[field]})})
