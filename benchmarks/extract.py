@@ -35,8 +35,8 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.graph import tap
-from pipeline.backbones.registry import Backbone
 from pipeline.backbones.registry import load as load_backbone
 from pipeline.engines.engine import build_engine, stream
 from pipeline.engines.select import resolve

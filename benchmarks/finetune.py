@@ -27,7 +27,8 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pipeline.backbones.registry import Backbone, load
+from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.registry import load
 from pipeline.engines.select import Resolved, resolve
 from pipeline.extract import extract
 from pipeline.finetune import finetune

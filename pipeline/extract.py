@@ -57,8 +57,8 @@ from pipeline.spec import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.backbones.backbone import Backbone
     from pipeline.backbones.graph import TappedNetwork
-    from pipeline.backbones.registry import Backbone
     from pipeline.engines.select import Resolved
 
 

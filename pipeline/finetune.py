@@ -16,11 +16,11 @@ import numpy as np
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.intervals import wilson
-from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.predictions import TestPredictions
 from pipeline.results import FinetuneResult, Progress, to_json
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
 if TYPE_CHECKING:
     from pipeline.finetuning.material import Material
@@ -202,7 +202,9 @@ def _finished(
     table, splits, trained = material.table, came.splits, came.trained
     y_true, y_pred = table.labels[splits.test], came.probabilities.argmax(1)
     uris, groups, folds = table.uris[splits.test], table.groups[splits.test], np.zeros(len(y_true), np.int64)
-    said = TestPredictions(uris, groups, folds, y_true, y_pred, came.probabilities, None)
+    temperatures = None if came.temperature is None else np.full(len(y_true), came.temperature)
+    said = TestPredictions(uris, groups, folds, y_true, y_pred, came.probabilities, temperatures)
+    calibrated = said.calibrated
     how = {"init": init, "head_first": head_first, "precision": came.precision, "best_epoch": trained.best_epoch}
     result = FinetuneResult(
         kind="finetune",
@@ -221,6 +223,9 @@ def _finished(
         seconds=came.seconds,
         converged=not trained.diverged,
         balanced=plan.recipe.class_weights,
+        temperature=came.temperature,
+        log_loss_calibrated=None if calibrated is None else log_loss(y_true, calibrated),
+        ece_calibrated=None if calibrated is None else expected_calibration_error(y_true, calibrated),
         freeze=plan.freeze,
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in came.network.parameters() if item.requires_grad),
@@ -230,11 +235,13 @@ def _finished(
 
 
 def _save(path: Path, network: Network, material: Material, recipe: Recipe, result: FinetuneResult) -> None:
-    from pipeline.finetuning.model_file import TunedModel, save_tuned
+    from pipeline.backbones.network_file import HEAD, TunedModel, save_network
+    from pipeline.backbones.weights import weights_digest
+    from pipeline.finetuning.precision import scores_precision
 
-    backbone = material.backbone
-    side, classes = backbone.preprocessing.size[0], material.table.classes
-    model = TunedModel(
-        network.cpu(), backbone.name, side, result.freeze, recipe.top, backbone.preprocessing, classes, to_json(result)
-    )
-    save_tuned(path, model)
+    backbone, state = material.backbone, network.cpu().whole_state()
+    precision = scores_precision(network)
+    digest = weights_digest(state)
+    scores = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
+    model = TunedModel(scores, recipe.top, material.table.classes, result.temperature, to_json(result), {})
+    save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})

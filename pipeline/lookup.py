@@ -77,7 +77,7 @@ def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
 def weights_file_digest(backbone: str) -> str | None:
     """Return the digest of the weights file that `backbone` names, if it names one that exists."""
     path = Path(backbone.partition("@")[2])
-    if not path.suffix or not path.is_file():
+    if not path.is_file():
         return None
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

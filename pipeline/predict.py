@@ -1,5 +1,7 @@
 """Use a saved model: the same layers of the same backbone over new images, then its head.
 
+A fine-tuned network is a backbone, too, whose class scores are the layer to read.
+
 The features go through a cache like any others, so a long prediction that was stopped goes on from there.
 """
 
@@ -11,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 
 from features_cache import DONE, CacheFile, open_cache
-from pipeline.errors import EngineError, ModelFileError
+from pipeline.backbones.network_file import TunedModel, describe, is_network_file
+from pipeline.errors import EngineError
 from pipeline.extract import extract
 from pipeline.heads.store import SavedModel, load_model
 from pipeline.images.source import open_source
@@ -54,7 +58,7 @@ def predict(
         Anything `pipeline.extract.extract` takes; labels it may have are ignored.
     output : str or Path, optional
         Folder of cache files to go through. By default a temporary one, or ``thawline-cache`` for sources of more
-        than 1,000 images. Not for fine-tuned networks, which read the images themselves.
+        than 1,000 images.
     engine, device : str, default "auto"
         As for extraction.
     progress : callable, optional
@@ -67,60 +71,46 @@ def predict(
     ThawlineError
         Whatever extraction raises.
     """
-    if is_tuned(Path(model)):
-        return _predict_tuned(model, source, output, engine, device, progress)
-    saved = load_model(model)
-    specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
-    precision, notes = _available_precision(specs[0].precision, engine, device)
+    used, layers = _load(model)
+    precision, notes = _available_precision(layers[0].spec.precision, engine, device)
     with _cache_folder(source, output) as folder:
         files = []
-        for layer, spec in zip(saved.layers, specs, strict=True):
-            asked = layer["request"]
+        for backbone, size, spec in layers:
             results = extract(
                 source,
-                [asked["backbone"]],
+                [backbone],
                 [spec.layer],
                 spec.pool,
                 folder,
                 precision=precision,
                 store=spec.store,
-                size=asked["size"],
+                size=size,
                 engine=engine,
                 device=device,
                 expect=[spec],
                 progress=progress,
             )
+            notes += results[0].notes
             files.append(open_cache(results[0].path))
-        return PredictReport(_label(saved, specs, files), notes)
+        return PredictReport(_label(used, [layer.spec for layer in layers], files), notes)
 
 
-def is_tuned(path: Path) -> bool:
-    """Tell by its first bytes whether a file can be one of safetensors: a length, then a JSON object."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(9)[8:] == b"{"
-    except OSError:
-        return False
+class _Layer(NamedTuple):
+    """What a model reads: the backbone and input size to ask for, and what they must resolve to."""
+
+    backbone: str
+    size: int | None
+    spec: LayerSpec
 
 
-def _predict_tuned(
-    model: str | Path,
-    source: str | Path,
-    output: str | Path | None,
-    engine: str,
-    device: str,
-    progress: Progress | None,
-) -> PredictReport:
-    from pipeline.engines.select import resolve
-    from pipeline.finetuning.apply import label_images
-    from pipeline.finetuning.model_file import load_tuned
-
-    if output is not None or engine not in ("auto", "torch"):
-        raise ModelFileError(f"{model} is a fine-tuned network, which torch runs without a cache; name neither")
-    tuned = load_tuned(model)
-    return PredictReport(
-        label_images(tuned, open_source(source), resolve("torch", device, "fp32").device, progress), []
-    )
+def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
+    """Return a model and the layers that it reads; a fine-tuned network's last step reads its own class scores."""
+    if is_network_file(path):
+        tuned = describe(path)
+        return tuned, [_Layer(f"{tuned.scores.backbone}@{path}", None, tuned.scores)]
+    saved = load_model(path)
+    asked = [(layer["request"], LayerSpec.from_json(layer["spec"])) for layer in saved.layers]
+    return saved, [_Layer(request["backbone"], request["size"], spec) for request, spec in asked]
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
@@ -155,8 +145,8 @@ def _cache_folder(source: str | Path, output: str | Path | None) -> Iterator[Pat
             yield Path(folder)
 
 
-def _label(saved: SavedModel, specs: Sequence[LayerSpec], files: Sequence[CacheFile]) -> list[Prediction]:
-    """Run the head over the rows that are done; all `files` have the same rows in the same order."""
+def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Sequence[CacheFile]) -> list[Prediction]:
+    """Run the model over the rows that are done; all `files` have the same rows in the same order."""
     done = np.all([file.states == DONE for file in files], axis=0)
     predictions = [
         Prediction(uri, None, None, "unreadable", next(filter(None, reasons), ""))
@@ -166,8 +156,8 @@ def _label(saved: SavedModel, specs: Sequence[LayerSpec], files: Sequence[CacheF
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         parts = [file.matrix(spec.layer)[chunk].astype(np.float32) for file, spec in zip(files, specs, strict=True)]
-        labels, probabilities = saved.predict(np.concatenate(parts, axis=1))
+        labels, probabilities = model.predict(np.concatenate(parts, axis=1))
         for place, row in enumerate(chunk):
             probability = None if probabilities is None else float(probabilities[place])
-            predictions[row] = Prediction(predictions[row].uri, saved.classes[labels[place]], probability, "done")
+            predictions[row] = Prediction(predictions[row].uri, model.classes[labels[place]], probability, "done")
     return predictions

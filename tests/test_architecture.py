@@ -15,7 +15,7 @@ RANKS = [
     {"pipeline.lookup", "pipeline.overview"},
     {"pipeline.filling"},
     {"pipeline.extract"},
-    {"pipeline.finetuning"},
+    {"pipeline.finetuning", "pipeline.exporting"},
     {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
     {"pipeline.diagnostics", "pipeline.comparing"},
     {"pipeline.reporting"},

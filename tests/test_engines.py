@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.graph import tap
-from pipeline.backbones.registry import Backbone, load
+from pipeline.backbones.registry import load
 from pipeline.engines.engine import Engine, build_engine, stream
 from pipeline.engines.fold import folded
 from pipeline.engines.openvino_model import converted

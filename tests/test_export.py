@@ -17,6 +17,7 @@ from pipeline.errors import ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.export import export
 from pipeline.extract import extract
+from pipeline.finetune import finetune
 from pipeline.fit import fit
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.store import load_model
@@ -47,6 +48,27 @@ def run(path: Path, pixels: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str
     return dict(zip(names, session.run(None, {"pixels": pixels}), strict=True)), metadata
 
 
+def doubtful_photos(folder: Path) -> tuple[Path, list[np.ndarray]]:
+    """Write photos whose colours are less clear than in training, so that scores are no foregone conclusion."""
+    rng = np.random.default_rng(1)
+    tints = 60 * np.eye(3, dtype=int)[np.arange(11) % 3]
+    mixed = [(rng.integers(0, 160, (60, 50, 3)) + tint).astype(np.uint8) for tint in tints]
+    fresh = folder / "fresh"
+    fresh.mkdir()
+    for number, image in enumerate(mixed):
+        Image.fromarray(image).save(fresh / f"{number:02d}.png")
+    return fresh, mixed
+
+
+def run_on_images(path: Path, images: list[np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Prepare images as the file's metadata says, and run it on them."""
+    _, metadata = run(path, np.zeros((1, 48, 48, 3), np.uint8))
+    preprocessing = Preprocessing.from_json(metadata["preprocessing"])
+    return run(
+        path, np.stack([resize_and_crop(from_pillow(Image.fromarray(image)), preprocessing) for image in images])
+    )
+
+
 @pytest.mark.parametrize(
     ("head", "layer", "classes", "options"),
     [
@@ -63,20 +85,9 @@ def test_the_graph_says_what_predict_says(
     photos = make_photos(classes, each=9)
     model = trained(photos, tmp_path, head, layer, **options)
     result = export(model, tmp_path / "model.onnx")
-    # Colours are less clear than in the training photos, so that scores are no foregone conclusion.
-    rng = np.random.default_rng(1)
-    tints = 60 * np.eye(3, dtype=int)[np.arange(11) % 3]
-    mixed = [(rng.integers(0, 160, (60, 50, 3)) + tint).astype(np.uint8) for tint in tints]
-    fresh = tmp_path / "fresh"
-    fresh.mkdir()
-    for number, image in enumerate(mixed):
-        Image.fromarray(image).save(fresh / f"{number:02d}.png")
+    fresh, images = doubtful_photos(tmp_path)
     expected = predict(model, fresh, tmp_path / "predicted").predictions
-
-    _, metadata = run(tmp_path / "model.onnx", np.zeros((1, 48, 48, 3), np.uint8))
-    preprocessing = Preprocessing.from_json(metadata["preprocessing"])
-    pixels = np.stack([resize_and_crop(from_pillow(Image.fromarray(image)), preprocessing) for image in mixed])
-    found, _ = run(tmp_path / "model.onnx", pixels)
+    found, metadata = run_on_images(tmp_path / "model.onnx", images)
 
     assert result.outputs == list(found)
     assert metadata["classes"] == list(classes)
@@ -94,6 +105,27 @@ def test_the_graph_says_what_predict_says(
     elif head != "centroid":
         scores = found["scores"] if len(classes) > 2 else found["scores"][:, 1]
         np.testing.assert_allclose(scores, saved.pipeline.decision_function(features), atol=1e-3)
+
+
+@pytest.mark.parametrize(("top", "freeze"), [("linear", "all"), ("hidden", "layer2"), ("direct", "none")])
+def test_the_graph_of_a_fine_tuned_network_says_what_predict_says(
+    make_photos: Callable[..., Path], tmp_path: Path, top: str, freeze: str
+) -> None:
+    photos, model = make_photos(CLASSES, each=9), tmp_path / "tuned.safetensors"
+    how = {"precision": "fp32", "engine": "torch", "size": 48, "epochs": 2, "lr": 0.01, "batch_size": 8}
+    report = finetune(photos, NETWORK, freeze=freeze, top=top, output=tmp_path / "cache", save=model, **how)
+    result = export(model, tmp_path / "model.onnx")
+    fresh, images = doubtful_photos(tmp_path)
+    expected = predict(model, fresh, tmp_path / "predicted", engine="torch").predictions
+    found, metadata = run_on_images(tmp_path / "model.onnx", images)
+
+    assert result.outputs == list(found)
+    assert (metadata["classes"], metadata["model"]["head"]) == (list(CLASSES), top)
+    assert metadata["model"]["temperature"] == report.results[0].temperature != 1
+    assert [CLASSES[label] for label in found["label"]] == [item.label for item in expected]
+    scores = Catalog(tmp_path / "predicted").find(layer="new_head").matrix("new_head")
+    np.testing.assert_allclose(found["scores"], scores, atol=1e-3)
+    np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
 
 
 def test_metadata_tells_where_the_model_comes_from(make_photos: Callable[..., Path], tmp_path: Path) -> None:

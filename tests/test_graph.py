@@ -9,8 +9,9 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.graph import describe, resolve_layers, tap
-from pipeline.backbones.registry import Backbone, load, sketch
+from pipeline.backbones.registry import load, sketch
 from pipeline.backbones.trace import cut_nodes, hooked
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from features_cache.errors import nearest
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of
-from pipeline.backbones.registry import Backbone
 from pipeline.backbones.stages import classifier_input
 from pipeline.backbones.trace import SHAPE, Shape, Traced, cut_nodes
 from pipeline.errors import BackboneError
@@ -55,7 +55,7 @@ def lines(backbone: Backbone) -> dict[str, Place]:
     for node in cut_nodes(read.node.graph):
         place = _place(node)
         if place is not None and place.layout != "tokens" and order[node] <= order[read.node]:
-            above = _above(node, read.node)
+            above = nodes_between(node, read.node)
             if above is not None and not _shares_weights(traced, order, above):
                 legal[node] = place
     return {name: legal[node] for name, node in traced.nodes.items() if node in legal}
@@ -95,8 +95,11 @@ def _place(node: fx.Node | None) -> Place | None:
     return None if node is None or shape is None or layout is None else Place(node, shape, layout)
 
 
-def _above(line: fx.Node | None, end: fx.Node) -> list[fx.Node] | None:
-    """Return the nodes that `end` needs, down to `line` (left out); None where they need the image past the line."""
+def nodes_between(line: fx.Node | None, end: fx.Node) -> list[fx.Node] | None:
+    """Return the nodes that `end` needs, in order, down to `line` (left out) or to the image (which is one of them).
+
+    None where they need the image past the line.
+    """
     needed: set[fx.Node] = set()
     waiting = [] if end is line else [end]
     while waiting:
@@ -138,7 +141,7 @@ def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphMod
     parts: dict[str, Any] = {}
     if start is not None:
         copies[start] = graph.placeholder("activations")
-    for node in _above(start, end) or ():
+    for node in nodes_between(start, end) or ():
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op in ("call_module", "get_attr"):
             parts[str(node.target)] = attrgetter(str(node.target))(traced.module)

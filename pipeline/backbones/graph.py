@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from features_cache.errors import nearest
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.hooks import HookedBody
 from pipeline.backbones.pooling import Layout, Pool, check_pool, layout_of, pooled_dim
-from pipeline.backbones.registry import Backbone
 from pipeline.backbones.stages import classifier_input, last_map, stages
 from pipeline.backbones.trace import SHAPE, Shape, Traced, tapped_graph
 from pipeline.errors import BackboneError
@@ -189,10 +189,11 @@ class TappedNetwork(nn.Module):
         """Map uint8 (n, h, w, 3) to a float32 (n, d) for each layer, in order."""
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
         features = iter(self.body(x) if self.body is not None else ())
-        return tuple(_small(x) if layer == INPUT else next(features) for layer in self.layers)
+        return tuple(small_image(x) if layer == INPUT else next(features) for layer in self.layers)
 
 
-def _small(x: Tensor) -> Tensor:
+def small_image(x: Tensor) -> Tensor:
+    """Return what `INPUT` stands for: normalised images (n, 3, h, w) area-averaged and flattened, (n, 3072) float32."""
     with torch.autocast(x.device.type, enabled=False):
         return adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from features_cache.errors import nearest
 from pipeline.backbones import embedded, timm_zoo, torchvision_zoo
-from pipeline.backbones.trace import Traced, trace
+from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.network_file import describe, is_network_file
+from pipeline.backbones.tuned import tuned_backbone
 from pipeline.backbones.weights import SUFFIXES, build_untouched, fill, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
@@ -47,42 +49,6 @@ class Zoo(Protocol):
 
 ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
 """In the order in which a bare name is looked for."""
-
-
-@dataclass(eq=False)
-class Backbone:
-    """A frozen network with all that is needed to run and to name it.
-
-    Parameters
-    ----------
-    name : str
-        Canonical name with its zoo, such as ``"torchvision/resnet50"``.
-    handle : str
-        The shortest name a user may write for it; without weights where they are the default.
-    weights : str
-        Tag of the pretrained weights, ``"random:SEED"``, or the name of the weights file.
-    weights_digest : str
-        blake2b-128 of the state dict, in hex.
-    module : torch.nn.Module
-        In eval mode, float32, without gradients.
-    preprocessing : Preprocessing
-        How an image becomes the input.
-    classifier : str or None
-        Dotted name of the classifier; None where the network has none.
-    """
-
-    name: str
-    handle: str
-    weights: str
-    weights_digest: str
-    module: nn.Module
-    preprocessing: Preprocessing
-    classifier: str | None
-
-    @cached_property
-    def traced(self) -> Traced:
-        """The network's graph with all names and shapes, traced on first use."""
-        return trace(self.module, self.preprocessing.size, self.classifier, self.handle)
 
 
 class BackboneRow(NamedTuple):
@@ -126,7 +92,8 @@ def load(name: str, size: int | None = None) -> Backbone:
     Parameters
     ----------
     name : str
-        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file.
+        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file, which may be
+        what ``finetune --save`` wrote: the network then has the classes it was fine-tuned to.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
 
@@ -134,8 +101,13 @@ def load(name: str, size: int | None = None) -> Backbone:
     ------
     BackboneError
         If the name, the weights or the size cannot be had.
+    ModelFileError
+        If a fine-tuned network's file is damaged or does not fit the libraries here.
     """
     zoo_name, bare, weights = _parse(name)
+    if is_network_file(weights):
+        side = size or describe(weights).scores.preprocessing.size[0]
+        return tuned_backbone(load(f"{zoo_name}/{bare}@random:0", side), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     from_tag = not weights.startswith("random") and not weights.endswith(SUFFIXES)
@@ -150,7 +122,7 @@ def load(name: str, size: int | None = None) -> Backbone:
         label = Path(label).name
     module = module.eval().requires_grad_(False).float()
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
-    digest, classifier = weights_digest(module), zoo.classifier(bare, module)
+    digest, classifier = weights_digest(module.state_dict()), zoo.classifier(bare, module)
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
 
 
@@ -169,9 +141,12 @@ def check_weights(name: str) -> None:
 def sketch(name: str, size: int | None = None) -> Backbone:
     """Return a network without meaningful weights, mostly on torch's meta device: all that layers and shapes need.
 
-    Parameters and errors are those of `load`; the weights in `name` are ignored.
+    Parameters and errors are those of `load`; the weights in `name` are ignored, unless they are a fine-tuned network,
+    whose last layer is another.
     """
-    zoo_name, bare, _ = _parse(name)
+    zoo_name, bare, weights = _parse(name)
+    if is_network_file(weights):
+        return load(name, size)
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 

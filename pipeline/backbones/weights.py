@@ -26,13 +26,13 @@ _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _COUNTER = "num_batches_tracked"
 
 
-def weights_digest(module: nn.Module) -> str:
-    """Return the blake2b-128 hex digest of the state dict of `module`: names, dtypes, shapes and bytes, sorted.
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the blake2b-128 hex digest of a state dict: names, dtypes, shapes and bytes, sorted.
 
     The batch counters of batch norms are left out: they change no output.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(state.items()):
         if not name.endswith(_COUNTER):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from features_cache.errors import nearest
+from pipeline.backbones.network_file import HEAD
 from pipeline.errors import FitError
 from pipeline.finetuning.network import Network, layer_name
 
-HEAD = "new_head"
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from features_cache import DONE, CacheFile, Catalog, open_cache
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.cut import read_place
 from pipeline.backbones.graph import INPUT, PENULTIMATE
-from pipeline.backbones.registry import Backbone, load
+from pipeline.backbones.registry import load
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
 from pipeline.extract import extract

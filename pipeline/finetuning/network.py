@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.cut import Place, find_line, read_place, split
-from pipeline.backbones.graph import INPUT_DIM, INPUT_SIDE
-from pipeline.backbones.pooling import Pool, pooled_dim
-from pipeline.backbones.registry import Backbone
-from pipeline.finetuning.top import make_top
-from pipeline.spec import DEFAULT_POOL
+from pipeline.backbones.graph import small_image
+from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.tuned import new_top
 
 ALL = "all"
 NOTHING = "none"
@@ -56,8 +54,7 @@ class Network(nn.Module):
         trunk, body = split(backbone.traced, self.line.node if self.line else None, read.node)
         self.trunk = trunk
         self.body = copy.deepcopy(body).requires_grad_(True)
-        pool = Pool(DEFAULT_POOL, read.layout)
-        self.new_head = make_top(top, pool, pooled_dim(read.shape, read.layout, DEFAULT_POOL), INPUT_DIM, classes)
+        self.new_head = new_top(backbone, top, classes)
         self.trunk_precision = self.precision = "fp32"
         mean = torch.tensor(backbone.preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
         std = torch.tensor(backbone.preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
@@ -78,8 +75,7 @@ class Network(nn.Module):
         `image`, the pixels area-averaged to 32x32, is only read by a ``direct`` top.
         """
         features, image = self.features(x, image)
-        with _autocast(x, "fp32"):
-            logits: Tensor = self.new_head(features, image)
+        logits: Tensor = self.new_head(features, image)
         return logits
 
     def features(self, x: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -93,7 +89,7 @@ class Network(nn.Module):
     def below(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map uint8 pixels (n, h, w, 3) to float32 activations at the line, and to the small image; no gradients."""
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
-        image = adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1) if self.new_head.reads_image else None
+        image = small_image(x) if self.new_head.reads_image else None
         if self.trunk is None:
             return x, image
         with torch.no_grad(), _autocast(x, self.trunk_precision):
@@ -102,6 +98,11 @@ class Network(nn.Module):
     def thawed_state(self) -> dict[str, Tensor]:
         """Return the tensors that training may change, by name; views, not copies."""
         return {name: item for name, item in self.state_dict().items() if not name.startswith("trunk.")}
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """Return all weights by the names that a `pipeline.backbones.tuned.grafted` network has for them."""
+        state = {**self.body.state_dict(), **(self.trunk.state_dict() if self.trunk is not None else {})}
+        return state | {f"{HEAD}.{name}": item for name, item in self.new_head.state_dict().items()}
 
     def load_thawed(self, state: dict[str, Tensor]) -> None:
         """Set the tensors that `thawed_state` names."""

@@ -20,3 +20,13 @@ def train_precision(network: Network, resolved: Resolved, asked: str) -> str:
     depthwise = any(part.groups == part.in_channels > 1 for part in convolutions)
     pays = resolved.device_kind != "cpu" or (bool(convolutions) and not depthwise)
     return "bf16" if pays and has_bf16(resolved.device) else "fp32"
+
+
+def scores_precision(network: Network) -> str:
+    """Return the precision in which the trained network is used: bf16 where all of it was computed so in training.
+
+    Of a network that was trained in both, what learnt in float32 stays in it.
+    """
+    trunk = network.trunk_precision if network.trunk is not None else network.precision
+    body = network.precision if any(True for _ in network.body.parameters()) else trunk
+    return "bf16" if trunk == body == "bf16" else "fp32"

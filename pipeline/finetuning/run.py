@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.errors import explained
+from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.finetuning.data import Ints, Part, Reader
 from pipeline.finetuning.material import Material
@@ -63,7 +64,9 @@ class Run:
         With the best weights, in eval mode.
     trained : Trained
     probabilities : (n, K) float64
-        Of test rows.
+        Of test rows, as the network gives them.
+    temperature : float or None
+        What calibrates them, fitted on validation rows; None without any.
     seconds : float
         Of training, those before a checkpoint included.
     precision : str
@@ -74,6 +77,7 @@ class Run:
     network: Network
     trained: Trained
     probabilities: NDArray[np.float64]
+    temperature: float | None
     seconds: float
     precision: str
 
@@ -118,7 +122,9 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     checkpoint = plan.folder / f"{fingerprint_of(key)}.pt"
     trained = train(network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name)
     seconds += _seconds(trained)
-    return Run(splits, network.eval(), trained, trained.net.predict_part(test), seconds, network.precision)
+    temperature = None if valid is None else fit_temperature(trained.net.predict_part(valid), valid.labels)
+    probabilities = trained.net.predict_part(test)
+    return Run(splits, network.eval(), trained, probabilities, temperature, seconds, network.precision)
 
 
 def _parts(reader: Reader, table: Table, splits: Splits, recipe: Recipe, seed: int) -> tuple[Part, Part | None, Part]:

@@ -74,12 +74,13 @@ class Top(nn.Module):
         features: Tensor = activations.float() if activations.ndim == 2 else self.pool(activations)
         return features
 
-    def forward(self, features: Tensor, image: Tensor | None = None) -> Tensor:
-        """Map features (n, d) and the small image (n, 3072) to logits (n, k)."""
-        logits: Tensor = self.layers(self.standardise(features))
-        if self.direct is not None and self.standardise_image is not None:
-            logits = logits + self.direct(self.standardise_image(image))
-        return logits
+    def forward(self, activations: Tensor, image: Tensor | None = None) -> Tensor:
+        """Map what `pooled` takes and the small image (n, 3072) to logits (n, k), in float32 whatever surrounds it."""
+        with torch.autocast(activations.device.type, enabled=False):
+            logits: Tensor = self.layers(self.standardise(self.pooled(activations)))
+            if self.direct is not None and self.standardise_image is not None:
+                logits = logits + self.direct(self.standardise_image(image))
+            return logits
 
     def set_scales(self, features: Tensor, image: Tensor | None) -> None:
         """Standardise by these features (n, d) and small images (n, 3072) from now on."""
@@ -94,7 +95,7 @@ def make_top(kind: str, pool: nn.Module, features: int, image: int, classes: int
     Parameters
     ----------
     kind : str
-        One of `pipeline.finetuning.recipe.TOPS`.
+        ``"linear"``, ``"hidden"`` or ``"direct"``.
     pool : torch.nn.Module
         Makes features of activations.
     features, image, classes : int
