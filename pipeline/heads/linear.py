@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
+from pipeline.heads.device import bring_back, to_device, to_host
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.hyperplanes import C_GRID, OverC, choose, one_against_rest
 
@@ -20,28 +21,41 @@ warm start before it moves, which changed the choice of C; at 1e-6 it is that of
 
 
 class Logreg(OverC):
-    """Multinomial logistic regression with an l2 penalty, warm-started upwards in C."""
+    """Multinomial logistic regression with an l2 penalty, warm-started upwards in C.
+
+    Parameters
+    ----------
+    device : str, optional
+        Train on torch tensors there, inside `pipeline.heads.device.array_api`; on numpy arrays by default.
+    """
 
     probabilities = True
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
 
     def path(
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, each started where the last one ended."""
         model = _start_from_class_shares(train, y, weight)
+        seen, unseen = self._placed(train), self._placed(held)
         for params in grid:
-            converged = _fit_noting_convergence(model.set_params(**params), train, y, weight)
-            saturated = bool((model.predict(train) == y).all())
-            yield Step(model.predict(held), saturated, converged, model.predict_proba(held))
+            converged = _fit_noting_convergence(model.set_params(**params), seen, y, weight)
+            saturated = bool((to_host(model.predict(seen)) == y).all())
+            yield Step(to_host(model.predict(unseen)), saturated, converged, to_host(model.predict_proba(unseen)))
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Train from the class shares; weights become float64, so that a small probability does not become none."""
         model = _start_from_class_shares(train, y, weight).set_params(**params)
-        converged = _fit_noting_convergence(model, train, y, weight)
-        model.set_params(warm_start=False)
+        converged = _fit_noting_convergence(model, self._placed(train), y, weight)
+        bring_back(model.set_params(warm_start=False))
         model.coef_ = model.coef_.astype(np.float64)
         model.intercept_ = model.intercept_.astype(np.float64)
         return Fitted(model, params, converged)
+
+    def _placed(self, rows: Floats) -> Any:
+        return rows if self.device is None else to_device(rows, self.device)
 
 
 class Ridge(Family):
@@ -94,7 +108,7 @@ def _start_from_class_shares(train: Floats, y: Ints, weight: Floats | None) -> L
     return model
 
 
-def _fit_noting_convergence(model: Any, train: Floats, y: Ints, weight: Floats | None) -> bool:
+def _fit_noting_convergence(model: Any, train: Any, y: Ints, weight: Floats | None) -> bool:
     """Fit; return whether the solver converged. Warnings of other kinds pass on."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
