@@ -25,7 +25,8 @@ from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
 from pipeline.fit import fit
-from pipeline.reporting.html_charts import pareto, reliability
+from pipeline.reporting.html_charts import pareto
+from pipeline.reporting.html_model_charts import reliability
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]

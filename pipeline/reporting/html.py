@@ -20,16 +20,8 @@ from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
 from pipeline.images.source import ImageSource
-from pipeline.reporting.html_charts import (
-    Chart,
-    calibration_chart,
-    class_chart,
-    contenders,
-    cost_chart,
-    depth_chart,
-    labels_chart,
-    map_chart,
-)
+from pipeline.reporting.html_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
+from pipeline.reporting.html_model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.html_pictures import Album, Confusion, Leaks, confusion_counts, lay_out, leaks, worst_confusions
 
 MOST_COMPARED = 8
