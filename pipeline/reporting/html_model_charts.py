@@ -36,17 +36,17 @@ def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: 
         axes.hlines(places, low - 0.02, 1, color=GRID, linewidth=1, zorder=0)
         axes.set_yticks(places, [classes[number][:24] for number in worst])
         axes.grid(visible=False)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         axes.set_xlabel("share of the class that is found (recall), %")
-        axes.legend(loc="best", fontsize=8)
+        figure.legend(loc="outside upper left", fontsize=8)  # inside, its marks would pass for classes
         svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
     shown = list(found.items())
     rows = [
         (classes[number], int(totals[number]), *("–" if np.isnan(r[number]) else percent(r[number]) for _, r in shown))
-        for number in worst
+        for number in worst[::-1]
     ]
     caption = (
-        "The hardest below." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
+        "The hardest on top." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
     )
     return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
 
