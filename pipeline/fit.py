@@ -19,10 +19,10 @@ from pipeline.evaluation.leaks import tell_clusters
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.cached import Layer, select
-from pipeline.heads.family import Params
 from pipeline.heads.predictions import TestPredictions, pool_folds, summarise
-from pipeline.heads.registry import Head, find_head
+from pipeline.heads.registry import Head, find_head, on_device
 from pipeline.heads.schedule import Cut, Progress, check_trials, cut_layers, run_trials, validated
+from pipeline.heads.search import tell_choices
 from pipeline.heads.store import SavedModel, check_destination, current_versions, save_model
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, SeedSummary, to_json
@@ -83,6 +83,7 @@ def fit(
     drop_leaks: bool = False,
     save: str | Path | None = None,
     jobs: int | None = None,
+    device: str = "auto",
     progress: Progress | None = None,
     on_result: Callable[[FitResult, TestPredictions], None] | None = None,
 ) -> FitReport:
@@ -113,6 +114,9 @@ def fit(
         Write the model of best validation accuracy here, as a skops file.
     jobs : int, optional
         Fits at a time, each on one BLAS thread; by default one a core.
+    device : str, default "auto"
+        Where logistic regression is trained: ``"cuda"`` or ``"cuda:INDEX"``, one fit after another, or ``"cpu"``.
+        ``"auto"`` is the CPU, whose many small fits no GPU has been measured to beat. Other heads know the CPU alone.
     progress : callable, optional
         Called as ``progress(done, total, text)`` after each fit.
     on_result : callable, optional
@@ -122,7 +126,9 @@ def fit(
     Raises
     ------
     FitError
-        If the rows do not allow a fit; raised before the first one.
+        If the rows do not allow a fit, raised before the first one; or the device has no memory for one.
+    EngineError
+        If there is no such device.
     CacheError
         If the cache or a layer cannot be found.
     ModelFileError
@@ -135,6 +141,10 @@ def fit(
         raise FitError("cross-validation trains a model a fold and keeps none; fit without --cv to save one")
     seeds, shots = _distinct(seeds), _distinct(shots)
     chosen = _distinct([find_head(name) for name in heads])
+    if device not in ("auto", "cpu"):
+        from pipeline.engines.select import find_device
+
+        chosen = [on_device(head, find_device(device)) for head in chosen]
     destination = None if save is None else check_destination(save)
     selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
     if len({layer.table.classes for layer in selected}) > 1:
@@ -177,6 +187,7 @@ def _result(
 ) -> FitResult:
     cut, outcomes = cell[0].cut, [trial.outcome for trial in cell]
     n_classes = len(cut.layer.table.classes)
+    params = [outcome.params for outcome in outcomes]
     scores = evaluate(found.y_true, found.y_pred, n_classes, found.probabilities)
     calibrated = found.calibrated
     return FitResult(
@@ -185,7 +196,7 @@ def _result(
         layer=cut.layer.name,
         pool=cut.layer.handle("pool"),
         head=cell[0].head.name,
-        params=_commonest([outcome.params for outcome in outcomes]),
+        params=max(params, key=params.count),  # of the folds, the first on a tie
         seed=cut.seed,
         shots=cut.shots,
         n_train=_mean_count([trial.cut.splits.train for trial in cell]),
@@ -203,11 +214,6 @@ def _result(
         ece_calibrated=None if calibrated is None else expected_calibration_error(found.y_true, calibrated),
         p_vs_best=p_vs_best,
     )
-
-
-def _commonest(params: Sequence[Params]) -> Params:
-    """Return the parameters that most folds chose, the first on a tie."""
-    return max(params, key=params.count)
 
 
 def _mean_count(parts: Sequence[NDArray[np.int64]]) -> int:
@@ -240,11 +246,5 @@ def _notes(done: Sequence[Trial], predictions: Sequence[TestPredictions]) -> lis
         notes.append(f"all splits are given, so that {len(seeds)} seeds give the same results: one is enough")
     notes += [note for each in predictions for note in tell_clusters(each.groups)]
     for head in dict.fromkeys(trial.head for trial in done):
-        choices = [trial.outcome.choice for trial in done if trial.head is head]
-        missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
-        if missed:
-            notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
-        if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
-            fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
-            notes.append(f"{head.name}: one row (or group) a class leaves nothing to validate on, so {fixed} is taken")
+        notes += tell_choices(head, [trial.outcome.choice for trial in done if trial.head is head])
     return _distinct(notes)

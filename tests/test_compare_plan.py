@@ -89,6 +89,14 @@ def test_defaults_are_the_commands_own(tmp_path: Path) -> None:
     assert dict(tune.options)["freeze"] == "all"
 
 
+def test_only_a_fit_that_leaves_the_cpu_is_another_job(tmp_path: Path) -> None:
+    text = 'source = "digits"\ndevice = "cpu"\n[[extract]]\n[[fit]]\n[[fit]]\ndevice = "cuda"\n'
+    plan = read_plan(write(tmp_path, text))
+    (extraction,) = extractions(plan)
+    found = [job.options for job in fits(plan, extraction, {"penultimate": ["penultimate"]})]
+    assert found == [(), (("device", "cuda"),)]
+
+
 def test_aliases_and_joins_stand_for_their_layers(tmp_path: Path) -> None:
     text = 'source = "digits"\n[[extract]]\nlayer = ["stages", "input"]\n[[fit]]\nlayer = ["input+stages", "b"]\n'
     plan = read_plan(write(tmp_path, text))
@@ -129,6 +137,7 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
         (('"logreg"', '"logrge"'), ("line 11", "logrge", "logreg")),
         (('"logreg"', '"ridge"'), ("line 11", "twice")),
         (("[[fit]]", '[[fit]]\nlayer = "layer2"'), ("line 11", "layer2", "layer1")),
+        (("[[fit]]", '[[fit]]\ndevice = "cuda:99"'), ("line 11", "cuda:99")),
         (("[[fit]]", "[fit]"), ("line 10", "[[fit]]")),
         (
             ("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nfreeze = "layer9"\n[[fit]]'),

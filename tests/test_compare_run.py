@@ -25,7 +25,8 @@ from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
 from pipeline.fit import fit
-from pipeline.reporting.html_charts import pareto, reliability
+from pipeline.reporting.html_charts import pareto
+from pipeline.reporting.html_model_charts import calibration_chart, class_chart, reliability
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -376,6 +377,33 @@ def test_reliability_counts_every_row_once() -> None:
     assert counts.tolist() == [1, 2, 1]
     assert right.tolist() == [1.0, 0.5, 1.0]
     assert sure == pytest.approx([0.05, 0.565, 1.0])
+
+
+def test_calibration_tells_the_error_of_what_predict_tells_and_the_one_before() -> None:
+    mended = record("x", ece=0.25, ece_calibrated=0.0625)
+    board = boards(
+        [mended, record("y", layer="c", ece=0.125, ece_calibrated=None), record("z", head="ridge", ece=None)]
+    )[0]
+    truth = said(np.arange(20) < 15)
+    judged = {
+        key: replace(truth, probability=np.full(20, share)) for key, share in (("x", 0.7), ("y", 0.9), ("z", None))
+    }
+    judged["z"] = truth
+    chart = calibration_chart(list(board.scores.values()), judged)
+    assert chart is not None
+    assert [row[1:] for row in chart.rows] == [("70.0 %", "75.0 %", 20), ("90.0 %", "75.0 %", 20)]
+    assert "error 0.062, 0.250 before calibration" in chart.svg
+    assert "error 0.125<" in chart.svg
+
+
+def test_the_hardest_class_comes_first() -> None:
+    (score,) = boards([record("x")])[0].scores.values()
+    truth = np.repeat([0, 1, 3], 10)
+    found = np.where(np.arange(30) % 10 < np.repeat([9, 4, 7], 10), truth, 2)
+    judged = Judged(np.array([f"{number}.png" for number in range(30)]), truth, found, None)
+    chart = class_chart([score], {"x": judged}, ("a", "b", "c", "d"))
+    assert chart is not None
+    assert chart.rows == [("b", 10, "40.0 %"), ("d", 10, "70.0 %"), ("a", 10, "90.0 %")]
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:

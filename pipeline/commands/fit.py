@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw the results into this folder.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
+@click.option("--device", default="auto", help="For logreg: cpu (which auto is), cuda or cuda:N.")
 @json_option
 def fit(
     cache: str, layer: tuple[str, ...], head: tuple[str, ...], shots: tuple[str, ...], seed: tuple[int, ...],

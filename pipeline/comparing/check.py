@@ -39,10 +39,13 @@ def open_sources(plan: Plan) -> dict[str, ImageSource]:
 
 
 def check_heads(plan: Plan) -> None:
-    """Raise `PlanError` unless every head exists."""
+    """Raise `PlanError` unless every head, and the device that it is trained on, exists."""
+    from pipeline.engines.select import find_device
     from pipeline.heads.registry import find_head
 
     for line in plan.of("fit"):
+        with pointed(plan, "fit", line.place, "device"):
+            find_device(line.how()["device"])
         for name in line.values["head"]:
             with pointed(plan, "fit", line.place, name):
                 find_head(name)

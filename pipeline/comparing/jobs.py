@@ -117,6 +117,8 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
         crossed = (line.values[key] for key in ("head", "seed", "shots"))
         how = line.how()
         options = tuple((name, how[name]) for name in ("cv", "balanced", "drop_leaks") if how.get(name))
+        if how["device"] not in ("auto", "cpu"):
+            options += (("device", how["device"]),)
         for layer, head, seed, shots in itertools.product(layers, *crossed):
             fit = Fit(extraction, layer, head, seed, shots, options)
             if fit in seen:

@@ -102,6 +102,7 @@ FIT = {
     "balanced": Option("balanced", _flag, default=False, crossed=False),
     "drop-leaks": Option("drop_leaks", _flag, default=False, crossed=False),
     "jobs": Option("jobs", _whole(1), crossed=False),
+    "device": _MACHINE["device"],
 }
 FINETUNE = {
     "backbone": Option("backbone", _text, DEFAULT_BACKBONE),

@@ -69,7 +69,7 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
         raise EngineError(
             f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}; expected one of {expected}"
         )
-    found = _device(device)
+    found = find_device(device)
     if precision == "auto":
         precision = "bf16" if has_bf16(found) else "fp32"
     elif precision == "bf16" and not has_bf16(found):
@@ -83,7 +83,14 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     return Resolved(engine, found, precision)
 
 
-def _device(device: str) -> str:
+def find_device(device: str) -> str:
+    """Return the device that is meant: ``auto`` is CUDA where there is one.
+
+    Raises
+    ------
+    EngineError
+        If it is unknown, or not here.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, index = device.partition(":")

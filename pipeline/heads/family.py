@@ -44,7 +44,7 @@ class Fitted(NamedTuple):
 
 
 class Family(ABC):
-    """One kind of head; a stateless object.
+    """One kind of head; an object that keeps nothing of its fits.
 
     Attributes
     ----------
@@ -58,6 +58,8 @@ class Family(ABC):
         Parameters where nothing is left to validate on, as with one row a class.
     most_rows : int or None
         Above so many training rows the head is refused.
+    device : str or None
+        Where it trains on torch tensors, one fit after another; None for numpy arrays, several fits at a time.
     """
 
     linear: ClassVar[bool] = False
@@ -65,6 +67,7 @@ class Family(ABC):
     weighted: ClassVar[bool] = False
     fixed: ClassVar[Params] = {}
     most_rows: ClassVar[int | None] = None
+    device: str | None = None
 
     @abstractmethod
     def grid(self, n_rows: int) -> Sequence[Params]:

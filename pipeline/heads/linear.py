@@ -13,6 +13,7 @@ from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
+from pipeline.heads.device import bring_back, to_device, to_host
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.hyperplanes import C_GRID, OverC, choose, one_against_rest
 
@@ -23,17 +24,27 @@ warm start before it moves, which changed the choice of C; at 1e-6 it is that of
 
 
 class Logreg(OverC):
-    """Multinomial logistic regression with an l2 penalty, warm-started upwards in C."""
+    """Multinomial logistic regression with an l2 penalty, warm-started upwards in C.
+
+    Parameters
+    ----------
+    device : str, optional
+        Train on torch tensors there, inside `pipeline.heads.device.array_api`; on numpy arrays by default.
+    """
 
     probabilities = True
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
 
     def path(
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
-        for model, converged in _follow(grid, train, y, weight):
-            saturated = bool((model.predict(train) == y).all())
-            yield Step(model.predict(held), saturated, converged, model.predict_proba(held))
+        seen, unseen = self._placed(train), self._placed(held)
+        for model, converged in _follow(grid, seen, y, weight):
+            saturated = bool((to_host(model.predict(seen)) == y).all())
+            yield Step(to_host(model.predict(unseen)), saturated, converged, to_host(model.predict_proba(unseen)))
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Train, in decades of C above 1; weights become float64, so that a small probability does not become none.
@@ -41,11 +52,14 @@ class Logreg(OverC):
         There a start from the class shares ends far from the optimum: the loss is nearly flat once all rows are told
         apart.
         """
-        model, converged = deque(_follow(_decades(params["C"]), train, y, weight), maxlen=1).pop()
-        model.set_params(warm_start=False)
+        model, converged = deque(_follow(_decades(params["C"]), self._placed(train), y, weight), maxlen=1).pop()
+        bring_back(model.set_params(warm_start=False))
         model.coef_ = model.coef_.astype(np.float64)
         model.intercept_ = model.intercept_.astype(np.float64)
         return Fitted(model, params, converged)
+
+    def _placed(self, rows: Floats) -> Any:
+        return rows if self.device is None else to_device(rows, self.device)
 
 
 def _decades(c: float) -> list[Params]:
@@ -55,7 +69,7 @@ def _decades(c: float) -> list[Params]:
 
 
 def _follow(
-    grid: Sequence[Params], train: Floats, y: Ints, weight: Floats | None
+    grid: Sequence[Params], train: Any, y: Ints, weight: Floats | None
 ) -> Iterator[tuple[LogisticRegression, bool]]:
     """Fit one candidate after the other, each started where the line through the last two leads.
 
@@ -66,7 +80,7 @@ def _follow(
     model = _start_from_class_shares(train, y, weight)
     before = None
     for params in grid:
-        last = model.coef_, model.intercept_
+        last = to_host(model.coef_), to_host(model.intercept_)
         if before is not None:
             model.coef_, model.intercept_ = (2 * now - then for now, then in zip(last, before, strict=True))
         before = last
@@ -123,7 +137,7 @@ def _start_from_class_shares(train: Floats, y: Ints, weight: Floats | None) -> L
     return model
 
 
-def _fit_noting_convergence(model: Any, train: Floats, y: Ints, weight: Floats | None) -> bool:
+def _fit_noting_convergence(model: Any, train: Any, y: Ints, weight: Floats | None) -> bool:
     """Fit; return whether the solver converged. Warnings of other kinds pass on."""
     with warnings.catch_warnings(record=True) as caught, config_context(assume_finite=True):  # checked beforehand
         warnings.simplefilter("always")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from features_cache import nearest
 from pipeline.errors import FitError
@@ -56,3 +56,8 @@ def find_head(name: str) -> Head:
         raise FitError(f"no scaling named {scaling!r}; there are {', '.join(SCALINGS)}{nearest(scaling, SCALINGS)}")
     plain = scaling in ("", "standard")
     return Head(family if plain else name, FAMILIES[family], "standard" if plain else scaling)
+
+
+def on_device(head: Head, device: str) -> Head:
+    """Return `head` trained on torch tensors on `device`, or as it is where its family knows numpy arrays alone."""
+    return replace(head, family=Logreg(device)) if isinstance(head.family, Logreg) else head

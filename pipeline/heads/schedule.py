@@ -15,6 +15,7 @@ from pipeline.errors import FitError
 from pipeline.evaluation.folds import cross_splits
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.heads.cached import Layer, require_finite
+from pipeline.heads.device import run_one_by_one
 from pipeline.heads.registry import Head
 from pipeline.heads.trial import Outcome, Prepared, prepare, run_trial
 
@@ -119,7 +120,7 @@ def run_trials(
     keep: bool,
     finished: Callable[[int, Outcome], None] | None = None,
 ) -> Finished:
-    """Run all trials, several at a time.
+    """Run all trials: first those of a device one by one, then those of the CPU several at a time.
 
     Parameters
     ----------
@@ -138,16 +139,21 @@ def run_trials(
     outcomes: dict[int, Outcome] = {}
     best: tuple[float, int] = (-math.inf, 0)
     model = None
-    workers = min(jobs or joblib.cpu_count(), len(trials))
     first: dict[Cut, int] = {}
     for place, (cut, _) in enumerate(trials):
         first.setdefault(cut, place)
     places = sorted(range(len(trials)), key=lambda place: first[trials[place][0]])  # cut by cut: heads share rows
+    elsewhere = [place for place in places if trials[place][1].family.device is not None]
+    here = [place for place in places if trials[place][1].family.device is None]
+    workers = min(jobs or joblib.cpu_count(), len(here)) or 1
     # one trial prepared ahead of the workers keeps them busy, and memory within what they use
     parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, pre_dispatch="n_jobs + 1")
     with threadpool_limits(1 if workers > 1 else None):
-        tasks = _tasks([trials[place] for place in places], balanced=balanced, keep=keep)
-        for place, outcome in zip(places, parallel(tasks), strict=True):
+        finishing = itertools.chain.from_iterable(
+            run(_tasks([trials[place] for place in part], balanced=balanced, keep=keep))
+            for run, part in ((run_one_by_one, elsewhere), (parallel, here))
+        )
+        for place, outcome in zip(elsewhere + here, finishing, strict=True):
             if (rank := (validated(outcome), -place)) > best:
                 best, model = rank, outcome.pipeline
             outcomes[place] = replace(outcome, pipeline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,18 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
             break
     held = [step.probabilities for step in chosen]
     return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, number + 1)
+
+
+def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
+    """Return what a user should know of how one head's parameters were chosen, a sentence each."""
+    notes = []
+    missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
+    if missed:
+        notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
+    if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
+        fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
+        notes.append(f"{head.name}: one row (or group) a class leaves nothing to validate on, so {fixed} is taken")
+    return notes
 
 
 def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:

@@ -20,16 +20,8 @@ from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
 from pipeline.images.source import ImageSource
-from pipeline.reporting.html_charts import (
-    Chart,
-    calibration_chart,
-    class_chart,
-    contenders,
-    cost_chart,
-    depth_chart,
-    labels_chart,
-    map_chart,
-)
+from pipeline.reporting.html_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
+from pipeline.reporting.html_model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.html_pictures import Album, Confusion, Leaks, confusion_counts, lay_out, leaks, worst_confusions
 
 MOST_COMPARED = 8
@@ -164,13 +156,19 @@ def _table(found: Sequence[Board], extraction: Mapping[str, float]) -> list[dict
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
                 "per_class": score.mean("mean_per_class_accuracy"),
                 "f1": score.mean("macro_f1"),
-                "log_loss": score.mean("log_loss"),
-                "ece": score.mean("ece"),
+                "log_loss": _told(score, "log_loss"),
+                "ece": _told(score, "ece"),
                 "seconds": seconds(score, extraction),
                 "converged": all(record["converged"] for record in score.records.values()),
             }
         )
     return rows
+
+
+def _told(score: Score, key: str) -> float | None:
+    """Return a number about the probabilities that `predict` tells: calibrated, where that could be done."""
+    calibrated = score.mean(f"{key}_calibrated")
+    return score.mean(key) if calibrated is None else calibrated
 
 
 def _differences(board: Board, folder: RunFolder) -> Differences | None:

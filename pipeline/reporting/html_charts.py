@@ -1,4 +1,4 @@
-"""The report's charts: each a picture, what it shows in words, and its numbers."""
+"""Charts of all methods beside one another, over depth, labels and time: each a picture, its words and its numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.comparing.answer import duration, percent, seconds
-from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import HEAD, Board, Score, best_of
 from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
 
 MOST_LINES = len(SERIES)
 CLEAR_LINES = 5
 """More lines than this hide one another: then only the best head of each backbone has one."""
-MOST_BARS = 20
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def cost_chart(board: Board, extraction: Mapping[str, float]) -> Chart:
         axes.margins(y=0.12)
         axes.grid(axis="x", color=GRID, which="major")
         _percent_axis(axes, "test accuracy, %")
-        axes.legend(loc="best", fontsize=8)
+        figure.legend(loc="outside upper left", ncols=2, fontsize=8)  # inside, its marks would pass for methods
         svg = to_svg(figure, "Test accuracy against seconds for every method; the numbers are in the table below.")
     order = sorted(range(len(scores)), key=lambda place: costs[place])
     marked = set(front.tolist())
@@ -179,98 +177,6 @@ def cost_chart(board: Board, extraction: Mapping[str, float]) -> Chart:
     ]
     caption = "The black line joins what nothing beats at once in time and in accuracy."
     return Chart("What does accuracy cost?", caption, svg, ("method", "time", "accuracy", "unbeaten"), rows)
-
-
-def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> Chart | None:
-    """How often a method is right when it is so sure; None where no method gives probabilities."""
-    rows = []
-    drawn = 0
-    with themed(5.4, 3.5) as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1, label="as sure as right")
-        for score in scores[:MOST_LINES]:
-            said = judged[score.first["key"]]
-            if said.probability is None:
-                continue
-            sure, right, counts = reliability(said.probability, said.right)
-            axes.plot(
-                sure, right, color=SERIES[drawn], marker=MARKERS[drawn], markersize=5, linewidth=1.8,
-                label=f"{score.method}, ECE {score.first['ece']:.3f}",
-            )  # fmt: skip
-            rows += [
-                (score.method, percent(s), percent(r), int(c)) for s, r, c in zip(sure, right, counts, strict=True)
-            ]
-            drawn += 1
-        if not drawn:
-            return None
-        axes.set_xlabel("mean probability of the predicted class")
-        axes.set_ylabel("share that is right")
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-        axes.legend(loc="best", fontsize=8)
-        svg = to_svg(
-            figure, "Share of right answers against predicted probability; the numbers are in the table below."
-        )
-    caption = "Ten groups of test images by probability. Below the dashed line a model is surer than it is right."
-    return Chart("Can its probabilities be trusted?", caption, svg, ("method", "sure", "right", "images"), rows)
-
-
-def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: Sequence[str]) -> Chart | None:
-    """Share of each class that is found, a mark for each method; of many classes the hardest; None without any."""
-    found = {}
-    for score in scores:
-        said = judged[score.first["key"]]
-        totals = np.bincount(said.y_true, minlength=len(classes))
-        right = np.bincount(said.y_true[said.right], minlength=len(classes))
-        found[score.method] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
-    worst = np.argsort(-next(iter(found.values())), kind="stable")
-    worst = worst[totals[worst] > 0][-MOST_BARS:]
-    with themed(5.4, max(2.6, 0.9 + 0.2 * len(worst))) as (figure, axes):
-        places = np.arange(len(worst))
-        for number, (method, recall) in enumerate(found.items()):
-            axes.plot(
-                recall[worst], places, MARKERS[number], color=SERIES[number], markersize=7, label=method, alpha=0.9
-            )
-        low = min(float(np.nanmin(recall[worst])) for recall in found.values())
-        axes.hlines(places, low - 0.02, 1, color=GRID, linewidth=1, zorder=0)
-        axes.set_yticks(places, [classes[number][:24] for number in worst])
-        axes.grid(visible=False)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
-        axes.set_xlabel("share of the class that is found (recall), %")
-        axes.legend(loc="best", fontsize=8)
-        svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
-    shown = list(found.items())
-    rows = [
-        (classes[number], int(totals[number]), *("–" if np.isnan(r[number]) else percent(r[number]) for _, r in shown))
-        for number in worst
-    ]
-    caption = (
-        "The hardest below." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
-    )
-    return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
-
-
-def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str], layer: str) -> Chart:
-    """Test images as t-SNE lays out their features, (n, 2), coloured by class, mistakes ringed."""
-    counts = np.bincount(said.y_true, minlength=len(classes))
-    rows = []
-    with themed(5.4, 4.2) as (figure, axes):
-        for number in range(len(classes)):
-            own = said.y_true == number
-            color = SERIES[number % MOST_LINES]
-            marker = MARKERS[(number // MOST_LINES + number) % len(MARKERS)]
-            axes.scatter(places[own, 0], places[own, 1], s=16, color=color, marker=marker, alpha=0.8, linewidths=0)
-            if counts[number] and len(classes) <= 30:
-                axes.annotate(classes[number], np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center")
-            wrong = int((own & ~said.right).sum())
-            rows.append((classes[number], int(counts[number]), wrong))
-        axes.scatter(
-            places[~said.right, 0], places[~said.right, 1], s=52, facecolors="none", edgecolors=INK, linewidths=1
-        )
-        axes.set(xticks=[], yticks=[])
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        svg = to_svg(figure, f"Map of the test images by their features at {layer}; mistakes are ringed.")
-    caption = f"t-SNE of the features at {layer}: near images look alike to the network. Rings are mistakes."
-    return Chart("What does the network see as alike?", caption, svg, ("class", "test images", "mistakes"), rows)
 
 
 def contenders(board: Board, *, by_head: bool = True) -> list[str]:
@@ -289,18 +195,6 @@ def pareto(costs: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[n
     best = np.maximum.accumulate(values[order])
     rises = np.concatenate([[True], best[1:] > best[:-1]])
     return np.asarray(order[rises])
-
-
-def reliability(
-    probability: NDArray[np.float32], correct: NDArray[np.bool_], bins: int = 10
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return mean probability, share right and number of rows of each filled bin of equal width."""
-    place = np.minimum((probability * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    filled = counts > 0
-    sure = np.bincount(place, weights=probability, minlength=bins)[filled] / counts[filled]
-    right = np.bincount(place, weights=correct, minlength=bins)[filled] / counts[filled]
-    return sure, right, counts[filled]
 
 
 def _group(score: Score) -> str:
@@ -322,5 +216,5 @@ def _labels_a_class(score: Score, board: Board) -> float:
 
 
 def _percent_axis(axes: Any, label: str) -> None:
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
     axes.set_ylabel(label)
