@@ -20,6 +20,7 @@ RANKS = [
     {"pipeline.diagnostics", "pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
+    {"pipeline.commands"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}

@@ -46,7 +46,7 @@ def cold(models: Sequence[object], fold: Fold) -> list[int]:
         ]
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) -> None:
     fold, fresh, _ = digits(300, seed)
     choice = search(find_head("logreg"), [fold])
@@ -54,7 +54,11 @@ def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) 
     right = cold(models, fold)
     chosen = C_GRID.index(choice.params["C"])
     assert right[chosen] == max(right)
-    assert choice.score == pytest.approx(max(right) / 300)
+    assert abs(choice.score * 300 - max(right)) < 1.5, "one row on the border may fall either way"
+    path = find_head("logreg").family.path([{"C": c} for c in C_GRID], fold.train, fold.y, fold.held)
+    alike = [(step.predicted == model.predict(fold.held)).mean() for step, model in zip(path, models, strict=True)]
+    assert np.mean(alike) >= 0.998
+    assert min(alike) > 0.98
     final = train_final(find_head("logreg"), choice.params, scale("none", fold.train, fresh, rotated=False), fold.y)
     assert (final.estimator.predict(fresh) == models[chosen].predict(fresh)).mean() >= 0.995
     assert final.converged

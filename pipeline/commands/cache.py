@@ -1,0 +1,125 @@
+"""`cache` and the commands under it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from pipeline.commands.options import cache_argument, json_option, selecting_options
+from pipeline.commands.output import print_json, print_table, to_records
+
+
+@click.group("cache")
+def cache_group() -> None:
+    """Look into the files of a cache, check them, take features out, clear up."""
+
+
+@cache_group.command("ls")
+@cache_argument
+@json_option
+def cache_ls(cache: str, as_json: bool) -> None:
+    """List the files of CACHE: what of which images, how much of it is done."""
+    from pipeline.overview import list_files
+    from pipeline.reporting.cache_tables import listing_table
+
+    listing = list_files(cache)
+    if as_json:
+        print_json(to_records([listing])[0])
+        return
+    print_table(listing_table(listing.files))
+    for problem in listing.problems:
+        click.echo(f"unusable: {problem}", err=True)
+    if listing.superseded:
+        megabytes = sum(file["bytes"] for file in listing.superseded) / 1e6
+        click.echo(f"{len(listing.superseded)} superseded files, {megabytes:.1f} MB; see `thawline cache prune`")
+
+
+@cache_group.command("show")
+@cache_argument
+@selecting_options
+@json_option
+def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
+    """Show all about one file of CACHE: specs, runs, classes, unreadable images, images that stand in it twice."""
+    from features_cache import Catalog
+    from pipeline.overview import detail
+    from pipeline.reporting.cache_tables import details_view
+
+    details = detail(Catalog(cache).find(**selection))
+    if as_json:
+        print_json(to_records([details])[0])
+        return
+    print_table(details_view(details))
+
+
+@cache_group.command("verify")
+@cache_argument
+@click.option("--source", help="The images: compare each row's digest with its image, too.")
+@click.option("--repair", is_flag=True, help="Mark damaged rows pending, so that extract computes them.")
+@json_option
+def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
+    """Check structure and checksums of every file of CACHE; exit with 1 where damage is left, or an image changed."""
+    from pipeline.overview import check, to_record
+    from pipeline.reporting.cache_tables import finding_lines, verify_table
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        reports, problems = check(cache, source, repair, progress)
+    if as_json:
+        print_json({"files": [to_record(report) for report in reports], "problems": problems, "repaired": repair})
+    else:
+        print_table(verify_table(reports))
+        for line in [*finding_lines(reports, repair), *(f"unusable: {problem}" for problem in problems)]:
+            click.echo(line)
+    damaged = any(not report.sound for report in reports) and not repair
+    if damaged or problems or any(report.changed for report in reports):
+        sys.exit(1)
+
+
+@cache_group.command("export")
+@cache_argument
+@click.argument("file", type=click.Path(dir_okay=False))
+@selecting_options
+@json_option
+def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **selection: Any) -> None:
+    """Write the finished rows of one layer of CACHE to FILE: .npy (with a .csv), .parquet or .safetensors."""
+    from features_cache import Catalog, export
+    from pipeline.overview import only_layer
+
+    cached = Catalog(cache).find(layer, **selection)
+    written = export(cached, layer or only_layer(cached), file)
+    if as_json:
+        print_json({"files": [str(path) for path in written]})
+        return
+    click.echo("wrote " + " and ".join(map(str, written)))
+
+
+@cache_group.command("prune")
+@cache_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
+    """Delete the files of CACHE that a newer one has superseded, with the rows that only they have."""
+    from features_cache import prune, superseded
+
+    paths = superseded(cache)
+    for path in paths:
+        click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB", err=True)
+    if not paths or not (yes or _confirmed(f"Delete {len(paths)} files?")):
+        deleted, freed = [], 0
+    else:
+        deleted, freed = paths, prune(paths)
+    if as_json:
+        print_json({"deleted": [str(path) for path in deleted], "bytes": freed})
+        return
+    click.echo(f"{len(deleted)} files deleted, {freed / 1e6:.1f} MB set free")
+
+
+def _confirmed(question: str) -> bool:
+    try:
+        return click.confirm(question, err=True)
+    except click.Abort:
+        raise click.UsageError(
+            "not answered, so nothing was deleted; add --yes to delete without being asked"
+        ) from None

@@ -1,0 +1,60 @@
+"""`compare`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+import click
+
+from pipeline.commands.options import json_option
+from pipeline.commands.output import print_json, print_table
+
+
+@click.command()
+@click.argument("plan", type=click.Path(dir_okay=False))
+@click.option("-o", "--output", required=True, help="Run folder: results, cache and report; made if missing.")
+@click.option("--dry-run", is_flag=True, help="Check all of PLAN and list its jobs with guesses at time and disk.")
+@click.option("--against", type=click.Path(file_okay=False), help="Say what changed, beyond noise, since another run.")
+@json_option
+def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json: bool) -> None:
+    """Run PLAN, a TOML file of sources, backbones, layers, heads and fine-tunes, and write a report.
+
+    Results are kept one by one: the same command again does only what is missing or changed.
+    """
+    if dry_run:
+        _print_jobs(plan, output, as_json)
+        return
+    from pipeline.compare import compare as run
+    from pipeline.reporting.progress import progress_bar
+
+    with progress_bar() as progress:
+        report = run(plan, output, against=against, progress=progress)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        from pipeline.reporting.compare_tables import against_lines, score_table
+
+        print_table(score_table(report.results))
+        click.echo("\n" + "\n".join(report.answer))
+        click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
+        for line in against_lines(report.against):
+            click.echo(line)
+        for name, path in report.files.items():
+            click.echo(f"{name}: {path}")
+    for failure in report.failures:
+        click.echo(f"failed: {failure.job}: {failure.reason}", err=True)
+    if report.failures:
+        sys.exit(1)
+
+
+def _print_jobs(plan: str, output: str, as_json: bool) -> None:
+    from pipeline.compare import dry_run
+    from pipeline.reporting.compare_tables import plan_line, plan_table
+
+    planned = dry_run(plan, output)
+    if as_json:
+        print_json({"jobs": [asdict(job) for job in planned]})
+        return
+    print_table(plan_table(planned))
+    click.echo(plan_line(planned))

@@ -1,0 +1,86 @@
+"""`finetune`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipeline.commands.options import AutoCount, as_shots, device_option, engine_option, json_option, source_argument
+from pipeline.commands.output import print_json, print_table, say, say_all, to_records
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
+
+
+@click.command()
+@source_argument
+@click.option("-b", "--backbone", default=DEFAULT_BACKBONE, help="NAME or NAME@WEIGHTS.")
+@click.option("--freeze", default="all", help="all: train a new top alone; none: everything; LAYER: what is above it.")
+@click.option(
+    "--init", type=click.Choice(["pretrained", "random"]), default="pretrained", help="Weights to begin with."
+)
+@click.option("--head-first", is_flag=True, help="Train the new top alone first, then all above the line (LP-FT).")
+@click.option("--top", type=click.Choice(["linear", "hidden", "direct"]), default="linear", help="The new top.")
+@click.option("--lr", type=float, help="Highest learning rate; by default one that suits the optimizer.")
+@click.option("--layer-decay", type=float, default=1.0, help="How much slower each block learns than the one above it.")
+@click.option("--lr-at", multiple=True, help="LAYER=RATE, a learning rate of its own; repeat.")
+@click.option("--epochs", type=int, default=30, help="Passes over the training images, at most.")
+@click.option("--patience", type=int, default=5, help="Epochs without a lower validation loss before it stops.")
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", help="SGD has momentum 0.9.")
+@click.option("--weight-decay", type=float, default=0.01, help="Not on biases and norms.")
+@click.option("--schedule", type=click.Choice(["cosine", "plateau"]), default="cosine", help="Of the learning rates.")
+@click.option("--warmup", type=int, default=1, help="Epochs in which the rates rise.")
+@click.option("--batch-size", type=int, default=32, help="Images a step.")
+@click.option("--label-smoothing", type=float, default=0.0, help="Share of the target spread over all classes.")
+@click.option("--class-weights", is_flag=True, help="Let every class count alike, whatever its size.")
+@click.option("--augment", default="none", help="none, or crop, flip and colour, joined by +.")
+@click.option("--clip", type=float, help="Longest gradient.")
+@click.option("--shots", multiple=True, default=["all"], help="Training images per class, or all; repeat.")
+@click.option("--seed", "seeds", multiple=True, type=int, default=[0], help="Of split, shots and training; repeat.")
+@click.option("-o", "--output", default=DEFAULT_CACHE, help="Folder of cache files and checkpoints.")
+@click.option(
+    "--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.safetensors."
+)
+@click.option("--picture", type=click.Path(dir_okay=False), help="Draw losses and accuracy over epochs, as a .png.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: what is fastest.")
+@click.option("--store", type=click.Choice(STORES), default="float32", help="Number type of cached activations.")
+@click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
+@click.option("--workers", type=AutoCount(), default="auto", help="Decoding threads; auto is one a core.")
+@engine_option
+@device_option
+@json_option
+def finetune(
+    source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], picture: str | None, as_json: bool, **options: Any
+) -> None:
+    """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
+
+    What is frozen runs once, through the cache, unless images are augmented. A run that was stopped goes on.
+    """
+    from pipeline.finetune import finetune as run
+    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.tables import finetune_table
+
+    rates = _rates(lr_at)
+    with progress_bar() as progress:
+        report = run(source, lr_at=rates, shots=as_shots(shots), progress=progress, say=say, **options)
+    say_all(report.notes)
+    if picture:
+        from pipeline.reporting.plots.training import save_training
+
+        save_training(report.results, picture)
+    if as_json:
+        print_json({"results": to_records(report.results), "notes": report.notes})
+        return
+    print_table(finetune_table(report.results))
+    if report.saved:
+        click.echo(f"model: {report.saved}")
+
+
+def _rates(values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    rates = []
+    for value in values:
+        layer, _, rate = value.rpartition("=")
+        try:
+            rates.append((layer, float(rate)))
+        except ValueError:
+            raise click.BadParameter(f"expected LAYER=RATE, got {value!r}", param_hint="--lr-at") from None
+    return tuple(rates)

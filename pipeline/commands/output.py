@@ -1,0 +1,45 @@
+"""What commands print: one JSON document or tables on stdout, notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+def say(sentence: str) -> None:
+    """Print a note while the work goes on."""
+    click.echo(f"note: {sentence}", err=True)
+
+
+def say_all(notes: Iterable[str]) -> None:
+    """Print notes, each once."""
+    for note in dict.fromkeys(notes):
+        say(note)
+
+
+def to_records(records: list[Any]) -> list[dict[str, Any]]:
+    """Return records as JSON objects."""
+    from pipeline.results import to_json
+
+    return [to_json(record) for record in records]
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print the one JSON document."""
+    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(table: Table | Group) -> None:
+    """Print a table, wide where nobody looks."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width, markup=False, highlight=False).print(table)  # file names may look like markup
