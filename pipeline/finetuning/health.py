@@ -78,9 +78,9 @@ def _over_time(gradient: Floats) -> list[str]:
     bad = np.flatnonzero(~(whole <= GROWN * whole[0]))  # what is not a number, too
     if not len(bad):
         return []
-    layer = bad[0]
+    epoch = bad[0]
     return [
-        f"gradients explode: in epoch {layer + 1} their norm is {whole[layer]:.3g}, {_times(whole[layer], whole[0])} "
+        f"gradients explode: in epoch {epoch + 1} their norm is {whole[epoch]:.3g}, {_times(whole[epoch], whole[0])} "
         "that of the first epoch; take a lower --lr, or --clip 1"
     ]
 
@@ -100,8 +100,8 @@ def _dead(record: Record) -> list[str]:
     share, _, layer = max(dead)
     others = f" (and at least half of those of {len(dead) - 1} other layers)" if len(dead) > 1 else ""
     return [
-        f"units die: no training image of the last epoch gave a gradient to {share:.0%} of the units of {layer}{others}; "
-        "take a lower --lr"
+        f"units die: no training image of the last epoch gave a gradient to {share:.0%} of the units of {layer}"
+        f"{others}; take a lower --lr"
     ]
 
 
@@ -112,13 +112,13 @@ def _steps(layers: Sequence[str], share: Floats) -> list[str]:
     found = []
     if np.nanmedian(usual) > LEAP:
         found.append(
-            f"steps are too long: each changes the weights of the median layer by {np.nanmedian(usual):.0%} of their size; "
-            "take a lower --lr"
+            f"steps are too long: each changes the weights of the median layer by {np.nanmedian(usual):.0%} of their "
+            "size; take a lower --lr"
         )
     still = [layer for layer, moved in zip(layers, usual, strict=True) if moved < STILL]
     if still:
         found.append(
-            f"{len(still)} of {len(layers)} layers stand still, such as {still[0]}: a step changes their weights by less "
-            f"than {STILL:.0e} of their size; take a higher --lr, or a --layer-decay nearer to 1"
+            f"{len(still)} of {len(layers)} layers stand still, such as {still[0]}: a step changes their weights by "
+            f"less than {STILL:.0e} of their size; take a higher --lr, or a --layer-decay nearer to 1"
         )
     return found
