@@ -13,12 +13,15 @@ from PIL import Image
 from skorch.callbacks import GradientNormClipping
 from torch import Tensor, nn
 
+from pipeline.backbones.registry import load
 from pipeline.errors import FitError
 from pipeline.finetune import finetune
 from pipeline.finetuning import keeper
 from pipeline.finetuning.data import Part
+from pipeline.finetuning.groups import depth_groups
 from pipeline.finetuning.health import judge
 from pipeline.finetuning.net import Net
+from pipeline.finetuning.network import Network
 from pipeline.finetuning.watch import Watch
 from pipeline.results import to_json
 
@@ -256,7 +259,12 @@ def test_the_command_records_judges_and_draws(
     assert sum("stand still, such as" in note for note in document["notes"]) == 2
     with Image.open(tmp_path / "curves-gradients.png") as drawn:
         assert drawn.width == 1440
-        assert len(set(drawn.convert("L").getdata())) > 100
+        assert len(drawn.convert("L").getcolors()) > 100
+
+
+def test_depth_is_the_order_of_computation() -> None:
+    network = Network(load("efficientnet_lite0@random:0", 64), "blocks.5", "linear", CLASSES)
+    assert list(depth_groups(network)) == ["blocks.6", "conv_head", "new_head"]
 
 
 def test_only_gradients_can_be_watched(make_photos: Photos, tmp_path: Path) -> None:
