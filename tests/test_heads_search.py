@@ -64,6 +64,21 @@ def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) 
     assert final.converged
 
 
+@pytest.mark.parametrize("c", [1.0, 10.0, 3162.0, 1e5])
+def test_logreg_is_the_optimum_where_wide_features_make_the_loss_flat(c: float) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 10, 700)
+    hidden = rng.standard_normal((700, 400))
+    hidden[:, :60] += 0.55 * rng.standard_normal((10, 60))[y]
+    features = np.maximum(hidden @ (rng.standard_normal((400, 2000)) * np.arange(1, 401)[:, None] ** -0.5), 0)
+    rows = StandardScaler().fit(features[:200]).transform(features).astype(np.float32)
+    train, fresh = rows[:200], rows[200:]
+    exact = LogisticRegression(C=c, tol=1e-10, max_iter=50_000).fit(train.astype(float), y[:200])
+    fitted = find_head("logreg").family.fit({"C": c}, train, y[:200])
+    assert fitted.params == {"C": c}
+    assert (fitted.estimator.predict(fresh) == exact.predict(fresh)).mean() >= 0.99
+
+
 def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
     fold, fresh, _ = digits(400)
     svm = find_head("linear_svm")

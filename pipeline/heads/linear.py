@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 
@@ -27,30 +30,47 @@ class Logreg(OverC):
     def path(
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
     ) -> Iterator[Step]:
-        """Yield a `Step` for each candidate, each started where the line through the last two leads.
-
-        Along an evenly spaced logarithm of C weights change steadily, so this needs half the iterations that starting
-        where the last one ended does (a predictor-corrector path; Allgower and Georg 1990).
-        """
-        model = _start_from_class_shares(train, y, weight)
-        before = None
-        for params in grid:
-            last = model.coef_, model.intercept_
-            if before is not None:
-                model.coef_, model.intercept_ = (2 * now - then for now, then in zip(last, before, strict=True))
-            before = last
-            converged = _fit_noting_convergence(model.set_params(**params), train, y, weight)
+        """Yield a `Step` for each candidate."""
+        for model, converged in _follow(grid, train, y, weight):
             saturated = bool((model.predict(train) == y).all())
             yield Step(model.predict(held), saturated, converged, model.predict_proba(held))
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
-        """Train from the class shares; weights become float64, so that a small probability does not become none."""
-        model = _start_from_class_shares(train, y, weight).set_params(**params)
-        converged = _fit_noting_convergence(model, train, y, weight)
+        """Train, in decades of C above 1; weights become float64, so that a small probability does not become none.
+
+        There a start from the class shares ends far from the optimum: the loss is nearly flat once all rows are told
+        apart.
+        """
+        model, converged = deque(_follow(_decades(params["C"]), train, y, weight), maxlen=1).pop()
         model.set_params(warm_start=False)
         model.coef_ = model.coef_.astype(np.float64)
         model.intercept_ = model.intercept_.astype(np.float64)
         return Fitted(model, params, converged)
+
+
+def _decades(c: float) -> list[Params]:
+    """Return `c` alone up to 1, and above it every value a factor of ten apart from there up to it."""
+    below = max(math.ceil(math.log10(c)), 0)
+    return [{"C": c / 10**power} for power in range(below, 0, -1)] + [{"C": c}]
+
+
+def _follow(
+    grid: Sequence[Params], train: Floats, y: Ints, weight: Floats | None
+) -> Iterator[tuple[LogisticRegression, bool]]:
+    """Fit one candidate after the other, each started where the line through the last two leads.
+
+    Along an evenly spaced logarithm of C weights change steadily, so this needs half the iterations that starting where
+    the last one ended does, and stays nearer to the optimum where the loss is flat (a predictor-corrector path;
+    Allgower and Georg 1990). The model is the same one every time; whether its solver converged comes with it.
+    """
+    model = _start_from_class_shares(train, y, weight)
+    before = None
+    for params in grid:
+        last = model.coef_, model.intercept_
+        if before is not None:
+            model.coef_, model.intercept_ = (2 * now - then for now, then in zip(last, before, strict=True))
+        before = last
+        yield model, _fit_noting_convergence(model.set_params(**params), train, y, weight)
 
 
 class Ridge(Family):
@@ -105,7 +125,7 @@ def _start_from_class_shares(train: Floats, y: Ints, weight: Floats | None) -> L
 
 def _fit_noting_convergence(model: Any, train: Floats, y: Ints, weight: Floats | None) -> bool:
     """Fit; return whether the solver converged. Warnings of other kinds pass on."""
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, config_context(assume_finite=True):  # checked beforehand
         warnings.simplefilter("always")
         model.fit(train, y, weight)
     for warning in caught:
