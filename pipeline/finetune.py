@@ -67,6 +67,7 @@ def finetune(
     output: str | Path = DEFAULT_CACHE,
     init: str = "pretrained",
     head_first: bool = False,
+    watch: str | None = None,
     save: str | Path | None = None,
     precision: str = "auto",
     store: str = "float32",
@@ -98,6 +99,9 @@ def finetune(
         ``random`` trains from scratch.
     head_first : bool, default False
         Train the new top on frozen features first, then everything above the line (LP-FT; Kumar et al. 2022).
+    watch : {"gradients"}, optional
+        Record the norms of each thawed layer's gradients, steps and weights, and its dead units, in the history of the
+        results (see `pipeline.finetuning.watch.Watch`), and say in the notes where they are bad.
     save : str or Path, optional
         Write the network of best validation accuracy here.
     precision : {"auto", "fp32", "bf16"}
@@ -127,11 +131,11 @@ def finetune(
     from pipeline.finetuning.run import Plan, run
 
     recipe = make_recipe(training)
-    _check(freeze, init, precision, backbone, seeds, shots, head_first=head_first)
+    _check(freeze, init, precision, watch, backbone, seeds, shots, head_first=head_first)
     destination = None if save is None else _destination(save)
     notes: list[str] = []
     rate = recipe.rate(new_only=freeze == "all" or init == "random")
-    plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent)
+    plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent, watch is not None)
     wanted = Wanted(
         source, backbone, freeze, recipe.top, recipe.augment, head_first, Path(output), precision, store,
         engine, device, size, workers, plan.progress, say or notes.append,
@@ -146,6 +150,8 @@ def finetune(
         for count in dict.fromkeys(shots):
             came = run(material, plan, seed, count)
             notes += [*came.splits.notes, *came.trained.notes]
+            if count == "all" and not len(came.splits.val):
+                notes.append("without validation images training goes through all epochs and keeps the last weights")
             if came.score > best[0]:
                 best = came.score, len(done), came.network
             done.append(_finished(came, material, plan, init, seed, count, head_first=head_first))
@@ -169,17 +175,20 @@ def _check(
     freeze: str,
     init: str,
     precision: str,
+    watch: str | None,
     backbone: str,
     seeds: Sequence[int],
     shots: Sequence[int | str],
     *,
     head_first: bool,
 ) -> None:
-    from pipeline.finetuning.recipe import INITS, TRAIN_PRECISIONS, check_choice
+    from pipeline.finetuning.recipe import INITS, TRAIN_PRECISIONS, WATCHES, check_choice
 
     check_draws(seeds, shots)
     check_choice("init", init, INITS)
     check_choice("precision", precision, TRAIN_PRECISIONS)
+    if watch is not None:
+        check_choice("watch", watch, WATCHES)
     if init == "random" and "@" in backbone:
         raise FitError(f"init random draws its own weights, so name {backbone.partition('@')[0]} without any")
     if head_first and freeze == "all":

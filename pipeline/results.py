@@ -125,8 +125,8 @@ class FinetuneResult(FitResult):
 
     `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
     which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
-    ``train_loss``, ``valid_loss`` and ``valid_acc`` (where there were validation images), the highest learning rate
-    and the seconds.
+    ``train_loss``, ``valid_loss`` and ``valid_acc`` (where there were validation images), the highest learning rate,
+    the seconds, and, where they were watched, ``gradients``: ``{LAYER: {gradient, weight, update, dead}}``.
     """
 
     freeze: str = ""

@@ -90,7 +90,7 @@ def test_two_groups_give_a_test_set_rather_than_none() -> None:
     found = split([0, 1] * 10, groups=["a"] * 12 + ["b"] * 8)
     assert found.test.tolist() == list(range(12, 20))
     assert found.val.tolist() == []
-    assert any("folds inside train" in note for note in found.notes)
+    assert any("choices are made inside train" in note for note in found.notes)
 
 
 def test_given_splits_are_used_as_they_are() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import fx
 
@@ -138,15 +137,12 @@ def _has_weights(traced: Traced, node: fx.Node) -> bool:
 def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    parts: dict[str, Any] = {}
     if start is not None:
         copies[start] = graph.placeholder("activations")
     for node in nodes_between(start, end) or ():
         copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op in ("call_module", "get_attr"):
-            parts[str(node.target)] = attrgetter(str(node.target))(traced.module)
     graph.output(copies[end])
-    return fx.GraphModule(parts, graph)
+    return fx.GraphModule(traced.module, graph)  # its modules stand in the order of the graph
 
 
 def _listed(names: list[str], most: int = 12) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -40,7 +41,12 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 @click.option(
     "--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.safetensors."
 )
-@click.option("--picture", type=click.Path(dir_okay=False), help="Draw losses and accuracy over epochs, as a .png.")
+@click.option("--watch", type=click.Choice(["gradients"]), help="Record and judge them, layer by layer.")
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw losses over epochs, as a .png; with --watch also NAME-gradients.png.",
+)
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="auto: what is fastest.")
 @click.option("--store", type=click.Choice(STORES), default="float32", help="Number type of cached activations.")
 @click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
@@ -49,7 +55,7 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 @device_option
 @json_option
 def finetune(
-    source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], picture: str | None, as_json: bool, **options: Any
+    source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], picture: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
 
@@ -64,9 +70,12 @@ def finetune(
         report = run(source, lr_at=rates, shots=as_shots(shots), progress=progress, say=say, **options)
     say_all(report.notes)
     if picture:
+        from pipeline.reporting.plots.gradients import save_gradients
         from pipeline.reporting.plots.training import save_training
 
         save_training(report.results, picture)
+        if options["watch"]:
+            save_gradients(report.results, picture.with_stem(f"{picture.stem}-gradients"))
     if as_json:
         print_json({"results": to_records(report.results), "notes": report.notes})
         return

@@ -150,7 +150,7 @@ def _assign(
         notes.append(
             "no val split given: 20 % of the training rows of each class were drawn as val set, by seed"
             if val.size
-            else "too few training rows for a val set: parameters are chosen by folds inside train"
+            else "too few training rows for a val set: choices are made inside train"
         )
     return train, val, test
 

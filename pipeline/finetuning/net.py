@@ -148,7 +148,7 @@ def make_net(
         lr=rate,
         classes=list(range(len(counts))),
         train_split=predefined_split(valid) if valid is not None else None,
-        callbacks=[*clip, *callbacks],
+        callbacks=[*callbacks, *clip],  # gradients are watched as they are, then clipped
         callbacks__print_log=None,
         device=device,
         verbose=0,

@@ -17,6 +17,7 @@ SCHEDULES = ("cosine", "plateau")
 TOPS = ("linear", "hidden", "direct")
 INITS = ("pretrained", "random")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
+WATCHES = ("gradients",)
 DEFAULT_RATES = {("adamw", True): 1e-3, ("adamw", False): 3e-4, ("sgd", True): 5e-2, ("sgd", False): 1e-2}
 """Learning rates by optimizer and by whether only new or random weights are trained."""
 

@@ -43,6 +43,8 @@ class Plan:
     folder : Path
         Of checkpoints.
     progress : callable
+    watch : bool, default False
+        Whether to record and judge gradients.
     """
 
     freeze: str
@@ -51,6 +53,7 @@ class Plan:
     precision: str
     folder: Path
     progress: Progress
+    watch: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +122,13 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
         seconds = _train_head(head, n_classes, parts, plan, key, seed, device, name)
         network.new_head.load_state_dict(head.new_head.state_dict())
         key = [*key, "head first"]
+    if plan.watch:
+        key = [*key, "watch"]  # what was trained without has no record
     checkpoint = plan.folder / f"{fingerprint_of(key)}.pt"
-    trained = train(network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name)
+    trained = train(
+        network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name,
+        watch=plan.watch,
+    )  # fmt: skip
     seconds += _seconds(trained)
     temperature = None if valid is None else fit_temperature(trained.net.predict_part(valid), valid.labels)
     probabilities = trained.net.predict_part(test)

@@ -13,11 +13,13 @@ from torch import nn
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.errors import FitError
 from pipeline.finetuning.data import Part
+from pipeline.finetuning.health import judge
 from pipeline.finetuning.keeper import Keeper, Report, StopEarly, as_history, read_checkpoint
 from pipeline.finetuning.net import DivergedError, Net, make_net
 from pipeline.finetuning.network import Network
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.schedule import Schedule
+from pipeline.finetuning.watch import Watch
 from pipeline.results import Progress
 
 SCALED_BY = 512
@@ -33,7 +35,8 @@ class Trained:
     net : Net
         With the best weights.
     history : list of dict
-        An entry for each epoch: ``epoch``, ``train_loss``, ``valid_loss``, ``valid_acc``, ``lr``, ``seconds``.
+        An entry for each epoch: ``epoch``, ``train_loss``, ``valid_loss``, ``valid_acc``, ``lr``, ``seconds``, and the
+        ``gradients`` of `pipeline.finetuning.watch.Watch` where they were watched.
     best_epoch : int
         The epoch whose weights were kept, from 1.
     diverged : bool
@@ -66,6 +69,8 @@ def train(
     device: str,
     progress: Progress,
     name: str,
+    *,
+    watch: bool = False,
 ) -> Trained:
     """Train what is thawed, going on from `checkpoint` if it exists.
 
@@ -88,7 +93,9 @@ def train(
     progress : callable
         ``progress(steps done, steps in all, name, how it goes)``.
     name : str
-        How the progress calls this run.
+        How the progress and the notes call this run.
+    watch : bool, default False
+        Whether to record and judge gradients.
 
     Raises
     ------
@@ -105,7 +112,7 @@ def train(
     keeper = Keeper(checkpoint, recipe.patience if valid is not None else None, schedule)
     report = Report(progress, name, recipe.epochs, part.count)
     counts = np.bincount(part.labels, minlength=classes)
-    callbacks = [schedule, report, keeper]
+    callbacks = [schedule, *([Watch()] if watch else []), report, keeper]
     net = make_net(network, recipe, rate, counts, valid, callbacks, seed, device).initialize()
     state = read_checkpoint(checkpoint)
     net.history = as_history(state["history"] if state else [])
@@ -119,7 +126,9 @@ def train(
         diverged = _run(net, part, recipe, keeper, notes)
     network.load_thawed(keeper.best or {})
     net.notify("on_train_end", X=part, y=None)
-    return Trained(net, [_entry(epoch) for epoch in net.history], keeper.best_epoch, diverged, notes + keeper.problems)
+    history = [_entry(epoch) for epoch in net.history]
+    notes += keeper.problems + [f"{name}: {warning}" for warning in (judge(history) if watch else [])]
+    return Trained(net, history, keeper.best_epoch, diverged, notes)
 
 
 def _run(net: Net, part: Part, recipe: Recipe, keeper: Keeper, notes: list[str]) -> bool:
@@ -162,5 +171,5 @@ def standardise(network: Network, part: Part, device: str) -> None:
 
 def _entry(epoch: dict[str, Any]) -> dict[str, Any]:
     """Return what of skorch's history entry is worth keeping."""
-    kept = {key: epoch[key] for key in ("epoch", "train_loss", "valid_loss", "valid_acc", "lr") if key in epoch}
-    return kept | {"seconds": epoch["dur"]}
+    keys = ("epoch", "train_loss", "valid_loss", "valid_acc", "lr", "gradients")
+    return {key: epoch[key] for key in keys if key in epoch} | {"seconds": epoch["dur"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def training_curves(axes: Axes, history: Sequence[Mapping[str, float]], best_epo
     axes.legend(frameon=False)
 
 
-def save_training(results: Sequence[FinetuneResult], path: str) -> None:
+def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
     """Write the curves of all runs, a panel each, as one picture.
 
     Raises
