@@ -33,6 +33,7 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 @click.option("--label-smoothing", type=float, default=0.0, help="Share of the target spread over all classes.")
 @click.option("--class-weights", is_flag=True, help="Let every class count alike, whatever its size.")
 @click.option("--augment", default="none", help="none, or crop, flip and colour, joined by +.")
+@click.option("--views", type=int, help="Cache so many augmented views of each image, frozen part run; else decode.")
 @click.option("--clip", type=float, help="Longest gradient.")
 @click.option("--shots", multiple=True, default=["all"], help="Training images per class, or all; repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=[0], help="Of split, shots and training; repeat.")
@@ -53,7 +54,8 @@ def finetune(
 ) -> None:
     """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
 
-    What is frozen runs once, through the cache, unless images are augmented. A run that was stopped goes on.
+    What is frozen runs once, through the cache; where images are augmented, only with --views. A run that was stopped
+    goes on.
     """
     from pipeline.finetune import finetune as run
     from pipeline.reporting.progress import progress_bar
