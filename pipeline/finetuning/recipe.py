@@ -124,6 +124,18 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def parse_rate(text: str) -> tuple[str, float]:
+    """Return layer and learning rate of ``LAYER=RATE``; raises `FitError` where it is none."""
+    layer, _, rate = text.rpartition("=")
+    try:
+        found = layer.strip(), float(rate)
+    except ValueError:
+        found = "", 0.0
+    if not found[0]:
+        raise FitError(f"expected LAYER=RATE, such as blocks.5=0.0001, got {text!r}")
+    return found
+
+
 def check_views(recipe: Recipe, freeze: str) -> None:
     """Raise `FitError` where views are to be cached of a network that has no frozen part."""
     if recipe.views is not None and freeze == "none":
