@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.finetune import finetune
 from pipeline.finetuning import material
 from pipeline.finetuning.data import Ints, Pictures
 from pipeline.finetuning.recipe import check_views, make_recipe
-from pipeline.fit import fit
+from pipeline.heads.cached import select
 from pipeline.images import folder, transform
 from pipeline.images.transform import prepare, prepare_all
 from pipeline.spec import LayerSpec, Preprocessing, View
@@ -200,19 +201,19 @@ def test_what_training_leaves_behind_is_not_in_the_way_of_others(
     make_photos: Photos, tmp_path: Path, reads: Counter[str], thawline: Callable[..., Any]
 ) -> None:
     photos = make_photos()
-    tune(photos, tmp_path, freeze="none", epochs=1, views=None, augment="none")
-    with pytest.raises(CacheError, match="thawline extract SOURCE"):
-        fit(tmp_path)
-    extract(photos, [NET], ["penultimate", LINE], output=tmp_path, **HOW)
-    expected = [(result.layer, result.accuracy) for result in fit(tmp_path).results]
-    tune(photos, tmp_path, epochs=1)
-    reads.clear()
     tune(photos, tmp_path, freeze="all", epochs=1, views=None, augment="none")
-    assert not reads, "what is in the cache folder already is taken from there"
-    assert [(result.layer, result.accuracy) for result in fit(tmp_path).results] == expected
+    with pytest.raises(CacheError, match="thawline extract SOURCE"):
+        Catalog(tmp_path)
+    extract(photos, [NET], ["penultimate", LINE], output=tmp_path, **HOW)
+    tune(photos, tmp_path, epochs=1)
+    assert [layer.name for layer in select(Catalog(tmp_path))] == ["penultimate", LINE], "what fit takes"
     assert len(thawline("cache", "ls", tmp_path, "--json").json["files"]) == 1
     listed = thawline("cache", "ls", tmp_path / "finetune", "--json").json["files"]
     assert sorted(file["view"] for file in listed) == ["", "", f"{AUGMENT} 0", f"{AUGMENT} 1"]
+    shutil.rmtree(tmp_path / "finetune")
+    reads.clear()
+    tune(photos, tmp_path, freeze="all", epochs=1, views=None, augment="none")
+    assert not reads, "what is in the cache folder already is taken from there"
 
 
 def test_one_decode_serves_plain_and_views(backbone: Any) -> None:
