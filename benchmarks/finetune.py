@@ -110,8 +110,8 @@ def trunk_rows(folder: Path, name: str, lines: list[str], cache: Path) -> list[d
     for precision in dict.fromkeys(("fp32", resolve().precision)):
         for line in lines:
             wanted = Wanted(
-                folder, name, line, "linear", "none", False, cache, precision, "float32", "auto", "cpu", None, None,
-                lambda *_: None, lambda _: None,
+                folder, name, line, "linear", "none", None, (), False, cache, cache, precision, "float32", "auto",
+                "cpu", None, None, lambda *_: None, lambda _: None,
             )  # fmt: skip
             material = gather(wanted)
             pictures = Pictures(source, material.backbone.preprocessing, "none")

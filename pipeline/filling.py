@@ -48,6 +48,8 @@ class Filling:
         Gives the features of the file's layers, in their order.
     preprocessing : Preprocessing
         What the engine's network expects.
+    asked : (n,) bool
+        Rows that may be computed; the others stay as they are.
     on_error : {"skip", "stop"}
         Whether an image that cannot be decoded becomes an unreadable row or ends the run.
     clock : Clock
@@ -56,18 +58,25 @@ class Filling:
     Attributes
     ----------
     pending : np.ndarray
-        (n,) bool, the rows that were pending at the start.
+        (n,) bool, the rows asked for that were pending at the start.
     computed : int
         Rows whose features were computed and written so far.
     """
 
     def __init__(
-        self, writer: CacheWriter, engine: Engine, preprocessing: Preprocessing, on_error: str, clock: Clock
+        self,
+        writer: CacheWriter,
+        engine: Engine,
+        preprocessing: Preprocessing,
+        asked: np.ndarray,
+        on_error: str,
+        clock: Clock,
     ) -> None:
         self.writer, self.engine, self.preprocessing = writer, engine, preprocessing
         self._on_error, self._clock = on_error, clock
         self.pending = np.zeros(writer.cache.n_rows, bool)
         self.pending[writer.pending()] = True
+        self.pending &= asked
         self.computed = 0
         folder: Path = writer.cache.path.parent
         self._donors = Donors(folder, {info.fingerprint for info in writer.cache.layers.values()})

@@ -6,6 +6,7 @@ what is above the line trains.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 FOLDER = "finetune"
-"""Of checkpoints, within the folder of cache files."""
+"""Of checkpoints and of what only training reads, within the folder of cache files, whose other readers pass it by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ def finetune(
     shots : sequence of int or "all", default ("all",)
         Training images of each class; there is no early stopping then, for validation images would be more shots.
     output : str or Path, default "thawline-cache"
-        Folder of cache files; checkpoints go to ``finetune`` in it.
+        Folder of cache files; what it does not hold yet, and checkpoints, go to ``finetune`` in it.
     init : {"pretrained", "random"}
         ``random`` trains from scratch.
     head_first : bool, default False
@@ -115,7 +116,7 @@ def finetune(
     **training
         Fields of `pipeline.finetuning.recipe.Recipe`: ``lr``, ``layer_decay``, ``lr_at``, ``epochs``, ``patience``,
         ``optimizer``, ``weight_decay``, ``schedule``, ``warmup``, ``batch_size``, ``label_smoothing``,
-        ``class_weights``, ``augment``, ``clip``, ``top``.
+        ``class_weights``, ``augment``, ``views``, ``clip``, ``top``.
 
     Raises
     ------
@@ -127,25 +128,27 @@ def finetune(
         Whatever extraction raises.
     """
     from pipeline.finetuning.material import Wanted, gather
-    from pipeline.finetuning.recipe import make_recipe
+    from pipeline.finetuning.recipe import check_views, make_recipe
     from pipeline.finetuning.run import Plan, run
 
     recipe = make_recipe(training)
+    check_views(recipe, freeze)
     _check(freeze, init, precision, watch, backbone, seeds, shots, head_first=head_first)
     destination = None if save is None else _destination(save)
     notes: list[str] = []
     rate = recipe.rate(new_only=freeze == "all" or init == "random")
     plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent, watch is not None)
     wanted = Wanted(
-        source, backbone, freeze, recipe.top, recipe.augment, head_first, Path(output), precision, store,
-        engine, device, size, workers, plan.progress, say or notes.append,
+        source, backbone, freeze, recipe.top, recipe.augment, recipe.views, (), head_first, Path(output), plan.folder,
+        precision, store, engine, device, size, workers, plan.progress, say or notes.append,
     )  # fmt: skip
     done: list[_Done] = []
     best: tuple[float, int, Network | None] = (-1.0, 0, None)
     for seed in dict.fromkeys(seeds):
         if not done or init == "random":
             named = f"{backbone}@random:{seed}" if init == "random" else backbone
-            material = gather(replace(wanted, backbone=named))
+            draws = list(itertools.product([seed] if init == "random" else seeds, shots))
+            material = gather(replace(wanted, backbone=named, draws=draws))
             notes += material.table.notes
         for count in dict.fromkeys(shots):
             came = run(material, plan, seed, count)

@@ -69,9 +69,10 @@ def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None
     return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
 
 
-def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
-    """Tell whether `file` was made for exactly these rows and none is pending."""
-    return same_rows(file, rows, classes) and not (file.states == PENDING).any()
+def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:
+    """Tell whether `file` was made for exactly these rows and none, or none of those `asked` (n,) bool, is pending."""
+    pending = file.states == PENDING
+    return same_rows(file, rows, classes) and not (pending if asked is None else pending & asked).any()
 
 
 def weights_file_digest(backbone: str) -> str | None:

@@ -29,13 +29,17 @@ from pipeline.images.source import open_source
 
 @dataclass(frozen=True)
 class FileSummary:
-    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the file's size."""
+    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the file's size.
+
+    `view` is the augmentation and number of a file of augmented views, ``""`` for plain images.
+    """
 
     path: str
     source: str
     location: str
     backbone: str
     pool: str
+    view: str
     layers: dict[str, int]
     precision: str
     store: str
@@ -111,6 +115,7 @@ def summarize(file: CacheFile) -> FileSummary:
         location=file.handles.get("location", ""),
         backbone=file.handles.get("backbone", ""),
         pool=file.handles.get("pool", ""),
+        view=file.handles.get("view", ""),
         layers={name: info.dim for name, info in file.layers.items()},
         precision=str(first.spec.get("precision", "")),
         store=first.dtype,

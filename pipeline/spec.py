@@ -20,6 +20,7 @@ POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
+NO_AUGMENT = "none"
 DECODE_POLICY = 1
 """Version of the rules in `pipeline.images`; raised whenever the same file could give other pixels."""
 
@@ -71,7 +72,11 @@ class Preprocessing:
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """Rebuild from `dataclasses.asdict` read back from JSON (lists become tuples)."""
         fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return cls(**fields)
+        return View(**fields) if "view" in fields else cls(**fields)
+
+    def viewed(self, augment: str, view: int | None) -> Preprocessing:
+        """Return what gives the augmented view of this number, or, for None, the plain image."""
+        return self if view is None else View(**vars(self), augment=augment, view=view)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ class View(Preprocessing):
 
     augment: str
     view: int
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """All that decides about the pixels: each view has its own."""
+        return *super().geometry, self.augment, self.view
 
 
 @dataclass(frozen=True)
@@ -155,6 +165,10 @@ class Request:
         Input size that overrides the backbone's own.
     weights_file : str, optional
         Digest of the weights file's bytes where `backbone` names one: the same name may hold other weights tomorrow.
+    augment : str
+        What the augmented view is made of, as in `View`.
+    view : int, optional
+        Its number; None for plain images.
     """
 
     backbone: str
@@ -164,6 +178,8 @@ class Request:
     store: str = "float32"
     size: int | None = None
     weights_file: str | None = None
+    augment: str = NO_AUGMENT
+    view: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""

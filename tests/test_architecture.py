@@ -14,6 +14,7 @@ RANKS = [
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.lookup", "pipeline.overview"},
     {"pipeline.filling"},
+    {"pipeline.opening"},
     {"pipeline.extract"},
     {"pipeline.finetuning", "pipeline.exporting"},
     {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},

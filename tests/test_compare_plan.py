@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import cli
 from pipeline.compare import compare, dry_run
 from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits, rectangles
-from pipeline.comparing.options import TABLES
+from pipeline.comparing.options import TABLES, tune_parameters
 from pipeline.comparing.plan import Line, find_line, read_plan
 from pipeline.errors import PlanError
 from pipeline.extract import extract
@@ -35,6 +35,8 @@ size = 32
 [[fit]]
 head = ["logreg", "ridge"]
 """
+FIT_TABLE = "[[fit]]"
+TUNE = '[[finetune]]\nbackbone = "resnet18"\n'
 
 
 def write(folder: Path, text: str = PLAN) -> Path:
@@ -55,11 +57,13 @@ def test_keys_and_defaults_are_those_of_the_commands(table: str, stages: list[Ca
         for option in cli.thawline.commands[table].params
         if isinstance(option, click.Option)
     }
+    if table == "finetune":
+        assert set(options) - set(TABLES[table]) == {"save", "picture", "json"}, "a plan can say all that trains"
     for key, option in TABLES[table].items():
         assert key in options, "a plan's keys are the long option names"
         assert option.parameter in parameters
         default = parameters[option.parameter].default
-        plain = default[0] if isinstance(default, tuple) else default
+        plain = next(iter(default), None) if isinstance(default, tuple) else default
         if key != "output":
             assert option.default == plain, key
         offered = options[key].type
@@ -95,6 +99,16 @@ def test_only_a_fit_that_leaves_the_cpu_is_another_job(tmp_path: Path) -> None:
     (extraction,) = extractions(plan)
     found = [job.options for job in fits(plan, extraction, {"penultimate": ["penultimate"]})]
     assert found == [(), (("device", "cuda"),)]
+
+
+def test_rates_by_layer_are_one_value_and_views_are_crossed(tmp_path: Path) -> None:
+    rates = 'lr-at = ["layer4=0.01", "fc = 0.1"]\naugment = "crop"\nviews = [2, 4]\n'
+    plan = read_plan(write(tmp_path, f'source = "digits"\n{TUNE}{rates}'))
+    jobs = [job for _, job in finetunes(plan)]
+    found = [tune_parameters(job.options) for job in jobs]
+    assert [options["lr_at"] for options in found] == [(("layer4", 0.01), ("fc", 0.1))] * 2
+    assert [options["views"] for options in found] == [2, 4]
+    assert "views 2" in str(jobs[0])
 
 
 def test_aliases_and_joins_stand_for_their_layers(tmp_path: Path) -> None:
@@ -144,6 +158,15 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
             ("line 12", "layer9", "layer"),
         ),
         (("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nlr = -1\n[[fit]]'), ("line 12", "'lr'", "above 0")),
+        ((FIT_TABLE, TUNE + "views = 2\n[[fit]]"), ("line 10", "--augment crop+flip")),
+        ((FIT_TABLE, TUNE + 'views = 0\naugment = "crop"\n[[fit]]'), ("line 12", "'views'", "from 1 on")),
+        ((FIT_TABLE, TUNE + 'freeze = "none"\nviews = 2\naugment = "crop"\n[[fit]]'), ("line 13", "freeze none")),
+        ((FIT_TABLE, TUNE + 'lr-at = ["layer4"]\n[[fit]]'), ("line 12", "'lr-at'", "LAYER=RATE", "'layer4'")),
+        ((FIT_TABLE, TUNE + 'lr-at = "layer4=0"\n[[fit]]'), ("line 10", "lr_at layer4", "positive")),
+        (
+            (FIT_TABLE, TUNE + 'freeze = "layer3"\nlr-at = ["layer4=0.1", "layer2=0.1"]\n[[fit]]'),
+            ("line 13", "no thawed layer 'layer2'", "layer4.0"),
+        ),
         (("[[fit]]", "[[fti]]"), ("line 10", "fti", "fit")),
         (("[[fit]]", "[[fit]]\n[[fit]]"), ("line 11", "two [[fit]]")),
         (('[[fit]]\nhead = ["logreg", "ridge"]\n', ""), ("line 5", "[[fit]]")),

@@ -348,6 +348,13 @@ def test_methods_are_chosen_by_validation_not_by_test() -> None:
     assert best.method == "logreg on c"
 
 
+def test_an_option_that_only_one_method_has_tells_them_apart() -> None:
+    tuned = {"kind": "finetune", "freeze": "all"}
+    records = [record("x", options={"lr": 0.1}, **tuned), record("y", options={"lr": 0.1, "views": 4}, **tuned)]
+    names = [method for method, _ in boards(records)[0].scores]
+    assert names == ["new top trained by backprop", "new top trained by backprop, views 4"]
+
+
 def test_names_say_what_differs_and_nothing_else() -> None:
     plain = boards([record("x"), record("y", layer="c")])[0]
     assert plain.methods == ["logreg on b", "logreg on c"]

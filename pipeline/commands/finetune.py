@@ -9,7 +9,17 @@ import click
 
 from pipeline.commands.options import AutoCount, as_shots, device_option, engine_option, json_option, source_argument
 from pipeline.commands.output import print_json, print_table, say, say_all, to_records
+from pipeline.errors import FitError
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
+
+
+def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    from pipeline.finetuning.recipe import parse_rate
+
+    try:
+        return tuple(map(parse_rate, values))
+    except FitError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 @click.command()
@@ -23,7 +33,7 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 @click.option("--top", type=click.Choice(["linear", "hidden", "direct"]), default="linear", help="The new top.")
 @click.option("--lr", type=float, help="Highest learning rate; by default one that suits the optimizer.")
 @click.option("--layer-decay", type=float, default=1.0, help="How much slower each block learns than the one above it.")
-@click.option("--lr-at", multiple=True, help="LAYER=RATE, a learning rate of its own; repeat.")
+@click.option("--lr-at", multiple=True, callback=_rates, help="LAYER=RATE, a learning rate of its own; repeat.")
 @click.option("--epochs", type=int, default=30, help="Passes over the training images, at most.")
 @click.option("--patience", type=int, default=5, help="Epochs without a lower validation loss before it stops.")
 @click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", help="SGD has momentum 0.9.")
@@ -34,6 +44,7 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 @click.option("--label-smoothing", type=float, default=0.0, help="Share of the target spread over all classes.")
 @click.option("--class-weights", is_flag=True, help="Let every class count alike, whatever its size.")
 @click.option("--augment", default="none", help="none, or crop, flip and colour, joined by +.")
+@click.option("--views", type=int, help="With --augment: so many views of each image, frozen activations cached.")
 @click.option("--clip", type=float, help="Longest gradient.")
 @click.option("--shots", multiple=True, default=["all"], help="Training images per class, or all; repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=[0], help="Of split, shots and training; repeat.")
@@ -54,20 +65,18 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 @engine_option
 @device_option
 @json_option
-def finetune(
-    source: str, lr_at: tuple[str, ...], shots: tuple[str, ...], picture: Path | None, as_json: bool, **options: Any
-) -> None:
+def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json: bool, **options: Any) -> None:
     """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
 
-    What is frozen runs once, through the cache, unless images are augmented. A run that was stopped goes on.
+    What is frozen runs once, through the cache; where images are augmented, only with --views. A run that was stopped
+    goes on.
     """
     from pipeline.finetune import finetune as run
     from pipeline.reporting.progress import progress_bar
     from pipeline.reporting.tables import finetune_table
 
-    rates = _rates(lr_at)
     with progress_bar() as progress:
-        report = run(source, lr_at=rates, shots=as_shots(shots), progress=progress, say=say, **options)
+        report = run(source, shots=as_shots(shots), progress=progress, say=say, **options)
     say_all(report.notes)
     if picture:
         from pipeline.reporting.plots.gradients import save_gradients
@@ -82,14 +91,3 @@ def finetune(
     print_table(finetune_table(report.results))
     if report.saved:
         click.echo(f"model: {report.saved}")
-
-
-def _rates(values: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    rates = []
-    for value in values:
-        layer, _, rate = value.rpartition("=")
-        try:
-            rates.append((layer, float(rate)))
-        except ValueError:
-            raise click.BadParameter(f"expected LAYER=RATE, got {value!r}", param_hint="--lr-at") from None
-    return tuple(rates)

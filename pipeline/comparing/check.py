@@ -11,7 +11,7 @@ from typing import Any
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
-from pipeline.comparing.options import FINETUNE
+from pipeline.comparing.options import tune_parameters
 from pipeline.comparing.plan import Plan
 from pipeline.images.source import ImageSource, open_source
 
@@ -87,10 +87,11 @@ def check_finetunes(plan: Plan) -> None:
 def _check_finetune(plan: Plan, place: int, options: dict[str, Any]) -> None:
     from pipeline.backbones.cut import find_line
     from pipeline.backbones.registry import check_weights, sketch
-    from pipeline.finetuning.recipe import Recipe, make_recipe
+    from pipeline.finetuning.groups import check_rates
+    from pipeline.finetuning.recipe import Recipe, check_views, make_recipe
 
     backbone, freeze = options["backbone"], options["freeze"]
-    training = {FINETUNE[name].parameter: value for name, value in options.items()}
+    training = tune_parameters(options.items())
     recipe = {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
     with pointed(plan, "finetune", place, backbone):
         check_weights(backbone)
@@ -98,7 +99,12 @@ def _check_finetune(plan: Plan, place: int, options: dict[str, Any]) -> None:
         if freeze not in ("all", "none"):
             find_line(sketch(backbone, options.get("size")), freeze)
     with pointed(plan, "finetune", place):
-        make_recipe(recipe)
+        checked = make_recipe(recipe)
+    with pointed(plan, "finetune", place, "views"):
+        check_views(checked, freeze)
+    if checked.lr_at:
+        with pointed(plan, "finetune", place, "lr-at"):
+            check_rates(sketch(backbone, options.get("size")), freeze, checked.lr_at)
 
 
 @contextmanager

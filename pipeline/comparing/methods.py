@@ -170,11 +170,9 @@ def _varies(key: str, records: Sequence[Record]) -> bool:
 
 
 def _varying_options(records: Sequence[Record]) -> list[str]:
-    values: dict[str, set[str]] = {}
-    for record in records:
-        for key, value in record.get("options", {}).items():
-            values.setdefault(key, set()).add(_text(value))
-    return [key for key, found in values.items() if len(found) > 1]
+    tuned = [record["options"] for record in records if "options" in record]
+    keys = dict.fromkeys(key for options in tuned for key in options)
+    return [key for key in keys if len({_text(options.get(key)) for options in tuned}) > 1]
 
 
 def _text(value: object) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from features_cache import nearest
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
+from pipeline.errors import FitError
+from pipeline.finetuning.recipe import parse_rate
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, NO_AUGMENT, POOLS, PRECISIONS, STORES
 
 Check = Callable[[Any], str]
 """Returns what is wrong with a value, ``""`` if nothing is."""
@@ -25,12 +27,15 @@ class Option(NamedTuple):
         The command's own; ``None`` leaves the choice to the stage.
     crossed : bool
         Whether a list stands for as many jobs; other options say how to run and take one value.
+    joined : bool
+        Whether a list stands for one value instead: its texts, joined by commas.
     """
 
     parameter: str
     check: Check
     default: Any = None
     crossed: bool = True
+    joined: bool = False
 
 
 def _text(value: Any) -> str:
@@ -66,6 +71,14 @@ def _not_negative(value: Any) -> str:
 
 def _flag(value: Any) -> str:
     return "" if isinstance(value, bool) else f"expected true or false, got {value!r}"
+
+
+def _rate(value: Any) -> str:
+    try:
+        parse_rate(str(value))
+    except FitError as error:
+        return str(error)
+    return ""
 
 
 def _shots(value: Any) -> str:
@@ -112,6 +125,7 @@ FINETUNE = {
     "top": Option("top", _text, "linear"),
     "lr": Option("lr", _number),
     "layer-decay": Option("layer_decay", _number, 1.0),
+    "lr-at": Option("lr_at", _rate, joined=True),
     "epochs": Option("epochs", _whole(1), 30),
     "patience": Option("patience", _whole(1), 5),
     "batch-size": Option("batch_size", _whole(1), 32),
@@ -121,7 +135,8 @@ FINETUNE = {
     "weight-decay": Option("weight_decay", _not_negative, 0.01),
     "label-smoothing": Option("label_smoothing", _not_negative, 0.0),
     "class-weights": Option("class_weights", _flag, default=False),
-    "augment": Option("augment", _text, "none"),
+    "augment": Option("augment", _text, NO_AUGMENT),
+    "views": Option("views", _whole(1)),
     "clip": Option("clip", _number),
     "precision": Option("precision", _choice(*PRECISIONS), "auto"),
     "store": Option("store", _choice(*STORES), "float32"),
@@ -132,6 +147,14 @@ FINETUNE = {
 }
 TABLES: dict[str, dict[str, Option]] = {"extract": EXTRACT, "fit": FIT, "finetune": FINETUNE}
 SOURCE = Option("source", _text)
+
+
+def tune_parameters(chosen: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a fine-tune's options, by their keys, as parameters of `pipeline.finetune.finetune`."""
+    found = {FINETUNE[key].parameter: value for key, value in chosen}
+    if "lr_at" in found:
+        found["lr_at"] = tuple(map(parse_rate, found["lr_at"].split(",")))
+    return found
 
 
 def shared() -> dict[str, Option]:

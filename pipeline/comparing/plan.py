@@ -159,7 +159,7 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
             raise plan.error(f"'{key}': {reason}", table, place, key)
         if one in values[:number]:
             raise plan.error(f"'{key}' has {one!r} twice, which would be the same job", table, place, key)
-    return values
+    return (",".join(values),) if option.joined else values
 
 
 def _rooted(plan: Plan, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:

@@ -204,11 +204,11 @@ def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> N
 
 
 def _finetune_one(work: Work, line: Line, total: int, block: Mapping[Finetune, str]) -> None:
-    from pipeline.comparing.options import FINETUNE
+    from pipeline.comparing.options import tune_parameters
     from pipeline.finetune import finetune
 
     ((job, key),) = block.items()
-    options = {FINETUNE[name].parameter: value for name, value in job.options}
+    options = tune_parameters(job.options)
     how = line.how() | {"output": work.cache(line)}
     tell = _prefixed(work.progress, f"finetune {options['backbone']} ")
     report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=tell, **options, **how)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 import openvino
 
@@ -36,15 +34,16 @@ class OpenVinoEngine:
         hints = {"INFERENCE_PRECISION_HINT": _HINTS[resolved.precision], "PERFORMANCE_HINT": "THROUGHPUT"}
         model = openvino.Core().compile_model(converted(network, batch_size), "CPU", hints)
         best = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        # one more than compute at a time, so that none waits for the host between two batches
-        self._free = deque(model.create_infer_request() for _ in range(best + 1))
-        self.ahead = best
+        self._model = model
+        self._free: list[openvino.InferRequest] = []
+        self.ahead = best  # and one more, so that none waits for the host between two batches
 
     def start(self, pixels: np.ndarray) -> _Running:
         """Begin with uint8 (k, h, w, 3)."""
-        request = self._free.popleft() if len(pixels) else None
-        if request is not None:
-            request.start_async({0: padded(pixels, self._batch_size)}, share_inputs=True)
+        if not len(pixels):
+            return _Running(None, 0, self)
+        request = self._free.pop() if self._free else self._model.create_infer_request()
+        request.start_async({0: padded(pixels, self._batch_size)}, share_inputs=True)
         return _Running(request, len(pixels), self)
 
     def finish(self, request: openvino.InferRequest | None, count: int) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.loader import default_workers
 from pipeline.images.source import ImageSource
 from pipeline.images.transform import prepare
-from pipeline.spec import Preprocessing, View
+from pipeline.spec import Preprocessing
 
 Ints = NDArray[np.int64]
 Input = tuple[Tensor, ...]
@@ -58,6 +58,24 @@ class Activations:
         """Return float32 activations (k, ...) in the shape of the line, and the small image (k, 3072) if asked for."""
         activations = unflattened(_rows(self.file, self.layer, rows), self.place)
         return (activations,) if self.image is None else (activations, _rows(self.image, INPUT, rows))
+
+
+class Views:
+    """Plain images as one reader has them, augmented views of them as others do.
+
+    Parameters
+    ----------
+    plain : Reader
+    views : sequence of Reader
+        The view that is asked for counts through them, again and again: every image shows all of them equally often.
+    """
+
+    def __init__(self, plain: Reader, views: Sequence[Reader]) -> None:
+        self.plain, self.views = plain, views
+
+    def read(self, rows: Ints, view: int | None) -> Input:
+        """Return what the reader of this view gives."""
+        return (self.plain if view is None else self.views[view % len(self.views)]).read(rows, None)
 
 
 def _rows(file: CacheFile, layer: str, rows: Ints) -> Tensor:
@@ -107,7 +125,7 @@ class Pictures:
         """
         if view is None:
             return (torch.from_numpy(np.stack(list(self._pool.map(self._plain, rows.tolist())))),)
-        spec = View(**vars(self._preprocessing), augment=self._augment, view=view)
+        spec = self._preprocessing.viewed(self._augment, view)
         return (torch.from_numpy(np.stack(list(self._pool.map(lambda row: self._decode(row, spec), rows.tolist())))),)
 
     def _plain(self, row: int) -> np.ndarray:

@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from features_cache.errors import nearest
+from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import HEAD
 from pipeline.errors import FitError
 from pipeline.finetuning.network import Network, layer_name
+from pipeline.finetuning.recipe import TOPS
 
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 
@@ -93,6 +95,11 @@ def parameter_groups(
         {"params": members, "lr": rate * scale, "initial_lr": rate, "lr_scale": scale, "weight_decay": decay}
         for (scale, decay), members in merged.items()
     ]
+
+
+def check_rates(backbone: Backbone, freeze: str, rates_at: Sequence[tuple[str, float]]) -> None:
+    """Raise `FitError` unless every layer of `rates_at` is thawed; a sketch of the backbone will do."""
+    parameter_groups(Network(backbone, freeze, TOPS[0], 2), 1.0, 1.0, rates_at, 0.0)
 
 
 def _is_inside(layer: str, around: str) -> bool:

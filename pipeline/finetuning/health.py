@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.finetuning.groups import HEAD
+from pipeline.backbones.network_file import HEAD
 
 VANISHED = 1e-3
 """Gradient in the lowest third of the layers, as a share of that in the highest third."""

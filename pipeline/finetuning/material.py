@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,17 +13,19 @@ from features_cache import DONE, CacheFile, Catalog, open_cache
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.cut import read_place
 from pipeline.backbones.graph import INPUT, PENULTIMATE
+from pipeline.backbones.pooling import pooled_dim
 from pipeline.backbones.registry import load
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
+from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.extract import extract
-from pipeline.finetuning.data import Activations, Pictures, Reader
+from pipeline.finetuning.data import Activations, Ints, Pictures, Reader, Views
 from pipeline.finetuning.network import ALL, line_of
 from pipeline.heads.cached import Table, select
-from pipeline.images.augment import NONE
 from pipeline.images.source import open_source
+from pipeline.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.results import Progress
-from pipeline.spec import DEFAULT_POOL
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
 
 FLAT = "flatten"
 
@@ -37,9 +40,15 @@ class Wanted:
     backbone : str
         ``NAME`` or ``NAME@WEIGHTS``.
     freeze, top, augment : str
+    views : int or None
+        Augmented views to cache.
+    draws : sequence of (int, int or str)
+        Seeds and shots of the runs to come: views are extracted of the images that train in any of them.
     head_first : bool
     output : Path
-        Folder of cache files.
+        Folder of cache files, for what it holds already.
+    folder : Path
+        Of cache files that are made here.
     precision, store, engine, device : str
     size, workers : int, optional
         As for extraction.
@@ -53,8 +62,11 @@ class Wanted:
     freeze: str
     top: str
     augment: str
+    views: int | None
+    draws: Sequence[tuple[int, int | str]]
     head_first: bool
     output: Path
+    folder: Path
     precision: str
     store: str
     engine: str
@@ -98,12 +110,12 @@ def gather(wanted: Wanted) -> Material:
     Raises
     ------
     ThawlineError
-        Whatever loading and extraction raise.
+        Whatever loading and extraction raise, and, where views are asked for, splitting.
     """
     resolved = resolve(wanted.engine, wanted.device, wanted.precision)
     backbone = load(wanted.backbone, wanted.size)
     line, read = line_of(backbone, wanted.freeze), read_place(backbone)
-    cached = line is not None and wanted.augment == NONE
+    cached = line is not None and (wanted.augment == NO_AUGMENT or wanted.views is not None)
     pooled = read._replace(layout="vector")
     image = _extract(wanted, INPUT) if wanted.top == "direct" and (cached or wanted.head_first) else None
     features = _extract(wanted, PENULTIMATE) if wanted.head_first else None
@@ -113,46 +125,98 @@ def gather(wanted: Wanted) -> Material:
         pictures = Pictures(open_source(wanted.source), backbone.preprocessing, wanted.augment, wanted.workers)
         return Material(backbone, resolved, _table([base]), pictures, head_reader, resolved.precision)
     if wanted.freeze == ALL:
-        layer, place, file = PENULTIMATE, pooled, _extract(wanted, PENULTIMATE)
+        layer, pool, place, dim = PENULTIMATE, DEFAULT_POOL, pooled, pooled_dim(read.shape, read.layout, DEFAULT_POOL)
     else:
-        _announce(wanted, int(np.prod(line.shape)))
-        layer, place, file = wanted.freeze, line, _extract(wanted, wanted.freeze, FLAT)
+        layer, pool, place, dim = wanted.freeze, FLAT, line, int(np.prod(line.shape))
+    if wanted.freeze != ALL or wanted.views is not None:
+        _announce(wanted, layer, dim)
+    file = _extract(wanted, layer, pool)
     table = _table([one for one in (file, features, image) if one is not None])
-    precision = file.layers[layer].spec["precision"]
-    return Material(backbone, resolved, table, Activations(file, layer, place, image), head_reader, precision)
+    plain = Activations(file, layer, place, image)
+    reader = plain if wanted.views is None else Views(plain, _views(wanted, table, plain))
+    return Material(backbone, resolved, table, reader, head_reader, file.layers[layer].spec["precision"])
+
+
+def splits_of(table: Table, seed: int, shots: int | str) -> Splits:
+    """Return which rows of `table` train, choose and judge; raises `FitError` where they do not allow it."""
+    columns = (table.labels, table.splits, table.groups, table.digests)
+    return make_splits(*columns, seed, shots, table.classes, table.uris.tolist())
 
 
 def _extract(wanted: Wanted, layer: str, pool: str = DEFAULT_POOL) -> CacheFile:
-    """Return the file that holds `layer`."""
-    (result,) = extract(
+    """Return the file that holds `layer` of plain images."""
+    (file,) = _extracted(wanted, layer, pool, _folder(wanted, layer, pool), wanted.precision)
+    return file
+
+
+def _views(wanted: Wanted, table: Table, plain: Activations) -> list[Activations]:
+    """Return the augmented views of what `plain` has, extracted for all images that train with any seed and shots."""
+    training = [splits_of(table, seed, shots).train for seed, shots in wanted.draws]
+    index = np.unique(np.concatenate(training))
+    rows, uris = table.rows[0][index], set(table.uris[index].tolist())
+
+    def views(file: CacheFile, layer: str) -> list[CacheFile]:
+        spec = file.layers[layer].spec
+        augmented = {"augment": wanted.augment, "views": range(wanted.views or 0), "only": uris}
+        found = _extracted(wanted, layer, spec["pool"], wanted.folder, spec["precision"], **augmented)
+        for view in found:
+            _require_rows(view, file, rows)
+        return sorted(found, key=lambda view: view.layers[layer].spec["preprocessing"]["view"])
+
+    files = views(plain.file, plain.layer)
+    images = [None] * len(files) if plain.image is None else views(plain.image, INPUT)
+    pairs = zip(files, images, strict=True)
+    return [Activations(file, plain.layer, plain.place, image) for file, image in pairs]
+
+
+def _extracted(
+    wanted: Wanted, layer: str, pool: str, folder: Path, precision: str, **augmented: Any
+) -> list[CacheFile]:
+    results = extract(
         wanted.source,
         [wanted.backbone],
         [layer],
         pool,
-        wanted.output,
-        precision=wanted.precision,
+        folder,
+        precision=precision,
         store=wanted.store,
         size=wanted.size,
         engine=wanted.engine,
         device=wanted.device,
         workers=wanted.workers,
         progress=wanted.progress,
+        **augmented,
     )
-    for note in result.notes:
+    for note in dict.fromkeys(note for result in results for note in result.notes):
         wanted.say(note)
-    return open_cache(result.path)
+    return [open_cache(result.path) for result in results]
 
 
-def _announce(wanted: Wanted, dim: int) -> None:
+def _folder(wanted: Wanted, layer: str, pool: str) -> Path:
+    """Return the user's cache folder if it holds `layer` already, else the folder for what training alone needs."""
+    images, digest = open_source(wanted.source), weights_file_digest(wanted.backbone)
+    request = Request(wanted.backbone, (layer,), pool, wanted.precision, wanted.store, wanted.size, digest)
+    answer, rows = find_answer(files_of(images, wanted.output), request), rows_of(images)
+    held = answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values())
+    return wanted.output if held else wanted.folder
+
+
+def _announce(wanted: Wanted, layer: str, dim: int) -> None:
     rows = len(open_source(wanted.source).items)
-    size = rows * dim * np.dtype(wanted.store).itemsize
-    wanted.say(f"activations at {wanted.freeze} of {rows} images take {size / 1e6:,.0f} MB in {wanted.output}")
+    size = rows * dim * np.dtype(wanted.store).itemsize * (1 + (wanted.views or 0))
+    views = f", plain and in {wanted.views} augmented views," if wanted.views else ""
+    wanted.say(f"activations at {layer} of {rows} images{views} take {size / 1e6:,.0f} MB in {wanted.folder}")
 
 
 def _table(files: Sequence[CacheFile]) -> Table:
     """Return the labelled rows of the first file, which must be there in the others too."""
     table = select(Catalog(files[0].path), [next(iter(files[0].layers))])[0].table
     for file in files[1:]:
-        if not (file.states[table.rows[0]] == DONE).all():
-            raise FitError(f"{file.path.name} lacks rows of {files[0].path.name}: the source changed; run it again")
+        _require_rows(file, files[0], table.rows[0])
     return table
+
+
+def _require_rows(file: CacheFile, first: CacheFile, rows: Ints) -> None:
+    """Raise `FitError` unless `file` has the rows of `first`, and features of `rows` (k,)."""
+    if not (np.array_equal(file.uris, first.uris) and (file.states[rows] == DONE).all()):
+        raise FitError(f"{file.path.name} lacks rows of {first.path.name}: the source changed; run it again")

@@ -10,7 +10,7 @@ from typing import Any
 from features_cache.errors import nearest
 from pipeline.errors import FitError
 from pipeline.images.augment import parse_augment
-from pipeline.spec import json_fields
+from pipeline.spec import NO_AUGMENT, json_fields
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "plateau")
@@ -54,6 +54,9 @@ class Recipe:
         Weigh classes by the inverse of their number of training images.
     augment : str, default "none"
         ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
+    views : int, optional
+        Augmented views of each image whose activations at the thaw line are cached, an epoch taking one after the
+        other; by default every epoch decodes new ones, and runs what is frozen on them.
     clip : float, optional
         Longest gradient, over all weights.
     top : {"linear", "hidden", "direct"}
@@ -73,7 +76,8 @@ class Recipe:
     batch_size: int = 32
     label_smoothing: float = 0.0
     class_weights: bool = False
-    augment: str = "none"
+    augment: str = NO_AUGMENT
+    views: int | None = None
     clip: float | None = None
     top: str = "linear"
 
@@ -112,9 +116,31 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     for name, share in (("layer_decay", recipe.layer_decay), ("1 - label_smoothing", 1 - recipe.label_smoothing)):
         if not 0 < share <= 1:
             raise FitError(f"{name} is a number above 0 and at most 1, got {share}")
+    if recipe.views is not None and recipe.views < 1:
+        raise FitError(f"views is a whole number from 1 on, got {recipe.views}")
+    if recipe.views is not None and recipe.augment == NO_AUGMENT:
+        raise FitError("views are of augmented images; name an augmentation, such as --augment crop+flip")
     if not recipe.weight_decay >= 0:
         raise FitError(f"weight_decay is a number from 0 on, got {recipe.weight_decay}")
     return recipe
+
+
+def parse_rate(text: str) -> tuple[str, float]:
+    """Return layer and learning rate of ``LAYER=RATE``; raises `FitError` where it is none."""
+    layer, _, rate = text.rpartition("=")
+    try:
+        found = layer.strip(), float(rate)
+    except ValueError:
+        found = "", 0.0
+    if not found[0]:
+        raise FitError(f"expected LAYER=RATE, such as blocks.5=0.0001, got {text!r}")
+    return found
+
+
+def check_views(recipe: Recipe, freeze: str) -> None:
+    """Raise `FitError` where views are to be cached of a network that has no frozen part."""
+    if recipe.views is not None and freeze == "none":
+        raise FitError("with freeze none there are no frozen activations to cache; leave out views, or freeze a layer")
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

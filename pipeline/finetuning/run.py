@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from features_cache.errors import explained
 from pipeline.evaluation.calibration import fit_temperature
-from pipeline.evaluation.splits import Splits, make_splits
+from pipeline.evaluation.splits import Splits
 from pipeline.finetuning.data import Ints, Part, Reader
-from pipeline.finetuning.material import Material
+from pipeline.finetuning.material import Material, splits_of
 from pipeline.finetuning.network import ALL, Network
 from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import Trained, standardise, train
 from pipeline.heads.cached import Table
 from pipeline.results import Progress
-from pipeline.spec import fingerprint_of
+from pipeline.spec import NO_AUGMENT, fingerprint_of
 
 HEAD_EPOCHS = 10
 """Epochs of the new top alone, at most, where it trains first."""
@@ -102,8 +102,7 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     """
     n_classes = len(material.table.classes)
     table, recipe, device = material.table, plan.recipe, material.resolved.device
-    columns = (table.labels, table.splits, table.groups, table.digests)
-    splits = make_splits(*columns, seed, shots, table.classes, table.uris.tolist())
+    splits = splits_of(table, seed, shots)
     network = Network(material.backbone, plan.freeze, recipe.top, n_classes)
     network.trunk_precision = material.trunk_precision
     network.precision = train_precision(network, material.resolved, plan.precision)
@@ -118,7 +117,7 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
         standardise(network, part, device)
     else:
         head = Network(material.backbone, ALL, recipe.top, n_classes)
-        parts = _parts(material.features, table, splits, replace(recipe, augment="none"), seed)
+        parts = _parts(material.features, table, splits, replace(recipe, augment=NO_AUGMENT), seed)
         seconds = _train_head(head, n_classes, parts, plan, key, seed, device, name)
         network.new_head.load_state_dict(head.new_head.state_dict())
         key = [*key, "head first"]
@@ -142,7 +141,7 @@ def _parts(reader: Reader, table: Table, splits: Splits, recipe: Recipe, seed: i
     def part(index: Ints, order: int | None, *, augmented: bool = False) -> Part:
         return Part(reader, rows[index], table.labels[index], size, order, augmented=augmented)
 
-    train_part = part(splits.train, seed, augmented=recipe.augment != "none")
+    train_part = part(splits.train, seed, augmented=recipe.augment != NO_AUGMENT)
     return train_part, part(splits.val, None) if len(splits.val) else None, part(splits.test, None)
 
 

@@ -13,10 +13,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from features_cache.errors import nearest
 from pipeline.errors import FitError
-from pipeline.spec import View
+from pipeline.spec import NO_AUGMENT, View
 
 AUGMENTS = ("crop", "flip", "colour")
-NONE = "none"
 AREA = (0.35, 1.0)
 """Least and greatest share of the picture that a crop shows."""
 ASPECT = (3 / 4, 4 / 3)
@@ -33,12 +32,12 @@ def parse_augment(text: str) -> tuple[str, ...]:
     FitError
         If a part does not exist.
     """
-    parts = () if text == NONE else tuple(text.split("+"))
+    parts = () if text == NO_AUGMENT else tuple(text.split("+"))
     for part in parts:
         if part not in AUGMENTS:
             raise FitError(
-                f"unknown augmentation '{part}'{nearest(part, AUGMENTS)}; expected {NONE}, or {', '.join(AUGMENTS)} "
-                "joined by +"
+                f"unknown augmentation '{part}'{nearest(part, AUGMENTS)}; expected {NO_AUGMENT}, or "
+                f"{', '.join(AUGMENTS)} joined by +"
             )
     return parts
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipeline.errors import UnreadableImageError
 from pipeline.images.items import ImageSource
 from pipeline.images.outcomes import Decoded, Duplicate, Failure, Known, Outcome
-from pipeline.images.transform import prepare
+from pipeline.images.transform import prepare_all
 from pipeline.spec import Preprocessing
 
 DIGEST_SIZE = 16
@@ -157,7 +157,7 @@ class Stages:
             item = self._source.items[job.row]
             outcome: Outcome
             try:
-                pixels = tuple(prepare(job.data, wanted) for wanted in self._preprocessings)
+                pixels = prepare_all(job.data, self._preprocessings)
                 outcome = Decoded(job.row, pixels, job.digest, item.size, item.mtime_ns)
             except UnreadableImageError as error:
                 outcome = Failure(job.row, str(error), job.digest, item.size, item.mtime_ns)

@@ -10,6 +10,7 @@ Scaling to floats and normalising happen later, on the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +50,16 @@ def prepare(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     UnreadableImageError
         With a short reason; see `pipeline.images.decode.decode`.
     """
-    picture = decode(data, jpeg_floor(preprocessing))
+    return prepare_all(data, [preprocessing])[0]
+
+
+def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> tuple[np.ndarray, ...]:
+    """Return what `prepare` gives for each of `preprocessings`, decoded once for those that bear the same reduction."""
+    pictures = {floor: decode(data, floor) for floor in {jpeg_floor(wanted) for wanted in preprocessings}}
+    return tuple(_prepared(pictures[jpeg_floor(wanted)], wanted, data) for wanted in preprocessings)
+
+
+def _prepared(picture: Picture, preprocessing: Preprocessing, data: bytes) -> np.ndarray:
     if isinstance(preprocessing, View):
         return _augmented(picture, preprocessing, view_generator(preprocessing, data))
     return resize_and_crop(picture, preprocessing)

@@ -29,7 +29,7 @@ def _listing_row(file: FileSummary) -> tuple[str, ...]:
         Path(file.path).name,
         file.source,
         file.backbone,
-        file.pool,
+        _pool_text(file),
         layers_text(file.layers),
         f"{file.precision} {file.store}",
         f"{file.done}/{file.rows}",
@@ -38,6 +38,10 @@ def _listing_row(file: FileSummary) -> tuple[str, ...]:
         f"{file.bytes / 1e6:.1f}",
         _age(file.changed),
     )
+
+
+def _pool_text(file: FileSummary) -> str:
+    return f"{file.pool}, view {file.view}" if file.view else file.pool
 
 
 def _age(changed: str) -> str:
@@ -53,7 +57,7 @@ def details_view(details: FileDetails) -> Group:
     summary = details.summary
     facts = [
         ("source", f"{summary.source} ({summary.location})"),
-        ("backbone, pool", f"{summary.backbone}, {summary.pool}"),
+        ("backbone, pool", f"{summary.backbone}, {_pool_text(summary)}"),
         ("rows", f"{summary.rows}: {summary.done} done, {summary.unreadable} unreadable, {summary.pending} pending"),
         ("size, age", f"{summary.bytes / 1e6:.1f} MB, {_age(summary.changed)}"),
     ]
