@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from pipeline.backbones.network_file import HEAD
 
 VANISHED = 1e-3
-"""Gradient in the lowest third of the layers, as a share of that in the highest third."""
+"""Gradient in the lowest third of the layers, as a share of that in the highest: with batch norms it is about 1."""
 EXPLODED = 1e3
 """The same share where gradients grow on their way down."""
 GROWN = 100.0
-"""Gradient of an epoch, against that of the first."""
+"""Gradient of an epoch, against that of the first, whose loss is about that of guessing: hardly more can be wrong."""
 DEAD = 0.5
-"""Share of dead units in a layer."""
+"""Share of dead units in a layer: pretrained networks have some, 12 % in a layer of EfficientNet-Lite0."""
 LEAP = 0.3
-"""Change of the weights by a step, as a share of them, in the median layer."""
+"""Change of the weights by a step, as a share of them, in the median layer: usual are 0.00001 to 0.01."""
 STILL = 1e-7
-"""The same share in any layer: float32 rounds it away."""
+"""The same share in any layer: numbers of float32 are as far apart, so that the change is rounded away."""
 
 Floats = NDArray[np.float64]
 Record = Mapping[str, Mapping[str, Any]]
