@@ -65,11 +65,20 @@ def main() -> None:
     except OSError as error:
         click.echo(f"thawline: {error.filename or 'system'}: {error.strerror or error}", err=True)
         sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
+    except BaseException as error:
+        if not _is_interrupt(error):
+            raise
         click.echo(
             "thawline: interrupted; what was finished is kept, and the same command goes on from there", err=True
         )
         sys.exit(130)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Tell whether an interrupt is behind an error: a library that is being imported makes an ImportError of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | click.Abort):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 if __name__ == "__main__":

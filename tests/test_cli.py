@@ -142,6 +142,19 @@ def test_on_error_stop_keeps_what_was_computed(
     assert result["computed"] < 24
 
 
+def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("pipeline.backbones.registry.list_backbones", importing)
+    done = thawline("backbones")
+    assert done.returncode == 130
+    assert "goes on from there" in done.stderr
+
+
 def test_an_interrupt_commits_and_exits_with_130(
     thawline: Thawline, make_photos: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -58,7 +58,7 @@ def test_keys_and_defaults_are_those_of_the_commands(table: str, stages: list[Ca
         if isinstance(option, click.Option)
     }
     if table == "finetune":
-        assert set(options) - set(TABLES[table]) == {"save", "picture", "watch", "json"}, "a plan can say all that trains"
+        assert set(options) - set(TABLES[table]) == {"save", "picture", "watch", "json"}, "it can say all that trains"
     for key, option in TABLES[table].items():
         assert key in options, "a plan's keys are the long option names"
         assert option.parameter in parameters
