@@ -154,6 +154,7 @@ class _Network:
 
 def _go_on(file: CacheFile, target: Target, network: _Network, run: Run) -> Filling:
     """Open a file that lacks rows, or that was made for others."""
+    network.engine(tuple(file.layers))  # before the file is touched: a network that cannot run costs nothing
     if same_rows(file, target.rows, target.images.classes) and not run.rehash:
         writer = CacheWriter.resume(file.path)
     else:
@@ -174,6 +175,7 @@ def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, networ
         handles["view"] = f"{request.augment} {request.view}"
     if path.exists():
         open_cache(path)  # a damaged file under this name is refused with its own reason
+    network.engine(tuple(specs))
     asked = request.to_json() | {"aliases": network.aliases}
     writer = CacheWriter.create(path, target.rows, images.classes, layers, handles, asked)
     return _filling(writer, target, network, run)
