@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.metrics import log_loss
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
-from pipeline.heads import linear, linear_svm
+from pipeline.heads import linear_svm, logreg
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
@@ -62,6 +62,22 @@ def test_logreg_chooses_as_a_cold_float64_loop_and_predicts_the_same(seed: int) 
     final = train_final(find_head("logreg"), choice.params, scale("none", fold.train, fresh, rotated=False), fold.y)
     assert (final.estimator.predict(fresh) == models[chosen].predict(fresh)).mean() >= 0.995
     assert final.converged
+
+
+@pytest.mark.parametrize("scaling", ["standard", "l2", "none"])
+@pytest.mark.parametrize("labels", [2, 10])
+@pytest.mark.parametrize("c", [1e-4, 0.03, 10.0])
+def test_logreg_is_scikit_learns_optimum_however_rows_are_scaled(scaling: str, labels: int, c: float) -> None:
+    x, y = load_digits(n_class=labels, return_X_y=True)
+    rows = scale(scaling, x[:300].astype(np.float32), x[300:].astype(np.float32), rotated=False).train
+    found = find_head("logreg").family.fit({"C": c}, rows, y[:300]).estimator
+    exact = LogisticRegression(C=c, tol=1e-9, max_iter=20_000).fit(rows.astype(float), y[:300])
+    losses = [
+        log_loss(y[:300], model.predict_proba(rows)) + float(np.sum(model.coef_**2)) / (2 * c * 300)
+        for model in (found, exact)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert found.predict_proba(rows) == pytest.approx(exact.predict_proba(rows), abs=2e-3)
 
 
 @pytest.mark.parametrize("c", [1.0, 10.0, 3162.0, 1e5])
@@ -212,20 +228,10 @@ def test_candidates_at_their_iteration_limit_are_counted() -> None:
 @pytest.mark.parametrize("name", ["logreg", "linear_svm"])
 def test_an_iteration_limit_is_a_flag_and_no_warning(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fold, _, _ = digits(200)
-    for module in (linear, linear_svm):
+    for module in (logreg, linear_svm):
         monkeypatch.setattr(module, "MOST_ITERATIONS", 3)
     assert not find_head(name).family.fit({"C": 10.0}, fold.train, fold.y).converged
     assert search(find_head(name), [fold]).unconverged > 0
-
-
-def test_other_warnings_of_a_fit_pass_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(self: object, train: Floats, y: Ints, weight: Floats | None) -> None:
-        warnings.warn("something else", UserWarning, stacklevel=1)
-
-    monkeypatch.setattr(LogisticRegression, "fit", fit)
-    no_rows = np.zeros((1, 1), np.float32), np.zeros(1, np.int64)
-    with pytest.warns(UserWarning, match="something else"):
-        assert linear._fit_noting_convergence(LogisticRegression(), *no_rows, None)
 
 
 @pytest.mark.parametrize(
