@@ -24,9 +24,9 @@ from pipeline.heads.spectrum import Doubles, find_spectrum
 Rows = Floats | DeviceRows
 
 MOST_ITERATIONS = 1000
-TOLERANCE = 5e-5
-"""On the gradient of the mean loss in units of curvature: half its square is about what the loss could still lose. The
-final fit takes that relative to a loss below 1, for where all rows are told apart there is little of it left."""
+TOLERANCE = 1e-9
+"""About what the mean loss may still lose: half the square of its gradient in units of curvature. The final fit takes
+that relative to a loss below 1, for where all rows are told apart there is little of it left."""
 
 
 class Logreg(OverC):
@@ -91,9 +91,9 @@ class Loss:
     def __init__(self, rows: Floats, y: Ints, weight: Floats | None, device: str | None) -> None:
         self.rows, self.dim = place(rows, device), rows.shape[1]
         self.classes, self.codes = np.unique(y, return_inverse=True)
-        weight = np.ones(len(y), np.float32) if weight is None else weight
-        self.total = float(weight.sum(dtype=np.float64))
-        self.shares = weight / self.total  # (n,)
+        weights = np.ones(len(y)) if weight is None else weight.astype(np.float64)
+        self.total = float(weights.sum())
+        self.shares = weights / self.total  # (n,)
         self.spectrum = find_spectrum(rows)
 
     def start(self) -> Doubles:
@@ -135,21 +135,17 @@ class Loss:
         doubt = 1 - np.sum(np.exp(2 * logs), axis=1)
         curvature = float(doubt @ self.shares) / len(self.classes)
         entropy = -float(logs[np.arange(len(logs)), self.codes] @ self.shares)
-        tolerance = TOLERANCE * math.sqrt(min(1, entropy)) if relative else TOLERANCE
-        units, unit = self.spectrum.units(curvature, penalty), 1 / math.sqrt(curvature + penalty)
+        left = TOLERANCE * (min(1, entropy) if relative else 1)
+        units = self.spectrum.units(curvature, penalty)
 
         def objective(flat: Doubles) -> tuple[float, Doubles]:
-            given = flat.reshape(start.shape)
-            weights = np.hstack([units.apply(given[:, :-1]), unit * given[:, -1:]])
-            value, gradient = self.value_and_gradient(weights, penalty)
-            return value, np.hstack([units.apply(gradient[:, :-1]), unit * gradient[:, -1:]]).ravel()
+            value, gradient = self.value_and_gradient(units.apply(flat.reshape(start.shape)), penalty)
+            return value, units.apply(gradient).ravel()
 
-        begin = np.hstack([units.inverse().apply(start[:, :-1]), start[:, -1:] / unit])
-        options = {"maxiter": MOST_ITERATIONS, "gtol": tolerance, "ftol": 1e-10, "maxls": 50}
+        options = {"maxiter": MOST_ITERATIONS, "gtol": math.sqrt(2 * left), "ftol": left / 10, "maxls": 50}
+        begin = units.inverse().apply(start)
         found = minimize(objective, begin.ravel(), jac=True, method="L-BFGS-B", options=options)
-        given = found.x.reshape(start.shape)
-        weights = np.hstack([units.apply(given[:, :-1]), unit * given[:, -1:]])
-        return weights, int(found.nit), found.nit < MOST_ITERATIONS
+        return units.apply(found.x.reshape(start.shape)), int(found.nit), found.nit < MOST_ITERATIONS
 
 
 def follow(loss: Loss, values: Sequence[float], *, relative: bool) -> Iterator[tuple[Doubles, int, bool]]:

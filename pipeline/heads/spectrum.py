@@ -6,6 +6,7 @@ linear head curves accordingly, which costs L-BFGS hundreds of steps. Measured i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,29 +23,34 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Units:
-    """A change of variables, symmetric: lengths along some directions, another length along all others.
+    """A change of variables for coefficients, with an intercept in the last column; symmetric.
 
     Parameters
     ----------
     axes : (r, d) float64
         Orthonormal directions.
     along : (r,) float64
-        The units along them.
+        The units of coefficients along them.
     rest : float
-        The unit along what is orthogonal to all of them.
+        The unit of what is orthogonal to all of them.
+    intercept : float
+        The unit of intercepts.
     """
 
     axes: Doubles
     along: Doubles
     rest: float
+    intercept: float
 
-    def apply(self, vectors: Doubles) -> Doubles:
-        """Return `vectors` (k, d), given in these units, in those of the features."""
-        return self.rest * vectors + ((self.along - self.rest) * (vectors @ self.axes.T)) @ self.axes
+    def apply(self, weights: Doubles) -> Doubles:
+        """Return `weights` (k, d + 1), given in these units, in those of the features."""
+        given = weights[:, :-1]
+        coefficients = self.rest * given + ((self.along - self.rest) * (given @ self.axes.T)) @ self.axes
+        return np.hstack([coefficients, self.intercept * weights[:, -1:]])
 
     def inverse(self) -> Units:
         """Return the way back."""
-        return Units(self.axes, 1 / self.along, 1 / self.rest)
+        return Units(self.axes, 1 / self.along, 1 / self.rest, 1 / self.intercept)
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,9 @@ class Spectrum:
     spread: Doubles
 
     def units(self, curvature: float, penalty: float) -> Units:
-        """Return units in which ``curvature * variance + penalty`` is 1 along the axes."""
+        """Return units in which a loss that curves so much for each unit of variance, and its penalty, curve by 1."""
         along = 1 / np.sqrt(curvature * self.spread + penalty)
-        return Units(self.axes, along, float(along[-1]))
+        return Units(self.axes, along, float(along[-1]), 1 / math.sqrt(curvature + penalty))
 
 
 def find_spectrum(rows: Floats) -> Spectrum:
