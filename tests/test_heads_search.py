@@ -17,7 +17,7 @@ from pipeline.heads import linear_svm, logreg
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
-from pipeline.heads.search import PATIENCE, Fold, balanced_weights, make_fold, scale, search, train_final
+from pipeline.heads.search import Fold, balanced_weights, make_fold, scale, search, train_final
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,6 @@ def test_ridge_path_is_the_classifier_alpha_by_alpha() -> None:
     for params, step in zip(grid, ridge.path(grid, fold.train, fold.y, fold.held), strict=True):
         exact = RidgeClassifier(**params).fit(fold.train.astype(float), fold.y)
         assert (step.predicted == exact.predict(fold.held)).mean() >= 0.995
-        assert (exact.predict(fold.train) == fold.y).all() == step.saturated
 
 
 def test_rbf_path_is_the_plain_svc_on_every_candidate_and_its_gamma_comes_back_absolute() -> None:
@@ -185,8 +184,8 @@ def test_one_row_a_class_has_a_fixed_rule(name: str) -> None:
 class Scripted(Family):
     """Candidates whose right answers are written down beforehand."""
 
-    def __init__(self, right: Sequence[int], saturated: bool) -> None:
-        self.right, self.saturated = right, saturated
+    def __init__(self, right: Sequence[int]) -> None:
+        self.right = right
 
     def grid(self, n_rows: int) -> Sequence[Params]:
         return [{"number": number} for number in range(len(self.right))]
@@ -195,17 +194,17 @@ class Scripted(Family):
         self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
     ) -> Iterator[Step]:
         for count in self.right:
-            yield Step(np.arange(10) < count, self.saturated, converged=count != 3)
+            yield Step(np.arange(10) < count, converged=count != 3)
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         raise NotImplementedError
 
 
-def scripted(right: Sequence[int], saturated: bool = True, folds: int = 1) -> tuple[int, int, int, float]:
+def scripted(right: Sequence[int], folds: int = 1) -> tuple[int, int, int, float]:
     fold = Fold(
         np.zeros((4, 1), np.float32), np.zeros(4, np.int64), np.zeros((10, 1), np.float32), np.ones(10, np.int64)
     )
-    choice = search(Head("scripted", Scripted(right, saturated), "none"), [fold] * folds)
+    choice = search(Head("scripted", Scripted(right), "none"), [fold] * folds)
     return choice.params["number"], choice.tried, choice.unconverged, choice.score
 
 
@@ -213,12 +212,8 @@ def test_the_first_of_equals_is_taken_and_folds_are_added_up() -> None:
     assert scripted([2, 5, 4, 5], folds=3) == (1, 4, 0, 0.5)
 
 
-def test_a_path_ends_when_it_has_not_helped_for_long_but_only_where_training_rows_are_all_fitted() -> None:
-    flat = [1, 5] + [4] * 30 + [9]
-    assert scripted(flat)[:2] == (1, 2 + PATIENCE)
-    assert scripted(flat, saturated=False)[:2] == (32, 33)
-    late = [1, 5] + [4] * (PATIENCE - 2) + [6] + [4] * 30
-    assert scripted(late)[0] == PATIENCE
+def test_every_candidate_is_tried() -> None:
+    assert scripted([1, 5] + [4] * 30 + [9])[:2] == (32, 33)
 
 
 def test_candidates_at_their_iteration_limit_are_counted() -> None:
@@ -316,11 +311,11 @@ def test_balanced_search_chooses_by_the_mean_over_classes() -> None:
             self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
         ) -> Iterator[Step]:
             assert (weight is not None) == balanced
-            yield from (Step(predicted, saturated=False, converged=True) for predicted in (all_zero, half))
+            yield from (Step(predicted, converged=True) for predicted in (all_zero, half))
 
     rows = np.zeros((10, 1), np.float32)
     for balanced in (False, True):
-        choice = search(Head("two", Two([1, 2], False), "none"), [Fold(rows, y_held, rows, y_held)], balanced=balanced)
+        choice = search(Head("two", Two([1, 2]), "none"), [Fold(rows, y_held, rows, y_held)], balanced=balanced)
         assert choice.params == {"number": int(balanced)}
         assert choice.score == pytest.approx((6 / 9 + 1) / 2 if balanced else 0.9)
 

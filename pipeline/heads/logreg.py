@@ -49,9 +49,8 @@ class Logreg(OverC):
         """Yield a `Step` for each candidate."""
         loss, held_rows = Loss(train, y, weight, self.device), place(held, self.device)
         for weights, _, converged in follow(loss, [params["C"] for params in grid], relative=False):
-            seen, unseen = (loss.scores(rows, weights) for rows in (loss.rows, held_rows))
-            saturated = bool((seen.argmax(axis=1) == loss.codes).all())
-            yield Step(loss.classes[unseen.argmax(axis=1)], saturated, converged, softmax(unseen, axis=1))
+            scores = loss.scores(held_rows, weights)
+            yield Step(loss.classes[scores.argmax(axis=1)], converged, softmax(scores, axis=1))
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Train, in decades of C above 1, and hand the optimum to a `LogisticRegression`.
