@@ -201,6 +201,15 @@ def test_the_model_of_best_validation_accuracy_is_saved_the_first_on_a_tie(make_
     assert report.results[1].accuracy == report.results[2].accuracy == 1
 
 
+def test_the_model_trained_on_everything_is_saved_before_one_of_few_shots(make_cache: Make, tmp_path: Path) -> None:
+    path = make_cache(dims={"low": 6}, features={"low": clouds(np.arange(90) % 3, 6, 0.7, seed=1)})
+    report = fit(path, shots=[2, "all"], jobs=1, save=tmp_path / "m.skops")
+    few, everything = (result.validation_accuracy or 0 for result in report.results)
+    assert few > everything, "all right by chance, of six rows"
+    assert report.best == 1
+    assert load_model(report.saved or "").metrics == to_json(report.results[1])
+
+
 def test_processes_change_nothing(make_cache: Make) -> None:
     path = make_cache()
     alone, together = (fit(path, heads=["logreg", "knn"], seeds=[0, 1], jobs=jobs) for jobs in (1, 2))
