@@ -259,6 +259,26 @@ def test_layers_of_sources_with_other_classes_are_refused(make_cache: Make) -> N
         fit(first.parent, layers=["low", "top"])
 
 
+@pytest.mark.parametrize("known", [2, 3])
+def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, known: int) -> None:
+    splits = ["train"] * 60 + ["test"] * 30
+    labels = np.arange(90) % known
+    path = make_cache(dims={"low": 6}, labels=labels, splits=splits, groups=[f"g{label}" for label in labels],
+                      features={"low": clouds(labels, 6, 0.5)})  # fmt: skip
+    report = fit(path, jobs=1)
+    (result,) = report.results
+    assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 1.0}, None, 60, 0)
+    assert result.accuracy > 0.9
+    assert "logreg: nothing could be validated, as with one row (or group) a class, so C=1 is taken" in report.notes
+    assert not any("drawn as val" in note for note in report.notes)
+
+
+def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make) -> None:
+    labels = np.repeat([0, 1, 2, 0, 1], 18)
+    path = make_cache(dims={"low": 6}, labels=labels, splits=["train"] * 36 + ["val"] * 18 + ["test"] * 36)
+    assert fit(path, jobs=1).results[0].params == {"C": 1.0}
+
+
 @pytest.mark.parametrize("shots", [1, 3])
 def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
     names = ["train"] * 45 + ["val"] * 24 + ["test"] * 21
@@ -279,7 +299,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg: one row (or group) a class leaves nothing to validate on, so C=1 is taken"
+    fixed = "logreg: nothing could be validated, as with one row (or group) a class, so C=1 is taken"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 
