@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from features_cache import Catalog
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import compare_models, tell_ties
-from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.leaks import tell_clusters
-from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.cached import Layer, select
-from pipeline.heads.predictions import TestPredictions, pool_folds, summarise
+from pipeline.heads.predictions import TestPredictions, pool_folds, scores, summarise
 from pipeline.heads.registry import Head, find_head, on_device
 from pipeline.heads.schedule import Cut, check_trials, cut_layers, preference, run_trials
 from pipeline.heads.search import tell_choices
@@ -189,10 +187,8 @@ def _distinct(values: Sequence[T]) -> list[T]:
 
 def _result(cell: Sequence[Trial], found: TestPredictions, balanced: bool, cv: int | None) -> FitResult:
     cut, outcomes = cell[0].cut, [trial.outcome for trial in cell]
-    n_classes = len(cut.layer.table.classes)
+    table = cut.layer.table
     params = [outcome.params for outcome in outcomes]
-    scores = evaluate(found.y_true, found.y_pred, n_classes, found.probabilities)
-    calibrated = found.calibrated
     return FitResult(
         kind="head",
         backbone=cut.layer.handle("backbone"),
@@ -204,17 +200,13 @@ def _result(cell: Sequence[Trial], found: TestPredictions, balanced: bool, cv: i
         shots=cut.shots,
         n_train=_mean_count([trial.cut.splits.train for trial in cell]),
         n_val=_mean_count([trial.cut.splits.val for trial in cell]),
-        n_test=len(found.y_true),
+        n_pool=len(table.labels) - _mean_count([trial.cut.splits.test for trial in cell]),
         validation_accuracy=_mean_score([outcome.choice.score for outcome in outcomes]),
-        accuracy_ci95=wilson(int(found.right.sum()), len(found.right)),
-        **asdict(scores),
+        **scores(found, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
         converged=all(outcome.converged for outcome in outcomes),
         balanced=balanced,
         cv=cv,
-        temperature=None if found.temperatures is None else float(np.median(found.temperatures)),
-        log_loss_calibrated=None if calibrated is None else log_loss(found.y_true, calibrated),
-        ece_calibrated=None if calibrated is None else expected_calibration_error(found.y_true, calibrated),
     )
 
 

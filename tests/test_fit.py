@@ -126,7 +126,7 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
-    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy"
+    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool"
     assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
     assert expected.items() <= result.items()
@@ -497,8 +497,18 @@ def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
         )
         assert (row.accuracy_min, row.accuracy_max) == (of_seeds.min(), of_seeds.max())
         assert row.accuracy_ci95 == wilson(round(of_seeds.mean() * 18), 18)
-    assert sorted(row.p_vs_best is None for row in report.summary) == [False, True]
+    assert [row.p_vs_best for row in report.summary] == [None, None], "three seeds are too few for a test"
     assert fit(make_cache(name="b/x.h5"), heads=["centroid"]).summary == []
+
+
+def test_few_shots_are_compared_over_seeds_as_draws_from_all_that_is_not_test(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    values = {"low": clouds(labels, 6, 1.0), "top": clouds(labels, 200, 9.0)}
+    report = fit(make_cache(features=values), heads=["centroid"], seeds=range(5), shots=[2], jobs=1)
+    assert {(result.n_train, result.n_pool, result.n_test) for result in report.results} == {(6, 72, 18)}
+    low, top = (np.array([r.accuracy for r in report.results if r.layer == name]) for name in ("low", "top"))
+    assert low.mean() > top.mean()
+    assert [row.p_vs_best for row in report.summary] == [None, pytest.approx(corrected_t_test(low - top, 72, 18)[1])]
 
 
 def test_seeds_of_one_test_set_are_not_taken_for_resamples(make_cache: Make) -> None:

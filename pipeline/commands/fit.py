@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--cv", type=click.IntRange(min=2), help="Cross-validate with so many folds; every image is test once.")
 @click.option("--balanced", is_flag=True, help="Let every class count alike, whatever its size.")
 @click.option("--drop-leaks", is_flag=True, help="Take test images out that are byte-equal to training images.")
-@click.option("--save", type=click.Path(dir_okay=False), help="Keep one model, of most shots and best in validation, as MODEL.skops.")
+@click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (most shots, then validation).")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw the results into this folder.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
 @click.option("--device", default="auto", help="For logreg: cpu (which auto is), cuda or cuda:N.")

@@ -144,7 +144,8 @@ def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
     if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
         fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
-        notes.append(f"{head.name}: nothing could be validated, as with one row (or group) a class, so {fixed} is taken")
+        why = "nothing could be validated, as with one row (or group) a class"
+        notes.append(f"{head.name}: {why}, so {fixed} is taken")
     return notes
 
 
