@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what is behind it: click, and a library that is being imported, make others of an interrupt."""
+    """Yield an error and what is behind it: click, and a library being imported, make others of an interrupt."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

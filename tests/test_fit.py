@@ -80,6 +80,7 @@ def make_cache(tmp_path: Path) -> Make:
         )
         handles = {"source": "photos", "backbone": backbone, "pool": "avg"}
         request = {"backbone": backbone, "layers": list(dims), "pool": "avg", "size": None, "precision": "auto"}
+        request["aliases"] = {"stages": list(dims)}
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         digests = np.frombuffer(
@@ -321,6 +322,8 @@ def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:
     joined = fit(path, ["top+low"], save=tmp_path / "m.skops")
     direct = fit(make_cache(dims={"x": 206}, features={"x": both}, name="other/x.h5"), ["x"])
     assert joined.results[0].layer == "top+low"
+    by_alias = [result.layer for result in fit(path, ["low+stages", "stages"], ["centroid"], jobs=1).results]
+    assert by_alias == ["low+low", "low+top", "low", "top"]
     assert joined.predictions[0].y_pred.tolist() == direct.predictions[0].y_pred.tolist()
     model = load_model(tmp_path / "m.skops")
     assert [layer["request"]["layer"] for layer in model.layers] == ["top", "low"]

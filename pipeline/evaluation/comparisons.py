@@ -54,10 +54,10 @@ def tell_ties(p_values: Sequence[float | None], level: float = 0.05) -> list[str
     """Say how many of the compared models may be as good as the most accurate one on their test rows."""
     compared = [p for p in p_values if p is not None]
     ties = sum(p >= level for p in compared)
-    test = f"McNemar's exact test, Holm's correction, {level:.0%}"
-    return (
-        [f"{ties} of {len(compared)} other results are not distinguishable from the best ({test})"] if compared else []
-    )
+    if not compared:
+        return []
+    told = f"{ties} of {len(compared)} other results are not distinguishable from the best on the same test images"
+    return [f"{told} (McNemar's exact test, Holm's correction, {level:.0%})"]
 
 
 def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int) -> list[float | None]:
