@@ -40,11 +40,11 @@ def print_json(document: dict[str, Any]) -> None:
 def print_table(table: Table | Group) -> None:
     """Print a table, wide where nobody looks, and its title on a line of its own, which the table would fold."""
     from rich.console import Console
+    from rich.table import Table
 
     width = None if sys.stdout.isatty() else 160
     console = Console(width=width, markup=False, highlight=False)  # file names may look like markup
-    title = getattr(table, "title", None)
-    if title:
-        console.print(title, style="italic")
+    if isinstance(table, Table) and table.title:
+        console.print(table.title, style="italic")
         table.title = None
     console.print(table)
