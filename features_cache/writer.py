@@ -49,6 +49,9 @@ class CacheWriter:
         self._lock = lock
         self.cache: CacheFile = open_cache(path)
         self._ledger = Ledger(self.cache)
+        again = np.flatnonzero(self.cache.pending & (self._ledger.states != PENDING))
+        if len(again):
+            self._ledger.reopen(again)
         self._run: dict[str, Any] = {"run": -1}
         self._computed = 0
 
@@ -184,9 +187,9 @@ class CacheWriter:
         reason : str
             Short reason, kept with the row (80 bytes).
         digest : bytes or array_like of uint8, shape (16,), optional
-            Of the bytes that could not be decoded; ``None`` where there were none.
+            Of the bytes that cannot be decoded; ``None`` where there were none: the next writer tries them again.
         size, mtime_ns : int
-            As in `write`; the row is tried again when either changes.
+            As in `write`.
         """
         rows = self._pending_rows([row])
         known = bytes(DIGEST_BYTES) if digest is None else digest

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import PENDING, CacheError, CacheFile, Catalog, Rows, same_rows
+from features_cache import CacheError, CacheFile, Catalog, Rows, same_rows
 from pipeline.images.source import ImageSource
 from pipeline.spec import LayerSpec, Request
 
@@ -71,8 +71,7 @@ def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None
 
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:
     """Tell whether `file` was made for exactly these rows and none, or none of those `asked` (n,) bool, is pending."""
-    pending = file.states == PENDING
-    return same_rows(file, rows, classes) and not (pending if asked is None else pending & asked).any()
+    return same_rows(file, rows, classes) and not (file.pending if asked is None else file.pending & asked).any()
 
 
 def weights_file_digest(backbone: str) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features_cache import DONE, PENDING, CacheWriter, open_cache
+from features_cache import DONE, PENDING, CacheWriter, open_cache, verify
 from pipeline.errors import SourceError
 from pipeline.extract import extract
 from pipeline.images import folder
@@ -115,6 +115,29 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
     assert all((file.states == DONE).sum() >= 4 for file in files)
     assert not list((tmp_path / "cache").glob("*.lock"))
     assert CacheWriter.resume(files[0].path).close() is None
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_an_image_that_could_not_be_read_once_is_read_the_next_time(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grown: bool
+) -> None:
+    photos, cache = make_photos(classes=("one",), each=4), tmp_path / "cache"
+    (photos / "one" / "gone.png").symlink_to("nowhere")  # nothing to read: that shows without another attempt
+    (photos / "one" / "broken.png").write_bytes(b"no image")
+    plain = Path.read_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: plain(path) if path.name != "2.png" else plain(photos))
+        (first,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    assert (first.done, first.unreadable) == (3, 3)
+    assert "directory" in open_cache(first.path).reasons[2]
+    if grown:
+        Image.new("RGB", (50, 50), "red").save(photos / "one" / "new.png")
+    (second,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    assert (second.computed, second.done, second.unreadable) == (1 + grown, 4 + grown, 2)
+    monkeypatch.setattr("pipeline.extract.open_files", None)
+    (third,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    assert (third.computed, third.done, third.unreadable) == (0, 4 + grown, 2)
+    assert verify(third.path).sound
 
 
 def test_progress_and_result_say_what_bounds_the_speed(make_photos: Callable[..., Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import pipeline.images.decode
 import pipeline.images.stages
 from pipeline.errors import UnreadableImageError
 from pipeline.images.items import ImageSource, Item
@@ -318,6 +319,19 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pipeline.images.stages, "prepare_all", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
         list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
+
+
+def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline.images.decode, "_upright", short)
+    (batch,) = load(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
+    assert [(failure.reason, failure.digest) for failure in batch.failures] == [
+        ("not enough memory", None),
+        ("not an image of a known format", digest(BAD)),
+        ("not enough memory", None),
+    ]
 
 
 def test_what_known_raises_reaches_the_consumer() -> None:

@@ -28,7 +28,7 @@ class Duplicate(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A row that could not be read (no digest) or decoded, and why in a few words."""
+    """A row that could not be decoded, and why in a few words; no digest where another attempt may succeed."""
 
     row: int
     reason: str

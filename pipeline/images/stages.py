@@ -66,13 +66,14 @@ class Stages:
         """
         for thread in self._threads:
             thread.start()
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         for position, row in enumerate(self._rows):
             outcome = self._take(position)
             if isinstance(outcome, Duplicate) and outcome.of in failed:
-                outcome = Failure(row, failed[outcome.of], outcome.digest, outcome.size, outcome.mtime_ns)
+                first = failed[outcome.of]
+                outcome = Failure(row, first.reason, first.digest, outcome.size, outcome.mtime_ns)
             elif isinstance(outcome, Failure):
-                failed[row] = outcome.reason
+                failed[row] = outcome
             yield outcome
 
     def stop(self) -> None:
@@ -161,6 +162,8 @@ class Stages:
                 outcome = Decoded(job.row, pixels, job.digest, item.size, item.mtime_ns)
             except UnreadableImageError as error:
                 outcome = Failure(job.row, str(error), job.digest, item.size, item.mtime_ns)
+            except MemoryError:
+                outcome = Failure(job.row, "not enough memory", None, item.size, item.mtime_ns)
             with self._changed:
                 self._outcomes[job.position] = outcome
                 self._changed.notify_all()
