@@ -46,14 +46,16 @@ def table(done: list[int]) -> list[dict[str, str]]:
 def test_npy_has_the_done_rows_and_a_csv_beside_it(tmp_path: Path, layer: str, done: list[int]) -> None:
     file = make(tmp_path / "a.h5", done)
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.csv").write_text("the user's own")
     written = export(file, layer, tmp_path / "out" / "x.npy")
-    assert written == [tmp_path / "out" / "x.npy", tmp_path / "out" / "x.csv"]
+    assert written == [tmp_path / "out" / "x.npy", tmp_path / "out" / "x.npy.csv"]
     features = np.load(written[0], allow_pickle=False)
     assert features.dtype == file.layers[layer].dtype
     np.testing.assert_array_equal(features, expected(layer, done))
     with written[1].open(newline="", encoding="utf-8", errors="surrogateescape") as stream:
         assert list(csv.DictReader(stream)) == table(done)
-    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["x.csv", "x.npy"]
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["x.csv", "x.npy", "x.npy.csv"]
+    assert (tmp_path / "out" / "x.csv").read_text() == "the user's own"
 
 
 @pytest.mark.parametrize("layer", ["a", "b.c"])
@@ -104,6 +106,10 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path, m
             patch.setitem(sys.modules, module, None)
             with pytest.raises(CacheError, match=hint):
                 export(file, "a", tmp_path / name)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["features_cache.export"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]})  # the header's limit
+        with pytest.raises(CacheError, match=r"header too large; \.npy and \.parquet take any number"):
+            export(file, "a", tmp_path / "x.safetensors")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.h5", "b.h5"]
 
 
