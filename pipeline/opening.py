@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features_cache import CacheFile, CacheWriter, LayerInfo, Rows, file_name, grow, open_cache, same_rows
-from pipeline.errors import ModelFileError
+from pipeline.errors import EngineError, ModelFileError
 from pipeline.filling import Clock, Filling
 from pipeline.images.source import ImageSource
 from pipeline.lookup import continued_precision, find_holder, is_complete
@@ -77,57 +77,41 @@ class Target:
         return is_complete(file, self.rows, self.images.classes, self.asked)
 
 
-def open_files(
-    target: Target,
-    requests: Sequence[Request],
-    files: Sequence[CacheFile],
-    run: Run,
-    expect: Sequence[LayerSpec] | None,
-) -> list[Path | Filling]:
-    """Return the files that hold parts of `requests`, open for writing where they lack rows, and new ones for the rest.
+class Network:
+    """A backbone for some layers, and its engines by the layers that they give, each made once.
 
     Parameters
     ----------
-    target : Target
     requests : sequence of Request
         Of one backbone; they differ in nothing but the view, so one engine serves all.
     files : sequence of CacheFile
-        What there is of this source.
+        What there is of the source.
     run : Run
-    expect : sequence of LayerSpec, optional
-        Refuse to compute anything but these, precision aside.
+
+    Raises
+    ------
+    BackboneError, EngineError
+        The network, its weights, a layer, or the engine for it cannot be had.
     """
-    from pipeline.engines.select import resolve
 
-    continued = (continued_precision(files, request) for request in requests)
-    precision = next(filter(None, continued), requests[0].precision)
-    network = _Network(requests[0], resolve(run.engine, run.device, precision), run.batch_size)
-    found: list[Path | Filling] = []
-    for request in requests:
-        specs = {name: network.spec(name, request) for name in network.names}
-        check_expected(specs.values(), expect)
-        holders = {name: find_holder(files, spec) for name, spec in specs.items()}
-        for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            found.append(file.path if target.is_met(file) and not run.rehash else _go_on(file, target, network, run))
-        missing = {name: spec for name, spec in specs.items() if holders[name] is None}
-        if missing:
-            found.append(_begin(missing, request, target, network, run))
-    return found
-
-
-class _Network:
-    """A backbone for some layers, and its engines by the layers that they give, each made once."""
-
-    def __init__(self, request: Request, resolved: Resolved, batch_size: int | None) -> None:
+    def __init__(self, requests: Sequence[Request], files: Sequence[CacheFile], run: Run) -> None:
         from pipeline.backbones.graph import resolve_layers
         from pipeline.backbones.registry import load
 
-        self.backbone: Backbone = load(request.backbone, request.size)
-        self.aliases = {asked: list(resolve_layers(self.backbone, [asked])) for asked in request.layers}
+        first = requests[0]
+        self.requests = requests
+        self.backbone: Backbone = load(first.backbone, first.size)
+        self.aliases = {asked: list(resolve_layers(self.backbone, [asked])) for asked in first.layers}
         self.names = list(dict.fromkeys(name for group in self.aliases.values() for name in group))
-        self._pool, self._resolved, self._batch_size = request.pool, resolved, batch_size or resolved.batch_size
+        self._resolved = _resolved(requests, files, run)
+        self._pool, self._batch_size = first.pool, run.batch_size or self._resolved.batch_size
         self._tapped: dict[tuple[str, ...], TappedNetwork] = {}
         self._engines: dict[tuple[str, ...], Engine] = {}
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same for all names of a network: its canonical name and the digest of its weights."""
+        return self.backbone.name, self.backbone.weights_digest
 
     def spec(self, layer: str, request: Request) -> LayerSpec:
         backbone = self.backbone
@@ -152,7 +136,53 @@ class _Network:
         return self._engines[layers]
 
 
-def _go_on(file: CacheFile, target: Target, network: _Network, run: Run) -> Filling:
+def _resolved(requests: Sequence[Request], files: Sequence[CacheFile], run: Run) -> Resolved:
+    """Return how to compute; ``auto`` goes on in the precision in which a file of the same requests was begun."""
+    from pipeline.engines.select import computes, resolve
+
+    resolved = resolve(run.engine, run.device, requests[0].precision)
+    begun = next(filter(None, (continued_precision(files, request) for request in requests)), resolved.precision)
+    if not computes(resolved.device, begun):
+        raise EngineError(
+            f"the cache files of this request are {begun}, which {resolved.device} does not compute here; "
+            "begin new ones with --precision fp32"
+        )
+    return replace(resolved, precision=begun)
+
+
+def open_files(
+    target: Target,
+    network: Network,
+    files: Sequence[CacheFile],
+    run: Run,
+    expect: Sequence[LayerSpec] | None,
+) -> list[Path | Filling]:
+    """Return the files that hold parts of a network's requests, open for writing where they lack rows, and new ones.
+
+    Parameters
+    ----------
+    target : Target
+    network : Network
+    files : sequence of CacheFile
+        What there is of this source.
+    run : Run
+    expect : sequence of LayerSpec, optional
+        Refuse to compute anything but these, precision aside.
+    """
+    found: list[Path | Filling] = []
+    for request in network.requests:
+        specs = {name: network.spec(name, request) for name in network.names}
+        check_expected(specs.values(), expect)
+        holders = {name: find_holder(files, spec) for name, spec in specs.items()}
+        for file in dict.fromkeys(holder for holder in holders.values() if holder):
+            found.append(file.path if target.is_met(file) and not run.rehash else _go_on(file, target, network, run))
+        missing = {name: spec for name, spec in specs.items() if holders[name] is None}
+        if missing:
+            found.append(_begin(missing, request, target, network, run))
+    return found
+
+
+def _go_on(file: CacheFile, target: Target, network: Network, run: Run) -> Filling:
     """Open a file that lacks rows, or that was made for others."""
     network.engine(tuple(file.layers))  # before the file is touched: a network that cannot run costs nothing
     if same_rows(file, target.rows, target.images.classes) and not run.rehash:
@@ -163,7 +193,7 @@ def _go_on(file: CacheFile, target: Target, network: _Network, run: Run) -> Fill
     return _filling(writer, target, network, run)
 
 
-def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, network: _Network, run: Run) -> Filling:
+def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, network: Network, run: Run) -> Filling:
     """Make a new file."""
     images, backbone = target.images, network.backbone
     dims = network.tapped(tuple(specs)).dims
@@ -181,7 +211,7 @@ def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, networ
     return _filling(writer, target, network, run)
 
 
-def _filling(writer: CacheWriter, target: Target, network: _Network, run: Run) -> Filling:
+def _filling(writer: CacheWriter, target: Target, network: Network, run: Run) -> Filling:
     run.writers.enter_context(writer)
     layers = writer.cache.layers
     engine = network.engine(tuple(layers))

@@ -107,7 +107,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path, m
             with pytest.raises(CacheError, match=hint):
                 export(file, "a", tmp_path / name)
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["features_cache.export"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]})  # the header's limit
+        patch.setattr(
+            sys.modules["features_cache.export"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]}
+        )  # the header's limit
         with pytest.raises(CacheError, match=r"header too large; \.npy and \.parquet take any number"):
             export(file, "a", tmp_path / "x.safetensors")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.h5", "b.h5"]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from features_cache import DONE, PENDING, CacheWriter, open_cache, verify
-from pipeline.errors import SourceError
+from pipeline.errors import BackboneError, EngineError, SourceError
 from pipeline.extract import extract
 from pipeline.images import folder
 from pipeline.results import ExtractResult
@@ -115,6 +115,36 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
     assert all((file.states == DONE).sum() >= 4 for file in files)
     assert not list((tmp_path / "cache").glob("*.lock"))
     assert CacheWriter.resume(files[0].path).close() is None
+
+
+def test_two_names_of_one_network_are_one(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    photos = make_photos(classes=("one",), each=2)
+    (result,) = extract(photos, [ONE, f"torchvision/{ONE}"], output=tmp_path / "cache", **OPTIONS)
+    assert (result.backbone, result.computed) == (ONE, 2)
+
+
+@pytest.mark.parametrize("wrong", ["resnet35", "resnet34@IMAGENET", "squeezenet1_0@random:0"])
+def test_what_is_wrong_with_a_later_backbone_leaves_no_empty_file(
+    make_photos: Callable[..., Path], tmp_path: Path, wrong: str
+) -> None:
+    options = OPTIONS | {"layers": ["layer1"]}
+    with pytest.raises(BackboneError):
+        extract(make_photos(classes=("one",), each=2), [ONE, wrong], output=tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_begun_in_a_precision_that_is_not_here_says_how_to_go_on(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, options = (
+        make_photos(classes=("one",), each=1),
+        {**OPTIONS, "precision": "auto", "output": tmp_path / "cache"},
+    )
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)
+    assert [result.precision for result in extract(photos, [ONE], **options)] == ["bf16"]
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: False)
+    with pytest.raises(EngineError, match=r"are bf16, which cpu does not compute here; .*--precision fp32"):
+        extract(photos, [ONE], **(options | {"layers": ["layer1"]}))
 
 
 @pytest.mark.parametrize("grown", [False, True])

@@ -285,6 +285,11 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(make_cache: Make) -> 
     assert result.n_train + result.n_val + result.n_test == 80
 
 
+def test_a_cache_in_which_nothing_is_extracted_yet_says_so(make_cache: Make) -> None:
+    with pytest.raises(FitError, match="is extracted yet; run the same extract again"):
+        fit(make_cache(pending=range(90)))
+
+
 def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache()
     file = Catalog(path).files[0]
