@@ -108,7 +108,9 @@ def read_header(path: Path) -> Header:
 
 
 def _refused(path: Path, reason: str) -> DamagedCacheError:
-    return DamagedCacheError(f"{path} is not usable as a cache: {reason}; restore it from a copy or extract again")
+    return DamagedCacheError(
+        f"{path} is not usable as a cache: {reason}; restore it from a copy, or delete it and extract again"
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -126,7 +128,7 @@ def _parse_line(path: Path, line: bytes) -> tuple[int, int, int, str]:
     if version != VERSION:
         raise DamagedCacheError(
             f"{path} has format version {version}, this release reads version {VERSION}; "
-            "use the release that made it or extract again"
+            "use the release that made it, or delete it and extract again"
         )
     if not len(line) + table_bytes <= checked <= min(file_bytes, _LIMIT):
         raise _refused(path, "the sizes in its first line contradict each other")

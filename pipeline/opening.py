@@ -114,6 +114,7 @@ class Network:
         return self.backbone.name, self.backbone.weights_digest
 
     def spec(self, layer: str, request: Request) -> LayerSpec:
+        """Return what exactly produces the features of one of `names`, for one of `requests`."""
         backbone = self.backbone
         preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
         precision = self._resolved.precision
@@ -122,6 +123,7 @@ class Network:
         )
 
     def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
+        """Return the network from pixels to the features of `layers`."""
         from pipeline.backbones.graph import tap
 
         if layers not in self._tapped:
@@ -129,6 +131,7 @@ class Network:
         return self._tapped[layers]
 
     def engine(self, layers: tuple[str, ...]) -> Engine:
+        """Return what computes the features of `layers`."""
         from pipeline.engines.engine import build_engine
 
         if layers not in self._engines:
