@@ -88,6 +88,13 @@ class Network:
         What there is of the source.
     run : Run
 
+    Attributes
+    ----------
+    names : tuple of str
+        The layers.
+    aliases : dict of str to list of str
+        What these names and all aliases stand for: later requests by any of them are looked up without the network.
+
     Raises
     ------
     BackboneError, EngineError
@@ -95,14 +102,14 @@ class Network:
     """
 
     def __init__(self, requests: Sequence[Request], files: Sequence[CacheFile], run: Run) -> None:
-        from pipeline.backbones.graph import resolve_layers
+        from pipeline.backbones.graph import resolve_layers, resolved_aliases
         from pipeline.backbones.registry import load
 
         first = requests[0]
         self.requests = requests
         self.backbone: Backbone = load(first.backbone, first.size)
-        self.aliases = {asked: list(resolve_layers(self.backbone, [asked])) for asked in first.layers}
-        self.names = list(dict.fromkeys(name for group in self.aliases.values() for name in group))
+        self.names = resolve_layers(self.backbone, first.layers)
+        self.aliases = {name: [name] for name in self.names} | resolved_aliases(self.backbone)
         self._resolved = _resolved(requests, files, run)
         self._pool, self._batch_size = first.pool, run.batch_size or self._resolved.batch_size
         self._tapped: dict[tuple[str, ...], TappedNetwork] = {}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features_cache import DONE, PENDING, CacheWriter, open_cache, verify
+from features_cache import DONE, PENDING, CacheWriter, Catalog, open_cache, verify
 from pipeline.errors import BackboneError, EngineError, SourceError
 from pipeline.extract import extract
+from pipeline.heads.cached import select
 from pipeline.images import folder
 from pipeline.results import ExtractResult
 
@@ -145,6 +146,25 @@ def test_a_cache_begun_in_a_precision_that_is_not_here_says_how_to_go_on(
     monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: False)
     with pytest.raises(EngineError, match=r"are bf16, which cpu does not compute here; .*--precision fp32"):
         extract(photos, [ONE], **(options | {"layers": ["layer1"]}))
+
+
+def test_layers_are_found_by_name_and_by_alias_however_they_were_asked_for(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache = make_photos(classes=("one",), each=1), tmp_path / "cache"
+    names = ["layer1", "layer2", "layer3", "layer4"]
+
+    def paths(layers: list[str]) -> set[str]:
+        return {result.path for result in extract(photos, [ONE], output=cache, **OPTIONS | {"layers": layers})}
+
+    first, second = paths(names[:3]), paths(["fc", "layer4"])
+    monkeypatch.setattr("pipeline.extract.Network", None)  # no network is needed to look these up
+    assert paths(["stages"]) == first | second
+    assert paths(["logits"]) == second
+    assert [layer.name for layer in select(Catalog(cache), ["stages", "logits"])] == [*names, "fc"]
+    monkeypatch.setattr("pipeline.lookup.DECODE_POLICY", 0)  # as if other rules had held when the files were made
+    with pytest.raises(TypeError, match="NoneType"):
+        paths(["stages"])
 
 
 @pytest.mark.parametrize("grown", [False, True])
