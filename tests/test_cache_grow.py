@@ -354,6 +354,17 @@ def test_find_narrows_names_what_exists_and_lists_what_is_ambiguous(tmp_path: Pa
             Catalog(tmp_path / path)
 
 
+def test_files_that_no_option_tells_apart_are_told_by_what_differs(tmp_path: Path) -> None:
+    for name, precision, size in (("r", "fp32", 224), ("v", "bf16", 64)):
+        spec = {"layer": "a", "precision": precision, "preprocessing": {"size": [size, size], "resize": 256}}
+        make(tmp_path / f"{name}.h5", BASE, [LayerInfo("a", 4, "float32", spec, name), LAYERS[1]])
+    message = (
+        r"name one of them instead of the folder: r.h5 \(precision fp32, preprocessing.size \[224, 224\], layers a, b"
+    )
+    with pytest.raises(AmbiguousCacheError, match=message):
+        Catalog(tmp_path).find("a")
+
+
 def test_of_equivalent_files_the_fullest_is_found(tmp_path: Path) -> None:
     for name, count in (("a", 1), ("b", 3), ("c", 2)):
         make(tmp_path / f"{name}.h5", dict(list(BASE.items())[:count]), handles={"source": "s"})
