@@ -178,10 +178,10 @@ def file_name(source: str, backbone: str, key: str) -> str:
     key : str
         All that tells two files apart; its digest is the HASH8.
     """
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(key.encode(), digest_size=4).hexdigest()
     return f"{_safe(source)}-{_safe(backbone)}-{digest}.h5"
 
 
 def _safe(name: str) -> str:
     text = re.sub(r"[^\w.+@-]", "_", unicodedata.normalize("NFC", name))
-    return text.encode("utf-8", "replace")[:80].decode("utf-8", "ignore").strip(".-") or "_"
+    return text.encode()[:80].decode("utf-8", "ignore").strip(".-") or "_"

@@ -61,7 +61,7 @@ def _cut(text: str) -> bytes:
 
 
 def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
-    """Return `values` as fixed-length UTF-8, shape (n,); bytes of file names that are no UTF-8 stay as they are.
+    """Return `values` as fixed-length UTF-8, shape (n,).
 
     Raises
     ------
@@ -69,7 +69,7 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
         A value has a zero byte or cannot be written; `what` names it.
     """
     try:
-        encoded = [value.encode("utf-8", "surrogateescape") for value in values]
+        encoded = [value.encode() for value in values]
     except UnicodeEncodeError as error:
         raise CacheError(f"a {what} cannot be written as UTF-8 ({error.reason}); rename it") from None
     if any(b"\0" in value for value in encoded):
@@ -78,7 +78,7 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
 
 
 def decoded_text(raw: NDArray[np.bytes_]) -> NDArray[np.str_]:
-    """Return the inverse of `fixed_text`; never fails, whatever the bytes."""
+    """Return the inverse of `fixed_text`; damaged bytes are escaped."""
     if (np.ascontiguousarray(raw).view(np.uint8) < 0x80).all():
         return raw.astype(str)
-    return np.char.decode(raw, "utf-8", "surrogateescape")
+    return np.char.decode(raw, "utf-8", "backslashreplace")

@@ -90,7 +90,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _csv(path: Path, columns: dict[str, list[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(zip(*(columns[name] for name in COLUMNS), strict=True))
@@ -107,15 +107,10 @@ def _parquet(path: Path, features: NDArray[Any], columns: dict[str, list[str]], 
         import pyarrow.parquet as pq
     except ImportError:
         raise CacheError("export to .parquet needs pyarrow; install it with: pip install 'thawline[parquet]'") from None
-    arrays: dict[str, Any] = {name: pa.array(map(_valid, columns[name]), pa.string()) for name in COLUMNS}
+    arrays: dict[str, Any] = {name: pa.array(columns[name], pa.string()) for name in COLUMNS}
     flat = pa.array(np.ascontiguousarray(features).reshape(-1))
     arrays["features"] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
     pq.write_table(pa.table(arrays), path)
-
-
-def _valid(text: str) -> str:
-    """Return `text` as valid Unicode: the bytes of file names that are no UTF-8 are escaped."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _safetensors(

@@ -156,10 +156,7 @@ def _interpret(line: bytes, head: bytes, table_bytes: int, file_bytes: int) -> H
         line=line,
         file_bytes=file_bytes,
         n_rows=n_rows,
-        classes=tuple(
-            names[start : start + width].rstrip(b"\0").decode("utf-8", "surrogateescape")
-            for start in range(0, classes.nbytes, width)
-        ),
+        classes=tuple(names[start : start + width].rstrip(b"\0").decode() for start in range(0, classes.nbytes, width)),
         layers={layer.name: layer for layer in layers},
         handles=handles,
         request=_typed(table, "request", dict),
@@ -224,8 +221,8 @@ def _name(value: Any) -> str:
 
 
 def is_name(value: Any) -> bool:
-    """Tell whether `value` is text that stays on one line: no control characters."""
-    return isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f]", value) is None
+    """Tell whether `value` is text that can be written, on one line: no control characters, nothing but Unicode."""
+    return isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value) is None
 
 
 def _typed(table: Mapping[str, Any], key: str, kind: type) -> Any:

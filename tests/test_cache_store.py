@@ -263,6 +263,8 @@ BAD_FILES: dict[str, tuple[dict[str, Any], str]] = {
     "class with a zero byte": ({"classes": ("a", "b\0", "c")}, "zero byte"),
     "unknown split": ({"rows": Rows(**{**vars(make_rows(4)), "splits": ["dev"] * 4})}, "a split is one of"),
     "short column": ({"rows": Rows(**{**vars(make_rows(4)), "sizes": np.ones(3, int)})}, "must have 4 entries"),
+    "class that is no Unicode": ({"classes": ("a", "caf\udce9", "c")}, "cannot be written as UTF-8"),
+    "handle that is no Unicode": ({"handles": {"source": "caf\udce9"}}, "control characters"),
     "newline in a handle": ({"handles": {"source": "a\nb"}}, "control characters"),
     "huge request": ({"request": {"x": "y" * 70_000}}, "request has 7"),
     "larger than the disk": ({"layers": (LayerInfo("a", 1 << 46, "float32", {}, "f"),)}, "are needed"),
