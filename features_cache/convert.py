@@ -41,16 +41,24 @@ def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[
 
 
 def records(
-    count: int, digests: ArrayLike, sizes: ArrayLike, mtimes_ns: ArrayLike, run: int, reason: str = ""
+    digests: ArrayLike, sizes: NDArray[np.int64], mtimes_ns: NDArray[np.int64], run: int, reason: str = ""
 ) -> NDArray[np.void]:
-    """Return what reading `count` images found as a structured array of `layout.RECORD`; other shapes are refused."""
-    columns = {"digest": np.asarray(digests), "size": np.asarray(sizes), "mtime_ns": np.asarray(mtimes_ns)}
-    found = np.zeros(count, RECORD)
-    for name, values in columns.items():
-        if values.shape != found[name].shape:
-            raise CacheError(f"{name} of {count} rows: expected shape {found[name].shape}, got {values.shape}")
-        found[name] = values
-    found["run"] = run
+    """Return what reading k images found, an array of `layout.RECORD`; digests of another shape are refused.
+
+    Parameters
+    ----------
+    digests : array_like of uint8, shape (k, 16)
+    sizes, mtimes_ns : ndarray of int64, shape (k,)
+        As the source listed them.
+    run : int
+    reason : str, default ""
+    """
+    found = np.zeros(len(sizes), RECORD)
+    if np.shape(digests) != found["digest"].shape:
+        raise CacheError(
+            f"digest of {len(found)} rows: expected shape {found['digest'].shape}, got {np.shape(digests)}"
+        )
+    found["digest"], found["size"], found["mtime_ns"], found["run"] = digests, sizes, mtimes_ns, run
     found["reason"] = _cut(" ".join(reason.split()))
     return found
 

@@ -24,7 +24,7 @@ def make(path: Path, done: list[int]) -> CacheFile:
     with CacheWriter.create(path, rows, ["cat", "Löwe"], LAYERS, {}, {}) as writer:
         k = np.array(done, int)
         features = {"a": np.outer(k, np.arange(5)), "b.c": np.outer(k, [1, 2, 3])}
-        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16), k, k)
+        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16))
     return open_cache(path)
 
 

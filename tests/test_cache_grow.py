@@ -56,15 +56,15 @@ def rows_of(source: Source) -> Rows:
 
 def compute(writer: CacheWriter, source: Source) -> list[str]:
     """Compute the pending rows and return what was read; contents that begin with ``bad`` are no images."""
-    items, table, read = list(source.values()), rows_of(source), []
+    items, read = list(source.values()), []
     for row in writer.pending().tolist():
         content = items[row][0]
         digest = np.frombuffer(digest_of(content), np.uint8)
         if content.startswith("bad"):
-            writer.fail(row, "no image", digest, table.sizes[row], 17)
+            writer.fail(row, "no image", digest)
         else:
             features = {name: features_of(content)[name][None] for name in writer.cache.layers}
-            writer.write([row], features, digest[None], table.sizes[[row]], [17])
+            writer.write([row], features, digest[None])
         read.append(content)
     return read
 

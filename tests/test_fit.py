@@ -89,11 +89,9 @@ def make_cache(tmp_path: Path) -> Make:
         values = features or {key: clouds(labels, dim, seed=dim) for key, dim in dims.items()}
         with CacheWriter.create(path, rows, classes, layers, handles, request) as writer:
             writer.begin_run({})
-            writer.write(
-                done, {key: value[done] for key, value in values.items()}, digests[done], zeros[done], zeros[done]
-            )
+            writer.write(done, {key: value[done] for key, value in values.items()}, digests[done])
             for row in unreadable:
-                writer.fail(row, "truncated", digests[row], 0, 0)
+                writer.fail(row, "truncated", digests[row])
         return path
 
     return make

@@ -8,13 +8,11 @@ import numpy as np
 
 
 class Decoded(NamedTuple):
-    """Pixels, uint8 (h, w, 3) for each preprocessing; size in bytes and time in nanoseconds as listed, as below."""
+    """Pixels, uint8 (h, w, 3) for each preprocessing."""
 
     row: int
     pixels: tuple[np.ndarray, ...]
     digest: bytes
-    size: int
-    mtime_ns: int
 
 
 class Duplicate(NamedTuple):
@@ -23,8 +21,6 @@ class Duplicate(NamedTuple):
     row: int
     of: int
     digest: bytes
-    size: int
-    mtime_ns: int
 
 
 class Failure(NamedTuple):
@@ -33,8 +29,6 @@ class Failure(NamedTuple):
     row: int
     reason: str
     digest: bytes | None
-    size: int
-    mtime_ns: int
 
 
 class Known(NamedTuple):
@@ -42,8 +36,6 @@ class Known(NamedTuple):
 
     row: int
     digest: bytes
-    size: int
-    mtime_ns: int
 
 
 Outcome = Decoded | Duplicate | Failure | Known
