@@ -137,7 +137,7 @@ def finetune(
     destination = None if save is None else _destination(save)
     notes: list[str] = []
     rate = recipe.rate(new_only=freeze == "all" or init == "random")
-    plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent, watch is not None)
+    plan = Plan(freeze, recipe, rate, precision, store, Path(output) / FOLDER, progress or _silent, watch is not None)
     wanted = Wanted(
         source, backbone, freeze, recipe.top, recipe.augment, recipe.views, (), head_first, Path(output), plan.folder,
         precision, store, engine, device, size, workers, plan.progress, say or notes.append,

@@ -139,6 +139,29 @@ def test_splits_are_those_of_fit_and_seeds_reproduce(make_photos: Photos, tmp_pa
     assert losses(runs[0]) != losses(runs[0], 2)
 
 
+@pytest.mark.parametrize("change", [{"size": 48}, {"store": "float16"}])
+def test_a_finished_run_is_not_taken_for_another(make_photos: Photos, tmp_path: Path, change: dict[str, Any]) -> None:
+    photos = make_photos()
+    first = tune(photos, tmp_path / "shared", freeze="layer4", epochs=1)
+    found = tune(photos, tmp_path / "shared", freeze="layer4", epochs=1, **change)
+    alone = tune(photos, tmp_path / "alone", freeze="layer4", epochs=1, **change)
+    assert losses(found) == losses(alone) != losses(first)
+
+
+def test_a_class_that_only_tests_makes_another_run(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    for name in ("red", "green", "blue"):
+        for split, numbers in (("train", range(6)), ("test", range(6, 8))):
+            (tmp_path / "given" / split / name).mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                (photos / name / f"{number}.png").rename(tmp_path / "given" / split / name / f"{number}.png")
+    tune(tmp_path / "given", tmp_path / "cache", freeze="layer4", epochs=1)
+    (tmp_path / "given" / "test" / "white").mkdir()
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "given" / "test" / "white" / "0.png")
+    report = tune(tmp_path / "given", tmp_path / "cache", freeze="layer4", epochs=1)
+    assert report.results[0].n_test == 7
+
+
 def test_early_stopping_keeps_the_weights_of_the_best_epoch(make_photos: Photos, tmp_path: Path) -> None:
     report = tune(make_photos(), tmp_path, epochs=12, patience=2, lr=0.02, warmup=0)
     result = report.results[0]

@@ -13,10 +13,7 @@ from features_cache import CacheFile, Catalog
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.images.source import ImageSource
 from pipeline.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
-from pipeline.spec import fingerprint_of
-
-RULES = 1
-"""Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+from pipeline.spec import TRAINING_RULES, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def finetune_key(job: Finetune, images: ImageSource) -> str:
 
 @cache
 def _rules() -> list[Any]:
-    return [RULES, version("thawline"), version("scikit-learn")]
+    return [TRAINING_RULES, version("thawline"), version("scikit-learn")]
 
 
 @cache  # one file stands for hundreds of fits
