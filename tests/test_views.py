@@ -21,7 +21,7 @@ from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import material
 from pipeline.finetuning.data import Ints, Pictures
-from pipeline.finetuning.recipe import check_views, make_recipe
+from pipeline.finetuning.recipe import check_start, make_recipe
 from pipeline.heads.cached import select
 from pipeline.images import folder, transform
 from pipeline.images.transform import prepare, prepare_all
@@ -239,7 +239,7 @@ def test_views_that_cannot_be_are_refused(options: dict[str, Any], parts: str) -
 
 
 def test_without_anything_frozen_there_are_no_views(thawline: Callable[..., Any], make_photos: Photos) -> None:
-    check_views(make_recipe({"augment": "crop", "views": 1}), "all")
+    check_start(make_recipe({"augment": "crop", "views": 1}), NET, "all")
     base = ("finetune", make_photos(), "-b", NET, "--freeze", "none", "--augment", "crop", "--views", 2)
     thawline(*base).assert_one_line("freeze none", "leave out views")
 

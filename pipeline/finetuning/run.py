@@ -88,11 +88,6 @@ class Run:
     seconds: float
     precision: str
 
-    @property
-    def score(self) -> float:
-        """Validation accuracy; 0 without validation images."""
-        return float(np.nan_to_num(self.trained.valid_accuracy))
-
 
 def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     """Split as `fit` does, train on train, stop by val, label test.
