@@ -31,7 +31,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Yield a function that draws one bar for each different `text`.
+    """Yield a function that draws one bar for each different `text`, as long as it is not full.
 
     Nothing is drawn where stderr is not a terminal, so logs stay readable.
     """
@@ -50,6 +50,6 @@ def progress_bar() -> Iterator[Progress]:
         def report(done: int, total: int, text: str, state: str = "") -> None:
             if text not in bars:
                 bars[text] = drawing.add_task(text, total=total, state="")
-            drawing.update(bars[text], completed=done, total=total, state=state)
+            drawing.update(bars[text], completed=done, total=total, state=state, visible=done < total)
 
         yield report
