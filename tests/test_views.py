@@ -142,19 +142,21 @@ def test_only_images_that_train_have_views_and_more_cost_only_what_is_new(
     make_photos: Photos, tmp_path: Path, reads: Counter[str]
 ) -> None:
     photos = make_photos(each=10)
-    report = tune(photos, tmp_path, epochs=1)
+    said: list[str] = []
+    report = tune(photos, tmp_path, epochs=1, say=said.append)
+    assert said == [
+        f"activations at {LINE} of 30 images, plain and in 2 augmented views, take 0 MB in {tmp_path}/finetune"
+    ]
     first = view_files(tmp_path)
     assert sorted(first) == [0, 1]
     for file in first.values():
         assert (file.states == DONE).sum() == report.results[0].n_train
         assert (file.states == PENDING).sum() == 30 - report.results[0].n_train
-    said: list[str] = []
+    said.clear()
     reads.clear()
     tune(photos, tmp_path, epochs=1, views=2, lr=0.1, say=said.append)
     assert not reads, "nothing is computed twice"
-    assert said == [
-        f"activations at {LINE} of 30 images, plain and in 2 augmented views, take 0 MB in {tmp_path}/finetune"
-    ]
+    assert said == [], "what is there takes no more space"
     tune(photos, tmp_path, epochs=1, views=3)
     assert set(reads.values()) == {1}
     assert len(reads) == report.results[0].n_train
