@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn import get_config
 from sklearn.datasets import load_digits
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
@@ -17,9 +15,9 @@ from threadpoolctl import threadpool_limits
 from features_cache import CacheWriter, LayerInfo, Rows
 from pipeline.errors import EngineError, FitError
 from pipeline.fit import fit
-from pipeline.heads import device as on_tensors
-from pipeline.heads.device import array_api, run_one_by_one
-from pipeline.heads.linear import Logreg
+from pipeline.heads import logreg
+from pipeline.heads.device import DeviceRows, run_one_by_one
+from pipeline.heads.logreg import Logreg
 from pipeline.heads.registry import Head
 from pipeline.heads.search import Fold, scale, search, train_final
 from pipeline.heads.store import load_model
@@ -56,10 +54,8 @@ def agree(device: str, classes: int, *, balanced: bool) -> None:
     found = []
     for family in (Logreg(), Logreg(device)):
         head = Head("logreg", family, "none")
-        with array_api():
-            choice = search(head, [fold], balanced=balanced)
-            final = train_final(head, {"C": 0.1}, scale("none", fold.train, fresh, rotated=False), fold.y)
-        assert all(isinstance(getattr(final.estimator, name), np.ndarray) for name in ("coef_", "classes_", "n_iter_"))
+        choice = search(head, [fold], balanced=balanced)
+        final = train_final(head, {"C": 0.1}, scale("none", fold.train, fresh, rotated=False), fold.y)
         found.append((choice, final.converged, final.estimator.predict(fresh), final.estimator.predict_proba(fresh)))
     (plain, converged, labels, probabilities), (mine, my_converged, my_labels, my_probabilities) = found
     assert mine.params == plain.params
@@ -84,10 +80,9 @@ def test_a_gpu_gives_the_choice_and_the_labels_of_the_cpu(classes: int, balanced
 
 
 def test_an_iteration_limit_is_reported_on_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.heads.linear.MOST_ITERATIONS", 2)
+    monkeypatch.setattr("pipeline.heads.logreg.MOST_ITERATIONS", 2)
     fold, _ = rows(10)
-    with array_api():
-        assert not Logreg("cpu").fit({"C": 10.0}, fold.train, fold.y).converged
+    assert not Logreg("cpu").fit({"C": 10.0}, fold.train, fold.y).converged
 
 
 @pytest.fixture
@@ -111,16 +106,14 @@ def cache(tmp_path: Path) -> Path:
 def test_a_fit_sends_logistic_regression_to_the_device_and_the_rest_to_workers(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SCIPY_ARRAY_API", raising=False)
     moved: list[str] = []
-    place = on_tensors.to_device
 
-    def spy(rows: np.ndarray, device: str) -> Any:
+    def spy(rows: np.ndarray, device: str) -> DeviceRows:
         moved.append(device)
-        return place(rows, "cpu")
+        return DeviceRows(rows, "cpu")
 
     monkeypatch.setattr("pipeline.engines.select.find_device", lambda device: device)
-    monkeypatch.setattr("pipeline.heads.linear.to_device", spy)
+    monkeypatch.setattr(logreg, "DeviceRows", spy)
     done: list[int] = []
     told: list[str] = []
     call = partial(fit, cache, heads=["centroid", "logreg", "ridge"], seeds=[0, 1], jobs=2)
@@ -141,8 +134,6 @@ def test_a_fit_sends_logistic_regression_to_the_device_and_the_rest_to_workers(
     assert sorted(told) == ["centroid"] * 2 + ["logreg"] * 2 + ["ridge"] * 2
     saved = load_model(tmp_path / "m.skops")
     assert saved.head == mine.results[mine.best].head
-    assert "SCIPY_ARRAY_API" not in os.environ
-    assert get_config()["array_api_dispatch"] is False
 
 
 def test_a_model_trained_on_tensors_is_saved_as_any_other(
@@ -162,7 +153,7 @@ def test_a_device_that_is_not_here_is_refused_and_auto_is_the_cpu(cache: Path, m
     with pytest.raises(EngineError, match="no device cuda"):
         fit(cache, device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("pipeline.heads.linear.to_device", lambda *_: pytest.fail("the CPU needs no tensors"))
+    monkeypatch.setattr(logreg, "DeviceRows", lambda *_: pytest.fail("the CPU needs no tensors"))
     assert fit(cache, device="auto").results[0].params == fit(cache, device="cpu").results[0].params
 
 
@@ -171,20 +162,25 @@ def test_too_little_memory_ends_a_fit_before_workers_begin(cache: Path, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("pipeline.engines.select.find_device", lambda _device: "cuda")
-    monkeypatch.setattr("pipeline.heads.linear.to_device", too_large)
+    monkeypatch.setattr(logreg, "DeviceRows", too_large)
     with pytest.raises(FitError, match="no memory"):
         fit(cache, heads=["knn", "logreg"], jobs=2, device="cuda", progress=lambda *call: pytest.fail(str(call)))
 
 
-def test_too_little_memory_is_one_line_and_leaves_scikit_learn_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SCIPY_ARRAY_API", "0")
-
+def test_too_little_memory_is_one_line() -> None:
     def too_large() -> None:
-        assert get_config()["array_api_dispatch"]
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     with pytest.raises(FitError, match=r"no memory.*--device cpu") as caught:
         list(run_one_by_one([(too_large, (), {})]))
     assert "\n" not in str(caught.value)
-    assert os.environ["SCIPY_ARRAY_API"] == "0"
-    assert get_config()["array_api_dispatch"] is False
+
+
+@pytest.mark.usefixtures("strict")
+def test_rows_on_a_device_multiply_as_a_matrix() -> None:
+    matrix = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    moved = DeviceRows(matrix, "cpu")
+    right, left = np.ones((2, 3), np.float32).T, np.ones((5, 2), np.float32).T
+    for product, plain in ((moved @ right, matrix @ right), (left @ moved, left @ matrix)):
+        assert type(product) is np.ndarray
+        assert product == pytest.approx(plain)

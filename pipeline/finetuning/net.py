@@ -145,6 +145,7 @@ def make_net(
         criterion__label_smoothing=recipe.label_smoothing,
         optimizer=torch.optim.SGD if sgd else torch.optim.AdamW,
         **({"optimizer__momentum": MOMENTUM, "optimizer__nesterov": True} if sgd else {}),
+        optimizer__fused=True,
         lr=rate,
         classes=list(range(len(counts))),
         train_split=predefined_split(valid) if valid is not None else None,

@@ -21,8 +21,6 @@ class Step(NamedTuple):
     ----------
     predicted : (m,) int64
         Labels of the held-out rows.
-    saturated : bool
-        All training rows are predicted right, so that less regularisation cannot fit them better.
     converged : bool
         The solver stopped by its tolerance, not by its iteration limit.
     probabilities : (m, K) float, optional
@@ -30,7 +28,6 @@ class Step(NamedTuple):
     """
 
     predicted: Ints
-    saturated: bool
     converged: bool
     probabilities: NDArray[np.floating[Any]] | None = None
 

@@ -40,7 +40,7 @@ class RbfSvm(Family):
         for params in grid:
             gamma = scale * params["gamma"]
             model = SVC(C=params["C"], kernel="precomputed").fit(np.exp(-gamma * among), y, weight)
-            yield Step(model.predict(np.exp(-gamma * across)), saturated=False, converged=True)
+            yield Step(model.predict(np.exp(-gamma * across)), converged=True)
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Train an `SVC`; the gamma handed back is absolute."""
@@ -69,7 +69,7 @@ class Knn(Family):
         for params in grid:
             shares = _shares(votes[:, : params["k"]], len(classes))
             predicted = cast("Ints", classes[shares.argmax(axis=1)])  # the first of equals, as scikit-learn has it
-            yield Step(predicted, saturated=False, converged=True, probabilities=shares)
+            yield Step(predicted, converged=True, probabilities=shares)
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Keep the rows in a `KNeighborsClassifier`."""
@@ -91,7 +91,7 @@ class Centroid(Family):
     ) -> Iterator[Step]:
         """Yield the one `Step`."""
         for params in grid:
-            yield Step(self.fit(params, train, y).estimator.predict(held), saturated=False, converged=True)
+            yield Step(self.fit(params, train, y).estimator.predict(held), converged=True)
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
         """Keep the class means as the rows of a 1-nearest-neighbour classifier.

@@ -8,8 +8,9 @@ from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.heads.family import Family
 from pipeline.heads.instance import Centroid, Knn, RbfSvm
-from pipeline.heads.linear import Logreg, Ridge
 from pipeline.heads.linear_svm import LinearSvm
+from pipeline.heads.logreg import Logreg
+from pipeline.heads.ridge import Ridge
 
 FAMILIES: dict[str, Family] = {
     "logreg": Logreg(),

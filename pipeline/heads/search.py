@@ -16,9 +16,6 @@ from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
 from pipeline.heads.registry import Head
 from pipeline.heads.span import Span, find_span
 
-PATIENCE = 12
-"""Candidates without a gain, all training rows being fitted, after which the path ends: three decades of C."""
-
 
 @dataclass(frozen=True)
 class Scaled:
@@ -132,10 +129,10 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
         unconverged += not all(step.converged for step in steps)
         if score > most:
             best, most, chosen = number, score, steps
-        elif number - best >= PATIENCE and all(step.saturated for step in steps):
-            break
+    if most <= 0:  # as where a class is one group: no row of the held-out classes was trained on
+        return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
     held = [step.probabilities for step in chosen]
-    return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, number + 1)
+    return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
 
 
 def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:

@@ -1,0 +1,46 @@
+"""Ridge: least squares on labels of -1 and 1, one hyperplane a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+from sklearn.linear_model import RidgeClassifier
+
+from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.heads.hyperplanes import C_GRID, choose, one_against_rest
+
+
+class Ridge(Family):
+    """Ridge with an l2 penalty; alpha is 1 / C, all candidates from one decomposition."""
+
+    linear = True
+    weighted = True
+    fixed: ClassVar[Params] = {"alpha": 1.0}
+
+    def grid(self, n_rows: int) -> Sequence[Params]:
+        """Return 45 values of alpha from 1e6 down to 1e-5."""
+        return [{"alpha": 1 / c} for c in C_GRID]
+
+    def path(
+        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+    ) -> Iterator[Step]:
+        """Yield a `Step` for each candidate."""
+        classes, signs = one_against_rest(y)
+        weights_of_rows = np.ones((len(y), 1)) if weight is None else weight[:, None].astype(np.float64)
+        mean, middle = (np.sum(weights_of_rows * part, axis=0) / weights_of_rows.sum() for part in (train, signs))
+        centred = train - mean
+        weighted = weights_of_rows * centred
+        values, axes = np.linalg.eigh(weighted.T @ centred)
+        values = np.maximum(values, 0)  # rounding
+        target = axes.T @ (weighted.T @ (signs - middle))
+        unseen = (held - mean) @ axes
+        for params in grid:
+            weights = target / (values + params["alpha"])[:, None]
+            yield Step(choose(classes, unseen @ weights + middle), converged=True)
+
+    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+        """Train a `RidgeClassifier`, by singular values: small alphas on wide rows are too much for Cholesky."""
+        model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y, weight)
+        return Fitted(model, params, converged=True)
