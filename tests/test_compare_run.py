@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.progress import Progress as Bars
 from scipy.stats import binomtest
 
 from features_cache import CacheLockedError
@@ -29,6 +30,7 @@ from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
+from pipeline.reporting import progress
 from pipeline.reporting.html_charts import pareto
 from pipeline.reporting.html_model_charts import calibration_chart, class_chart
 from pipeline.reporting.html_pictures import lay_out
@@ -513,3 +515,12 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.claim(), pytest.raises(CacheLockedError, match="is writing it"), RunFolder(folder.path).claim():
         pass
+
+
+def test_full_bars_make_room_for_the_job_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(progress, "Bars", lambda *columns, **how: drawn.append(Bars(*columns, **how)) or drawn[0])
+    with progress.progress_bar() as report:
+        for job in range(3):
+            report(10 if job < 2 else 5, 10, f"job {job}")
+        assert [task.description for task in drawn[0].tasks if task.visible] == ["job 2"]

@@ -93,9 +93,8 @@ def run(work: Work) -> None:
         keys |= set(named.values())
     tunes = {job: (finetune_key(job, work.images[job.source]), line) for line, job in finetunes(work.plan)}
     keys |= {key for key, _ in tunes.values()}
-    unsure = {
-        work.images[extraction.source].name for extraction in failed
-    }  # whose results may yet be those of the plan
+    # where an extraction failed, what is known of its source may yet be the plan's
+    unsure = {work.images[extraction.source].name for extraction in failed}
     work.folder.keep_only(keys | {key for key, record in work.folder.records.items() if record["source"] in unsure})
     missing = [(key, line, job) for job, (key, line) in tunes.items() if not work.folder.has(key)]
     total = sum(map(len, pending.values())) + len(missing)

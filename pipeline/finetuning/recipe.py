@@ -9,7 +9,6 @@ from typing import Any
 
 from features_cache.errors import nearest
 from pipeline.errors import FitError
-from pipeline.images.augment import AUGMENTS, parse_augment
 from pipeline.spec import NO_AUGMENT, json_fields
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -98,6 +97,11 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     FitError
         Naming the first option that cannot be, with what was expected.
     """
+    from pipeline.images.augment import (
+        AUGMENTS,
+        parse_augment,
+    )  # late: with it comes Pillow, and --help reads this file
+
     known = [field.name for field in fields(Recipe)]
     for name in options:
         if name not in known:
