@@ -161,11 +161,7 @@ def _resolved(requests: Sequence[Request], files: Sequence[CacheFile], run: Run)
 
 
 def open_files(
-    target: Target,
-    network: Network,
-    files: Sequence[CacheFile],
-    run: Run,
-    expect: Sequence[LayerSpec] | None,
+    target: Target, network: Network, files: Sequence[CacheFile], run: Run, expect: Sequence[LayerSpec] | None
 ) -> list[Path | Filling]:
     """Return the files that hold parts of a network's requests, open for writing where they lack rows, and new ones.
 

@@ -286,7 +286,7 @@ def test_an_existing_file_is_not_replaced(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(CacheError, match="exists already"):
         create(path)
-    with pytest.raises(CacheError, match="a file has this name; choose another folder"):
+    with pytest.raises(CacheError, match="its folder is a file; choose another folder"):
         create(path / "b.h5")
     assert path.read_bytes() == before
 

@@ -177,15 +177,14 @@ def nodes_between(start: fx.Node | None, ends: Collection[fx.Node]) -> list[fx.N
     None where they need the image past `start`.
     """
     needed: set[fx.Node] = set()
-    waiting = [end for end in ends if end is not start]
+    waiting = list(ends)
     while waiting:
         node = waiting.pop()
-        if node is start or node in needed:
-            continue
-        if node.op == "placeholder" and start is not None:
-            return None
-        needed.add(node)
-        waiting += node.all_input_nodes
+        if node is not start and node not in needed:
+            if node.op == "placeholder" and start is not None:
+                return None
+            needed.add(node)
+            waiting += node.all_input_nodes
     reached = needed | ({start} if start is not None else set())
     nodes = list(next(iter(ends)).graph.nodes)
     # what works in place and gives no result stands in nobody's inputs
