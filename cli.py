@@ -66,19 +66,19 @@ def main() -> None:
         click.echo(f"thawline: {error.filename or 'system'}: {error.strerror or error}", err=True)
         sys.exit(1)
     except BaseException as error:
-        if not _is_interrupt(error):
+        behind = list(_chain(error))
+        if not any(isinstance(each, KeyboardInterrupt | click.Abort) for each in behind):
             raise
-        click.echo(
-            "thawline: interrupted; what was finished is kept, and the same command goes on from there", err=True
-        )
+        notes = [note for each in behind for note in getattr(each, "__notes__", ())]
+        click.echo("; ".join(["thawline: interrupted", *notes]), err=True)
         sys.exit(130)
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Tell whether an interrupt is behind an error: a library that is being imported makes an ImportError of it."""
-    while error is not None and not isinstance(error, KeyboardInterrupt | click.Abort):
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what is behind it: click, and a library being imported, make others of an interrupt."""
+    while error is not None:
+        yield error
         error = error.__cause__ or error.__context__
-    return error is not None
 
 
 if __name__ == "__main__":

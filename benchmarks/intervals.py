@@ -20,7 +20,7 @@ from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from pipeline.evaluation.intervals import bootstrap, corrected_t_test, mcnemar, wilson
+from pipeline.evaluation.intervals import FEWEST_SPLITS, bootstrap, corrected_t_test, mcnemar, wilson
 from pipeline.evaluation.metrics import count, macro_f1
 
 Floats = NDArray[np.float64]
@@ -73,10 +73,11 @@ def mcnemar_level(n: int, accuracy: float, draws: int, rng: np.random.Generator)
     return found / draws
 
 
-def resampled_levels(splits: int, draws: int, rng: np.random.Generator) -> tuple[float, float]:
+def resampled_levels(splits: int, trained: int, draws: int, rng: np.random.Generator) -> tuple[float, float]:
     """Return how often the corrected and the plain t-test over splits tell two equally good learners apart.
 
-    Both are logistic regressions; each sees five of ten features, which tell the classes equally well.
+    Both are logistic regressions; each sees five of ten features, which tell the classes equally well. They are trained
+    on so many of the 80 rows that are not test.
     """
     corrected = plain = 0
     for _ in range(draws):
@@ -85,7 +86,7 @@ def resampled_levels(splits: int, draws: int, rng: np.random.Generator) -> tuple
         differences = np.empty(splits)
         for place in range(splits):
             order = rng.permutation(100)
-            train, test = order[:80], order[80:]
+            train, test = order[:trained], order[80:]
             scores = [
                 LogisticRegression(tol=1e-2).fit(x[train, part], y[train]).score(x[test, part], y[test])
                 for part in (slice(0, 5), slice(5, 10))
@@ -124,9 +125,11 @@ def main(draws: int) -> None:
                 coverage.append(row)
                 levels.append({"test": "McNemar exact", "setting": f"{n} rows at {accuracy}"})
                 levels[-1]["told apart"] = mcnemar_level(n, accuracy, draws, rng)
-        for splits in (3, 10):
-            for name, level in zip(("corrected t", "plain t"), resampled_levels(splits, draws // 20, rng), strict=True):
-                levels.append({"test": name, "setting": f"{splits} splits of 80 + 20 rows", "told apart": level})
+        for splits, trained in ((FEWEST_SPLITS, 80), (10, 80), (FEWEST_SPLITS, 20), (10, 20)):
+            setting = f"{splits} splits, {trained} of 80 rows trained on, 20 test"
+            found = resampled_levels(splits, trained, draws // 20, rng)
+            for name, level in zip(("corrected t", "plain t"), found, strict=True):
+                levels.append({"test": name, "setting": setting, "told apart": level})
     console = Console(width=110)
     console.print(table_of("coverage of 95 % intervals (*: not 93–97 %)", coverage, lambda v: 0.93 <= v <= 0.97))
     noise = 2 * np.sqrt(LEVEL * (1 - LEVEL) / (draws // 20))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from features_cache.errors import ThawlineError
 
 
@@ -35,3 +38,13 @@ class PlanError(ThawlineError):
 
 class RunFolderError(ThawlineError):
     """A run folder belongs to another plan, is in use, or cannot be read or written."""
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Note on an interrupt that nothing is lost, for work whose parts are kept as they come; also a decorator."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note("what was finished is kept, and the same command goes on from there")
+        raise

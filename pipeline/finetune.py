@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pipeline.evaluation.comparisons import compare_models, tell_ties
-from pipeline.evaluation.intervals import wilson
-from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.splits import check_draws
-from pipeline.heads.predictions import TestPredictions
+from pipeline.heads.predictions import TestPredictions, scores
 from pipeline.results import FinetuneResult, Progress, to_json
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
@@ -200,7 +198,6 @@ def _finished(
     uris, groups, folds = table.uris[splits.test], table.groups[splits.test], np.zeros(len(y_true), np.int64)
     temperatures = None if came.temperature is None else np.full(len(y_true), came.temperature)
     said = TestPredictions(uris, groups, folds, y_true, y_pred, came.probabilities, temperatures)
-    calibrated = said.calibrated
     how = {"init": init, "head_first": head_first, "precision": came.precision, "best_epoch": trained.best_epoch}
     result = FinetuneResult(
         kind="finetune",
@@ -213,15 +210,11 @@ def _finished(
         shots=shots,
         n_train=len(splits.train),
         n_val=len(splits.val),
-        n_test=len(splits.test),
-        accuracy_ci95=wilson(int(said.right.sum()), len(said.right)),
-        **asdict(evaluate(y_true, y_pred, len(table.classes), came.probabilities)),
+        n_pool=len(table.labels) - len(splits.test),
+        **scores(said, len(table.classes)),
         seconds=came.seconds,
         converged=not trained.diverged,
         balanced=plan.recipe.class_weights,
-        temperature=came.temperature,
-        log_loss_calibrated=None if calibrated is None else log_loss(y_true, calibrated),
-        ece_calibrated=None if calibrated is None else expected_calibration_error(y_true, calibrated),
         validation_accuracy=trained.valid_accuracy,
         freeze=plan.freeze,
         epochs=len(trained.history),
@@ -239,6 +232,6 @@ def _save(path: Path, network: Network, material: Material, recipe: Recipe, resu
     backbone, state = material.backbone, network.cpu().whole_state()
     precision = scores_precision(network)
     digest = weights_digest(state)
-    scores = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
-    model = TunedModel(scores, recipe.top, material.table.classes, result.temperature, to_json(result), {})
+    spec = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
+    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result), {})
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from features_cache import Catalog
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import compare_models, tell_ties
-from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.leaks import tell_clusters
-from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.cached import Layer, select
-from pipeline.heads.predictions import TestPredictions, pool_folds, summarise
+from pipeline.heads.predictions import TestPredictions, pool_folds, scores, summarise
 from pipeline.heads.registry import Head, find_head, on_device
-from pipeline.heads.schedule import Cut, Progress, check_trials, cut_layers, run_trials, validated
+from pipeline.heads.schedule import Cut, check_trials, cut_layers, preference, run_trials
 from pipeline.heads.search import tell_choices
 from pipeline.heads.store import SavedModel, check_destination, current_versions, save_model
 from pipeline.heads.trial import Outcome
-from pipeline.results import FitResult, SeedSummary, to_json
+from pipeline.results import FitResult, Progress, SeedSummary, to_json
 
 T = TypeVar("T")
 
@@ -54,7 +52,8 @@ class FitReport:
     classes : tuple of str
         Class names by number.
     best : int
-        Index of the result of best validation accuracy, the first on a tie: the one that is saved.
+        Index of the result that is saved: of those trained on most shots, the one of best validation accuracy, the
+        first on a tie.
     saved : Path or None
         The model file.
     """
@@ -111,7 +110,7 @@ def fit(
     drop_leaks : bool, default False
         Take test images out that repeat the bytes of training images.
     save : str or Path, optional
-        Write the model of best validation accuracy here, as a skops file.
+        Write a model here, as a skops file: of those trained on most shots, that of best validation accuracy.
     jobs : int, optional
         Fits at a time, each on one BLAS thread; by default one a core.
     device : str, default "auto"
@@ -152,28 +151,32 @@ def fit(
     cuts = cut_layers(selected, seeds, shots, cv, drop_leaks=drop_leaks)
     trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
     check_trials(trials, balanced=balanced)
-    waiting: dict[int, dict[int, Trial]] = {}
+    folds = cv or 1
+    ended: dict[int, Trial] = {}
+    found: dict[int, tuple[FitResult, TestPredictions]] = {}
 
-    def pass_on(place: int, outcome: Outcome) -> None:
-        cell = waiting.setdefault(place // (cv or 1), {})
-        cell[place] = Trial(*trials[place], outcome)
-        if on_result is not None and len(cell) == (cv or 1):
-            done = [cell[fold] for fold in sorted(cell)]
-            found = pool_folds([(trial.cut, trial.outcome) for trial in done])
-            on_result(_result(done, found, balanced, cv, None), found)
+    def collect(place: int, outcome: Outcome) -> None:
+        ended[place] = Trial(*trials[place], outcome)
+        number = place // folds
+        cell = [ended[fold] for fold in range(number * folds, (number + 1) * folds) if fold in ended]
+        if len(cell) == folds:
+            said = pool_folds([(trial.cut, trial.outcome) for trial in cell])
+            found[number] = _result(cell, said, balanced, cv), said
+            if on_result is not None:
+                on_result(*found[number])
 
     keep = destination is not None
-    finished = run_trials(trials, jobs, progress, balanced=balanced, keep=keep, finished=pass_on)
-    done = [Trial(cut, head, outcome) for (cut, head), outcome in zip(trials, finished.outcomes, strict=True)]
-    folds = cv or 1
-    cells = [done[start : start + folds] for start in range(0, len(done), folds)]
-    predictions = [pool_folds([(trial.cut, trial.outcome) for trial in cell]) for cell in cells]
+    model = run_trials(trials, jobs, progress, balanced=balanced, keep=keep, finished=collect)
+    predictions = [found[number][1] for number in range(len(found))]
     p_values = compare_models([each.uris for each in predictions], [each.right for each in predictions])
-    results = [_result(cell, each, balanced, cv, p) for cell, each, p in zip(cells, predictions, p_values, strict=True)]
-    best = int(np.argmax([np.mean([validated(trial.outcome) for trial in cell]) for cell in cells]))
+    results = [replace(found[number][0], p_vs_best=p) for number, p in enumerate(p_values)]
+    best = max(
+        range(len(results)),
+        key=lambda place: preference(results[place].shots, results[place].validation_accuracy, place),
+    )
     if destination is not None:
-        save_model(destination, _model(finished.model, cells[best][0].cut.layer, results[best]))
-    notes = _notes(done, predictions) + tell_ties(p_values)
+        save_model(destination, _model(model, ended[best].cut.layer, results[best]))
+    notes = _notes([ended[place] for place in range(len(ended))], predictions) + tell_ties(p_values)
     summary = summarise(results, predictions)
     return FitReport(results, predictions, summary, notes, selected[0].table.classes, best, destination)
 
@@ -182,14 +185,10 @@ def _distinct(values: Sequence[T]) -> list[T]:
     return list(dict.fromkeys(values))
 
 
-def _result(
-    cell: Sequence[Trial], found: TestPredictions, balanced: bool, cv: int | None, p_vs_best: float | None
-) -> FitResult:
+def _result(cell: Sequence[Trial], found: TestPredictions, balanced: bool, cv: int | None) -> FitResult:
     cut, outcomes = cell[0].cut, [trial.outcome for trial in cell]
-    n_classes = len(cut.layer.table.classes)
+    table = cut.layer.table
     params = [outcome.params for outcome in outcomes]
-    scores = evaluate(found.y_true, found.y_pred, n_classes, found.probabilities)
-    calibrated = found.calibrated
     return FitResult(
         kind="head",
         backbone=cut.layer.handle("backbone"),
@@ -201,18 +200,13 @@ def _result(
         shots=cut.shots,
         n_train=_mean_count([trial.cut.splits.train for trial in cell]),
         n_val=_mean_count([trial.cut.splits.val for trial in cell]),
-        n_test=len(found.y_true),
+        n_pool=len(table.labels) - _mean_count([trial.cut.splits.test for trial in cell]),
         validation_accuracy=_mean_score([outcome.choice.score for outcome in outcomes]),
-        accuracy_ci95=wilson(int(found.right.sum()), len(found.right)),
-        **asdict(scores),
+        **scores(found, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
         converged=all(outcome.converged for outcome in outcomes),
         balanced=balanced,
         cv=cv,
-        temperature=None if found.temperatures is None else float(np.median(found.temperatures)),
-        log_loss_calibrated=None if calibrated is None else log_loss(found.y_true, calibrated),
-        ece_calibrated=None if calibrated is None else expected_calibration_error(found.y_true, calibrated),
-        p_vs_best=p_vs_best,
     )
 
 

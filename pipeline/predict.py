@@ -19,15 +19,17 @@ import numpy as np
 
 from features_cache import DONE, CacheFile, open_cache
 from pipeline.backbones.network_file import TunedModel, describe, is_network_file
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, resumable
 from pipeline.extract import extract
 from pipeline.heads.store import SavedModel, load_model
 from pipeline.images.source import open_source
 from pipeline.results import Prediction, Progress
-from pipeline.spec import DEFAULT_CACHE, LayerSpec
+from pipeline.spec import LayerSpec
 
 WORTH_KEEPING = 1000
-"""Sources with more images than this go through a cache that stays, even when none was named."""
+"""Sources with more images than this go through a cache that stays, even when none was named: `KEPT`."""
+KEPT = "thawline-predictions"
+"""Not where ``extract`` puts its files: a second source there would make the next ``fit`` ambiguous."""
 CHUNK = 4096
 
 
@@ -57,7 +59,7 @@ def predict(
     source : str or Path
         Anything `pipeline.extract.extract` takes; labels it may have are ignored.
     output : str or Path, optional
-        Folder of cache files to go through. By default a temporary one, or ``thawline-cache`` for sources of more
+        Folder of cache files to go through. By default a temporary one, or ``thawline-predictions`` for sources of more
         than 1,000 images.
     engine, device : str, default "auto"
         As for extraction.
@@ -72,10 +74,11 @@ def predict(
         Whatever extraction raises.
     """
     used, layers = _load(model)
-    precision, notes = _available_precision(layers[0].spec.precision, engine, device)
-    with _cache_folder(source, output) as folder:
+    notes: list[str] = []
+    with _cache_folder(source, output, notes) as folder:
         files = []
         for backbone, size, spec in layers:
+            precision = _available_precision(spec.precision, engine, device, notes)
             results = extract(
                 source,
                 [backbone],
@@ -92,7 +95,7 @@ def predict(
             )
             notes += results[0].notes
             files.append(open_cache(results[0].path))
-        return PredictReport(_label(used, [layer.spec for layer in layers], files), notes)
+        return PredictReport(_label(used, [layer.spec for layer in layers], files), list(dict.fromkeys(notes)))
 
 
 class _Layer(NamedTuple):
@@ -122,24 +125,28 @@ def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
             writer.writerow((item.uri, item.label, item.probability, item.state, item.reason))
 
 
-def _available_precision(wanted: str, engine: str, device: str) -> tuple[str, list[str]]:
-    """Return the model's precision, or fp32 and a note where this machine does not have it."""
+def _available_precision(wanted: str, engine: str, device: str, notes: list[str]) -> str:
+    """Return the precision of a layer of the model, or fp32, and note it, where this machine does not have it."""
     from pipeline.engines.select import resolve
 
     try:
-        return resolve(engine, device, wanted).precision, []
+        return resolve(engine, device, wanted).precision
     except EngineError:
         resolved = resolve(engine, device, "fp32")
-        note = f"the model's features were {wanted}, which this machine does not compute: predicting with fp32 features"
-        return resolved.precision, [note]
+        notes.append(
+            f"the model's features were {wanted}, which this machine does not compute: predicting with fp32 features"
+        )
+        return resolved.precision
 
 
 @contextmanager
-def _cache_folder(source: str | Path, output: str | Path | None) -> Iterator[Path]:
+def _cache_folder(source: str | Path, output: str | Path | None, notes: list[str]) -> Iterator[Path]:
+    if output is None and len(open_source(source).items) > WORTH_KEEPING:
+        output = KEPT
+        notes.append(f"the features of these images are kept in {KEPT}, which may be deleted; -o names another folder")
     if output is not None:
-        yield Path(output)
-    elif len(open_source(source).items) > WORTH_KEEPING:
-        yield Path(DEFAULT_CACHE)
+        with resumable():
+            yield Path(output)
     else:
         with TemporaryDirectory(prefix="thawline-") as folder:
             yield Path(folder)

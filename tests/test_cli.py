@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from features_cache import Catalog
+from pipeline.extract import extract
+from pipeline.fit import fit
+from pipeline.predict import predict
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = tuple(
     "demo backbones layers extract cache fit finetune predict export rank drift compare".split()  # noqa: SIM905
@@ -73,8 +78,30 @@ def test_extract_fit_predict(thawline: Thawline, make_photos: Callable[..., Path
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert [row["uri"] for row in rows] == [found["uri"] for found in predictions]
 
+    lost = thawline("predict", model, photos, "--csv", tmp_path / "no" / "x.csv")
+    assert (lost.returncode, lost.stdout) == (1, "")
+    assert "no folder" in lost.stderr
+
     one = thawline("predict", model, photos / "blue" / "0.png", "--json").json["predictions"]
     assert [found["label"] for found in one] == ["blue"]
+
+
+def test_joined_layers_are_predicted_each_at_its_own_precision(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache = make_photos(each=5), tmp_path / "cache"
+    for layer, precision in (("layer1", "fp32"), ("layer2", "bf16")):
+        extract(photos, ["resnet18@random:0"], [layer], output=cache, precision=precision, engine="torch")
+    fit(cache, ["layer1+layer2"], ["centroid"], save=tmp_path / "m.skops", jobs=1)
+    monkeypatch.setattr("pipeline.predict.WORTH_KEEPING", 1)
+    monkeypatch.chdir(tmp_path)
+    report = predict(tmp_path / "m.skops", photos, engine="torch")
+    assert "thawline-predictions" in report.notes[0], "kept, apart from the cache that fit reads, and told"
+    trained, used = (
+        {name: info.fingerprint for file in Catalog(folder).files for name, info in file.layers.items()}
+        for folder in (cache, "thawline-predictions")
+    )
+    assert trained == used
 
 
 @pytest.mark.parametrize(
@@ -152,7 +179,7 @@ def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monk
     monkeypatch.setattr("pipeline.backbones.registry.list_backbones", importing)
     done = thawline("backbones")
     assert done.returncode == 130
-    assert "goes on from there" in done.stderr
+    assert done.stderr == "thawline: interrupted\n", "a command that keeps nothing promises nothing"
 
 
 def test_an_interrupt_commits_and_exits_with_130(

@@ -26,6 +26,7 @@ from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
+from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
@@ -364,14 +365,29 @@ def test_images_that_only_one_run_has_do_not_count() -> None:
     assert nothing is None
 
 
-def test_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
-    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn") + 0.01 * seed)
-               for head in ("logreg", "knn") for seed in (0, 1, 2)]  # fmt: skip
+def test_five_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
+    lead = [0.1, 0.15, 0.1, 0.15, 0.1]
+    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + lead[seed] * (head == "knn"), n_train=10,
+                      n_val=0, n_pool=80) for head in ("logreg", "knn") for seed in range(5)]  # fmt: skip
     first, second = boards(records)[0].scores.values()
     paired = compare_scores(second, first, lambda key: said(np.ones(20, bool), first=20 * int(key[-1])))
     assert paired is not None
-    assert "3 seeds" in paired.test
-    assert paired.p < 1e-6, "the same lead under every seed"
+    assert "5 seeds" in paired.test
+    assert paired.difference == pytest.approx(np.mean(lead))
+    assert paired.p == pytest.approx(corrected_t_test(np.array(lead), 80, 20)[1]), "few shots, drawn from 80 rows"
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_seeds_that_cannot_be_judged_leave_the_first_one_to_mcnemar(seeds: int) -> None:
+    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn"))
+               for head in ("logreg", "knn") for seed in range(seeds)]  # fmt: skip
+    first, second = boards(records)[0].scores.values()
+    right = {"k": np.arange(20) < 14, "l": np.arange(20) >= 6 - 2}
+    paired = compare_scores(second, first, lambda key: said(right[key[0]], first=20 * int(key[-1])))
+    assert paired is not None
+    assert paired.test == "McNemar's exact test on 20 test images, seed 0"
+    assert paired.difference == pytest.approx(-0.1), "that of the images it was tested on, not the mean of seeds"
+    assert paired.p == pytest.approx(binomtest(4, 10, 0.5).pvalue)
 
 
 def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int, int]) -> Any:

@@ -81,7 +81,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         handles = {"source": name, "backbone": "net", "pool": "avg"}
         digests = np.frombuffer(b"".join(hashlib.blake2b(b"%d" % i, digest_size=16).digest() for i in images), np.uint8)
         path = tmp_path / f"{name}.h5"
-        with CacheWriter.create(path, rows, (), [layer], handles, {}) as writer:
+        with CacheWriter.create(
+            path, rows, (), [layer], handles, {"aliases": {"logits": ["top"], "stages": ["low", "top"]}}
+        ) as writer:
             writer.begin_run({})
             writer.write(np.arange(n), {"top": features}, digests.reshape(n, 16))
         return path
@@ -96,6 +98,7 @@ def test_images_of_both_sets_are_left_out_and_copies_count_once(write: Callable[
     two = write("two", np.vstack([second, shared]), np.array([*range(100, 140), *range(15)]))
     result = drift(one, two, "top")
     assert (result.images, result.shared, result.compared) == ([40, 55], 15, 25)
+    assert drift(one, two, "logits") == result, "by its alias, too"
     alone = drift(write("three", first[15:], np.arange(15, 40)), write("four", second, np.arange(100, 140)), "top")
     assert alone.compared == 25
     named = {image.uri for image in result.foreign_in_first}
@@ -118,6 +121,8 @@ def test_what_cannot_be_compared_is_refused(write: Callable[..., Path]) -> None:
         drift(one, write("other", second, np.arange(20, 40), "g", "bf16"), "top")
     with pytest.raises(CacheError, match=r"both caches are .*one.h5"):
         drift(one, one, "top")
+    with pytest.raises(FitError, match="several: low, top"):
+        drift(one, write("more", second, np.arange(20, 40)), "stages")
     with pytest.raises(CacheError, match=r"no layer tip.*did you mean top"):
         drift(one, write("two", second, np.arange(20, 40)), "tip")
     with pytest.raises(FitError, match=r"at least 5 images .* got 0 in one.h5 and 0 in same.h5"):

@@ -37,7 +37,8 @@ def test_each_model_is_compared_with_the_best_of_its_own_test_rows() -> None:
     expected = holm([mcnemar(right[1], right[0]), mcnemar(right[1], right[2])])
     assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1]), None]
     assert tell_ties(found) == [
-        "1 of 2 other results are not distinguishable from the best (McNemar's exact test, Holm's correction, 5%)"
+        "1 of 2 other results are not distinguishable from the best on the same test images "
+        "(McNemar's exact test, Holm's correction, 5%)"
     ]
 
 
@@ -58,3 +59,11 @@ def test_heads_over_the_same_splits_are_compared_by_the_corrected_t_test() -> No
     found = compare_over_splits(rivals, 80, 20)
     expected = holm([corrected_t_test(rivals[1] - rivals[place], 80, 20)[1] for place in (0, 2)])
     assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
+
+
+def test_few_splits_and_a_lead_without_spread_are_not_judged() -> None:
+    draws = np.random.default_rng(2).normal(0.8, 0.03, 5)
+    assert compare_over_splits([draws, draws - 0.1, draws], 80, 20) == [None, None, 1.0]
+    noisy = draws - np.array([0.1, 0.2, 0.1, 0.2, 0.1])
+    assert compare_over_splits([draws[:4], noisy[:4]], 80, 20) == [None, None]
+    assert compare_over_splits([draws, noisy], 80, 20)[1] is not None

@@ -68,7 +68,9 @@ def test_corrected_t_test_is_the_plain_one_with_a_larger_variance() -> None:
 
 def test_corrected_t_test_without_spread() -> None:
     assert corrected_t_test(np.zeros(3), 80, 20) == (0.0, 1.0)
-    assert corrected_t_test(np.full(3, -0.5), 80, 20) == (-math.inf, 0.0)
+    t, p = corrected_t_test(np.array([0.8, 0.7, 0.6]) - np.array([0.9, 0.8, 0.7]), 80, 20)
+    assert t == -math.inf
+    assert math.isnan(p), "the same lead on every split says nothing of what it is on another"
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -80,6 +80,7 @@ def make_cache(tmp_path: Path) -> Make:
         )
         handles = {"source": "photos", "backbone": backbone, "pool": "avg"}
         request = {"backbone": backbone, "layers": list(dims), "pool": "avg", "size": None, "precision": "auto"}
+        request["aliases"] = {"stages": list(dims)}
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         digests = np.frombuffer(
@@ -124,7 +125,7 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
-    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy"
+    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool"
     assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
     assert expected.items() <= result.items()
@@ -199,6 +200,15 @@ def test_the_model_of_best_validation_accuracy_is_saved_the_first_on_a_tie(make_
     assert report.results[1].accuracy == report.results[2].accuracy == 1
 
 
+def test_the_model_trained_on_everything_is_saved_before_one_of_few_shots(make_cache: Make, tmp_path: Path) -> None:
+    path = make_cache(dims={"low": 6}, features={"low": clouds(np.arange(90) % 3, 6, 0.7, seed=1)})
+    report = fit(path, shots=[2, "all"], jobs=1, save=tmp_path / "m.skops")
+    few, everything = (result.validation_accuracy or 0 for result in report.results)
+    assert few > everything, "all right by chance, of six rows"
+    assert report.best == 1
+    assert load_model(report.saved or "").metrics == to_json(report.results[1])
+
+
 def test_processes_change_nothing(make_cache: Make) -> None:
     path = make_cache()
     alone, together = (fit(path, heads=["logreg", "knn"], seeds=[0, 1], jobs=jobs) for jobs in (1, 2))
@@ -248,6 +258,26 @@ def test_layers_of_sources_with_other_classes_are_refused(make_cache: Make) -> N
         fit(first.parent, layers=["low", "top"])
 
 
+@pytest.mark.parametrize("known", [2, 3])
+def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, known: int) -> None:
+    splits = ["train"] * 60 + ["test"] * 30
+    labels = np.arange(90) % known
+    path = make_cache(dims={"low": 6}, labels=labels, splits=splits, groups=[f"g{label}" for label in labels],
+                      features={"low": clouds(labels, 6, 0.5)})  # fmt: skip
+    report = fit(path, jobs=1)
+    (result,) = report.results
+    assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 1.0}, None, 60, 0)
+    assert result.accuracy > 0.9
+    assert "logreg: nothing could be validated, as with one row (or group) a class, so C=1 is taken" in report.notes
+    assert not any("drawn as val" in note for note in report.notes)
+
+
+def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make) -> None:
+    labels = np.repeat([0, 1, 2, 0, 1], 18)
+    path = make_cache(dims={"low": 6}, labels=labels, splits=["train"] * 36 + ["val"] * 18 + ["test"] * 36)
+    assert fit(path, jobs=1).results[0].params == {"C": 1.0}
+
+
 @pytest.mark.parametrize("shots", [1, 3])
 def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
     names = ["train"] * 45 + ["val"] * 24 + ["test"] * 21
@@ -268,7 +298,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg: one row (or group) a class leaves nothing to validate on, so C=1 is taken"
+    fixed = "logreg: nothing could be validated, as with one row (or group) a class, so C=1 is taken"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 
@@ -295,6 +325,8 @@ def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:
     joined = fit(path, ["top+low"], save=tmp_path / "m.skops")
     direct = fit(make_cache(dims={"x": 206}, features={"x": both}, name="other/x.h5"), ["x"])
     assert joined.results[0].layer == "top+low"
+    by_alias = [result.layer for result in fit(path, ["low+stages", "stages"], ["centroid"], jobs=1).results]
+    assert by_alias == ["low+low", "low+top", "low", "top"]
     assert joined.predictions[0].y_pred.tolist() == direct.predictions[0].y_pred.tolist()
     model = load_model(tmp_path / "m.skops")
     assert [layer["request"]["layer"] for layer in model.layers] == ["top", "low"]
@@ -471,8 +503,18 @@ def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
         )
         assert (row.accuracy_min, row.accuracy_max) == (of_seeds.min(), of_seeds.max())
         assert row.accuracy_ci95 == wilson(round(of_seeds.mean() * 18), 18)
-    assert sorted(row.p_vs_best is None for row in report.summary) == [False, True]
+    assert [row.p_vs_best for row in report.summary] == [None, None], "three seeds are too few for a test"
     assert fit(make_cache(name="b/x.h5"), heads=["centroid"]).summary == []
+
+
+def test_few_shots_are_compared_over_seeds_as_draws_from_all_that_is_not_test(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    values = {"low": clouds(labels, 6, 1.0), "top": clouds(labels, 200, 9.0)}
+    report = fit(make_cache(features=values), heads=["centroid"], seeds=range(5), shots=[2], jobs=1)
+    assert {(result.n_train, result.n_pool, result.n_test) for result in report.results} == {(6, 72, 18)}
+    low, top = (np.array([r.accuracy for r in report.results if r.layer == name]) for name in ("low", "top"))
+    assert low.mean() > top.mean()
+    assert [row.p_vs_best for row in report.summary] == [None, pytest.approx(corrected_t_test(low - top, 72, 18)[1])]
 
 
 def test_seeds_of_one_test_set_are_not_taken_for_resamples(make_cache: Make) -> None:

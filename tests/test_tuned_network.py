@@ -115,8 +115,9 @@ def test_a_stopped_prediction_goes_on(make_photos: Photos, tmp_path: Path) -> No
         if done >= total // 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         predict(model, photos, tmp_path / "cache", engine="torch", progress=stop)
+    assert "the same command goes on from there" in stopped.value.__notes__[0]
     (path,) = (tmp_path / "cache").glob("*.h5")
     before = int((open_cache(path).states == DONE).sum())
     assert 8 <= before < 36

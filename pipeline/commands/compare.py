@@ -9,6 +9,7 @@ import click
 
 from pipeline.commands.options import json_option
 from pipeline.commands.output import print_json, print_table
+from pipeline.errors import resumable
 
 
 @click.command()
@@ -17,6 +18,7 @@ from pipeline.commands.output import print_json, print_table
 @click.option("--dry-run", is_flag=True, help="Check all of PLAN and list its jobs with guesses at time and disk.")
 @click.option("--against", type=click.Path(file_okay=False), help="Say what changed, beyond noise, since another run.")
 @json_option
+@resumable()
 def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json: bool) -> None:
     """Run PLAN, a TOML file of sources, backbones, layers, heads and fine-tunes, and write a report.
 

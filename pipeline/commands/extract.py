@@ -8,6 +8,7 @@ import click
 
 from pipeline.commands.options import AutoCount, device_option, engine_option, json_option, source_argument
 from pipeline.commands.output import print_json, print_table, say_all, to_records
+from pipeline.errors import resumable
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
 
 
@@ -61,6 +62,7 @@ def layers(backbone: str, size: int | None, as_json: bool) -> None:
 @engine_option
 @device_option
 @json_option
+@resumable()
 def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Run frozen networks once over the images of SOURCE and cache their features.
 

@@ -10,7 +10,7 @@ import click
 
 from pipeline.commands.options import AutoCount, as_shots, device_option, engine_option, json_option, source_argument
 from pipeline.commands.output import print_json, print_table, say, say_all, to_records
-from pipeline.errors import FitError
+from pipeline.errors import FitError, resumable
 from pipeline.finetuning.recipe import INITS, OPTIMIZERS, SCHEDULES, TOPS, TRAIN_PRECISIONS, WATCHES, Recipe, parse_rate
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, STORES
 
@@ -77,6 +77,7 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
 @engine_option
 @device_option
 @json_option
+@resumable()
 def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json: bool, **options: Any) -> None:
     """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
 

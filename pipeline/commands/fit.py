@@ -13,6 +13,7 @@ from pipeline.spec import POOLS
 
 if TYPE_CHECKING:
     from pipeline.fit import FitReport
+    from pipeline.results import FitResult
 
 
 @click.command()
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--cv", type=click.IntRange(min=2), help="Cross-validate with so many folds; every image is test once.")
 @click.option("--balanced", is_flag=True, help="Let every class count alike, whatever its size.")
 @click.option("--drop-leaks", is_flag=True, help="Take test images out that are byte-equal to training images.")
-@click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (by validation) as MODEL.skops.")
+@click.option("--save", type=click.Path(dir_okay=False), help="Keep the best model (most shots, then validation).")
 @click.option("--plot", type=click.Path(file_okay=False, path_type=Path), help="Draw the results into this folder.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Fits at a time; one a core by default.")
 @click.option("--device", default="auto", help="For logreg: cpu (which auto is), cuda or cuda:N.")
@@ -48,16 +49,28 @@ def fit(
     say_all(report.notes)
     drawn = _draw_fit(report, plot, cache, options) if plot else []
     if as_json:
-        document = {"results": to_records(report.results), "summary": to_records(report.summary), "notes": report.notes}
+        document = {
+            "results": to_records(report.results),
+            "summary": to_records(report.summary),
+            "notes": report.notes,
+            "best": report.best,
+            "saved": str(report.saved) if report.saved else None,
+        }
         print_json(document | {"plots": drawn} if plot else document)
         return
     print_table(fit_table(report.results))
     if report.summary:
         print_table(seeds_table(report.summary))
     if report.saved:
-        click.echo(f"model: {report.saved}")
+        click.echo(f"model: {report.saved} ({_described(report.results[report.best])})")
     for path in drawn:
         click.echo(f"picture: {path}")
+
+
+def _described(result: FitResult) -> str:
+    chosen = result.validation_accuracy
+    validated = "not validated" if chosen is None else f"validation {chosen:.3f}"
+    return f"{result.head} on {result.layer}, shots {result.shots}, seed {result.seed}, {validated}"
 
 
 def _draw_fit(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) -> list[str]:

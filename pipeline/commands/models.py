@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,16 +20,18 @@ from pipeline.commands.output import print_json, print_table, say_all, to_record
 @json_option
 def predict(model: str, source: str, csv_path: str | None, as_json: bool, **options: Any) -> None:
     """Label the images of SOURCE with a saved MODEL."""
+    from pipeline.heads.store import check_destination
     from pipeline.predict import predict as run
     from pipeline.predict import write_csv
     from pipeline.reporting.progress import progress_bar
     from pipeline.reporting.tables import count_table, prediction_table
 
+    destination = check_destination(csv_path) if csv_path else None
     with progress_bar() as progress:
         report = run(model, source, progress=progress, **options)
     say_all(report.notes)
-    if csv_path:
-        write_csv(report.predictions, Path(csv_path))
+    if destination:
+        write_csv(report.predictions, destination)
     if as_json:
         print_json({"predictions": to_records(report.predictions)})
         return

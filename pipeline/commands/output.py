@@ -38,8 +38,13 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(table: Table | Group) -> None:
-    """Print a table, wide where nobody looks."""
+    """Print a table, wide where nobody looks, and its title on a line of its own, which the table would fold."""
     from rich.console import Console
+    from rich.table import Table
 
     width = None if sys.stdout.isatty() else 160
-    Console(width=width, markup=False, highlight=False).print(table)  # file names may look like markup
+    console = Console(width=width, markup=False, highlight=False)  # file names may look like markup
+    if isinstance(table, Table) and table.title:
+        console.print(table.title, style="italic")
+        table.title = None
+    console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
-from pipeline.evaluation.intervals import corrected_t_test, mcnemar
+from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
 
 LEVEL = 0.05
 
@@ -21,7 +22,7 @@ class Paired:
     Parameters
     ----------
     difference : float
-        Mean accuracy of the first minus that of the second, over the seeds (or images) they share.
+        Accuracy of the first minus that of the second, on what `test` names.
     p : float
         Two-sided.
     test : str
@@ -38,8 +39,8 @@ def compare_scores(
 ) -> Paired | None:
     """Compare two methods on what they share.
 
-    Where seeds draw the test images, the corrected resampled t-test over seeds is used; where all seeds have the same
-    test images, McNemar's exact test on those of the first seed.
+    Where at least five seeds draw their own test images, the corrected resampled t-test over seeds is used; otherwise,
+    and where all seeds show the same difference, McNemar's exact test on the images of the first seed.
 
     Parameters
     ----------
@@ -58,18 +59,20 @@ def compare_scores(
     seeds = sorted(set(a.records) & set(b.records))
     if not seeds:
         return None
-    differences = np.array([a.records[seed]["accuracy"] - b.records[seed]["accuracy"] for seed in seeds])
     said = {seed: (judged(a.records[seed]["key"]), judged_b(b.records[seed]["key"])) for seed in seeds}
     first, second = said[seeds[0]]
-    if len(seeds) > 1 and any(not np.array_equal(first.uris, other.uris) for other, _ in said.values()):
+    drawn = any(not np.array_equal(first.uris, other.uris) for other, _ in said.values())
+    if drawn and len(seeds) >= FEWEST_SPLITS:
+        differences = np.array([a.records[seed]["accuracy"] - b.records[seed]["accuracy"] for seed in seeds])
         record = a.records[seeds[0]]
-        _, p = corrected_t_test(differences, record["n_train"] + record["n_val"], record["n_test"])
-        return Paired(float(differences.mean()), p, f"corrected resampled t-test over {len(seeds)} seeds")
+        pool = record.get("n_pool", record["n_train"] + record["n_val"])  # runs of before do not say it
+        _, p = corrected_t_test(differences, pool, record["n_test"])
+        if not math.isnan(p):
+            return Paired(float(differences.mean()), p, f"corrected resampled t-test over {len(seeds)} seeds")
     _, left, right = np.intersect1d(first.uris, second.uris, assume_unique=True, return_indices=True)
     if not len(left):
         return None
-    p = mcnemar(first.right[left], second.right[right])
-    if len(left) < len(first.uris) or len(left) < len(second.uris):
-        differences = np.array([first.right[left].mean() - second.right[right].mean()])
+    mine, other = first.right[left], second.right[right]
     of_seed = f", seed {seeds[0]}" if len(seeds) > 1 else ""
-    return Paired(float(differences.mean()), p, f"McNemar's exact test on {len(left)} test images{of_seed}")
+    words = f"McNemar's exact test on {len(left)} test images{of_seed}"
+    return Paired(float(mine.mean() - other.mean()), mcnemar(mine, other), words)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from features_cache import DONE, AmbiguousCacheError, CacheError, CacheFile, Catalog
 from pipeline.diagnostics.domain_test import FOLDS, domain_test
 from pipeline.errors import FitError
+from pipeline.heads.cached import stands_for
 from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
 
@@ -50,7 +51,7 @@ def drift(
     first, second : str or Path
         Folders of cache files, or files. Labels are not needed.
     layer : str, default "penultimate"
-        A layer that both hold, with the same fingerprint.
+        Name or alias of a layer that both hold, with the same fingerprint.
     backbone, pool : str, optional
         Select a file where a cache holds several.
     seed : int, default 0
@@ -63,7 +64,12 @@ def drift(
     FitError
         If the features are not comparable, not finite, or there are too few images.
     """
-    files = [_find(path, layer, backbone, pool) for path in (first, second)]
+    catalogs = [Catalog(path) for path in (first, second)]
+    held = [file for catalog in catalogs for file in catalog.fitting(backbone=backbone, pool=pool)]
+    layer, *more = stands_for(held, layer)
+    if more:
+        raise FitError(f"one layer is compared, and these are several: {', '.join([layer, *more])}; name one with -l")
+    files = [_find(catalog, layer, backbone, pool) for catalog in catalogs]
     _require_same_features(files[0], files[1], layer)
     sets = [_distinct(file) for file in files]
     shared = np.intersect1d(sets[0].keys, sets[1].keys)
@@ -98,9 +104,9 @@ def drift(
     )
 
 
-def _find(path: str | Path, layer: str, backbone: str | None, pool: str | None) -> CacheFile:
+def _find(catalog: Catalog, layer: str, backbone: str | None, pool: str | None) -> CacheFile:
     try:
-        return Catalog(path).find(layer=layer, backbone=backbone, pool=pool)
+        return catalog.find(layer=layer, backbone=backbone, pool=pool)
     except AmbiguousCacheError as error:
         raise AmbiguousCacheError(f"{error}; or name one of the files instead of the folder") from error
 

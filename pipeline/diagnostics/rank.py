@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 from threadpoolctl import threadpool_limits
 
-from features_cache import AmbiguousCacheError, CacheError, CacheFile, Catalog, nearest
+from features_cache import AmbiguousCacheError, CacheFile, Catalog
 from pipeline.diagnostics.transfer_scores import h_score, leep, logme
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import stratified_folds
@@ -80,7 +80,7 @@ def rank(
         If the rows have no labels, or too few.
     """
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
-    files = _files(catalog, {"source": source, "backbone": backbone, "pool": pool})
+    files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
     layers = [layer for file in files for layer in select(Catalog(file.path))]
     cuts = cut_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(cut.layer.dim, len(cut.splits.train)) > MOST_ROWS for cut in cuts)
@@ -118,16 +118,7 @@ def agreements(scores: Sequence[LayerScore]) -> list[Agreement]:
     return found
 
 
-def _files(catalog: Catalog, wanted: dict[str, str | None]) -> list[CacheFile]:
-    files = catalog.files
-    for key, value in wanted.items():
-        if value is not None:
-            known = list(dict.fromkeys(file.handles.get(key, "") for file in files))
-            files = [file for file in files if file.handles.get(key) == value]
-            if not files:
-                raise CacheError(
-                    f"{catalog.path} has no {key} {value}; it has {', '.join(known)}{nearest(value, known)}"
-                )
+def _of_one_source(catalog: Catalog, files: Sequence[CacheFile]) -> Sequence[CacheFile]:
     sources = list(dict.fromkeys(file.handles.get("source", "") for file in files))
     if len(sources) > 1:
         raise AmbiguousCacheError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.intervals import corrected_t_test, mcnemar
+from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -54,10 +54,10 @@ def tell_ties(p_values: Sequence[float | None], level: float = 0.05) -> list[str
     """Say how many of the compared models may be as good as the most accurate one on their test rows."""
     compared = [p for p in p_values if p is not None]
     ties = sum(p >= level for p in compared)
-    test = f"McNemar's exact test, Holm's correction, {level:.0%}"
-    return (
-        [f"{ties} of {len(compared)} other results are not distinguishable from the best ({test})"] if compared else []
-    )
+    if not compared:
+        return []
+    told = f"{ties} of {len(compared)} other results are not distinguishable from the best on the same test images"
+    return [f"{told} (McNemar's exact test, Holm's correction, {level:.0%})"]
 
 
 def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int) -> list[float | None]:
@@ -66,19 +66,22 @@ def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int)
     Parameters
     ----------
     accuracies : sequence of (k,) float64
-        Of each head on each split, k at least 2.
+        Of each head on each split.
     n_train, n_test : int
-        Rows of a split's two sides.
+        As for `pipeline.evaluation.intervals.corrected_t_test`.
 
     Returns
     -------
     list of float or None
-        A p-value for each head; ``None`` for the best.
+        A p-value for each head; ``None`` for the best, for one that trails it alike on every split, and for all where
+        there are fewer than `FEWEST_SPLITS`.
     """
     best = int(np.argmax([values.mean() for values in accuracies]))
-    others = [place for place in range(len(accuracies)) if place != best]
-    adjusted = holm([corrected_t_test(accuracies[best] - accuracies[place], n_train, n_test)[1] for place in others])
     compared: list[float | None] = [None] * len(accuracies)
-    for place, p in zip(others, adjusted, strict=True):
+    if len(accuracies[best]) < FEWEST_SPLITS:
+        return compared
+    tested = [corrected_t_test(accuracies[best] - values, n_train, n_test)[1] for values in accuracies]
+    judged = [place for place, p in enumerate(tested) if place != best and not np.isnan(p)]
+    for place, p in zip(judged, holm([tested[place] for place in judged]), strict=True):
         compared[place] = p
     return compared

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import join_units
-from pipeline.evaluation.splits import Splits, check_parts, cut, draw, labelled_rows
+from pipeline.evaluation.splits import Splits, check_parts, draw, hold_val, labelled_rows
 
 Ints = NDArray[np.int64]
 Strings = NDArray[np.str_]
@@ -108,7 +108,7 @@ def _split(
 ) -> Splits:
     notes: list[str] = []
     if shots == "all":
-        train, val = cut(train, labels, units, rng)
+        train, val = hold_val(train, labels, units, rng)
     else:
         train, val = draw(train, labels, int(shots), rng, notes, classes), train[:0]
     # what a single fold's val or test lacks is no news

@@ -13,8 +13,12 @@ from scipy.special import bdtr, stdtr
 from pipeline.errors import FitError
 
 Floats = NDArray[np.float64]
+
+FEWEST_SPLITS = 5
+"""Below that many, the spread over splits is too uncertain to judge a difference by."""
 Ints = NDArray[np.int64]
 
+_SAME = 1e-9  # accuracies are shares of counts: what is nearer is rounding
 _CHUNK = 1 << 22  # resampled row numbers held at once: 32 MiB
 
 
@@ -113,14 +117,14 @@ def corrected_t_test(differences: Floats, n_train: int, n_test: int) -> tuple[fl
     differences : (k,) float64
         Score of one model minus score of the other, a split each; k at least 2.
     n_train, n_test : int
-        Rows of a split's training and test side.
+        Rows of a split's two sides: all those that may be trained on, also where few of them are drawn, and test rows.
 
     Returns
     -------
     t : float
         The statistic, with k - 1 degrees of freedom.
     p : float
-        Two-sided p-value. Without any spread it is 1 for a mean of 0, and 0 otherwise.
+        Two-sided p-value. Without any spread it is 1 for a mean of 0, and NaN otherwise: nothing tells how sure it is.
 
     Raises
     ------
@@ -131,8 +135,7 @@ def corrected_t_test(differences: Floats, n_train: int, n_test: int) -> tuple[fl
     if k < 2:
         raise FitError(f"a test over seeds needs at least two of them, got {k}")
     mean = float(np.mean(differences))
-    error = math.sqrt(float(np.var(differences, ddof=1)) * (1 / k + n_test / n_train))
-    if error == 0:
-        return (0.0, 1.0) if mean == 0 else (math.copysign(math.inf, mean), 0.0)
-    t = mean / error
+    if np.ptp(differences) < _SAME:
+        return (0.0, 1.0) if abs(mean) < _SAME else (math.copysign(math.inf, mean), math.nan)
+    t = mean / math.sqrt(float(np.var(differences, ddof=1)) * (1 / k + n_test / n_train))
     return t, 2 * float(stdtr(k - 1, -abs(t)))

@@ -146,11 +146,11 @@ def _assign(
                 "that are not of one group; add images, or give a test split"
             )
     if not val.size and cut_val:
-        train, val = cut(train, labels, units, rng)
+        train, val = hold_val(train, labels, units, rng)
         notes.append(
             "no val split given: 20 % of the training rows of each class were drawn as val set, by seed"
             if val.size
-            else "too few training rows for a val set: choices are made inside train"
+            else "too few training rows (or groups) for a val set: choices are made inside train"
         )
     return train, val, test
 
@@ -189,6 +189,13 @@ def cut(rows: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tupl
     if not held.any() and sets and missing.any():
         held[min(sets, key=len)] = True  # every unit is larger than its share: the smallest is the least bad
     return np.sort(rows[~held]), np.sort(rows[held])
+
+
+def hold_val(train: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+    """Hold out a val set, or nothing where it would leave one class, or be of classes that it takes away whole."""
+    rest, val = cut(train, labels, units, rng)
+    learnt = np.unique(labels[rest])
+    return (rest, val) if len(learnt) > 1 and np.isin(labels[val], learnt).any() else (train, val[:0])
 
 
 def _rank_in_class(labels: Ints) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,9 +141,15 @@ def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | 
         if not catalog.is_one_cache(files):
             raise catalog.ambiguous(files)
         return list(dict.fromkeys(name for file in files for name in file.layers))
-    held = {name for file in files for name in file.layers}
-    aliases = {alias: names for file in files for alias, names in file.request.get("aliases", {}).items()}
-    return list(dict.fromkeys(name for one in asked for name in ([one] if one in held else aliases.get(one, [one]))))
+    joins = (itertools.product(*(stands_for(files, part) for part in one.split("+"))) for one in asked)
+    return list(dict.fromkeys("+".join(parts) for product in joins for parts in product))
+
+
+def stands_for(files: Sequence[CacheFile], name: str) -> Sequence[str]:
+    """Return the layers that a name or alias (``stages``) stands for in `files`; one that they do not know stays."""
+    if any(name in file.layers for file in files):
+        return [name]
+    return next((file.request["aliases"][name] for file in files if name in file.request.get("aliases", {})), [name])
 
 
 def require_finite(layer: Layer) -> None:

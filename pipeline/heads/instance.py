@@ -24,7 +24,7 @@ class RbfSvm(Family):
 
     weighted = True
     fixed: ClassVar[Params] = {"C": 1.0, "gamma": 1.0}
-    most_rows = 20_000
+    most_rows = 8_000  # two tables of all pairs in float64: about 1 GB in each worker
 
     def grid(self, n_rows: int) -> Sequence[Params]:
         """Return 5 values of C by 6 of gamma, the latter relative to ``"scale"``."""
@@ -37,9 +37,11 @@ class RbfSvm(Family):
         among = euclidean_distances(train.astype(np.float64), squared=True)
         across = euclidean_distances(held.astype(np.float64), train.astype(np.float64), squared=True)
         scale = _scale(train)
+        kernel = np.empty_like(among)
         for params in grid:
             gamma = scale * params["gamma"]
-            model = SVC(C=params["C"], kernel="precomputed").fit(np.exp(-gamma * among), y, weight)
+            np.exp(np.multiply(among, -gamma, out=kernel), out=kernel)
+            model = SVC(C=params["C"], kernel="precomputed").fit(kernel, y, weight)
             yield Step(model.predict(np.exp(-gamma * across)), converged=True)
 
     def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:

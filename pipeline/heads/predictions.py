@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.evaluation.calibration import tempered
 from pipeline.evaluation.comparisons import compare_over_splits
 from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.heads.schedule import Cut
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, SeedSummary
@@ -67,6 +69,19 @@ class TestPredictions:
         return np.asarray(np.bincount(self.folds, weights=self.right) / np.bincount(self.folds))
 
 
+def scores(said: TestPredictions, n_classes: int) -> dict[str, Any]:
+    """Return the keys of a `FitResult` that measure predictions over `n_classes`."""
+    calibrated = said.calibrated
+    return {
+        "n_test": len(said.y_true),
+        "accuracy_ci95": wilson(int(said.right.sum()), len(said.right)),
+        **asdict(evaluate(said.y_true, said.y_pred, n_classes, said.probabilities)),
+        "temperature": None if said.temperatures is None else float(np.median(said.temperatures)),
+        "log_loss_calibrated": None if calibrated is None else log_loss(said.y_true, calibrated),
+        "ece_calibrated": None if calibrated is None else expected_calibration_error(said.y_true, calibrated),
+    }
+
+
 def pool_folds(cell: Sequence[tuple[Cut, Outcome]]) -> TestPredictions:
     """Put the test rows of all folds into their order in the table."""
     tests = [cut.splits.test for cut, _ in cell]
@@ -120,7 +135,7 @@ def summarise(results: Sequence[FitResult], predictions: Sequence[TestPrediction
             continue  # the test is for heads on the same splits, whose test rows vary from seed to seed
         splits = [np.concatenate([predictions[place].accuracies() for place in cells[cell]]) for cell in rivals]
         one = results[places[0]]
-        p_values = compare_over_splits(splits, one.n_train + one.n_val, one.n_test // (one.cv or 1))
+        p_values = compare_over_splits(splits, one.n_pool, one.n_test // (one.cv or 1))
         for cell, p in zip(rivals, p_values, strict=True):
             found[cell] = replace(found[cell], p_vs_best=p)
     return list(found.values())

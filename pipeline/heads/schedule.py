@@ -18,8 +18,7 @@ from pipeline.heads.cached import Layer, require_finite
 from pipeline.heads.device import run_one_by_one
 from pipeline.heads.registry import Head
 from pipeline.heads.trial import Outcome, Prepared, prepare, run_trial
-
-Progress = Callable[[int, int, str], None]
+from pipeline.results import Progress
 
 MOST_CELLS = 1 << 27
 """Weights of a linear head, or probabilities of test rows: 1 GiB of float64."""
@@ -33,22 +32,6 @@ class Cut:
     seed: int
     shots: int | str
     splits: Splits
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """All outcomes, in the order of their trials.
-
-    Parameters
-    ----------
-    outcomes : list of Outcome
-        Without their models.
-    model : Pipeline or None
-        That of best validation accuracy, the first on a tie, if models were to be kept.
-    """
-
-    outcomes: list[Outcome]
-    model: Any
 
 
 def cut_layers(
@@ -118,9 +101,11 @@ def run_trials(
     *,
     balanced: bool,
     keep: bool,
-    finished: Callable[[int, Outcome], None] | None = None,
-) -> Finished:
+    finished: Callable[[int, Outcome], None],
+) -> Any:
     """Run all trials: first those of a device one by one, then those of the CPU several at a time.
+
+    Returns the model to prefer, see `preference`, if models were to be kept; otherwise None.
 
     Parameters
     ----------
@@ -133,11 +118,10 @@ def run_trials(
         Whether every class counts alike.
     keep : bool
         Whether to keep the best model.
-    finished : callable, optional
-        Called as ``finished(place, outcome)`` as soon as the trial at `place` is done.
+    finished : callable
+        Called as ``finished(place, outcome)`` as soon as the trial at `place` is done, without its model.
     """
-    outcomes: dict[int, Outcome] = {}
-    best: tuple[float, int] = (-math.inf, 0)
+    best: tuple[float, float, int] | None = None
     model = None
     first: dict[Cut, int] = {}
     for place, (cut, _) in enumerate(trials):
@@ -153,20 +137,29 @@ def run_trials(
             run(_tasks([trials[place] for place in part], balanced=balanced, keep=keep))
             for run, part in ((run_one_by_one, elsewhere), (parallel, here))
         )
-        for place, outcome in zip(elsewhere + here, finishing, strict=True):
-            if (rank := (validated(outcome), -place)) > best:
+        for done, (place, outcome) in enumerate(zip(elsewhere + here, finishing, strict=True)):
+            rank = preference(trials[place][0].shots, outcome.choice.score, place)
+            if best is None or rank > best:
                 best, model = rank, outcome.pipeline
-            outcomes[place] = replace(outcome, pipeline=None)
-            if finished is not None:
-                finished(place, outcomes[place])
+            finished(place, replace(outcome, pipeline=None))
             if progress is not None:
-                progress(len(outcomes), len(trials), "fit")
-    return Finished([outcomes[place] for place in range(len(trials))], model)
+                progress(done + 1, len(trials), "fit")
+    return model
 
 
-def validated(outcome: Outcome) -> float:
-    """Return the validation accuracy of a trial, -1 where nothing was validated."""
-    return -1.0 if math.isnan(outcome.choice.score) else outcome.choice.score
+def preference(shots: int | str, score: float | None, place: int) -> tuple[float, float, int]:
+    """Return what orders models, the largest to be kept: trained on most shots, validated best, first in order.
+
+    Few shots are validated on few rows, where all may be right by chance: only scores of equal shots are compared.
+
+    Parameters
+    ----------
+    shots : int or "all"
+    score : float or None
+        Validation accuracy; None or NaN, where nothing was validated, comes last.
+    place : int
+    """
+    return (math.inf if shots == "all" else float(shots), -1.0 if score is None or math.isnan(score) else score, -place)
 
 
 def _tasks(trials: Sequence[tuple[Cut, Head]], *, balanced: bool, keep: bool) -> Iterator[Any]:

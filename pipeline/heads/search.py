@@ -107,7 +107,8 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ----------
     head : Head
     folds : sequence of Fold
-        One for a val split, several for cross-validation, none where nothing can be validated: then a fixed rule holds.
+        One for a val split, several for cross-validation, none where nothing can be validated. A fixed rule holds then,
+        and where no candidate predicts a held-out row right.
     balanced : bool, default False
         Every class counts alike, in training and in the accuracy.
     """
@@ -129,6 +130,8 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
         unconverged += not all(step.converged for step in steps)
         if score > most:
             best, most, chosen = number, score, steps
+    if most <= 0:  # as where the held-out rows are all of classes that were not trained on
+        return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
     held = [step.probabilities for step in chosen]
     return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
 
@@ -141,7 +144,8 @@ def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
     if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
         fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
-        notes.append(f"{head.name}: one row (or group) a class leaves nothing to validate on, so {fixed} is taken")
+        why = "nothing could be validated, as with one row (or group) a class"
+        notes.append(f"{head.name}: {why}, so {fixed} is taken")
     return notes
 
 

@@ -118,7 +118,7 @@ def current_versions() -> dict[str, str]:
 
 
 def check_destination(path: str | Path) -> Path:
-    """Return `path` if a model can be written there; called before the work that would be lost.
+    """Return `path` if a file can be written there; called before the work that would be lost.
 
     Raises
     ------
@@ -127,11 +127,11 @@ def check_destination(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        raise ModelFileError(f"a model is saved as a file, but {path} is a folder; name a file in it")
+        raise ModelFileError(f"a file is to be written, but {path} is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise ModelFileError(f"no folder {path.parent} to save {path.name} in; create it first")
+        raise ModelFileError(f"no folder {path.parent} to write {path.name} in; create it first")
     if not os.access(path.parent, os.W_OK):
-        raise ModelFileError(f"the folder {path.parent} may not be written to; save {path.name} elsewhere")
+        raise ModelFileError(f"the folder {path.parent} may not be written to; put {path.name} elsewhere")
     return path
 
 

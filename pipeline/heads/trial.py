@@ -89,8 +89,7 @@ def prepare(
         Of all rows.
     splits : Splits
         Without a val part, parameters are chosen on stratified folds of train: five, or as many as the largest class
-        has rows; on none where no two rows of a class may part, as with one row a class. Groups and equal images stay
-        on one side.
+        has rows; on none where there is one row a class. Groups and equal images stay on one side.
     scaling : str
         One of `pipeline.heads.registry.SCALINGS`.
     rotated : bool
