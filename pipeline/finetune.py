@@ -227,7 +227,6 @@ def _finished(
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in came.network.parameters() if item.requires_grad),
         history=trained.history,
-        n_pool=int((table.labels >= 0).sum()) - len(splits.test),
     )
     return _Done(result, said)
 

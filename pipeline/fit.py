@@ -213,7 +213,6 @@ def _result(
         log_loss_calibrated=None if calibrated is None else log_loss(found.y_true, calibrated),
         ece_calibrated=None if calibrated is None else expected_calibration_error(found.y_true, calibrated),
         p_vs_best=p_vs_best,
-        n_pool=int((cut.layer.table.labels >= 0).sum()) - _mean_count([trial.cut.splits.test for trial in cell]),
     )
 
 

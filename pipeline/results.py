@@ -63,7 +63,6 @@ class FitResult:
     `temperature` and what the two become under it, also where no held-out rows were left to fit it on. `balanced` tells
     whether classes counted alike in training. `cv` is the number of folds: then every row was test once, `params` are
     those chosen most often, `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
-    `n_pool` counts the labelled rows beside those of test, from which all others were drawn.
     `p_vs_best` is that of McNemar's exact test, corrected by Holm's rule, against the most accurate result on the same
     test rows; ``None`` for that one.
     """
@@ -94,7 +93,6 @@ class FitResult:
     ece_calibrated: float | None = None
     p_vs_best: float | None = None
     validation_accuracy: float | None = None
-    n_pool: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ class SeedSummary:
     `accuracy_ci95` is Wilson's interval around the mean accuracy for the test rows of one seed: what another test set
     might give. `accuracy_sd`, `accuracy_min` and `accuracy_max` are what another draw of splits or shots gives.
     `p_vs_best` is that of the corrected resampled t-test, with Holm's rule, against the best mean of the same shots;
-    ``None`` for that one, for fewer than five splits, and where all seeds share one test set, which takes McNemar's
-    test.
+    ``None`` for that one and where all seeds share one test set, which takes McNemar's test.
     """
 
     backbone: str

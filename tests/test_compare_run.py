@@ -26,7 +26,6 @@ from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
-from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
@@ -330,8 +329,8 @@ def test_against_another_run_names_what_changed(
 def record(key: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
     known = {
         "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg", "head": "logreg",
-        "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_pool": 80, "n_classes": 2,
-        "accuracy": 0.5, "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
+        "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2, "accuracy": 0.5,
+        "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
     }  # fmt: skip
     return {**known, **changes}
 
@@ -366,26 +365,13 @@ def test_images_that_only_one_run_has_do_not_count() -> None:
 
 
 def test_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
-    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + (head == "knn") * (0.1 + 0.01 * seed))
-               for head in ("logreg", "knn") for seed in range(5)]  # fmt: skip
+    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn") + 0.01 * seed)
+               for head in ("logreg", "knn") for seed in (0, 1, 2)]  # fmt: skip
     first, second = boards(records)[0].scores.values()
     paired = compare_scores(second, first, lambda key: said(np.ones(20, bool), first=20 * int(key[-1])))
     assert paired is not None
-    assert "5 seeds" in paired.test
-    leads = np.array([0.1, 0.11, 0.12, 0.13, 0.14])
-    assert paired.difference == pytest.approx(0.12)
-    assert paired.p == pytest.approx(corrected_t_test(leads, 80, 20)[1])
-
-
-def test_the_spread_of_few_seeds_is_not_relied_on() -> None:
-    records = [record(f"{head}{seed}", seed, head=head, accuracy=0.9) for head in ("logreg", "knn") for seed in (0, 1)]
-    first, second = boards(records)[0].scores.values()
-    right = {"logreg": np.ones(20, bool), "knn": np.arange(20) < 12}
-    paired = compare_scores(first, second, lambda key: said(right[key[:-1]], first=20 * int(key[-1])))
-    assert paired is not None
-    assert paired.test == "McNemar's exact test on 20 test images, seed 0"
-    assert paired.difference == pytest.approx(0.4), "of the images that were tested, not of all seeds"
-    assert paired.p == pytest.approx(binomtest(0, 8).pvalue)
+    assert "3 seeds" in paired.test
+    assert paired.p < 1e-6, "the same lead under every seed"
 
 
 def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int, int]) -> Any:

@@ -83,7 +83,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / f"{name}.h5"
         with CacheWriter.create(path, rows, (), [layer], handles, {}) as writer:
             writer.begin_run({})
-            writer.write(np.arange(n), {"top": features}, digests.reshape(n, 16), zeros, zeros)
+            writer.write(np.arange(n), {"top": features}, digests.reshape(n, 16))
         return path
 
     return make

@@ -68,7 +68,7 @@ def test_corrected_t_test_is_the_plain_one_with_a_larger_variance() -> None:
 
 def test_corrected_t_test_without_spread() -> None:
     assert corrected_t_test(np.zeros(3), 80, 20) == (0.0, 1.0)
-    assert corrected_t_test(np.full(3, -0.5), 80, 20) == (-math.inf, 0.25)
+    assert corrected_t_test(np.full(3, -0.5), 80, 20) == (-math.inf, 0.0)
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
-from pipeline.evaluation.comparisons import FEWEST_SPLITS
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar
 
 LEVEL = 0.05
@@ -22,7 +21,7 @@ class Paired:
     Parameters
     ----------
     difference : float
-        Accuracy of the first minus that of the second on what was tested: the mean over seeds, or that of one seed.
+        Mean accuracy of the first minus that of the second, over the seeds (or images) they share.
     p : float
         Two-sided.
     test : str
@@ -39,8 +38,8 @@ def compare_scores(
 ) -> Paired | None:
     """Compare two methods on what they share.
 
-    Where seeds draw the test images, and there are enough of them, the corrected resampled t-test over seeds is used;
-    otherwise McNemar's exact test on the images of the first seed.
+    Where seeds draw the test images, the corrected resampled t-test over seeds is used; where all seeds have the same
+    test images, McNemar's exact test on those of the first seed.
 
     Parameters
     ----------
@@ -59,17 +58,18 @@ def compare_scores(
     seeds = sorted(set(a.records) & set(b.records))
     if not seeds:
         return None
+    differences = np.array([a.records[seed]["accuracy"] - b.records[seed]["accuracy"] for seed in seeds])
     said = {seed: (judged(a.records[seed]["key"]), judged_b(b.records[seed]["key"])) for seed in seeds}
     first, second = said[seeds[0]]
-    if len(seeds) >= FEWEST_SPLITS and any(not np.array_equal(first.uris, other.uris) for other, _ in said.values()):
+    if len(seeds) > 1 and any(not np.array_equal(first.uris, other.uris) for other, _ in said.values()):
         record = a.records[seeds[0]]
-        differences = np.array([a.records[seed]["accuracy"] - b.records[seed]["accuracy"] for seed in seeds])
-        _, p = corrected_t_test(differences, record["n_pool"], record["n_test"])
+        _, p = corrected_t_test(differences, record["n_train"] + record["n_val"], record["n_test"])
         return Paired(float(differences.mean()), p, f"corrected resampled t-test over {len(seeds)} seeds")
     _, left, right = np.intersect1d(first.uris, second.uris, assume_unique=True, return_indices=True)
     if not len(left):
         return None
     p = mcnemar(first.right[left], second.right[right])
-    difference = float(first.right[left].mean() - second.right[right].mean())
+    if len(left) < len(first.uris) or len(left) < len(second.uris):
+        differences = np.array([first.right[left].mean() - second.right[right].mean()])
     of_seed = f", seed {seeds[0]}" if len(seeds) > 1 else ""
-    return Paired(difference, p, f"McNemar's exact test on {len(left)} test images{of_seed}")
+    return Paired(float(differences.mean()), p, f"McNemar's exact test on {len(left)} test images{of_seed}")

@@ -12,9 +12,6 @@ from pipeline.evaluation.intervals import corrected_t_test, mcnemar
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-FEWEST_SPLITS = 5
-"""For the test over splits: the spread of fewer says next to nothing, and with it neither does the test."""
-
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for their number so that all claims hold together (Holm 1979)."""
@@ -69,17 +66,15 @@ def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int)
     Parameters
     ----------
     accuracies : sequence of (k,) float64
-        Of each head on each split.
+        Of each head on each split, k at least 2.
     n_train, n_test : int
-        As for `corrected_t_test`.
+        Rows of a split's two sides.
 
     Returns
     -------
     list of float or None
-        A p-value for each head; ``None`` for the best, and for all of them where k is below `FEWEST_SPLITS`.
+        A p-value for each head; ``None`` for the best.
     """
-    if len(accuracies[0]) < FEWEST_SPLITS:
-        return [None] * len(accuracies)
     best = int(np.argmax([values.mean() for values in accuracies]))
     others = [place for place in range(len(accuracies)) if place != best]
     adjusted = holm([corrected_t_test(accuracies[best] - accuracies[place], n_train, n_test)[1] for place in others])

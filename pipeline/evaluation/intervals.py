@@ -113,16 +113,14 @@ def corrected_t_test(differences: Floats, n_train: int, n_test: int) -> tuple[fl
     differences : (k,) float64
         Score of one model minus score of the other, a split each; k at least 2.
     n_train, n_test : int
-        Rows of a split's training and test side; where few were drawn to train on, those that they were drawn from,
-        for two such draws have hardly a row in common.
+        Rows of a split's training and test side.
 
     Returns
     -------
     t : float
         The statistic, with k - 1 degrees of freedom.
     p : float
-        Two-sided p-value. Without any spread, which is no sign of certainty, it is 1 for a mean of 0, and otherwise
-        that of the sign test.
+        Two-sided p-value. Without any spread it is 1 for a mean of 0, and 0 otherwise.
 
     Raises
     ------
@@ -135,6 +133,6 @@ def corrected_t_test(differences: Floats, n_train: int, n_test: int) -> tuple[fl
     mean = float(np.mean(differences))
     error = math.sqrt(float(np.var(differences, ddof=1)) * (1 / k + n_test / n_train))
     if error == 0:
-        return (0.0, 1.0) if mean == 0 else (math.copysign(math.inf, mean), 2.0 ** (1 - k))
+        return (0.0, 1.0) if mean == 0 else (math.copysign(math.inf, mean), 0.0)
     t = mean / error
     return t, 2 * float(stdtr(k - 1, -abs(t)))

@@ -146,12 +146,12 @@ def _assign(
                 "that are not of one group; add images, or give a test split"
             )
     if not val.size and cut_val:
-        left, held = cut(train, labels, units, rng)
-        if np.isin(labels[held], labels[left]).any() and len(np.unique(labels[left])) > 1:
-            train, val = left, held
-            notes.append("no val split given: 20 % of the training rows of each class were drawn as val set, by seed")
-        else:
-            notes.append("too few training rows, or groups, for a val set: choices are made inside train")
+        train, val = cut(train, labels, units, rng)
+        notes.append(
+            "no val split given: 20 % of the training rows of each class were drawn as val set, by seed"
+            if val.size
+            else "too few training rows for a val set: choices are made inside train"
+        )
     return train, val, test
 
 

@@ -120,7 +120,7 @@ def summarise(results: Sequence[FitResult], predictions: Sequence[TestPrediction
             continue  # the test is for heads on the same splits, whose test rows vary from seed to seed
         splits = [np.concatenate([predictions[place].accuracies() for place in cells[cell]]) for cell in rivals]
         one = results[places[0]]
-        p_values = compare_over_splits(splits, one.n_pool, one.n_test // (one.cv or 1))
+        p_values = compare_over_splits(splits, one.n_train + one.n_val, one.n_test // (one.cv or 1))
         for cell, p in zip(rivals, p_values, strict=True):
             found[cell] = replace(found[cell], p_vs_best=p)
     return list(found.values())

@@ -129,8 +129,6 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
         unconverged += not all(step.converged for step in steps)
         if score > most:
             best, most, chosen = number, score, steps
-    if most <= 0:  # as where a class is one group: no row of the held-out classes was trained on
-        return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
     held = [step.probabilities for step in chosen]
     return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
 
