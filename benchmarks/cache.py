@@ -39,7 +39,7 @@ def fill(path: Path, count: int, dim: int) -> None:
         for start in range(0, count, 4096):
             k = column[start : start + 4096]
             features = {"a": generator.standard_normal((len(k), dim), np.float32)}
-            writer.write(k, features, generator.integers(0, 256, (len(k), 16)), k, k)
+            writer.write(k, features, generator.integers(0, 256, (len(k), 16)))
 
 
 def photos(folder: Path, count: int, width: int, height: int, ending: str) -> Path:

@@ -34,8 +34,8 @@ def make(path: Path, rows: int = 30) -> None:
         writer.begin_run({"engine": "torch"})
         k = np.arange(0, rows, 2)
         features = {"a": np.outer(k, np.arange(6)), "b": np.outer(k, [1, 2, 3])}
-        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16), k, k)
-        writer.fail(1, "truncated", None, 1, 1)
+        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16))
+        writer.fail(1, "truncated", None)
 
 
 def everything(file: CacheFile) -> bytes:

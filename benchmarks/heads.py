@@ -188,7 +188,7 @@ def write_cache(path: Path, n: int) -> None:
     digests = np.random.default_rng(1).integers(0, 256, (n, 16), np.uint8)
     with CacheWriter.create(path, rows, [str(i) for i in range(10)], layers, handles, request) as writer:
         writer.begin_run({})
-        writer.write(np.arange(n), {name: x for name, (x, _) in made.items()}, digests, zeros, zeros)
+        writer.write(np.arange(n), {name: x for name, (x, _) in made.items()}, digests)
 
 
 class WorkerMemory(threading.Thread):

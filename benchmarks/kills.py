@@ -104,7 +104,7 @@ def write(folder: Path, step: int, count: int, pause: float) -> None:
                 given = donors[digests[place].tobytes()]
                 for name, values in features.items():
                     values[place] = given[name]
-            writer.write(chunk, features, digests, contents[chunk] + 1, contents[chunk] + 1)
+            writer.write(chunk, features, digests)
             time.sleep(0 if known.all() else pause)
     drop_redundant(path)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,11 +116,15 @@ class Catalog:
         return len({tuple(sorted(file.handles.items())) for file in files}) == 1
 
     def ambiguous(self, files: Sequence[CacheFile]) -> AmbiguousCacheError:
-        """Return the error that lists `files` where one was expected."""
-        return AmbiguousCacheError(
-            f"{len(files)} files of {self.path} fit, one was expected; narrow it with --source, -b, -l or "
-            f"--pool: {'; '.join(describe(file) for file in files)}"
-        )
+        """Return the error that lists `files` where one was expected, and says how to choose."""
+        shared = sorted(set.intersection(*(set(file.layers) for file in files)))
+        choices = {tuple(file.handles.get(key) for key in ("source", "location", "backbone", "pool")) for file in files}
+        told, way = [file.handles for file in files], "narrow it with --source, -b, -l or --pool"
+        if shared and len(choices) == 1:
+            told = _differences([file.layers[shared[0]].spec for file in files])
+            way = "name one of them instead of the folder"
+        listed = "; ".join(_described(file, what) for file, what in zip(files, told, strict=True))
+        return AmbiguousCacheError(f"{len(files)} files of {self.path} fit, one was expected; {way}: {listed}")
 
     def _narrow(
         self, files: Sequence[CacheFile], key: str, wanted: str, offered: Sequence[set[str]]
@@ -147,10 +152,20 @@ def superseded_files(path: Path) -> dict[int, Path]:
     return dict(sorted((int(match[2]), other) for other, match in matches if match and match[1] == path.stem))
 
 
-def describe(file: CacheFile) -> str:
-    """Return one short line that tells the file apart: name, handles, layers."""
-    handles = ", ".join(f"{key} {value}" for key, value in file.handles.items())
-    return f"{file.path.name} ({handles}; layers {', '.join(file.layers)})"
+def _described(file: CacheFile, what: Mapping[str, Any]) -> str:
+    facts = {**what, "layers": ", ".join(file.layers)}
+    return f"{file.path.name} ({', '.join(f'{key} {value}' for key, value in facts.items())})"
+
+
+def _differences(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return of each spec what is not the same in all: ``{"precision": "bf16", "preprocessing.size": [224, 224]}``."""
+    flat = []
+    for spec in specs:
+        parts = [(key, value if isinstance(value, dict) else {"": value}) for key, value in spec.items()]
+        flat.append({f"{key}.{name}".rstrip("."): item for key, inner in parts for name, item in inner.items()})
+    keys = dict.fromkeys(key for one in flat for key in one)
+    differing = [key for key in keys if any(one.get(key) != flat[0].get(key) for one in flat)]
+    return [{key: one.get(key) for key in differing} for one in flat]
 
 
 def file_name(source: str, backbone: str, key: str) -> str:
@@ -163,10 +178,10 @@ def file_name(source: str, backbone: str, key: str) -> str:
     key : str
         All that tells two files apart; its digest is the HASH8.
     """
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(key.encode(), digest_size=4).hexdigest()
     return f"{_safe(source)}-{_safe(backbone)}-{digest}.h5"
 
 
 def _safe(name: str) -> str:
     text = re.sub(r"[^\w.+@-]", "_", unicodedata.normalize("NFC", name))
-    return text.encode("utf-8", "replace")[:80].decode("utf-8", "ignore").strip(".-") or "_"
+    return text.encode()[:80].decode("utf-8", "ignore").strip(".-") or "_"

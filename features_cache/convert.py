@@ -41,16 +41,24 @@ def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[
 
 
 def records(
-    count: int, digests: ArrayLike, sizes: ArrayLike, mtimes_ns: ArrayLike, run: int, reason: str = ""
+    digests: ArrayLike, sizes: NDArray[np.int64], mtimes_ns: NDArray[np.int64], run: int, reason: str = ""
 ) -> NDArray[np.void]:
-    """Return what reading `count` images found as a structured array of `layout.RECORD`; other shapes are refused."""
-    columns = {"digest": np.asarray(digests), "size": np.asarray(sizes), "mtime_ns": np.asarray(mtimes_ns)}
-    found = np.zeros(count, RECORD)
-    for name, values in columns.items():
-        if values.shape != found[name].shape:
-            raise CacheError(f"{name} of {count} rows: expected shape {found[name].shape}, got {values.shape}")
-        found[name] = values
-    found["run"] = run
+    """Return what reading k images found, an array of `layout.RECORD`; digests of another shape are refused.
+
+    Parameters
+    ----------
+    digests : array_like of uint8, shape (k, 16)
+    sizes, mtimes_ns : ndarray of int64, shape (k,)
+        As the source listed them.
+    run : int
+    reason : str, default ""
+    """
+    found = np.zeros(len(sizes), RECORD)
+    if np.shape(digests) != found["digest"].shape:
+        raise CacheError(
+            f"digest of {len(found)} rows: expected shape {found['digest'].shape}, got {np.shape(digests)}"
+        )
+    found["digest"], found["size"], found["mtime_ns"], found["run"] = digests, sizes, mtimes_ns, run
     found["reason"] = _cut(" ".join(reason.split()))
     return found
 
@@ -61,7 +69,7 @@ def _cut(text: str) -> bytes:
 
 
 def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
-    """Return `values` as fixed-length UTF-8, shape (n,); bytes of file names that are no UTF-8 stay as they are.
+    """Return `values` as fixed-length UTF-8, shape (n,).
 
     Raises
     ------
@@ -69,7 +77,7 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
         A value has a zero byte or cannot be written; `what` names it.
     """
     try:
-        encoded = [value.encode("utf-8", "surrogateescape") for value in values]
+        encoded = [value.encode() for value in values]
     except UnicodeEncodeError as error:
         raise CacheError(f"a {what} cannot be written as UTF-8 ({error.reason}); rename it") from None
     if any(b"\0" in value for value in encoded):
@@ -78,7 +86,7 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
 
 
 def decoded_text(raw: NDArray[np.bytes_]) -> NDArray[np.str_]:
-    """Return the inverse of `fixed_text`; never fails, whatever the bytes."""
+    """Return the inverse of `fixed_text`; damaged bytes are escaped."""
     if (np.ascontiguousarray(raw).view(np.uint8) < 0x80).all():
         return raw.astype(str)
-    return np.char.decode(raw, "utf-8", "surrogateescape")
+    return np.char.decode(raw, "utf-8", "backslashreplace")

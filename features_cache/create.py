@@ -122,7 +122,9 @@ def _check(rows: Rows, classes: Sequence[str], layers: Sequence[LayerInfo], hand
             )
     for value in (*handles.values(), *(layer.fingerprint for layer in layers)):
         if not is_name(value):
-            raise CacheError(f"{value!r} cannot name a cache: it has control characters; rename the source")
+            raise CacheError(
+                f"{value!r} cannot name a cache: it has control characters or is not UTF-8; rename the source"
+            )
 
 
 def _lay_out(
@@ -176,7 +178,7 @@ def _structure(
 
 
 def _annotate(attributes: Any, key: str, text: str) -> None:
-    encoded = text.encode("utf-8", "surrogateescape")
+    encoded = text.encode()
     if len(encoded) > _ATTRIBUTE_LIMIT:
         raise CacheError(
             f"{key} has {len(encoded)} bytes, at most {_ATTRIBUTE_LIMIT} fit; ask for fewer layers at once"

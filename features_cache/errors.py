@@ -81,6 +81,7 @@ _REMEDIES = {
     errno.EACCES: "permission denied; choose another folder or change its rights",
     errno.EPERM: "permission denied; choose another folder or change its rights",
     errno.ENOENT: "no such file or folder; check the path",
+    errno.EEXIST: "its folder is a file; choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
 }

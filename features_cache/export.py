@@ -21,7 +21,7 @@ COLUMNS = ("uri", "label", "split", "group", "digest")
 def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
     """Write the features of one layer, done rows only, in the format that the suffix names.
 
-    ``.npy`` is the matrix, with a ``.csv`` of the same name beside it that describes its rows. ``.parquet`` has the
+    ``.npy`` is the matrix, with ``NAME.npy.csv`` beside it that describes its rows. ``.parquet`` has the
     same columns and ``features``, a fixed-size list. ``.safetensors`` has ``features`` and ``labels`` (int64), and the
     text columns and class names as JSON in its metadata. Texts are empty where there is none; `label` is a class name.
 
@@ -42,7 +42,8 @@ def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
     Raises
     ------
     CacheError
-        No such layer or format, no row is done, a library is missing, or the folder cannot be written.
+        No such layer or format, no row is done, more rows than the format takes, a library is missing, or the folder
+        cannot be written.
     """
     path = Path(path)
     writers: dict[str, Callable[[Path, NDArray[Any], dict[str, list[str]], CacheFile, NDArray[np.int64]], None]] = {
@@ -61,7 +62,7 @@ def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
     columns = _columns(cache, rows)
     written = []
     if path.suffix == ".npy":
-        written.append(_replace(path.with_suffix(".csv"), lambda temporary: _csv(temporary, columns)))
+        written.append(_replace(path.with_name(f"{path.name}.csv"), lambda temporary: _csv(temporary, columns)))
     written.insert(0, _replace(path, lambda temporary: writers[path.suffix](temporary, features, columns, cache, rows)))
     return written
 
@@ -89,7 +90,7 @@ def _replace(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _csv(path: Path, columns: dict[str, list[str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(zip(*(columns[name] for name in COLUMNS), strict=True))
@@ -106,24 +107,25 @@ def _parquet(path: Path, features: NDArray[Any], columns: dict[str, list[str]], 
         import pyarrow.parquet as pq
     except ImportError:
         raise CacheError("export to .parquet needs pyarrow; install it with: pip install 'thawline[parquet]'") from None
-    arrays: dict[str, Any] = {name: pa.array(map(_valid, columns[name]), pa.string()) for name in COLUMNS}
+    arrays: dict[str, Any] = {name: pa.array(columns[name], pa.string()) for name in COLUMNS}
     flat = pa.array(np.ascontiguousarray(features).reshape(-1))
     arrays["features"] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
     pq.write_table(pa.table(arrays), path)
-
-
-def _valid(text: str) -> str:
-    """Return `text` as valid Unicode: the bytes of file names that are no UTF-8 are escaped."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _safetensors(
     path: Path, features: NDArray[Any], columns: dict[str, list[str]], cache: CacheFile, rows: NDArray[np.int64]
 ) -> None:
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError:
         raise CacheError("export to .safetensors needs safetensors; install it with: pip install safetensors") from None
     tensors = {"features": np.ascontiguousarray(features), "labels": np.ascontiguousarray(cache.labels[rows])}
     texts = {**columns, "classes": list(cache.classes)}
-    save_file(tensors, path, metadata={name: json.dumps(values) for name, values in texts.items()})
+    try:
+        save_file(tensors, path, metadata={name: json.dumps(values) for name, values in texts.items()})
+    except SafetensorError as error:
+        raise CacheError(
+            f"cannot export to .safetensors: {error}; .npy and .parquet take any number of rows"
+        ) from error

@@ -42,7 +42,7 @@ def match_rows(file: CacheFile, rows: Rows) -> tuple[NDArray[np.int64], NDArray[
     new, old : ndarray of int64, shape (k,)
         Row numbers, ascending in `new`.
     """
-    finished = np.flatnonzero((file.states == DONE) | (file.states == UNREADABLE))
+    finished = np.flatnonzero(~file.pending)
     place = dict(zip(file.uris[finished].tolist(), finished.tolist(), strict=True))
     old = np.array([place.get(uri, -1) for uri in rows.uris], np.int64)
     new = np.flatnonzero(old >= 0)

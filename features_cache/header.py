@@ -108,7 +108,9 @@ def read_header(path: Path) -> Header:
 
 
 def _refused(path: Path, reason: str) -> DamagedCacheError:
-    return DamagedCacheError(f"{path} is not usable as a cache: {reason}; restore it from a copy or extract again")
+    return DamagedCacheError(
+        f"{path} is not usable as a cache: {reason}; restore it from a copy, or delete it and extract again"
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -126,7 +128,7 @@ def _parse_line(path: Path, line: bytes) -> tuple[int, int, int, str]:
     if version != VERSION:
         raise DamagedCacheError(
             f"{path} has format version {version}, this release reads version {VERSION}; "
-            "use the release that made it or extract again"
+            "use the release that made it, or delete it and extract again"
         )
     if not len(line) + table_bytes <= checked <= min(file_bytes, _LIMIT):
         raise _refused(path, "the sizes in its first line contradict each other")
@@ -154,10 +156,7 @@ def _interpret(line: bytes, head: bytes, table_bytes: int, file_bytes: int) -> H
         line=line,
         file_bytes=file_bytes,
         n_rows=n_rows,
-        classes=tuple(
-            names[start : start + width].rstrip(b"\0").decode("utf-8", "surrogateescape")
-            for start in range(0, classes.nbytes, width)
-        ),
+        classes=tuple(names[start : start + width].rstrip(b"\0").decode() for start in range(0, classes.nbytes, width)),
         layers={layer.name: layer for layer in layers},
         handles=handles,
         request=_typed(table, "request", dict),
@@ -222,8 +221,8 @@ def _name(value: Any) -> str:
 
 
 def is_name(value: Any) -> bool:
-    """Tell whether `value` is text that stays on one line: no control characters."""
-    return isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f]", value) is None
+    """Tell whether `value` is text that can be written, on one line: no control characters, nothing but Unicode."""
+    return isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value) is None
 
 
 def _typed(table: Mapping[str, Any], key: str, kind: type) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from features_cache.checksums import crc_rows
 from features_cache.errors import explained
-from features_cache.layout import RECORD
+from features_cache.layout import PENDING, RECORD
 from features_cache.reader import CacheFile
 from features_cache.rowfile import RowFile
 
@@ -92,6 +92,11 @@ class Ledger:
         with explained(self._path, "write"):
             self._file.put(self._arrays[name], rows, values)
             self._file.sync()
+
+    def reopen(self, rows: NDArray[np.int64]) -> None:
+        """Mark finished rows pending, at once, so that they can be put again."""
+        self.put_now("/rows/state", rows, np.full(len(rows), PENDING, np.uint8))
+        self.states[rows] = PENDING
 
     def commit(self) -> None:
         """Wait until all that was put is on disk, then mark those rows.

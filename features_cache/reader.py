@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from features_cache.convert import decoded_text
 from features_cache.errors import CacheError, explained, nearest
 from features_cache.header import Header, read_header, read_line
-from features_cache.layout import DONE, SPLITS, LayerInfo
+from features_cache.layout import DONE, PENDING, SPLITS, UNREADABLE, LayerInfo
 from features_cache.runs import decode_runs
 
 
@@ -153,6 +153,17 @@ class CacheFile:
     def states(self) -> NDArray[np.uint8]:
         """0 pending, 1 done, 2 unreadable; shape (n_rows,)."""
         return self.array("/rows/state")
+
+    @property
+    def pending(self) -> NDArray[np.bool_]:
+        """Whether each row is still to be computed; shape (n_rows,).
+
+        Rows whose image was there and could not be read count, too: rights change and network drives come back.
+        """
+        pending = self.states == PENDING
+        unreadable = np.flatnonzero(self.states == UNREADABLE)
+        pending[unreadable] = (self.sizes[unreadable] >= 0) & ~self.digests[unreadable].any(axis=1)
+        return np.asarray(pending, bool)
 
     @property
     def digests(self) -> NDArray[np.uint8]:

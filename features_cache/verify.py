@@ -131,7 +131,7 @@ def repair(path: str | Path, report: Report) -> int:
             raise CacheError(f"{path} is not the file that was verified; verify it again")
         ledger = Ledger(cache)
         try:
-            ledger.put_now("/rows/state", rows, np.full(len(rows), PENDING, np.uint8))
+            ledger.reopen(rows)
             ledger.put_now("/runs", slots, np.zeros(len(slots), f"S{RUN_BYTES}"))
         finally:
             ledger.close()

@@ -49,6 +49,9 @@ class CacheWriter:
         self._lock = lock
         self.cache: CacheFile = open_cache(path)
         self._ledger = Ledger(self.cache)
+        again = np.flatnonzero(self.cache.pending & (self._ledger.states != PENDING))
+        if len(again):
+            self._ledger.reopen(again)
         self._run: dict[str, Any] = {"run": -1}
         self._computed = 0
 
@@ -137,14 +140,7 @@ class CacheWriter:
         """Tell for each of `rows` (k,) whether its features are written, committed or not."""
         return np.asarray(self._ledger.states[np.asarray(rows, np.int64)] == DONE, bool)
 
-    def write(
-        self,
-        rows: ArrayLike,
-        features: Mapping[str, NDArray[Any]],
-        digests: ArrayLike,
-        sizes: ArrayLike,
-        mtimes_ns: ArrayLike,
-    ) -> None:
+    def write(self, rows: ArrayLike, features: Mapping[str, NDArray[Any]], digests: ArrayLike) -> None:
         """Write the features of some pending rows.
 
         Parameters
@@ -155,8 +151,6 @@ class CacheWriter:
             For every layer of the file.
         digests : array_like of uint8, shape (k, 16)
             blake2b-128 of the bytes that were decoded.
-        sizes, mtimes_ns : array_like of int64, shape (k,)
-            Size and modification time of the file at the time it was read.
 
         Raises
         ------
@@ -170,11 +164,11 @@ class CacheWriter:
                 f"expected features of {', '.join(self.cache.layers)}, got {', '.join(features) or 'none'}"
             )
         stored = {name: stored_features(features[name], layer, len(rows)) for name, layer in self.cache.layers.items()}
-        self._ledger.put(rows, stored, records(len(rows), digests, sizes, mtimes_ns, self._run["run"]), DONE)
+        self._ledger.put(rows, stored, self._records(rows, digests), DONE)
         self._computed += len(rows)
         self._maybe_commit()
 
-    def fail(self, row: int, reason: str, digest: bytes | ArrayLike | None, size: int, mtime_ns: int) -> None:
+    def fail(self, row: int, reason: str, digest: bytes | NDArray[np.uint8] | None) -> None:
         """Mark one pending row unreadable.
 
         Parameters
@@ -183,15 +177,12 @@ class CacheWriter:
             Row number.
         reason : str
             Short reason, kept with the row (80 bytes).
-        digest : bytes or array_like of uint8, shape (16,), optional
-            Of the bytes that could not be decoded; ``None`` where there were none.
-        size, mtime_ns : int
-            As in `write`; the row is tried again when either changes.
+        digest : bytes or ndarray of uint8, shape (16,), or None
+            Of the bytes that cannot be decoded; ``None`` where there were none: the next writer tries them again.
         """
         rows = self._pending_rows([row])
         known = bytes(DIGEST_BYTES) if digest is None else digest
-        plain = np.frombuffer(known, np.uint8) if isinstance(known, bytes) else np.asarray(known)
-        found = records(1, plain[None], [size], [mtime_ns], self._run["run"], reason.strip() or "unreadable")
+        found = self._records(rows, np.frombuffer(known, np.uint8)[None], reason.strip() or "unreadable")
         self._ledger.put(rows, {}, found, UNREADABLE)
         self._maybe_commit()
 
@@ -256,6 +247,9 @@ class CacheWriter:
                 f"every row is written once while it is pending; {numbers[taken].tolist() or 'a row twice'} came"
             )
         return numbers
+
+    def _records(self, rows: NDArray[np.int64], digests: ArrayLike, reason: str = "") -> NDArray[np.void]:
+        return records(digests, self.cache.sizes[rows], self.cache.mtimes_ns[rows], self._run["run"], reason)
 
     def _write_run(self) -> None:
         record = np.array([encode_run(self._run)], f"S{RUN_BYTES}")

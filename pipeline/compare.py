@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.comparing.against import Against, compare_runs
 from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
-from pipeline.comparing.estimate import Planned, plan_extraction, plan_finetune, plan_fit
+from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, plan_finetune, plan_fit
 from pipeline.comparing.features import Features, finetune_key, fit_key
 from pipeline.comparing.folder import Record, RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits
@@ -103,14 +103,18 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
     work = _prepare(plan, output, None)
     folder, planned = work.folder, []
     for extraction, found, jobs in check_plan(work):
-        n_images = len(work.images[extraction.source].items)
-        planned.append(plan_extraction(extraction, found, n_images, folder))
+        images = work.images[extraction.source]
+        planned.append(plan_extraction(extraction, found, images, folder))
         for job in jobs:
-            done = found.complete and folder.has(fit_key(job, found, work.images[extraction.source].name))
-            planned.append(plan_fit(job, found, done, n_images, folder))
+            done = found.complete and folder.has(fit_key(job, found, images.name))
+            planned.append(plan_fit(job, found, done, images, folder))
+    stored: set[tuple[object, ...]] = set()
     for _, tune in finetunes(work.plan):
         images = work.images[tune.source]
-        planned.append(plan_finetune(tune, folder.has(finetune_key(tune, images)), len(images.items)))
+        activations = (tune.source, *(value for key, value in tune.options if key in ACTIVATIONS))
+        done = folder.has(finetune_key(tune, images))
+        planned.append(plan_finetune(tune, done, images, stores=activations not in stored))
+        stored.add(activations)
     return planned
 
 
@@ -172,15 +176,11 @@ def _render(work: Work) -> None:
 
     if not work.folder.records:
         return
-    seen = {}
-    for source in work.images.values():
-        features = {
-            (file.handles["backbone"], extraction.request.pool): found
-            for extraction, found in work.features.items()
-            if found is not None and work.images[extraction.source] is source
-            for file in found.files.values()
-        }
-        seen[source.name] = Seen(source, features)
+    seen = {source.name: Seen(source, {}) for source in work.images.values()}
+    for extraction, found in work.features.items():
+        if found is not None and found.files:
+            fitted = dict.fromkeys(work.fits(extraction, found).values(), found)
+            seen[work.images[extraction.source].name].features.update(fitted)
     work.folder.write("report.html", render(work.folder, work.plan.text, seen))
 
 

@@ -15,7 +15,7 @@ from pipeline.fit import FitReport, fit
 from pipeline.heads.predictions import TestPredictions
 from pipeline.images.decode import decode
 from pipeline.images.source import open_source
-from pipeline.reporting.plots.confusion import confusion_matrix
+from pipeline.reporting.plots.confusion import confusion_counts, confusion_matrix
 from pipeline.reporting.plots.depth import depth_curve
 from pipeline.reporting.plots.strip import image_strip
 from pipeline.results import ExtractResult, FitResult, Progress
@@ -102,8 +102,7 @@ def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarra
     axes.set_title(f"Handwritten digits by depth\nlogistic regression, {len(SEEDS)} seeds of {tests} test images")
 
     kept, predictions = report.results[report.best], report.predictions[report.best]
-    counts = np.zeros((len(report.classes), len(report.classes)), np.int64)
-    np.add.at(counts, (predictions.y_true, predictions.y_pred), 1)
+    counts = confusion_counts(predictions.y_true, predictions.y_pred, len(report.classes))
     axes = top.subplots()
     confusion_matrix(axes, counts, report.classes)
     axes.set_title(f"{kept.head} on {kept.layer}, seed {kept.seed}: {kept.accuracy:.3f}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipeline.filling import Clock, Filling
 from pipeline.images.loader import load
 from pipeline.images.source import open_source
 from pipeline.lookup import files_of, find_answer, rows_of, weights_file_digest
-from pipeline.opening import Run, Target, check_expected, open_files
+from pipeline.opening import Network, Run, Target, check_expected, open_files
 from pipeline.results import ExtractResult, Progress
 from pipeline.spec import (
     DEFAULT_BACKBONE,
@@ -108,15 +109,16 @@ def extract(
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
     target = Target(images, rows, asked)
-    found: list[Path | Filling] = []
+    files = files_of(images, Path(output))
+    found: dict[str, list[Path | Filling]] = {}
     clock = Clock()
     with ExitStack() as writers:
         run = Run(Path(output), engine, device, batch_size, on_error, rehash, clock, writers)
+        networks: dict[tuple[str, str], tuple[str, Network]] = {}
         for name in dict.fromkeys(backbones):
             plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
             requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
-            files = files_of(images, run.output)
-            missing = []
+            found[name], missing = [], []
             for request in requests:
                 answer = None if rehash else find_answer(files, request)
                 if answer is None or not all(map(target.is_met, answer.values())):
@@ -124,14 +126,18 @@ def extract(
                     continue
                 specs = (LayerSpec.from_json(file.layers[layer].spec) for layer, file in answer.items())
                 check_expected(specs, expect)
-                found += [file.path for file in dict.fromkeys(answer.values())]
+                found[name] += [file.path for file in dict.fromkeys(answer.values())]
             if missing:
-                found += open_files(target, missing, files, run, expect)
-        fillings = [item for item in found if isinstance(item, Filling)]
+                network = Network(missing, files, run)
+                networks.setdefault(network.identity, (name, network))  # one network may be asked for by two names
+        for name, network in networks.values():  # all are there before the first file is made
+            found[name] += open_files(target, network, files, run, expect)
+        items = list(dict.fromkeys(chain.from_iterable(found.values())))
+        fillings = [item for item in items if isinstance(item, Filling)]
         seconds = _fill(target, fillings, batch_size, workers, clock, progress or _silent) if fillings else 0.0
     for filling in fillings:
         drop_redundant(filling.writer.cache.path)
-    return [_result(item, seconds, clock) for item in dict.fromkeys(found)]
+    return [_result(item, seconds, clock) for item in items]
 
 
 def _silent(done: int, total: int, text: str, state: str = "") -> None:

@@ -109,7 +109,7 @@ class Filling:
         began = time.perf_counter()
         features = dict(zip(self.writer.cache.layers, arrays, strict=True))
         rows = batch.rows[wanted]
-        self.writer.write(rows, features, batch.digests[wanted], batch.sizes[wanted], batch.mtimes_ns[wanted])
+        self.writer.write(rows, features, batch.digests[wanted])
         self.computed += len(rows)
         self._write_copies(batch)
         self._write_failures(batch)
@@ -130,8 +130,7 @@ class Filling:
             for name in self.writer.cache.layers
         }
         digests = np.frombuffer(b"".join(copy.digest for copy in copies), np.uint8).reshape(len(copies), -1)
-        sizes, mtimes = [copy.size for copy in copies], [copy.mtime_ns for copy in copies]
-        self.writer.write([copy.row for copy in copies], features, digests, sizes, mtimes)
+        self.writer.write([copy.row for copy in copies], features, digests)
 
     def _write_failures(self, batch: Batch) -> None:
         for failure in batch.failures:
@@ -140,5 +139,4 @@ class Filling:
             if self._on_error == "stop":
                 uri = self.writer.cache.uris[failure.row]
                 raise SourceError(f"{uri}: {failure.reason}; mend or remove it, or use --on-error skip")
-            digest = None if failure.digest is None else np.frombuffer(failure.digest, np.uint8)
-            self.writer.fail(failure.row, failure.reason, digest, failure.size, failure.mtime_ns)
+            self.writer.fail(failure.row, failure.reason, failure.digest)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.predictions import TestPredictions, scores
@@ -45,14 +44,18 @@ class FinetuneReport:
         What a user should know, a sentence each.
     classes : tuple of str
         Class names by number.
+    best : int
+        Place in `results` of the model that is kept: that of most shots, of these the one of best validation accuracy,
+        the first on a tie.
     saved : Path or None
-        The model file, of the best validation accuracy, the first on a tie.
+        The model file.
     """
 
     results: list[FinetuneResult]
     predictions: list[TestPredictions]
     notes: list[str]
     classes: tuple[str, ...]
+    best: int
     saved: Path | None
 
 
@@ -102,7 +105,7 @@ def finetune(
         Record the norms of each thawed layer's gradients, steps and weights, and its dead units, in the history of the
         results (see `pipeline.finetuning.watch.Watch`), and say in the notes where they are bad.
     save : str or Path, optional
-        Write the network of best validation accuracy here.
+        Write the network that was trained on most shots here, of several the one of best validation accuracy.
     precision : {"auto", "fp32", "bf16"}
         Below the line as for extraction; above it ``auto`` is bf16 where that trains faster.
     store, size, engine, device, workers
@@ -126,22 +129,22 @@ def finetune(
         Whatever extraction raises.
     """
     from pipeline.finetuning.material import Wanted, gather
-    from pipeline.finetuning.recipe import check_views, make_recipe
+    from pipeline.finetuning.recipe import check_start, make_recipe
     from pipeline.finetuning.run import Plan, run
 
     recipe = make_recipe(training)
-    check_views(recipe, freeze)
-    _check(freeze, init, precision, watch, backbone, seeds, shots, head_first=head_first)
+    check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
+    check_draws(seeds, shots)
     destination = None if save is None else _destination(save)
     notes: list[str] = []
     rate = recipe.rate(new_only=freeze == "all" or init == "random")
-    plan = Plan(freeze, recipe, rate, precision, Path(output) / FOLDER, progress or _silent, watch is not None)
+    plan = Plan(freeze, recipe, rate, precision, store, Path(output) / FOLDER, progress or _silent, watch is not None)
     wanted = Wanted(
         source, backbone, freeze, recipe.top, recipe.augment, recipe.views, (), head_first, Path(output), plan.folder,
         precision, store, engine, device, size, workers, plan.progress, say or notes.append,
     )  # fmt: skip
     done: list[_Done] = []
-    best: tuple[float, int, Network | None] = (-1.0, 0, None)
+    best, kept = 0, None
     for seed in dict.fromkeys(seeds):
         if not done or init == "random":
             named = f"{backbone}@random:{seed}" if init == "random" else backbone
@@ -153,16 +156,21 @@ def finetune(
             notes += [*came.splits.notes, *came.trained.notes]
             if count == "all" and not len(came.splits.val):
                 notes.append("without validation images training goes through all epochs and keeps the last weights")
-            if came.score > best[0]:
-                best = came.score, len(done), came.network
             done.append(_finished(came, material, plan, init, seed, count, head_first=head_first))
+            if kept is None or _promise(done[-1].result) > _promise(done[best].result):
+                best, kept = len(done) - 1, came.network
     p_values = compare_models([one.said.uris for one in done], [one.said.right for one in done])
     results = [replace(one.result, p_vs_best=p) for one, p in zip(done, p_values, strict=True)]
-    if destination is not None and best[2] is not None:
-        _save(destination, best[2], material, recipe, results[best[1]])
+    if destination is not None and kept is not None:
+        _save(destination, kept, material, recipe, results[best])
     notes += tell_ties(p_values)
     said = [one.said for one in done]
-    return FinetuneReport(results, said, list(dict.fromkeys(notes)), material.table.classes, destination)
+    return FinetuneReport(results, said, list(dict.fromkeys(notes)), material.table.classes, best, destination)
+
+
+def _promise(result: FinetuneResult) -> tuple[float, float]:
+    """Return by what a model is kept: most shots, then validation accuracy, which few shots leave no images for."""
+    return float("inf") if result.shots == "all" else float(result.shots), result.validation_accuracy or 0.0
 
 
 class _Done(NamedTuple):
@@ -170,30 +178,6 @@ class _Done(NamedTuple):
 
     result: FinetuneResult
     said: TestPredictions
-
-
-def _check(
-    freeze: str,
-    init: str,
-    precision: str,
-    watch: str | None,
-    backbone: str,
-    seeds: Sequence[int],
-    shots: Sequence[int | str],
-    *,
-    head_first: bool,
-) -> None:
-    from pipeline.finetuning.recipe import INITS, TRAIN_PRECISIONS, WATCHES, check_choice
-
-    check_draws(seeds, shots)
-    check_choice("init", init, INITS)
-    check_choice("precision", precision, TRAIN_PRECISIONS)
-    if watch is not None:
-        check_choice("watch", watch, WATCHES)
-    if init == "random" and "@" in backbone:
-        raise FitError(f"init random draws its own weights, so name {backbone.partition('@')[0]} without any")
-    if head_first and freeze == "all":
-        raise FitError("with freeze all nothing but the head is trained; leave out head-first")
 
 
 def _destination(save: str | Path) -> Path:
@@ -231,6 +215,7 @@ def _finished(
         seconds=came.seconds,
         converged=not trained.diverged,
         balanced=plan.recipe.class_weights,
+        validation_accuracy=trained.valid_accuracy,
         freeze=plan.freeze,
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in came.network.parameters() if item.requires_grad),
@@ -247,6 +232,6 @@ def _save(path: Path, network: Network, material: Material, recipe: Recipe, resu
     backbone, state = material.backbone, network.cpu().whole_state()
     precision = scores_precision(network)
     digest = weights_digest(state)
-    scores = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
-    model = TunedModel(scores, recipe.top, material.table.classes, result.temperature, to_json(result), {})
+    spec = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
+    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result), {})
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import PENDING, CacheError, CacheFile, Catalog, Rows, same_rows
+from features_cache import CacheError, CacheFile, Catalog, Rows, same_rows
 from pipeline.images.source import ImageSource
-from pipeline.spec import LayerSpec, Request
+from pipeline.spec import DECODE_POLICY, LayerSpec, Request
 
 
 def rows_of(images: ImageSource) -> Rows:
@@ -40,11 +40,9 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
 
     Aliases are looked up in what they resolved to when the file was made, so that no network is needed.
     """
-    asked = request.to_json()
-    layers = asked.pop("layers")
-    alike = [file for file in files if asked.items() <= file.request.items()]
+    alike = _alike(files, request)
     found: dict[str, CacheFile] = {}
-    for alias in layers:
+    for alias in request.layers:
         names = next((file.request["aliases"][alias] for file in alike if alias in file.request["aliases"]), None)
         if names is None:
             return None
@@ -58,10 +56,20 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
 
 def continued_precision(files: Sequence[CacheFile], request: Request) -> str | None:
     """Return the precision of a file of the same request, so that ``auto`` goes on as it began."""
+    specs = [info.spec for file in _alike(files, request) for info in file.layers.values()]
+    return specs[0]["precision"] if specs else None
+
+
+def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
+    """Return the files of the same request, layers aside, whose images were decoded by today's rules."""
     asked = request.to_json()
     del asked["layers"]
-    specs = [info.spec for file in files if asked.items() <= file.request.items() for info in file.layers.values()]
-    return specs[0]["precision"] if specs else None
+    return [
+        file
+        for file in files
+        if asked.items() <= file.request.items()
+        and all(info.spec["decode"] == DECODE_POLICY for info in file.layers.values())
+    ]
 
 
 def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
@@ -71,8 +79,7 @@ def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None
 
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:
     """Tell whether `file` was made for exactly these rows and none, or none of those `asked` (n,) bool, is pending."""
-    pending = file.states == PENDING
-    return same_rows(file, rows, classes) and not (pending if asked is None else pending & asked).any()
+    return same_rows(file, rows, classes) and not (file.pending if asked is None else file.pending & asked).any()
 
 
 def weights_file_digest(backbone: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features_cache import CacheFile, CacheWriter, LayerInfo, Rows, file_name, grow, open_cache, same_rows
-from pipeline.errors import ModelFileError
+from pipeline.errors import EngineError, ModelFileError
 from pipeline.filling import Clock, Filling
 from pipeline.images.source import ImageSource
 from pipeline.lookup import continued_precision, find_holder, is_complete
@@ -77,33 +77,106 @@ class Target:
         return is_complete(file, self.rows, self.images.classes, self.asked)
 
 
+class Network:
+    """A backbone for some layers, and its engines by the layers that they give, each made once.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        Of one backbone; they differ in nothing but the view, so one engine serves all.
+    files : sequence of CacheFile
+        What there is of the source.
+    run : Run
+
+    Attributes
+    ----------
+    names : tuple of str
+        The layers.
+    aliases : dict of str to list of str
+        What these names and all aliases stand for: later requests by any of them are looked up without the network.
+
+    Raises
+    ------
+    BackboneError, EngineError
+        The network, its weights, a layer, or the engine for it cannot be had.
+    """
+
+    def __init__(self, requests: Sequence[Request], files: Sequence[CacheFile], run: Run) -> None:
+        from pipeline.backbones.graph import resolve_layers, resolved_aliases
+        from pipeline.backbones.registry import load
+
+        first = requests[0]
+        self.requests = requests
+        self.backbone: Backbone = load(first.backbone, first.size)
+        self.names = resolve_layers(self.backbone, first.layers)
+        self.aliases = {name: [name] for name in self.names} | resolved_aliases(self.backbone)
+        self._resolved = _resolved(requests, files, run)
+        self._pool, self._batch_size = first.pool, run.batch_size or self._resolved.batch_size
+        self._tapped: dict[tuple[str, ...], TappedNetwork] = {}
+        self._engines: dict[tuple[str, ...], Engine] = {}
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same for all names of a network: its canonical name and the digest of its weights."""
+        return self.backbone.name, self.backbone.weights_digest
+
+    def spec(self, layer: str, request: Request) -> LayerSpec:
+        """Return what exactly produces the features of one of `names`, for one of `requests`."""
+        backbone = self.backbone
+        preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
+        precision = self._resolved.precision
+        return LayerSpec(
+            backbone.name, backbone.weights_digest, layer, request.pool, preprocessing, precision, request.store
+        )
+
+    def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
+        """Return the network from pixels to the features of `layers`."""
+        from pipeline.backbones.graph import tap
+
+        if layers not in self._tapped:
+            self._tapped[layers] = tap(self.backbone, layers, self._pool)
+        return self._tapped[layers]
+
+    def engine(self, layers: tuple[str, ...]) -> Engine:
+        """Return what computes the features of `layers`."""
+        from pipeline.engines.engine import build_engine
+
+        if layers not in self._engines:
+            self._engines[layers] = build_engine(self.tapped(layers), self._resolved, self._batch_size)
+        return self._engines[layers]
+
+
+def _resolved(requests: Sequence[Request], files: Sequence[CacheFile], run: Run) -> Resolved:
+    """Return how to compute; ``auto`` goes on in the precision in which a file of the same requests was begun."""
+    from pipeline.engines.select import computes, resolve
+
+    resolved = resolve(run.engine, run.device, requests[0].precision)
+    begun = next(filter(None, (continued_precision(files, request) for request in requests)), resolved.precision)
+    if not computes(resolved.device, begun):
+        raise EngineError(
+            f"the cache files of this request are {begun}, which {resolved.device} does not compute here; "
+            "begin new ones with --precision fp32"
+        )
+    return replace(resolved, precision=begun)
+
+
 def open_files(
-    target: Target,
-    requests: Sequence[Request],
-    files: Sequence[CacheFile],
-    run: Run,
-    expect: Sequence[LayerSpec] | None,
+    target: Target, network: Network, files: Sequence[CacheFile], run: Run, expect: Sequence[LayerSpec] | None
 ) -> list[Path | Filling]:
-    """Return the files that hold parts of `requests`, open for writing where they lack rows, and new ones for the rest.
+    """Return the files that hold parts of a network's requests, open for writing where they lack rows, and new ones.
 
     Parameters
     ----------
     target : Target
-    requests : sequence of Request
-        Of one backbone; they differ in nothing but the view, so one engine serves all.
+    network : Network
     files : sequence of CacheFile
         What there is of this source.
     run : Run
     expect : sequence of LayerSpec, optional
         Refuse to compute anything but these, precision aside.
     """
-    from pipeline.engines.select import resolve
-
-    continued = (continued_precision(files, request) for request in requests)
-    precision = next(filter(None, continued), requests[0].precision)
-    network = _Network(requests[0], resolve(run.engine, run.device, precision), run.batch_size)
     found: list[Path | Filling] = []
-    for request in requests:
+    for request in network.requests:
         specs = {name: network.spec(name, request) for name in network.names}
         check_expected(specs.values(), expect)
         holders = {name: find_holder(files, spec) for name, spec in specs.items()}
@@ -115,44 +188,7 @@ def open_files(
     return found
 
 
-class _Network:
-    """A backbone for some layers, and its engines by the layers that they give, each made once."""
-
-    def __init__(self, request: Request, resolved: Resolved, batch_size: int | None) -> None:
-        from pipeline.backbones.graph import resolve_layers
-        from pipeline.backbones.registry import load
-
-        self.backbone: Backbone = load(request.backbone, request.size)
-        self.aliases = {asked: list(resolve_layers(self.backbone, [asked])) for asked in request.layers}
-        self.names = list(dict.fromkeys(name for group in self.aliases.values() for name in group))
-        self._pool, self._resolved, self._batch_size = request.pool, resolved, batch_size or resolved.batch_size
-        self._tapped: dict[tuple[str, ...], TappedNetwork] = {}
-        self._engines: dict[tuple[str, ...], Engine] = {}
-
-    def spec(self, layer: str, request: Request) -> LayerSpec:
-        backbone = self.backbone
-        preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
-        precision = self._resolved.precision
-        return LayerSpec(
-            backbone.name, backbone.weights_digest, layer, request.pool, preprocessing, precision, request.store
-        )
-
-    def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
-        from pipeline.backbones.graph import tap
-
-        if layers not in self._tapped:
-            self._tapped[layers] = tap(self.backbone, layers, self._pool)
-        return self._tapped[layers]
-
-    def engine(self, layers: tuple[str, ...]) -> Engine:
-        from pipeline.engines.engine import build_engine
-
-        if layers not in self._engines:
-            self._engines[layers] = build_engine(self.tapped(layers), self._resolved, self._batch_size)
-        return self._engines[layers]
-
-
-def _go_on(file: CacheFile, target: Target, network: _Network, run: Run) -> Filling:
+def _go_on(file: CacheFile, target: Target, network: Network, run: Run) -> Filling:
     """Open a file that lacks rows, or that was made for others."""
     network.engine(tuple(file.layers))  # before the file is touched: a network that cannot run costs nothing
     if same_rows(file, target.rows, target.images.classes) and not run.rehash:
@@ -163,7 +199,7 @@ def _go_on(file: CacheFile, target: Target, network: _Network, run: Run) -> Fill
     return _filling(writer, target, network, run)
 
 
-def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, network: _Network, run: Run) -> Filling:
+def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, network: Network, run: Run) -> Filling:
     """Make a new file."""
     images, backbone = target.images, network.backbone
     dims = network.tapped(tuple(specs)).dims
@@ -181,7 +217,7 @@ def _begin(specs: dict[str, LayerSpec], request: Request, target: Target, networ
     return _filling(writer, target, network, run)
 
 
-def _filling(writer: CacheWriter, target: Target, network: _Network, run: Run) -> Filling:
+def _filling(writer: CacheWriter, target: Target, network: Network, run: Run) -> Filling:
     run.writers.enter_context(writer)
     layers = writer.cache.layers
     engine = network.engine(tuple(layers))

@@ -52,7 +52,7 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 def write(writer, rows):
     k = np.asarray(rows)
-    writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((len(k), 16)), k, k)
+    writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((len(k), 16)))
 rows = Rows([str(i) for i in range(100)], np.zeros(100, int), [""] * 100, [""] * 100, *np.ones((2, 100), int))
 try:
     if when == "create":
@@ -81,7 +81,7 @@ def test_a_file_size_limit_is_one_clear_line_and_the_next_run_goes_on(tmp_path: 
     assert np.flatnonzero(open_cache(path).states == DONE).tolist() == list(range(10))
     with CacheWriter.resume(path) as writer:
         k = writer.pending()
-        writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((len(k), 16)), k, k)
+        writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((len(k), 16)))
     file = open_cache(path)
     np.testing.assert_array_equal(file.matrix("a"), np.outer(np.arange(100), np.arange(50)))
     assert (file.states == DONE).all()
@@ -101,7 +101,7 @@ try:
             except OSError as error:
                 print("full:", error.strerror)
         k = np.arange(count)
-        writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((count, 16)), k, k)
+        writer.write(k, {"a": np.outer(k, np.arange(50))}, np.zeros((count, 16)))
     print("complete")
 except CacheError as error:
     print(error)
@@ -128,7 +128,7 @@ def small(path: Path, n: int = 30) -> Path:
         writer.begin_run({"engine": "torch"})
         k = np.arange(0, n, 2)
         features = {"a": np.outer(k, np.arange(6)), "b": np.outer(k, [1, 2, 3])}
-        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16), k, k)
+        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16))
     return path
 
 
@@ -136,7 +136,7 @@ def test_a_disk_that_fills_up_loses_no_committed_row(tmp_path: Path, monkeypatch
     path = small(tmp_path / "a.h5")
     writer = CacheWriter.resume(path)
     k = writer.pending()
-    writer.write(k, {"a": np.ones((15, 6)), "b": np.ones((15, 3))}, np.zeros((15, 16)), k, k)
+    writer.write(k, {"a": np.ones((15, 6)), "b": np.ones((15, 3))}, np.zeros((15, 16)))
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
         writer.begin_run({"engine": "torch"})
         k = np.array([1, 2, 5, 7])
         features = {"a.half": np.outer(k, [1, 2, 3]), "last": np.outer(k, [1, 0, 0, 0.5])}
-        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16), k + 100, k + 200)
-        writer.fail(3, "no image", None, 1, 2)
+        writer.write(k, features, np.repeat(k, 16).reshape(-1, 16))
+        writer.fail(3, "no image", None)
     return tmp_path
 
 

@@ -56,15 +56,15 @@ def rows_of(source: Source) -> Rows:
 
 def compute(writer: CacheWriter, source: Source) -> list[str]:
     """Compute the pending rows and return what was read; contents that begin with ``bad`` are no images."""
-    items, table, read = list(source.values()), rows_of(source), []
+    items, read = list(source.values()), []
     for row in writer.pending().tolist():
         content = items[row][0]
         digest = np.frombuffer(digest_of(content), np.uint8)
         if content.startswith("bad"):
-            writer.fail(row, "no image", digest, table.sizes[row], 17)
+            writer.fail(row, "no image", digest)
         else:
             features = {name: features_of(content)[name][None] for name in writer.cache.layers}
-            writer.write([row], features, digest[None], table.sizes[[row]], [17])
+            writer.write([row], features, digest[None])
         read.append(content)
     return read
 
@@ -352,6 +352,17 @@ def test_find_narrows_names_what_exists_and_lists_what_is_ambiguous(tmp_path: Pa
     for path, message in (("none.h5", "no such file"), ("broken.h5", "not a feature"), ("empty", "no cache file")):
         with pytest.raises(CacheError, match=message):
             Catalog(tmp_path / path)
+
+
+def test_files_that_no_option_tells_apart_are_told_by_what_differs(tmp_path: Path) -> None:
+    for name, precision, size in (("r", "fp32", 224), ("v", "bf16", 64)):
+        spec = {"layer": "a", "precision": precision, "preprocessing": {"size": [size, size], "resize": 256}}
+        make(tmp_path / f"{name}.h5", BASE, [LayerInfo("a", 4, "float32", spec, name), LAYERS[1]])
+    message = (
+        r"name one of them instead of the folder: r.h5 \(precision fp32, preprocessing.size \[224, 224\], layers a, b"
+    )
+    with pytest.raises(AmbiguousCacheError, match=message):
+        Catalog(tmp_path).find("a")
 
 
 def test_of_equivalent_files_the_fullest_is_found(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def create(path: Path, n: int = 12, layers: tuple[LayerInfo, ...] = (LAST, HALF)
 def write(writer: CacheWriter, rows: Any) -> None:
     n, rows = writer.cache.n_rows, np.asarray(rows)
     features = {layer.name: values(n, layer)[rows] for layer in writer.cache.layers.values()}
-    writer.write(rows, features, digests(n)[rows], rows * 10 + 1, rows + 7)
+    writer.write(rows, features, digests(n)[rows])
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_plain_h5py_reads_everything_during_and_after_writing(path: Path) -> Non
     with create(path) as writer:
         writer.begin_run({"engine": "torch"})
         write(writer, [3, 1, 2, 7])
-        writer.fail(5, "no image\n at all", None, 4, 5)
+        writer.fail(5, "no image\n at all", None)
         writer.commit()
         compare_with_h5py(path)
     compare_with_h5py(path)
@@ -128,7 +128,7 @@ def compare_with_h5py(path: Path) -> None:
         assert tuple(file["classes"].asstr()[:]) == CLASSES
         assert file["rows/state"][:].tolist() == [0, 1, 1, 1, 0, 2, 0, 1, 0, 0, 0, 0]
         assert file["rows/reason"].asstr()[5] == "no image at all"
-        assert file["rows/size"][:8].tolist() == [0, 11, 21, 31, 40, 4, 60, 71]
+        assert file["rows/size"][:8].tolist() == [0, 10, 20, 30, 40, 50, 60, 70]
         np.testing.assert_array_equal(file["rows/digest"][:][[1, 2, 3, 7]], digests(12)[[1, 2, 3, 7]])
         assert file.attrs["format"].decode() == "thawline-cache 1"
         assert json.loads(file.attrs["handles"]) == HANDLES
@@ -163,7 +163,7 @@ def test_features_held_back_are_the_ones_that_were_given(
         for rows in np.array([[4, 0, 11], [1, 2, 3], [5, 7, 6], [10, 9, 8]]):
             for layer in (LAST, HALF):
                 buffer[layer.name][:] = values(12, layer)[rows]
-            writer.write(rows, buffer, digests(12)[rows], rows, rows)
+            writer.write(rows, buffer, digests(12)[rows])
             for given_before in buffer.values():
                 given_before[:] = -1  # callers reuse their arrays
         np.testing.assert_array_equal(writer.read("last", [9, 4]), values(12, LAST)[[9, 4]])
@@ -215,9 +215,9 @@ def test_float16_overflow_is_refused_and_nothing_of_the_batch_is_marked(path: Pa
     with create(path) as writer:
         big = {"last": values(12, LAST)[:2], "block.1.half": np.full((2, 3), 7e4, np.float32)}
         with pytest.raises(CacheError, match=r"block\.1\.half.*too large for float16.*float32"):
-            writer.write([0, 1], big, digests(2), [1, 1], [1, 1])
+            writer.write([0, 1], big, digests(2))
         big["block.1.half"] = np.array([[65504, np.inf, -np.inf], [np.nan, -65504, 0]], np.float32)
-        writer.write([0, 1], big, digests(2), [1, 1], [1, 1])
+        writer.write([0, 1], big, digests(2))
         write(writer, [2])
     file = open_cache(path)
     assert np.flatnonzero(file.states == DONE).tolist() == [0, 1, 2]
@@ -247,7 +247,7 @@ def test_wrong_calls_are_refused_and_leave_the_file_as_it_was(path: Path, case: 
         }
         found = np.zeros((len(rows), change.get("digest_bytes", 16)), np.uint8)
         with pytest.raises(CacheError, match=message):
-            writer.write(rows, features, found, [1] * len(rows), [1] * len(rows))
+            writer.write(rows, features, found)
     assert np.flatnonzero(open_cache(path).states).tolist() == [0]
 
 
@@ -263,6 +263,8 @@ BAD_FILES: dict[str, tuple[dict[str, Any], str]] = {
     "class with a zero byte": ({"classes": ("a", "b\0", "c")}, "zero byte"),
     "unknown split": ({"rows": Rows(**{**vars(make_rows(4)), "splits": ["dev"] * 4})}, "a split is one of"),
     "short column": ({"rows": Rows(**{**vars(make_rows(4)), "sizes": np.ones(3, int)})}, "must have 4 entries"),
+    "class that is no Unicode": ({"classes": ("a", "caf\udce9", "c")}, "cannot be written as UTF-8"),
+    "handle that is no Unicode": ({"handles": {"source": "caf\udce9"}}, "control characters"),
     "newline in a handle": ({"handles": {"source": "a\nb"}}, "control characters"),
     "huge request": ({"request": {"x": "y" * 70_000}}, "request has 7"),
     "larger than the disk": ({"layers": (LayerInfo("a", 1 << 46, "float32", {}, "f"),)}, "are needed"),
@@ -284,6 +286,8 @@ def test_an_existing_file_is_not_replaced(path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(CacheError, match="exists already"):
         create(path)
+    with pytest.raises(CacheError, match="its folder is a file; choose another folder"):
+        create(path / "b.h5")
     assert path.read_bytes() == before
 
 
@@ -316,11 +320,11 @@ def test_an_exception_commits_what_was_written(path: Path) -> None:
 
 def test_unreadable_rows_keep_a_short_reason(path: Path) -> None:
     with create(path) as writer:
-        writer.fail(2, "ü" * 100, np.arange(16, dtype=np.uint8), 9, 8)
-        writer.fail(3, "", None, 1, 1)
-        writer.fail(4, "bytes", bytes(range(1, 17)), 1, 1)
+        writer.fail(2, "ü" * 100, np.arange(16, dtype=np.uint8))
+        writer.fail(3, "", None)
+        writer.fail(4, "bytes", bytes(range(1, 17)))
         with pytest.raises(CacheError, match="digest of 1 rows"):
-            writer.fail(5, "short", bytes(15), 1, 1)
+            writer.fail(5, "short", bytes(15))
     file = open_cache(path)
     assert file.states[2] == UNREADABLE
     assert file.digests[3:6].tolist() == [[0] * 16, list(range(1, 17)), [0] * 16]

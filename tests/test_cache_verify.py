@@ -34,7 +34,7 @@ def compute(writer: CacheWriter, rows: np.ndarray[tuple[int], np.dtype[np.int64]
     data = [IMAGES[f"{row}.png"] for row in rows.tolist()]
     digests = np.array([list(hashlib.blake2b(one, digest_size=16).digest()) for one in data], np.uint8)
     features = {"a": np.outer(rows + 1, np.arange(5)), "b": np.outer(rows + 1, [1, 2, 3])}
-    writer.write(rows, features, digests, rows + 50, rows + 60)
+    writer.write(rows, features, digests)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def path(tmp_path: Path) -> Path:
     with CacheWriter.create(tmp_path / "a.h5", rows, ["x", "y"], LAYERS, {}, {}) as writer:
         writer.begin_run({"engine": "torch"})
         compute(writer, np.array([row for row in range(N) if row not in (UNREAD, BAD)]))
-        writer.fail(BAD, "no image", None, 1, 1)
+        writer.fail(BAD, "no image", None)
     return tmp_path / "a.h5"
 
 

@@ -161,6 +161,13 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
         ((FIT_TABLE, TUNE + "views = 2\n[[fit]]"), ("line 10", "--augment crop+flip")),
         ((FIT_TABLE, TUNE + 'views = 0\naugment = "crop"\n[[fit]]'), ("line 12", "'views'", "from 1 on")),
         ((FIT_TABLE, TUNE + 'freeze = "none"\nviews = 2\naugment = "crop"\n[[fit]]'), ("line 13", "freeze none")),
+        ((FIT_TABLE, TUNE + "head-first = true\n[[fit]]"), ("line 10", "leave out head-first")),
+        (
+            (FIT_TABLE, TUNE.replace("resnet18", "resnet18@random:0") + 'init = "random"\n[[fit]]'),
+            ("line 10", "init random", "without any"),
+        ),
+        ((FIT_TABLE, TUNE + 'precision = "fp16"\n[[fit]]'), ("line 12", "'precision'", "bf16")),
+        ((FIT_TABLE, TUNE + 'device = "cuda:99"\n[[fit]]'), ("line 12", "cuda:99")),
         ((FIT_TABLE, TUNE + 'lr-at = ["layer4"]\n[[fit]]'), ("line 12", "'lr-at'", "LAYER=RATE", "'layer4'")),
         ((FIT_TABLE, TUNE + 'lr-at = "layer4=0"\n[[fit]]'), ("line 10", "lr_at layer4", "positive")),
         (

@@ -15,19 +15,26 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.progress import Progress as Bars
 from scipy.stats import binomtest
 
 from features_cache import CacheLockedError
 from pipeline.compare import CompareReport, compare, dry_run
-from pipeline.comparing.answer import answer
+from pipeline.comparing.answer import answer, extraction_seconds, seconds
+from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
+from pipeline.extract import extract
+from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
+from pipeline.reporting import progress
 from pipeline.reporting.html_charts import pareto
-from pipeline.reporting.html_model_charts import calibration_chart, class_chart, reliability
+from pipeline.reporting.html_model_charts import calibration_chart, class_chart
+from pipeline.reporting.html_pictures import lay_out
+from pipeline.reporting.plots.reliability import reliability
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,6 +212,57 @@ def test_only_the_backbone_that_fails_fails(plan: Path, run: Path, tmp_path: Pat
     assert all("bad.pth" in failure.reason for failure in report.failures)
 
 
+def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
+    plan: Path, run: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    shutil.copytree(photos, tmp_path / "others")
+    text = plan.read_text().replace(str(photos), "others").replace("[0, 1]", "0").replace('[2, "all"]', '"all"')
+    plan.write_text(text.replace('"resnet18@random:0"', '["resnet18@random:0", "resnet18@bad.pth"]'))
+    report = compare(plan, run)
+    assert (report.computed, report.reused, len(report.failures)) == (4, 0, 4)
+    assert {record["source"] for record in report.results} == {"others"}
+
+
+def test_features_that_are_there_under_another_request_are_used_once(plan: Path, photos: Path, tmp_path: Path) -> None:
+    long = "torchvision/resnet18@random:0"
+    extract(photos, [long], ["layer1", "input"], output=tmp_path / "shared", size=32)
+    both = f'["resnet18@random:0", "{long}"]\noutput = "shared"'
+    plan.write_text(plan.read_text().replace('"resnet18@random:0"', both).replace("[0, 1]", "0"))
+    report = compare(plan, tmp_path / "run")
+    assert report.failures == []
+    assert (report.computed, len(report.results), len(list((tmp_path / "shared").glob("*.h5")))) == (8, 8, 1)
+
+
+def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def watched(features: Features, layer: str, judged: Judged) -> Any:
+        drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
+        return lay_out(features, layer, judged)
+
+    monkeypatch.setattr("pipeline.reporting.html.lay_out", watched)
+    tables = """
+[[extract]]
+backbone = "resnet18@random:0"
+layer = ["penultimate", "layer4", "layer1"]
+size = [32, 48]
+[[extract]]
+backbone = "resnet18@random:0"
+layer = "input"
+size = 32
+[[fit]]
+head = "centroid"
+"""
+    plan.write_text(plan.read_text().partition("seed")[0] + tables)
+    report = compare(plan, tmp_path / "run")
+    best = boards(report.results)[0].best("head")
+    assert best is not None
+    assert drawn == [best.first["size"]]
+    depth = {record["layer"]: record["depth"] for record in report.results if record["layer"] != "input"}
+    assert sorted(depth, key=depth.__getitem__) == ["layer1", "layer4", "penultimate"]
+
+
 def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     module = ModuleType("pipeline.finetune")
@@ -225,15 +283,14 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
-    epochs = [{"valid_loss": 0.5, "valid_acc": 0.7}, {"valid_loss": 0.4, "valid_acc": 0.6}, {"valid_loss": 0.6}]
-    tuned = {"freeze": "all", "history": epochs, "validation_accuracy": None}
+    tuned = {"freeze": "all", "validation_accuracy": 0.6}
     known = "pipeline.comparing.run.to_json"
     monkeypatch.setattr(known, lambda result: to_json(result) | (tuned if result.kind == "finetune" else {}))
     plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nseed = 0\n')
     report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
     records = [record for record in report.results if record["kind"] == "finetune"]
-    assert [record["validation_accuracy"] for record in records] == [0.6, 0.6], "that of the least loss"
+    assert [record["options"]["epochs"] for record in records] == [Recipe.epochs] * 2
     assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
 
 
@@ -338,7 +395,7 @@ def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int,
     extra = {"kind": "finetune", "freeze": "none", "options": {}, "seconds": 60.0}
     records += [record(f"t{shots}", shots=shots, accuracy=value, **extra) for shots, value in tuned.items()]
     judged = {"f": said(np.arange(20) < right[0]), "t": said(np.arange(20) < right[1])}
-    return answer(boards(records)[0], lambda key: judged[key[0]], {"a": 2.0})
+    return answer(boards(records)[0], lambda key: judged[key[0]], {("photos", "a"): 2.0})
 
 
 def test_the_answer_says_whether_the_difference_is_real() -> None:
@@ -355,6 +412,27 @@ def test_the_answer_says_whether_the_difference_is_real() -> None:
     assert worse.headline == "Freeze: it is 50.0 points better here"
 
 
+def test_fewer_labels_are_compared_where_fine_tuning_had_no_more() -> None:
+    found = verdict({5: 0.5, "all": 0.9}, {5: 1.0}, (10, 20))
+    assert found.headline == "Fine-tune: it is 50.0 points better here"
+    assert "at 5 labels a class" in found.sentences[0]
+    assert "no number of labels in common" in verdict({"all": 0.9}, {5: 1.0}, (10, 20)).sentences[-1]
+    assert "Nothing was fine-tuned to an end" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
+
+
+@pytest.mark.parametrize(("freeze", "expected"), [("none", 1.0), ("all", 3.0), ("layer1", 3.0), (None, 3.0)])
+def test_whatever_freezes_pays_for_the_extraction(freeze: str | None, expected: float) -> None:
+    kind = {} if freeze is None else {"kind": "finetune", "freeze": freeze, "options": {}}
+    (score,) = boards([record("x", **kind)])[0].scores.values()
+    noted = {"backbone": "a", "rows": 20, "computed": 10}
+    entries = {
+        "small.h5": {"source": "photos", "seconds": 0.1, **noted},
+        "large.h5": {"source": "photos", "seconds": 1.0, **noted},
+        "other.h5": {"source": "drawings", "seconds": 100.0, **noted},
+    }
+    assert seconds(score, extraction_seconds({"extractions": entries})) == expected
+
+
 def test_methods_are_chosen_by_validation_not_by_test() -> None:
     board = boards(
         [record("x", layer="b", accuracy=0.9, validation_accuracy=0.6), record("y", layer="c", validation_accuracy=0.8)]
@@ -369,6 +447,12 @@ def test_an_option_that_only_one_method_has_tells_them_apart() -> None:
     records = [record("x", options={"lr": 0.1}, **tuned), record("y", options={"lr": 0.1, "views": 4}, **tuned)]
     names = [method for method, _ in boards(records)[0].scores]
     assert names == ["new top trained by backprop", "new top trained by backprop, views 4"]
+
+
+def test_heads_that_differ_in_how_they_are_tested_have_names_of_their_own() -> None:
+    records = [record("x"), record("y", cv=3), record("z", cv=5), record("w", drop_leaks=True)]
+    names = ["logreg on b", "logreg on b, 3-fold", "logreg on b, 5-fold", "logreg on b, leaks dropped"]
+    assert boards(records)[0].methods == names
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:
@@ -397,7 +481,7 @@ def test_the_pareto_front_is_what_nothing_beats() -> None:
 def test_reliability_counts_every_row_once() -> None:
     probability = np.array([0.05, 0.55, 0.58, 1.0], np.float32)
     sure, right, counts = reliability(probability, np.array([True, True, False, True]))
-    assert counts.tolist() == [1, 2, 1]
+    assert counts.tolist() == [1, 0, 0, 0, 0, 2, 0, 0, 0, 1]
     assert right.tolist() == [1.0, 0.5, 1.0]
     assert sure == pytest.approx([0.05, 0.565, 1.0])
 
@@ -433,3 +517,12 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     with folder.claim(), pytest.raises(CacheLockedError, match="is writing it"), RunFolder(folder.path).claim():
         pass
+
+
+def test_full_bars_make_room_for_the_job_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(progress, "Bars", lambda *columns, **how: drawn.append(Bars(*columns, **how)) or drawn[0])
+    with progress.progress_bar() as report:
+        for job in range(3):
+            report(10 if job < 2 else 5, 10, f"job {job}")
+        assert [task.description for task in drawn[0].tasks if task.visible] == ["job 2"]

@@ -85,7 +85,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
             path, rows, (), [layer], handles, {"aliases": {"logits": ["top"], "stages": ["low", "top"]}}
         ) as writer:
             writer.begin_run({})
-            writer.write(np.arange(n), {"top": features}, digests.reshape(n, 16), zeros, zeros)
+            writer.write(np.arange(n), {"top": features}, digests.reshape(n, 16))
         return path
 
     return make

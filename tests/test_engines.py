@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -284,6 +285,43 @@ def test_converted_models_are_kept_and_the_least_used_go(monkeypatch: pytest.Mon
     assert first in names()
     assert second not in names()
     assert len(names()) == 2
+
+
+def test_a_damaged_kept_model_is_converted_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+    network, (pixels,) = tap(lively("resnet18"), ["conv1"]), batches([1])
+
+    def check() -> None:
+        model, notes = converted(network, 1)
+        assert notes == []
+        with torch.inference_mode():
+            (expected,) = network(torch.from_numpy(pixels))
+        (features,) = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels).values()
+        np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
+
+    check()
+    (place,) = (tmp_path / "openvino").iterdir()
+    weights = (place / "model.bin").read_bytes()
+    (place / "model.bin").write_bytes(bytes(len(weights)))
+    check()
+    assert (place / "model.bin").read_bytes() == weights
+    (place / "model.bin").write_bytes(weights[:100])
+    (place / "digest").unlink()
+    check()
+    monkeypatch.setattr("pipeline.engines.openvino_model.convert", None)  # may not be needed
+    check()
+
+
+def test_a_user_cache_that_cannot_be_written_costs_only_the_next_conversion(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path / "file")
+    built = build_engine(tap(lively("resnet18"), ["conv1"]), resolve("openvino", "cpu", "fp32"), 1)
+    assert built.resolved.engine == "openvino"
+    (note,) = built.notes
+    assert "the next run converts it again" in note
+    assert "Not a directory" in note
 
 
 # What a run gets

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features_cache import DONE, PENDING, CacheWriter, open_cache
-from pipeline.errors import SourceError
+from features_cache import DONE, PENDING, CacheWriter, Catalog, open_cache, verify
+from pipeline.errors import BackboneError, EngineError, SourceError
 from pipeline.extract import extract
+from pipeline.heads.cached import select
 from pipeline.images import folder
 from pipeline.results import ExtractResult
 
@@ -115,6 +116,78 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
     assert all((file.states == DONE).sum() >= 4 for file in files)
     assert not list((tmp_path / "cache").glob("*.lock"))
     assert CacheWriter.resume(files[0].path).close() is None
+
+
+def test_two_names_of_one_network_are_one(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    photos = make_photos(classes=("one",), each=2)
+    (result,) = extract(photos, [ONE, f"torchvision/{ONE}"], output=tmp_path / "cache", **OPTIONS)
+    assert (result.backbone, result.computed) == (ONE, 2)
+
+
+@pytest.mark.parametrize("wrong", ["resnet35", "resnet34@IMAGENET", "squeezenet1_0@random:0"])
+def test_what_is_wrong_with_a_later_backbone_leaves_no_empty_file(
+    make_photos: Callable[..., Path], tmp_path: Path, wrong: str
+) -> None:
+    options = OPTIONS | {"layers": ["layer1"]}
+    with pytest.raises(BackboneError):
+        extract(make_photos(classes=("one",), each=2), [ONE, wrong], output=tmp_path / "cache", **options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_begun_in_a_precision_that_is_not_here_says_how_to_go_on(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, options = (
+        make_photos(classes=("one",), each=1),
+        {**OPTIONS, "precision": "auto", "output": tmp_path / "cache"},
+    )
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)
+    assert [result.precision for result in extract(photos, [ONE], **options)] == ["bf16"]
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: False)
+    with pytest.raises(EngineError, match=r"are bf16, which cpu does not compute here; .*--precision fp32"):
+        extract(photos, [ONE], **(options | {"layers": ["layer1"]}))
+
+
+def test_layers_are_found_by_name_and_by_alias_however_they_were_asked_for(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache = make_photos(classes=("one",), each=1), tmp_path / "cache"
+    names = ["layer1", "layer2", "layer3", "layer4"]
+
+    def paths(layers: list[str]) -> set[str]:
+        return {result.path for result in extract(photos, [ONE], output=cache, **OPTIONS | {"layers": layers})}
+
+    first, second = paths(names[:3]), paths(["fc", "layer4"])
+    monkeypatch.setattr("pipeline.extract.Network", None)  # no network is needed to look these up
+    assert paths(["stages"]) == first | second
+    assert paths(["logits"]) == second
+    assert [layer.name for layer in select(Catalog(cache), ["stages", "logits"])] == [*names, "fc"]
+    monkeypatch.setattr("pipeline.lookup.DECODE_POLICY", 0)  # as if other rules had held when the files were made
+    with pytest.raises(TypeError, match="NoneType"):
+        paths(["stages"])
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_an_image_that_could_not_be_read_once_is_read_the_next_time(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grown: bool
+) -> None:
+    photos, cache = make_photos(classes=("one",), each=4), tmp_path / "cache"
+    (photos / "one" / "gone.png").symlink_to("nowhere")  # nothing to read: that shows without another attempt
+    (photos / "one" / "broken.png").write_bytes(b"no image")
+    plain = Path.read_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda path: plain(path) if path.name != "2.png" else plain(photos))
+        (first,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    assert (first.done, first.unreadable) == (3, 3)
+    assert "directory" in open_cache(first.path).reasons[2]
+    if grown:
+        Image.new("RGB", (50, 50), "red").save(photos / "one" / "new.png")
+    (second,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    assert (second.computed, second.done, second.unreadable) == (1 + grown, 4 + grown, 2)
+    monkeypatch.setattr("pipeline.extract.open_files", None)
+    (third,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    assert (third.computed, third.done, third.unreadable) == (0, 4 + grown, 2)
+    assert verify(third.path).sound
 
 
 def test_progress_and_result_say_what_bounds_the_speed(make_photos: Callable[..., Path], tmp_path: Path) -> None:

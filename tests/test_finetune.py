@@ -126,9 +126,9 @@ def test_cached_activations_train_like_the_whole_network(make_photos: Photos, ba
 
 def test_splits_are_those_of_fit_and_seeds_reproduce(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
-    runs = [tune(photos, tmp_path / name, seeds=[0, 1], shots=["all", 2], freeze="all") for name in ("a", "b")]
+    runs = [tune(photos, tmp_path / name, seeds=[0, 1], shots=[2, "all"], freeze="all") for name in ("a", "b")]
     extract(photos, [NET], output=tmp_path / "fit", size=32, engine="torch", device="cpu", precision="fp32")
-    rival = fit(tmp_path / "fit", seeds=[0, 1], shots=["all", 2])
+    rival = fit(tmp_path / "fit", seeds=[0, 1], shots=[2, "all"])
     for found, expected in zip(runs[0].predictions, rival.predictions, strict=True):
         np.testing.assert_array_equal(found.uris, expected.uris)
         np.testing.assert_array_equal(found.y_true, expected.y_true)
@@ -137,6 +137,34 @@ def test_splits_are_those_of_fit_and_seeds_reproduce(make_photos: Photos, tmp_pa
     for one, other in zip(runs[0].predictions, runs[1].predictions, strict=True):
         np.testing.assert_array_equal(one.probabilities, other.probabilities)
     assert losses(runs[0]) != losses(runs[0], 2)
+    validated = [result.validation_accuracy for result in runs[0].results]
+    assert validated[::2] == [None, None]
+    assert runs[0].best == (1 if validated[1] >= validated[3] else 3), "most shots, then validation"
+    best = runs[0].results[1]
+    assert validated[1] == best.history[best.params["best_epoch"] - 1]["valid_acc"]
+
+
+@pytest.mark.parametrize("change", [{"size": 48}, {"store": "float16"}])
+def test_a_finished_run_is_not_taken_for_another(make_photos: Photos, tmp_path: Path, change: dict[str, Any]) -> None:
+    photos = make_photos()
+    first = tune(photos, tmp_path / "shared", freeze="layer4", epochs=1)
+    found = tune(photos, tmp_path / "shared", freeze="layer4", epochs=1, **change)
+    alone = tune(photos, tmp_path / "alone", freeze="layer4", epochs=1, **change)
+    assert losses(found) == losses(alone) != losses(first)
+
+
+def test_a_class_that_only_tests_makes_another_run(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    for name in ("red", "green", "blue"):
+        for side, numbers in (("train", range(6)), ("test", range(6, 8))):
+            (tmp_path / "given" / side / name).mkdir(parents=True, exist_ok=True)
+            for number in numbers:
+                (photos / name / f"{number}.png").rename(tmp_path / "given" / side / name / f"{number}.png")
+    tune(tmp_path / "given", tmp_path / "cache", freeze="layer4", epochs=1)
+    (tmp_path / "given" / "test" / "white").mkdir()
+    Image.new("RGB", (40, 40), "white").save(tmp_path / "given" / "test" / "white" / "0.png")
+    report = tune(tmp_path / "given", tmp_path / "cache", freeze="layer4", epochs=1)
+    assert report.results[0].n_test == 7
 
 
 def test_early_stopping_keeps_the_weights_of_the_best_epoch(make_photos: Photos, tmp_path: Path) -> None:
@@ -187,9 +215,18 @@ def test_a_full_disk_costs_the_checkpoint_alone(
     assert report.results[0].epochs == 2
 
 
-def test_a_loss_that_is_no_number_stops_with_step_and_layer(make_photos: Photos, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match=r"step \d+ of epoch 1, first in \w+.*lower --lr"):
-        tune(make_photos(), tmp_path, lr=1e30, optimizer="sgd", warmup=0, batch_size=2)
+@pytest.mark.parametrize(
+    ("how", "parts"),
+    [
+        ({"lr": 1e30, "batch_size": 2}, r"step \d+ of epoch 1, first in \w+.*lower --lr"),
+        ({"lr": 1e38, "batch_size": 32, "epochs": 1}, r"validation loss became nan in epoch 1.*lower --lr"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_an_error(make_photos: Photos, tmp_path: Path, how: Any, parts: str) -> None:
+    photos = make_photos()
+    for _ in range(2):  # what failed is not taken for finished
+        with pytest.raises(FitError, match=parts):
+            tune(photos, tmp_path, optimizer="sgd", warmup=0, **how)
 
 
 @pytest.mark.parametrize(("below", "above"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
@@ -248,6 +285,10 @@ def test_batches_are_even_and_never_one_row_unless_asked(rows: int, size: int) -
     assert min(parts) > 1 or size == 1
 
 
+def test_an_augmentation_is_the_same_in_any_order() -> None:
+    assert make_recipe({"augment": "colour+flip+crop"}) == make_recipe({"augment": "crop+flip+colour"})
+
+
 def test_class_weights_have_mean_one_over_the_images() -> None:
     counts = np.array([10, 30, 0])
     weights = class_weights(counts).numpy()
@@ -281,6 +322,7 @@ def test_a_recipe_that_cannot_be_is_refused(option: dict[str, Any], parts: str) 
         (("--init", "random"), ("init random", "without any")),
         (("--head-first",), ("head-first",)),
         (("--lr", "0"), ("lr is a positive number",)),
+        (("--picture", "nowhere/curves.png"), ("nowhere",)),
         (("--save", "nowhere/model.safetensors"), ("nowhere",)),
     ],
     ids=lambda value: " ".join(value),
@@ -313,6 +355,7 @@ def test_the_command_saves_a_model_that_predict_takes(
     output = thawline(*base, *how, "-o", tmp_path / "cache", "--save", model, "--json")
     document = output.json
     assert "activations at layer4 of 37 images take" in output.stderr
+    assert (document["model"], document["best"]) == (str(model), 0)
     result = document["results"][0]
     assert result["kind"] == "finetune"
     assert result["freeze"] == "layer4"
@@ -320,10 +363,13 @@ def test_the_command_saves_a_model_that_predict_takes(
     assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, result["epochs"] + 1))
     assert any("1 unreadable" in note for note in document["notes"])
     picture = tmp_path / "curves.png"
-    table = thawline(*base, *how, "-o", tmp_path / "cache", "--picture", picture)
+    table = thawline(*base, *how, "-o", tmp_path / "cache", "--picture", picture, "--save", model)
     assert "layer4" in table.stdout
+    assert f"model: {model} (seed 0, shots all, validation accuracy" in table.stdout
+    assert "activations at" not in table.stderr, "they take no more space"
     with Image.open(picture) as drawn:
         assert drawn.size == (600, 432)
+    assert model.stat().st_mode == picture.stat().st_mode
     predictions = thawline("predict", model, photos, "--json").json["predictions"]
     said = {found["uri"]: found for found in predictions}
     assert said["red/broken.png"]["state"] == "unreadable"

@@ -90,11 +90,9 @@ def make_cache(tmp_path: Path) -> Make:
         values = features or {key: clouds(labels, dim, seed=dim) for key, dim in dims.items()}
         with CacheWriter.create(path, rows, classes, layers, handles, request) as writer:
             writer.begin_run({})
-            writer.write(
-                done, {key: value[done] for key, value in values.items()}, digests[done], zeros[done], zeros[done]
-            )
+            writer.write(done, {key: value[done] for key, value in values.items()}, digests[done])
             for row in unreadable:
-                writer.fail(row, "truncated", digests[row], 0, 0)
+                writer.fail(row, "truncated", digests[row])
         return path
 
     return make
@@ -313,6 +311,11 @@ def test_rows_that_cannot_be_used_are_left_out_and_counted(make_cache: Make) -> 
     assert "10 of 90 rows are left out: 2 unreadable, 3 not extracted yet, 5 without a label" in report.notes
     result = report.results[0]
     assert result.n_train + result.n_val + result.n_test == 80
+
+
+def test_a_cache_in_which_nothing_is_extracted_yet_says_so(make_cache: Make) -> None:
+    with pytest.raises(FitError, match="is extracted yet; run the same extract again"):
+        fit(make_cache(pending=range(90)))
 
 
 def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def cache(tmp_path: Path) -> Path:
     path = tmp_path / "file.h5"
     with CacheWriter.create(path, table, ("0", "1", "2"), layers, handles, request) as writer:
         writer.begin_run({})
-        writer.write(np.arange(n), {"a": x}, digests, zeros, zeros)
+        writer.write(np.arange(n), {"a": x}, digests)
     return path
 
 

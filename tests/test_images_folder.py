@@ -179,10 +179,14 @@ def test_a_pipe_is_not_an_image(tmp_path: Path) -> None:
     assert list(listed(tmp_path)) == ["ok.jpg"]
 
 
-def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"gr\xfcn.jpg")).write_bytes(b"x")
-    with pytest.raises(SourceError, match=r"UTF-8.*gr\\udcfcn\.jpg.*rename"):
-        open_source(tmp_path)
+@pytest.mark.parametrize("name", [b"gr\xfcn.jpg", b"gr\xfcn/a.jpg"])
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path, name: bytes) -> None:
+    path = tmp_path / os.fsdecode(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"UTF-8.*gr\\udcfcn.*rename") as caught:
+        open_source(path.parent)
+    assert str(caught.value).isascii()
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

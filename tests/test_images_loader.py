@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import pipeline.images.decode
 import pipeline.images.stages
 from pipeline.errors import UnreadableImageError
 from pipeline.images.items import ImageSource, Item
@@ -81,7 +82,6 @@ def summary(batches: list[Batch]) -> list[object]:
             b.rows.tolist(),
             b.pixels[0].tobytes(),
             b.digests.tobytes(),
-            b.sizes.tolist(),
             b.duplicates,
             b.failures,
             b.known,
@@ -100,13 +100,11 @@ def test_full_batches_in_order(workers: int) -> None:
     assert [len(batch.rows) for batch in batches] == [5, 5, 5, 5, 3]
     assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(23))
     for batch in batches:
-        assert batch.rows.dtype == batch.sizes.dtype == batch.mtimes_ns.dtype == np.int64
+        assert batch.rows.dtype == np.int64
         assert batch.pixels[0].dtype == batch.digests.dtype == np.uint8
         assert batch.pixels[0].shape == (len(batch.rows), 4, 5, 3)
         np.testing.assert_array_equal(batch.pixels[0], np.zeros((1, 4, 5, 3)) + (batch.rows + 10)[:, None, None, None])
         assert [bytes(row) for row in batch.digests] == [digest(levels[row]) for row in batch.rows]
-        assert batch.sizes.tolist() == (100 + batch.rows).tolist()
-        assert batch.mtimes_ns.tolist() == (1000 + batch.rows).tolist()
 
 
 def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
@@ -133,16 +131,16 @@ def test_duplicates_and_failures() -> None:
     (batch,) = load(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
     assert batch.rows.tolist() == [0, 4]
     assert batch.duplicates == [
-        (2, 0, digest(7), 102, 1002),
-        (6, 4, digest(9), 106, 1006),
-        (8, 0, digest(7), 108, 1008),
+        (2, 0, digest(7)),
+        (6, 4, digest(9)),
+        (8, 0, digest(7)),
     ]
     reason = "not an image of a known format"
     assert batch.failures == [
-        (1, reason, digest(BAD), 101, 1001),
-        (3, "no such file", None, 103, 1003),
-        (5, reason, digest(BAD), 105, 1005),
-        (7, "no such file", None, 107, 1007),
+        (1, reason, digest(BAD)),
+        (3, "no such file", None),
+        (5, reason, digest(BAD)),
+        (7, "no such file", None),
     ]
 
 
@@ -167,14 +165,14 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
     assert asked == [digest(level) for level in (1, 2, BAD, 1, 3)]
     assert batch.rows.tolist() == [1, 5]
-    assert batch.known == [(0, digest(1), 100, 1000), (2, digest(BAD), 102, 1002), (3, digest(1), 103, 1003)]
-    assert batch.duplicates == [(4, 1, digest(2), 104, 1004)]
+    assert batch.known == [(0, digest(1)), (2, digest(BAD)), (3, digest(1))]
+    assert batch.duplicates == [(4, 1, digest(2))]
     assert batch.failures == []
 
 
 def test_a_batch_without_pixels() -> None:
     (batch,) = load(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
-    assert batch.rows.shape == batch.sizes.shape == batch.mtimes_ns.shape == (0,)
+    assert batch.rows.shape == (0,)
     assert batch.pixels[0].shape == (0, 4, 5, 3)
     assert batch.digests.shape == (0, 16)
     assert [failure.row for failure in batch.failures] == [0, 1]
@@ -215,7 +213,6 @@ def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
     (batch,) = load(source, range(6), [SMALL], batch_size=8)
     assert batch.rows.tolist() == [0, 2, 3, 4]
     assert [(failure.row, failure.reason) for failure in batch.failures] == [(1, "no such file"), (5, "empty file")]
-    assert batch.sizes.tolist() == [source.items[row].size for row in batch.rows]
 
 
 def test_workers_follow_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,6 +315,19 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pipeline.images.stages, "prepare_all", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
         list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
+
+
+def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline.images.decode, "_upright", short)
+    (batch,) = load(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
+    assert [(failure.reason, failure.digest) for failure in batch.failures] == [
+        ("not enough memory", None),
+        ("not an image of a known format", digest(BAD)),
+        ("not enough memory", None),
+    ]
 
 
 def test_what_known_raises_reaches_the_consumer() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from pipeline.images import transform
 from pipeline.images.decode import from_pillow
 from pipeline.images.transform import jpeg_floor, prepare, resize_and_crop, resized_size
 from pipeline.spec import Preprocessing
@@ -100,6 +101,17 @@ def test_the_width_is_resized_before_the_height(
     image = Image.fromarray(np.kron(squares, np.ones((9, 9), np.uint8))[:height, :width]).convert("RGB")
     wanted = preprocessing(resize, (crop, crop), interpolation)
     assert np.abs(one_step(image, wanted) - two_steps(image, wanted)).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(2, 3000), (3000, 2)], ids=str)
+def test_of_a_long_thin_picture_only_what_the_crop_keeps_is_resized(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole of 2 x 65,000 pixels would take gigabytes."""
+    wanted, image = preprocessing(64, (56, 56), "bicubic"), photo(*size, low=80, high=150)
+    expected = two_steps(image, wanted)
+    monkeypatch.setattr(transform, "_resize_whole", None)
+    assert np.abs(one_step(image, wanted) - expected).max() <= 2
 
 
 def test_nearest_takes_pixels_as_they_are() -> None:

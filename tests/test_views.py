@@ -21,7 +21,7 @@ from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import material
 from pipeline.finetuning.data import Ints, Pictures
-from pipeline.finetuning.recipe import check_views, make_recipe
+from pipeline.finetuning.recipe import check_start, make_recipe
 from pipeline.heads.cached import select
 from pipeline.images import folder, transform
 from pipeline.images.transform import prepare, prepare_all
@@ -142,19 +142,21 @@ def test_only_images_that_train_have_views_and_more_cost_only_what_is_new(
     make_photos: Photos, tmp_path: Path, reads: Counter[str]
 ) -> None:
     photos = make_photos(each=10)
-    report = tune(photos, tmp_path, epochs=1)
+    said: list[str] = []
+    report = tune(photos, tmp_path, epochs=1, say=said.append)
+    assert said == [
+        f"activations at {LINE} of 30 images, plain and in 2 augmented views, take 0 MB in {tmp_path}/finetune"
+    ]
     first = view_files(tmp_path)
     assert sorted(first) == [0, 1]
     for file in first.values():
         assert (file.states == DONE).sum() == report.results[0].n_train
         assert (file.states == PENDING).sum() == 30 - report.results[0].n_train
-    said: list[str] = []
+    said.clear()
     reads.clear()
     tune(photos, tmp_path, epochs=1, views=2, lr=0.1, say=said.append)
     assert not reads, "nothing is computed twice"
-    assert said == [
-        f"activations at {LINE} of 30 images, plain and in 2 augmented views, take 0 MB in {tmp_path}/finetune"
-    ]
+    assert said == [], "what is there takes no more space"
     tune(photos, tmp_path, epochs=1, views=3)
     assert set(reads.values()) == {1}
     assert len(reads) == report.results[0].n_train
@@ -239,7 +241,7 @@ def test_views_that_cannot_be_are_refused(options: dict[str, Any], parts: str) -
 
 
 def test_without_anything_frozen_there_are_no_views(thawline: Callable[..., Any], make_photos: Photos) -> None:
-    check_views(make_recipe({"augment": "crop", "views": 1}), "all")
+    check_start(make_recipe({"augment": "crop", "views": 1}), NET, "all")
     base = ("finetune", make_photos(), "-b", NET, "--freeze", "none", "--augment", "crop", "--views", 2)
     thawline(*base).assert_one_line("freeze none", "leave out views")
 

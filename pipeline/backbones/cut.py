@@ -10,7 +10,7 @@ from features_cache.errors import nearest
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of
 from pipeline.backbones.stages import classifier_input
-from pipeline.backbones.trace import SHAPE, Shape, Traced, cut_nodes
+from pipeline.backbones.trace import SHAPE, Shape, Traced, cut_nodes, nodes_between
 from pipeline.errors import BackboneError
 
 
@@ -54,7 +54,7 @@ def lines(backbone: Backbone) -> dict[str, Place]:
     for node in cut_nodes(read.node.graph):
         place = _place(node)
         if place is not None and place.layout != "tokens" and order[node] <= order[read.node]:
-            above = nodes_between(node, read.node)
+            above = nodes_between(node, [read.node])
             if above is not None and not _shares_weights(traced, order, above):
                 legal[node] = place
     return {name: legal[node] for name, node in traced.nodes.items() if node in legal}
@@ -94,32 +94,6 @@ def _place(node: fx.Node | None) -> Place | None:
     return None if node is None or shape is None or layout is None else Place(node, shape, layout)
 
 
-def nodes_between(line: fx.Node | None, end: fx.Node) -> list[fx.Node] | None:
-    """Return the nodes that `end` needs, in order, down to `line` (left out) or to the image (which is one of them).
-
-    None where they need the image past the line.
-    """
-    needed: set[fx.Node] = set()
-    waiting = [] if end is line else [end]
-    while waiting:
-        node = waiting.pop()
-        if node is line or node in needed:
-            continue
-        if node.op == "placeholder" and line is not None:
-            return None
-        needed.add(node)
-        waiting += node.all_input_nodes
-    reached = needed | ({line} if line is not None else set())
-    nodes = list(end.graph.nodes)
-    # what works in place and gives no result stands in nobody's inputs
-    effects = {
-        node
-        for node in nodes[: nodes.index(end)]
-        if not node.users and node.all_input_nodes and reached.issuperset(node.all_input_nodes) and node is not line
-    }
-    return [node for node in nodes if node in needed or node in effects]
-
-
 def _shares_weights(traced: Traced, order: dict[fx.Node, int], above: list[fx.Node]) -> bool:
     """Tell whether a module or tensor with weights is used on both sides of a line."""
     upper = {str(node.target) for node in above if _has_weights(traced, node)}
@@ -139,7 +113,7 @@ def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphMod
     copies: dict[fx.Node, fx.Node] = {}
     if start is not None:
         copies[start] = graph.placeholder("activations")
-    for node in nodes_between(start, end) or ():
+    for node in nodes_between(start, [end]) or ():
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[end])
     return fx.GraphModule(traced.module, graph)  # its modules stand in the order of the graph

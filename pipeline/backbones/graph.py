@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -70,6 +71,15 @@ def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]
     for layer in layers:
         resolved += [layer] if layer == INPUT else _resolve(backbone, layer)
     return tuple(dict.fromkeys(resolved))
+
+
+def resolved_aliases(backbone: Backbone) -> dict[str, list[str]]:
+    """Return the layer names that each alias stands for; aliases for which the network has nothing are left out."""
+    found = {}
+    for alias in ALIASES:
+        with suppress(BackboneError):
+            found[alias] = list(resolve_layers(backbone, [alias]))
+    return found
 
 
 def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:

@@ -123,7 +123,10 @@ def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".thawline-") as folder:
             draft = Path(folder) / path.name
             header = {_KEY: json.dumps(description, allow_nan=False)}
+            draft.touch()
+            mode = draft.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
             safetensors.numpy.save_file(dict(tensors), draft, header)
+            draft.chmod(mode)
             draft.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelFileError(f"cannot write the model {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -156,12 +156,11 @@ def tapped_graph(traced: Traced, sources: Sequence[fx.Node], pools: Sequence[nn.
 
     A pool stands right behind its source, so that nothing done in place later on can change what it reads.
     """
-    needed = _needed(list(traced.graph.nodes) if traced.graph else [], set(sources))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     parts: dict[str, Any] = {}
     results: dict[int, fx.Node] = {}
-    for node in needed:
+    for node in nodes_between(None, set(sources)) or ():
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op in ("call_module", "get_attr"):
             parts[str(node.target)] = attrgetter(str(node.target))(traced.module)
@@ -172,15 +171,29 @@ def tapped_graph(traced: Traced, sources: Sequence[fx.Node], pools: Sequence[nn.
     return fx.GraphModule(parts, graph)
 
 
-def _needed(nodes: list[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
-    """Return `sources`, all that they are computed from, and what acts on that in place without giving a result."""
-    last = max(place for place, node in enumerate(nodes) if node in sources)
-    needed = {node for node in nodes if node.op == "placeholder"} | sources
-    for node in reversed(nodes[: last + 1]):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    effects = [node for node in nodes[:last] if not node.users and needed.issuperset(node.all_input_nodes)]
-    return [node for node in nodes[: last + 1] if node in needed or node in effects]
+def nodes_between(start: fx.Node | None, ends: Collection[fx.Node]) -> list[fx.Node] | None:
+    """Return the nodes that `ends` need, in order, down to `start` (left out) or to the image (which is one of them).
+
+    None where they need the image past `start`.
+    """
+    needed: set[fx.Node] = set()
+    waiting = list(ends)
+    while waiting:
+        node = waiting.pop()
+        if node is not start and node not in needed:
+            if node.op == "placeholder" and start is not None:
+                return None
+            needed.add(node)
+            waiting += node.all_input_nodes
+    reached = needed | ({start} if start is not None else set())
+    nodes = list(next(iter(ends)).graph.nodes)
+    # what works in place and gives no result stands in nobody's inputs
+    effects = {
+        node
+        for node in nodes[: max(map(nodes.index, ends))]
+        if not node.users and node.all_input_nodes and reached.issuperset(node.all_input_nodes) and node is not start
+    }
+    return [node for node in nodes if node in needed or node in effects]
 
 
 def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, int], name: str) -> None:

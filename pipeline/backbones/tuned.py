@@ -10,12 +10,12 @@ import torch
 from torch import fx
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.cut import nodes_between, read_place
+from pipeline.backbones.cut import read_place
 from pipeline.backbones.graph import INPUT_DIM, small_image
 from pipeline.backbones.network_file import HEAD, read_network
 from pipeline.backbones.pooling import Pool, pooled_dim
 from pipeline.backbones.top import Top, make_top
-from pipeline.backbones.trace import SHAPE, TENSORS, Traced
+from pipeline.backbones.trace import SHAPE, TENSORS, Traced, nodes_between
 from pipeline.backbones.weights import fill, weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.spec import DEFAULT_POOL
@@ -76,7 +76,7 @@ def grafted(base: Backbone, top: Top, classes: int) -> Traced:
     copies: dict[fx.Node, fx.Node] = {}
     parts: dict[str, Any] = {HEAD: top}
     images: list[fx.Node] = []
-    for node in nodes_between(None, read) or ():
+    for node in nodes_between(None, [read]) or ():
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op in ("call_module", "get_attr"):
             parts[str(node.target)] = attrgetter(str(node.target))(traced.module)

@@ -83,7 +83,7 @@ def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) ->
 @selecting_options
 @json_option
 def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **selection: Any) -> None:
-    """Write the finished rows of one layer of CACHE to FILE: .npy (with a .csv), .parquet or .safetensors."""
+    """Write the finished rows of one layer of CACHE to FILE: .npy (with .npy.csv), .parquet or .safetensors."""
     from features_cache import Catalog, export
     from pipeline.overview import only_layer
 

@@ -10,6 +10,8 @@ from pipeline.comparing.methods import FINETUNE, HEAD, Board, Score, best_of, is
 from pipeline.comparing.paired import LEVEL, Paired, compare_scores
 
 Judge = Callable[[str], Judged]
+Costs = Mapping[tuple[str, str], float]
+"""Seconds that the extraction of all images takes, by source and backbone."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Answer:
     facts: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-def answer(board: Board, judged: Judge, extraction: Mapping[str, float]) -> Answer:
+def answer(board: Board, judged: Judge, extraction: Costs) -> Answer:
     """Say what a board shows.
 
     Parameters
@@ -45,28 +47,32 @@ def answer(board: Board, judged: Judge, extraction: Mapping[str, float]) -> Answ
     board : Board
     judged : callable
         What a model said about its test images, by key.
-    extraction : dict of str to float
-        Seconds it takes to extract all images, by backbone.
+    extraction : dict of (str, str) to float
+        Seconds it takes to extract all images, by source and backbone.
     """
-    frozen, tuned = board.best(HEAD), board.best(FINETUNE)
+    shared = [shots for shots in board.shots if board.at(shots, HEAD) and board.at(shots, FINETUNE)]
+    at = shared[-1] if shared else board.shots[-1]
+    frozen, tuned = board.best(HEAD, at), board.best(FINETUNE, at)
     if frozen and tuned:
         return _both(board, frozen, tuned, judged, extraction)
     best = frozen or tuned or next(iter(board.scores.values()))
+    both = {score.first["kind"] for score in board.scores.values()} == {HEAD, FINETUNE}
     sentences = [_praise("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
     rival = _rival(board, best)
     paired = compare_scores(rival, best, judged) if rival else None
     if rival and paired:
         sentences.append(f"Next comes {rival.method} with {percent(rival.accuracy)}: {_doubt(paired)}.")
     sentences += _labels_alone(board, best)
-    if frozen:
-        sentences.append("Nothing was fine-tuned in this run; a [[finetune]] in the plan would tell what that adds.")
+    if both:
+        sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
+    elif frozen:
+        sentences.append("Nothing was fine-tuned to an end in this run; a [[finetune]] would tell what that adds.")
     return Answer(f"Best here: {best.method}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
 
 
-def seconds(score: Score, extraction: Mapping[str, float]) -> float:
-    """Return what a method costs: its training, and for a head the extraction of all images."""
-    training = score.mean("seconds") or 0.0
-    return training + (extraction.get(score.first["backbone"], 0.0) if score.first["kind"] == HEAD else 0.0)
+def seconds(score: Score, extraction: Costs) -> float:
+    """Return what a method costs: its training, and, where something is frozen, one run of that over all images."""
+    return (score.mean("seconds") or 0.0) + _extraction_of(score, extraction)
 
 
 def percent(share: float) -> str:
@@ -92,10 +98,12 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _both(board: Board, frozen: Score, tuned: Score, judged: Judge, extraction: Mapping[str, float]) -> Answer:
+def _both(board: Board, frozen: Score, tuned: Score, judged: Judge, extraction: Costs) -> Answer:
     paired = compare_scores(tuned, frozen, judged)
     costs = seconds(frozen, extraction), seconds(tuned, extraction)
-    sentences = [
+    few = f"They are compared at {_labels(frozen.shots)}, the most that both were given."
+    sentences = [few] if frozen.shots != board.shots[-1] else []
+    sentences += [
         _praise("The best frozen head", frozen, board, extraction),
         _praise("The best fine-tuning", tuned, board, extraction),
     ]
@@ -108,6 +116,11 @@ def _both(board: Board, frozen: Score, tuned: Score, judged: Judge, extraction: 
     return Answer(headline, sentences, frozen, tuned, None, paired, _facts(frozen, tuned, paired))
 
 
+def _extraction_of(score: Score, extraction: Costs) -> float:
+    first = score.first
+    return 0.0 if first.get("freeze") == "none" else extraction.get((first["source"], first["backbone"]), 0.0)
+
+
 def _headline(paired: Paired, costs: tuple[float, float]) -> str:
     if paired.p >= LEVEL:
         ratio = costs[1] / max(costs[0], 1e-9)
@@ -118,7 +131,7 @@ def _headline(paired: Paired, costs: tuple[float, float]) -> str:
     return f"Fine-tune: it is {gap} better here" if paired.difference > 0 else f"Freeze: it is {gap} better here"
 
 
-def _praise(what: str, score: Score, board: Board, extraction: Mapping[str, float]) -> str:
+def _praise(what: str, score: Score, board: Board, extraction: Costs) -> str:
     low, high = score.interval
     rivals = board.at(score.shots, score.first["kind"])
     how = "by validation accuracy" if is_validated(rivals) else "by test accuracy, which flatters it a little"
@@ -126,7 +139,7 @@ def _praise(what: str, score: Score, board: Board, extraction: Mapping[str, floa
     seeds = f" (mean of {len(score.records)} seeds)" if len(score.records) > 1 else ""
     cost = duration(seconds(score, extraction))
     spent = f"{cost} of training"
-    if score.first["kind"] == HEAD and score.first["backbone"] in extraction:
+    if _extraction_of(score, extraction):
         spent = f"{cost}, the extraction of all images included"
     return (
         f"{what} is {score.method}{chosen}: {percent(score.accuracy)} of {score.first['n_test']} test images "
@@ -198,11 +211,15 @@ def _facts(first: Score, second: Score | None, paired: Paired | None) -> list[tu
     return found
 
 
-def extraction_seconds(run: Record) -> dict[str, float]:
-    """Return how long the extraction of all images takes by backbone, from what a run noted."""
-    found: dict[str, float] = {}
+def extraction_seconds(run: Record) -> dict[tuple[str, str], float]:
+    """Return how long the extraction of all images takes by source and backbone, from what a run noted.
+
+    Of several sizes or poolings, each of which is an extraction, the longest counts.
+    """
+    found: dict[tuple[str, str], float] = {}
     for entry in run.get("extractions", {}).values():
         if entry["computed"]:
             whole = entry["seconds"] / entry["computed"] * entry["rows"]
-            found[entry["backbone"]] = found.get(entry["backbone"], 0.0) + whole
+            place = entry["source"], entry["backbone"]
+            found[place] = max(whole, found.get(place, 0.0))
     return found

@@ -12,7 +12,7 @@ from features_cache import ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.options import tune_parameters
-from pipeline.comparing.plan import Plan
+from pipeline.comparing.plan import Line, Plan
 from pipeline.images.source import ImageSource, open_source
 
 
@@ -80,16 +80,18 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
 
 def check_finetunes(plan: Plan) -> None:
     """Raise `PlanError` unless every network that is fine-tuned exists, can thaw at its line, and can train so."""
-    for place, options in dict.fromkeys((line.place, job.options) for line, job in finetunes(plan)):
-        _check_finetune(plan, place, dict(options))
+    for line, options in dict.fromkeys((line, job.options) for line, job in finetunes(plan)):
+        _check_finetune(plan, line, dict(options))
 
 
-def _check_finetune(plan: Plan, place: int, options: dict[str, Any]) -> None:
+def _check_finetune(plan: Plan, line: Line, options: dict[str, Any]) -> None:
     from pipeline.backbones.cut import find_line
     from pipeline.backbones.registry import check_weights, sketch
+    from pipeline.engines.select import resolve
     from pipeline.finetuning.groups import check_rates
-    from pipeline.finetuning.recipe import Recipe, check_views, make_recipe
+    from pipeline.finetuning.recipe import Recipe, check_start, make_recipe
 
+    place, how = line.place, line.how()
     backbone, freeze = options["backbone"], options["freeze"]
     training = tune_parameters(options.items())
     recipe = {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
@@ -100,8 +102,10 @@ def _check_finetune(plan: Plan, place: int, options: dict[str, Any]) -> None:
             find_line(sketch(backbone, options.get("size")), freeze)
     with pointed(plan, "finetune", place):
         checked = make_recipe(recipe)
-    with pointed(plan, "finetune", place, "views"):
-        check_views(checked, freeze)
+    with pointed(plan, "finetune", place, "device"):
+        resolve(how["engine"], how["device"], options["precision"])
+    with pointed(plan, "finetune", place, "views" if checked.views else ""):
+        check_start(checked, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")})
     if checked.lr_at:
         with pointed(plan, "finetune", place, "lr-at"):
             check_rates(sketch(backbone, options.get("size")), freeze, checked.lr_at)

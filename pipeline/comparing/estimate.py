@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
 
+import numpy as np
+
 from pipeline.comparing.answer import extraction_seconds
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
+from pipeline.images.source import ImageSource
+from pipeline.spec import NO_AUGMENT
 
 CORE_SPEED = 75e9
 """Floating-point operations a second and core that torch reached with lite0 and ResNet-50 on AVX-512 cores."""
@@ -30,8 +35,9 @@ SECONDS_A_VALUE = {
 """Seconds of a fit, its search included, by training rows times features."""
 TRAINED_SHARE = {"all": 0.01, "none": 1.0}
 """Share of a network's operations that training repeats every epoch; about half of it above a line."""
-EPOCHS = 15
 BACKWARD = 3
+ACTIVATIONS = ("backbone", "freeze", "size", "store", "precision", "augment", "views")
+"""Options of a fine-tune on which the activations that it caches depend."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +60,21 @@ class Planned:
     bytes: int
 
 
-def plan_extraction(extraction: Extraction, found: Features, n_images: int, folder: RunFolder) -> Planned:
+def plan_extraction(extraction: Extraction, found: Features, images: ImageSource, folder: RunFolder) -> Planned:
     """Guess what an extraction takes."""
     asked = extraction.request
     width = 2 if asked.store == "float16" else 4
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
     if found.complete:
         return Planned(job, True, 0.0, 0)
-    measured = extraction_seconds(folder.read_json("run.json")).get(asked.backbone)
+    measured = extraction_seconds(folder.read_json("run.json")).get((images.name, asked.backbone))
     flops, speed = operations(asked.backbone, asked.size), _speed()
-    cores = os.cpu_count() or 1
+    n_images, cores = len(images.items), os.cpu_count() or 1
     guess = START + n_images * (flops / speed + 1 / (DECODED * cores))
     return Planned(job, False, measured or guess, n_images * sum(found.dims.values()) * width)
 
 
-def plan_fit(fit: Fit, found: Features, done: bool, n_images: int, folder: RunFolder) -> Planned:
+def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
     """Guess what a fit takes, from others with the same head and number of labels where there are some."""
     family = fit.head.partition("/")[0]
     alike = [
@@ -76,21 +82,44 @@ def plan_fit(fit: Fit, found: Features, done: bool, n_images: int, folder: RunFo
         for record in folder.records.values()
         if (record["head"], record["shots"]) == (fit.head, fit.shots)
     ]
-    rows = n_images if fit.shots == "all" else min(n_images, int(fit.shots) * 20)
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
-    guess = SECONDS_A_VALUE[family] * rows * dim
+    guess = SECONDS_A_VALUE[family] * _rows(images, fit.shots) * dim
     return Planned(str(fit), done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 
-def plan_finetune(job: Finetune, done: bool, n_images: int) -> Planned:
-    """Guess what a fine-tune takes."""
+def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: bool) -> Planned:
+    """Guess what a fine-tune takes; `stores` tells whether the activations at its line are yet to be cached."""
     options = dict(job.options)
-    share = TRAINED_SHARE.get(str(options["freeze"]), 0.5)
-    flops = operations(str(options["backbone"]), options.get("size"))
-    epochs = options.get("epochs", EPOCHS)
-    rows = n_images if job.shots == "all" else min(n_images, int(job.shots) * 20)
-    seconds = START + BACKWARD * share * flops * rows * epochs / _speed()
-    return Planned(str(job), done, 0.0 if done else seconds, 0)
+    if done:
+        return Planned(str(job), True, 0.0, 0)
+    backbone, freeze, size = str(options["backbone"]), str(options["freeze"]), options.get("size")
+    share = TRAINED_SHARE.get(freeze, 0.5)
+    flops = operations(backbone, size)
+    seconds = START + BACKWARD * share * flops * _rows(images, job.shots) * options["epochs"] / _speed()
+    frozen, thawed = values(backbone, freeze, options["top"], size, len(images.classes))
+    views = options.get("views", 0 if options["augment"] == NO_AUGMENT else -1)  # of none are activations cached
+    cached = len(images.items) * frozen * (1 + views) * np.dtype(options["store"]).itemsize if stores else 0
+    return Planned(str(job), False, seconds, cached + 4 * thawed)
+
+
+def _rows(images: ImageSource, shots: int | str) -> int:
+    """Return how many images train, at most."""
+    n_images = len(images.items)
+    return n_images if shots == "all" else min(n_images, int(shots) * len(images.classes))
+
+
+@cache
+def values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
+    """Return how many numbers an image has at a thaw line, and how many weights are thawed."""
+    from pipeline.backbones.graph import PENULTIMATE, tap
+    from pipeline.backbones.registry import sketch
+    from pipeline.finetuning.network import ALL, Network, line_of
+
+    network = sketch(backbone, size)
+    line = line_of(network, freeze)
+    at_line = 0 if line is None else math.prod(line.shape)
+    frozen = tap(network, [PENULTIMATE]).dims[PENULTIMATE] if freeze == ALL else at_line
+    return frozen, sum(item.numel() for item in Network(network, freeze, top, n_classes).thawed_state().values())
 
 
 @cache

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from features_cache import CacheFile, Catalog
+from features_cache import CacheFile, Catalog, open_cache
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.images.source import ImageSource
 from pipeline.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
-from pipeline.spec import fingerprint_of
-
-RULES = 1
-"""Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+from pipeline.spec import TRAINING_RULES, Request, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,24 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
     return Features(aliases, {name: file.layers[name].dim for name, file in answer.items()}, answer, complete)
 
 
+def held_features(known: Features, paths: Iterable[str]) -> Features:
+    """Return `known` with its layers in the files that an extraction returned, whatever request they were made for."""
+    holders = {name: file for file in map(open_cache, paths) for name in file.layers}
+    return replace(known, files={name: holders[name] for name in known.dims}, complete=True)
+
+
+@cache
+def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
+    """Return the place of each layer in the order of computation, from the image upwards."""
+    from pipeline.backbones.graph import LOGITS, PENULTIMATE, describe
+    from pipeline.backbones.registry import sketch
+
+    rows = describe(sketch(request.backbone, request.size))
+    below = [row.name for row in rows if LOGITS not in row.aliases]
+    order = [*below, PENULTIMATE, *(row.name for row in rows)]
+    return {name: place for place, name in enumerate(sorted(layers, key=order.index))}
+
+
 def fit_key(fit: Fit, features: Features, source: str) -> str:
     """Return a digest of all that a fit's result depends on, and of the name of its source."""
     parts = [features.files[name] for name in fit.layer.split("+")]
@@ -98,7 +113,7 @@ def finetune_key(job: Finetune, images: ImageSource) -> str:
 
 @cache
 def _rules() -> list[Any]:
-    return [RULES, version("thawline"), version("scikit-learn")]
+    return [TRAINING_RULES, version("thawline"), version("scikit-learn")]
 
 
 @cache  # one file stands for hundreds of fits

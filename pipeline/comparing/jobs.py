@@ -59,9 +59,10 @@ class Finetune(NamedTuple):
     shots: Shots
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{key} {value}" for key, value in self.options if key != "backbone")
-        backbone = dict(self.options)["backbone"]
-        return f"finetune {backbone}, {chosen}, seed {self.seed}, shots {self.shots}, {self.source}"
+        known, options = TABLES["finetune"], dict(self.options)
+        freeze, changed = options.pop("freeze"), [f"{options.pop('backbone')}"]
+        changed += [f"{key} {value}" for key, value in options.items() if value != known[key].default]
+        return f"finetune {', '.join(changed)}, freeze {freeze}, seed {self.seed}, shots {self.shots}, {self.source}"
 
 
 Job = Fit | Finetune

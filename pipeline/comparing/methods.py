@@ -11,14 +11,8 @@ from pipeline.comparing.folder import Record
 from pipeline.evaluation.intervals import wilson
 
 HEAD, FINETUNE = "head", "finetune"
-IDENTITY = (
-    "kind", "source", "backbone", "layer", "pool", "head", "freeze", "options", "balanced", "cv", "size", "precision",
-    "store",
-)  # fmt: skip
-"""Keys of a record that tell methods apart; the rest is seed, labels, or outcome."""
-_SAID_ANYWAY = ("kind", "layer", "head", "freeze")
 _NAMES = ("backbone", "size", "precision", "store")
-_WORDS = {"balanced": "balanced", "cv": "cross-validated"}
+_WORDS = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
 _SETTINGS = ("size", "precision", "store")
 
 
@@ -130,7 +124,7 @@ def boards(records: Iterable[Record], beside: Iterable[Record] = ()) -> list[Boa
     """Gather records by source, method and shots; names say what differs among them and those of another run."""
     records = list(records)
     every = [*records, *beside]
-    varying = [key for key in IDENTITY if key not in (*_SAID_ANYWAY, "source") and _varies(key, every)]
+    varying = [key for key in (*_NAMES, *_WORDS, "pool") if _varies(key, every)]
     options = _varying_options(every)
     grouped: dict[str, dict[tuple[str, int | str], dict[int, Record]]] = {}
     for record in records:
@@ -153,7 +147,7 @@ def name_of(record: Record, varying: Sequence[str] = ("backbone",), options: Seq
         parts = [words.get(freeze, f"fine-tuned above {freeze}")]
         parts += [f"{key} {record['options'][key]}" for key in options if key in record["options"]]
     parts += [_text(record[key]) for key in varying if key in _NAMES and record.get(key) is not None]
-    parts += [word for key, word in _WORDS.items() if key in varying and record.get(key)]
+    parts += [word.format(record[key]) for key, word in _WORDS.items() if key in varying and record.get(key)]
     if "pool" in varying and record["kind"] == HEAD:
         parts.append(record["pool"])
     return ", ".join(parts)
@@ -163,9 +157,8 @@ def _varies(key: str, records: Sequence[Record]) -> bool:
     """Tell whether a key tells methods apart; what follows from kind and backbone does so only within one of them."""
     values: dict[tuple[str, ...], set[str]] = {}
     for record in records:
-        if record.get(key) is not None:
-            among = (record["kind"], record["backbone"]) if key in _SETTINGS else ()
-            values.setdefault(among, set()).add(_text(record[key]))
+        among = (record["kind"], record["backbone"]) if key in _SETTINGS else ()
+        values.setdefault(among, set()).add(_text(record.get(key)))
     return any(len(found) > 1 for found in values.values())
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from features_cache import nearest
 from pipeline.errors import FitError
-from pipeline.finetuning.recipe import parse_rate
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, NO_AUGMENT, POOLS, PRECISIONS, STORES
+from pipeline.finetuning.recipe import INITS, TRAIN_PRECISIONS, Recipe, parse_rate
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, POOLS, PRECISIONS, STORES
 
 Check = Callable[[Any], str]
 """Returns what is wrong with a value, ``""`` if nothing is."""
@@ -120,25 +120,25 @@ FIT = {
 FINETUNE = {
     "backbone": Option("backbone", _text, DEFAULT_BACKBONE),
     "freeze": Option("freeze", _text, "all"),
-    "init": Option("init", _choice("pretrained", "random"), "pretrained"),
+    "init": Option("init", _choice(*INITS), INITS[0]),
     "head-first": Option("head_first", _flag, default=False),
-    "top": Option("top", _text, "linear"),
+    "top": Option("top", _text, Recipe.top),
     "lr": Option("lr", _number),
-    "layer-decay": Option("layer_decay", _number, 1.0),
+    "layer-decay": Option("layer_decay", _number, Recipe.layer_decay),
     "lr-at": Option("lr_at", _rate, joined=True),
-    "epochs": Option("epochs", _whole(1), 30),
-    "patience": Option("patience", _whole(1), 5),
-    "batch-size": Option("batch_size", _whole(1), 32),
-    "optimizer": Option("optimizer", _text, "adamw"),
-    "schedule": Option("schedule", _text, "cosine"),
-    "warmup": Option("warmup", _whole(0), 1),
-    "weight-decay": Option("weight_decay", _not_negative, 0.01),
-    "label-smoothing": Option("label_smoothing", _not_negative, 0.0),
-    "class-weights": Option("class_weights", _flag, default=False),
-    "augment": Option("augment", _text, NO_AUGMENT),
+    "epochs": Option("epochs", _whole(1), Recipe.epochs),
+    "patience": Option("patience", _whole(1), Recipe.patience),
+    "batch-size": Option("batch_size", _whole(1), Recipe.batch_size),
+    "optimizer": Option("optimizer", _text, Recipe.optimizer),
+    "schedule": Option("schedule", _text, Recipe.schedule),
+    "warmup": Option("warmup", _whole(0), Recipe.warmup),
+    "weight-decay": Option("weight_decay", _not_negative, Recipe.weight_decay),
+    "label-smoothing": Option("label_smoothing", _not_negative, Recipe.label_smoothing),
+    "class-weights": Option("class_weights", _flag, Recipe.class_weights),
+    "augment": Option("augment", _text, Recipe.augment),
     "views": Option("views", _whole(1)),
     "clip": Option("clip", _number),
-    "precision": Option("precision", _choice(*PRECISIONS), "auto"),
+    "precision": Option("precision", _choice(*TRAIN_PRECISIONS), "auto"),
     "store": Option("store", _choice(*STORES), "float32"),
     "size": Option("size", _whole(1)),
     "seed": _SEED,

@@ -10,7 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("thawline", "torch", "torchvision", "timm", "scikit-learn", "numpy", "pillow", "h5py")
+PACKAGES = (
+    "thawline", "torch", "torchvision", "timm", "openvino", "scikit-learn", "skorch", "numpy", "pillow", "h5py",
+)  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.comparing.features import Features, find_features, finetune_key, fit_key
+from pipeline.comparing.features import Features, depths, find_features, finetune_key, fit_key, held_features
 from pipeline.comparing.folder import Judged, Record, RunFolder
-from pipeline.comparing.jobs import Extraction, Finetune, Fit, Job, finetunes, fits, rectangles
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits, rectangles
 from pipeline.comparing.plan import Line, Plan
 from pipeline.errors import RunFolderError
 from pipeline.images.source import ImageSource
@@ -63,26 +63,24 @@ class Work:
         """Return the cache folder of a line of the plan."""
         return Path(line.values.get("output", (self.folder.cache,))[0])
 
-    def keys(self) -> dict[str, Job] | None:
-        """Return every job by its key; None while some image is not extracted."""
-        keys: dict[str, Job] = {}
-        for extraction, found in self.features.items():
-            if found is None or not found.complete:
-                return None
-            source = self.images[extraction.source].name
-            keys |= {fit_key(job, found, source): job for job in fits(self.plan, extraction, found.aliases)}
-        return keys | {finetune_key(job, self.images[job.source]): job for _, job in finetunes(self.plan)}
+    def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
+        """Return the fits on what is extracted, each with its key."""
+        source = self.images[extraction.source].name
+        return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
 
     def is_done(self) -> bool:
         """Tell whether nothing is missing."""
-        keys = self.keys()
-        return keys is not None and set(keys) == set(self.folder.records) and all(map(self.folder.has, keys))
+        keys = {finetune_key(job, self.images[job.source]) for _, job in finetunes(self.plan)}
+        for extraction, found in self.features.items():
+            if found is None or not found.complete:
+                return False
+            keys |= set(self.fits(extraction, found).values())
+        return keys == set(self.folder.records) and all(map(self.folder.has, keys))
 
 
 def run(work: Work) -> None:
     """Extract, fit and fine-tune what is missing; failures are kept in `work`, everything else in the folder."""
     failed = _extract_all(work)
-    work.look_up()
     pending: dict[Extraction, dict[Fit, str]] = {}
     keys: set[str] = set()
     for extraction, found in work.features.items():
@@ -90,14 +88,14 @@ def run(work: Work) -> None:
             asked = fits(work.plan, extraction, found.aliases if found else {})
             work.failures += [Failure(str(job), failed.get(extraction, "not extracted")) for job in asked]
             continue
-        source = work.images[extraction.source].name
-        named = {job: fit_key(job, found, source) for job in fits(work.plan, extraction, found.aliases)}
+        named = work.fits(extraction, found)  # two requests may come to the same features: each key is done once
+        pending[extraction] = {job: key for job, key in named.items() if key not in keys and not work.folder.has(key)}
         keys |= set(named.values())
-        pending[extraction] = {job: key for job, key in named.items() if not work.folder.has(key)}
     tunes = {job: (finetune_key(job, work.images[job.source]), line) for line, job in finetunes(work.plan)}
     keys |= {key for key, _ in tunes.values()}
-    if not failed:
-        work.folder.keep_only(keys)
+    # where an extraction failed, what is known of its source may yet be the plan's
+    unsure = {work.images[extraction.source].name for extraction in failed}
+    work.folder.keep_only(keys | {key for key, record in work.folder.records.items() if record["source"] in unsure})
     missing = [(key, line, job) for job, (key, line) in tunes.items() if not work.folder.has(key)]
     total = sum(map(len, pending.values())) + len(missing)
     for extraction, jobs in pending.items():
@@ -139,19 +137,34 @@ def _extract(work: Work, group: Sequence[Extraction]) -> None:
     settings: dict[str, Any] = {"precision": asked.precision, "store": asked.store, "size": asked.size}
     tell = _prefixed(work.progress, "extract ")
     results = extract(first.source, backbones, asked.layers, asked.pool, progress=tell, **settings, **how)
-    sharing = max(1, sum(result.computed > 0 for result in results))  # of the seconds, which are the whole call's
-    _note(work.folder, [replace(result, seconds=result.seconds / sharing) for result in results])
+    _note(work.folder, work.images[first.source].name, asked.size, results)
+    for extraction in group:
+        found = find_features(extraction, work.images[extraction.source], work.cache(extraction.line))
+        known = work.features[extraction]
+        if found is None and len(group) > 1:
+            _extract(work, [extraction])  # its features were there under another request: which files they are in
+        else:
+            work.features[extraction] = found or (known and held_features(known, [result.path for result in results]))
     work.notes += [note for result in results for note in result.notes if note not in work.notes]
 
 
-def _note(folder: RunFolder, results: Sequence[ExtractResult]) -> None:
-    """Keep what an extraction cost, at once: a later run cannot measure it again."""
+def _note(folder: RunFolder, source: str, size: int | None, results: Sequence[ExtractResult]) -> None:
+    """Keep what an extraction cost, at once: a later run cannot measure it again.
+
+    Backbones that shared a call share its seconds by their operations.
+    """
+    from pipeline.comparing.estimate import operations
+
     document = folder.read_json("run.json")
+    sharing = [result for result in results if result.computed]
+    work = [result.computed * operations(result.backbone, size) if len(sharing) > 1 else 1.0 for result in sharing]
     for result in results:
         entry = document["extractions"].setdefault(Path(result.path).name, {"computed": 0, "seconds": 0.0})
-        entry |= {"backbone": result.backbone, "rows": result.rows, "unreadable": result.unreadable}
+        entry |= {"source": source, "backbone": result.backbone, "rows": result.rows, "unreadable": result.unreadable}
+    for result, share in zip(sharing, work, strict=True):
+        entry = document["extractions"][Path(result.path).name]
         entry["computed"] += result.computed
-        entry["seconds"] += result.seconds
+        entry["seconds"] += result.seconds * share / sum(work)
     folder.write_json("run.json", document)
 
 
@@ -182,15 +195,16 @@ def _fit(work: Work, found: Features, total: int, block: Mapping[Fit, str]) -> N
     keys = {(job.layer, job.head.removesuffix("/standard"), job.seed, job.shots): key for job, key in block.items()}
     first = next(iter(block)).extraction
     source = work.images[first.source]
-    depths = {layer: place for place, layer in enumerate(found.dims)}
+    places = depths(first.request, tuple(found.dims))
 
     def keep(result: FitResult, predictions: TestPredictions) -> None:
         key = keys[result.layer, result.head, result.seed, result.shots]
         part = result.layer.split("+")[0]
         spec = found.files[part].layers[part].spec
-        about = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
-        depth = depths.get(result.layer)  # results come as they end, charts go from the image upwards
-        record = {"key": key, **_common(source), **to_json(result), **about, "depth": depth}
+        about: Record = {"precision": spec["precision"], "store": spec["store"], "size": spec["preprocessing"]["size"]}
+        depth = places.get(result.layer)  # results come as they end, charts go from the image upwards
+        about |= {"drop_leaks": options.get("drop_leaks", False), "depth": depth}
+        record = {"key": key, **_common(source), **to_json(result), **about}
         _keep(work, record, predictions, total)
 
     axes: list[Any] = [list(dict.fromkeys(values)) for values in zip(*(job[1:5] for job in block), strict=True)]
@@ -213,17 +227,9 @@ def _finetune_one(work: Work, line: Line, total: int, block: Mapping[Finetune, s
     tell = _prefixed(work.progress, f"finetune {options['backbone']} ")
     report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=tell, **options, **how)
     record = {"key": key, **_common(work.images[job.source]), **to_json(report.results[0])}
-    record["validation_accuracy"] = record.get("validation_accuracy") or _validated(record["history"])
     record["options"] = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     _keep(work, record, report.predictions[0], total)
     work.notes += [note for note in report.notes if note not in work.notes]
-
-
-def _validated(history: Sequence[Record]) -> float | None:
-    """Return the validation accuracy of the epoch whose weights were kept: that of the least validation loss."""
-    epochs = [epoch for epoch in history if epoch.get("valid_loss") is not None]
-    kept: float | None = min(epochs, key=lambda epoch: epoch["valid_loss"])["valid_acc"] if epochs else None
-    return kept
 
 
 def _common(source: ImageSource) -> Record:

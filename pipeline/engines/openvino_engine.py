@@ -28,11 +28,11 @@ class OpenVinoEngine:
 
     def __init__(self, network: TappedNetwork, resolved: Resolved, batch_size: int) -> None:
         self.resolved = resolved
-        self.notes: list[str] = []
         self._batch_size = batch_size
         self._dims = list(network.dims.values())
         hints = {"INFERENCE_PRECISION_HINT": _HINTS[resolved.precision], "PERFORMANCE_HINT": "THROUGHPUT"}
-        model = openvino.Core().compile_model(converted(network, batch_size), "CPU", hints)
+        source, self.notes = converted(network, batch_size)
+        model = openvino.Core().compile_model(source, "CPU", hints)
         best = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
         self._model = model
         self._free: list[openvino.InferRequest] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from importlib.metadata import version
@@ -18,12 +19,14 @@ from torch.export.decomp_utils import CustomDecompTable
 from pipeline.backbones.graph import TappedNetwork
 from pipeline.spec import fingerprint_of
 
+_DIGEST = "digest"
+
 KEPT = 16
 """Converted models that stay in the cache folder; the ones that were not used for longest go."""
 
 
-def converted(network: TappedNetwork, batch_size: int) -> openvino.Model:
-    """Return the model that maps uint8 (batch_size, h, w, 3) to what `network` gives.
+def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, list[str]]:
+    """Return the model that maps uint8 (batch_size, h, w, 3) to what `network` gives, and notes for the user.
 
     Raises
     ------
@@ -33,12 +36,16 @@ def converted(network: TappedNetwork, batch_size: int) -> openvino.Model:
     versions = [version(name) for name in ("thawline", "torch", "torchvision", "timm", "openvino")]
     folder = user_cache_path("thawline") / "openvino"
     place = folder / fingerprint_of([network.identity, batch_size, versions])
-    if (place / "model.xml").is_file():
-        place.touch()
-        return openvino.Core().read_model(place / "model.xml")
+    model = _kept(place)
+    if model is not None:
+        return model, []
     model = convert(network, batch_size)
-    _keep(model, place)
-    return model
+    try:
+        _keep(model, place)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        return model, [f"the converted {network.name} cannot be kept, so the next run converts it again: {reason}"]
+    return model, []
 
 
 def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
@@ -58,17 +65,42 @@ def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
     return frontend.convert(frontend.load(decoder))
 
 
+def _kept(place: Path) -> openvino.Model | None:
+    """Return the model that is kept at `place`; None where there is none, or not the one that was saved."""
+    try:
+        if (place / _DIGEST).read_text() != _digest(place):
+            return None
+        place.touch()
+        return openvino.Core().read_model(place / "model.xml")
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
 def _keep(model: openvino.Model, place: Path) -> None:
-    """Save under another name and rename: whoever else converts the same model loses nothing."""
+    """Save under another name and rename: whoever reads or converts the same model meanwhile loses nothing."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as name:
         draft = Path(name) / "model"
         openvino.save_model(model, draft / "model.xml", compress_to_fp16=False)
-        if not place.exists():
+        (draft / _DIGEST).write_text(_digest(draft))
+        shutil.rmtree(place, ignore_errors=True)
+        try:
             draft.rename(place)
+        except OSError:
+            if not place.exists():  # else someone else has just put it there
+                raise
     models = sorted((path for path in place.parent.iterdir() if not path.name.startswith(".")), key=_last_used)
     for old in models[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)  # someone else may clear up, too
+
+
+def _digest(place: Path) -> str:
+    """Return the digests of both files: a damaged model would compute other features without a word."""
+    digests = []
+    for name in ("model.xml", "model.bin"):
+        with (place / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return "\n".join(digests)
 
 
 def _last_used(path: Path) -> float:

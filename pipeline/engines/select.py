@@ -72,10 +72,8 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     found = find_device(device)
     if precision == "auto":
         precision = "bf16" if has_bf16(found) else "fp32"
-    elif precision == "bf16" and not has_bf16(found):
-        raise EngineError(f"this machine's {found} does not compute bf16; use fp32 (or auto)")
-    elif precision == "fp16" and found == "cpu":
-        raise EngineError("fp16 is for CUDA devices only; on a CPU use fp32 or bf16 (or auto)")
+    elif not computes(found, precision):
+        raise EngineError(f"this machine's {found} does not compute {precision}; use fp32 (or auto)")
     if engine == "openvino" and found != "cpu":
         raise EngineError(f"the engine openvino runs on a CPU, not on {found}; use --device cpu, or the engine torch")
     if engine == "auto":
@@ -102,6 +100,13 @@ def find_device(device: str) -> str:
     if int(index or 0) >= count:
         raise EngineError(f"no device {device}: torch sees {count} CUDA devices here; use cpu (or auto)")
     return device
+
+
+def computes(device: str, precision: str) -> bool:
+    """Tell whether `device` computes in `precision`: fp16 is for CUDA devices only, bf16 for hardware that has it."""
+    if precision == "bf16":
+        return has_bf16(device)
+    return precision == "fp32" or device != "cpu"
 
 
 def has_bf16(device: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from skorch.history import History
 from torch import Tensor
 
 from features_cache.errors import CacheError, explained
+from pipeline.finetuning.net import DivergedError
 from pipeline.finetuning.schedule import Schedule
 from pipeline.results import Progress
 
@@ -59,6 +61,8 @@ class Keeper(Callback):  # type: ignore[misc]
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Judge the epoch, write a checkpoint if it is time, stop if it is time."""
         epoch = net.history[-1]
+        if not math.isfinite(epoch.get("valid_loss", 0.0)):
+            raise DivergedError(f"the validation loss became {epoch['valid_loss']} in epoch {epoch['epoch']}")
         del epoch["batches"]  # every loss of every step: not worth its memory
         epoch.update({name: float(value) for name, value in epoch.items() if isinstance(value, np.floating)})
         losses = [earlier["valid_loss"] for earlier in net.history] if self.patience is not None else []

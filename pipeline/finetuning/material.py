@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def gather(wanted: Wanted) -> Material:
     else:
         layer, pool, place, dim = wanted.freeze, FLAT, line, int(np.prod(line.shape))
     if wanted.freeze != ALL or wanted.views is not None:
-        _announce(wanted, layer, dim)
+        _announce(wanted, _request(wanted, layer, pool), dim, resolved.precision)
     file = _extract(wanted, layer, pool)
     table = _table([one for one in (file, features, image) if one is not None])
     plain = Activations(file, layer, place, image)
@@ -194,18 +194,30 @@ def _extracted(
 
 def _folder(wanted: Wanted, layer: str, pool: str) -> Path:
     """Return the user's cache folder if it holds `layer` already, else the folder for what training alone needs."""
-    images, digest = open_source(wanted.source), weights_file_digest(wanted.backbone)
-    request = Request(wanted.backbone, (layer,), pool, wanted.precision, wanted.store, wanted.size, digest)
-    answer, rows = find_answer(files_of(images, wanted.output), request), rows_of(images)
+    images = open_source(wanted.source)
+    answer, rows = find_answer(files_of(images, wanted.output), _request(wanted, layer, pool)), rows_of(images)
     held = answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values())
     return wanted.output if held else wanted.folder
 
 
-def _announce(wanted: Wanted, layer: str, dim: int) -> None:
-    rows = len(open_source(wanted.source).items)
-    size = rows * dim * np.dtype(wanted.store).itemsize * (1 + (wanted.views or 0))
-    views = f", plain and in {wanted.views} augmented views," if wanted.views else ""
-    wanted.say(f"activations at {layer} of {rows} images{views} take {size / 1e6:,.0f} MB in {wanted.folder}")
+def _request(wanted: Wanted, layer: str, pool: str) -> Request:
+    digest = weights_file_digest(wanted.backbone)
+    return Request(wanted.backbone, (layer,), pool, wanted.precision, wanted.store, wanted.size, digest)
+
+
+def _announce(wanted: Wanted, plain: Request, dim: int, precision: str) -> None:
+    """Say what disk space those activations will take that have no file yet; views are asked for in `precision`."""
+    images = open_source(wanted.source)
+    files = [*files_of(images, wanted.output), *files_of(images, wanted.folder)]
+    numbers = range(wanted.views or 0)
+    views = [replace(plain, precision=precision, augment=wanted.augment, view=number) for number in numbers]
+    missing = sum(find_answer(files, request) is None for request in (plain, *views))
+    if missing:
+        rows, text = len(images.items), f", plain and in {len(views)} augmented views," if views else ""
+        size = rows * dim * np.dtype(wanted.store).itemsize * missing
+        wanted.say(
+            f"activations at {plain.layers[0]} of {rows} images{text} take {size / 1e6:,.0f} MB in {wanted.folder}"
+        )
 
 
 def _table(files: Sequence[CacheFile]) -> Table:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from features_cache.errors import nearest
 from pipeline.errors import FitError
-from pipeline.images.augment import parse_augment
 from pipeline.spec import NO_AUGMENT, json_fields
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -98,14 +97,20 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     FitError
         Naming the first option that cannot be, with what was expected.
     """
+    from pipeline.images.augment import (
+        AUGMENTS,
+        parse_augment,
+    )  # late: with it comes Pillow, and --help reads this file
+
     known = [field.name for field in fields(Recipe)]
     for name in options:
         if name not in known:
             raise FitError(f"fine-tuning has no option '{name}'{nearest(name, known)}; it has {', '.join(known)}")
     recipe = Recipe(**{name: value for name, value in options.items() if value is not None})
+    parts = parse_augment(recipe.augment)
+    recipe = replace(recipe, augment="+".join(part for part in AUGMENTS if part in parts) or NO_AUGMENT)
     for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("top", TOPS)):
         check_choice(name, getattr(recipe, name), names)
-    parse_augment(recipe.augment)
     rates = [("lr", recipe.lr), ("clip", recipe.clip), *((f"lr_at {name}", rate) for name, rate in recipe.lr_at)]
     for name, value in rates:
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -137,8 +142,25 @@ def parse_rate(text: str) -> tuple[str, float]:
     return found
 
 
-def check_views(recipe: Recipe, freeze: str) -> None:
-    """Raise `FitError` where views are to be cached of a network that has no frozen part."""
+def check_start(
+    recipe: Recipe,
+    backbone: str,
+    freeze: str,
+    *,
+    init: str = "pretrained",
+    head_first: bool = False,
+    precision: str = "auto",
+    watch: str | None = None,
+) -> None:
+    """Raise `FitError` where these options of `pipeline.finetune.finetune` do not exist, or not together."""
+    check_choice("init", init, INITS)
+    check_choice("precision", precision, TRAIN_PRECISIONS)
+    if watch is not None:
+        check_choice("watch", watch, WATCHES)
+    if init == "random" and "@" in backbone:
+        raise FitError(f"init random draws its own weights, so name {backbone.partition('@')[0]} without any")
+    if head_first and freeze == "all":
+        raise FitError("with freeze all nothing but the head is trained; leave out head-first")
     if recipe.views is not None and freeze == "none":
         raise FitError("with freeze none there are no frozen activations to cache; leave out views, or freeze a layer")
 

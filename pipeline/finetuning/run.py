@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import Trained, standardise, train
 from pipeline.heads.cached import Table
 from pipeline.results import Progress
-from pipeline.spec import NO_AUGMENT, fingerprint_of
+from pipeline.spec import DECODE_POLICY, NO_AUGMENT, TRAINING_RULES, fingerprint_of
 
 HEAD_EPOCHS = 10
 """Epochs of the new top alone, at most, where it trains first."""
@@ -40,6 +41,8 @@ class Plan:
         Learning rate of the uppermost layers.
     precision : str
         As asked for.
+    store : str
+        Number type of cached activations.
     folder : Path
         Of checkpoints.
     progress : callable
@@ -51,6 +54,7 @@ class Plan:
     recipe: Recipe
     rate: float
     precision: str
+    store: str
     folder: Path
     progress: Progress
     watch: bool = False
@@ -84,11 +88,6 @@ class Run:
     seconds: float
     precision: str
 
-    @property
-    def score(self) -> float:
-        """Validation accuracy; 0 without validation images."""
-        return float(np.nan_to_num(self.trained.valid_accuracy))
-
 
 def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     """Split as `fit` does, train on train, stop by val, label test.
@@ -107,8 +106,10 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     network.trunk_precision = material.trunk_precision
     network.precision = train_precision(network, material.resolved, plan.precision)
     name = f"{material.backbone.handle}, freeze {plan.freeze}, seed {seed}, shots {shots}"
-    key = [plan.freeze, recipe.to_json(), plan.rate, network.precision, material.trunk_precision, device, seed]
-    key += [material.backbone.name, material.backbone.weights_digest, _digest(table, splits)]
+    key: list[Any] = [TRAINING_RULES, DECODE_POLICY, version("thawline"), version("torch")]
+    key += [plan.freeze, recipe.to_json(), plan.rate, network.precision, material.trunk_precision, plan.store]
+    key += [material.backbone.name, material.backbone.weights_digest, asdict(material.backbone.preprocessing)]
+    key += [device, seed, n_classes, _digest(table, splits)]
     with explained(plan.folder, "make the folder of checkpoints"):
         plan.folder.mkdir(parents=True, exist_ok=True)
     part, valid, test = _parts(material.reader, table, splits, recipe, seed)

@@ -52,9 +52,9 @@ class Trained:
     notes: list[str]
 
     @property
-    def valid_accuracy(self) -> float:
-        """Accuracy on validation images at the best epoch; NaN without any."""
-        return float(self.history[self.best_epoch - 1].get("valid_acc", np.nan))
+    def valid_accuracy(self) -> float | None:
+        """Accuracy on validation images at the best epoch; None without any."""
+        return self.history[self.best_epoch - 1].get("valid_acc")
 
 
 def train(
@@ -142,7 +142,7 @@ def _run(net: Net, part: Part, recipe: Recipe, keeper: Keeper, notes: list[str])
         net.history = as_history([epoch for epoch in net.history if "batches" not in epoch])
         advice = "take a lower --lr, or --clip 1"
         if keeper.best is None:
-            raise FitError(f"{error}, before any epoch was over; {advice}") from error
+            raise FitError(f"{error}, before any weights were worth keeping; {advice}") from error
         notes.append(f"{error}: the weights of epoch {keeper.best_epoch} are kept; {advice}")
         diverged = True
     keeper.save(net, diverged=diverged, finished=True)

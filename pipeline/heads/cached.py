@@ -119,7 +119,7 @@ def select(
     CacheError
         If a layer does not exist, or fits several files.
     FitError
-        If joined files have different classes.
+        If joined files have different classes, or nothing is extracted yet.
     """
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
     tables: dict[tuple[CacheFile, ...], Table] = {}
@@ -175,6 +175,8 @@ def require_finite(layer: Layer) -> None:
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     first = files[0]
     usable = (first.states == DONE) & (first.labels >= 0)
+    if (first.states == PENDING).all():
+        raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")
     reasons = {
         "unreadable": first.states == UNREADABLE,
         "not extracted yet": first.states == PENDING,

@@ -93,6 +93,8 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
     ------
     UnreadableImageError
         Empty, of no known format, truncated, damaged, or over `PIXEL_LIMIT`.
+    MemoryError
+        It cannot be decoded now.
     """
     if not data:
         raise UnreadableImageError("empty file")
@@ -107,7 +109,7 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
             raise UnreadableImageError(f"{size[0]}x{size[1]} pixels, more than {PIXEL_LIMIT}")
         reduced = image.draft(None, (floor, floor)) if floor is not None else None
         return _upright(image, size, reduced[1][2:] if reduced is not None else size)
-    except UnreadableImageError:
+    except (UnreadableImageError, MemoryError):  # short memory is no fault of the image
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise UnreadableImageError(_reason(error)) from error

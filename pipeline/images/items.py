@@ -99,13 +99,13 @@ def build_source(name: str, location: str, entries: Iterable[Entry], reader: Cal
     Raises
     ------
     SourceError
-        A name, label or group is not valid UTF-8 or holds a NUL, which a cache could not store.
+        A name, label or group, or the location, is not valid UTF-8 or holds a NUL, which a cache could not store.
     """
     ordered = sorted(entries)
-    for entry in ordered:
-        for text in (entry.uri, entry.label, entry.group):
-            if not _can_be_stored(text):
-                raise SourceError(f"{location}: expected names in UTF-8 without NUL, found {text!a}: rename it")
+    for text in (location, *(text for entry in ordered for text in (entry.uri, entry.label, entry.group))):
+        if not _can_be_stored(text):
+            where = ascii(location)[1:-1]
+            raise SourceError(f"{where}: expected names in UTF-8 without NUL, found {text!a}: rename it")
     classes = tuple(sorted({entry.label for entry in ordered} - {""}))
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     items = [Item(entry.uri, numbers[entry.label], *entry[2:]) for entry in ordered]

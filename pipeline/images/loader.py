@@ -38,8 +38,6 @@ class Batch:
         the last batch: there it may be less, even 0.
     digests : np.ndarray
         (k, 16) uint8, blake2b-128 of each file's bytes.
-    sizes, mtimes_ns : np.ndarray
-        (k,) int64, as listed in the source.
     duplicates : list of Duplicate
         Rows equal to one in this batch or an earlier one.
     failures : list of Failure
@@ -51,8 +49,6 @@ class Batch:
     rows: np.ndarray
     pixels: tuple[np.ndarray, ...]
     digests: np.ndarray
-    sizes: np.ndarray
-    mtimes_ns: np.ndarray
     duplicates: list[Duplicate] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     known: list[Known] = field(default_factory=list)
@@ -133,8 +129,6 @@ def _batch(
         rows=np.array([image.row for image in decoded], np.int64),
         pixels=pixels,
         digests=np.frombuffer(b"".join(image.digest for image in decoded), np.uint8).reshape(-1, 16),
-        sizes=np.array([image.size for image in decoded], np.int64),
-        mtimes_ns=np.array([image.mtime_ns for image in decoded], np.int64),
         duplicates=[other for other in others if isinstance(other, Duplicate)],
         failures=[other for other in others if isinstance(other, Failure)],
         known=[other for other in others if isinstance(other, Known)],

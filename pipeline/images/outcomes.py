@@ -8,13 +8,11 @@ import numpy as np
 
 
 class Decoded(NamedTuple):
-    """Pixels, uint8 (h, w, 3) for each preprocessing; size in bytes and time in nanoseconds as listed, as below."""
+    """Pixels, uint8 (h, w, 3) for each preprocessing."""
 
     row: int
     pixels: tuple[np.ndarray, ...]
     digest: bytes
-    size: int
-    mtime_ns: int
 
 
 class Duplicate(NamedTuple):
@@ -23,18 +21,14 @@ class Duplicate(NamedTuple):
     row: int
     of: int
     digest: bytes
-    size: int
-    mtime_ns: int
 
 
 class Failure(NamedTuple):
-    """A row that could not be read (no digest) or decoded, and why in a few words."""
+    """A row that could not be decoded, and why in a few words; no digest where another attempt may succeed."""
 
     row: int
     reason: str
     digest: bytes | None
-    size: int
-    mtime_ns: int
 
 
 class Known(NamedTuple):
@@ -42,8 +36,6 @@ class Known(NamedTuple):
 
     row: int
     digest: bytes
-    size: int
-    mtime_ns: int
 
 
 Outcome = Decoded | Duplicate | Failure | Known

@@ -66,13 +66,14 @@ class Stages:
         """
         for thread in self._threads:
             thread.start()
-        failed: dict[int, str] = {}
+        failed: dict[int, Failure] = {}
         for position, row in enumerate(self._rows):
             outcome = self._take(position)
             if isinstance(outcome, Duplicate) and outcome.of in failed:
-                outcome = Failure(row, failed[outcome.of], outcome.digest, outcome.size, outcome.mtime_ns)
+                first = failed[outcome.of]
+                outcome = Failure(row, first.reason, first.digest)
             elif isinstance(outcome, Failure):
-                failed[row] = outcome.reason
+                failed[row] = outcome
             yield outcome
 
     def stop(self) -> None:
@@ -121,21 +122,20 @@ class Stages:
     def _read(self, position: int) -> None:
         """Read and hash a row, then, when all rows before it were judged, settle it or pass it on to be decoded."""
         row = self._rows[position]
-        item = self._source.items[row]
         outcome: Outcome | None = None
         data = digest = b""
         try:
-            data = self._source.read(item)
+            data = self._source.read(self._source.items[row])
             digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
         except UnreadableImageError as error:
-            outcome = Failure(row, str(error), None, item.size, item.mtime_ns)
+            outcome = Failure(row, str(error), None)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopped or (self._judged == position and len(self._jobs) < self._jobs_limit)
             )
             if self._stopped:
                 return
-            outcome = outcome or self._settled(row, digest, item.size, item.mtime_ns)
+            outcome = outcome or self._settled(row, digest)
             if outcome is None:
                 self._jobs.append(Job(position, row, digest, data))
             else:
@@ -143,24 +143,25 @@ class Stages:
             self._judged += 1
             self._changed.notify_all()
 
-    def _settled(self, row: int, digest: bytes, size: int, mtime_ns: int) -> Outcome | None:
+    def _settled(self, row: int, digest: bytes) -> Outcome | None:
         """Return the outcome of a row that needs no decoding; call it in row order."""
         if digest in self._first:
-            return Duplicate(row, self._first[digest], digest, size, mtime_ns)
+            return Duplicate(row, self._first[digest], digest)
         if self._known is not None and self._known(digest):
-            return Known(row, digest, size, mtime_ns)
+            return Known(row, digest)
         self._first[digest] = row
         return None
 
     def _decode_all(self) -> None:
         while (job := self._next_job()) is not None:
-            item = self._source.items[job.row]
             outcome: Outcome
             try:
                 pixels = prepare_all(job.data, self._preprocessings)
-                outcome = Decoded(job.row, pixels, job.digest, item.size, item.mtime_ns)
+                outcome = Decoded(job.row, pixels, job.digest)
             except UnreadableImageError as error:
-                outcome = Failure(job.row, str(error), job.digest, item.size, item.mtime_ns)
+                outcome = Failure(job.row, str(error), job.digest)
+            except MemoryError:
+                outcome = Failure(job.row, "not enough memory", None)
             with self._changed:
                 self._outcomes[job.position] = outcome
                 self._changed.notify_all()

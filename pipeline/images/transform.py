@@ -1,9 +1,10 @@
 """A picture becomes the network's input: torchvision's `Resize` and `CenterCrop`, antialiased, in uint8.
 
 torch's own uint8 resize, which is the same arithmetic as Pillow's within 2 grey levels and several times as fast, does
-the two usual filters. Pillow does the others, and the fractional boxes of reduced JPEGs, as one resize of what the crop
-keeps: there the box is torchvision's integer resized size and crop offset mapped back to the picture (a fractional
-one would shift everything), and the columns come first, as they do in the whole picture.
+the two usual filters. Pillow does the others, the fractional boxes of reduced JPEGs, and pictures so long and thin that
+the whole would be many times the crop, as one resize of what the crop keeps: there the box is torchvision's integer
+resized size and crop offset mapped back to the picture (a fractional one would shift everything), and the columns come
+first, as they do in the whole picture.
 Scaling to floats and normalising happen later, on the device.
 """
 
@@ -28,6 +29,9 @@ _FILTERS = {
 }
 
 _TORCH_FILTERS = ("bilinear", "bicubic")
+
+_WHOLE_LIMIT = 16
+"""Times the pixels of the crop that a resized picture may have to be resized whole."""
 
 _REACH = 3
 """Rows, in those of the output, that the widest filter (Lanczos) reads beyond the box."""
@@ -94,7 +98,8 @@ def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> np.ndarra
     left, top, right, bottom = picture.box
     x = _span(left, right, resized_width, width)
     y = _span(top, bottom, resized_height, height)
-    if preprocessing.interpolation in _TORCH_FILTERS and picture.box == (0, 0, *picture.image.size):
+    small = resized_height * resized_width <= _WHOLE_LIMIT * height * width
+    if small and preprocessing.interpolation in _TORCH_FILTERS and picture.box == (0, 0, *picture.image.size):
         whole = _resize_whole(picture.image, (resized_height, resized_width), preprocessing.interpolation)
         return _centre(whole, x, y, preprocessing.size)
     box = (x.low, y.low, min(x.high, picture.image.width), min(y.high, picture.image.height))  # rounding may exceed it

@@ -11,8 +11,18 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from features_cache import UNREADABLE
-from pipeline.comparing.answer import Answer, answer, duration, extraction_seconds, p_text, percent, points, seconds
+from features_cache import UNREADABLE, CacheFile
+from pipeline.comparing.answer import (
+    Answer,
+    Costs,
+    answer,
+    duration,
+    extraction_seconds,
+    p_text,
+    percent,
+    points,
+    seconds,
+)
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import HEAD, Board, Score, boards, shots_order
@@ -22,7 +32,8 @@ from pipeline.evaluation.metrics import count
 from pipeline.images.source import ImageSource
 from pipeline.reporting.html_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.html_model_charts import calibration_chart, class_chart, map_chart
-from pipeline.reporting.html_pictures import Album, Confusion, Leaks, confusion_counts, lay_out, leaks, worst_confusions
+from pipeline.reporting.html_pictures import Album, Confusion, Leaks, lay_out, leaks, worst_confusions
+from pipeline.reporting.plots.confusion import confusion_counts
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40
@@ -32,10 +43,15 @@ MOST_UNREADABLE = 200
 
 @dataclass(frozen=True)
 class Seen:
-    """What belongs to one source: its images and the features of its extractions by backbone and pooling."""
+    """What belongs to one source: its images, and the features that each head was fitted on, by the head's key."""
 
     images: ImageSource
-    features: Mapping[tuple[str, str], Features]
+    features: dict[str, Features]
+
+    @property
+    def files(self) -> list[CacheFile]:
+        """All files of these features."""
+        return list(dict.fromkeys(file for features in self.features.values() for file in features.files.values()))
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Chapter:
     charts: Sequence[Chart]
     differences: Differences | None
     models: Sequence[Model]
-    leaks: Leaks
+    leaks: Leaks | None
     unreadable: Sequence[tuple[str, str]]
     unreadable_count: int
 
@@ -109,7 +125,7 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     )
 
 
-def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extraction: Mapping[str, float]) -> Chapter:
+def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extraction: Costs) -> Chapter:
     album = Album(seen.images)
     verdict = answer(board, folder.judged, extraction)
     classes = seen.images.classes
@@ -117,10 +133,9 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
     said = {score.first["key"]: folder.judged(score.first["key"]) for score in chosen}
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
     charts += [class_chart(chosen, said, classes), calibration_chart(chosen, said)]
-    features = next(iter(seen.features.values()), None)
     if verdict.frozen is not None:
         charts.append(_map(verdict.frozen, seen, said[verdict.frozen.first["key"]]))
-    unreadable = _unreadable(seen)
+    unreadable = _unreadable(seen.files)
     return Chapter(
         board.source,
         f"source-{number}",
@@ -128,13 +143,13 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
         [chart for chart in charts if chart is not None],
         _differences(board, folder),
         [_model(score, said[score.first["key"]], classes, album) for score in chosen],
-        leaks(features, album) if features is not None and features.files else Leaks(0, []),
+        leaks(seen.files[0], album) if seen.files else None,
         unreadable[:MOST_UNREADABLE],
         len(unreadable),
     )
 
 
-def _table(found: Sequence[Board], extraction: Mapping[str, float]) -> list[dict[str, Any]]:
+def _table(found: Sequence[Board], extraction: Costs) -> list[dict[str, Any]]:
     """Return one row for each method and number of labels, the most accurate first."""
     scores = [(board.source, score) for board in found for score in board.scores.values()]
     scores.sort(key=lambda pair: (shots_order(pair[1].shots), pair[1].accuracy), reverse=True)
@@ -198,25 +213,24 @@ def _model(score: Score, said: Judged, classes: Sequence[str], album: Album) -> 
         f1 = percent(2 * right / (true + predicted)) if true + predicted else "–"
         rows.append((name, true, shown, precision, f1, recall))
     rows.sort(key=lambda row: row[5])
-    matrix = confusion_counts(said, len(classes)).tolist() if len(classes) <= MOST_CLASSES else []
+    matrix = confusion_counts(said.y_true, said.y_pred, len(classes)).tolist() if len(classes) <= MOST_CLASSES else []
     seed = f", seed {score.first['seed']}" if len(score.records) > 1 else ""
     return Model(f"{score.method}{seed}", rows, classes, matrix, worst_confusions(said, classes, album))
 
 
 def _map(score: Score, seen: Seen, said: Judged) -> Chart | None:
-    features = seen.features.get((score.first["backbone"], score.first["pool"]))
+    features = seen.features.get(score.first["key"])
     if features is None or len(said.uris) < 5:
         return None
     places, shown = lay_out(features, score.first["layer"], said)
     return map_chart(places, shown, seen.images.classes, score.first["layer"])
 
 
-def _unreadable(seen: Seen) -> list[tuple[str, str]]:
+def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
     found: dict[str, str] = {}
-    for features in seen.features.values():
-        for file in features.files.values():
-            for row in np.flatnonzero(file.states == UNREADABLE):
-                found[str(file.uris[row])] = str(file.reasons[row])
+    for file in files:
+        for row in np.flatnonzero(file.states == UNREADABLE):
+            found[str(file.uris[row])] = str(file.reasons[row])
     return sorted(found.items())
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.comparing.answer import duration, percent, seconds
+from pipeline.comparing.answer import Costs, duration, percent, seconds
 from pipeline.comparing.methods import HEAD, Board, Score, best_of
 from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
 
@@ -136,7 +136,7 @@ def labels_chart(board: Board) -> Chart | None:
     return Chart("How many labels does it take?", caption, svg, columns, rows)
 
 
-def cost_chart(board: Board, extraction: Mapping[str, float]) -> Chart:
+def cost_chart(board: Board, extraction: Costs) -> Chart:
     """Accuracy against seconds at the most labels, with the methods that nothing beats on both."""
     scores = board.at(board.shots[-1])
     costs = np.array([max(seconds(score, extraction), 1e-3) for score in scores])
@@ -212,7 +212,7 @@ def _peak(scores: Sequence[Score]) -> float:
 
 def _labels_a_class(score: Score, board: Board) -> float:
     classes = max(1, score.first.get("n_classes") or 1)
-    return float(score.shots) if score.shots != "all" else score.first["n_train"] / classes
+    return float(score.shots) if score.shots != "all" else (score.first["n_train"] + score.first["n_val"]) / classes
 
 
 def _percent_axis(axes: Any, label: str) -> None:

@@ -12,6 +12,7 @@ from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
 from pipeline.reporting.html_charts import MOST_LINES, Chart
 from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
+from pipeline.reporting.plots.reliability import reliability
 
 MOST_BARS = 20
 
@@ -70,7 +71,8 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> 
                 label=f"{score.method}: {_errors(score)}",
             )  # fmt: skip
             rows += [
-                (score.method, percent(s), percent(r), int(c)) for s, r, c in zip(sure, right, counts, strict=True)
+                (score.method, percent(s), percent(r), int(c))
+                for s, r, c in zip(sure, right, counts[counts > 0], strict=True)
             ]
             drawn += 1
         if not drawn:
@@ -109,18 +111,6 @@ def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str],
         svg = to_svg(figure, f"Map of the test images by their features at {layer}; mistakes are ringed.")
     caption = f"t-SNE of the features at {layer}: near images look alike to the network. Rings are mistakes."
     return Chart("What does the network see as alike?", caption, svg, ("class", "test images", "mistakes"), rows)
-
-
-def reliability(
-    probability: NDArray[np.float32], correct: NDArray[np.bool_], bins: int = 10
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return mean probability, share right and number of rows of each filled bin of equal width."""
-    place = np.minimum((probability * bins).astype(int), bins - 1)
-    counts = np.bincount(place, minlength=bins)
-    filled = counts > 0
-    sure = np.bincount(place, weights=probability, minlength=bins)[filled] / counts[filled]
-    right = np.bincount(place, weights=correct, minlength=bins)[filled] / counts[filled]
-    return sure, right, counts[filled]
 
 
 def _errors(score: Score) -> str:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from features_cache import CacheFile
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged
 from pipeline.errors import UnreadableImageError
 from pipeline.evaluation.leaks import find_leaks
 from pipeline.images.decode import decode
 from pipeline.images.source import ImageSource
+from pipeline.reporting.plots.embedding import neighbour_map, principal_components
 
 SIDE = 96
 """Longer side of a thumbnail, pixels."""
@@ -96,16 +98,8 @@ def worst_confusions(said: Judged, classes: Sequence[str], album: Album) -> list
     return found
 
 
-def confusion_counts(said: Judged, n_classes: int) -> NDArray[np.int64]:
-    """Return how often each true class (row) was called each class (column), (k, k)."""
-    counts = np.zeros((n_classes, n_classes), np.int64)
-    np.add.at(counts, (said.y_true, said.y_pred), 1)
-    return counts
-
-
-def leaks(features: Features, album: Album) -> Leaks:
+def leaks(file: CacheFile, album: Album) -> Leaks:
     """Return the images that stand, byte for byte, both in a given test (or val) split and in what is learnt from."""
-    file = next(iter(features.files.values()))
     usable = (file.states == 1) & (file.labels >= 0)
     sides = {name: np.flatnonzero(usable & (file.splits == name)) for name in ("train", "val", "test")}
     if not any(len(sides[name]) for name in ("val", "test")):
@@ -121,11 +115,6 @@ def leaks(features: Features, album: Album) -> Leaks:
 
 def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.float64], Judged]:
     """Return places (n, 2) of at most a thousand test images by t-SNE of their features, and these images."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    from sklearn.preprocessing import StandardScaler
-    from threadpoolctl import threadpool_limits
-
     file = features.files[layer.split("+")[0]]
     row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}
     kept = np.sort(np.random.default_rng(0).permutation(len(said.uris))[:MOST_POINTS])
@@ -133,13 +122,10 @@ def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.fl
     matrix = np.concatenate(
         [np.asarray(features.files[name].matrix(name)[rows], np.float32) for name in layer.split("+")], axis=1
     )
-    scaled = StandardScaler().fit_transform(matrix)
-    reduced = PCA(min(50, *scaled.shape), random_state=0).fit_transform(scaled)
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    with threadpool_limits(1):  # more threads wait for one another on rows this few
-        places = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(reduced)
     probability = None if said.probability is None else said.probability[kept]
-    return places, Judged(said.uris[kept], said.y_true[kept], said.y_pred[kept], probability)
+    return neighbour_map(principal_components(matrix)[0]), Judged(
+        said.uris[kept], said.y_true[kept], said.y_pred[kept], probability
+    )
 
 
 def _surety(said: Judged, row: int) -> str:

@@ -31,7 +31,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Yield a function that draws one bar for each different `text`.
+    """Yield a function that draws one bar for each different `text`; the next one takes the place of full ones.
 
     Nothing is drawn where stderr is not a terminal, so logs stay readable.
     """
@@ -49,6 +49,8 @@ def progress_bar() -> Iterator[Progress]:
 
         def report(done: int, total: int, text: str, state: str = "") -> None:
             if text not in bars:
+                for task in drawing.tasks:  # full bars make room: only what fits on the screen is drawn
+                    drawing.update(task.id, visible=not task.finished)
                 bars[text] = drawing.add_task(text, total=total, state="")
             drawing.update(bars[text], completed=done, total=total, state=state)
 

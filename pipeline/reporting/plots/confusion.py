@@ -32,8 +32,7 @@ def confusion_figure(
         Names by number.
     title : str, default ""
     """
-    counts = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(counts, (y_true, y_pred), 1)
+    counts = confusion_counts(y_true, y_pred, len(classes))
     side = float(np.clip(0.45 * len(classes), 4.5, 16))
     margin = 0.07 * max(len(short(name)) for name in classes) if len(classes) <= MOST_NAMED else 0.4
     figure = new_figure(side + margin + 0.6, side + margin)
@@ -43,6 +42,11 @@ def confusion_figure(
     if title:
         axes.set_title(title)
     return figure
+
+
+def confusion_counts(y_true: NDArray[np.int64], y_pred: NDArray[np.int64], n_classes: int) -> NDArray[np.int64]:
+    """Return how often each true class (row) was called each class (column), (K, K) int64."""
+    return np.bincount(y_true * n_classes + y_pred, minlength=n_classes**2).reshape(n_classes, n_classes)
 
 
 def confusion_matrix(axes: Axes, counts: NDArray[np.int64], classes: Sequence[str]) -> None:

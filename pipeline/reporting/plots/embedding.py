@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from pipeline.reporting.plots.style import COLOURS, INK, MARKERS, QUIET, new_figure, short
 
@@ -43,7 +44,9 @@ def embedding_figure(features: Floats, y_true: Ints, y_pred: Ints, classes: Sequ
     """
     shown = _shown(y_true, y_pred, len(classes))
     figure = new_figure(13, 5.6)
-    for axes, (name, places) in zip(figure.subplots(1, 2), _maps(features).items(), strict=True):
+    components, share = principal_components(features)
+    maps = {f"PCA ({share:.0%} of the variance)": components[:, :2], "t-SNE": neighbour_map(components)}
+    for axes, (name, places) in zip(figure.subplots(1, 2), maps.items(), strict=True):
         _scatter(axes, places, y_true, y_pred != y_true, [(number, short(classes[number])) for number in shown])
         axes.set_title(name)
     handles, names = figure.axes[0].get_legend_handles_labels()
@@ -54,15 +57,21 @@ def embedding_figure(features: Floats, y_true: Ints, y_pred: Ints, classes: Sequ
     return figure
 
 
-def _maps(features: Floats) -> dict[str, Places]:
+def principal_components(features: Floats) -> tuple[Places, float]:
+    """Return at most 50 principal components (n, k), k at least 2, and the share of variance of the first two."""
     scaled = StandardScaler().fit_transform(features.astype(np.float64))
-    pca = PCA(min(_FEATURES, *scaled.shape), svd_solver="full").fit(scaled)
+    pca = PCA(min(_FEATURES, *scaled.shape), random_state=0).fit(scaled)
     reduced = pca.transform(scaled)
-    perplexity = min(_PERPLEXITY, (len(reduced) - 1) / 3)
-    flat = reduced if reduced.shape[1] > 1 else np.hstack([reduced, np.zeros_like(reduced)])
-    share = pca.explained_variance_ratio_[:2].sum()
-    near = TSNE(perplexity=perplexity, init=flat[:, :2] / max(flat[:, 0].std(), 1e-12) * 1e-4, random_state=0)
-    return {f"PCA ({share:.0%} of the variance)": flat[:, :2], "t-SNE": near.fit_transform(reduced)}
+    padded = reduced if reduced.shape[1] > 1 else np.hstack([reduced, np.zeros_like(reduced)])
+    return padded, float(pca.explained_variance_ratio_[:2].sum())
+
+
+def neighbour_map(components: Places) -> Places:
+    """Return places (n, 2) by t-SNE, which keeps neighbours together, begun at the first two of `components` (n, k)."""
+    begin = components[:, :2] / max(components[:, 0].std(), 1e-12) * 1e-4
+    perplexity = min(_PERPLEXITY, (len(components) - 1) / 3)
+    with threadpool_limits(1):  # more threads wait for one another on rows this few
+        return np.asarray(TSNE(perplexity=perplexity, init=begin, random_state=0).fit_transform(components))
 
 
 def _shown(y_true: Ints, y_pred: Ints, n_classes: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -31,12 +32,9 @@ def reliability_figure(y_true: NDArray[np.int64], probabilities: Mapping[str, ND
     edges = np.linspace(0, 1, BINS + 1)
     for number, (name, values) in enumerate(probabilities.items()):
         confidence, right = values.max(axis=1), values.argmax(axis=1) == y_true
-        place = np.searchsorted(edges[1:-1], confidence)
-        counts = np.bincount(place, minlength=BINS)
-        filled = counts > 0
-        x = np.bincount(place, weights=confidence, minlength=BINS)[filled] / counts[filled]
-        y = np.bincount(place, weights=right, minlength=BINS)[filled] / counts[filled]
-        low, high = np.array([wilson(round(share * n), n) for share, n in zip(y, counts[filled], strict=True)]).T
+        x, y, counts = reliability(confidence, right)
+        filled = counts[counts > 0]
+        low, high = np.array([wilson(round(share * n), n) for share, n in zip(y, filled, strict=True)]).T
         error = expected_calibration_error(y_true, values)
         color, marker = COLOURS[number], MARKERS[number]
         label = f"{name}: calibration error {error:.3f}"
@@ -49,3 +47,24 @@ def reliability_figure(y_true: NDArray[np.int64], probabilities: Mapping[str, ND
     tidy(top)
     tidy(bottom)
     return figure
+
+
+def reliability(
+    confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+    """Sort rows (n,) into ten bins of confidence, of equal width and closed above as those of the calibration error.
+
+    Returns
+    -------
+    confidence, accuracy : (b,) float64
+        Means of the bins that have rows.
+    counts : (10,) int64
+        Rows of each bin.
+    """
+    place = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
+    counts = np.bincount(place, minlength=BINS)
+    filled = counts > 0
+    means = [
+        np.bincount(place, weights=values, minlength=BINS)[filled] / counts[filled] for values in (confidence, right)
+    ]
+    return means[0], means[1], counts
