@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.predictions import TestPredictions, scores
-from pipeline.results import FinetuneResult, Progress, to_json
+from pipeline.results import ExtractResult, FinetuneResult, Progress, to_json
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class FinetuneReport:
         the first on a tie.
     saved : Path or None
         The model file.
+    extracted : list of list of ExtractResult
+        The cache files that what is frozen was extracted into, or was in already; of each call of `extract`.
     """
 
     results: list[FinetuneResult]
@@ -57,6 +59,7 @@ class FinetuneReport:
     classes: tuple[str, ...]
     best: int
     saved: Path | None
+    extracted: list[list[ExtractResult]]
 
 
 def finetune(
@@ -165,7 +168,8 @@ def finetune(
         _save(destination, kept, material, recipe, results[best])
     notes += tell_ties(p_values)
     said = [one.said for one in done]
-    return FinetuneReport(results, said, list(dict.fromkeys(notes)), material.table.classes, best, destination)
+    notes = list(dict.fromkeys(notes))
+    return FinetuneReport(results, said, notes, material.table.classes, best, destination, wanted.extracted)
 
 
 def _promise(result: FinetuneResult) -> tuple[float, float]:

@@ -226,6 +226,8 @@ def _finetune_one(work: Work, line: Line, total: int, block: Mapping[Finetune, s
     how = line.how() | {"output": work.cache(line)}
     tell = _prefixed(work.progress, f"finetune {options['backbone']} ")
     report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=tell, **options, **how)
+    for results in report.extracted:
+        _note(work.folder, work.images[job.source].name, options.get("size"), results)
     record = {"key": key, **_common(work.images[job.source]), **to_json(report.results[0])}
     record["options"] = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     _keep(work, record, report.predictions[0], total)

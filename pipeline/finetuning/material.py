@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pipeline.finetuning.network import ALL, line_of
 from pipeline.heads.cached import Table, select
 from pipeline.images.source import open_source
 from pipeline.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
-from pipeline.results import Progress
+from pipeline.results import ExtractResult, Progress
 from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
 
 FLAT = "flatten"
@@ -55,6 +55,8 @@ class Wanted:
     progress : callable
     say : callable
         Takes a sentence that the user should read now.
+    extracted : list of list of ExtractResult
+        Takes what each extraction came to.
     """
 
     source: str | Path
@@ -75,6 +77,7 @@ class Wanted:
     workers: int | None
     progress: Progress
     say: Callable[[str], None]
+    extracted: list[list[ExtractResult]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,6 +190,7 @@ def _extracted(
         progress=wanted.progress,
         **augmented,
     )
+    wanted.extracted.append(results)
     for note in dict.fromkeys(note for result in results for note in result.notes):
         wanted.say(note)
     return [open_cache(result.path) for result in results]

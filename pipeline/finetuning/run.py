@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -75,7 +76,7 @@ class Run:
     temperature : float or None
         What calibrates them, fitted on validation rows; None without any.
     seconds : float
-        Of training, those before a checkpoint included.
+        Of training, those before a checkpoint included, and of calibration and test.
     precision : str
         In which what is thawed was trained.
     """
@@ -99,6 +100,7 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     CacheError
         If a checkpoint is damaged, or their folder cannot be made.
     """
+    began = time.perf_counter()
     n_classes = len(material.table.classes)
     table, recipe, device = material.table, plan.recipe, material.resolved.device
     splits = splits_of(table, seed, shots)
@@ -113,13 +115,13 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     with explained(plan.folder, "make the folder of checkpoints"):
         plan.folder.mkdir(parents=True, exist_ok=True)
     part, valid, test = _parts(material.reader, table, splits, recipe, seed)
-    seconds = 0.0
+    earlier = 0.0
     if material.features is None:
         standardise(network, part, device)
     else:
         head = Network(material.backbone, ALL, recipe.top, n_classes)
         parts = _parts(material.features, table, splits, replace(recipe, augment=NO_AUGMENT), seed)
-        seconds = _train_head(head, n_classes, parts, plan, key, seed, device, name)
+        earlier = _train_head(head, n_classes, parts, plan, key, seed, device, name)
         network.new_head.load_state_dict(head.new_head.state_dict())
         key = [*key, "head first"]
     if plan.watch:
@@ -129,9 +131,9 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
         network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name,
         watch=plan.watch,
     )  # fmt: skip
-    seconds += _seconds(trained)
     temperature = None if valid is None else fit_temperature(trained.net.predict_part(valid), valid.labels)
     probabilities = trained.net.predict_part(test)
+    seconds = time.perf_counter() - began + earlier + trained.earlier
     return Run(splits, network.eval(), trained, probabilities, temperature, seconds, network.precision)
 
 
@@ -156,18 +158,14 @@ def _train_head(
     device: str,
     name: str,
 ) -> float:
-    """Train the new top alone on frozen features; return the seconds it took."""
+    """Train the new top alone on frozen features; return the seconds of epochs that came from a checkpoint."""
     part, valid, _ = parts
     standardise(head, part, device)
     recipe = replace(plan.recipe, epochs=min(plan.recipe.epochs, HEAD_EPOCHS), layer_decay=1.0, lr_at=())
     checkpoint = plan.folder / f"{fingerprint_of([*key, 'head'])}.pt"
     rate = recipe.rate(new_only=True)
-    trained = train(head, recipe, rate, part, valid, classes, checkpoint, seed, device, plan.progress, f"{name}, head")
-    return _seconds(trained)
-
-
-def _seconds(trained: Trained) -> float:
-    return float(sum(epoch["seconds"] for epoch in trained.history))
+    name = f"{name}, head"
+    return train(head, recipe, rate, part, valid, classes, checkpoint, seed, device, plan.progress, name).earlier
 
 
 def _digest(table: Table, splits: Splits) -> str:

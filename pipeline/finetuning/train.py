@@ -41,6 +41,8 @@ class Trained:
         The epoch whose weights were kept, from 1.
     diverged : bool
         Whether training ended because the loss was not finite.
+    earlier : float
+        Seconds of the epochs that came from a checkpoint.
     notes : list of str
         What a user should know, a sentence each.
     """
@@ -49,6 +51,7 @@ class Trained:
     history: list[dict[str, Any]]
     best_epoch: int
     diverged: bool
+    earlier: float
     notes: list[str]
 
     @property
@@ -119,6 +122,7 @@ def train(
     net.notify("on_train_begin", X=part, y=None)
     if state:
         keeper.restore(net, state)
+    earlier = sum(epoch["dur"] for epoch in net.history)
     diverged = state is not None and state["diverged"]
     notes: list[str] = []
     if not (state and state["finished"]):
@@ -128,7 +132,7 @@ def train(
     net.notify("on_train_end", X=part, y=None)
     history = [_entry(epoch) for epoch in net.history]
     notes += keeper.problems + [f"{name}: {warning}" for warning in (judge(history) if watch else [])]
-    return Trained(net, history, keeper.best_epoch, diverged, notes)
+    return Trained(net, history, keeper.best_epoch, diverged, earlier, notes)
 
 
 def _run(net: Net, part: Part, recipe: Recipe, keeper: Keeper, notes: list[str]) -> bool:
