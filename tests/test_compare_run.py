@@ -273,12 +273,17 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
         predictions: list[Any]
         notes: list[str]
         classes: tuple[str, ...]
+        extracted: list[list[Any]]
 
     def finetune(source: str, seeds: list[int], shots: list[Any], **options: Any) -> Report:
         calls.append((seeds, shots, options["freeze"], options["backbone"]))
         made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots)
         return Report(
-            [replace(result, kind="finetune") for result in made.results], made.predictions, made.notes, made.classes
+            [replace(result, kind="finetune") for result in made.results],
+            made.predictions,
+            made.notes,
+            made.classes,
+            [],
         )
 
     module.finetune = finetune  # type: ignore[attr-defined]
