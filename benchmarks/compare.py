@@ -1,8 +1,10 @@
 """How long a whole `thawline compare` takes, and how little of that is its own.
 
 The plan is two backbones x their stages x two heads x shots (1, 5, 20, all) x three seeds, and, with `--finetune`, two
-fine-tunes on cached trunks. Overhead is the run's time beyond extraction, fits (which run one a core) and fine-tunes.
-Then the same command again, in a process of its own, with nothing to do.
+fine-tunes on cached trunks. Overhead is the share of the run's time outside the stages `extract`, `fit` and `finetune`;
+`idle` is the larger share in which no image is extracted, no head fitted (one a core) and no network trained: starts of
+torch and of workers, and loading of networks, are in that too. Then the same command again, in a process of its
+own, with nothing to do.
 
     python benchmarks/compare.py SOURCE [--finetune] [--seeds 3]
 """
@@ -14,6 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +47,47 @@ seed = 0
 """
 
 
+@contextmanager
+def timed_stages(spent: dict[str, float]) -> Iterator[None]:
+    """Add the time inside each stage to `spent`, that of a stage called by another to the other alone."""
+    inside: list[str] = []
+    stages = {name: import_module(f"pipeline.{name}") for name in spent}
+    plain = {name: getattr(module, name) for name, module in stages.items()}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            inside.append(name)
+            try:
+                return plain[name](*args, **kwargs)
+            finally:
+                inside.pop()
+                spent[name] += 0.0 if inside else time.perf_counter() - began
+
+        return call
+
+    for name, module in stages.items():
+        setattr(module, name, timed(name))
+    try:
+        yield
+    finally:
+        for name, module in stages.items():
+            setattr(module, name, plain[name])
+
+
 def measure(plan: Path, run: Path) -> dict[str, Any]:
     """Run the plan and return where its seconds went."""
     started = time.perf_counter()
-    report = compare(plan, run)
+    stages = dict.fromkeys(("extract", "fit", "finetune"), 0.0)
+    with timed_stages(stages):
+        report = compare(plan, run)
     whole = time.perf_counter() - started
     provenance = json.loads((run / "run.json").read_text())
     extraction = sum(entry["seconds"] for entry in provenance["extractions"].values())
     heads = sum(result["seconds"] for result in report.results if result["kind"] == "head")
     tunes = sum(result["seconds"] for result in report.results if result["kind"] == "finetune")
     cores = joblib.cpu_count()
-    accounted = extraction + heads / cores + tunes
+    busy = extraction + heads / cores + tunes
     return {
         "results": len(report.results),
         "failures": len(report.failures),
@@ -61,7 +96,9 @@ def measure(plan: Path, run: Path) -> dict[str, Any]:
         "fits": heads,
         "cores": cores,
         "finetunes": tunes,
-        "overhead": (whole - accounted) / whole,
+        "stages": stages,
+        "overhead": 1 - sum(stages.values()) / whole,
+        "idle": 1 - busy / whole,
         "report_bytes": (run / "report.html").stat().st_size,
     }
 

@@ -355,7 +355,7 @@ def test_the_command_saves_a_model_that_predict_takes(
     output = thawline(*base, *how, "-o", tmp_path / "cache", "--save", model, "--json")
     document = output.json
     assert "activations at layer4 of 37 images take" in output.stderr
-    assert (document["model"], document["best"]) == (str(model), 0)
+    assert (document["saved"], document["best"]) == (str(model), 0)
     result = document["results"][0]
     assert result["kind"] == "finetune"
     assert result["freeze"] == "layer4"

@@ -95,8 +95,8 @@ def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json:
         report = run(source, shots=as_shots(shots), progress=progress, say=say, **options)
     say_all(report.notes)
     if as_json:
-        document = {"results": to_records(report.results), "notes": report.notes}
-        print_json(document | {"model": str(report.saved), "best": report.best} if report.saved else document)
+        saved = str(report.saved) if report.saved else None
+        print_json({"results": to_records(report.results), "notes": report.notes, "best": report.best, "saved": saved})
     else:
         print_table(finetune_table(report.results))
         if report.saved:

@@ -97,10 +97,7 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     FitError
         Naming the first option that cannot be, with what was expected.
     """
-    from pipeline.images.augment import (
-        AUGMENTS,
-        parse_augment,
-    )  # late: with it comes Pillow, and --help reads this file
+    from pipeline.images.augment import AUGMENTS, parse_augment  # late: Pillow comes with it, and --help reads this
 
     known = [field.name for field in fields(Recipe)]
     for name in options:
