@@ -422,7 +422,7 @@ def test_fewer_labels_are_compared_where_fine_tuning_had_no_more() -> None:
     assert found.headline == "Fine-tune: it is 50.0 points better here"
     assert "at 5 labels a class" in found.sentences[0]
     assert "no number of labels in common" in verdict({"all": 0.9}, {5: 1.0}, (10, 20)).sentences[-1]
-    assert "Nothing was fine-tuned to an end" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
+    assert "No fine-tuning stands beside it" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
 
 
 @pytest.mark.parametrize(("freeze", "expected"), [("none", 1.0), ("all", 3.0), ("layer1", 3.0), (None, 3.0)])

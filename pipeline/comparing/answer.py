@@ -66,7 +66,7 @@ def answer(board: Board, judged: Judge, extraction: Costs) -> Answer:
     if both:
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
-        sentences.append("Nothing was fine-tuned to an end in this run; a [[finetune]] would tell what that adds.")
+        sentences.append("No fine-tuning stands beside it; a [[finetune]] in the plan would tell what that adds.")
     return Answer(f"Best here: {best.method}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
 
 
