@@ -18,6 +18,7 @@ from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
 from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
 from pipeline.heads.search import Fold, balanced_weights, make_fold, scale, search, train_final
+from pipeline.heads.spectrum import find_spectrum
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +79,21 @@ def test_logreg_is_scikit_learns_optimum_however_rows_are_scaled(scaling: str, l
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert found.predict_proba(rows) == pytest.approx(exact.predict_proba(rows), abs=2e-3)
+
+
+def test_units_follow_the_principal_axes_and_can_be_undone() -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.standard_normal((500, 8)) * 2.0 ** -np.arange(8) + 3).astype(np.float32)
+    spectrum = find_spectrum(rows)
+    variances, axes = np.linalg.eigh(np.cov(rows.T, bias=True))
+    assert spectrum.mean == pytest.approx(rows.mean(axis=0), rel=1e-5)
+    assert spectrum.spread == pytest.approx(variances[::-1][:4], rel=1e-3)
+    units = spectrum.units(curvature=0.3, penalty=0.02)
+    for axis, variance in list(zip(axes.T, variances, strict=True))[:3:-1]:
+        weights = np.append(axis, 0)[None]
+        assert units.apply(weights) == pytest.approx(weights / np.sqrt(0.3 * variance + 0.02), rel=1e-3, abs=1e-2)
+    weights = rng.standard_normal((3, 9))
+    assert units.inverse().apply(units.apply(weights)) == pytest.approx(weights)
 
 
 @pytest.mark.parametrize("c", [1.0, 10.0, 3162.0, 1e5])
