@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ import pytest
 from PIL import Image
 
 import cli
+
+
+def pytest_configure() -> None:
+    """Leave one thread to each of the processes that run tests, of torch and in what they start."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
