@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.predictions import TestPredictions, scores
+from pipeline.heads.schedule import preference
 from pipeline.results import ExtractResult, FinetuneResult, Progress, to_json
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
@@ -160,7 +161,8 @@ def finetune(
             if count == "all" and not len(came.splits.val):
                 notes.append("without validation images training goes through all epochs and keeps the last weights")
             done.append(_finished(came, material, plan, init, seed, count, head_first=head_first))
-            if kept is None or _promise(done[-1].result) > _promise(done[best].result):
+            ranks = [preference(one.result.shots, one.result.validation_accuracy, i) for i, one in enumerate(done)]
+            if ranks[-1] == max(ranks):
                 best, kept = len(done) - 1, came.network
     p_values = compare_models([one.said.uris for one in done], [one.said.right for one in done])
     results = [replace(one.result, p_vs_best=p) for one, p in zip(done, p_values, strict=True)]
@@ -170,11 +172,6 @@ def finetune(
     said = [one.said for one in done]
     notes = list(dict.fromkeys(notes))
     return FinetuneReport(results, said, notes, material.table.classes, best, destination, wanted.extracted)
-
-
-def _promise(result: FinetuneResult) -> tuple[float, float]:
-    """Return by what a model is kept: most shots, then validation accuracy, which few shots leave no images for."""
-    return float("inf") if result.shots == "all" else float(result.shots), result.validation_accuracy or 0.0
 
 
 class _Done(NamedTuple):
