@@ -89,6 +89,7 @@ def test_extract_fit_predict(thawline: Thawline, make_photos: Callable[..., Path
 def test_joined_layers_are_predicted_each_at_its_own_precision(
     make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)  # torch emulates it
     photos, cache = make_photos(each=5), tmp_path / "cache"
     for layer, precision in (("layer1", "fp32"), ("layer2", "bf16")):
         extract(photos, ["resnet18@random:0"], [layer], output=cache, precision=precision, engine="torch")
