@@ -57,7 +57,9 @@ class Activations:
     def read(self, rows: Ints, view: int | None) -> Input:
         """Return float32 activations (k, ...) in the shape of the line, and the small image (k, 3072) if asked for."""
         activations = unflattened(_rows(self.file, self.layer, rows), self.place)
-        return (activations,) if self.image is None else (activations, _rows(self.image, INPUT, rows))
+        if self.image is None:
+            return (activations,)
+        return activations, torch.from_numpy(_rows(self.image, INPUT, rows))
 
 
 class Views:
@@ -78,18 +80,22 @@ class Views:
         return (self.plain if view is None else self.views[view % len(self.views)]).read(rows, None)
 
 
-def _rows(file: CacheFile, layer: str, rows: Ints) -> Tensor:
-    return torch.from_numpy(file.matrix(layer)[rows].astype(np.float32, copy=False))
+def _rows(file: CacheFile, layer: str, rows: Ints) -> NDArray[np.float32]:
+    return file.matrix(layer)[rows].astype(np.float32, copy=False)
 
 
-def unflattened(flat: Tensor, place: Place) -> Tensor:
-    """Undo the pooling ``flatten``: (k, d) to (k, *shape), maps channels-last in memory."""
+def unflattened(flat: NDArray[np.float32], place: Place) -> Tensor:
+    """Undo the pooling ``flatten``: (k, d) to (k, *shape), maps channels-last in memory.
+
+    All in numpy: torch would start OpenMP threads for the thread that reads ahead, in the way of those that train.
+    """
     if place.layout == "vector":
-        return flat
+        return torch.from_numpy(flat)
     if place.layout == "map_last":
         height, width, channels = place.shape
-        return flat.view(-1, channels, height, width).permute(0, 2, 3, 1)
-    return flat.view(-1, *place.shape).contiguous(memory_format=torch.channels_last)
+        return torch.from_numpy(flat.reshape(-1, channels, height, width).transpose(0, 2, 3, 1))
+    maps = np.ascontiguousarray(flat.reshape(-1, *place.shape).transpose(0, 2, 3, 1))
+    return torch.from_numpy(maps.transpose(0, 3, 1, 2))
 
 
 class Pictures:
