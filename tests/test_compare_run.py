@@ -152,6 +152,28 @@ def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
         compare(plan, tmp_path / "run")
 
 
+def test_bytes_that_are_no_text_are_damage_and_do_not_shift_what_is_cut_off(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(b'{"key": "\xff"}\n{"key": "to')
+    with pytest.raises(RunFolderError, match="line 1: expected a result"), RunFolder(tmp_path).claim():
+        pass
+    results.write_text('{"key": "ä"}\n{"key": "to')
+    with RunFolder(tmp_path).claim():
+        assert results.read_text() == '{"key": "ä"}\n'
+
+
+def test_damaged_predictions_are_named(tmp_path: Path) -> None:
+    said = Judged(np.array(["a"]), np.array([0]), np.array([1]), None)
+    folder = RunFolder(tmp_path)
+    with folder.claim():
+        folder.append({"key": "one"}, said)
+    assert not folder.judged("one").right.any()
+    file = tmp_path / "predictions" / "one.npz"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(RunFolderError, match=r"one\.npz is damaged; remove it"):
+        folder.judged("one")
+
+
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
     plan.write_text(plan.read_text().replace('"centroid"', '"knn"'))
     report = compare(plan, run)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from features_cache import CacheError, whole
 from pipeline.backbones.cut import find_line, lines, read_place, split
 from pipeline.backbones.registry import load
 from pipeline.errors import BackboneError, FitError
@@ -209,10 +210,17 @@ def test_a_full_disk_costs_the_checkpoint_alone(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(keeper.os, "fsync", full)
+    monkeypatch.setattr(whole.os, "fsync", full)
     report = tune(photos, tmp_path, seeds=[5])
     assert any("without a checkpoint" in note and "disk is full" in note for note in report.notes)
     assert report.results[0].epochs == 2
+
+
+def test_a_checkpoint_that_cannot_take_its_place_is_no_reason_to_stop_either(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").mkdir()
+    with pytest.raises(CacheError, match="cannot write the checkpoint"):
+        keeper.write_checkpoint(tmp_path / "a.pt", {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from features_cache.whole import replacing
 from pipeline.errors import ModelFileError
 from pipeline.exporting.graph import Classifier
 
@@ -29,10 +29,8 @@ def write_program(path: Path, graph: Classifier, metadata: Mapping[str, Any]) ->
     program = _program(graph)
     program.model.metadata_props.update({name: json.dumps(part, ensure_ascii=False) for name, part in metadata.items()})
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".thawline-") as folder:
-            draft = Path(folder) / path.name
+        with replacing(path) as draft:
             program.save(draft, external_data=False)
-            draft.replace(path)
     except OSError as error:
         raise ModelFileError(f"cannot write the graph {path}: {error.strerror or error}") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from skorch.history import History
 from torch import Tensor
 
 from features_cache.errors import CacheError, explained
+from features_cache.whole import replacing
 from pipeline.finetuning.net import DivergedError
 from pipeline.finetuning.schedule import Schedule
 from pipeline.results import Progress
@@ -75,7 +75,7 @@ class Keeper(Callback):  # type: ignore[misc]
             raise StopEarly
 
     def save(self, net: Any, *, diverged: bool = False, finished: bool = False) -> None:
-        """Write the checkpoint beside itself and rename it; a finished run keeps its best weights alone."""
+        """Write the checkpoint; a finished run keeps its best weights alone."""
         state: dict[str, Any] = {
             "history": [dict(epoch) for epoch in net.history if "batches" not in epoch],
             "best": self.best,
@@ -109,15 +109,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` so that the file is always whole; raises `CacheError` where it cannot."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    draft = path.with_suffix(".draft")
-    try:
-        with explained(path, "write the checkpoint"), draft.open("wb") as stream:
-            stream.write(buffer.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with explained(path, "write the checkpoint"), replacing(path) as draft:
+        draft.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
