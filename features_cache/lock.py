@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features_cache.errors import CacheLockedError, explained
@@ -58,3 +59,20 @@ class WriterLock:
         """Give the lock back and remove its file."""
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is built before it is renamed; the lock of `path` guards it."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+@contextmanager
+def locking(path: Path) -> Iterator[WriterLock]:
+    """Lock `path` for whoever the block hands the lock to; an error gives it back and removes what was being built."""
+    lock = WriterLock(path)
+    try:
+        yield lock
+    except BaseException:
+        temporary_path(path).unlink(missing_ok=True)
+        lock.release()
+        raise
