@@ -201,6 +201,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     np.testing.assert_array_equal(found.predictions[0].probabilities, expected.predictions[0].probabilities)
 
 
+def test_a_run_killed_at_its_early_stop_trains_no_epoch_more(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "SAVE_EVERY_S", 0.0)
+    photos, options = make_photos(), {"epochs": 12, "patience": 1, "lr": 0.02, "warmup": 0}
+    expected = tune(photos, tmp_path / "whole", **options)
+    assert expected.results[0].epochs < 12
+    save = keeper.Keeper.save
+
+    def killed(self: keeper.Keeper, net: Any, **how: bool) -> None:
+        if how.get("finished"):
+            raise KeyboardInterrupt
+        save(self, net, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper.Keeper, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(photos, tmp_path / "cut", **options)
+    assert losses(tune(photos, tmp_path / "cut", **options)) == losses(expected)
+
+
 def test_a_full_disk_costs_the_checkpoint_alone(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,7 +59,7 @@ class Keeper(Callback):  # type: ignore[misc]
         self._saved = time.monotonic()
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        """Judge the epoch, write a checkpoint if it is time, stop if it is time."""
+        """Judge the epoch, stop if it is time, write a checkpoint if it is time."""
         epoch = net.history[-1]
         if not math.isfinite(epoch.get("valid_loss", 0.0)):
             raise DivergedError(f"the validation loss became {epoch['valid_loss']} in epoch {epoch['epoch']}")
@@ -69,10 +69,10 @@ class Keeper(Callback):  # type: ignore[misc]
         if not losses or losses[-1] < min(losses[:-1], default=float("inf")):
             self.best_epoch = epoch["epoch"]
             self.best = {name: item.detach().cpu().clone() for name, item in net.module_.thawed_state().items()}
+        if self.patience is not None and epoch["epoch"] - self.best_epoch >= self.patience:
+            raise StopEarly  # before a checkpoint from which a run would go on to one epoch more
         if time.monotonic() - self._saved >= SAVE_EVERY_S:
             self.save(net)
-        if self.patience is not None and epoch["epoch"] - self.best_epoch >= self.patience:
-            raise StopEarly
 
     def save(self, net: Any, *, diverged: bool = False, finished: bool = False) -> None:
         """Write the checkpoint; a finished run keeps its best weights alone."""
