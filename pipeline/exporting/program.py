@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from features_cache.whole import replacing
-from pipeline.errors import ModelFileError
+from pipeline.errors import ModelFileError, first_line
 from pipeline.exporting.graph import Classifier
 
 INPUT = "pixels"
@@ -52,6 +52,5 @@ def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
             verbose=False,
         )
     except Exception as error:  # the exporter runs foreign code on symbols: it fails in as many ways as there are nets
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelFileError(f"this backbone cannot be written as ONNX: {lines[0][:200]}") from error
+        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(error)}") from error
     return cast("torch.onnx.ONNXProgram", program)

@@ -63,7 +63,7 @@ class SavedModel:
     metrics : dict
         The `FitResult` of the same model, as JSON.
     versions : dict of str to str
-        Libraries it was made with; filled in where it is saved.
+        Libraries it was made with.
     """
 
     pipeline: Pipeline
