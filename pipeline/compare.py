@@ -16,9 +16,10 @@ from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fit
 from pipeline.comparing.methods import boards
 from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.provenance import machine
-from pipeline.comparing.run import Failure, Work, run
+from pipeline.comparing.run import run
+from pipeline.comparing.work import Failure, Work
 from pipeline.errors import RunFolderError
-from pipeline.results import Progress
+from pipeline.results import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _prepare(path: str | Path, output: str | Path, progress: Progress | None) ->
     asked = extractions(plan)
     folder = RunFolder(output)
     _require_own(folder, plan)
-    work = Work(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or _silent)
+    work = Work(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
     work.look_up()
     return work
 
@@ -196,7 +197,3 @@ def _report(work: Work, other: RunFolder | None, started: float) -> CompareRepor
     changes = None if other is None else compare_runs(other, folder)
     seconds = time.perf_counter() - started
     return CompareReport(results, work.failures, sentences, changes, work.computed, reused, seconds, files)
-
-
-def _silent(done: int, total: int, text: str, bound: str = "") -> None:
-    """Report nothing."""

@@ -241,8 +241,10 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
     shutil.copytree(photos, tmp_path / "others")
     text = plan.read_text().replace(str(photos), "others").replace("[0, 1]", "0").replace('[2, "all"]', '"all"')
     plan.write_text(text.replace('"resnet18@random:0"', '["resnet18@random:0", "resnet18@bad.pth"]'))
-    report = compare(plan, run)
+    told: list[tuple[int, int]] = []
+    report = compare(plan, run, progress=lambda *call: told.append(call[:2]) if call[2] == "all jobs" else None)
     assert (report.computed, report.reused, len(report.failures)) == (4, 0, 4)
+    assert told == [(done, 8) for done in (5, 6, 7, 8)], "what failed counts on both sides"
     assert {record["source"] for record in report.results} == {"others"}
 
 
