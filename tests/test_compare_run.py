@@ -224,6 +224,23 @@ def test_a_failing_job_is_recorded_and_the_rest_goes_on(
     assert "ZeroDivisionError: no luck with all" in (run / "report.html").read_text()
 
 
+def test_an_extraction_that_fails_alone_is_not_tried_again(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    module = ModuleType("pipeline.extract")
+
+    def extract(*call: Any, **_: Any) -> None:
+        tried.append(call)
+        raise ZeroDivisionError("no luck")
+
+    module.extract = extract  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pipeline.extract", module)
+    report = compare(plan, tmp_path / "run")
+    assert {failure.reason for failure in report.failures} == {"ZeroDivisionError: no luck"}
+    assert len(tried) == 1
+
+
 def test_only_the_backbone_that_fails_fails(plan: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     both = '["resnet18@random:0", "resnet18@bad.pth"]'

@@ -101,11 +101,7 @@ class RunFolder:
             columns = {name: value for name, value in vars(judged).items() if value is not None}
             with replacing(self._predictions(record["key"])) as draft:
                 np.savez_compressed(draft, **columns)
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-            with self.results.open("a", encoding="utf-8") as log:
-                log.write(line + "\n")
-                log.flush()
-                os.fsync(log.fileno())
+            _append(self.results, [record])
         self.records[record["key"]] = record
 
     def keep_only(self, keys: Iterable[str]) -> None:
@@ -113,8 +109,8 @@ class RunFolder:
         wanted = set(keys)
         stale = [record for key, record in self.records.items() if key not in wanted]
         if stale:
-            with _explained(self.path, "write"), (self.path / "superseded.jsonl").open("a", encoding="utf-8") as log:
-                log.write(_lines(stale))
+            with _explained(self.path, "write"):
+                _append(self.path / "superseded.jsonl", stale)
             self.records = {key: record for key, record in self.records.items() if key in wanted}
             self.write("results.jsonl", _lines(self.records.values()))
 
@@ -194,8 +190,16 @@ def open_finished(path: str | Path) -> RunFolder:
     return folder
 
 
+def _append(path: Path, records: Iterable[Record]) -> None:
+    """Add lines to a file; on return they are on disk."""
+    with path.open("a", encoding="utf-8") as log:
+        log.write(_lines(records))
+        log.flush()
+        os.fsync(log.fileno())
+
+
 def _lines(records: Iterable[Record]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def _cell(value: Any) -> Any:

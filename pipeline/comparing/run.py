@@ -58,17 +58,21 @@ def _extract_all(work: Work) -> dict[Extraction, str]:
         groups.setdefault(f"{extraction.source} {asked} {extraction.line.how()}", []).append(extraction)
     failed: dict[Extraction, str] = {}
     for group in groups.values():
-        try:
-            _extract(work, group)
-        except RunFolderError:
-            raise
-        except Exception:  # one of several may be to blame: alone, each succeeds or gives its own reason
-            for extraction in group:
-                try:
-                    _extract(work, [extraction])
-                except Exception as error:
-                    failed[extraction] = _reason(error)
+        _try_to_extract(work, group, failed)
     return failed
+
+
+def _try_to_extract(work: Work, group: Sequence[Extraction], failed: dict[Extraction, str]) -> None:
+    try:
+        _extract(work, group)
+    except RunFolderError:
+        raise
+    except Exception as error:  # one of several may be to blame: alone, each succeeds or gives its own reason
+        if len(group) == 1:
+            failed[group[0]] = _reason(error)
+        else:
+            for extraction in group:
+                _try_to_extract(work, [extraction], failed)
 
 
 def _extract(work: Work, group: Sequence[Extraction]) -> None:
