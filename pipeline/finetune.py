@@ -137,7 +137,11 @@ def finetune(
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
     check_draws(seeds, shots)
-    destination = None if save is None else _destination(save)
+    destination = None
+    if save is not None:
+        from pipeline.heads.store import check_destination
+
+        destination = check_destination(save)
     notes: list[str] = []
     plan = Plan(
         source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,
@@ -161,19 +165,14 @@ def finetune(
             results.append(_result(came, predictions[-1], material, plan, seed, count))
             ranks = [preference(one.shots, one.validation_accuracy, place) for place, one in enumerate(results)]
             if ranks[-1] == max(ranks):
-                best, kept = len(results) - 1, came.network
+                best, kept = len(results) - 1, came.network if destination else None
+            del came  # its optimizer and its pictures, which would stay until the next run is over
     p_values = compare_models([said.uris for said in predictions], [said.right for said in predictions])
     results = [replace(one, p_vs_best=p) for one, p in zip(results, p_values, strict=True)]
     if destination is not None and kept is not None:
         _save(destination, kept, material, recipe, results[best])
     notes = list(dict.fromkeys([*notes, *tell_ties(p_values)]))
     return FinetuneReport(results, predictions, notes, material.table.classes, best, destination, plan.extracted)
-
-
-def _destination(save: str | Path) -> Path:
-    from pipeline.heads.store import check_destination
-
-    return check_destination(save)
 
 
 def _predictions(came: Run, material: Material) -> TestPredictions:

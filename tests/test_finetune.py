@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from pipeline.errors import BackboneError, FitError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import keeper, material
+from pipeline.finetuning import train as train_module
 from pipeline.finetuning.data import Part, Pictures, batch_count
 from pipeline.finetuning.groups import parameter_groups
-from pipeline.finetuning.net import class_weights
+from pipeline.finetuning.net import Net, class_weights
 from pipeline.finetuning.network import Network
 from pipeline.finetuning.recipe import Recipe, make_recipe
 from pipeline.finetuning.train import Trained, train
@@ -220,6 +222,23 @@ def test_a_run_killed_at_its_early_stop_trains_no_epoch_more(
         with pytest.raises(KeyboardInterrupt):
             tune(photos, tmp_path / "cut", **options)
     assert losses(tune(photos, tmp_path / "cut", **options)) == losses(expected)
+
+
+def test_a_run_that_is_over_leaves_no_memory_taken_to_the_next(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets: weakref.WeakSet[Net] = weakref.WeakSet()
+    make = train_module.make_net
+
+    def watched(*given: Any) -> Net:
+        net = make(*given)
+        nets.add(net)
+        return net
+
+    monkeypatch.setattr(train_module, "make_net", watched)
+    alive: list[int] = []
+    tune(make_photos(), tmp_path, seeds=[0, 1], epochs=1, progress=lambda *_: alive.append(len(nets)))
+    assert max(alive) == 1
 
 
 def test_a_full_disk_costs_the_checkpoint_alone(
