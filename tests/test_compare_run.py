@@ -20,11 +20,14 @@ from scipy.stats import binomtest
 
 from features_cache import CacheLockedError
 from pipeline.compare import CompareReport, compare, dry_run
+from pipeline.comparing import work
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
+from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
+from pipeline.comparing.plan import read_plan
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.extract import extract
@@ -35,7 +38,7 @@ from pipeline.reporting.html_charts import pareto
 from pipeline.reporting.html_model_charts import calibration_chart, class_chart
 from pipeline.reporting.html_pictures import lay_out
 from pipeline.reporting.plots.reliability import reliability
-from pipeline.results import to_json
+from pipeline.results import silent, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Thawline = Callable[..., Any]
@@ -200,6 +203,19 @@ def test_the_folder_of_another_plan_is_refused(plan: Path, run: Path, tmp_path: 
     thawline("compare", other, "-o", run).assert_one_line("another plan", "plan.toml", "other.toml")
     plan.write_text(plan.read_text() + "# the same in other words\n")
     assert compare(plan, run).computed == 0, "what counts is what a plan says"
+
+
+def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tunes.toml").write_text(f'source = "{photos}"\nseed = [0, 1, 2]\n[[finetune]]\n')
+    tunes = read_plan(tmp_path / "tunes.toml")
+    sources = open_sources(tunes)
+    listed: list[Any] = []
+    monkeypatch.setattr(work, "listing_digest", lambda images: listed.append(images) or "digest")
+    jobs = work.Work(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    assert len({key for _, key in jobs.values()}) == 3
+    assert listed == list(sources.values())
 
 
 def test_a_failing_job_is_recorded_and_the_rest_goes_on(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features_cache import ThawlineError
-from pipeline.comparing.features import Features, depths, find_features, finetune_key, held_features
+from pipeline.comparing.features import Features, depths, find_features, held_features
 from pipeline.comparing.folder import Record, RunFolder
-from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits, rectangles
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
 from pipeline.comparing.plan import Line
 from pipeline.comparing.work import Failure, Work
 from pipeline.errors import RunFolderError
@@ -35,17 +35,17 @@ def run(work: Work) -> None:
         left = {job: key for job, key in named.items() if key not in keys and not work.folder.has(key)}
         pending.append((found, left))
         keys |= set(named.values())
-    tunes = {job: (finetune_key(job, work.images[job.source]), line) for line, job in finetunes(work.plan)}
-    keys |= {key for key, _ in tunes.values()}
+    tunes = work.finetunes()
+    keys |= {key for _, key in tunes.values()}
     # where an extraction failed, what is known of its source may yet be the plan's
     unsure = {work.images[extraction.source].name for extraction in failed}
     work.folder.keep_only(keys | {key for key, record in work.folder.records.items() if record["source"] in unsure})
-    missing = [(key, line, job) for job, (key, line) in tunes.items() if not work.folder.has(key)]
+    missing = [(job, line, key) for job, (line, key) in tunes.items() if not work.folder.has(key)]
     work.total = len(work.failures) + sum(len(jobs) for _, jobs in pending) + len(missing)
     for found, jobs in pending:
         for block in rectangles(list(jobs)):
             _attempt(work, {job: jobs[job] for job in block}, partial(_fit, work, found))
-    for key, line, job in missing:
+    for job, line, key in missing:
         _attempt(work, {job: key}, partial(_finetune, work, line))
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.comparing.features import Features, find_features, finetune_key, fit_key
+from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
 from pipeline.comparing.folder import Judged, Record, RunFolder
-from pipeline.comparing.jobs import Extraction, Fit, finetunes, fits
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Line, Plan
 from pipeline.images.source import ImageSource
 from pipeline.results import Progress
@@ -73,9 +73,16 @@ class Work:
         source = self.images[extraction.source].name
         return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
 
+    def finetunes(self) -> dict[Finetune, tuple[Line, str]]:
+        """Return the fine-tunes, each with its line of the plan and its key."""
+        asked = finetunes(self.plan)
+        listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
+        keys = (finetune_key(job, self.images[job.source].name, listings[job.source]) for _, job in asked)
+        return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
+
     def is_done(self) -> bool:
         """Tell whether nothing is missing."""
-        keys = {finetune_key(job, self.images[job.source]) for _, job in finetunes(self.plan)}
+        keys = {key for _, key in self.finetunes().values()}
         for extraction, found in self.features.items():
             if found is None or not found.complete:
                 return False
