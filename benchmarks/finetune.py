@@ -33,13 +33,15 @@ from pipeline.engines.select import Resolved, resolve
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning.data import Part, Pictures, Reader
-from pipeline.finetuning.material import Wanted, gather
+from pipeline.finetuning.material import gather
 from pipeline.finetuning.network import Network
+from pipeline.finetuning.plan import Plan
 from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import standardise, train
 from pipeline.fit import fit
 from pipeline.images.source import ImageSource, open_source
+from pipeline.results import silent
 
 BATCH = 32
 TABLES = ("speed", "trunk", "accuracy")
@@ -97,9 +99,7 @@ def epochs_of(
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "run.pt"
         recipe = Recipe(epochs=count, optimizer="sgd", warmup=0)
-        done = train(
-            network, recipe, 1e-3, part, None, len(source.classes), checkpoint, 0, "cpu", lambda *_: None, "benchmark"
-        )
+        done = train(network, recipe, 1e-3, part, None, len(source.classes), checkpoint, 0, "cpu", silent, "benchmark")
     return done.history
 
 
@@ -109,11 +109,11 @@ def trunk_rows(folder: Path, name: str, lines: list[str], cache: Path) -> list[d
     source = open_source(folder)
     for precision in dict.fromkeys(("fp32", resolve().precision)):
         for line in lines:
-            wanted = Wanted(
-                folder, name, line, "linear", "none", None, (), False, cache, cache, precision, "float32", "auto",
-                "cpu", None, None, lambda *_: None, lambda _: None,
+            plan = Plan(
+                folder, name, line, Recipe(), "pretrained", False, False, cache, precision, "float32", None, "auto",
+                "cpu", None, silent, lambda _: None,
             )  # fmt: skip
-            material = gather(wanted)
+            material = gather(plan, [(0, "all")])
             pictures = Pictures(source, material.backbone.preprocessing, "none")
             both = (precision, "fp32")
             cached = epochs_of(material.backbone, material.reader, source, line, both, 2)

@@ -4,6 +4,7 @@
 """
 
 from features_cache.catalog import Catalog, file_name
+from features_cache.convert import digest_keys
 from features_cache.errors import (
     AmbiguousCacheError,
     CacheError,
@@ -36,6 +37,7 @@ __all__ = [
     "Report",
     "Rows",
     "ThawlineError",
+    "digest_keys",
     "drop_redundant",
     "export",
     "file_name",

@@ -46,7 +46,7 @@ class Catalog:
         if not self.path.is_dir():
             self.files = [open_cache(self.path)]
             return
-        for file in current_files(self.path):
+        for file in sorted(path for path in self.path.glob("*.h5") if not is_superseded(path)):
             try:
                 self.files.append(open_cache(file))
             except CacheError as error:
@@ -134,11 +134,6 @@ class Catalog:
             known = list(dict.fromkeys(name for names in offered for name in sorted(names)))
             raise CacheError(f"{self.path} has no {key} {wanted}; it has {', '.join(known)}{nearest(wanted, known)}")
         return fitting
-
-
-def current_files(folder: Path) -> list[Path]:
-    """Return the ``.h5`` files of a folder that no newer file has superseded, sorted."""
-    return [path for path in sorted(folder.glob("*.h5")) if not is_superseded(path)]
 
 
 def is_superseded(path: Path) -> bool:

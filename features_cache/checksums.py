@@ -51,7 +51,12 @@ def sound_sources(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[n
 
 def sound_results(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.bool_]:
     """Tell for each finished row whether what reading its image found is what was written; shape (k,)."""
+    return np.asarray(crc_rows(records_of(file, rows)) == file.array("/rows/result_crc")[rows], bool)
+
+
+def records_of(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.void]:
+    """Return what reading the images of some rows found, as it stands in the file: `layout.RECORD`, shape (k,)."""
     found = np.zeros(len(file.states[rows]), RECORD)
     for field in RECORD.names or ():
         found[field] = file.array(f"/rows/{field}")[rows]
-    return np.asarray(crc_rows(found) == file.array("/rows/result_crc")[rows], bool)
+    return found

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from features_cache.errors import CacheError
-from features_cache.layout import DTYPES, REASON_BYTES, RECORD, LayerInfo, text_width
+from features_cache.layout import DIGEST_BYTES, DTYPES, REASON_BYTES, RECORD, LayerInfo, text_width
 
 
 def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[np.floating]:
@@ -66,6 +66,12 @@ def records(
 def _cut(text: str) -> bytes:
     """Return `text` as UTF-8 of at most `REASON_BYTES` bytes, cut between characters."""
     return text.encode("utf-8", "replace")[:REASON_BYTES].decode("utf-8", "ignore").encode()
+
+
+def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
+    """Return digests (n, 16) as keys (n,) to sort and to compare."""
+    # numpy drops trailing zero bytes when it compares; all keys being 16 bytes long, that confuses none
+    return np.ascontiguousarray(digests).view(f"S{DIGEST_BYTES}").reshape(-1)
 
 
 def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:

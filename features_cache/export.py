@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from features_cache.errors import CacheError, explained, nearest
 from features_cache.layout import DONE
 from features_cache.reader import CacheFile
+from features_cache.whole import replacing
 
 COLUMNS = ("uri", "label", "split", "group", "digest")
 
@@ -60,10 +61,14 @@ def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
         raise CacheError(f"{cache.path} has no finished row to export; run the extraction first")
     features = matrix if len(rows) == len(matrix) else np.asarray(matrix)[rows]
     columns = _columns(cache, rows)
-    written = []
+    written = [path]
     if path.suffix == ".npy":
-        written.append(_replace(path.with_name(f"{path.name}.csv"), lambda temporary: _csv(temporary, columns)))
-    written.insert(0, _replace(path, lambda temporary: writers[path.suffix](temporary, features, columns, cache, rows)))
+        beside = path.with_name(f"{path.name}.csv")
+        written.append(beside)
+        with explained(beside, "write"), replacing(beside) as draft:
+            _csv(draft, columns)
+    with explained(path, "write"), replacing(path) as draft:
+        writers[path.suffix](draft, features, columns, cache, rows)
     return written
 
 
@@ -75,18 +80,6 @@ def _columns(cache: CacheFile, rows: NDArray[np.int64]) -> dict[str, list[str]]:
         "group": cache.groups[rows].tolist(),
         "digest": [digest.tobytes().hex() for digest in cache.digests[rows]],
     }
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> Path:
-    """Write to a temporary name and rename, so that a kill leaves no half file under the wanted name."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with explained(path, "write"):
-        try:
-            write(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
 
 
 def _csv(path: Path, columns: dict[str, list[str]]) -> None:

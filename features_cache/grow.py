@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.catalog import superseded_files
-from features_cache.checksums import crc_rows, sound_results, sound_sources
+from features_cache.checksums import crc_rows, records_of, sound_results, sound_sources
 from features_cache.convert import fixed_text
 from features_cache.errors import CacheError, explained
-from features_cache.layout import DONE, RECORD, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
+from features_cache.layout import DONE, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
 from features_cache.ledger import Ledger
-from features_cache.lock import WriterLock
+from features_cache.lock import locking, temporary_path
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import sync_folder
-from features_cache.writer import CacheWriter, temporary_path
+from features_cache.writer import CacheWriter
 
 _CHUNK_BYTES = 32 << 20
 
@@ -84,8 +84,7 @@ def grow(
     from features_cache.create import build_file  # h5py
 
     path = Path(path)
-    lock = WriterLock(path)
-    try:
+    with locking(path) as lock:
         old = open_cache(path)
         if [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
             raise CacheError(f"{path} holds other layers than those asked for; make a new file for them")
@@ -98,10 +97,6 @@ def grow(
             temporary.replace(path)
             sync_folder(path.parent)
         return CacheWriter(path, lock)
-    except BaseException:
-        temporary_path(path).unlink(missing_ok=True)
-        lock.release()
-        raise
 
 
 def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
@@ -117,9 +112,7 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
             sound = sound_sources(old, before) & sound_results(old, before)
             for name, values in stored.items():
                 sound &= (crc_rows(values) == old.array(f"/crc/{name}")[before]) | (states == UNREADABLE)
-            found = np.zeros(len(before), RECORD)
-            for field in RECORD.names or ():
-                found[field] = old.array(f"/rows/{field}")[before]
+            found = records_of(old, before)
             for state in (DONE, UNREADABLE):
                 take = np.flatnonzero(sound & (states == state))
                 taken = {name: values[take] for name, values in stored.items()} if state == DONE else {}

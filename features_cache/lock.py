@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features_cache.errors import CacheLockedError, explained
@@ -36,26 +38,41 @@ class WriterLock:
 
     def _acquire(self, path: Path) -> bool:
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = False
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"process {os.getpid()}\n".encode(), 0)
+            with suppress(FileNotFoundError):
+                held = os.fstat(self._fd).st_ino == self._path.stat().st_ino
         except BlockingIOError:
             holder = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "another process"
-            os.close(self._fd)
             raise CacheLockedError(
                 f"cannot write {path}: {holder} is writing it; wait for it to end, or choose another folder"
             ) from None
-        try:
-            current = os.fstat(self._fd).st_ino == self._path.stat().st_ino
-        except FileNotFoundError:
-            current = False
-        if not current:
-            os.close(self._fd)
-            return False
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"process {os.getpid()}\n".encode(), 0)
-        return True
+        finally:
+            if not held:
+                os.close(self._fd)
+        return held
 
     def release(self) -> None:
         """Give the lock back and remove its file."""
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the name under which `path` is built before it is renamed; the lock of `path` guards it."""
+    return path.with_name(f"{path.name}.tmp")
+
+
+@contextmanager
+def locking(path: Path) -> Iterator[WriterLock]:
+    """Lock `path` for whoever the block hands the lock to; an error gives it back and removes what was being built."""
+    lock = WriterLock(path)
+    try:
+        yield lock
+    except BaseException:
+        temporary_path(path).unlink(missing_ok=True)
+        lock.release()
+        raise

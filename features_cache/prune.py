@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.catalog import is_superseded, superseded_files
 from features_cache.checksums import sound_results
+from features_cache.convert import digest_keys
 from features_cache.errors import CacheError, explained
 from features_cache.layout import DONE
 from features_cache.lock import WriterLock
@@ -96,7 +96,6 @@ def drop_redundant(path: str | Path) -> list[Path]:
     return dropped
 
 
-def _done_digests(cache: CacheFile) -> NDArray[Any]:
+def _done_digests(cache: CacheFile) -> NDArray[np.bytes_]:
     rows = np.flatnonzero(cache.states == DONE)
-    digests: NDArray[Any] = cache.digests[rows[sound_results(cache, rows)]].view("V16").reshape(-1)
-    return digests
+    return digest_keys(cache.digests[rows[sound_results(cache, rows)]])

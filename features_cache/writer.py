@@ -24,7 +24,7 @@ from features_cache.layout import (
     Rows,
 )
 from features_cache.ledger import Ledger
-from features_cache.lock import WriterLock
+from features_cache.lock import WriterLock, locking, temporary_path
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import sync_folder
 from features_cache.runs import encode_run
@@ -92,8 +92,7 @@ class CacheWriter:
         path = Path(path)
         with explained(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        lock = WriterLock(path)
-        try:
+        with locking(path) as lock:
             if path.exists():
                 raise CacheError(f"{path} exists already; resume it or choose another name")
             temporary = temporary_path(path)
@@ -102,21 +101,14 @@ class CacheWriter:
                 temporary.replace(path)
                 sync_folder(path.parent)
             return cls(path, lock)
-        except BaseException:
-            lock.release()
-            raise
 
     @classmethod
     def resume(cls, path: str | Path) -> CacheWriter:
         """Go on with an existing file; raises as `create` and `open_cache` do."""
         path = Path(path)
         open_cache(path)  # a wrong path or a foreign file gets its own message, and no lock file beside it
-        lock = WriterLock(path)
-        try:
+        with locking(path) as lock:
             return cls(path, lock)
-        except BaseException:
-            lock.release()
-            raise
 
     def begin_run(self, provenance: Mapping[str, Any]) -> None:
         """Note who computes the rows that come now.
@@ -258,11 +250,6 @@ class CacheWriter:
     def _maybe_commit(self) -> None:
         if self._ledger.due:
             self.commit()
-
-
-def temporary_path(path: Path) -> Path:
-    """Return the name under which `path` is built before it is renamed; the lock of `path` guards it."""
-    return path.with_name(f"{path.name}.tmp")
 
 
 def _now() -> str:

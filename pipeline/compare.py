@@ -10,15 +10,16 @@ from pipeline.comparing.against import Against, compare_runs
 from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
 from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, plan_finetune, plan_fit
-from pipeline.comparing.features import Features, finetune_key, fit_key
+from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import Record, RunFolder, open_finished
-from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits
+from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
 from pipeline.comparing.methods import boards
 from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.provenance import machine
-from pipeline.comparing.run import Failure, Work, run
+from pipeline.comparing.run import run
+from pipeline.comparing.work import Failure, Work
 from pipeline.errors import RunFolderError
-from pipeline.results import Progress
+from pipeline.results import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,10 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
             done = found.complete and folder.has(fit_key(job, found, images.name))
             planned.append(plan_fit(job, found, done, images, folder))
     stored: set[tuple[object, ...]] = set()
-    for _, tune in finetunes(work.plan):
+    for tune, (_, key) in work.finetunes().items():
         images = work.images[tune.source]
         activations = (tune.source, *(value for key, value in tune.options if key in ACTIVATIONS))
-        done = folder.has(finetune_key(tune, images))
-        planned.append(plan_finetune(tune, done, images, stores=activations not in stored))
+        planned.append(plan_finetune(tune, folder.has(key), images, stores=activations not in stored))
         stored.add(activations)
     return planned
 
@@ -136,7 +136,7 @@ def _prepare(path: str | Path, output: str | Path, progress: Progress | None) ->
     asked = extractions(plan)
     folder = RunFolder(output)
     _require_own(folder, plan)
-    work = Work(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or _silent)
+    work = Work(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
     work.look_up()
     return work
 
@@ -196,7 +196,3 @@ def _report(work: Work, other: RunFolder | None, started: float) -> CompareRepor
     changes = None if other is None else compare_runs(other, folder)
     seconds = time.perf_counter() - started
     return CompareReport(results, work.failures, sentences, changes, work.computed, reused, seconds, files)
-
-
-def _silent(done: int, total: int, text: str, bound: str = "") -> None:
-    """Report nothing."""

@@ -40,6 +40,11 @@ class RunFolderError(ThawlineError):
     """A run folder belongs to another plan, is in use, or cannot be read or written."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of another library's error, 200 characters at most; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """Note on an interrupt that nothing is lost, for work whose parts are kept as they come; also a decorator."""

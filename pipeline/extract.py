@@ -22,7 +22,7 @@ from pipeline.images.loader import load
 from pipeline.images.source import open_source
 from pipeline.lookup import files_of, find_answer, rows_of, weights_file_digest
 from pipeline.opening import Network, Run, Target, check_expected, open_files
-from pipeline.results import ExtractResult, Progress
+from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
     DEFAULT_BACKBONE,
     DEFAULT_CACHE,
@@ -134,14 +134,10 @@ def extract(
             found[name] += open_files(target, network, files, run, expect)
         items = list(dict.fromkeys(chain.from_iterable(found.values())))
         fillings = [item for item in items if isinstance(item, Filling)]
-        seconds = _fill(target, fillings, batch_size, workers, clock, progress or _silent) if fillings else 0.0
+        seconds = _fill(target, fillings, batch_size, workers, clock, progress or silent) if fillings else 0.0
     for filling in fillings:
         drop_redundant(filling.writer.cache.path)
     return [_result(item, seconds, clock) for item in items]
-
-
-def _silent(done: int, total: int, text: str, state: str = "") -> None:
-    """Report nothing."""
 
 
 def _fill(

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,18 +18,15 @@ from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.predictions import TestPredictions, scores
 from pipeline.heads.schedule import preference
-from pipeline.results import ExtractResult, FinetuneResult, Progress, to_json
+from pipeline.results import ExtractResult, FinetuneResult, Progress, silent, to_json
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
 if TYPE_CHECKING:
     from pipeline.finetuning.material import Material
     from pipeline.finetuning.network import Network
+    from pipeline.finetuning.plan import Plan
     from pipeline.finetuning.recipe import Recipe
-    from pipeline.finetuning.run import Plan, Run
-
-
-FOLDER = "finetune"
-"""Of checkpoints and of what only training reads, within the folder of cache files, whose other readers pass it by."""
+    from pipeline.finetuning.run import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,75 +129,69 @@ def finetune(
     ThawlineError
         Whatever extraction raises.
     """
-    from pipeline.finetuning.material import Wanted, gather
+    from pipeline.finetuning.material import gather
+    from pipeline.finetuning.plan import Plan
     from pipeline.finetuning.recipe import check_start, make_recipe
-    from pipeline.finetuning.run import Plan, run
+    from pipeline.finetuning.run import run
 
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
     check_draws(seeds, shots)
-    destination = None if save is None else _destination(save)
+    destination = None
+    if save is not None:
+        from pipeline.heads.store import check_destination
+
+        destination = check_destination(save)
     notes: list[str] = []
-    rate = recipe.rate(new_only=freeze == "all" or init == "random")
-    plan = Plan(freeze, recipe, rate, precision, store, Path(output) / FOLDER, progress or _silent, watch is not None)
-    wanted = Wanted(
-        source, backbone, freeze, recipe.top, recipe.augment, recipe.views, (), head_first, Path(output), plan.folder,
-        precision, store, engine, device, size, workers, plan.progress, say or notes.append,
+    plan = Plan(
+        source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,
+        engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
-    done: list[_Done] = []
+    results: list[FinetuneResult] = []
+    predictions: list[TestPredictions] = []
     best, kept = 0, None
     for seed in dict.fromkeys(seeds):
-        if not done or init == "random":
+        if not results or init == "random":
             named = f"{backbone}@random:{seed}" if init == "random" else backbone
             draws = list(itertools.product([seed] if init == "random" else seeds, shots))
-            material = gather(replace(wanted, backbone=named, draws=draws))
+            material = gather(replace(plan, backbone=named), draws)
             notes += material.table.notes
         for count in dict.fromkeys(shots):
             came = run(material, plan, seed, count)
             notes += [*came.splits.notes, *came.trained.notes]
             if count == "all" and not len(came.splits.val):
                 notes.append("without validation images training goes through all epochs and keeps the last weights")
-            done.append(_finished(came, material, plan, init, seed, count, head_first=head_first))
-            ranks = [preference(one.result.shots, one.result.validation_accuracy, i) for i, one in enumerate(done)]
+            predictions.append(_predictions(came, material))
+            results.append(_result(came, predictions[-1], material, plan, seed, count))
+            ranks = [preference(one.shots, one.validation_accuracy, place) for place, one in enumerate(results)]
             if ranks[-1] == max(ranks):
-                best, kept = len(done) - 1, came.network
-    p_values = compare_models([one.said.uris for one in done], [one.said.right for one in done])
-    results = [replace(one.result, p_vs_best=p) for one, p in zip(done, p_values, strict=True)]
+                best, kept = len(results) - 1, came.network if destination else None
+            del came  # its optimizer and its pictures, which would stay until the next run is over
+    p_values = compare_models([said.uris for said in predictions], [said.right for said in predictions])
+    results = [replace(one, p_vs_best=p) for one, p in zip(results, p_values, strict=True)]
     if destination is not None and kept is not None:
         _save(destination, kept, material, recipe, results[best])
-    notes += tell_ties(p_values)
-    said = [one.said for one in done]
-    notes = list(dict.fromkeys(notes))
-    return FinetuneReport(results, said, notes, material.table.classes, best, destination, wanted.extracted)
+    notes = list(dict.fromkeys([*notes, *tell_ties(p_values)]))
+    return FinetuneReport(results, predictions, notes, material.table.classes, best, destination, plan.extracted)
 
 
-class _Done(NamedTuple):
-    """What is kept of a run once it is over."""
-
-    result: FinetuneResult
-    said: TestPredictions
-
-
-def _destination(save: str | Path) -> Path:
-    from pipeline.heads.store import check_destination
-
-    return check_destination(save)
+def _predictions(came: Run, material: Material) -> TestPredictions:
+    table, test = material.table, came.splits.test
+    y_true, y_pred = table.labels[test], came.probabilities.argmax(1)
+    temperatures = None if came.temperature is None else np.full(len(test), came.temperature)
+    folds = np.zeros(len(test), np.int64)
+    return TestPredictions(
+        table.uris[test], table.groups[test], folds, y_true, y_pred, came.probabilities, temperatures
+    )
 
 
-def _silent(done: int, total: int, text: str, state: str = "") -> None:
-    """Report nothing."""
-
-
-def _finished(
-    came: Run, material: Material, plan: Plan, init: str, seed: int, shots: int | str, *, head_first: bool
-) -> _Done:
+def _result(
+    came: Run, said: TestPredictions, material: Material, plan: Plan, seed: int, shots: int | str
+) -> FinetuneResult:
     table, splits, trained = material.table, came.splits, came.trained
-    y_true, y_pred = table.labels[splits.test], came.probabilities.argmax(1)
-    uris, groups, folds = table.uris[splits.test], table.groups[splits.test], np.zeros(len(y_true), np.int64)
-    temperatures = None if came.temperature is None else np.full(len(y_true), came.temperature)
-    said = TestPredictions(uris, groups, folds, y_true, y_pred, came.probabilities, temperatures)
-    how = {"init": init, "head_first": head_first, "precision": came.precision, "best_epoch": trained.best_epoch}
-    result = FinetuneResult(
+    how = {"init": plan.init, "head_first": plan.head_first}
+    how |= {"precision": came.precision, "best_epoch": trained.best_epoch}
+    return FinetuneResult(
         kind="finetune",
         backbone=material.backbone.handle,
         layer=DEFAULT_LAYER,
@@ -222,7 +213,6 @@ def _finished(
         trainable_parameters=sum(item.numel() for item in came.network.parameters() if item.requires_grad),
         history=trained.history,
     )
-    return _Done(result, said)
 
 
 def _save(path: Path, network: Network, material: Material, recipe: Recipe, result: FinetuneResult) -> None:

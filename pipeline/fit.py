@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from pipeline.heads.cached import Layer, select
 from pipeline.heads.predictions import TestPredictions, pool_folds, scores, summarise
 from pipeline.heads.registry import Head, find_head, on_device
 from pipeline.heads.schedule import Cut, check_trials, cut_layers, preference, run_trials
-from pipeline.heads.search import tell_choices
+from pipeline.heads.search import Choice, tell_choices
 from pipeline.heads.store import SavedModel, check_destination, current_versions, save_model
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
@@ -152,14 +152,16 @@ def fit(
     trials = [(cut, head) for layer in selected for head in chosen for cut in cuts if cut.layer is layer]
     check_trials(trials, balanced=balanced)
     folds = cv or 1
-    ended: dict[int, Trial] = {}
+    ended: dict[int, Outcome] = {}
+    choices: dict[int, Choice] = {}
     found: dict[int, tuple[FitResult, TestPredictions]] = {}
 
     def collect(place: int, outcome: Outcome) -> None:
-        ended[place] = Trial(*trials[place], outcome)
+        ended[place], choices[place] = outcome, outcome.choice
         number = place // folds
-        cell = [ended[fold] for fold in range(number * folds, (number + 1) * folds) if fold in ended]
-        if len(cell) == folds:
+        places = range(number * folds, (number + 1) * folds)
+        if all(fold in ended for fold in places):
+            cell = [Trial(*trials[fold], ended.pop(fold)) for fold in places]
             said = pool_folds([(trial.cut, trial.outcome) for trial in cell])
             found[number] = _result(cell, said, balanced, cv), said
             if on_result is not None:
@@ -175,8 +177,8 @@ def fit(
         key=lambda place: preference(results[place].shots, results[place].validation_accuracy, place),
     )
     if destination is not None:
-        save_model(destination, _model(model, ended[best].cut.layer, results[best]))
-    notes = _notes([ended[place] for place in range(len(ended))], predictions) + tell_ties(p_values)
+        save_model(destination, _model(model, trials[best][0].layer, results[best]))
+    notes = _notes(trials, choices, predictions) + tell_ties(p_values)
     summary = summarise(results, predictions)
     return FitReport(results, predictions, summary, notes, selected[0].table.classes, best, destination)
 
@@ -231,14 +233,16 @@ def _model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:
     )
 
 
-def _notes(done: Sequence[Trial], predictions: Sequence[TestPredictions]) -> list[str]:
-    cuts = dict.fromkeys(trial.cut for trial in done)
+def _notes(
+    trials: Sequence[tuple[Cut, Head]], choices: Mapping[int, Choice], predictions: Sequence[TestPredictions]
+) -> list[str]:
+    cuts = dict.fromkeys(cut for cut, _ in trials)
     notes = [note for cut in cuts for note in cut.layer.table.notes]
     notes += [note for cut in cuts for note in cut.splits.notes]
     seeds = {cut.seed for cut in cuts}
     if len(seeds) > 1 and len({cut.splits.train.tobytes() for cut in cuts if cut.shots == "all"}) == 1:
         notes.append(f"all splits are given, so that {len(seeds)} seeds give the same results: one is enough")
     notes += [note for each in predictions for note in tell_clusters(each.groups)]
-    for head in dict.fromkeys(trial.head for trial in done):
-        notes += tell_choices(head, [trial.outcome.choice for trial in done if trial.head is head])
+    for head in dict.fromkeys(head for _, head in trials):
+        notes += tell_choices(head, [choices[place] for place, (_, own) in enumerate(trials) if own is head])
     return _distinct(notes)

@@ -19,6 +19,7 @@ from features_cache import (
     CacheFile,
     Catalog,
     Report,
+    digest_keys,
     repair,
     superseded,
     verify,
@@ -130,6 +131,7 @@ def summarize(file: CacheFile) -> FileSummary:
 
 def detail(file: CacheFile) -> FileDetails:
     """Return all that can be told of `file`."""
+    unreadable = np.flatnonzero(file.states == UNREADABLE)
     return FileDetails(
         summarize(file),
         _class_counts(file),
@@ -137,8 +139,8 @@ def detail(file: CacheFile) -> FileDetails:
         file.request,
         file.runs,
         [
-            {"uri": str(file.uris[row]), "reason": str(file.reasons[row])}
-            for row in np.flatnonzero(file.states == UNREADABLE)
+            {"uri": uri, "reason": reason}
+            for uri, reason in zip(file.uris[unreadable].tolist(), file.reasons[unreadable].tolist(), strict=True)
         ],
         _duplicates(file),
     )
@@ -178,8 +180,7 @@ def _class_counts(file: CacheFile) -> dict[str, dict[str, int]]:
 
 def _duplicates(file: CacheFile) -> list[dict[str, Any]]:
     read = np.flatnonzero(file.digests.any(axis=1))
-    keys = np.ascontiguousarray(file.digests[read]).view("V16").reshape(-1)
-    _, numbers, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    _, numbers, counts = np.unique(digest_keys(file.digests[read]), return_inverse=True, return_counts=True)
     order = np.argsort(numbers, kind="stable")
     sets = np.split(read[order], np.cumsum(counts)[:-1]) if len(read) else []
     return [_duplicate_set(file, rows) for rows in sorted((rows for rows in sets if len(rows) > 1), key=min)]

@@ -14,6 +14,10 @@ class Progress(Protocol):
         """Show it."""
 
 
+def silent(done: int, total: int, text: str, state: str = "", /) -> None:
+    """Be a `Progress` that shows nothing."""
+
+
 def to_json(record: Any) -> dict[str, Any]:
     """Return `record` (a dataclass below) as JSON-ready keys; absent and non-finite numbers become ``None``."""
     keys: dict[str, Any] = _finite(asdict(record))
@@ -146,7 +150,7 @@ class Prediction:
     label: str | None
     probability: float | None
     state: str
-    reason: str = field(default="")
+    reason: str = ""
 
 
 @dataclass(frozen=True)

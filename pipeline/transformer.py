@@ -143,7 +143,6 @@ class _Extractor(NamedTuple):
     engine: Engine
     preprocessing: Preprocessing
     dims: dict[str, int]
-    batch_size: int
 
 
 def _stamp(backbone: str) -> int | None:
@@ -165,7 +164,7 @@ def _load(
     backbone = load(name, size)
     network = tap(backbone, layer.split("+"), pool)
     built = build_engine(network, resolved, resolved.batch_size)
-    return _Extractor(built, backbone.preprocessing, network.dims, resolved.batch_size)
+    return _Extractor(built, backbone.preprocessing, network.dims)
 
 
 def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
@@ -193,9 +192,10 @@ def _batches(images: list[AnyImage], extractor: _Extractor) -> Iterator[np.ndarr
     threads = ThreadPoolExecutor()
     ahead: list[Future[np.ndarray]] = []
     try:
-        for start in range(0, len(images), extractor.batch_size):
+        size = extractor.engine.resolved.batch_size
+        for start in range(0, len(images), size):
             current = ahead
-            chunk = enumerate(images[start : start + extractor.batch_size], start)
+            chunk = enumerate(images[start : start + size], start)
             ahead = [threads.submit(_pixels, image, place, extractor.preprocessing) for place, image in chunk]
             if current:
                 yield np.stack([future.result() for future in current])

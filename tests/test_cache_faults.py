@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from features_cache import DONE, CacheError, CacheWriter, DamagedCacheError, LayerInfo, Rows, open_cache
+from features_cache.lock import WriterLock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,6 +149,17 @@ def test_a_disk_that_fills_up_loses_no_committed_row(tmp_path: Path, monkeypatch
     assert np.flatnonzero(open_cache(path).states).tolist() == list(range(0, 30, 2))
     writer.close()  # commits what could not be committed before
     assert (open_cache(path).states == DONE).all()
+
+
+def test_a_lock_that_cannot_be_taken_whole_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(CacheError, match="the disk is full"):
+            WriterLock(tmp_path / "a.h5")
+    WriterLock(tmp_path / "a.h5").release()
 
 
 def test_a_read_only_folder_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

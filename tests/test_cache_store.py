@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -279,6 +280,17 @@ def test_what_cannot_be_a_file_leaves_none(tmp_path: Path, case: str) -> None:
         CacheWriter.create(tmp_path / "a.h5", **given)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_take_its_name_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(CacheError, match="permission denied"):
+            create(path)
+    assert not list(path.parent.iterdir()), "neither its space nor its lock is kept"
 
 
 def test_an_existing_file_is_not_replaced(path: Path) -> None:

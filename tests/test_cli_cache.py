@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features_cache import PENDING, open_cache
+from features_cache import PENDING, CacheFile, CacheWriter, LayerInfo, Rows, open_cache
+from pipeline.overview import detail
 
 NETWORK = ("-b", "resnet18@random:0", "--size", "32")
 Thawline = Callable[..., Any]
@@ -73,6 +74,19 @@ def test_show_tells_all_about_one_file(thawline: Thawline, cache: Path) -> None:
     text = thawline("cache", "show", cache, "-l", "layer1").stdout
     assert "twin[red].png (test) = train/blue/twin.png" in text, "names are no markup"
     thawline("cache", "show", cache).assert_one_line("layers layer1", "layers input", "-l")
+
+
+def test_show_reads_the_reasons_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(["a", "b", "c"], np.array([-1, -1, -1]), [""] * 3, [""] * 3, *np.ones((2, 3), int))
+    with CacheWriter.create(tmp_path / "a.h5", rows, [], [LayerInfo("x", 1, "float32", {}, "f")], {}, {}) as writer:
+        for row, reason in ((0, "torn"), (2, "no image")):
+            writer.fail(row, reason, bytes(range(16)))
+    read: list[str] = []
+    text = CacheFile._text
+    monkeypatch.setattr(CacheFile, "_text", lambda file, name: read.append(name) or text(file, name))
+    found = detail(open_cache(tmp_path / "a.h5")).unreadable
+    assert found == [{"uri": "a", "reason": "torn"}, {"uri": "c", "reason": "no image"}]
+    assert read.count("/rows/reason") == 1, "of a million rows they take a second"
 
 
 def test_verify_names_damaged_rows_and_repair_makes_the_next_run_compute_them(

@@ -20,11 +20,14 @@ from scipy.stats import binomtest
 
 from features_cache import CacheLockedError
 from pipeline.compare import CompareReport, compare, dry_run
+from pipeline.comparing import work
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
+from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import Judged, RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
+from pipeline.comparing.plan import read_plan
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.extract import extract
@@ -35,7 +38,7 @@ from pipeline.reporting.html_charts import pareto
 from pipeline.reporting.html_model_charts import calibration_chart, class_chart
 from pipeline.reporting.html_pictures import lay_out
 from pipeline.reporting.plots.reliability import reliability
-from pipeline.results import to_json
+from pipeline.results import silent, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Thawline = Callable[..., Any]
@@ -152,6 +155,28 @@ def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
         compare(plan, tmp_path / "run")
 
 
+def test_bytes_that_are_no_text_are_damage_and_do_not_shift_what_is_cut_off(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    results.write_bytes(b'{"key": "\xff"}\n{"key": "to')
+    with pytest.raises(RunFolderError, match="line 1: expected a result"), RunFolder(tmp_path).claim():
+        pass
+    results.write_text('{"key": "ä"}\n{"key": "to')
+    with RunFolder(tmp_path).claim():
+        assert results.read_text() == '{"key": "ä"}\n'
+
+
+def test_damaged_predictions_are_named(tmp_path: Path) -> None:
+    said = Judged(np.array(["a"]), np.array([0]), np.array([1]), None)
+    folder = RunFolder(tmp_path)
+    with folder.claim():
+        folder.append({"key": "one"}, said)
+    assert not folder.judged("one").right.any()
+    file = tmp_path / "predictions" / "one.npz"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(RunFolderError, match=r"one\.npz is damaged; remove it"):
+        folder.judged("one")
+
+
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
     plan.write_text(plan.read_text().replace('"centroid"', '"knn"'))
     report = compare(plan, run)
@@ -180,6 +205,19 @@ def test_the_folder_of_another_plan_is_refused(plan: Path, run: Path, tmp_path: 
     assert compare(plan, run).computed == 0, "what counts is what a plan says"
 
 
+def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tunes.toml").write_text(f'source = "{photos}"\nseed = [0, 1, 2]\n[[finetune]]\n')
+    tunes = read_plan(tmp_path / "tunes.toml")
+    sources = open_sources(tunes)
+    listed: list[Any] = []
+    monkeypatch.setattr(work, "listing_digest", lambda images: listed.append(images) or "digest")
+    jobs = work.Work(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    assert len({key for _, key in jobs.values()}) == 3
+    assert listed == list(sources.values())
+
+
 def test_a_failing_job_is_recorded_and_the_rest_goes_on(
     plan: Path, run: Path, thawline: Thawline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +240,23 @@ def test_a_failing_job_is_recorded_and_the_rest_goes_on(
     assert "ZeroDivisionError: no luck with all" in (run / "report.html").read_text()
 
 
+def test_an_extraction_that_fails_alone_is_not_tried_again(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    module = ModuleType("pipeline.extract")
+
+    def extract(*call: Any, **_: Any) -> None:
+        tried.append(call)
+        raise ZeroDivisionError("no luck")
+
+    module.extract = extract  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pipeline.extract", module)
+    report = compare(plan, tmp_path / "run")
+    assert {failure.reason for failure in report.failures} == {"ZeroDivisionError: no luck"}
+    assert len(tried) == 1
+
+
 def test_only_the_backbone_that_fails_fails(plan: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     both = '["resnet18@random:0", "resnet18@bad.pth"]'
@@ -219,8 +274,10 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
     shutil.copytree(photos, tmp_path / "others")
     text = plan.read_text().replace(str(photos), "others").replace("[0, 1]", "0").replace('[2, "all"]', '"all"')
     plan.write_text(text.replace('"resnet18@random:0"', '["resnet18@random:0", "resnet18@bad.pth"]'))
-    report = compare(plan, run)
+    told: list[tuple[int, int]] = []
+    report = compare(plan, run, progress=lambda *call: told.append(call[:2]) if call[2] == "all jobs" else None)
     assert (report.computed, report.reused, len(report.failures)) == (4, 0, 4)
+    assert told == [(done, 8) for done in (5, 6, 7, 8)], "what failed counts on both sides"
     assert {record["source"] for record in report.results} == {"others"}
 
 

@@ -128,5 +128,5 @@ def test_what_cannot_be_compared_is_refused(write: Callable[..., Path]) -> None:
     with pytest.raises(FitError, match=r"at least 5 images .* got 0 in one.h5 and 0 in same.h5"):
         drift(one, write("same", first, np.arange(20)), "top")
     second[3, 2] = np.nan
-    with pytest.raises(FitError, match=r"NaN or infinite features of top in 1 of 20 rows, first 3.png"):
+    with pytest.raises(FitError, match=r"layer top of \S+ has NaN or infinite features in 1 of 20 rows, first 3.png"):
         drift(one, write("bad", second, np.arange(20, 40)), "top")

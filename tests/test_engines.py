@@ -248,6 +248,16 @@ def test_a_compiled_engine_meets_one_shape_only() -> None:
     assert set(shapes) == {(4, SIDE, SIDE, 3)}
 
 
+def test_a_compiler_that_fails_without_a_word_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Tensor) -> tuple[Tensor, ...]:
+        raise torch._dynamo.exc.TorchDynamoException
+
+    compiled = TorchEngine(tap(lively("resnet18"), ["layer2"]), Resolved("compile", "cpu", "fp32"), 2)
+    monkeypatch.setattr(compiled, "_call", fail)
+    with pytest.raises(EngineError, match=r"cannot compile resnet18@random:0 \(TorchDynamoException\)"):
+        compiled.start(*batches([2]))
+
+
 def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no such operation\nmore")

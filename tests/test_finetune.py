@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from features_cache import CacheError, whole
 from pipeline.backbones.cut import find_line, lines, read_place, split
 from pipeline.backbones.registry import load
 from pipeline.errors import BackboneError, FitError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import keeper, material
+from pipeline.finetuning import train as train_module
 from pipeline.finetuning.data import Part, Pictures, batch_count
 from pipeline.finetuning.groups import parameter_groups
-from pipeline.finetuning.net import class_weights
+from pipeline.finetuning.net import Net, class_weights
 from pipeline.finetuning.network import Network
 from pipeline.finetuning.recipe import Recipe, make_recipe
 from pipeline.finetuning.train import Trained, train
@@ -200,6 +203,44 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
     np.testing.assert_array_equal(found.predictions[0].probabilities, expected.predictions[0].probabilities)
 
 
+def test_a_run_killed_at_its_early_stop_trains_no_epoch_more(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "SAVE_EVERY_S", 0.0)
+    photos, options = make_photos(), {"epochs": 12, "patience": 1, "lr": 0.02, "warmup": 0}
+    expected = tune(photos, tmp_path / "whole", **options)
+    assert expected.results[0].epochs < 12
+    save = keeper.Keeper.save
+
+    def killed(self: keeper.Keeper, net: Any, **how: bool) -> None:
+        if how.get("finished"):
+            raise KeyboardInterrupt
+        save(self, net, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper.Keeper, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tune(photos, tmp_path / "cut", **options)
+    assert losses(tune(photos, tmp_path / "cut", **options)) == losses(expected)
+
+
+def test_a_run_that_is_over_leaves_no_memory_taken_to_the_next(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets: weakref.WeakSet[Net] = weakref.WeakSet()
+    make = train_module.make_net
+
+    def watched(*given: Any) -> Net:
+        net = make(*given)
+        nets.add(net)
+        return net
+
+    monkeypatch.setattr(train_module, "make_net", watched)
+    alive: list[int] = []
+    tune(make_photos(), tmp_path, seeds=[0, 1], epochs=1, progress=lambda *_: alive.append(len(nets)))
+    assert max(alive) == 1
+
+
 def test_a_full_disk_costs_the_checkpoint_alone(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,10 +250,17 @@ def test_a_full_disk_costs_the_checkpoint_alone(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(keeper.os, "fsync", full)
+    monkeypatch.setattr(whole.os, "fsync", full)
     report = tune(photos, tmp_path, seeds=[5])
     assert any("without a checkpoint" in note and "disk is full" in note for note in report.notes)
     assert report.results[0].epochs == 2
+
+
+def test_a_checkpoint_that_cannot_take_its_place_is_no_reason_to_stop_either(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").mkdir()
+    with pytest.raises(CacheError, match="cannot write the checkpoint"):
+        keeper.write_checkpoint(tmp_path / "a.pt", {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize(

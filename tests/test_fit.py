@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pipeline.fit import fit
 from pipeline.heads import schedule
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.store import load_model
+from pipeline.heads.trial import Outcome
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +122,19 @@ def test_one_result_a_cell_in_the_order_layers_heads_seeds_shots(make_cache: Mak
     assert calls == [(done, 16, "fit") for done in range(1, 17)]
     assert len(report.predictions) == 16
     assert report.saved is None
+
+
+def test_what_was_said_of_test_rows_is_held_once(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: weakref.WeakSet[Outcome] = weakref.WeakSet()
+
+    def noted(outcome: Outcome, **changes: Any) -> Outcome:
+        outcomes.add(changed := replace(outcome, **changes))
+        return changed
+
+    monkeypatch.setattr(schedule, "replace", noted)
+    alive: list[int] = []
+    fit(make_cache(), ["low"], seeds=[0, 1], cv=3, jobs=1, on_result=lambda *_: alive.append(len(outcomes)))
+    assert alive == [3, 3], "the predictions of a result's folds, and of no other result"
 
 
 def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:

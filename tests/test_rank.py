@@ -87,6 +87,9 @@ def test_sources_are_not_mixed(cache: Path, make_photos: Callable[..., Path]) ->
         rank(cache, source="photo")
     location = next(file.handles["location"] for file in Catalog(cache).files if file.handles["source"] == "photos")
     assert rank(cache, source=location).ranking == rank(cache, source="photos").ranking, "as fit has it"
+    extract(make_photos(name="else/photos"), [NETWORK], ["layer1"], output=cache, precision="fp32", size=32)
+    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*--source: /.*photos, /.*photos"):
+        rank(cache, source="photos")
 
 
 def test_the_commands(cache: Path, thawline: Callable[..., object], make_photos: Callable[..., Path]) -> None:

@@ -18,7 +18,7 @@ from pipeline.backbones.pooling import Layout, Pool, check_pool, layout_of, pool
 from pipeline.backbones.stages import classifier_input, last_map, stages
 from pipeline.backbones.trace import SHAPE, Shape, Traced, tapped_graph
 from pipeline.errors import BackboneError
-from pipeline.spec import fingerprint_of
+from pipeline.spec import Preprocessing, fingerprint_of
 
 INPUT = "input"
 PENULTIMATE = "penultimate"
@@ -185,10 +185,9 @@ class TappedNetwork(nn.Module):
             for layer in layers
         }
         self.body = _body(backbone.traced, taps, pool) if taps else None
-        mean = torch.tensor(backbone.preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
-        std = torch.tensor(backbone.preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
-        self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
-        self.register_buffer("shift", (-mean / std).float(), persistent=False)
+        scale, shift = normalisation(backbone.preprocessing)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
         self.eval()
 
     def train(self, mode: bool = True) -> TappedNetwork:
@@ -200,6 +199,14 @@ class TappedNetwork(nn.Module):
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
         features = iter(self.body(x) if self.body is not None else ())
         return tuple(small_image(x) if layer == INPUT else next(features) for layer in self.layers)
+
+
+def normalisation(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """Return scale and shift, (1, 3, 1, 1) float32, that make a network's input of pixels from 0 to 255."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
+    return (1 / (255 * std)).float(), (-mean / std).float()
 
 
 def small_image(x: Tensor) -> Tensor:

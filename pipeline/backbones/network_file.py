@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+from features_cache.whole import replacing
 from pipeline.errors import ModelFileError
 from pipeline.spec import LayerSpec, canonical_json
 
@@ -96,7 +96,7 @@ def describe(path: str | Path) -> TunedModel:
 
 
 def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
-    """Write a network under a temporary name beside `path`, then rename it.
+    """Write a network, in place of what stands at `path`, as a whole or not at all.
 
     Parameters
     ----------
@@ -120,14 +120,8 @@ def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
     }
     description["digest"] = _digest(description, tensors)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".thawline-") as folder:
-            draft = Path(folder) / path.name
-            header = {_KEY: json.dumps(description, allow_nan=False)}
-            draft.touch()
-            mode = draft.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
-            safetensors.numpy.save_file(dict(tensors), draft, header)
-            draft.chmod(mode)
-            draft.replace(path)
+        with replacing(path) as draft:
+            safetensors.numpy.save_file(dict(tensors), draft, {_KEY: json.dumps(description, allow_nan=False)})
     except (OSError, safetensors.SafetensorError) as error:
         raise ModelFileError(f"cannot write the model {path}: {getattr(error, 'strerror', None) or error}") from error
 

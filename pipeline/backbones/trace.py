@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import NodePathTracer
 
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 
 Shape = tuple[int, ...]
 SHAPE = "shape"
@@ -214,9 +214,9 @@ def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, i
         with torch.inference_mode():
             network(torch.zeros(_BATCH, 3, *size))
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BackboneError(
-            f"{name} does not run on {size[0]}x{size[1]} images ({lines[0][:200]}); leave out the size or give another"
+            f"{name} does not run on {size[0]}x{size[1]} images ({first_line(error)}); "
+            "leave out the size or give another"
         ) from error
 
 

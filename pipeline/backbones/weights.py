@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 SILENCE_S = 30.0
@@ -76,7 +76,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors and was not loaded; save its state_dict alone, best as .safetensors"
         ) from error
     except Exception as error:  # damaged files make the readers raise nearly anything
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise BackboneError(f"{path} cannot be read as weights ({reason}); save or download it again") from error
     return _unwrapped(state, path)
 
@@ -138,13 +138,8 @@ def downloading(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # urllib, httpx, requests, huggingface_hub and torch.hub share no base class
         raise BackboneError(
-            f"no weights for {name}: not on this machine, and the download failed ({_first_line(error)}); "
+            f"no weights for {name}: not on this machine, and the download failed ({first_line(error)}); "
             f"go online once, or use efficientnet_lite0, {name}@FILE.safetensors or {name}@random:0"
         ) from error
     finally:
         socket.setdefaulttimeout(previous)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipeline.comparing.folder import Judged, Record
 from pipeline.comparing.methods import FINETUNE, HEAD, Board, Score, best_of, is_validated
@@ -28,15 +28,17 @@ class Answer:
         or head.
     paired : Paired or None
         Of `tuned` (or the runner-up) against `frozen`: how much better, and whether that is real.
+    facts : list of (str, str, str)
+        The few numbers that stand out: label, number, what it is.
     """
 
     headline: str
     sentences: list[str]
     frozen: Score | None
     tuned: Score | None
-    runner_up: Score | None = None
-    paired: Paired | None = None
-    facts: list[tuple[str, str, str]] = field(default_factory=list)
+    runner_up: Score | None
+    paired: Paired | None
+    facts: list[tuple[str, str, str]]
 
 
 def answer(board: Board, judged: Judge, extraction: Costs) -> Answer:
@@ -198,7 +200,7 @@ def _labels(shots: int | str) -> str:
 
 
 def _facts(first: Score, second: Score | None, paired: Paired | None) -> list[tuple[str, str, str]]:
-    """Return the few numbers that stand out: label, number, what it is."""
+    """Return the `Answer.facts` of one or two methods."""
     found = []
     for score in (first, second):
         if score is not None:

@@ -95,14 +95,19 @@ def fit_key(fit: Fit, features: Features, source: str) -> str:
     )
 
 
-def finetune_key(job: Finetune, images: ImageSource) -> str:
-    """Return a digest of all that a fine-tune's result depends on; images count by their size and time."""
+def listing_digest(images: ImageSource) -> str:
+    """Return a digest of what a source lists, by which images count with their size and time."""
+    return fingerprint_of([images.classes, images.items])
+
+
+def finetune_key(job: Finetune, source: str, listing: str) -> str:
+    """Return a digest of all that a fine-tune's result depends on, its source's `listing_digest` among it."""
     return fingerprint_of(
         {
             "kind": "finetune",
-            "source": images.name,
+            "source": source,
             "rules": [*_rules(), version("torch")],
-            "rows": fingerprint_of([images.classes, images.items]),
+            "rows": listing,
             "options": job.options,
             "weights": weights_file_digest(str(dict(job.options)["backbone"])),
             "seed": job.seed,

@@ -9,7 +9,6 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from features_cache import nearest
 from features_cache.lock import WriterLock
+from features_cache.whole import replacing
 from pipeline.errors import RunFolderError
 
 Record = dict[str, Any]
@@ -99,13 +99,9 @@ class RunFolder:
         """Keep a finished result; on return it is on disk."""
         with _explained(self.path, "write"):
             columns = {name: value for name, value in vars(judged).items() if value is not None}
-            with _replacing(self._predictions(record["key"])) as stream:
-                np.savez_compressed(stream, **columns)
-            line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-            with self.results.open("a", encoding="utf-8") as log:
-                log.write(line + "\n")
-                log.flush()
-                os.fsync(log.fileno())
+            with replacing(self._predictions(record["key"])) as draft:
+                np.savez_compressed(draft, **columns)
+            _append(self.results, [record])
         self.records[record["key"]] = record
 
     def keep_only(self, keys: Iterable[str]) -> None:
@@ -113,20 +109,26 @@ class RunFolder:
         wanted = set(keys)
         stale = [record for key, record in self.records.items() if key not in wanted]
         if stale:
-            with _explained(self.path, "write"), (self.path / "superseded.jsonl").open("a", encoding="utf-8") as log:
-                log.write(_lines(stale))
+            with _explained(self.path, "write"):
+                _append(self.path / "superseded.jsonl", stale)
             self.records = {key: record for key, record in self.records.items() if key in wanted}
             self.write("results.jsonl", _lines(self.records.values()))
 
     def judged(self, key: str) -> Judged:
-        """Return what a finished model said about its test images."""
-        with _explained(self.path, "read"), np.load(self._predictions(key)) as stored:
-            return Judged(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+        """Return what a finished model said about its test images; raises `RunFolderError` where that is damaged."""
+        file = self._predictions(key)
+        try:
+            with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
+                return Judged(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+        except RunFolderError:
+            raise
+        except Exception as error:  # damaged bytes make numpy's reader raise nearly anything
+            raise RunFolderError(f"{file} is damaged; remove it to have its job run again") from error
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder as a whole."""
-        with _explained(self.path, "write"), _replacing(self.path / name) as stream:
-            stream.write(text.encode("utf-8", "surrogateescape"))
+        with _explained(self.path, "write"), replacing(self.path / name) as draft:
+            draft.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def read_json(self, name: str) -> Record:
         """Return a JSON document of the folder, an empty one where there is none."""
@@ -158,9 +160,9 @@ class RunFolder:
     def _load(self, *, mend: bool = False) -> None:
         """Read the results; what a kill left of a last line is passed over, and cut off where we may write."""
         self.records = {}
-        text = self.results.read_text(encoding="utf-8", errors="replace") if self.results.exists() else ""
-        whole, _, torn = text.rpartition("\n")
-        for number, line in enumerate(whole.split("\n") if whole else [], 1):
+        content = self.results.read_bytes() if self.results.exists() else b""
+        whole, _, torn = content.rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
                 record = json.loads(line)
                 self.records[record["key"]] = record
@@ -170,7 +172,7 @@ class RunFolder:
                     "remove the line to have its job run again"
                 ) from None
         if torn and mend:
-            os.truncate(self.results, len(f"{whole}\n".encode()) if whole else 0)
+            os.truncate(self.results, len(content) - len(torn))
 
 
 def open_finished(path: str | Path) -> RunFolder:
@@ -188,28 +190,20 @@ def open_finished(path: str | Path) -> RunFolder:
     return folder
 
 
+def _append(path: Path, records: Iterable[Record]) -> None:
+    """Add lines to a file; on return they are on disk."""
+    with path.open("a", encoding="utf-8") as log:
+        log.write(_lines(records))
+        log.flush()
+        os.fsync(log.fileno())
+
+
 def _lines(records: Iterable[Record]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list) else value
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[io.BufferedRandom]:
-    """Yield a temporary file that takes the place of `path`, synced, when the block ends well."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w+b") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

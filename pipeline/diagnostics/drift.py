@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import DONE, AmbiguousCacheError, CacheError, CacheFile, Catalog
+from features_cache import DONE, AmbiguousCacheError, CacheError, CacheFile, Catalog, digest_keys
 from pipeline.diagnostics.domain_test import FOLDS, domain_test
 from pipeline.errors import FitError
-from pipeline.heads.cached import stands_for
+from pipeline.heads.cached import not_finite, stands_for
 from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
 
@@ -129,17 +129,13 @@ def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _distinct(file: CacheFile) -> _Images:
     done = np.flatnonzero(file.states == DONE)
-    # numpy drops trailing zero bytes when it compares; all keys being 16 bytes long, that confuses none
-    keys, places = np.unique(np.ascontiguousarray(file.digests[done]).view("S16").ravel(), return_index=True)
+    keys, places = np.unique(digest_keys(file.digests[done]), return_index=True)
     return _Images(file, done[places], keys)
 
 
 def _features(file: CacheFile, layer: str, rows: Ints) -> NDArray[np.float32]:
     features = np.asarray(file.matrix(layer)[rows], np.float32)
-    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    bad = file.uris[rows[~np.isfinite(features).all(axis=1)]]
     if bad.size:
-        raise FitError(
-            f"{file.path.name} has NaN or infinite features of {layer} in {len(bad)} of {len(rows)} rows, first "
-            f"{file.uris[rows[bad[0]]]}; extract again with --precision fp32 or --store float32"
-        )
+        raise not_finite(f"{layer} of {file.path.name}", bad, len(rows))
     return features

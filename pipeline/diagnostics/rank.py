@@ -119,11 +119,12 @@ def agreements(scores: Sequence[LayerScore]) -> list[Agreement]:
 
 
 def _of_one_source(catalog: Catalog, files: Sequence[CacheFile]) -> Sequence[CacheFile]:
-    sources = list(dict.fromkeys(file.handles.get("source", "") for file in files))
+    sources = dict.fromkeys((file.handles.get("source", ""), file.handles.get("location", "")) for file in files)
     if len(sources) > 1:
+        names, locations = zip(*sources, strict=True)
         raise AmbiguousCacheError(
             f"{catalog.path} holds {len(sources)} sources, whose layers cannot be compared; name one with --source: "
-            f"{', '.join(sources)}"
+            f"{', '.join(names if len(set(names)) == len(names) else locations)}"
         )
     return files
 

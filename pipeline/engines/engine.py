@@ -14,6 +14,7 @@ from pipeline.engines.memory import keep_freed_memory
 from pipeline.engines.openvino_engine import OpenVinoEngine
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import TorchEngine
+from pipeline.errors import first_line
 
 
 class Running(Protocol):
@@ -64,8 +65,7 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
         return OpenVinoEngine(network, resolved, batch_size)
     except Exception as error:  # conversion fails in as many ways as there are networks
         engine = TorchEngine(network, replace(resolved, engine="torch"), batch_size)
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        engine.notes.append(f"OpenVINO cannot run {network.name}, so torch computes: {reason}")
+        engine.notes.append(f"OpenVINO cannot run {network.name}, so torch computes: {first_line(error)}")
         return engine
 
 

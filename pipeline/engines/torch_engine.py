@@ -13,7 +13,7 @@ from pipeline.backbones.graph import TappedNetwork
 from pipeline.engines.fold import folded
 from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, first_line
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -92,9 +92,9 @@ class TorchEngine:
         try:
             return list(self._call(images))
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0][:200]
             raise EngineError(
-                f"torch cannot compile {self._network.name} ({reason}): is there a C++ compiler? Use --engine torch"
+                f"torch cannot compile {self._network.name} ({first_line(error)}): is there a C++ compiler? "
+                "Use --engine torch"
             ) from error
 
     def _shrink(self, count: int, error: torch.OutOfMemoryError) -> None:

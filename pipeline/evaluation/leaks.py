@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from features_cache import digest_keys
+
 Ints = NDArray[np.int64]
 Strings = NDArray[np.str_]
 
@@ -30,7 +32,7 @@ def join_units(groups: Strings, digests: NDArray[np.uint8]) -> Ints:
     (n,) int64
         Equal numbers stay together.
     """
-    _, images = np.unique(_as_keys(digests), return_inverse=True)
+    _, images = np.unique(digest_keys(digests), return_inverse=True)
     names, named = np.unique(groups, return_inverse=True)
     linked = groups != ""
     nodes = len(groups) + len(names)
@@ -54,7 +56,7 @@ def find_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8]) -
     list of (repeated, original)
         Row numbers; test rows first.
     """
-    keys = _as_keys(digests)
+    keys = digest_keys(digests)
     pairs: list[tuple[int, int]] = []
     for held, before in ((test, np.concatenate([train, val])), (val, train)):
         known, first = np.unique(keys[before], return_index=True)
@@ -104,8 +106,3 @@ def tell_clusters(groups: Strings) -> list[str]:
         f"{counts.sum()} test rows come from {len(names)} groups: intervals and tests take rows for independent, and "
         "claim too much where those of a group are alike"
     ]
-
-
-def _as_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    # numpy drops trailing zero bytes when it compares; all keys being 16 bytes long, that confuses none
-    return np.ascontiguousarray(digests).view("S16").ravel()

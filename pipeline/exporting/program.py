@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from pipeline.errors import ModelFileError
+from features_cache.whole import replacing
+from pipeline.errors import ModelFileError, first_line
 from pipeline.exporting.graph import Classifier
 
 INPUT = "pixels"
@@ -29,10 +29,8 @@ def write_program(path: Path, graph: Classifier, metadata: Mapping[str, Any]) ->
     program = _program(graph)
     program.model.metadata_props.update({name: json.dumps(part, ensure_ascii=False) for name, part in metadata.items()})
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".thawline-") as folder:
-            draft = Path(folder) / path.name
+        with replacing(path) as draft:
             program.save(draft, external_data=False)
-            draft.replace(path)
     except OSError as error:
         raise ModelFileError(f"cannot write the graph {path}: {error.strerror or error}") from error
 
@@ -54,6 +52,5 @@ def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
             verbose=False,
         )
     except Exception as error:  # the exporter runs foreign code on symbols: it fails in as many ways as there are nets
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelFileError(f"this backbone cannot be written as ONNX: {lines[0][:200]}") from error
+        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(error)}") from error
     return cast("torch.onnx.ONNXProgram", program)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from skorch.history import History
 from torch import Tensor
 
 from features_cache.errors import CacheError, explained
+from features_cache.whole import replacing
 from pipeline.finetuning.net import DivergedError
 from pipeline.finetuning.schedule import Schedule
 from pipeline.results import Progress
@@ -59,7 +59,7 @@ class Keeper(Callback):  # type: ignore[misc]
         self._saved = time.monotonic()
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        """Judge the epoch, write a checkpoint if it is time, stop if it is time."""
+        """Judge the epoch, stop if it is time, write a checkpoint if it is time."""
         epoch = net.history[-1]
         if not math.isfinite(epoch.get("valid_loss", 0.0)):
             raise DivergedError(f"the validation loss became {epoch['valid_loss']} in epoch {epoch['epoch']}")
@@ -69,13 +69,13 @@ class Keeper(Callback):  # type: ignore[misc]
         if not losses or losses[-1] < min(losses[:-1], default=float("inf")):
             self.best_epoch = epoch["epoch"]
             self.best = {name: item.detach().cpu().clone() for name, item in net.module_.thawed_state().items()}
+        if self.patience is not None and epoch["epoch"] - self.best_epoch >= self.patience:
+            raise StopEarly  # before a checkpoint from which a run would go on to one epoch more
         if time.monotonic() - self._saved >= SAVE_EVERY_S:
             self.save(net)
-        if self.patience is not None and epoch["epoch"] - self.best_epoch >= self.patience:
-            raise StopEarly
 
     def save(self, net: Any, *, diverged: bool = False, finished: bool = False) -> None:
-        """Write the checkpoint beside itself and rename it; a finished run keeps its best weights alone."""
+        """Write the checkpoint; a finished run keeps its best weights alone."""
         state: dict[str, Any] = {
             "history": [dict(epoch) for epoch in net.history if "batches" not in epoch],
             "best": self.best,
@@ -109,15 +109,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` so that the file is always whole; raises `CacheError` where it cannot."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    draft = path.with_suffix(".draft")
-    try:
-        with explained(path, "write the checkpoint"), draft.open("wb") as stream:
-            stream.write(buffer.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with explained(path, "write the checkpoint"), replacing(path) as draft:
+        draft.write_bytes(buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softmax
 
 from features_cache.errors import ThawlineError
+from pipeline.backbones.trace import hooked
 from pipeline.finetuning.data import Part
 from pipeline.finetuning.groups import parameter_groups
 from pipeline.finetuning.network import Network, layer_name
@@ -89,21 +91,13 @@ def first_bad_layer(network: Network, inputs: tuple[Tensor, ...]) -> str:
             return layer_name(name)
     found: list[str] = []
 
-    def look(name: str) -> Any:
-        def hook(module: nn.Module, args: object, value: Any) -> None:
-            if not found and isinstance(value, Tensor) and not value.isfinite().all():
-                found.append(layer_name(f"{name}."))
+    def look(name: str, module: nn.Module, args: object, value: Any) -> None:
+        if not found and isinstance(value, Tensor) and not value.isfinite().all():
+            found.append(layer_name(f"{name}."))
 
-        return hook
-
-    leaves = [(name, part) for name, part in network.named_modules() if not list(part.children())]
-    handles = [part.register_forward_hook(look(name)) for name, part in leaves]
-    try:
-        with torch.no_grad():
-            network(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    leaves = [name for name, part in network.named_modules() if not list(part.children())]
+    with hooked(network, {name: partial(look, name) for name in leaves}), torch.no_grad():
+        network(*inputs)
     return found[0] if found else "the loss itself"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.cut import Place, find_line, read_place, split
-from pipeline.backbones.graph import small_image
+from pipeline.backbones.graph import normalisation, small_image
 from pipeline.backbones.network_file import HEAD
 from pipeline.backbones.tuned import new_top
 
@@ -56,10 +56,9 @@ class Network(nn.Module):
         self.body = copy.deepcopy(body).requires_grad_(True)
         self.new_head = new_top(backbone, top, classes)
         self.trunk_precision = self.precision = "fp32"
-        mean = torch.tensor(backbone.preprocessing.mean, dtype=torch.float64).view(1, 3, 1, 1)
-        std = torch.tensor(backbone.preprocessing.std, dtype=torch.float64).view(1, 3, 1, 1)
-        self.register_buffer("scale", (1 / (255 * std)).float())
-        self.register_buffer("shift", (-mean / std).float())
+        scale, shift = normalisation(backbone.preprocessing)
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
         self.eval()
 
     def train(self, mode: bool = True) -> Network:

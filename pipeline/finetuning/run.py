@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,46 +18,15 @@ from pipeline.evaluation.splits import Splits
 from pipeline.finetuning.data import Ints, Part, Reader
 from pipeline.finetuning.material import Material, splits_of
 from pipeline.finetuning.network import ALL, Network
+from pipeline.finetuning.plan import Plan
 from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import Trained, standardise, train
 from pipeline.heads.cached import Table
-from pipeline.results import Progress
 from pipeline.spec import DECODE_POLICY, NO_AUGMENT, TRAINING_RULES, fingerprint_of
 
 HEAD_EPOCHS = 10
 """Epochs of the new top alone, at most, where it trains first."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all runs of a call share.
-
-    Parameters
-    ----------
-    freeze : str
-    recipe : Recipe
-    rate : float
-        Learning rate of the uppermost layers.
-    precision : str
-        As asked for.
-    store : str
-        Number type of cached activations.
-    folder : Path
-        Of checkpoints.
-    progress : callable
-    watch : bool, default False
-        Whether to record and judge gradients.
-    """
-
-    freeze: str
-    recipe: Recipe
-    rate: float
-    precision: str
-    store: str
-    folder: Path
-    progress: Progress
-    watch: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -166,10 +166,15 @@ def require_finite(layer: Layer) -> None:
         finite = np.isfinite(layer.features(index)).all(axis=1)
         bad += index[~finite].tolist()
     if bad:
-        raise FitError(
-            f"layer {layer.name} has NaN or infinite features in {len(bad)} of {len(layer.table.labels)} rows, first "
-            f"{layer.table.uris[bad[0]]}; extract again with --precision fp32 or --store float32"
-        )
+        raise not_finite(layer.name, layer.table.uris[bad], len(layer.table.labels))
+
+
+def not_finite(layer: str, bad: NDArray[np.str_], count: int) -> FitError:
+    """Return the error that the `bad` ones of `count` images, at least one, have NaN or infinite features."""
+    return FitError(
+        f"layer {layer} has NaN or infinite features in {len(bad)} of {count} rows, first {bad[0]}; "
+        "extract again with --precision fp32 or --store float32"
+    )
 
 
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ import skops.io
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
+from features_cache.whole import replacing
 from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
@@ -63,7 +63,7 @@ class SavedModel:
     metrics : dict
         The `FitResult` of the same model, as JSON.
     versions : dict of str to str
-        Libraries it was made with; filled in where it is saved.
+        Libraries it was made with.
     """
 
     pipeline: Pipeline
@@ -136,7 +136,7 @@ def check_destination(path: str | Path) -> Path:
 
 
 def save_model(path: str | Path, model: SavedModel) -> None:
-    """Write `model` under a temporary name beside `path`, then rename it.
+    """Write `model`, in place of what stands at `path`, as a whole or not at all.
 
     Raises
     ------
@@ -146,14 +146,12 @@ def save_model(path: str | Path, model: SavedModel) -> None:
     path = check_destination(path)
     description = {key: value for key, value in vars(model).items() if key != "pipeline"}
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".thawline-") as folder:
-            draft = Path(folder) / path.name
+        with replacing(path) as draft:
             skops.io.dump(model.pipeline, draft)
             with zipfile.ZipFile(draft, "a") as archive:
                 described = {"format": FORMAT, "version": VERSION, **description}
                 described["digest"] = _digest(archive, described)
                 archive.writestr(_DESCRIPTION, json.dumps(described, indent=1, allow_nan=False))
-            draft.replace(path)
     except OSError as error:
         raise ModelFileError(f"cannot write the model {path}: {error.strerror or error}") from error
 

@@ -1,0 +1,101 @@
+"""What a plan asks for, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
+from pipeline.comparing.folder import Judged, Record, RunFolder
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
+from pipeline.comparing.plan import Line, Plan
+from pipeline.images.source import ImageSource
+from pipeline.results import Progress
+
+if TYPE_CHECKING:
+    from pipeline.heads.predictions import TestPredictions
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job that could not be done, and why in one line."""
+
+    job: str
+    reason: str
+
+
+@dataclass
+class Work:
+    """What a plan asks for and how far it is.
+
+    Parameters
+    ----------
+    plan : Plan
+    folder : RunFolder
+    images : dict of str to ImageSource
+        By source, as named in the plan.
+    features : dict of Extraction to Features
+        What is known of each extraction; None before it was sketched or done.
+    progress : callable
+    failures : list of Failure
+    notes : list of str
+        What the user should know.
+    computed, total : int
+        Jobs done now, and all that are to be, those that fail included.
+    """
+
+    plan: Plan
+    folder: RunFolder
+    images: Mapping[str, ImageSource]
+    features: dict[Extraction, Features | None]
+    progress: Progress
+    failures: list[Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    computed: int = 0
+    total: int = 0
+
+    def look_up(self) -> None:
+        """Read from the caches what is extracted by now."""
+        for extraction in self.features:
+            found = find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
+            self.features[extraction] = found or self.features[extraction]
+
+    def cache(self, line: Line) -> Path:
+        """Return the cache folder of a line of the plan."""
+        return Path(line.values.get("output", (self.folder.cache,))[0])
+
+    def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
+        """Return the fits on what is extracted, each with its key."""
+        source = self.images[extraction.source].name
+        return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
+
+    def finetunes(self) -> dict[Finetune, tuple[Line, str]]:
+        """Return the fine-tunes, each with its line of the plan and its key."""
+        asked = finetunes(self.plan)
+        listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
+        keys = (finetune_key(job, self.images[job.source].name, listings[job.source]) for _, job in asked)
+        return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
+
+    def is_done(self) -> bool:
+        """Tell whether nothing is missing."""
+        keys = {key for _, key in self.finetunes().values()}
+        for extraction, found in self.features.items():
+            if found is None or not found.complete:
+                return False
+            keys |= set(self.fits(extraction, found).values())
+        return keys == set(self.folder.records) and all(map(self.folder.has, keys))
+
+    def keep(self, record: Record, said: TestPredictions) -> None:
+        """Keep a result on disk, and tell how far the work is."""
+        probability = None if said.probability is None else said.probability.astype(np.float32)
+        self.folder.append(record, Judged(said.uris, said.y_true, said.y_pred, probability))
+        self.computed += 1
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell how far the work is."""
+        self.progress(self.computed + len(self.failures), self.total, "all jobs")
