@@ -29,13 +29,12 @@ def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def make_photos(tmp_path: Path) -> Callable[..., Path]:
+@pytest.fixture(scope="session")
+def write_photos() -> Callable[..., Path]:
     """Write a folder of class folders: noisy pictures whose colour tells the class."""
 
-    def make(classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8, name: str = "photos") -> Path:
+    def write(root: Path, classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8) -> Path:
         generator = np.random.default_rng(7)
-        root = tmp_path / name
         for number, class_name in enumerate(classes):
             (root / class_name).mkdir(parents=True)
             for index in range(each):
@@ -43,6 +42,16 @@ def make_photos(tmp_path: Path) -> Callable[..., Path]:
                 pixels[..., number % 3] += 100
                 Image.fromarray(pixels.astype(np.uint8)).save(root / class_name / f"{index}.png")
         return root
+
+    return write
+
+
+@pytest.fixture
+def make_photos(tmp_path: Path, write_photos: Callable[..., Path]) -> Callable[..., Path]:
+    """Write such a folder under a test's own."""
+
+    def make(classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8, name: str = "photos") -> Path:
+        return write_photos(tmp_path / name, classes, each)
 
     return make
 

@@ -15,7 +15,7 @@ from PIL import Image
 from features_cache import PENDING, CacheFile, CacheWriter, LayerInfo, Rows, open_cache
 from pipeline.overview import detail
 
-NETWORK = ("-b", "resnet18@random:0", "--size", "32")
+NETWORK = ("-b", "test_resnet@random:0", "--size", "32", "--engine", "torch")
 Thawline = Callable[..., Any]
 
 
@@ -51,10 +51,10 @@ def flip(path: Path, array: str, row: int) -> None:
 def test_ls_lists_every_file(thawline: Thawline, cache: Path, photos: Path) -> None:
     (cache / "noise.h5").write_bytes(b"noise" * 99)
     listing = thawline("cache", "ls", cache, "--json").json
-    assert sorted(tuple(file["layers"].items()) for file in listing["files"]) == [(("input", 3072),), (("layer1", 64),)]
+    assert sorted(tuple(file["layers"].items()) for file in listing["files"]) == [(("input", 3072),), (("layer1", 32),)]
     for file in listing["files"]:
         assert (file["rows"], file["done"], file["unreadable"], file["pending"]) == (33, 32, 1, 0)
-        assert (file["source"], file["location"], file["backbone"]) == ("photos", str(photos), "resnet18@random:0")
+        assert (file["source"], file["location"], file["backbone"]) == ("photos", str(photos), "test_resnet@random:0")
         assert file["bytes"] == Path(file["path"]).stat().st_size
     assert len(listing["problems"]) == 1
     assert listing["superseded"] == []
@@ -131,7 +131,7 @@ def test_export_writes_the_finished_rows(thawline: Thawline, cache: Path, tmp_pa
     features = np.load(written[0])
     with Path(written[1]).open() as file:
         rows = list(csv.DictReader(file))
-    assert features.shape == (32, 64)
+    assert features.shape == (32, 32)
     assert len(rows) == 32
     assert "train/red/broken.png" not in [row["uri"] for row in rows]
     thawline("cache", "export", cache, tmp_path / "out.txt", "-l", "input").assert_one_line(".parquet", ".txt")
@@ -155,7 +155,7 @@ def test_prune_asks_before_it_deletes_what_was_superseded(
 
 
 def test_fit_sees_the_files_of_a_backbone_as_one_cache(thawline: Thawline, cache: Path, photos: Path) -> None:
-    fitted = ("--head", "centroid", "--json")
+    fitted = ("--head", "centroid", "--jobs", 1, "--json")
     assert {r["layer"] for r in thawline("fit", cache, *fitted).json["results"]} == {"layer1", "input"}
     joined = thawline("fit", cache, "-l", "layer1+input", *fitted).json["results"]
     assert [(r["layer"], r["n_test"]) for r in joined] == [("layer1+input", 7)]

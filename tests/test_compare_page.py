@@ -26,9 +26,10 @@ seed = [0, 1]
 shots = [3, "all"]
 
 [[extract]]
-backbone = "resnet18@random:0"
+backbone = "test_resnet@random:0"
 layer = ["layer1", "layer4", "input"]
 size = 32
+engine = "torch"
 
 [[fit]]
 head = ["logreg", "ridge"]

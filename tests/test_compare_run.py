@@ -48,9 +48,10 @@ seed = [0, 1]
 shots = [2, "all"]
 
 [[extract]]
-backbone = "resnet18@random:0"
+backbone = "test_resnet@random:0"
 layer = ["layer1", "input"]
 size = 32
+engine = "torch"
 
 [[fit]]
 head = ["logreg", "centroid"]
@@ -58,16 +59,8 @@ head = ["logreg", "centroid"]
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("compare") / "photos"
-    generator = np.random.default_rng(7)
-    for number, name in enumerate(("blue", "green", "red")):
-        (root / name).mkdir(parents=True)
-        for index in range(8):
-            pixels = generator.integers(0, 120, (40, 48, 3))
-            pixels[..., number] += 100
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
-    return root
+def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("compare") / "photos")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +97,7 @@ def test_a_run_holds_what_fit_returns(finished: CompareReport, photos: Path) -> 
     records = lines_of(run)
     assert finished.results == records
 
-    alone = fit(run / "cache", heads=["logreg", "centroid"], seeds=[0, 1], shots=[2, "all"])
+    alone = fit(run / "cache", heads=["logreg", "centroid"], seeds=[0, 1], shots=[2, "all"], jobs=1)
     same = ("backbone", "layer", "head", "seed", "shots", "n_train", "n_val", "n_test", "accuracy", "macro_f1")
     expected = {tuple(to_json(result)[key] for key in same) for result in alone.results}
     assert {tuple(record[key] for key in same) for record in records} == expected
@@ -228,7 +221,7 @@ def test_a_failing_job_is_recorded_and_the_rest_goes_on(
 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
-    tune = '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nshots = "all"\nseed = 0\n'
+    tune = '\n[[finetune]]\nbackbone = "test_resnet@random:0"\nsize = 32\nshots = "all"\nseed = 0\n'
     plan.write_text(plan.read_text() + tune)
     done = thawline("compare", plan, "-o", run, "--json")
     assert done.returncode == 1
@@ -259,8 +252,8 @@ def test_an_extraction_that_fails_alone_is_not_tried_again(
 
 def test_only_the_backbone_that_fails_fails(plan: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.pth").write_bytes(b"no weights")
-    both = '["resnet18@random:0", "resnet18@bad.pth"]'
-    plan.write_text(plan.read_text().replace('"resnet18@random:0"', both))
+    both = '["test_resnet@random:0", "test_resnet@bad.pth"]'
+    plan.write_text(plan.read_text().replace('"test_resnet@random:0"', both))
     report = compare(plan, run)
     assert (report.computed, report.reused) == (0, 16)
     assert len(report.failures) == 16
@@ -273,7 +266,7 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
     (tmp_path / "bad.pth").write_bytes(b"no weights")
     shutil.copytree(photos, tmp_path / "others")
     text = plan.read_text().replace(str(photos), "others").replace("[0, 1]", "0").replace('[2, "all"]', '"all"')
-    plan.write_text(text.replace('"resnet18@random:0"', '["resnet18@random:0", "resnet18@bad.pth"]'))
+    plan.write_text(text.replace('"test_resnet@random:0"', '["test_resnet@random:0", "test_resnet@bad.pth"]'))
     told: list[tuple[int, int]] = []
     report = compare(plan, run, progress=lambda *call: told.append(call[:2]) if call[2] == "all jobs" else None)
     assert (report.computed, report.reused, len(report.failures)) == (4, 0, 4)
@@ -282,10 +275,10 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
 
 
 def test_features_that_are_there_under_another_request_are_used_once(plan: Path, photos: Path, tmp_path: Path) -> None:
-    long = "torchvision/resnet18@random:0"
-    extract(photos, [long], ["layer1", "input"], output=tmp_path / "shared", size=32)
-    both = f'["resnet18@random:0", "{long}"]\noutput = "shared"'
-    plan.write_text(plan.read_text().replace('"resnet18@random:0"', both).replace("[0, 1]", "0"))
+    long = "timm/test_resnet@random:0"
+    extract(photos, [long], ["layer1", "input"], output=tmp_path / "shared", size=32, engine="torch")
+    both = f'["test_resnet@random:0", "{long}"]\noutput = "shared"'
+    plan.write_text(plan.read_text().replace('"test_resnet@random:0"', both).replace("[0, 1]", "0"))
     report = compare(plan, tmp_path / "run")
     assert report.failures == []
     assert (report.computed, len(report.results), len(list((tmp_path / "shared").glob("*.h5")))) == (8, 8, 1)
@@ -301,13 +294,15 @@ def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, mo
     monkeypatch.setattr("pipeline.reporting.html.lay_out", watched)
     tables = """
 [[extract]]
-backbone = "resnet18@random:0"
+backbone = "test_resnet@random:0"
 layer = ["penultimate", "layer4", "layer1"]
 size = [32, 48]
+engine = "torch"
 [[extract]]
-backbone = "resnet18@random:0"
+backbone = "test_resnet@random:0"
 layer = "input"
 size = 32
+engine = "torch"
 [[fit]]
 head = "centroid"
 """
@@ -334,7 +329,7 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 
     def finetune(source: str, seeds: list[int], shots: list[Any], **options: Any) -> Report:
         calls.append((seeds, shots, options["freeze"], options["backbone"]))
-        made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots)
+        made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots, jobs=1)
         return Report(
             [replace(result, kind="finetune") for result in made.results],
             made.predictions,
@@ -348,7 +343,7 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
     tuned = {"freeze": "all", "validation_accuracy": 0.6}
     known = "pipeline.comparing.run.to_json"
     monkeypatch.setattr(known, lambda result: to_json(result) | (tuned if result.kind == "finetune" else {}))
-    plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "resnet18@random:0"\nsize = 32\nseed = 0\n')
+    plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "test_resnet@random:0"\nsize = 32\nseed = 0\n')
     report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
     records = [record for record in report.results if record["kind"] == "finetune"]
@@ -359,7 +354,7 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:
     planned = dry_run(plan, tmp_path / "new")
     assert len(planned) == 1 + 16
-    assert planned[0].bytes == 24 * (64 + 3072) * 4, "24 images, float32"
+    assert planned[0].bytes == 24 * (32 + 3072) * 4, "24 images, float32"
     assert all(job.seconds > 0 and not job.done for job in planned)
     assert all(job.done for job in dry_run(plan, run))
 
@@ -368,8 +363,8 @@ def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> Non
     second = Path(shutil.copytree(photos, tmp_path / "second" / "photos"))
     plan = tmp_path / "plan.toml"
     plan.write_text(
-        f'source = ["{photos}", "{second}"]\n[[extract]]\nlayer = "input"\nbackbone = "resnet18@random:0"\nsize = 32\n'
-        '[[fit]]\nhead = "centroid"\n'
+        f'source = ["{photos}", "{second}"]\n[[extract]]\nlayer = "input"\nbackbone = "test_resnet@random:0"\n'
+        'size = 32\n[[fit]]\nhead = "centroid"\n'
     )
     report = compare(plan, tmp_path / "run")
     assert [record["source"] for record in report.results] == [str(photos), str(second)]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.graph import tap
+from pipeline.backbones.graph import TappedNetwork, tap
 from pipeline.backbones.registry import load
 from pipeline.engines.engine import Engine, build_engine, stream
 from pipeline.engines.fold import folded
-from pipeline.engines.openvino_model import converted
+from pipeline.engines.openvino_model import convert, converted
 from pipeline.engines.select import Resolved, has_bf16, resolve
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import EngineError
@@ -197,7 +197,7 @@ def test_an_error_of_the_source_reaches_the_reader_after_what_came_before() -> N
 
 
 def test_an_engine_leaves_the_network_as_it_was() -> None:
-    network = tap(lively("resnet18"), LAYERS)
+    network = tap(lively("timm/test_resnet"), LAYERS)
     before = {key: item.clone() for key, item in network.state_dict().items()}
     for kind in ("torch", "openvino"):
         list(stream(build_engine(network, resolve(kind, "cpu", "fp32"), 1), batches([1])))
@@ -273,9 +273,30 @@ def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkey
     np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_converted_models_are_kept_and_the_least_used_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.engines.openvino_model.KEPT", 2)
+@pytest.fixture(scope="module")
+def conv1() -> openvino.Model:
+    """What OpenVINO makes of one layer: tests of what becomes of a converted model share it."""
+    return convert(tap(lively("resnet18"), ["conv1"]), 1)
+
+
+@pytest.fixture
+def conversions(conv1: openvino.Model, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """The layers of networks that were converted while `tmp_path` is the user's cache folder."""
+    calls: list[tuple[str, ...]] = []
+
+    def shared(network: TappedNetwork, batch_size: int) -> openvino.Model:
+        calls.append(network.layers)
+        return conv1.clone()
+
+    monkeypatch.setattr("pipeline.engines.openvino_model.convert", shared)
     monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+    return calls
+
+
+def test_converted_models_are_kept_and_the_least_used_go(
+    conversions: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("pipeline.engines.openvino_model.KEPT", 2)
 
     def names() -> set[str]:
         return {path.name for path in (tmp_path / "openvino").iterdir()}
@@ -286,44 +307,41 @@ def test_converted_models_are_kept_and_the_least_used_go(monkeypatch: pytest.Mon
     converted(tap(lively("resnet18"), ["layer1"]), 1)
     (second,) = names() - {first}
     os.utime(tmp_path / "openvino" / second, (2, 2))
-    monkeypatch.setattr("pipeline.engines.openvino_model.convert", None)  # may not be needed
     converted(tap(lively("resnet18"), ["conv1"]), 1)
-    monkeypatch.undo()
-    monkeypatch.setattr("pipeline.engines.openvino_model.KEPT", 2)
-    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+    assert conversions == [("conv1",), ("layer1",)]
     converted(tap(lively("resnet18"), ["layer2"], "max"), 1)
+    assert conversions[2:] == [("layer2",)]
     assert first in names()
     assert second not in names()
     assert len(names()) == 2
 
 
-def test_a_damaged_kept_model_is_converted_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+def test_a_damaged_kept_model_is_converted_again(conversions: list[tuple[str, ...]], tmp_path: Path) -> None:
     network, (pixels,) = tap(lively("resnet18"), ["conv1"]), batches([1])
 
-    def check() -> None:
+    def check(number: int) -> None:
         model, notes = converted(network, 1)
         assert notes == []
+        assert len(conversions) == number
         with torch.inference_mode():
             (expected,) = network(torch.from_numpy(pixels))
         (features,) = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(pixels).values()
         np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
 
-    check()
+    check(1)
     (place,) = (tmp_path / "openvino").iterdir()
     weights = (place / "model.bin").read_bytes()
     (place / "model.bin").write_bytes(bytes(len(weights)))
-    check()
+    check(2)
     assert (place / "model.bin").read_bytes() == weights
     (place / "model.bin").write_bytes(weights[:100])
     (place / "digest").unlink()
-    check()
-    monkeypatch.setattr("pipeline.engines.openvino_model.convert", None)  # may not be needed
-    check()
+    check(3)
+    check(3)
 
 
 def test_a_user_cache_that_cannot_be_written_costs_only_the_next_conversion(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    conversions: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path / "file")

@@ -16,6 +16,7 @@ from pipeline import export as export_module
 from pipeline.errors import ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.export import export
+from pipeline.exporting.graph import HeadScores
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.fit import fit
@@ -28,12 +29,13 @@ from pipeline.spec import Preprocessing
 
 NETWORK = "timm/test_resnet@random:0"
 CLASSES = ("blue", "green", "red")
+HOW: dict[str, Any] = {"precision": "fp32", "engine": "torch", "size": 48}
 
 
 def trained(photos: Path, folder: Path, head: str, layer: str = "layer2", **options: Any) -> Path:
     """Extract in float32, fit, and return the model's path."""
     layers = layer.split("+")
-    extract(photos, [NETWORK], layers, output=folder / "cache", precision="fp32", size=48, **options)
+    extract(photos, [NETWORK], layers, output=folder / "cache", **HOW, **options)
     model = folder / f"{head.replace('/', '-')}.skops"
     fit(folder / "cache", [layer], [head], save=model, jobs=1)
     return model
@@ -74,9 +76,7 @@ def run_on_images(path: Path, images: list[np.ndarray]) -> tuple[dict[str, np.nd
     [
         ("logreg", "layer2+input", CLASSES, {}),
         ("logreg/l2", "layer2", CLASSES[:2], {"pool": "avg+max"}),
-        ("linear_svm", "penultimate", CLASSES, {"store": "float16"}),
-        ("ridge/none", "layer1", CLASSES[:2], {"pool": "grid2"}),
-        ("centroid", "layer2", CLASSES, {}),
+        ("linear_svm", "penultimate", CLASSES, {"pool": "grid2", "store": "float16"}),
     ],
 )
 def test_the_graph_says_what_predict_says(
@@ -86,7 +86,7 @@ def test_the_graph_says_what_predict_says(
     model = trained(photos, tmp_path, head, layer, **options)
     result = export(model, tmp_path / "model.onnx")
     fresh, images = doubtful_photos(tmp_path)
-    expected = predict(model, fresh, tmp_path / "predicted").predictions
+    expected = predict(model, fresh, tmp_path / "predicted", engine="torch").predictions
     found, metadata = run_on_images(tmp_path / "model.onnx", images)
 
     assert result.outputs == list(found)
@@ -95,6 +95,10 @@ def test_the_graph_says_what_predict_says(
     assert len({item.label for item in expected}) > 1
     assert found["scores"].shape == (11, len(classes))
     saved = load_model(model)
+    specs = [layer["spec"] for layer in saved.layers]
+    assert (metadata["model"]["head"], metadata["model"]["layers"]) == (head, specs)
+    assert metadata["model"]["metrics"]["accuracy"] == saved.metrics["accuracy"]
+    assert metadata["preprocessing"] == specs[0]["preprocessing"]
     catalog = Catalog(tmp_path / "predicted")
     features = np.hstack([catalog.find(layer=name).matrix(name).astype("f") for name in layer.split("+")])
     if head.startswith("logreg"):
@@ -102,18 +106,17 @@ def test_the_graph_says_what_predict_says(
         calibrated = tempered(saved.pipeline.predict_proba(features), saved.temperature)
         np.testing.assert_allclose(found["probabilities"], calibrated, atol=1e-3)
         np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
-    elif head != "centroid":
-        scores = found["scores"] if len(classes) > 2 else found["scores"][:, 1]
-        np.testing.assert_allclose(scores, saved.pipeline.decision_function(features), atol=1e-3)
+    else:
+        np.testing.assert_allclose(found["scores"], saved.pipeline.decision_function(features), atol=1e-3)
 
 
-@pytest.mark.parametrize(("top", "freeze"), [("linear", "all"), ("hidden", "layer2"), ("direct", "none")])
+@pytest.mark.parametrize(("top", "freeze"), [("hidden", "all"), ("direct", "none")])
 def test_the_graph_of_a_fine_tuned_network_says_what_predict_says(
     make_photos: Callable[..., Path], tmp_path: Path, top: str, freeze: str
 ) -> None:
     photos, model = make_photos(CLASSES, each=9), tmp_path / "tuned.safetensors"
-    how = {"precision": "fp32", "engine": "torch", "size": 48, "epochs": 2, "lr": 0.01, "batch_size": 8}
-    report = finetune(photos, NETWORK, freeze=freeze, top=top, output=tmp_path / "cache", save=model, **how)
+    how = {"output": tmp_path / "cache", "save": model, "epochs": 2, "lr": 0.01, "batch_size": 8}
+    report = finetune(photos, NETWORK, freeze=freeze, top=top, **HOW, **how)
     result = export(model, tmp_path / "model.onnx")
     fresh, images = doubtful_photos(tmp_path)
     expected = predict(model, fresh, tmp_path / "predicted", engine="torch").predictions
@@ -128,15 +131,16 @@ def test_the_graph_of_a_fine_tuned_network_says_what_predict_says(
     np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
 
 
-def test_metadata_tells_where_the_model_comes_from(make_photos: Callable[..., Path], tmp_path: Path) -> None:
-    model = trained(make_photos(), tmp_path, "ridge")
-    export(model, tmp_path / "model.onnx")
-    _, metadata = run(tmp_path / "model.onnx", np.zeros((1, 48, 48, 3), np.uint8))
-    saved = load_model(model)
-    assert metadata["model"]["head"] == "ridge"
-    assert metadata["model"]["layers"] == [saved.layers[0]["spec"]]
-    assert metadata["model"]["metrics"]["accuracy"] == saved.metrics["accuracy"]
-    assert metadata["preprocessing"] == saved.layers[0]["spec"]["preprocessing"]
+def test_other_heads_score_as_scikit_learn_does(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    photos, (first, second) = make_photos(), ("ridge/none", "centroid")
+    ridge, centroid = load_model(trained(photos, tmp_path, first)), load_model(trained(photos, tmp_path, second))
+    features = np.random.default_rng(0).standard_normal((20, ridge.layers[0]["dim"])).astype("f")
+    found = [HeadScores(saved, half=False)(torch.from_numpy(features)).numpy() for saved in (ridge, centroid)]
+    np.testing.assert_allclose(found[0], ridge.pipeline.decision_function(features), rtol=1e-3, atol=1e-3)
+    scaler, classifier = (centroid.pipeline.named_steps[name] for name in ("scaler", "classifier"))
+    distances, numbers = classifier.kneighbors(scaler.transform(features), 3)
+    nearness = -np.square(np.take_along_axis(distances, np.argsort(numbers, axis=1), 1)) / 2
+    np.testing.assert_allclose(found[1] - found[1][:, :1], nearness - nearness[:, :1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("head", ["rbf_svm", "knn"])
@@ -156,7 +160,7 @@ def test_every_family_is_decided(make_photos: Callable[..., Path], tmp_path: Pat
 def test_layers_of_two_poolings_are_refused(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos = make_photos()
     for layer, pool in (("layer1", "avg"), ("layer2", "max")):
-        extract(photos, [NETWORK], [layer], pool, tmp_path / "cache", precision="fp32", size=48)
+        extract(photos, [NETWORK], [layer], pool, tmp_path / "cache", **HOW)
     fit(tmp_path / "cache", ["layer1+layer2"], ["ridge"], save=tmp_path / "m.skops", jobs=1)
     with pytest.raises(ModelFileError, match=r"layers of one backbone and pooling, got .*layer1 \(avg\)"):
         export(tmp_path / "m.skops", tmp_path / "model.onnx")

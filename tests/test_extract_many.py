@@ -15,7 +15,7 @@ from pipeline.heads.cached import select
 from pipeline.images import folder
 from pipeline.results import ExtractResult
 
-ONE, OTHER, LARGER = "resnet18@random:0", "resnet34@random:1", "googlenet@random:0"
+ONE, OTHER, LARGER = "test_resnet@random:0", "test_efficientnet@random:1", "googlenet@random:0"
 OPTIONS = {"layers": ["penultimate"], "size": 64, "precision": "fp32", "engine": "torch"}
 
 
@@ -56,10 +56,11 @@ def test_backbones_of_different_input_sizes_share_the_read(
     make_photos: Callable[..., Path], tmp_path: Path, reads: Counter[str]
 ) -> None:
     photos = make_photos(classes=("one",), each=3)
-    results = extract(photos, ["efficientnet_lite0", LARGER], ["input"], output=tmp_path / "both", precision="fp32")
+    how = {"precision": "fp32", "engine": "torch"}
+    results = extract(photos, ["efficientnet_lite0", LARGER], ["input"], output=tmp_path / "both", **how)
     assert set(reads.values()) == {1}
     for result in results:
-        (alone,) = extract(photos, [result.backbone], ["input"], output=tmp_path / "alone", precision="fp32")
+        (alone,) = extract(photos, [result.backbone], ["input"], output=tmp_path / "alone", **how)
         both = [open_cache(one.path).matrix("input") for one in (result, alone)]
         np.testing.assert_array_equal(*both)
     first, second = (open_cache(result.path).matrix("input") for result in results)
@@ -120,7 +121,7 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
 
 def test_two_names_of_one_network_are_one(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos = make_photos(classes=("one",), each=2)
-    (result,) = extract(photos, [ONE, f"torchvision/{ONE}"], output=tmp_path / "cache", **OPTIONS)
+    (result,) = extract(photos, [ONE, f"timm/{ONE}"], output=tmp_path / "cache", **OPTIONS)
     assert (result.backbone, result.computed) == (ONE, 2)
 
 

@@ -34,7 +34,7 @@ from pipeline.images.source import open_source
 from pipeline.images.transform import prepare
 from pipeline.spec import View
 
-NET = "resnet18@random:0"
+NET, TINY = "resnet18@random:0", "test_resnet@random:0"
 OPTIONS: dict[str, Any] = {"size": 32, "engine": "torch", "device": "cpu", "precision": "fp32", "batch_size": 8}
 Photos = Callable[..., Path]
 
@@ -45,7 +45,7 @@ def backbone() -> Any:
 
 
 def tune(photos: Path, output: Path, **options: Any) -> Any:
-    return finetune(photos, NET, output=output, **{"freeze": "layer3", "epochs": 2, **OPTIONS, **options})
+    return finetune(photos, TINY, output=output, **{"freeze": "layer3", "epochs": 2, **OPTIONS, **options})
 
 
 def losses(report: Any, place: int = 0) -> list[float]:
@@ -114,10 +114,10 @@ def test_the_trunk_stays_frozen_whatever_is_called(backbone: Any) -> None:
     assert all(item.grad is None for item in network.trunk.parameters())
 
 
-def test_cached_activations_train_like_the_whole_network(make_photos: Photos, backbone: Any, tmp_path: Path) -> None:
+def test_cached_activations_train_like_the_whole_network(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
     report = tune(photos, tmp_path / "cached", seeds=[3], epochs=1)
-    reader = Pictures(open_source(photos), backbone.preprocessing, "none")
+    reader = Pictures(open_source(photos), load(TINY, 32).preprocessing, "none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(material, "Activations", lambda *_: reader)
         whole = tune(photos, tmp_path / "whole", seeds=[3], epochs=1)
@@ -130,8 +130,8 @@ def test_cached_activations_train_like_the_whole_network(make_photos: Photos, ba
 def test_splits_are_those_of_fit_and_seeds_reproduce(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
     runs = [tune(photos, tmp_path / name, seeds=[0, 1], shots=[2, "all"], freeze="all") for name in ("a", "b")]
-    extract(photos, [NET], output=tmp_path / "fit", size=32, engine="torch", device="cpu", precision="fp32")
-    rival = fit(tmp_path / "fit", seeds=[0, 1], shots=[2, "all"])
+    extract(photos, [TINY], output=tmp_path / "fit", size=32, engine="torch", device="cpu", precision="fp32")
+    rival = fit(tmp_path / "fit", seeds=[0, 1], shots=[2, "all"], jobs=1)
     for found, expected in zip(runs[0].predictions, rival.predictions, strict=True):
         np.testing.assert_array_equal(found.uris, expected.uris)
         np.testing.assert_array_equal(found.y_true, expected.y_true)
@@ -378,7 +378,7 @@ def test_a_recipe_that_cannot_be_is_refused(option: dict[str, Any], parts: str) 
 def test_bad_input_is_one_line(
     thawline: Callable[..., Any], make_photos: Photos, tmp_path: Path, arguments: Any, parts: Any
 ) -> None:
-    base = ("finetune", make_photos(), "-b", NET, "--size", 32, "--engine", "torch", "--store", "float16")
+    base = ("finetune", make_photos(), "-b", TINY, "--size", 32, "--engine", "torch", "--store", "float16")
     finished = thawline(*base, "-o", tmp_path / "cache", "--epochs", 1, *arguments, cwd=tmp_path)
     assert finished.returncode == 1, finished.stderr
     last = finished.stderr.splitlines()[-1]
@@ -389,7 +389,7 @@ def test_bad_input_is_one_line(
 
 def test_one_class_is_refused(thawline: Callable[..., Any], make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos(classes=("red",))
-    base = ("finetune", photos, "-b", NET, "--size", 32, "--engine", "torch", "-o", tmp_path / "cache")
+    base = ("finetune", photos, "-b", TINY, "--size", 32, "--engine", "torch", "-o", tmp_path / "cache")
     thawline(*base).assert_one_line("at least two classes")
 
 
@@ -398,7 +398,7 @@ def test_the_command_saves_a_model_that_predict_takes(
 ) -> None:
     photos, model = make_photos(each=12), tmp_path / "model.safetensors"
     (photos / "red" / "broken.png").write_bytes(b"no image")
-    base = ("finetune", photos, "-b", NET, "--size", 32, "--engine", "torch", "--precision", "fp32")
+    base = ("finetune", photos, "-b", TINY, "--size", 32, "--engine", "torch", "--precision", "fp32")
     how = ("--freeze", "layer4", "--epochs", 15, "--patience", 15, "--lr", 0.01)
     output = thawline(*base, *how, "-o", tmp_path / "cache", "--save", model, "--json")
     document = output.json
@@ -407,7 +407,7 @@ def test_the_command_saves_a_model_that_predict_takes(
     result = document["results"][0]
     assert result["kind"] == "finetune"
     assert result["freeze"] == "layer4"
-    assert result["trainable_parameters"] == 512 * 3 + 3
+    assert result["trainable_parameters"] == 96 * 3 + 3
     assert [epoch["epoch"] for epoch in result["history"]] == list(range(1, result["epochs"] + 1))
     assert any("1 unreadable" in note for note in document["notes"])
     picture = tmp_path / "curves.png"

@@ -136,7 +136,8 @@ def test_names_are_shortened_in_the_middle_and_are_no_formulas() -> None:
 def test_the_command_draws_what_there_is_to_show(
     make_photos: Callable[..., Path], tmp_path: Path, thawline: Callable[..., object]
 ) -> None:
-    extract(make_photos(each=12), ["timm/test_resnet@random:0"], ["layer1", "layer2"], output=tmp_path / "c", size=32)
+    how = {"output": tmp_path / "c", "size": 32, "engine": "torch"}
+    extract(make_photos(each=12), ["timm/test_resnet@random:0"], ["layer1", "layer2"], **how)
     arguments = (
         "fit",
         tmp_path / "c",

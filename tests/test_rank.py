@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +20,22 @@ from pipeline.results import LayerScore
 NETWORK = "timm/test_resnet@random:0"
 
 
-@pytest.fixture
-def cache(make_photos: Callable[..., Path], tmp_path: Path) -> Path:
-    """Two backbones over one source."""
-    photos = make_photos()
+HOW: dict[str, Any] = {"precision": "fp32", "size": 32, "engine": "torch"}
+
+
+@pytest.fixture(scope="module")
+def made(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("rank")
+    photos = write_photos(root / "photos")
     for backbone, layers in ((NETWORK, ["layer1", "layer3", "logits"]), (NETWORK.replace(":0", ":1"), ["layer1"])):
-        extract(photos, [backbone], layers, output=tmp_path / "cache", precision="fp32", size=32)
-    return tmp_path / "cache"
+        extract(photos, [backbone], layers, output=root / "cache", **HOW)
+    return root / "cache"
+
+
+@pytest.fixture
+def cache(made: Path, tmp_path: Path) -> Path:
+    """Two backbones over one source."""
+    return Path(shutil.copytree(made, tmp_path / "cache"))
 
 
 def test_layers_of_all_backbones_are_scored_on_training_rows_alone(
@@ -80,7 +91,7 @@ def test_wide_layers_are_scored_on_fewer_rows_all_alike(cache: Path, monkeypatch
 
 
 def test_sources_are_not_mixed(cache: Path, make_photos: Callable[..., Path]) -> None:
-    extract(make_photos(name="others"), [NETWORK], ["layer1"], output=cache, precision="fp32", size=32)
+    extract(make_photos(name="others"), [NETWORK], ["layer1"], output=cache, **HOW)
     with pytest.raises(AmbiguousCacheError, match=r"2 sources.*--source: others, photos"):
         rank(cache)
     with pytest.raises(CacheError, match=r"no source photo; it has .*; did you mean photos"):
@@ -99,7 +110,7 @@ def test_the_commands(cache: Path, thawline: Callable[..., object], make_photos:
     assert "LogME" in thawline("rank", cache).stdout
 
     others = cache.parent / "others"
-    extract(make_photos(("blue",), 20, "field"), [NETWORK], ["layer1"], output=others, precision="fp32", size=32)
+    extract(make_photos(("blue",), 20, "field"), [NETWORK], ["layer1"], output=others, **HOW)
     first = next(path for path in cache.glob("*.h5") if "layer3" in open_cache(path).layers)
     found = thawline("drift", first, others, "-l", "layer1", "--json").json
     assert (found["shared"], found["compared"], len(found["foreign_in_second"])) == (8, 12, 10)

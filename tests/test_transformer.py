@@ -24,6 +24,8 @@ from pipeline.extract import extract
 from pipeline.transformer import ImageFeatures
 
 SMALL = {"layer": "blocks.1", "size": 32, "precision": "fp32", "device": "cpu"}
+TORCH = SMALL | {"engine": "torch"}
+"""What needs no conversion, for networks that one test alone runs."""
 DIM = 24
 
 
@@ -68,8 +70,8 @@ def test_more_images_than_a_batch_stay_in_order() -> None:
 
 def test_layers_joined_by_a_plus_stand_side_by_side() -> None:
     images = pictures(2)
-    joined = ImageFeatures(**SMALL | {"layer": "blocks.1+input"}).fit_transform(images)
-    parts = [ImageFeatures(**SMALL | {"layer": layer}).transform(images) for layer in ("blocks.1", "input")]
+    joined = ImageFeatures(**TORCH | {"layer": "blocks.1+input"}).fit_transform(images)
+    parts = [ImageFeatures(**TORCH | {"layer": layer}).transform(images) for layer in ("blocks.1", "input")]
     np.testing.assert_allclose(joined, np.hstack(parts), rtol=1e-5, atol=1e-6)
 
 
@@ -78,7 +80,7 @@ def test_nothing_gives_no_rows_of_the_right_width() -> None:
 
 
 def test_parameters_changed_later_count() -> None:
-    features = ImageFeatures(**SMALL).fit(pictures())
+    features = ImageFeatures(**TORCH).fit(pictures())
     assert features.set_params(layer="blocks.0").fit_transform(pictures()).shape == (6, 16)
     assert len(features.get_feature_names_out()) == 16
 
@@ -92,7 +94,7 @@ def test_a_weights_file_written_again_is_read_again(tmp_path: Path) -> None:
     results = []
     for seed in (0, 1):
         torch.save(load(f"efficientnet_lite0@random:{seed}").module.state_dict(), path)
-        results.append(ImageFeatures(f"efficientnet_lite0@{path}", **SMALL).transform(pictures(1)))
+        results.append(ImageFeatures(f"efficientnet_lite0@{path}", **TORCH).transform(pictures(1)))
     assert not np.allclose(results[0], results[1])
 
 
@@ -121,7 +123,7 @@ def test_a_fitted_pipeline_survives_a_pickle_without_the_network() -> None:
 
 
 def test_a_union_names_its_features() -> None:
-    union = FeatureUnion([("deep", ImageFeatures(**SMALL)), ("raw", ImageFeatures(**SMALL | {"layer": "input"}))])
+    union = FeatureUnion([("deep", ImageFeatures(**SMALL)), ("raw", ImageFeatures(**TORCH | {"layer": "input"}))])
     assert union.fit_transform(pictures(2)).shape == (2, DIM + 3072)
     names = union.get_feature_names_out()
     assert names[0] == "deep__blocks.1_0"
@@ -230,7 +232,7 @@ def test_scikit_learns_checks_of_the_form(check: str) -> None:
 
 @pytest.mark.parametrize("check", BEHAVIOUR)
 def test_scikit_learns_checks_of_the_behaviour(check: str) -> None:
-    getattr(estimator_checks, check)("OnMatrices", OnMatrices(**SMALL | {"layer": "blocks.0"}))
+    getattr(estimator_checks, check)("OnMatrices", OnMatrices(**TORCH | {"layer": "blocks.0"}))
 
 
 def test_a_clone_is_as_good() -> None:

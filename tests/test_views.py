@@ -27,7 +27,7 @@ from pipeline.images import folder, transform
 from pipeline.images.transform import prepare, prepare_all
 from pipeline.spec import LayerSpec, Preprocessing, View
 
-NET, LINE = "resnet18@random:0", "layer4"
+NET, LINE = "test_resnet@random:0", "layer4"
 AUGMENT = "crop+flip+colour"
 HOW: dict[str, Any] = {"size": 32, "engine": "torch", "device": "cpu", "precision": "fp32"}
 Photos = Callable[..., Path]

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import skops.io
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
@@ -143,6 +142,8 @@ def save_model(path: str | Path, model: SavedModel) -> None:
     ModelFileError
         If the file cannot be written.
     """
+    import skops.io  # late, for it imports torch, which nothing else in a fit needs
+
     path = check_destination(path)
     description = {key: value for key, value in vars(model).items() if key != "pipeline"}
     try:
@@ -209,6 +210,8 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _load_pipeline(path: Path) -> Pipeline:
+    import skops.io
+
     try:
         untrusted = skops.io.get_untrusted_types(file=path)
         pipeline = None if untrusted else skops.io.load(path, trusted=[])
