@@ -42,6 +42,8 @@ from features_cache import (
 
 LAYERS = [LayerInfo("a", 40, "float32", {}, "f"), LayerInfo("b", 3, "float16", {}, "g")]
 CHUNK = 7
+FILLING_S = 3.0
+"""How long a writer takes, at least, for a whole source: several kills long."""
 
 
 def images_at(step: int, count: int) -> dict[str, int]:
@@ -140,13 +142,19 @@ def kill_writers(kills: int, count: int, seed: int) -> dict[str, int]:
         have: set[bytes] = set()
         for kill in range(kills):
             command = [sys.executable, __file__, "--child", name, str(kill // 8), str(count)]
-            with subprocess.Popen(command) as child:
-                time.sleep(generator.uniform(0.1, 1.2))
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+                if child.stdout:
+                    child.stdout.readline()  # its imports are done, which take long on a busy machine
+                time.sleep(generator.uniform(0, 0.9))
                 child.send_signal(signal.SIGKILL)
             now = look(folder, counts)
             counts["rows_lost"] += len(have - now)
             have = now
-        subprocess.run([sys.executable, __file__, "--child", name, str(kills // 8), str(count), "0"], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--child", name, str(kills // 8), str(count), "0"],
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         file = open_cache(folder / "cache.h5")
         complete = (file.states == DONE).all() and file.uris.tolist() == list(images_at(kills // 8, count))
         computed = (folder / "computed.log").read_text().split()
@@ -206,7 +214,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         folder, step, count, *pause = arguments.child
-        write(Path(folder), int(step), int(count), float(pause[0]) if pause else 0.002)
+        print("begins", flush=True)
+        write(Path(folder), int(step), int(count), float(pause[0]) if pause else FILLING_S * CHUNK / int(count))
         return
     report = {"writers": kill_writers(arguments.kills, arguments.rows, arguments.seed)}
     if arguments.extract:

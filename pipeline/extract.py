@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import DONE, UNREADABLE, drop_redundant, open_cache
+from features_cache import DONE, UNREADABLE, CacheError, drop_redundant, open_cache
 from pipeline.filling import Clock, Filling
 from pipeline.images.loader import load
 from pipeline.images.source import open_source
@@ -105,6 +105,8 @@ def extract(
     ThawlineError
         The source, a backbone, a layer or the cache cannot be had; what was computed stays in the cache.
     """
+    if Path(output).is_file():
+        raise CacheError(f"{output} is a file; name the folder that is to hold the cache's files")
     images = open_source(source)
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
