@@ -51,9 +51,13 @@ def test_every_command_stands_in_the_readme() -> None:
 def test_extract_fit_predict(thawline: Thawline, make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos, cache, model = make_photos(), tmp_path / "cache", tmp_path / "model.skops"
     (photos / "red" / "broken.png").write_bytes(b"no image")
+    (photos / "red" / "phone.heic").write_bytes(b"another kind of image")
     shutil.copy(photos / "red" / "0.png", photos / "red" / "twin.png")
 
-    first = thawline("extract", photos, *NETWORK, "-l", "layer1", "-o", cache, "--json").json["caches"][0]
+    extracted = thawline("extract", photos, *NETWORK, "-l", "layer1", "-o", cache, "--json")
+    first = extracted.json["caches"][0]
+    assert first["notes"][0].startswith("1 .heic passed over")
+    assert f"note: {first['notes'][0]}\n" in extracted.stderr
     assert (first["rows"], first["done"], first["unreadable"]) == (26, 25, 1)
     assert (first["computed"], first["reused"]) == (24, 1), "equal images are computed once"
     assert first["layers"] == {"layer1": 64}
