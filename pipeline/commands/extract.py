@@ -25,7 +25,7 @@ def backbones(pattern: str | None, as_json: bool) -> None:
         print_json({"backbones": [entry._asdict() for entry in found]})
         return
     rows = [(entry.name, entry.zoo, ", ".join(entry.local), ", ".join(entry.weights)) for entry in found]
-    print_table(rows_table(("backbone", "zoo", "here without network", "all weights"), rows))
+    print_table(rows_table(("backbone", "zoo", "on this machine", "all weights"), rows))
 
 
 @click.command()

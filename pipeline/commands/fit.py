@@ -60,6 +60,7 @@ def fit(
         return
     print_table(fit_table(report.results))
     if report.summary:
+        click.echo()
         print_table(seeds_table(report.summary))
     if report.saved:
         click.echo(f"model: {report.saved} ({_described(report.results[report.best])})")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from features_cache.errors import nearest
+from features_cache.errors import nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.digits import DIGITS, open_digits
 from pipeline.images.folder import FileReader, open_folder, suffix_of, walk
@@ -94,7 +94,4 @@ def _open_image(path: Path) -> ImageSource:
 
 
 def _suggestion(missing: Path) -> str:
-    names = [DIGITS]
-    if missing.parent.is_dir():
-        names += [entry.name for entry in missing.parent.iterdir()]
-    return nearest(missing.name, names)
+    return nearest_beside(missing) or nearest(missing.name, [DIGITS])

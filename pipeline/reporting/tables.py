@@ -142,6 +142,8 @@ def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table
     for prediction in predictions[:most]:
         shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
         table.add_row(prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown)
+    if len(predictions) > most:
+        table.add_row(f"… and {len(predictions) - most} more; --csv has all", "", "")
     return table
 
 
