@@ -69,6 +69,7 @@ def main() -> None:
         behind = list(_chain(error))
         if not any(isinstance(each, KeyboardInterrupt | click.Abort) for each in behind):
             raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries still clear up: pressed twice is no second error
         notes = [note for each in behind for note in getattr(each, "__notes__", ())]
         click.echo("; ".join(["thawline: interrupted", *notes]), err=True)
         sys.exit(130)

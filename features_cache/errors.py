@@ -49,6 +49,14 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
+def nearest_beside(path: Path) -> str:
+    """Return what `nearest` says of the names that stand where `path` was looked for."""
+    try:
+        return nearest(path.name, sorted(entry.name for entry in path.parent.iterdir()))
+    except OSError:
+        return ""
+
+
 @contextmanager
 def explained(path: Path, doing: str) -> Iterator[None]:
     """Turn an `OSError` of the block into a one-line `CacheError` that says what to do.

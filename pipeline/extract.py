@@ -139,7 +139,7 @@ def extract(
         seconds = _fill(target, fillings, batch_size, workers, clock, progress or silent) if fillings else 0.0
     for filling in fillings:
         drop_redundant(filling.writer.cache.path)
-    return [_result(item, seconds, clock) for item in items]
+    return [_result(item, images.notes, seconds, clock) for item in items]
 
 
 def _fill(
@@ -177,7 +177,7 @@ def _fill(
     return time.perf_counter() - began
 
 
-def _result(item: Path | Filling, seconds: float, clock: Clock) -> ExtractResult:
+def _result(item: Path | Filling, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
     filling = item if isinstance(item, Filling) else None
     file = open_cache(item.writer.cache.path if isinstance(item, Filling) else item)
     computed = filling.computed if filling else 0
@@ -196,5 +196,5 @@ def _result(item: Path | Filling, seconds: float, clock: Clock) -> ExtractResult
         seconds=seconds if filling else 0.0,
         images_per_second=computed / seconds if computed else 0.0,
         bound=clock.bound if computed else None,
-        notes=filling.engine.notes if filling else [],
+        notes=notes + (filling.engine.notes if filling else []),
     )

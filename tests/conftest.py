@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -85,12 +86,15 @@ def thawline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
 
     def run(*arguments: object, cwd: Path = Path()) -> Finished:
         code, out, err = 0, io.StringIO(), io.StringIO()
+        on_interrupt = signal.getsignal(signal.SIGINT)
         monkeypatch.setattr("sys.argv", ["thawline", *map(str, arguments)])
         with redirect_stdout(out), redirect_stderr(err), chdir(cwd):
             try:
                 cli.main()
             except SystemExit as exit_:
                 code = int(exit_.code or 0)
+            finally:
+                signal.signal(signal.SIGINT, on_interrupt)  # a command that was interrupted ignores what follows
         return Finished(code, out.getvalue(), err.getvalue())
 
     return run

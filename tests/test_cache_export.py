@@ -74,6 +74,8 @@ def test_parquet_has_all_in_one_table(tmp_path: Path, layer: str) -> None:
 def test_safetensors_has_features_labels_and_names(tmp_path: Path, layer: str) -> None:
     file = make(tmp_path / "a.h5", DONE_ROWS)
     (path,) = export(file, layer, tmp_path / "x.safetensors")
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it, as the umask has it"
     with safe_open(path, "numpy") as read:
         features, labels, metadata = read.get_tensor("features"), read.get_tensor("labels"), read.metadata()
     assert features.dtype == file.layers[layer].dtype

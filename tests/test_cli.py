@@ -53,9 +53,13 @@ def test_every_command_stands_in_the_readme() -> None:
 def test_extract_fit_predict(thawline: Thawline, make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos, cache, model = make_photos(), tmp_path / "cache", tmp_path / "model.skops"
     (photos / "red" / "broken.png").write_bytes(b"no image")
+    (photos / "red" / "phone.heic").write_bytes(b"another kind of image")
     shutil.copy(photos / "red" / "0.png", photos / "red" / "twin.png")
 
-    first = thawline("extract", photos, *NETWORK, "-l", "layer1", "-o", cache, "--json").json["caches"][0]
+    extracted = thawline("extract", photos, *NETWORK, "-l", "layer1", "-o", cache, "--json")
+    first = extracted.json["caches"][0]
+    assert first["notes"][0].startswith("1 .heic passed over")
+    assert f"note: {first['notes'][0]}\n" in extracted.stderr
     assert (first["rows"], first["done"], first["unreadable"]) == (26, 25, 1)
     assert (first["computed"], first["reused"]) == (24, 1), "equal images are computed once"
     assert first["layers"] == {"layer1": 32}
@@ -120,6 +124,7 @@ def test_joined_layers_are_predicted_each_at_its_own_precision(
         (("fit", "empty"), ("empty",)),
         (("fit", "noise.h5"), ("noise.h5",)),
         (("predict", "nowhere.skops", "photos"), ("nowhere.skops",)),
+        (("predict", "noise.h6", "photos"), ("noise.h6", "did you mean noise.h5?")),
         (("predict", "noise.h5", "photos"), ("noise.h5",)),
         (("layers", "resnet81"), ("resnet81", "resnet18")),
         (("backbones", "no-such-thing"), ("no-such-thing",)),
@@ -183,6 +188,18 @@ def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monk
     done = thawline("backbones")
     assert done.returncode == 130
     assert done.stderr == "thawline: interrupted\n", "a command that keeps nothing promises nothing"
+
+
+def test_who_interrupts_twice_sees_no_second_error() -> None:
+    code = (
+        "import atexit, os, signal, cli\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "def interrupt(**_): raise KeyboardInterrupt\n"
+        "cli.thawline = interrupt\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (130, "thawline: interrupted\n")
 
 
 def test_an_interrupt_commits_and_exits_with_130(

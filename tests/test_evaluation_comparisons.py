@@ -38,7 +38,7 @@ def test_each_model_is_compared_with_the_best_of_its_own_test_rows() -> None:
     assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1]), None]
     assert tell_ties(found) == [
         "1 of 2 other results are not distinguishable from the best on the same test images "
-        "(McNemar's exact test, Holm's correction, 5%)"
+        "(McNemar's exact test, Holm's correction, 5 %)"
     ]
 
 

@@ -208,6 +208,15 @@ def test_walk_takes_any_suffix(tmp_path: Path) -> None:
     assert {found.uri for found in walk(tmp_path, frozenset({".tar"}))} == {"a.tar", "sub/B.TAR"}
 
 
+def test_pictures_that_are_not_read_are_counted_beside_those_that_are(tmp_path: Path) -> None:
+    source = open_source(make(tmp_path, "cat/1.jpg", "cat/2.HEIC", "cat/3.heic", "dog/4.CR2", "dog/4.xmp", "note.txt"))
+    assert [item.uri for item in source.items] == ["cat/1.jpg"]
+    assert source.passed_over == {".heic": 2, ".cr2": 1}
+    (note,) = source.notes
+    assert note.startswith("1 .cr2, 2 .heic passed over")
+    assert open_source(tmp_path / "cat/1.jpg").notes == []
+
+
 names = st.sampled_from(["cat", "dog", "Train", "test", "valid"])
 paths = st.lists(st.lists(names, min_size=1, max_size=3).map("/".join), min_size=1, max_size=8, unique=True)
 

@@ -34,7 +34,9 @@ def test_a_single_image_has_no_label(photo: Path) -> None:
     [
         ("Photo.JPEG", r"found nothing there; did you mean Photo\.JPG"),
         ("notes.txt", r"expected a folder of images.*found another kind of file"),
-        ("empty", r"expected at least one image \(.*\.jpg.*\), found none"),
+        ("empty", r"expected at least one image \(.*\.jpg.*\), found none$"),
+        ("phone", r"found none; 2 \.heic, 1 \.nef passed over.*save them as \.jpg or \.png$"),
+        ("phone/1.HEIC", r"found another kind of file; save it as \.jpg or \.png$"),
         ("x\0y", r"expected a folder of images"),
         ("n" * 5000, r"expected a folder of images"),
         ("Photo.JPG/inside", r"expected a folder of images"),
@@ -44,6 +46,9 @@ def test_refusals_are_one_line(tmp_path: Path, photo: Path, name: str, message: 
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/readme.md").write_text("no image")
+    (tmp_path / "phone/sub").mkdir(parents=True)
+    for name_there in ("1.HEIC", "sub/2.heic", "raw.nef", ".hidden.heic", "1.AAE", "1.mov"):
+        (tmp_path / "phone" / name_there).write_bytes(b"no image")
     with pytest.raises(SourceError, match=message) as caught:
         open_source(tmp_path / name)
     assert "\n" not in str(caught.value)

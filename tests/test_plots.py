@@ -44,6 +44,12 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for axes in figure.axes for text in axes.texts]
 
 
+def test_the_image_itself_comes_before_all_layers() -> None:
+    figure = depth_figure([result(layer, 0.5) for layer in ("layer1", "penultimate", "input")])
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["input", "layer1", "penultimate"]
+
+
 @pytest.mark.parametrize("k", [2, 10, 100, 130])
 def test_confusion_matrix_has_any_number_of_classes(k: int, tmp_path: Path) -> None:
     y, found, names = predictions(k)

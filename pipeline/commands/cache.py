@@ -13,14 +13,14 @@ from pipeline.commands.output import print_json, print_table, to_records
 
 @click.group("cache")
 def cache_group() -> None:
-    """Look into the files of a cache, check them, take features out, clear up."""
+    """Look into a cache, check it, take features out."""
 
 
 @cache_group.command("ls")
 @cache_argument
 @json_option
 def cache_ls(cache: str, as_json: bool) -> None:
-    """List the files of CACHE: what of which images, how much of it is done."""
+    """List the files of CACHE and how much of each is done."""
     from pipeline.overview import list_files
     from pipeline.reporting.cache_tables import listing_table
 
@@ -41,7 +41,10 @@ def cache_ls(cache: str, as_json: bool) -> None:
 @selecting_options
 @json_option
 def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
-    """Show all about one file of CACHE: specs, runs, classes, unreadable images, images that stand in it twice."""
+    """Show all about one file of CACHE.
+
+    Specs, runs, classes, unreadable images, images that stand in it twice.
+    """
     from features_cache import Catalog
     from pipeline.overview import detail
     from pipeline.reporting.cache_tables import details_view
@@ -59,7 +62,10 @@ def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
 @click.option("--repair", is_flag=True, help="Mark damaged rows pending, so that extract computes them.")
 @json_option
 def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
-    """Check structure and checksums of every file of CACHE; exit with 1 where damage is left, or an image changed."""
+    """Check structure and checksums of CACHE.
+
+    Exits with 1 where damage is left, or an image changed.
+    """
     from pipeline.overview import check, to_record
     from pipeline.reporting.cache_tables import finding_lines, verify_table
     from pipeline.reporting.progress import progress_bar
@@ -83,7 +89,10 @@ def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) ->
 @selecting_options
 @json_option
 def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **selection: Any) -> None:
-    """Write the finished rows of one layer of CACHE to FILE: .npy (with .npy.csv), .parquet or .safetensors."""
+    """Write one layer of CACHE to FILE.
+
+    Its finished rows, as .npy (with .npy.csv), .parquet or .safetensors.
+    """
     from features_cache import Catalog, export
     from pipeline.overview import only_layer
 
@@ -100,7 +109,10 @@ def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **sele
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
-    """Delete the files of CACHE that a newer one has superseded, with the rows that only they have."""
+    """Delete superseded files of CACHE.
+
+    A newer one has taken their place; rows that only they have go with them.
+    """
     from features_cache import prune, superseded
 
     paths = superseded(cache)

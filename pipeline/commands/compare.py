@@ -20,7 +20,7 @@ from pipeline.errors import resumable
 @json_option
 @resumable()
 def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json: bool) -> None:
-    """Run PLAN, a TOML file of sources, backbones, layers, heads and fine-tunes, and write a report.
+    """Run PLAN, a benchmark in TOML, and write a report.
 
     Results are kept one by one: the same command again does only what is missing or changed.
     """

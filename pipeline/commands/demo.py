@@ -12,7 +12,7 @@ from pipeline.commands.output import print_json, print_table, to_records
 @click.option("-o", "--output", default="thawline-demo", help="Folder for the cache, the model and the picture.")
 @json_option
 def demo(output: str, as_json: bool) -> None:
-    """Handwritten digits through the embedded network: where in its depth do the strokes live?"""
+    """Find the layer that reads handwritten digits best."""
     from pipeline.demo import demo as run
     from pipeline.reporting.progress import progress_bar
     from pipeline.reporting.tables import fit_table

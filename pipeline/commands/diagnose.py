@@ -20,7 +20,7 @@ from pipeline.spec import DEFAULT_LAYER, POOLS
 @click.option("--fit", "fitted", is_flag=True, help="Fit logistic regression, too, and compare the orders.")
 @json_option
 def rank(cache: str, as_json: bool, **options: Any) -> None:
-    """Order the layers and backbones in CACHE by how well they promise to suit the classes, before any fit."""
+    """Order the layers in CACHE by promise, before any fit."""
     from pipeline.diagnostics.rank import rank as run
     from pipeline.reporting.diagnostic_tables import agreement_lines, rank_table
     from pipeline.reporting.progress import progress_bar
@@ -45,7 +45,10 @@ def rank(cache: str, as_json: bool, **options: Any) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of draws, folds and permutations.")
 @json_option
 def drift(as_json: bool, **options: Any) -> None:
-    """Test whether the images of the caches FIRST and SECOND are of one domain, and name the most foreign ones."""
+    """Test whether two caches are of one domain.
+
+    Also names the most foreign images of FIRST and SECOND.
+    """
     from pipeline.diagnostics.drift import drift as run
     from pipeline.reporting.diagnostic_tables import drift_lines, foreign_table
     from pipeline.results import to_json

@@ -16,7 +16,7 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAUL
 @click.argument("pattern", required=False)
 @json_option
 def backbones(pattern: str | None, as_json: bool) -> None:
-    """List the networks, those that match PATTERN (such as 'resnet*') where one is given."""
+    """List the networks, of a PATTERN such as 'resnet*'."""
     from pipeline.backbones.registry import list_backbones
     from pipeline.reporting.tables import rows_table
 
@@ -25,7 +25,7 @@ def backbones(pattern: str | None, as_json: bool) -> None:
         print_json({"backbones": [entry._asdict() for entry in found]})
         return
     rows = [(entry.name, entry.zoo, ", ".join(entry.local), ", ".join(entry.weights)) for entry in found]
-    print_table(rows_table(("backbone", "zoo", "here without network", "all weights"), rows))
+    print_table(rows_table(("backbone", "zoo", "on this machine", "all weights"), rows))
 
 
 @click.command()
@@ -33,7 +33,7 @@ def backbones(pattern: str | None, as_json: bool) -> None:
 @click.option("--size", type=int, help="Side of the network input, pixels; the backbone's own by default.")
 @json_option
 def layers(backbone: str, size: int | None, as_json: bool) -> None:
-    """List the layers of BACKBONE: dotted name, output shape for one image, aliases."""
+    """List the layers of BACKBONE with shapes and aliases."""
     from pipeline.backbones.graph import describe
     from pipeline.backbones.registry import sketch
     from pipeline.reporting.tables import rows_table
@@ -64,7 +64,7 @@ def layers(backbone: str, size: int | None, as_json: bool) -> None:
 @json_option
 @resumable()
 def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Run frozen networks once over the images of SOURCE and cache their features.
+    """Run frozen networks over SOURCE and cache features.
 
     SOURCE is a folder of class folders (under train/val/test folders or not), a folder of images, one image, a .csv or
     .parquet manifest, a .tar shard or a folder of them, or the word digits.

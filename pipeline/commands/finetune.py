@@ -79,10 +79,10 @@ def _rates(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tu
 @json_option
 @resumable()
 def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json: bool, **options: Any) -> None:
-    """Train a network above its thaw line on the images of SOURCE, on the same splits as fit.
+    """Train a network above its thaw line.
 
-    What is frozen runs once, through the cache; where images are augmented, only with --views. A run that was stopped
-    goes on.
+    Splits of SOURCE are those of fit. What is frozen runs once, through the cache; where images are augmented,
+    only with --views. A run that was stopped goes on.
     """
     from pipeline.finetune import finetune as run
     from pipeline.heads.store import check_destination

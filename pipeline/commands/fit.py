@@ -37,7 +37,7 @@ def fit(
     cache: str, layer: tuple[str, ...], head: tuple[str, ...], shots: tuple[str, ...], seed: tuple[int, ...],
     plot: Path | None, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Train heads on the features in CACHE and measure them on its test images, once."""
+    """Train heads on CACHE and measure them on test images."""
     from pipeline.fit import fit as run
     from pipeline.reporting.progress import progress_bar
     from pipeline.reporting.tables import fit_table, seeds_table
@@ -60,6 +60,7 @@ def fit(
         return
     print_table(fit_table(report.results))
     if report.summary:
+        click.echo()
         print_table(seeds_table(report.summary))
     if report.saved:
         click.echo(f"model: {report.saved} ({_described(report.results[report.best])})")

@@ -45,7 +45,7 @@ def predict(model: str, source: str, csv_path: str | None, as_json: bool, **opti
 @click.option("--onnx", "path", required=True, type=click.Path(dir_okay=False), help="The file to write.")
 @json_option
 def export(model: str, path: str, as_json: bool) -> None:
-    """Write a saved MODEL and its network as one ONNX graph: pixels in, labels out."""
+    """Write MODEL as one ONNX graph, pixels in, labels out."""
     from pipeline.export import export as run
     from pipeline.results import to_json
 

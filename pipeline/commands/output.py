@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+UNFOLDED = 10_000
+"""Letters in a line of a file or a pipe: a path stays whole."""
+
 
 def say(sentence: str) -> None:
     """Print a note while the work goes on."""
@@ -38,13 +41,15 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(table: Table | Group) -> None:
-    """Print a table, wide where nobody looks, and its title on a line of its own, which the table would fold."""
+    """Print a table as wide as the terminal allows, unfolded where nobody looks, and its title on a line of its own."""
     from rich.console import Console
     from rich.table import Table
 
-    width = None if sys.stdout.isatty() else 160
+    from pipeline.reporting.layout import lay_out
+
+    width = None if sys.stdout.isatty() else UNFOLDED
     console = Console(width=width, markup=False, highlight=False)  # file names may look like markup
     if isinstance(table, Table) and table.title:
         console.print(table.title, style="italic")
         table.title = None
-    console.print(table)
+    console.print(lay_out(table, console.width))

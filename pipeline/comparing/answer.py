@@ -137,14 +137,14 @@ def _praise(what: str, score: Score, board: Board, extraction: Costs) -> str:
     low, high = score.interval
     rivals = board.at(score.shots, score.first["kind"])
     how = "by validation accuracy" if is_validated(rivals) else "by test accuracy, which flatters it a little"
-    chosen = f", chosen from {len(rivals)} {how}" if len(rivals) > 1 else ""
+    chosen = f" (chosen from {len(rivals)} {how})" if len(rivals) > 1 else ""
     seeds = f" (mean of {len(score.records)} seeds)" if len(score.records) > 1 else ""
     cost = duration(seconds(score, extraction))
     spent = f"{cost} of training"
     if _extraction_of(score, extraction):
         spent = f"{cost}, the extraction of all images included"
     return (
-        f"{what} is {score.method}{chosen}: {percent(score.accuracy)} of {score.first['n_test']} test images "
+        f"{what}, {score.method}{chosen}, got {percent(score.accuracy)} of {score.first['n_test']} test images "
         f"right{seeds}, 95 % interval {100 * low:.1f}–{percent(high)}, for {spent}."
     )
 

@@ -57,7 +57,7 @@ def tell_ties(p_values: Sequence[float | None], level: float = 0.05) -> list[str
     if not compared:
         return []
     told = f"{ties} of {len(compared)} other results are not distinguishable from the best on the same test images"
-    return [f"{told} (McNemar's exact test, Holm's correction, {level:.0%})"]
+    return [f"{told} (McNemar's exact test, Holm's correction, {100 * level:g} %)"]
 
 
 def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int) -> list[float | None]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
+from features_cache.errors import nearest_beside
 from features_cache.whole import replacing
 from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
@@ -195,7 +196,8 @@ def _described(path: Path) -> dict[str, Any]:
             description = json.loads(archive.read(_DESCRIPTION)) if found else {}
             digest = _digest(archive, description) if isinstance(description, dict) else ""
     except OSError as error:
-        raise ModelFileError(f"cannot read the model {path}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        raise ModelFileError(f"cannot read the model {path}: {reason}{nearest_beside(path)}") from error
     except Exception as error:  # damaged bytes make zipfile and json raise nearly anything
         raise ModelFileError(f"{path} is damaged or no model file: {_one_line(error)}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -15,6 +15,12 @@ IMAGE_SUFFIXES = frozenset(
     | {".dib", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 """Endings, in lower case, by which folders and shards recognise an image."""
+
+FOREIGN_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".tga", ".exr"}
+    | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"}
+)
+"""Endings, in lower case, of what is a picture to a person and is not read here: it is passed over, and counted."""
 
 MISSING_SIZE = -1
 """The size of an item whose file was not there when the source was listed; its time is 0."""
@@ -74,6 +80,8 @@ class ImageSource:
         Sorted by uri.
     reader : callable
         Gives an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
+    passed_over : dict of str to int
+        How many pictures of each ending in `FOREIGN_SUFFIXES` stand beside the images.
     """
 
     name: str
@@ -81,6 +89,15 @@ class ImageSource:
     classes: tuple[str, ...]
     items: list[Item] = field(repr=False)
     reader: Callable[[Item], bytes] = field(repr=False)
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know: which pictures were passed over."""
+        if not self.passed_over:
+            return []
+        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.passed_over.items()))
+        return [f"{counts} passed over, for thawline does not read them: save them as .jpg or .png"]
 
     def read(self, item: Item) -> bytes:
         """Return the encoded bytes of `item`.

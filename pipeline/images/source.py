@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from features_cache.errors import nearest
+from features_cache.errors import nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.digits import DIGITS, open_digits
-from pipeline.images.folder import FileReader, open_folder, walk
-from pipeline.images.items import IMAGE_SUFFIXES, Entry, ImageSource, Item, build_source
+from pipeline.images.folder import FileReader, open_folder, suffix_of, walk
+from pipeline.images.items import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, Entry, ImageSource, Item, build_source
 from pipeline.images.manifest import open_csv, open_parquet
 from pipeline.images.shards import SHARD_SUFFIX, open_shards
 
@@ -49,7 +51,8 @@ def open_source(path: str | Path) -> ImageSource:
     else:
         raise SourceError(f"{path}: expected {EXPECTED}, found nothing there{_suggestion(where)}")
     if not source.items:
-        raise SourceError(f"{path}: expected at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
+        found = "; ".join(["found none", *source.notes])
+        raise SourceError(f"{path}: expected at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), {found}")
     return source
 
 
@@ -69,17 +72,19 @@ def _open_existing(path: Path) -> ImageSource:
     }
     opener = openers.get(path.suffix.lower())
     if opener is None or not path.is_file():
-        raise SourceError(f"{path}: expected {EXPECTED}, found another kind of file")
+        remedy = "; save it as .jpg or .png" if path.suffix.lower() in FOREIGN_SUFFIXES else ""
+        raise SourceError(f"{path}: expected {EXPECTED}, found another kind of file{remedy}")
     return opener(path)
 
 
 def _open_folder_or_shards(folder: Path) -> ImageSource:
     """Return the images in a folder; one without any may hold shards instead."""
-    images = list(walk(folder))
+    found = list(walk(folder, IMAGE_SUFFIXES | FOREIGN_SUFFIXES))
+    endings = Counter(suffix_of(file.uri) for file in found)
+    images = [file for file in found if suffix_of(file.uri) in IMAGE_SUFFIXES]
     shards = [] if images else sorted(walk(folder, frozenset({SHARD_SUFFIX})))
-    if shards:
-        return open_shards(folder, [folder / shard.uri for shard in shards])
-    return open_folder(folder, images)
+    source = open_shards(folder, [folder / shard.uri for shard in shards]) if shards else open_folder(folder, images)
+    return replace(source, passed_over={name: count for name, count in endings.items() if name in FOREIGN_SUFFIXES})
 
 
 def _open_image(path: Path) -> ImageSource:
@@ -89,7 +94,4 @@ def _open_image(path: Path) -> ImageSource:
 
 
 def _suggestion(missing: Path) -> str:
-    names = [DIGITS]
-    if missing.parent.is_dir():
-        names += [entry.name for entry in missing.parent.iterdir()]
-    return nearest(missing.name, names)
+    return nearest_beside(missing) or nearest(missing.name, [DIGITS])

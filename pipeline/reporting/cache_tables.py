@@ -13,7 +13,7 @@ from rich.text import Text
 
 from features_cache import Report
 from pipeline.overview import FileDetails, FileSummary
-from pipeline.reporting.tables import layers_text, rows_table
+from pipeline.reporting.tables import facts_table, layers_text, rows_table
 
 MOST_NAMED = 20
 
@@ -61,10 +61,12 @@ def details_view(details: FileDetails) -> Group:
         ("rows", f"{summary.rows}: {summary.done} done, {summary.unreadable} unreadable, {summary.pending} pending"),
         ("size, age", f"{summary.bytes / 1e6:.1f} MB, {_age(summary.changed)}"),
     ]
-    parts: list[RenderableType] = [rows_table((summary.path, ""), facts)]
-    parts += _part("layers", ("layer", "dim", "fingerprint", "spec"), _layer_rows(details))
+    shared, layers = _specs(details)
+    parts: list[RenderableType] = [Text(summary.path, "bold"), facts_table(facts)]
+    parts += [Text("\nspec of every layer", "bold"), facts_table((key, _short(value)) for key, value in shared.items())]
+    parts += _part("layers", ("layer", "dim", "fingerprint", *(["spec"] if len(layers[0]) > 3 else [])), layers)
     parts += _part("classes", ("class", "train", "val", "test", "no split"), _class_rows(details.classes))
-    parts += _part("runs", ("run", "started", "rows", "engine", "device", "command"), map(_run_row, details.runs))
+    parts += _part("runs", ("run", "started (UTC)", "rows", "engine", "device", "command"), map(_run_row, details.runs))
     unreadable = [(entry["uri"], entry["reason"]) for entry in details.unreadable]
     parts += _part("unreadable images", ("image", "reason"), unreadable)
     return Group(*parts, *_part("equal images", ("across splits", "images"), map(_twins, details.duplicates)))
@@ -79,17 +81,25 @@ def _part(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     return shown + ([f"… and {len(listed) - MOST_NAMED} more"] if len(listed) > MOST_NAMED else [])
 
 
-def _layer_rows(details: FileDetails) -> list[tuple[str, ...]]:
+def _specs(details: FileDetails) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """Return what all layers' specs share, and a row for each layer, which ends with the rest where there is any."""
+    first, *others = details.specs.values()
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    shared = {key: value for key, value in shared.items() if key not in ("layer", "fingerprint")}
     rows: list[tuple[str, ...]] = []
     for name, spec in details.specs.items():
-        told = {key: value for key, value in spec.items() if key not in ("layer", "fingerprint")}
-        dim = details.summary.layers[name]
-        rows.append((name, str(dim), spec["fingerprint"], ", ".join(f"{key} {_short(told[key])}" for key in told)))
-    return rows
+        own = {key: value for key, value in spec.items() if key not in ("layer", "fingerprint", *shared)}
+        rest = [", ".join(f"{key} {_short(value)}" for key, value in own.items())] if own else []
+        rows.append((name, str(details.summary.layers[name]), spec["fingerprint"], *rest))
+    return shared, rows
 
 
 def _short(value: Any) -> str:
-    return " ".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _class_rows(classes: dict[str, dict[str, int]]) -> list[tuple[str, ...]]:
@@ -98,7 +108,8 @@ def _class_rows(classes: dict[str, dict[str, int]]) -> list[tuple[str, ...]]:
 
 
 def _run_row(run: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(run.get(key, "-")) for key in ("run", "started", "rows", "engine", "device", "command"))
+    told = run | {"started": str(run.get("started", "-"))[:19].replace("T", " ")}
+    return tuple(str(told.get(key, "-")) for key in ("run", "started", "rows", "engine", "device", "command"))
 
 
 def _twins(twins: dict[str, Any]) -> tuple[str, str]:

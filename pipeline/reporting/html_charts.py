@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
 from pipeline.comparing.answer import Costs, duration, percent, seconds
 from pipeline.comparing.methods import HEAD, Board, Score, best_of
-from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
+from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, legend_above, themed, to_svg
 
 MOST_LINES = len(SERIES)
 CLEAR_LINES = 5
@@ -91,7 +92,7 @@ def depth_chart(board: Board) -> Chart | None:
             axes.set_xticks([0, 1], ["first layer", "last layer"])
         _percent_axis(axes, "test accuracy, %")
         axes.margins(y=0.12)
-        axes.legend(loc="best", fontsize=8)
+        legend_above(figure)
         svg = to_svg(figure, f"Test accuracy by depth for {', '.join(shown)}; the numbers are in the table below.")
     caption = "Each backbone under the head that is best at its best layer; bands are 95 % intervals."
     columns = ("backbone", "head", "layer", "accuracy", "95 % from", "to")
@@ -129,7 +130,7 @@ def labels_chart(board: Board) -> Chart | None:
         axes.minorticks_off()
         axes.set_xlabel("training images a class")
         _percent_axis(axes, "test accuracy, %")
-        axes.legend(loc="lower right", fontsize=8)
+        legend_above(figure)
         svg = to_svg(figure, "Test accuracy by training images a class; the numbers are in the table below.")
     caption = "Lines are means, bands reach from the lowest to the highest seed; dashed lines are fine-tuned."
     columns = ("method", "shots", "images a class", "mean", "lowest seed", "highest seed")
@@ -159,6 +160,8 @@ def cost_chart(board: Board, extraction: Costs) -> Chart:
         )  # fmt: skip
         if costs.max() > 3 * costs.min():
             axes.set_xscale("log")
+            near = costs.max() < 1000 * costs.min()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if near else (1.0,)))
             axes.set_xlabel("seconds, extraction of all images included; logarithmic")
         else:
             axes.set_xlabel("seconds, extraction of all images included")
@@ -167,7 +170,7 @@ def cost_chart(board: Board, extraction: Costs) -> Chart:
         axes.margins(y=0.12)
         axes.grid(axis="x", color=GRID, which="major")
         _percent_axis(axes, "test accuracy, %")
-        figure.legend(loc="outside upper left", ncols=2, fontsize=8)  # inside, its marks would pass for methods
+        legend_above(figure, columns=2)
         svg = to_svg(figure, "Test accuracy against seconds for every method; the numbers are in the table below.")
     order = sorted(range(len(scores)), key=lambda place: costs[place])
     marked = set(front.tolist())

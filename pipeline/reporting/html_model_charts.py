@@ -11,7 +11,7 @@ from pipeline.comparing.answer import percent
 from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
 from pipeline.reporting.html_charts import MOST_LINES, Chart
-from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, themed, to_svg
+from pipeline.reporting.html_svg import GRID, INK, MARKERS, QUIET, SERIES, legend_above, themed, to_svg
 from pipeline.reporting.plots.reliability import reliability
 
 MOST_BARS = 20
@@ -39,7 +39,7 @@ def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: 
         axes.grid(visible=False)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
         axes.set_xlabel("share of the class that is found (recall), %")
-        figure.legend(loc="outside upper left", fontsize=8)  # inside, its marks would pass for classes
+        legend_above(figure)
         svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
     shown = list(found.items())
     rows = [
@@ -80,7 +80,7 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> 
         axes.set_xlabel("mean probability of the predicted class")
         axes.set_ylabel("share that is right")
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-        axes.legend(loc="best", fontsize=8)
+        legend_above(figure)
         svg = to_svg(
             figure, "Share of right answers against predicted probability; the numbers are in the table below."
         )
@@ -116,4 +116,4 @@ def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str],
 def _errors(score: Score) -> str:
     """Return the calibration error, before and after calibration where there was one."""
     before, after = score.first["ece"], score.first.get("ece_calibrated")
-    return f"error {before:.3f}" if after is None else f"error {after:.3f}, {before:.3f} before calibration"
+    return f"error {before:.3f}" if after is None else f"error {after:.3f}, uncalibrated {before:.3f}"

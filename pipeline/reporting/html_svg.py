@@ -17,6 +17,8 @@ INK, QUIET, GRID, PAPER = "#010101", "#020202", "#030303", "#040404"
 SERIES = tuple(f"#0500{number:02x}" for number in range(1, 9))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Colours that stand for those of the page's style sheet, in which every series has one for light and one for dark."""
+LEGEND_LINE = 0.16
+"""Inches."""
 _VARIABLES = {
     INK: "var(--ink)",
     QUIET: "var(--quiet)",
@@ -53,6 +55,13 @@ def themed(width: float = 5.4, height: float = 3.5) -> Iterator[tuple[Figure, Ax
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots()
+
+
+def legend_above(figure: Figure, columns: int = 1) -> None:
+    """Name the series above the axes, in room of its own: inside, marks would pass for data, and lines be hidden."""
+    names = sum(len(axes.get_legend_handles_labels()[1]) for axes in figure.axes)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * -(-names // columns))
+    figure.legend(loc="outside upper left", ncols=columns, fontsize=8)
 
 
 def to_svg(figure: Figure, label: str) -> str:

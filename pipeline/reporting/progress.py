@@ -20,13 +20,17 @@ from rich.text import Text
 
 from pipeline.results import Progress
 
+WIDE = 120
+"""Letters of a terminal from which on the bar may be long: elsewhere what is done counts more."""
+
 
 class _Rate(ProgressColumn):
     """How many a second, once that is known."""
 
     def render(self, task: Task) -> Text:
-        """Return the rate since the bar's start."""
-        return Text(f"{task.speed:.0f}/s" if task.speed else "")
+        """Return the rate, but not of the first second, whose batches come all at once."""
+        known = task.speed and (task.finished_time or task.elapsed or 0) > 1
+        return Text(f"{task.speed:.0f}/s" if known else "")
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def progress_bar() -> Iterator[Progress]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(40 if console.width >= WIDE else 10),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),

@@ -63,44 +63,40 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "p vs best": [_p_value(result.p_vs_best) for result in results],
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
-    for name in ("folds", "log-loss", "p vs best"):
-        if set(columns[name]) == {"-"}:
-            del columns[name]
-    until = list(columns).index("chosen")
-    fixed = [name for name in list(columns)[:until] if len(set(columns[name])) == 1]
-    title = ", ".join(f"{name} {columns.pop(name)[0]}" for name in fixed)
-    best = max((result.accuracy for result in results), default=0.0)
-    table = _table(*columns, title=title)
-    for result, *cells in zip(results, *columns.values(), strict=True):
-        table.add_row(*cells, style="bold" if result.accuracy == best else "")
+    return _compared(columns, list(columns).index("chosen"), [result.accuracy for result in results])
+
+
+def _compared(columns: dict[str, list[str]], until: int, accuracies: list[float], *title: str) -> Table:
+    """Put what is the same in every row, of the first `until` columns, into the title, and the best row in bold."""
+    fixed = [name for name in list(columns)[:until] if len(set(columns[name])) == 1 and columns[name][0] != "-"]
+    heading = ", ".join([*title, *(f"{name} {columns.pop(name)[0]}" for name in fixed)])
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    table = _table(*shown, title=heading)
+    for accuracy, *cells in zip(accuracies, *shown.values(), strict=True):
+        table.add_row(*cells, style="bold" if accuracy == max(accuracies) else "")
     return table
 
 
 def finetune_table(results: Sequence[FinetuneResult]) -> Table:
-    """One row for each run, the best accuracy in bold."""
-    columns = ("freeze", "seed", "shots", "train/val/test", "epochs", "best", "trained weights", "accuracy")
+    """One row for each run, the best accuracy in bold; what is the same in every row stands in the title instead."""
+    columns: dict[str, list[str]] = {
+        "freeze": [result.freeze for result in results],
+        "seed": [str(result.seed) for result in results],
+        "shots": [str(result.shots) for result in results],
+        "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
+        "trained weights": [f"{result.trainable_parameters:,}" for result in results],
+        "epochs": [str(result.epochs) + ("" if result.converged else " (diverged)") for result in results],
+        "kept": [str(result.params["best_epoch"]) for result in results],
+        "accuracy": [f"{result.accuracy:.3f}" for result in results],
+        "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
+        "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        "log-loss": [_calibrated(result) for result in results],
+        "p vs best": [_p_value(result.p_vs_best) for result in results],
+        "seconds": [f"{result.seconds:.1f}" for result in results],
+    }
     one = results[0]
     title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
-    table = _table(*columns, "95 % interval", "per class", "log-loss", "p vs best", "seconds", title=title)
-    best = max(result.accuracy for result in results)
-    for result in results:
-        table.add_row(
-            result.freeze,
-            str(result.seed),
-            str(result.shots),
-            f"{result.n_train}/{result.n_val}/{result.n_test}",
-            str(result.epochs) + ("" if result.converged else " (diverged)"),
-            str(result.params["best_epoch"]),
-            f"{result.trainable_parameters:,}",
-            f"{result.accuracy:.3f}",
-            "{:.3f}–{:.3f}".format(*result.accuracy_ci95),
-            f"{result.mean_per_class_accuracy:.3f}",
-            _calibrated(result),
-            _p_value(result.p_vs_best),
-            f"{result.seconds:.1f}",
-            style="bold" if result.accuracy == best else "",
-        )
-    return table
+    return _compared(columns, list(columns).index("epochs"), [result.accuracy for result in results], title)
 
 
 def seeds_table(summary: Sequence[SeedSummary]) -> Table:
@@ -117,15 +113,8 @@ def seeds_table(summary: Sequence[SeedSummary]) -> Table:
         "lowest–highest seed": [f"{row.accuracy_min:.3f}–{row.accuracy_max:.3f}" for row in summary],
         "p vs best": [_p_value(row.p_vs_best) for row in summary],
     }
-    fixed = [name for name in list(columns)[:5] if len(set(columns[name])) == 1]
-    title = ", ".join([f"over {summary[0].seeds} seeds", *(f"{name} {columns.pop(name)[0]}" for name in fixed)])
-    if set(columns["p vs best"]) == {"-"}:
-        del columns["p vs best"]
-    best = max(row.accuracy_mean for row in summary)
-    table = _table(*columns, title=title)
-    for row, *cells in zip(summary, *columns.values(), strict=True):
-        table.add_row(*cells, style="bold" if row.accuracy_mean == best else "")
-    return table
+    means = [row.accuracy_mean for row in summary]
+    return _compared(columns, list(columns).index("mean accuracy"), means, f"over {summary[0].seeds} seeds")
 
 
 def _p_value(p: float | None) -> str:
@@ -153,6 +142,8 @@ def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table
     for prediction in predictions[:most]:
         shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
         table.add_row(prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown)
+    if len(predictions) > most:
+        table.add_row(f"… and {len(predictions) - most} more; --csv has all", "", "")
     return table
 
 
@@ -170,6 +161,16 @@ def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = _table(*columns)
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """What is said of one thing, a line each."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for fact in facts:
+        table.add_row(*fact)
     return table
 
 

@@ -25,9 +25,9 @@ def depth_figure(results: Sequence[FitResult]) -> Figure:
     Parameters
     ----------
     results : sequence of FitResult
-        Of one backbone; layers stand in their order here.
+        Of one backbone; layers stand in their order here, the image itself first.
     """
-    layers = list(dict.fromkeys(result.layer for result in results))
+    layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
     lines = _lines(results, lambda result: (result.head, result.shots))
     figure = new_figure(max(6.4, 0.6 * len(layers) + 2.5), 4.6)
     axes = figure.subplots()

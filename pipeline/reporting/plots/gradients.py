@@ -51,11 +51,11 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
             table["update"], table["weight"], out=np.full_like(gradient, np.nan), where=table["weight"] > 0
         )
         _map(row[0], gradient, _decades(gradient), "cividis", "norm of the gradient")
-        _map(row[1], share, _decades(share), "cividis", "step / weights")
-        _map(row[2], dead, Normalize(0, 1), "Reds", "dead units")
+        _map(row[1], share, _decades(share), "cividis", "step, as a share of the weights")
+        _map(row[2], dead, Normalize(0, 1), "Reds", "dead units, as a share")
         _name_layers(row[0], list(result.history[0]["gradients"]))
         told = f"{result.backbone}, freeze {result.freeze}, seed {result.seed}, shots {result.shots}"
-        row[0].set_title(told, fontsize=10, color=INK, loc="left")
+        row[0].set_title(f"{told}\n{row[0].get_title(loc='left')}", fontsize=10, color=INK, loc="left")
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -80,7 +80,8 @@ def _map(axes: Axes, values: Floats, norm: Normalize, colours: str, label: str) 
     image = axes.imshow(
         shown, cmap=colours, norm=norm, aspect="auto", origin="lower", extent=edges, interpolation="nearest"
     )
-    axes.figure.colorbar(image, ax=axes, label=label, pad=0.02)
+    axes.figure.colorbar(image, ax=axes, pad=0.02)
+    axes.set_title(label, fontsize=10, color=INK, loc="left")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
