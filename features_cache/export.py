@@ -116,11 +116,8 @@ def _safetensors(
         raise CacheError("export to .safetensors needs safetensors; install it with: pip install safetensors") from None
     tensors = {"features": np.ascontiguousarray(features), "labels": np.ascontiguousarray(cache.labels[rows])}
     texts = {**columns, "classes": list(cache.classes)}
-    path.touch()
-    mode = path.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
     try:
         save_file(tensors, path, metadata={name: json.dumps(values) for name, values in texts.items()})
-        path.chmod(mode)
     except SafetensorError as error:
         raise CacheError(
             f"cannot export to .safetensors: {error}; .npy and .parquet take any number of rows"
