@@ -73,7 +73,7 @@ def test_show_tells_all_about_one_file(thawline: Thawline, cache: Path) -> None:
     assert [run["rows"] for run in details["runs"]] == [32]
     text = thawline("cache", "show", cache, "-l", "layer1").stdout
     assert text.count("weights_digest") == 1, "what all layers share is said once"
-    assert "mean 0.485 0.456 0.406" in text
+    assert "mean 0.5 0.5 0.5" in text
     assert "twin[red].png (test) = train/blue/twin.png" in text, "names are no markup"
     thawline("cache", "show", cache).assert_one_line("layers layer1", "layers input", "-l")
 

@@ -556,7 +556,7 @@ def test_calibration_tells_the_error_of_what_predict_tells_and_the_one_before() 
     chart = calibration_chart(list(board.scores.values()), judged)
     assert chart is not None
     assert [row[1:] for row in chart.rows] == [("70.0 %", "75.0 %", 20), ("90.0 %", "75.0 %", 20)]
-    assert "error 0.062, 0.250 before calibration" in chart.svg
+    assert "error 0.062, uncalibrated 0.250" in chart.svg
     assert "error 0.125<" in chart.svg
 
 
