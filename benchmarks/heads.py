@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
@@ -108,20 +109,28 @@ class Peer(NamedTuple):
 
 
 def cold(task: Task, make: Callable[..., Any], peer: Peer) -> Chosen:
-    """Loop over C as a user would: float64, every fit from zero, the smallest C of best accuracy."""
+    """Loop over C as a user would: float64, every fit from zero; of equals the lower log-loss, or the smaller C."""
     began = time.perf_counter()
     with threadpool_limits(peer.threads), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         scaler = StandardScaler().fit(task.x[0].astype(np.float64))
         train, held = (scaler.transform(part.astype(np.float64)) for part in task.x[:2])
-        scores = [make(c, peer.tol).fit(train, task.y[0]).score(held, task.y[1]) for c in C_GRID]
-        c = C_GRID[int(np.argmax(scores))]
+        scores = [rate(make(c, peer.tol).fit(train, task.y[0]), held, task.y[1]) for c in C_GRID]
+        c = C_GRID[scores.index(max(scores))]
         known = np.concatenate(task.x[:2]).astype(np.float64)
         scaler = StandardScaler().fit(known)
         model = make(c, peer.tol).fit(scaler.transform(known), np.concatenate(task.y[:2]))
         seconds = time.perf_counter() - began
         labels = model.predict(scaler.transform(task.x[2].astype(np.float64)))
-        return Chosen(seconds, c, max(scores), len(caught), labels)
+        return Chosen(seconds, c, max(scores)[0], len(caught), labels)
+
+
+def rate(model: Any, held: NDArray[np.float64], y: Ints) -> tuple[float, float]:
+    """Return accuracy, and the log-loss turned round where the model has one."""
+    if not hasattr(model, "predict_proba"):
+        return model.score(held, y), 0.0
+    told = model.predict_proba(held)
+    return float((model.classes_[told.argmax(1)] == y).mean()), -log_loss(y, told, labels=model.classes_)
 
 
 def ours(task: Task, name: str) -> Chosen:

@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows
 from pipeline.errors import FitError, ModelFileError
+from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
 from pipeline.evaluation.metrics import expected_calibration_error, log_loss
 from pipeline.fit import fit
@@ -553,16 +554,18 @@ def test_results_on_one_test_set_are_compared_with_the_best(make_cache: Make) ->
 def test_calibration_is_fitted_before_the_refit_told_on_test_and_kept_in_the_model(
     make_cache: Make, tmp_path: Path
 ) -> None:
-    labels = np.arange(300) % 3
-    report = fit(make_cache(300, dims={"low": 6}, features={"low": clouds(labels, 6, 0.5)}), save=tmp_path / "m.skops")
+    names, labels = np.array((["train"] * 60 + ["val"] * 15 + ["test"] * 25) * 3), np.arange(300) % 3
+    values = clouds(labels, 6, 2.0)
+    path = make_cache(300, dims={"low": 6}, splits=names.tolist(), features={"low": values})
+    report = fit(path, save=tmp_path / "m.skops")
     result, found = report.results[0], report.predictions[0]
-    assert result.temperature is not None
-    assert result.temperature < 0.5, "the least C of a perfect validation set is far from sure enough"
+    train, val = names == "train", names == "val"
+    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=result.params["C"], tol=1e-8, max_iter=5000))
+    told = oracle.fit(values[train].astype(float), labels[train]).predict_proba(values[val])
+    assert result.temperature == pytest.approx(fit_temperature(told, labels[val]), rel=0.01)
     assert found.calibrated is not None
     assert result.log_loss_calibrated == log_loss(found.y_true, found.calibrated)
     assert result.ece_calibrated == expected_calibration_error(found.y_true, found.calibrated)
-    assert result.log_loss is not None
-    assert result.log_loss_calibrated < result.log_loss
     assert load_model(tmp_path / "m.skops").temperature == result.temperature
 
 

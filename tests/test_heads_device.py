@@ -42,10 +42,12 @@ def strict(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(classes: int, n: int = 300) -> tuple[Fold, np.ndarray]:
-    """A fold of standardised digits, and fresh rows."""
+    """A fold of standardised digits, noisy enough to overlap, and fresh rows."""
     x, y = load_digits(n_class=classes, return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(x))
-    x, y = StandardScaler().fit_transform(x)[order].astype(np.float32), y[order].astype(np.int64) * 2
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(x))
+    x = StandardScaler().fit_transform(x) + 2 * rng.standard_normal(x.shape)
+    x, y = x[order].astype(np.float32), y[order].astype(np.int64) * 2
     return Fold(x[:n], y[:n], x[n:], y[n:]), x[-200:]
 
 

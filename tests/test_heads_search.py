@@ -228,6 +228,35 @@ def test_the_first_of_equals_is_taken_and_folds_are_added_up() -> None:
     assert scripted([2, 5, 4, 5], folds=3) == (1, 4, 0, 0.5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_of_equals_the_lower_log_loss_counts(seed: int) -> None:
+    fold, _, _ = digits(200, seed)
+    easy = Fold(fold.train, fold.y, fold.held[:12], fold.y_held[:12])
+    models = [LogisticRegression(C=c, tol=1e-8, max_iter=5000) for c in C_GRID[::4]]
+    right = cold(models, easy)
+    assert right.count(max(right)) > 3, "few rows are told right by many"
+    best = [model for model, count in zip(models, right, strict=True) if count == max(right)]
+    losses = {model.C: log_loss(easy.y_held, model.predict_proba(easy.held), labels=range(10)) for model in best}
+    choice = search(find_head("logreg"), [easy])
+    chosen = LogisticRegression(C=choice.params["C"], tol=1e-8, max_iter=5000).fit(easy.train.astype(float), easy.y)
+    assert cold([chosen], easy) == [max(right)]
+    assert log_loss(easy.y_held, chosen.predict_proba(easy.held), labels=range(10)) < min(losses.values()) + 1e-3
+
+
+def test_rows_of_unknown_classes_and_probabilities_of_0_leave_the_log_loss_finite() -> None:
+    class Sure(Scripted):
+        def path(
+            self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        ) -> Iterator[Step]:
+            for share in self.right:
+                wrong = np.array([[share / 10, 1 - share / 10], [1.0, 0.0], [0.0, 1.0]])
+                yield Step(np.array([0, 0, 1]), converged=True, probabilities=wrong)
+
+    rows = np.zeros((3, 1), np.float32)
+    fold = Fold(rows[:2], np.array([0, 2]), rows, np.array([0, 2, 5]))  # one right, one wrong, one never seen
+    assert search(Head("sure", Sure([6, 9, 7]), "none"), [fold]).params == {"number": 1}
+
+
 def test_every_candidate_is_tried() -> None:
     assert scripted([1, 5] + [4] * 30 + [9])[:2] == (32, 33)
 
@@ -347,7 +376,7 @@ def test_the_choice_of_c_is_that_of_scikit_learn_on_overlapping_classes(name: st
     choice = search(find_head(name), [make_fold(scaled, y[:200], y[200:350])])
     grid = C_GRID[:29]  # beyond C = 10 nothing changes but scikit-learn's time
     models = [
-        LogisticRegression(C=c, tol=1e-8, max_iter=5000)
+        LogisticRegression(C=c, tol=1e-12, max_iter=20_000)
         if name == "logreg"
         else LinearSVC(C=c, tol=1e-6, max_iter=50_000)
         for c in grid[::2]

@@ -101,7 +101,10 @@ def balanced_weights(y: Ints) -> Floats:
 
 
 def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choice:
-    """Choose by accuracy on the held-out rows, the most regularised candidate on a tie.
+    """Choose by accuracy on the held-out rows.
+
+    Of equals, the one of lower log-loss counts: where the held-out rows are few or easy, many candidates get all right,
+    and the most regularised of them learnt least. Heads without probabilities take the most regularised all the same.
 
     Parameters
     ----------
@@ -122,14 +125,17 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ]
     truth = np.concatenate([fold.y_held for fold in folds])
     held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
-    best, most, unconverged = 0, -1.0, 0
+    best, most, least, unconverged = 0, -1.0, 0.0, 0
     chosen: tuple[Step, ...] = ()
     for number, steps in enumerate(zip(*paths, strict=True)):
         right = np.concatenate([step.predicted for step in steps]) == truth
         score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # so that equals tie
         unconverged += not all(step.converged for step in steps)
-        if score > most:
-            best, most, chosen = number, score, steps
+        if score < most:
+            continue
+        loss = _log_loss(steps, folds, held_weights)
+        if score > most or loss < least:
+            best, most, least, chosen = number, score, loss, steps
     if most <= 0:  # as where the held-out rows are all of classes that were not trained on
         return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
     held = [step.probabilities for step in chosen]
@@ -147,6 +153,18 @@ def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
         why = "nothing could be validated, as with one row (or group) a class"
         notes.append(f"{head.name}: {why}, so {fixed} is taken")
     return notes
+
+
+def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Floats) -> float:
+    """Return the summed log-loss of the held-out rows whose class was trained on; 0 for heads without probabilities."""
+    told = []
+    for step, fold in zip(steps, folds, strict=True):
+        if step.probabilities is None:
+            return 0.0
+        learnt = np.unique(fold.y)
+        places = np.searchsorted(learnt, fold.y_held).clip(max=len(learnt) - 1)
+        told.append(np.where(learnt[places] == fold.y_held, step.probabilities[np.arange(len(places)), places], 1.0))
+    return float(-weights @ np.log(np.maximum(np.concatenate(told), np.finfo(np.float64).eps)))
 
 
 def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
