@@ -23,7 +23,7 @@ STORES = ("float32", "float16")
 NO_AUGMENT = "none"
 DECODE_POLICY = 1
 """Version of the rules in `pipeline.images`; raised whenever the same file could give other pixels."""
-TRAINING_RULES = 1
+TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
 
 
