@@ -56,6 +56,14 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
         "chosen": [_params(result) for result in results],
+        **_measured(results),
+    }
+    return _compared(columns, list(columns).index("chosen"), [result.accuracy for result in results])
+
+
+def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
+    """Return the columns that heads and fine-tuned networks share."""
+    return {
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
         "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
@@ -63,7 +71,6 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "p vs best": [_p_value(result.p_vs_best) for result in results],
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
-    return _compared(columns, list(columns).index("chosen"), [result.accuracy for result in results])
 
 
 def _compared(columns: dict[str, list[str]], until: int, accuracies: list[float], *title: str) -> Table:
@@ -87,12 +94,7 @@ def finetune_table(results: Sequence[FinetuneResult]) -> Table:
         "trained weights": [f"{result.trainable_parameters:,}" for result in results],
         "epochs": [str(result.epochs) + ("" if result.converged else " (diverged)") for result in results],
         "kept": [str(result.params["best_epoch"]) for result in results],
-        "accuracy": [f"{result.accuracy:.3f}" for result in results],
-        "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
-        "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
-        "log-loss": [_calibrated(result) for result in results],
-        "p vs best": [_p_value(result.p_vs_best) for result in results],
-        "seconds": [f"{result.seconds:.1f}" for result in results],
+        **_measured(results),
     }
     one = results[0]
     title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
