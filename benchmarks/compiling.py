@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.backbones.graph import tap
 from pipeline.backbones.registry import load
+from pipeline.backbones.taps import tap
 from pipeline.engines.engine import build_engine, stream
 from pipeline.engines.select import resolve
 from pipeline.engines.torch_engine import TorchEngine

@@ -26,8 +26,8 @@ from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
 from pipeline.images.loader import default_workers, load
-from pipeline.images.source import open_source
-from pipeline.images.transform import prepare
+from pipeline.images.resize import prepare
+from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
 
 RULE = Preprocessing((224, 224), 256, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

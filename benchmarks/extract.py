@@ -36,13 +36,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.graph import tap
 from pipeline.backbones.registry import load as load_backbone
+from pipeline.backbones.taps import tap
 from pipeline.engines.engine import build_engine, stream
 from pipeline.engines.select import resolve
 from pipeline.extract import extract
 from pipeline.images.loader import default_workers, load
-from pipeline.images.source import open_source
+from pipeline.images.sources.registry import open_source
 
 
 class Photos(Dataset[torch.Tensor]):

@@ -32,7 +32,7 @@ from pipeline.backbones.registry import load
 from pipeline.engines.select import Resolved, resolve
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning.data import Part, Pictures, Reader
+from pipeline.finetuning.inputs import Part, Pictures, Reader
 from pipeline.finetuning.material import gather
 from pipeline.finetuning.network import Network
 from pipeline.finetuning.plan import Plan
@@ -40,7 +40,7 @@ from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import standardise, train
 from pipeline.fit import fit
-from pipeline.images.source import ImageSource, open_source
+from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import silent
 
 BATCH = 32

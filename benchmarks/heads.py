@@ -43,9 +43,9 @@ from threadpoolctl import threadpool_limits
 
 from features_cache import CacheWriter, Catalog, LayerInfo, Rows
 from pipeline.fit import fit
-from pipeline.heads.hyperplanes import C_GRID
+from pipeline.heads.choose import make_fold, scale, search, train_final
 from pipeline.heads.registry import find_head
-from pipeline.heads.search import make_fold, scale, search, train_final
+from pipeline.heads.solvers.hyperplanes import C_GRID
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -15,10 +15,10 @@ from pipeline.comparing.folder import Record, RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
 from pipeline.comparing.methods import boards
 from pipeline.comparing.plan import Plan, read_plan
-from pipeline.comparing.provenance import machine
 from pipeline.comparing.run import run
 from pipeline.comparing.work import Failure, Work
 from pipeline.errors import RunFolderError
+from pipeline.extraction.provenance import machine
 from pipeline.results import Progress, silent
 
 
@@ -172,7 +172,7 @@ def _end(work: Work, started: float) -> None:
 
 def _render(work: Work) -> None:
     """Write the report; a run without any result has none."""
-    from pipeline.reporting.html import Seen, render
+    from pipeline.reporting.page.report import Seen, render
 
     if not work.folder.records:
         return

@@ -14,10 +14,10 @@ from pipeline.extract import extract
 from pipeline.fit import FitReport, fit
 from pipeline.heads.predictions import TestPredictions
 from pipeline.images.decode import decode
-from pipeline.images.source import open_source
-from pipeline.reporting.plots.confusion import confusion_counts, confusion_matrix
-from pipeline.reporting.plots.depth import depth_curve
-from pipeline.reporting.plots.strip import image_strip
+from pipeline.images.sources.registry import open_source
+from pipeline.reporting.charts.confusion import confusion_counts, confusion_matrix
+from pipeline.reporting.charts.depth import depth_curve
+from pipeline.reporting.charts.strip import image_strip
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:

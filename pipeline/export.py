@@ -12,14 +12,14 @@ from typing import Any
 from torch import nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.graph import tap
 from pipeline.backbones.network_file import describe, is_network_file
 from pipeline.backbones.registry import load
+from pipeline.backbones.taps import tap
 from pipeline.errors import ModelFileError
 from pipeline.exporting.graph import Classifier, HeadScores
 from pipeline.exporting.program import INPUT, write_program
 from pipeline.heads.registry import find_head
-from pipeline.heads.store import SavedModel, check_destination, load_model
+from pipeline.heads.saved import SavedModel, check_destination, load_model
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, json_fields
 

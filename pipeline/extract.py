@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from features_cache import DONE, UNREADABLE, CacheError, drop_redundant, open_cache
-from pipeline.filling import Clock, Filling
+from pipeline.extraction.filling import Clock, Filling
+from pipeline.extraction.lookup import files_of, find_answer, rows_of, weights_file_digest
+from pipeline.extraction.opening import Network, Run, Target, check_expected, open_files
 from pipeline.images.loader import load
-from pipeline.images.source import open_source
-from pipeline.lookup import files_of, find_answer, rows_of, weights_file_digest
-from pipeline.opening import Network, Run, Target, check_expected, open_files
+from pipeline.images.sources.registry import open_source
 from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
     DEFAULT_BACKBONE,

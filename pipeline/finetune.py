@@ -16,8 +16,8 @@ import numpy as np
 
 from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.splits import check_draws
+from pipeline.heads.grid import preference
 from pipeline.heads.predictions import TestPredictions, scores
-from pipeline.heads.schedule import preference
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent, to_json
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
@@ -139,7 +139,7 @@ def finetune(
     check_draws(seeds, shots)
     destination = None
     if save is not None:
-        from pipeline.heads.store import check_destination
+        from pipeline.heads.saved import check_destination
 
         destination = check_destination(save)
     notes: list[str] = []

@@ -15,13 +15,13 @@ from features_cache import Catalog
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import compare_models, tell_ties
 from pipeline.evaluation.leaks import tell_clusters
+from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.splits import check_draws
-from pipeline.heads.cached import Layer, select
+from pipeline.heads.choose import Choice, tell_choices
+from pipeline.heads.grid import Cut, check_trials, cut_layers, preference, run_trials
 from pipeline.heads.predictions import TestPredictions, pool_folds, scores, summarise
 from pipeline.heads.registry import Head, find_head, on_device
-from pipeline.heads.schedule import Cut, check_trials, cut_layers, preference, run_trials
-from pipeline.heads.search import Choice, tell_choices
-from pipeline.heads.store import SavedModel, check_destination, current_versions, save_model
+from pipeline.heads.saved import SavedModel, check_destination, current_versions, save_model
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
 

@@ -21,8 +21,8 @@ from features_cache import DONE, CacheFile, open_cache
 from pipeline.backbones.network_file import TunedModel, describe, is_network_file
 from pipeline.errors import EngineError, resumable
 from pipeline.extract import extract
-from pipeline.heads.store import SavedModel, load_model
-from pipeline.images.source import open_source
+from pipeline.heads.saved import SavedModel, load_model
+from pipeline.images.sources.registry import open_source
 from pipeline.results import Prediction, Progress
 from pipeline.spec import LayerSpec
 

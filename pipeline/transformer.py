@@ -19,8 +19,8 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.decode import from_pillow
-from pipeline.images.items import read_file
-from pipeline.images.transform import prepare, resize_and_crop
+from pipeline.images.resize import prepare, resize_and_crop
+from pipeline.images.sources.items import read_file
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, Preprocessing
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ def _stamp(backbone: str) -> int | None:
 def _load(
     name: str, stamp: int | None, layer: str, pool: str, precision: str, size: int | None, engine: str, device: str
 ) -> _Extractor:
-    from pipeline.backbones.graph import tap
     from pipeline.backbones.registry import load
+    from pipeline.backbones.taps import tap
     from pipeline.engines.engine import build_engine
     from pipeline.engines.select import resolve
 

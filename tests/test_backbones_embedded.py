@@ -12,9 +12,9 @@ from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet18_Weights
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from pipeline.backbones import embedded
-from pipeline.backbones.graph import tap
+from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones.registry import load
+from pipeline.backbones.taps import tap
 from pipeline.errors import BackboneError
 
 CLASSES = ResNet18_Weights.DEFAULT.meta["categories"]

@@ -14,8 +14,8 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.graph import describe, resolve_layers, tap
 from pipeline.backbones.registry import load
+from pipeline.backbones.taps import describe, resolve_layers, tap
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, get_pretrained_cfg
 from torchvision.transforms import CenterCrop, Resize
 
-from pipeline.backbones import torchvision_zoo
+from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.registry import list_backbones, load, sketch
 from pipeline.errors import BackboneError
 

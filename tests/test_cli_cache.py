@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from features_cache import PENDING, CacheFile, CacheWriter, LayerInfo, Rows, open_cache
-from pipeline.overview import detail
+from pipeline.extraction.inspection import detail
 
 NETWORK = ("-b", "test_resnet@random:0", "--size", "32", "--engine", "torch")
 Thawline = Callable[..., Any]

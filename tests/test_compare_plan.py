@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 import cli
 from pipeline.compare import compare, dry_run
 from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits, rectangles
-from pipeline.comparing.options import TABLES, tune_parameters
 from pipeline.comparing.plan import Line, find_line, read_plan
 from pipeline.errors import PlanError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
+from pipeline.options import TABLES, tune_parameters
 from pipeline.spec import Request
 
 PLAN = """\

@@ -33,11 +33,11 @@ from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
-from pipeline.reporting import progress
-from pipeline.reporting.html_charts import pareto
-from pipeline.reporting.html_model_charts import calibration_chart, class_chart
-from pipeline.reporting.html_pictures import lay_out
-from pipeline.reporting.plots.reliability import reliability
+from pipeline.reporting.charts.reliability import reliability
+from pipeline.reporting.page.method_charts import pareto
+from pipeline.reporting.page.model_charts import calibration_chart, class_chart
+from pipeline.reporting.page.pictures import lay_out
+from pipeline.reporting.terminal import progress
 from pipeline.results import silent, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,7 +291,7 @@ def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, mo
         drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
         return lay_out(features, layer, judged)
 
-    monkeypatch.setattr("pipeline.reporting.html.lay_out", watched)
+    monkeypatch.setattr("pipeline.reporting.page.report.lay_out", watched)
     tables = """
 [[extract]]
 backbone = "test_resnet@random:0"

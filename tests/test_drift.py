@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from features_cache import CacheError, CacheWriter, LayerInfo, Rows
 from pipeline.diagnostics.domain_test import domain_test
-from pipeline.diagnostics.drift import drift
+from pipeline.drift import drift
 from pipeline.errors import FitError
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.graph import TappedNetwork, tap
 from pipeline.backbones.registry import load
+from pipeline.backbones.taps import TappedNetwork, tap
 from pipeline.engines.engine import Engine, build_engine, stream
 from pipeline.engines.fold import folded
 from pipeline.engines.openvino_model import convert, converted

@@ -21,9 +21,9 @@ from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.fit import fit
 from pipeline.heads.registry import FAMILIES
-from pipeline.heads.store import load_model
+from pipeline.heads.saved import load_model
 from pipeline.images.decode import from_pillow
-from pipeline.images.transform import resize_and_crop
+from pipeline.images.resize import resize_and_crop
 from pipeline.predict import predict
 from pipeline.spec import Preprocessing
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from features_cache import DONE, PENDING, CacheWriter, Catalog, open_cache, verify
 from pipeline.errors import BackboneError, EngineError, SourceError
+from pipeline.evaluation.rows import select
 from pipeline.extract import extract
-from pipeline.heads.cached import select
-from pipeline.images import folder
+from pipeline.images.sources import folder
 from pipeline.results import ExtractResult
 
 ONE, OTHER, LARGER = "test_resnet@random:0", "test_efficientnet@random:1", "googlenet@random:0"
@@ -163,7 +163,9 @@ def test_layers_are_found_by_name_and_by_alias_however_they_were_asked_for(
     assert paths(["stages"]) == first | second
     assert paths(["logits"]) == second
     assert [layer.name for layer in select(Catalog(cache), ["stages", "logits"])] == [*names, "fc"]
-    monkeypatch.setattr("pipeline.lookup.DECODE_POLICY", 0)  # as if other rules had held when the files were made
+    monkeypatch.setattr(
+        "pipeline.extraction.lookup.DECODE_POLICY", 0
+    )  # as if other rules had held when the files were made
     with pytest.raises(TypeError, match="NoneType"):
         paths(["stages"])
 

@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from features_cache import CacheError, whole
-from pipeline.backbones.cut import find_line, lines, read_place, split
 from pipeline.backbones.registry import load
+from pipeline.backbones.thaw_line import find_line, lines, read_place, split
 from pipeline.errors import BackboneError, FitError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import keeper, material
 from pipeline.finetuning import train as train_module
-from pipeline.finetuning.data import Part, Pictures, batch_count
 from pipeline.finetuning.groups import parameter_groups
+from pipeline.finetuning.inputs import Part, Pictures, batch_count
 from pipeline.finetuning.net import Net, class_weights
 from pipeline.finetuning.network import Network
 from pipeline.finetuning.recipe import Recipe, make_recipe
 from pipeline.finetuning.train import Trained, train
 from pipeline.fit import fit
-from pipeline.images.source import open_source
-from pipeline.images.transform import prepare
+from pipeline.images.resize import prepare
+from pipeline.images.sources.registry import open_source
 from pipeline.spec import View
 
 NET, TINY = "resnet18@random:0", "test_resnet@random:0"

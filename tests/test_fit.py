@@ -24,9 +24,9 @@ from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
 from pipeline.evaluation.metrics import expected_calibration_error, log_loss
 from pipeline.fit import fit
-from pipeline.heads import schedule
+from pipeline.heads import grid as schedule
 from pipeline.heads.registry import FAMILIES
-from pipeline.heads.store import load_model
+from pipeline.heads.saved import load_model
 from pipeline.heads.trial import Outcome
 from pipeline.results import to_json
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.graph import describe, resolve_layers, tap
 from pipeline.backbones.registry import load, sketch
+from pipeline.backbones.taps import describe, resolve_layers, tap
 from pipeline.backbones.trace import cut_nodes, hooked
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing

@@ -16,11 +16,11 @@ from features_cache import CacheWriter, LayerInfo, Rows
 from pipeline.errors import EngineError, FitError
 from pipeline.fit import fit
 from pipeline.heads import logreg
-from pipeline.heads.device import DeviceRows, run_one_by_one
+from pipeline.heads.choose import Fold, scale, search, train_final
 from pipeline.heads.logreg import Logreg
 from pipeline.heads.registry import Head
-from pipeline.heads.search import Fold, scale, search, train_final
-from pipeline.heads.store import load_model
+from pipeline.heads.saved import load_model
+from pipeline.heads.solvers.device import DeviceRows, run_one_by_one
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -14,11 +14,11 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.errors import FitError
 from pipeline.heads import linear_svm, logreg
+from pipeline.heads.choose import Fold, balanced_weights, make_fold, scale, search, train_final
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
-from pipeline.heads.hyperplanes import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
-from pipeline.heads.search import Fold, balanced_weights, make_fold, scale, search, train_final
-from pipeline.heads.spectrum import find_spectrum
+from pipeline.heads.solvers.hyperplanes import C_GRID
+from pipeline.heads.solvers.spectrum import find_spectrum
 
 
 @pytest.fixture(autouse=True)

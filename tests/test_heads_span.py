@@ -11,9 +11,9 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
+from pipeline.heads.choose import scale, train_final
 from pipeline.heads.registry import find_head
-from pipeline.heads.search import scale, train_final
-from pipeline.heads.span import find_span
+from pipeline.heads.solvers.span import find_span
 
 
 @pytest.fixture(autouse=True)

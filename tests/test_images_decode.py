@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.errors import UnreadableImageError
 from pipeline.images.decode import PIXEL_LIMIT, REASON_LENGTH, decode, from_pillow
-from pipeline.images.digits import open_digits
+from pipeline.images.sources.digits import open_digits
 
 GENERATOR = np.random.default_rng(5)
 COLOURS = GENERATOR.integers(0, 256, (12, 17, 3), dtype=np.uint8)

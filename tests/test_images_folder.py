@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.folder import place, walk
-from pipeline.images.source import open_source
+from pipeline.images.sources.folder import place, walk
+from pipeline.images.sources.registry import open_source
 
 
 def make(root: Path, *uris: str) -> Path:

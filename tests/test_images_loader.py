@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pipeline.images.decode
-import pipeline.images.stages
+import pipeline.images.decode_ahead
 from pipeline.errors import UnreadableImageError
-from pipeline.images.items import ImageSource, Item
+from pipeline.images.decode_ahead import MIN_READERS, WINDOW_BATCHES
 from pipeline.images.loader import Batch, default_workers, load
-from pipeline.images.source import open_source
-from pipeline.images.stages import MIN_READERS, WINDOW_BATCHES
+from pipeline.images.sources.items import ImageSource, Item
+from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
 
 SMALL = Preprocessing(size=(4, 5), resize=(4, 5), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -146,9 +146,9 @@ def test_duplicates_and_failures() -> None:
 
 def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    prepare = pipeline.images.stages.prepare_all
+    prepare = pipeline.images.decode_ahead.prepare_all
     monkeypatch.setattr(
-        pipeline.images.stages, "prepare_all", lambda data, wanted: decoded.append(data) or prepare(data, wanted)
+        pipeline.images.decode_ahead, "prepare_all", lambda data, wanted: decoded.append(data) or prepare(data, wanted)
     )
     batches = list(load(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
     assert sorted(decoded) == sorted([FILES[5], FILES[6]])
@@ -241,7 +241,9 @@ def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
 def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     monkeypatch.setattr(
-        pipeline.images.stages, "prepare_all", lambda data, wanted: (go.wait(20) and np.zeros((4, 5, 3), np.uint8),)
+        pipeline.images.decode_ahead,
+        "prepare_all",
+        lambda data, wanted: (go.wait(20) and np.zeros((4, 5, 3), np.uint8),),
     )
     begun: set[int] = set()
     limit = max(MIN_READERS, workers) + 2 * workers  # in readers' hands, waiting, in decoders' hands
@@ -312,7 +314,7 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
     def prepare(data: bytes, wanted: Preprocessing) -> np.ndarray:
         raise ZeroDivisionError("in a decoder")
 
-    monkeypatch.setattr(pipeline.images.stages, "prepare_all", prepare)
+    monkeypatch.setattr(pipeline.images.decode_ahead, "prepare_all", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
         list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
 

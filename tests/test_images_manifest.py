@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.source import open_source
+from pipeline.images.sources.registry import open_source
 
 Writer = Callable[[Path, dict[str, list[str]]], Path]
 

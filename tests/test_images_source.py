@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.errors import SourceError
-from pipeline.images.source import open_source
+from pipeline.images.sources.registry import open_source
 
 
 @pytest.fixture

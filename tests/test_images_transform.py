@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from pipeline.images import transform
+from pipeline.images import resize as transform
 from pipeline.images.decode import from_pillow
-from pipeline.images.transform import jpeg_floor, prepare, resize_and_crop, resized_size
+from pipeline.images.resize import jpeg_floor, prepare, resize_and_crop, resized_size
 from pipeline.spec import Preprocessing
 
 HALF = (0.5, 0.5, 0.5)

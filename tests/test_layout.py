@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console, Group
 from rich.table import Table
 
-from pipeline.reporting.layout import lay_out
-from pipeline.reporting.tables import prediction_table, rows_table
+from pipeline.reporting.terminal.layout import lay_out
+from pipeline.reporting.terminal.tables import prediction_table, rows_table
 from pipeline.results import Prediction
 
 RESULTS = rows_table(

@@ -14,10 +14,10 @@ from sklearn.pipeline import Pipeline
 
 from pipeline.errors import ModelFileError
 from pipeline.evaluation.calibration import tempered
-from pipeline.heads import store
+from pipeline.heads import saved as store
+from pipeline.heads.choose import scale, search
 from pipeline.heads.registry import FAMILIES, SCALINGS, find_head
-from pipeline.heads.search import scale, search
-from pipeline.heads.store import SavedModel, check_destination, current_versions, load_model, save_model
+from pipeline.heads.saved import SavedModel, check_destination, current_versions, load_model, save_model
 from pipeline.heads.trial import Prepared, run_trial
 
 SPEC = {"backbone": "zoo/net", "layer": "top", "pool": "avg"}

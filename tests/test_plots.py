@@ -11,11 +11,11 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
-from pipeline.reporting.plots.confusion import confusion_figure
-from pipeline.reporting.plots.curves import MOST_LINES, budget_figure, depth_figure
-from pipeline.reporting.plots.embedding import embedding_figure
-from pipeline.reporting.plots.reliability import reliability_figure
-from pipeline.reporting.plots.style import LONGEST, save, short
+from pipeline.reporting.charts.confusion import confusion_figure
+from pipeline.reporting.charts.curves import MOST_LINES, budget_figure, depth_figure
+from pipeline.reporting.charts.embedding import embedding_figure
+from pipeline.reporting.charts.reliability import reliability_figure
+from pipeline.reporting.charts.style import LONGEST, save, short
 from pipeline.results import FitResult
 
 

@@ -10,11 +10,11 @@ import pytest
 from scipy.stats import kendalltau
 
 from features_cache import AmbiguousCacheError, CacheError, Catalog, open_cache
-from pipeline.diagnostics import rank as rank_module
-from pipeline.diagnostics.rank import agreements, rank
+from pipeline import rank as rank_module
 from pipeline.diagnostics.transfer_scores import h_score, leep, logme
+from pipeline.evaluation.rows import Layer
 from pipeline.extract import extract
-from pipeline.heads.cached import Layer
+from pipeline.rank import agreements, rank
 from pipeline.results import LayerScore
 
 NETWORK = "timm/test_resnet@random:0"

@@ -16,10 +16,10 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from features_cache import DONE, open_cache
-from pipeline.backbones.graph import describe, tap
 from pipeline.backbones.network_file import HEAD, TunedModel, save_network
 from pipeline.backbones.network_file import describe as describe_file
 from pipeline.backbones.registry import load, sketch
+from pipeline.backbones.taps import describe, tap
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extract import extract

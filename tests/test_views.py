@@ -13,18 +13,19 @@ import torch
 from PIL import Image
 
 from features_cache import DONE, PENDING, CacheError, CacheFile, Catalog, open_cache
-from pipeline.backbones.cut import find_line, read_place, split
 from pipeline.backbones.registry import load
+from pipeline.backbones.thaw_line import find_line, read_place, split
 from pipeline.engines import engine
 from pipeline.errors import FitError
+from pipeline.evaluation.rows import select
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import material
-from pipeline.finetuning.data import Ints, Pictures
+from pipeline.finetuning.inputs import Ints, Pictures
 from pipeline.finetuning.recipe import check_start, make_recipe
-from pipeline.heads.cached import select
-from pipeline.images import folder, transform
-from pipeline.images.transform import prepare, prepare_all
+from pipeline.images import resize as transform
+from pipeline.images.resize import prepare, prepare_all
+from pipeline.images.sources import folder
 from pipeline.spec import LayerSpec, Preprocessing, View
 
 NET, LINE = "test_resnet@random:0", "layer4"

@@ -17,9 +17,9 @@ from pipeline.backbones.registry import load
 from pipeline.errors import FitError
 from pipeline.finetune import finetune
 from pipeline.finetuning import keeper
-from pipeline.finetuning.data import Part
 from pipeline.finetuning.groups import depth_groups
 from pipeline.finetuning.health import judge
+from pipeline.finetuning.inputs import Part
 from pipeline.finetuning.net import Net
 from pipeline.finetuning.network import Network
 from pipeline.finetuning.watch import Watch

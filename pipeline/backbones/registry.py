@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from features_cache.errors import nearest
-from pipeline.backbones import embedded, timm_zoo, torchvision_zoo
+from pipeline.backbones import zoo_embedded as embedded
+from pipeline.backbones import zoo_timm as timm_zoo
+from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import describe, is_network_file
 from pipeline.backbones.tuned import tuned_backbone

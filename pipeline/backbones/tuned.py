@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.cut import read_place
-from pipeline.backbones.graph import INPUT_DIM, small_image
 from pipeline.backbones.network_file import HEAD, read_network
 from pipeline.backbones.pooling import Pool, pooled_dim
+from pipeline.backbones.taps import INPUT_DIM, small_image
+from pipeline.backbones.thaw_line import read_place
 from pipeline.backbones.top import Top, make_top
 from pipeline.backbones.trace import SHAPE, TENSORS, Traced, nodes_between
 from pipeline.backbones.weights import fill, weights_digest

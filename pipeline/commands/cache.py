@@ -21,8 +21,8 @@ def cache_group() -> None:
 @json_option
 def cache_ls(cache: str, as_json: bool) -> None:
     """List the files of CACHE and how much of each is done."""
-    from pipeline.overview import list_files
-    from pipeline.reporting.cache_tables import listing_table
+    from pipeline.extraction.inspection import list_files
+    from pipeline.reporting.terminal.cache_tables import listing_table
 
     listing = list_files(cache)
     if as_json:
@@ -46,8 +46,8 @@ def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
     Specs, runs, classes, unreadable images, images that stand in it twice.
     """
     from features_cache import Catalog
-    from pipeline.overview import detail
-    from pipeline.reporting.cache_tables import details_view
+    from pipeline.extraction.inspection import detail
+    from pipeline.reporting.terminal.cache_tables import details_view
 
     details = detail(Catalog(cache).find(**selection))
     if as_json:
@@ -66,9 +66,9 @@ def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) ->
 
     Exits with 1 where damage is left, or an image changed.
     """
-    from pipeline.overview import check, to_record
-    from pipeline.reporting.cache_tables import finding_lines, verify_table
-    from pipeline.reporting.progress import progress_bar
+    from pipeline.extraction.inspection import check, to_record
+    from pipeline.reporting.terminal.cache_tables import finding_lines, verify_table
+    from pipeline.reporting.terminal.progress import progress_bar
 
     with progress_bar() as progress:
         reports, problems = check(cache, source, repair, progress)
@@ -94,7 +94,7 @@ def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **sele
     Its finished rows, as .npy (with .npy.csv), .parquet or .safetensors.
     """
     from features_cache import Catalog, export
-    from pipeline.overview import only_layer
+    from pipeline.extraction.inspection import only_layer
 
     cached = Catalog(cache).find(layer, **selection)
     written = export(cached, layer or only_layer(cached), file)

@@ -28,14 +28,14 @@ def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json:
         _print_jobs(plan, output, as_json)
         return
     from pipeline.compare import compare as run
-    from pipeline.reporting.progress import progress_bar
+    from pipeline.reporting.terminal.progress import progress_bar
 
     with progress_bar() as progress:
         report = run(plan, output, against=against, progress=progress)
     if as_json:
         print_json(asdict(report))
     else:
-        from pipeline.reporting.compare_tables import against_lines, score_table
+        from pipeline.reporting.terminal.compare_tables import against_lines, score_table
 
         print_table(score_table(report.results))
         click.echo("\n" + "\n".join(report.answer))
@@ -52,7 +52,7 @@ def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json:
 
 def _print_jobs(plan: str, output: str, as_json: bool) -> None:
     from pipeline.compare import dry_run
-    from pipeline.reporting.compare_tables import plan_line, plan_table
+    from pipeline.reporting.terminal.compare_tables import plan_line, plan_table
 
     planned = dry_run(plan, output)
     if as_json:

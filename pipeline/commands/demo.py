@@ -14,8 +14,8 @@ from pipeline.commands.output import print_json, print_table, to_records
 def demo(output: str, as_json: bool) -> None:
     """Find the layer that reads handwritten digits best."""
     from pipeline.demo import demo as run
-    from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import fit_table
+    from pipeline.reporting.terminal.progress import progress_bar
+    from pipeline.reporting.terminal.tables import fit_table
 
     with progress_bar() as progress:
         report = run(output, progress=progress)

@@ -21,9 +21,9 @@ from pipeline.spec import DEFAULT_LAYER, POOLS
 @json_option
 def rank(cache: str, as_json: bool, **options: Any) -> None:
     """Order the layers in CACHE by promise, before any fit."""
-    from pipeline.diagnostics.rank import rank as run
-    from pipeline.reporting.diagnostic_tables import agreement_lines, rank_table
-    from pipeline.reporting.progress import progress_bar
+    from pipeline.rank import rank as run
+    from pipeline.reporting.terminal.diagnostic_tables import agreement_lines, rank_table
+    from pipeline.reporting.terminal.progress import progress_bar
 
     with progress_bar() as progress:
         report = run(cache, progress=progress, **options)
@@ -49,8 +49,8 @@ def drift(as_json: bool, **options: Any) -> None:
 
     Also names the most foreign images of FIRST and SECOND.
     """
-    from pipeline.diagnostics.drift import drift as run
-    from pipeline.reporting.diagnostic_tables import drift_lines, foreign_table
+    from pipeline.drift import drift as run
+    from pipeline.reporting.terminal.diagnostic_tables import drift_lines, foreign_table
     from pipeline.results import to_json
 
     result = run(**options)

@@ -18,7 +18,7 @@ from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAUL
 def backbones(pattern: str | None, as_json: bool) -> None:
     """List the networks, of a PATTERN such as 'resnet*'."""
     from pipeline.backbones.registry import list_backbones
-    from pipeline.reporting.tables import rows_table
+    from pipeline.reporting.terminal.tables import rows_table
 
     found = list_backbones(pattern or "")
     if as_json:
@@ -34,9 +34,9 @@ def backbones(pattern: str | None, as_json: bool) -> None:
 @json_option
 def layers(backbone: str, size: int | None, as_json: bool) -> None:
     """List the layers of BACKBONE with shapes and aliases."""
-    from pipeline.backbones.graph import describe
     from pipeline.backbones.registry import sketch
-    from pipeline.reporting.tables import rows_table
+    from pipeline.backbones.taps import describe
+    from pipeline.reporting.terminal.tables import rows_table
 
     found = describe(sketch(backbone, size))
     if as_json:
@@ -70,8 +70,8 @@ def extract(source: str, backbone: tuple[str, ...], layer: tuple[str, ...], as_j
     .parquet manifest, a .tar shard or a folder of them, or the word digits.
     """
     from pipeline.extract import extract as run
-    from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import extract_table, unreadable_lines
+    from pipeline.reporting.terminal.progress import progress_bar
+    from pipeline.reporting.terminal.tables import extract_table, unreadable_lines
 
     with progress_bar() as progress:
         results = run(source, backbone, layer, progress=progress, **options)

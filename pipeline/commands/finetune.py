@@ -85,9 +85,9 @@ def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json:
     only with --views. A run that was stopped goes on.
     """
     from pipeline.finetune import finetune as run
-    from pipeline.heads.store import check_destination
-    from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import finetune_table
+    from pipeline.heads.saved import check_destination
+    from pipeline.reporting.terminal.progress import progress_bar
+    from pipeline.reporting.terminal.tables import finetune_table
 
     if picture:
         check_destination(picture)
@@ -108,8 +108,8 @@ def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json:
 
 
 def _draw(results: Sequence[FinetuneResult], picture: Path, *, gradients: bool) -> None:
-    from pipeline.reporting.plots.gradients import save_gradients
-    from pipeline.reporting.plots.training import save_training
+    from pipeline.reporting.charts.gradients import save_gradients
+    from pipeline.reporting.charts.training import save_training
 
     save_training(results, picture)
     if gradients:

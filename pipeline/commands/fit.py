@@ -39,8 +39,8 @@ def fit(
 ) -> None:  # fmt: skip
     """Train heads on CACHE and measure them on test images."""
     from pipeline.fit import fit as run
-    from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import fit_table, seeds_table
+    from pipeline.reporting.terminal.progress import progress_bar
+    from pipeline.reporting.terminal.tables import fit_table, seeds_table
 
     if plot:
         plot.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
@@ -76,8 +76,8 @@ def _described(result: FitResult) -> str:
 
 def _draw_fit(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) -> list[str]:
     from features_cache import Catalog
-    from pipeline.heads.cached import select
-    from pipeline.reporting.plots.fit_pictures import draw_fit
+    from pipeline.evaluation.rows import select
+    from pipeline.reporting.charts.fit_pictures import draw_fit
 
     narrowed = (options["source"], options["backbone"], options["pool"])
     layer = select(Catalog(cache), [report.results[report.best].layer], *narrowed)[0]

@@ -20,11 +20,11 @@ from pipeline.commands.output import print_json, print_table, say_all, to_record
 @json_option
 def predict(model: str, source: str, csv_path: str | None, as_json: bool, **options: Any) -> None:
     """Label the images of SOURCE with a saved MODEL."""
-    from pipeline.heads.store import check_destination
+    from pipeline.heads.saved import check_destination
     from pipeline.predict import predict as run
     from pipeline.predict import write_csv
-    from pipeline.reporting.progress import progress_bar
-    from pipeline.reporting.tables import count_table, prediction_table
+    from pipeline.reporting.terminal.progress import progress_bar
+    from pipeline.reporting.terminal.tables import count_table, prediction_table
 
     destination = check_destination(csv_path) if csv_path else None
     with progress_bar() as progress:

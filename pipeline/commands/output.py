@@ -45,7 +45,7 @@ def print_table(table: Table | Group) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeline.reporting.layout import lay_out
+    from pipeline.reporting.terminal.layout import lay_out
 
     width = None if sys.stdout.isatty() else UNFOLDED
     console = Console(width=width, markup=False, highlight=False)  # file names may look like markup

@@ -11,9 +11,9 @@ from typing import Any
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
-from pipeline.comparing.options import tune_parameters
 from pipeline.comparing.plan import Line, Plan
-from pipeline.images.source import ImageSource, open_source
+from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.options import tune_parameters
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
@@ -59,8 +59,8 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
     PlanError
         The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
     """
-    from pipeline.backbones.graph import resolve_layers, tap
     from pipeline.backbones.registry import check_weights, sketch
+    from pipeline.backbones.taps import resolve_layers, tap
     from pipeline.engines.select import resolve
 
     asked, line = extraction.request, extraction.line
@@ -85,8 +85,8 @@ def check_finetunes(plan: Plan) -> None:
 
 
 def _check_finetune(plan: Plan, line: Line, options: dict[str, Any]) -> None:
-    from pipeline.backbones.cut import find_line
     from pipeline.backbones.registry import check_weights, sketch
+    from pipeline.backbones.thaw_line import find_line
     from pipeline.engines.select import resolve
     from pipeline.finetuning.groups import check_rates
     from pipeline.finetuning.recipe import Recipe, check_start, make_recipe

@@ -14,7 +14,7 @@ from pipeline.comparing.answer import extraction_seconds
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
-from pipeline.images.source import ImageSource
+from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import NO_AUGMENT
 
 CORE_SPEED = 75e9
@@ -111,8 +111,8 @@ def _rows(images: ImageSource, shots: int | str) -> int:
 @cache
 def values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
     """Return how many numbers an image has at a thaw line, and how many weights are thawed."""
-    from pipeline.backbones.graph import PENULTIMATE, tap
     from pipeline.backbones.registry import sketch
+    from pipeline.backbones.taps import PENULTIMATE, tap
     from pipeline.finetuning.network import ALL, Network, line_of
 
     network = sketch(backbone, size)

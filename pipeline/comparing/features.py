@@ -11,8 +11,8 @@ from typing import Any
 
 from features_cache import CacheFile, Catalog, open_cache
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
-from pipeline.images.source import ImageSource
-from pipeline.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
+from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
+from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import TRAINING_RULES, Request, fingerprint_of
 
 
@@ -67,8 +67,8 @@ def held_features(known: Features, paths: Iterable[str]) -> Features:
 @cache
 def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
     """Return the place of each layer in the order of computation, from the image upwards."""
-    from pipeline.backbones.graph import LOGITS, PENULTIMATE, describe
     from pipeline.backbones.registry import sketch
+    from pipeline.backbones.taps import LOGITS, PENULTIMATE, describe
 
     rows = describe(sketch(request.backbone, request.size))
     below = [row.name for row in rows if LOGITS not in row.aliases]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from features_cache import nearest
-from pipeline.comparing.options import TABLES
 from pipeline.comparing.plan import Line, Plan
-from pipeline.lookup import weights_file_digest
+from pipeline.extraction.lookup import weights_file_digest
+from pipeline.options import TABLES
 from pipeline.spec import Request
 
 Shots = int | str

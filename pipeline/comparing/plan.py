@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from features_cache import nearest
-from pipeline.comparing.options import TABLES, Option, shared
 from pipeline.errors import PlanError
+from pipeline.options import TABLES, Option, shared
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
 from pipeline.comparing.plan import Line
 from pipeline.comparing.work import Failure, Work
 from pipeline.errors import RunFolderError
-from pipeline.images.source import ImageSource
+from pipeline.images.sources.registry import ImageSource
 from pipeline.results import ExtractResult, FitResult, Progress, to_json
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def _fit(work: Work, found: Features, block: Mapping[Fit, str]) -> None:
 
 
 def _finetune(work: Work, line: Line, block: Mapping[Finetune, str]) -> None:
-    from pipeline.comparing.options import tune_parameters
     from pipeline.finetune import finetune
+    from pipeline.options import tune_parameters
 
     ((job, key),) = block.items()
     options = tune_parameters(job.options)

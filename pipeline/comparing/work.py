@@ -13,7 +13,7 @@ from pipeline.comparing.features import Features, find_features, finetune_key, f
 from pipeline.comparing.folder import Judged, Record, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Line, Plan
-from pipeline.images.source import ImageSource
+from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.backbones.graph import TappedNetwork
+from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.engines.openvino_engine import OpenVinoEngine
 from pipeline.engines.select import Resolved
@@ -51,7 +51,7 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
     Parameters
     ----------
     network : TappedNetwork
-        As `pipeline.backbones.graph.tap` returns it; it is not changed.
+        As `pipeline.backbones.taps.tap` returns it; it is not changed.
     resolved : Resolved
         As `pipeline.engines.select.resolve` returns it. A network that OpenVINO cannot convert runs on torch, and the
         engine's `notes` say so.

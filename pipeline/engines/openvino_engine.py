@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import openvino
 
-from pipeline.backbones.graph import TappedNetwork
+from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.openvino_model import converted
 from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
@@ -19,7 +19,7 @@ class OpenVinoEngine:
     Parameters
     ----------
     network : TappedNetwork
-        As `pipeline.backbones.graph.tap` returns it.
+        As `pipeline.backbones.taps.tap` returns it.
     resolved : Resolved
         A CPU, fp32 or bf16.
     batch_size : int

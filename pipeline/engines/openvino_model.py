@@ -16,7 +16,7 @@ from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_n
 from platformdirs import user_cache_path
 from torch.export.decomp_utils import CustomDecompTable
 
-from pipeline.backbones.graph import TappedNetwork
+from pipeline.backbones.taps import TappedNetwork
 from pipeline.spec import fingerprint_of
 
 _DIGEST = "digest"

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from pipeline.backbones.graph import TappedNetwork
+from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.fold import folded
 from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
@@ -38,7 +38,7 @@ class TorchEngine:
     Parameters
     ----------
     network : TappedNetwork
-        As `pipeline.backbones.graph.tap` returns it; it is not changed.
+        As `pipeline.backbones.taps.tap` returns it; it is not changed.
     resolved : Resolved
         Engine, device and precision. With the engine ``"compile"``, the first batch waits for the compiler.
     batch_size : int

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.graph import TappedNetwork
+from pipeline.backbones.taps import TappedNetwork
 from pipeline.heads.linear_scores import linear_scores
 from pipeline.heads.registry import find_head
-from pipeline.heads.store import SavedModel
+from pipeline.heads.saved import SavedModel
 
 
 class Classifier(nn.Module):

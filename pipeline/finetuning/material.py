@@ -11,20 +11,20 @@ import numpy as np
 
 from features_cache import DONE, CacheFile, Catalog, open_cache
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.cut import read_place
-from pipeline.backbones.graph import INPUT, PENULTIMATE
 from pipeline.backbones.pooling import pooled_dim
 from pipeline.backbones.registry import load
+from pipeline.backbones.taps import INPUT, PENULTIMATE
+from pipeline.backbones.thaw_line import read_place
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
+from pipeline.evaluation.rows import Table, select
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.extract import extract
-from pipeline.finetuning.data import Activations, Ints, Pictures, Reader, Views
+from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
+from pipeline.finetuning.inputs import Activations, Ints, Pictures, Reader, Views
 from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.plan import Plan
-from pipeline.heads.cached import Table, select
-from pipeline.images.source import open_source
-from pipeline.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
+from pipeline.images.sources.registry import open_source
 from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
 
 FLAT = "flatten"

@@ -19,8 +19,8 @@ from torch.nn.functional import softmax
 
 from features_cache.errors import ThawlineError
 from pipeline.backbones.trace import hooked
-from pipeline.finetuning.data import Part
 from pipeline.finetuning.groups import parameter_groups
+from pipeline.finetuning.inputs import Part
 from pipeline.finetuning.network import Network, layer_name
 from pipeline.finetuning.recipe import Recipe
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.cut import Place, find_line, read_place, split
-from pipeline.backbones.graph import normalisation, small_image
 from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.taps import normalisation, small_image
+from pipeline.backbones.thaw_line import Place, find_line, read_place, split
 from pipeline.backbones.tuned import new_top
 
 ALL = "all"

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from features_cache.errors import explained
 from pipeline.evaluation.calibration import fit_temperature
+from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
-from pipeline.finetuning.data import Ints, Part, Reader
+from pipeline.finetuning.inputs import Ints, Part, Reader
 from pipeline.finetuning.material import Material, splits_of
 from pipeline.finetuning.network import ALL, Network
 from pipeline.finetuning.plan import Plan
 from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import Trained, standardise, train
-from pipeline.heads.cached import Table
 from pipeline.spec import DECODE_POLICY, NO_AUGMENT, TRAINING_RULES, fingerprint_of
 
 HEAD_EPOCHS = 10

@@ -12,8 +12,8 @@ from torch import nn
 
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.errors import FitError
-from pipeline.finetuning.data import Part
 from pipeline.finetuning.health import judge
+from pipeline.finetuning.inputs import Part
 from pipeline.finetuning.keeper import Keeper, Report, StopEarly, as_history, read_checkpoint
 from pipeline.finetuning.net import DivergedError, Net, make_net
 from pipeline.finetuning.network import Network

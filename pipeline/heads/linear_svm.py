@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from sklearn.svm import LinearSVC
 
 from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
-from pipeline.heads.hyperplanes import OverC, choose, one_against_rest
+from pipeline.heads.solvers.hyperplanes import OverC, choose, one_against_rest
 
 Doubles = NDArray[np.float64]
 

@@ -16,10 +16,10 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.heads.device import DeviceRows
 from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
-from pipeline.heads.hyperplanes import OverC
-from pipeline.heads.spectrum import Doubles, find_spectrum
+from pipeline.heads.solvers.device import DeviceRows
+from pipeline.heads.solvers.hyperplanes import OverC
+from pipeline.heads.solvers.spectrum import Doubles, find_spectrum
 
 Rows = Floats | DeviceRows
 

@@ -13,7 +13,7 @@ from pipeline.evaluation.calibration import tempered
 from pipeline.evaluation.comparisons import compare_over_splits
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
-from pipeline.heads.schedule import Cut
+from pipeline.heads.grid import Cut
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, SeedSummary
 

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.linear_model import RidgeClassifier
 
 from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
-from pipeline.heads.hyperplanes import C_GRID, choose, one_against_rest
+from pipeline.heads.solvers.hyperplanes import C_GRID, choose, one_against_rest
 
 
 class Ridge(Family):

@@ -17,9 +17,9 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.splits import Splits
+from pipeline.heads.choose import Choice, Fold, Scaled, make_fold, scale, search, train_final
 from pipeline.heads.family import Floats, Ints, Params
 from pipeline.heads.registry import Head
-from pipeline.heads.search import Choice, Fold, Scaled, make_fold, scale, search, train_final
 
 MOST_FOLDS = 5
 

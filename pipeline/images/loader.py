@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.images.items import ImageSource
+from pipeline.images.decode_ahead import Stages
 from pipeline.images.outcomes import Decoded, Duplicate, Failure, Known, Outcome
-from pipeline.images.stages import Stages
+from pipeline.images.sources.items import ImageSource
 from pipeline.spec import Preprocessing
 
 MOST_OTHERS = 512

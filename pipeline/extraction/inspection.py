@@ -1,0 +1,248 @@
+"""A cache from outside: what its files hold, whether they are sound, and what stands twice in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features_cache import (
+    DONE,
+    PENDING,
+    UNREADABLE,
+    AmbiguousCacheError,
+    CacheError,
+    CacheFile,
+    Catalog,
+    Report,
+    digest_keys,
+    repair,
+    superseded,
+    verify,
+)
+from pipeline.errors import UnreadableImageError
+from pipeline.images.sources.registry import open_source
+
+
+@dataclass(frozen=True)
+class FileSummary:
+    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the file's size.
+
+    `view` is the augmentation and number of a file of augmented views, ``""`` for plain images.
+    """
+
+    path: str
+    source: str
+    location: str
+    backbone: str
+    pool: str
+    view: str
+    layers: dict[str, int]
+    precision: str
+    store: str
+    rows: int
+    done: int
+    unreadable: int
+    pending: int
+    bytes: int
+    changed: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A cache folder: its files, those that cannot be used and why, and those that a newer one has superseded."""
+
+    files: list[FileSummary]
+    problems: list[str]
+    superseded: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FileDetails:
+    """All that ``cache show`` tells of one file.
+
+    Attributes
+    ----------
+    summary : FileSummary
+    classes : dict of str to dict of str to int
+        Class name to split (``""`` for none) to count of rows.
+    specs : dict of str to dict
+        Layer name to its `LayerSpec` as JSON, with the fingerprint.
+    request : dict
+        What was asked.
+    runs : list of dict
+        Who computed, when, with what; oldest first.
+    unreadable : list of dict
+        ``uri`` and ``reason`` of each.
+    duplicates : list of dict
+        Each set of equal images: ``uris``, ``splits``, ``labels``, and whether it lies ``across`` splits.
+    """
+
+    summary: FileSummary
+    classes: dict[str, dict[str, int]]
+    specs: dict[str, dict[str, Any]]
+    request: dict[str, Any]
+    runs: list[dict[str, Any]]
+    unreadable: list[dict[str, str]]
+    duplicates: list[dict[str, Any]]
+
+
+def list_files(cache: str | Path) -> Listing:
+    """Return what a cache folder holds.
+
+    Raises
+    ------
+    CacheError
+        There is no usable file in it.
+    """
+    catalog = Catalog(cache)
+    folder = catalog.path if catalog.path.is_dir() else catalog.path.parent
+    old = [{"path": str(path), "bytes": path.stat().st_size} for path in superseded(folder)]
+    return Listing([summarize(file) for file in catalog.files], [str(error) for error in catalog.problems], old)
+
+
+def summarize(file: CacheFile) -> FileSummary:
+    """Return one line about `file`."""
+    done, unreadable, pending = (int(np.count_nonzero(file.states == state)) for state in (DONE, UNREADABLE, PENDING))
+    status = file.path.stat()
+    first = next(iter(file.layers.values()))
+    return FileSummary(
+        path=str(file.path),
+        source=file.handles.get("source", ""),
+        location=file.handles.get("location", ""),
+        backbone=file.handles.get("backbone", ""),
+        pool=file.handles.get("pool", ""),
+        view=file.handles.get("view", ""),
+        layers={name: info.dim for name, info in file.layers.items()},
+        precision=str(first.spec.get("precision", "")),
+        store=first.dtype,
+        rows=file.n_rows,
+        done=done,
+        unreadable=unreadable,
+        pending=pending,
+        bytes=status.st_size,
+        changed=datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds"),
+    )
+
+
+def detail(file: CacheFile) -> FileDetails:
+    """Return all that can be told of `file`."""
+    unreadable = np.flatnonzero(file.states == UNREADABLE)
+    return FileDetails(
+        summarize(file),
+        _class_counts(file),
+        {name: {"fingerprint": info.fingerprint, **info.spec} for name, info in file.layers.items()},
+        file.request,
+        file.runs,
+        [
+            {"uri": uri, "reason": reason}
+            for uri, reason in zip(file.uris[unreadable].tolist(), file.reasons[unreadable].tolist(), strict=True)
+        ],
+        _duplicates(file),
+    )
+
+
+def only_layer(file: CacheFile) -> str:
+    """Return the layer of a file that has one.
+
+    Raises
+    ------
+    AmbiguousCacheError
+        It has several.
+    """
+    if len(file.layers) > 1:
+        raise AmbiguousCacheError(f"{file.path} has the layers {', '.join(file.layers)}; name one with -l")
+    return next(iter(file.layers))
+
+
+def to_record(report: Report) -> dict[str, Any]:
+    """Return what `check` found in one file as JSON-ready keys."""
+    names = ("rows", "done", "unreadable", "pending", "bytes_checked", "damaged_runs", "sound")
+    findings = {
+        "damaged": [asdict(finding) for finding in report.damaged],
+        "changed": [asdict(finding) for finding in report.changed],
+    }
+    return {"path": str(report.path)} | {name: getattr(report, name) for name in names} | findings
+
+
+def _class_counts(file: CacheFile) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {}
+    for number, name in [*enumerate(file.classes), (-1, "")]:
+        splits, found = np.unique(file.splits[file.labels == number], return_counts=True)
+        if len(splits):
+            counts[name] = dict(zip(splits.tolist(), found.tolist(), strict=True))
+    return counts
+
+
+def _duplicates(file: CacheFile) -> list[dict[str, Any]]:
+    read = np.flatnonzero(file.digests.any(axis=1))
+    _, numbers, counts = np.unique(digest_keys(file.digests[read]), return_inverse=True, return_counts=True)
+    order = np.argsort(numbers, kind="stable")
+    sets = np.split(read[order], np.cumsum(counts)[:-1]) if len(read) else []
+    return [_duplicate_set(file, rows) for rows in sorted((rows for rows in sets if len(rows) > 1), key=min)]
+
+
+def _duplicate_set(file: CacheFile, rows: np.ndarray) -> dict[str, Any]:
+    splits = file.splits[rows].tolist()
+    labels = [file.classes[label] if label >= 0 else "" for label in file.labels[rows].tolist()]
+    return {"uris": file.uris[rows].tolist(), "splits": splits, "labels": labels, "across": len(set(splits)) > 1}
+
+
+def check(
+    cache: str | Path,
+    source: str | Path | None = None,
+    mend: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[list[Report], list[str]]:
+    """Verify every file of a cache.
+
+    Parameters
+    ----------
+    cache : str or Path
+        A folder of cache files, or one of them.
+    source : str or Path, optional
+        The image source: each row's digest is then compared with its image; files of other sources are left out.
+    mend : bool, default False
+        Mark damaged rows pending, so that the next extraction computes them.
+    progress : callable, optional
+        Called as ``progress(files done, files in all, text)``.
+
+    Returns
+    -------
+    reports : list of Report
+        One for each file that could be opened.
+    problems : list of str
+        Why other files could not.
+
+    Raises
+    ------
+    CacheError
+        There is no usable file, or none of `source`.
+    """
+    catalog = Catalog(cache)
+    files, read = catalog.files, None
+    if source is not None:
+        images = open_source(source)
+        items = {item.uri: item for item in images.items}
+        files = [file for file in files if file.handles.get("location") == images.location]
+        if not files:
+            raise CacheError(f"{catalog.path} has no file of {images.location}; `thawline cache ls` names its sources")
+
+        def read(uri: str) -> bytes:
+            if uri not in items:
+                raise UnreadableImageError("it is no longer in the source")
+            return images.read(items[uri])
+
+    reports = []
+    for number, file in enumerate(files):
+        report = verify(file.path, read)
+        if mend and not report.sound:
+            repair(file.path, report)
+        reports.append(report)
+        if progress is not None:
+            progress(number + 1, len(files), "verify")
+    return reports, [str(error) for error in catalog.problems]

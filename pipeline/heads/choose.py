@@ -1,0 +1,201 @@
+"""Choose a head's parameters on held-out rows, then train it on all of them; and the rows it needs for both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from pipeline.evaluation.calibration import fit_temperature
+from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
+from pipeline.heads.registry import Head
+from pipeline.heads.solvers.span import Span, find_span
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Rows scaled by what is known of the training rows alone.
+
+    Parameters
+    ----------
+    train : (n, d) float32
+    held : (m, d) float32
+    scaler : StandardScaler, Normalizer or None
+        Fitted on the training rows.
+    span : Span or None
+        Of the training rows, where a linear head is to be trained and it is narrower than d.
+    """
+
+    train: Floats
+    held: Floats
+    scaler: Any
+    span: Span | None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows to try candidates on, as narrow as they can be, and their labels."""
+
+    train: Floats
+    y: Ints
+    held: Floats
+    y_held: Ints
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The parameters to use.
+
+    Parameters
+    ----------
+    params : dict
+    score : float
+        Accuracy on the held-out rows of all folds, the mean over classes if balanced; NaN for fixed parameters.
+    temperature : float or None
+        What calibrates the chosen candidate's probabilities of these rows.
+    unconverged : int
+        Candidates whose solver hit its iteration limit on some fold.
+    tried : int
+        Candidates fitted.
+    """
+
+    params: Params
+    score: float
+    temperature: float | None
+    unconverged: int
+    tried: int
+
+
+def scale(scaling: str, train: Floats, held: Floats, *, rotated: bool) -> Scaled:
+    """Scale `train` (n, d) and `held` (m, d) in place by what `train` shows, and find the span if `rotated` is asked.
+
+    Parameters
+    ----------
+    scaling : str
+        One of `pipeline.heads.registry.SCALINGS`.
+    """
+    scaler = {"standard": StandardScaler, "l2": Normalizer, "none": lambda copy: None}[scaling](copy=False)
+    if scaler is not None:
+        train = scaler.fit_transform(train)
+        held = scaler.transform(held)
+        scaler.set_params(copy=True)  # from now on it meets rows of others
+    return Scaled(train, held, scaler, find_span(train) if rotated else None)
+
+
+def make_fold(scaled: Scaled, y: Ints, y_held: Ints) -> Fold:
+    """Return the rows for a search: in their span where there is one, which drops the wide ones."""
+    if scaled.span is None:
+        return Fold(scaled.train, y, scaled.held, y_held)
+    return Fold(scaled.span.rotated, y, scaled.span.rotate(scaled.train, scaled.held), y_held)
+
+
+def balanced_weights(y: Ints) -> Floats:
+    """Return weights (n,) by which every class of `y` (n,) counts alike, their mean 1."""
+    classes, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+    return np.asarray(len(y) / (len(classes) * counts)[codes], np.float32)
+
+
+def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choice:
+    """Choose by accuracy on the held-out rows.
+
+    Of equals, the one of lower log-loss counts: where the held-out rows are few or easy, many candidates get all right,
+    and the most regularised of them learnt least. Heads without probabilities take the most regularised all the same.
+
+    Parameters
+    ----------
+    head : Head
+    folds : sequence of Fold
+        One for a val split, several for cross-validation, none where nothing can be validated. A fixed rule holds then,
+        and where no candidate predicts a held-out row right.
+    balanced : bool, default False
+        Every class counts alike, in training and in the accuracy.
+    """
+    family = head.family
+    if not folds:
+        return Choice(family.fixed, float("nan"), None, 0, 0)
+    grid = family.grid(min(len(fold.y) for fold in folds))
+    weights = [balanced_weights(fold.y) if balanced else None for fold in folds]
+    paths = [
+        family.path(grid, fold.train, fold.y, fold.held, weight) for fold, weight in zip(folds, weights, strict=True)
+    ]
+    truth = np.concatenate([fold.y_held for fold in folds])
+    held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
+    best, most, least, unconverged = 0, -1.0, 0.0, 0
+    chosen: tuple[Step, ...] = ()
+    for number, steps in enumerate(zip(*paths, strict=True)):
+        right = np.concatenate([step.predicted for step in steps]) == truth
+        score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # so that equals tie
+        unconverged += not all(step.converged for step in steps)
+        if score < most:
+            continue
+        loss = _log_loss(steps, folds, held_weights)
+        if score > most or loss < least:
+            best, most, least, chosen = number, score, loss, steps
+    if most <= 0:  # as where the held-out rows are all of classes that were not trained on
+        return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
+    held = [step.probabilities for step in chosen]
+    return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
+
+
+def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
+    """Return what a user should know of how one head's parameters were chosen, a sentence each."""
+    notes = []
+    missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
+    if missed:
+        notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
+    if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
+        fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
+        why = "nothing could be validated, as with one row (or group) a class"
+        notes.append(f"{head.name}: {why}, so {fixed} is taken")
+    return notes
+
+
+def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Floats) -> float:
+    """Return the summed log-loss of the held-out rows whose class was trained on; 0 for heads without probabilities."""
+    told = []
+    for step, fold in zip(steps, folds, strict=True):
+        if step.probabilities is None:
+            return 0.0
+        learnt = np.unique(fold.y)
+        places = np.searchsorted(learnt, fold.y_held).clip(max=len(learnt) - 1)
+        told.append(np.where(learnt[places] == fold.y_held, step.probabilities[np.arange(len(places)), places], 1.0))
+    return float(-weights @ np.log(np.maximum(np.concatenate(told), np.finfo(np.float64).eps)))
+
+
+def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
+    """Calibrate on the held-out rows of all folds whose class was trained on."""
+    classes = np.unique(np.concatenate([fold.y for fold in folds]))
+    parts, truths = [], []
+    for probabilities, fold in zip(held, folds, strict=True):
+        if probabilities is None:
+            return None
+        learnt = np.unique(fold.y)
+        known = np.isin(fold.y_held, learnt)
+        part = np.zeros((int(known.sum()), len(classes)))
+        part[:, np.searchsorted(classes, learnt)] = probabilities[known]
+        parts.append(part)
+        truths.append(np.searchsorted(classes, fold.y_held[known]))
+    truth = np.concatenate(truths)
+    return fit_temperature(np.concatenate(parts), truth) if len(truth) else None
+
+
+def train_final(head: Head, params: Params, scaled: Scaled, y: Ints, *, balanced: bool = False) -> Fitted:
+    """Train on all rows, in their span where there is one, and give the weights back to the features.
+
+    Returns
+    -------
+    Fitted
+        Its estimator takes rows of scaled features (k, d).
+    """
+    weight = balanced_weights(y) if balanced else None
+    if scaled.span is None:
+        return head.family.fit(params, scaled.train, y, weight)
+    fitted = head.family.fit(params, scaled.span.rotated, y, weight)
+    fitted.estimator.coef_ = scaled.span.unrotate(scaled.train, fitted.estimator.coef_)
+    fitted.estimator.n_features_in_ = scaled.train.shape[1]
+    return fitted

@@ -1,0 +1,1 @@
+"""Where images come from: folders, files, manifests, shards, digits."""

@@ -1,0 +1,126 @@
+"""Manifests: a table with a row for each image, as ``.csv`` or ``.parquet``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import posixpath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from features_cache.errors import nearest
+from pipeline.errors import SourceError
+from pipeline.images.sources.folder import SPLIT_WORDS, FileReader
+from pipeline.images.sources.items import MISSING_SIZE, Entry, ImageSource, build_source
+
+COLUMNS = ("path", "label", "split", "group")
+"""The columns that mean something; only the first is required, others are ignored."""
+
+MESSAGE_LENGTH = 120
+
+
+def open_csv(path: Path) -> ImageSource:
+    """Return the images that a comma-separated UTF-8 table lists.
+
+    Paths are relative to the manifest. A row whose file cannot be read is kept: it becomes an unreadable row.
+
+    Raises
+    ------
+    SourceError
+        Not UTF-8, not a table, no ``path`` column, an unknown split, or the same path twice.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SourceError(f"{path}: expected a manifest that can be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start}") from None
+    if "\0" in text:
+        raise SourceError(f"{path}: expected a text table, found a NUL character: save it as UTF-8")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        table = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise SourceError(f"{path}: expected a comma-separated table, line {reader.line_num}: {error}") from None
+    return _open_table(path, _columns(path, table[0][1] if table else []), table[1:])
+
+
+def open_parquet(path: Path) -> ImageSource:
+    """Return the images that a Parquet table lists; rules as in `open_csv`, numbers and nulls become text.
+
+    Raises
+    ------
+    SourceError
+        As in `open_csv`, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa  # late: an optional dependency
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise SourceError(f"{path}: reading Parquet needs pyarrow: pip install 'thawline[parquet]'") from None
+    try:
+        header = pq.read_schema(path).names
+        wanted = [name for name, meaning in zip(header, _columns(path, header), strict=True) if meaning in COLUMNS]
+        columns = pq.read_table(path, columns=wanted).to_pydict()  # others may hold whole images
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path}: expected a Parquet table: {shorten(str(error), MESSAGE_LENGTH)}") from None
+    rows = zip(*(map(_text, columns[name]) for name in wanted), strict=True)
+    numbered = [(number, list(row)) for number, row in enumerate(rows, start=1)]
+    return _open_table(path, _columns(path, wanted), numbered)
+
+
+def _columns(path: Path, header: list[str]) -> list[str]:
+    """Return what the columns mean: their names in lower case."""
+    names = [name.strip().lower() for name in header]
+    if "path" not in names:
+        found = shorten(", ".join(header), MESSAGE_LENGTH) if header else "an empty file"
+        raise SourceError(f"{path}: expected a column 'path', found {found}")
+    if twice := sorted({name for name in names if name in COLUMNS and names.count(name) > 1}):
+        raise SourceError(f"{path}: expected one column {twice[0]!r}, found {names.count(twice[0])}")
+    return names
+
+
+def _open_table(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> ImageSource:
+    """Return the source of a parsed table; `rows` carry the number by which the user finds them."""
+    if not rows:
+        raise SourceError(f"{path}: expected at least one row below the header, found none")
+    entries = list(_entries(path, names, rows))
+    return build_source(f"{path.parent.name}-{path.stem}", path.as_posix(), entries, FileReader(path.parent))
+
+
+def _entries(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> Iterator[Entry]:
+    seen: dict[str, int] = {}
+    for number, row in rows:
+        if len(row) != len(names):
+            raise SourceError(f"{path}: expected {len(names)} fields in row {number}, found {len(row)}")
+        cells = dict(zip(names, (cell.strip() for cell in row), strict=True))
+        if not cells["path"]:
+            raise SourceError(f"{path}: expected a path in row {number}, found none")
+        uri = posixpath.normpath(Path(cells["path"]).as_posix())
+        if uri in seen:
+            raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {seen[uri]} and {number}")
+        seen[uri] = number
+        split = _split(path, number, cells.get("split", ""))
+        yield Entry(uri, cells.get("label", ""), split, cells.get("group", ""), *_size_and_time(path.parent / uri))
+
+
+def _split(path: Path, number: int, word: str) -> str:
+    if word and word.lower() not in SPLIT_WORDS:
+        hint = nearest(word.lower(), SPLIT_WORDS)
+        raise SourceError(f"{path}: expected split train, val, test or none in row {number}, found {word!r}{hint}")
+    return SPLIT_WORDS[word.lower()] if word else ""
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except (OSError, ValueError):  # reading it will tell
+        return MISSING_SIZE, 0
+    return status.st_size, status.st_mtime_ns
+
+
+def _text(value: object) -> str:
+    if value is None or value != value:  # NaN: how data frames write a missing number
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -1,0 +1,158 @@
+"""Order cached layers and backbones by how well they promise to suit the classes, before any head is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import kendalltau, spearmanr
+from threadpoolctl import threadpool_limits
+
+from features_cache import AmbiguousCacheError, CacheFile, Catalog
+from pipeline.diagnostics.transfer_scores import h_score, leep, logme
+from pipeline.errors import FitError
+from pipeline.evaluation.folds import stratified_folds
+from pipeline.evaluation.rows import Layer, require_finite, select
+from pipeline.fit import fit
+from pipeline.heads.grid import cut_layers
+from pipeline.results import Agreement, LayerScore, Progress
+
+Ints = NDArray[np.int64]
+
+MOST_ROWS = 4096
+"""Training rows that are looked at where some layer is wider than this; the work grows with the cube of the smaller."""
+_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """Layers in order, what their order agrees with, and what a user should know.
+
+    Parameters
+    ----------
+    ranking : list of LayerScore
+        Largest LogME first.
+    agreement : list of Agreement
+        One for each score that at least three fitted layers have; empty where nothing was fitted.
+    notes : list of str
+    """
+
+    ranking: list[LayerScore]
+    agreement: list[Agreement]
+    notes: list[str]
+
+
+def rank(
+    cache: str | Path | Catalog,
+    source: str | None = None,
+    backbone: str | None = None,
+    pool: str | None = None,
+    seed: int = 0,
+    *,
+    fitted: bool = False,
+    progress: Progress | None = None,
+) -> RankReport:
+    """Score every cached layer of one source by LogME and H-score, and cached logits by LEEP.
+
+    Scores are of training rows alone: neither validation nor test rows are looked at.
+
+    Parameters
+    ----------
+    cache : str, Path or Catalog
+        A folder of cache files, or one file. Layers of several backbones and poolings are ranked together.
+    source, backbone, pool : str, optional
+        Look only at these.
+    seed : int, default 0
+        Draws the splits that the source does not give, as in `fit`.
+    fitted : bool, default False
+        Fit logistic regression on every layer, too, and tell how the scores agree with its test accuracies.
+    progress : callable, optional
+        Called as ``progress(done, total, text)``.
+
+    Raises
+    ------
+    CacheError
+        If nothing fits, or files of several sources do.
+    FitError
+        If the rows have no labels, or too few.
+    """
+    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
+    layers = [layer for file in files for layer in select(Catalog(file.path))]
+    cuts = cut_layers(layers, [seed], ["all"], None, drop_leaks=False)
+    limited = any(min(cut.layer.dim, len(cut.splits.train)) > MOST_ROWS for cut in cuts)
+    scores, notes = [], []
+    for done, cut in enumerate(cuts):
+        require_finite(cut.layer)
+        rows = _drawn(cut.splits.train, cut.layer.table.labels, seed) if limited else cut.splits.train
+        scores.append(_score(cut.layer, rows))
+        notes += [*cut.layer.table.notes, *cut.splits.notes]
+        if progress is not None:
+            progress(done + 1, len(cuts), "score")
+    if limited:
+        notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed, evenly over the classes")
+    if fitted:
+        accuracies = [
+            result.accuracy
+            for file in files
+            for result in fit(Catalog(file.path), seeds=[seed], progress=progress).results
+        ]
+        scores = [replace(score, accuracy=accuracy) for score, accuracy in zip(scores, accuracies, strict=True)]
+    ranking = sorted(scores, key=lambda score: -score.logme)
+    return RankReport(ranking, agreements(ranking) if fitted else [], list(dict.fromkeys(notes)))
+
+
+def agreements(scores: Sequence[LayerScore]) -> list[Agreement]:
+    """Compare the order by each score with that by accuracy, where at least three layers have both."""
+    found = []
+    for name in ("logme", "h_score", "leep"):
+        pairs = [(getattr(score, name), score.accuracy) for score in scores if getattr(score, name) is not None]
+        if len(pairs) < _FEWEST or min(len(set(column)) for column in zip(*pairs, strict=True)) == 1:
+            continue
+        values, accuracies = zip(*pairs, strict=True)
+        tau, rho = kendalltau(values, accuracies).statistic, spearmanr(values, accuracies).statistic
+        found.append(Agreement(name, len(pairs), float(tau), float(rho)))
+    return found
+
+
+def _of_one_source(catalog: Catalog, files: Sequence[CacheFile]) -> Sequence[CacheFile]:
+    sources = dict.fromkeys((file.handles.get("source", ""), file.handles.get("location", "")) for file in files)
+    if len(sources) > 1:
+        names, locations = zip(*sources, strict=True)
+        raise AmbiguousCacheError(
+            f"{catalog.path} holds {len(sources)} sources, whose layers cannot be compared; name one with --source: "
+            f"{', '.join(names if len(set(names)) == len(names) else locations)}"
+        )
+    return files
+
+
+def _drawn(train: Ints, labels: Ints, seed: int) -> Ints:
+    """Draw at most `MOST_ROWS` training rows, each class by its share."""
+    parts = -(-len(train) // MOST_ROWS)
+    if parts == 1:
+        return train
+    return np.asarray(train[stratified_folds(labels[train], train, parts, seed)[0][1]])
+
+
+def _score(layer: Layer, rows: Ints) -> LayerScore:
+    labels = layer.table.labels[rows]
+    if len(np.unique(labels)) < 2:
+        raise FitError("ranking needs training rows of at least two classes")
+    features = layer.features(rows)
+    file, info = layer.parts[0]
+    are_logits = info.name in file.request.get("aliases", {}).get("logits", ())
+    with threadpool_limits(1):  # two threads wait for each other longer than they work
+        scores = logme(features, labels), h_score(features, labels)
+    return LayerScore(
+        backbone=layer.handle("backbone"),
+        pool=layer.handle("pool"),
+        layer=layer.name,
+        dim=layer.dim,
+        n_train=len(rows),
+        logme=scores[0],
+        h_score=scores[1],
+        leep=leep(features, labels) if are_logits else None,
+    )

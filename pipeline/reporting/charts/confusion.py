@@ -1,0 +1,96 @@
+"""Which classes are taken for which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from pipeline.reporting.charts.style import ACCENT, INK, new_figure, short
+
+MOST_COUNTED = 30
+"""Classes up to which cells show their counts."""
+MOST_NAMED = 120
+MOST_SLANTED = 15
+
+
+def confusion_figure(
+    y_true: NDArray[np.int64], y_pred: NDArray[np.int64], classes: Sequence[str], title: str = ""
+) -> Figure:
+    """Return the confusion matrix of test predictions.
+
+    Parameters
+    ----------
+    y_true, y_pred : (n,) int64
+        Class numbers.
+    classes : sequence of str
+        Names by number.
+    title : str, default ""
+    """
+    counts = confusion_counts(y_true, y_pred, len(classes))
+    side = float(np.clip(0.45 * len(classes), 4.5, 16))
+    margin = 0.07 * max(len(short(name)) for name in classes) if len(classes) <= MOST_NAMED else 0.4
+    figure = new_figure(side + margin + 0.6, side + margin)
+    figure.set_layout_engine("compressed")  # the matrix stays square whatever the names take
+    axes = figure.subplots()
+    confusion_matrix(axes, counts, classes)
+    if title:
+        axes.set_title(title)
+    return figure
+
+
+def confusion_counts(y_true: NDArray[np.int64], y_pred: NDArray[np.int64], n_classes: int) -> NDArray[np.int64]:
+    """Return how often each true class (row) was called each class (column), (K, K) int64."""
+    return np.bincount(y_true * n_classes + y_pred, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def confusion_matrix(axes: Axes, counts: NDArray[np.int64], classes: Sequence[str]) -> None:
+    """Draw how often each true class (row) was called each class (column).
+
+    Cells are numbered for up to 30 classes, rows and columns named for up to 120.
+
+    Parameters
+    ----------
+    axes : Axes
+        Where to draw.
+    counts : ndarray of int64, shape (k, k)
+        Test images; rows are the truth.
+    classes : sequence of str
+        k names.
+    """
+    k = len(classes)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    norm = PowerNorm(1 if k <= MOST_COUNTED else 0.5, 0, 1)  # where no counts are written, rare mistakes must show
+    image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    if k <= MOST_COUNTED:
+        _write_counts(axes, counts, shares)
+    else:
+        axes.figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.6)
+    if k > MOST_NAMED:
+        return
+    names = [short(name) for name in classes]
+    size = float(np.clip(420 / k, 5.5, 10))
+    if k > MOST_SLANTED:
+        turn: dict[str, Any] = {"rotation": 90}
+    else:
+        turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 3 else {}
+    axes.set_xticks(np.arange(k), names, fontsize=size, **turn)
+    axes.set_yticks(np.arange(k), names, fontsize=size)
+
+
+def _write_counts(axes: Axes, counts: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
+    size = float(np.clip(160 / len(counts), 6, 10))
+    for row, column in np.argwhere(counts > 0):
+        right, dark = row == column, shares[row, column] > 0.5
+        color = "white" if dark else (INK if right else ACCENT)
+        weight = "normal" if right else "bold"
+        axes.text(
+            column, row, str(counts[row, column]), ha="center", va="center", color=color, fontsize=size, weight=weight
+        )

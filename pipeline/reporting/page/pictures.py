@@ -1,0 +1,132 @@
+"""What the report shows of the images themselves: mistakes, duplicates across splits, and where features lie."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import CacheFile
+from pipeline.comparing.features import Features
+from pipeline.comparing.folder import Judged
+from pipeline.errors import UnreadableImageError
+from pipeline.evaluation.leaks import find_leaks
+from pipeline.images.decode import decode
+from pipeline.images.sources.registry import ImageSource
+from pipeline.reporting.charts.embedding import neighbour_map, principal_components
+
+SIDE = 96
+"""Longer side of a thumbnail, pixels."""
+MOST_PAIRS = 6
+MOST_EACH = 4
+MOST_LEAKS = 12
+MOST_POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """One image, small: a data address (``""`` where it cannot be read any more), its name, and what is said of it."""
+
+    data: str
+    uri: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A class taken for another: how often, of how many, and some of the images, the surest mistakes first."""
+
+    true: str
+    called: str
+    count: int
+    total: int
+    images: Sequence[Thumbnail]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """Images that stand on both sides of a split: how many, and some pairs."""
+
+    count: int
+    pairs: Sequence[tuple[Thumbnail, Thumbnail]]
+
+
+class Album:
+    """Thumbnails of one source, each read once."""
+
+    def __init__(self, images: ImageSource) -> None:
+        self._images = images
+        self._items = {item.uri: item for item in images.items}
+        self._made: dict[str, str] = {}
+
+    def thumbnail(self, uri: str, said: str = "") -> Thumbnail:
+        """Return a thumbnail of one image."""
+        if uri not in self._made:
+            self._made[uri] = self._encode(uri)
+        return Thumbnail(self._made[uri], uri, said)
+
+    def _encode(self, uri: str) -> str:
+        if uri not in self._items:
+            return ""
+        try:
+            image = decode(self._images.read(self._items[uri]), floor=2 * SIDE).image
+        except UnreadableImageError:  # it was there when it was extracted; the page says that it is gone
+            return ""
+        image.thumbnail((SIDE, SIDE))
+        stream = io.BytesIO()
+        image.save(stream, "WEBP", quality=72)
+        return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def worst_confusions(said: Judged, classes: Sequence[str], album: Album) -> list[Confusion]:
+    """Return the pairs of classes that are confused most often."""
+    wrong = np.flatnonzero(~said.right)
+    pairs = Counter(zip(said.y_true[wrong].tolist(), said.y_pred[wrong].tolist(), strict=True))
+    found = []
+    for (true, called), count in pairs.most_common(MOST_PAIRS):
+        rows = wrong[(said.y_true[wrong] == true) & (said.y_pred[wrong] == called)]
+        if said.probability is not None:
+            rows = rows[np.argsort(-said.probability[rows], kind="stable")]
+        images = [album.thumbnail(str(said.uris[row]), _surety(said, int(row))) for row in rows[:MOST_EACH]]
+        total = int((said.y_true == true).sum())
+        found.append(Confusion(classes[true], classes[called], count, total, images))
+    return found
+
+
+def leaks(file: CacheFile, album: Album) -> Leaks:
+    """Return the images that stand, byte for byte, both in a given test (or val) split and in what is learnt from."""
+    usable = (file.states == 1) & (file.labels >= 0)
+    sides = {name: np.flatnonzero(usable & (file.splits == name)) for name in ("train", "val", "test")}
+    if not any(len(sides[name]) for name in ("val", "test")):
+        return Leaks(0, [])  # what is cut by seed keeps equal images on one side
+    sides["train"] = np.flatnonzero(usable & ((file.splits == "train") | (file.splits == "")))
+    found = find_leaks(sides["train"], sides["val"], sides["test"], np.asarray(file.digests))
+    names = [(str(file.uris[a]), file.splits[a], str(file.uris[b]), file.splits[b]) for a, b in found[:MOST_LEAKS]]
+    return Leaks(
+        len(found),
+        [(album.thumbnail(a, str(of_a)), album.thumbnail(b, str(of_b) or "train")) for a, of_a, b, of_b in names],
+    )
+
+
+def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.float64], Judged]:
+    """Return places (n, 2) of at most a thousand test images by t-SNE of their features, and these images."""
+    file = features.files[layer.split("+")[0]]
+    row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}
+    kept = np.sort(np.random.default_rng(0).permutation(len(said.uris))[:MOST_POINTS])
+    rows = [row_of[uri] for uri in said.uris[kept].tolist()]
+    matrix = np.concatenate(
+        [np.asarray(features.files[name].matrix(name)[rows], np.float32) for name in layer.split("+")], axis=1
+    )
+    probability = None if said.probability is None else said.probability[kept]
+    return neighbour_map(principal_components(matrix)[0]), Judged(
+        said.uris[kept], said.y_true[kept], said.y_pred[kept], probability
+    )
+
+
+def _surety(said: Judged, row: int) -> str:
+    return "" if said.probability is None else f"p = {said.probability[row]:.2f}"
