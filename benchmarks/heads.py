@@ -42,13 +42,11 @@ from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from features_cache import CacheWriter, Catalog, LayerInfo, Rows
+from pipeline.arrays import Float32Array, IntArray
 from pipeline.fit import fit
 from pipeline.heads.choose import make_fold, scale, search, train_final
 from pipeline.heads.registry import find_head
 from pipeline.heads.solvers.hyperplanes import C_GRID
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 STAGES = {"b0": 16, "b1": 24, "b2": 40, "b3": 80, "b4": 112, "b5": 192, "b6": 320, "penultimate": 1280}
 FRESH = 2000
@@ -57,8 +55,8 @@ FRESH = 2000
 class Task(NamedTuple):
     """Raw features and labels to train on, to choose C on, and to compare predictions on."""
 
-    x: tuple[Floats, Floats, Floats]
-    y: tuple[Ints, Ints, Ints]
+    x: tuple[Float32Array, Float32Array, Float32Array]
+    y: tuple[IntArray, IntArray, IntArray]
 
 
 class Chosen(NamedTuple):
@@ -68,10 +66,10 @@ class Chosen(NamedTuple):
     c: float
     score: float
     unconverged: int
-    labels: Ints
+    labels: IntArray
 
 
-def make_features(n: int, dim: int, classes: int, seed: int = 0) -> tuple[Floats, Ints]:
+def make_features(n: int, dim: int, classes: int, seed: int = 0) -> tuple[Float32Array, IntArray]:
     """Return features (n, dim) and labels (n,)."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, classes, n)
@@ -125,7 +123,7 @@ def cold(task: Task, make: Callable[..., Any], peer: Peer) -> Chosen:
         return Chosen(seconds, c, max(scores)[0], len(caught), labels)
 
 
-def rate(model: Any, held: NDArray[np.float64], y: Ints) -> tuple[float, float]:
+def rate(model: Any, held: NDArray[np.float64], y: IntArray) -> tuple[float, float]:
     """Return accuracy, and the log-loss turned round where the model has one."""
     if not hasattr(model, "predict_proba"):
         return model.score(held, y), 0.0

@@ -20,10 +20,10 @@ from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from pipeline.arrays import Float64Array
 from pipeline.evaluation.intervals import FEWEST_SPLITS, bootstrap, corrected_t_test, mcnemar, wilson
 from pipeline.evaluation.metrics import count, macro_f1
 
-Floats = NDArray[np.float64]
 LEVEL = 0.05
 
 
@@ -53,7 +53,7 @@ def macro_f1_coverage(n: int, accuracy: float, draws: int, rng: np.random.Genera
         true = rng.integers(0, 10, size)
         return true, np.where(rng.random(size) < accuracy, true, (true + rng.integers(1, 10, size)) % 10)
 
-    def score(true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Floats:
+    def score(true: NDArray[np.int64], predicted: NDArray[np.int64]) -> Float64Array:
         return macro_f1(count(true, predicted, 10))
 
     truth, held = float(score(*sample(1_000_000))), 0

@@ -11,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache import DONE, AmbiguousCacheError, CacheError, CacheFile, Catalog, digest_keys
+from pipeline.arrays import IntArray
 from pipeline.diagnostics.domain_test import FOLDS, domain_test
 from pipeline.errors import FitError
 from pipeline.evaluation.rows import not_finite, stands_for
 from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
-
-Ints = NDArray[np.int64]
 
 MOST_ROWS = 1000
 """Images of each set that are compared; more are drawn by seed."""
@@ -29,7 +28,7 @@ class _Images:
     """One row an image: equal images of a file count once."""
 
     file: CacheFile
-    rows: Ints
+    rows: IntArray
     keys: NDArray[np.bytes_]
 
 
@@ -133,7 +132,7 @@ def _distinct(file: CacheFile) -> _Images:
     return _Images(file, done[places], keys)
 
 
-def _features(file: CacheFile, layer: str, rows: Ints) -> NDArray[np.float32]:
+def _features(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32]:
     features = np.asarray(file.matrix(layer)[rows], np.float32)
     bad = file.uris[rows[~np.isfinite(features).all(axis=1)]]
     if bad.size:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
 from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheFile, Catalog
+from pipeline.arrays import IntArray
 from pipeline.diagnostics.transfer_scores import h_score, leep, logme
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import stratified_folds
@@ -19,8 +19,6 @@ from pipeline.evaluation.rows import Layer, require_finite, select
 from pipeline.fit import fit
 from pipeline.heads.grid import cut_layers
 from pipeline.results import Agreement, LayerScore, Progress
-
-Ints = NDArray[np.int64]
 
 MOST_ROWS = 4096
 """Training rows that are looked at where some layer is wider than this; the work grows with the cube of the smaller."""
@@ -129,7 +127,7 @@ def _of_one_source(catalog: Catalog, files: Sequence[CacheFile]) -> Sequence[Cac
     return files
 
 
-def _drawn(train: Ints, labels: Ints, seed: int) -> Ints:
+def _drawn(train: IntArray, labels: IntArray, seed: int) -> IntArray:
     """Draw at most `MOST_ROWS` training rows, each class by its share."""
     parts = -(-len(train) // MOST_ROWS)
     if parts == 1:
@@ -137,7 +135,7 @@ def _drawn(train: Ints, labels: Ints, seed: int) -> Ints:
     return np.asarray(train[stratified_folds(labels[train], train, parts, seed)[0][1]])
 
 
-def _score(layer: Layer, rows: Ints) -> LayerScore:
+def _score(layer: Layer, rows: IntArray) -> LayerScore:
     labels = layer.table.labels[rows]
     if len(np.unique(labels)) < 2:
         raise FitError("ranking needs training rows of at least two classes")

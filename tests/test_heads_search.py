@@ -12,10 +12,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
 from threadpoolctl import threadpool_limits
 
+from pipeline.arrays import Float32Array, IntArray
 from pipeline.errors import FitError
 from pipeline.heads import linear_svm, logreg
 from pipeline.heads.choose import Fold, balanced_weights, make_fold, scale, search, train_final
-from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.heads.family import Family, Fitted, Params, Step
 from pipeline.heads.registry import FAMILIES, Head, find_head
 from pipeline.heads.solvers.hyperplanes import C_GRID
 from pipeline.heads.solvers.spectrum import find_spectrum
@@ -207,12 +208,17 @@ class Scripted(Family):
         return [{"number": number} for number in range(len(self.right))]
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         for count in self.right:
             yield Step(np.arange(10) < count, converged=count != 3)
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         raise NotImplementedError
 
 
@@ -246,7 +252,12 @@ def test_of_equals_the_lower_log_loss_counts(seed: int) -> None:
 def test_rows_of_unknown_classes_and_probabilities_of_0_leave_the_log_loss_finite() -> None:
     class Sure(Scripted):
         def path(
-            self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+            self,
+            grid: Sequence[Params],
+            train: Float32Array,
+            y: IntArray,
+            held: Float32Array,
+            weight: Float32Array | None = None,
         ) -> Iterator[Step]:
             for share in self.right:
                 wrong = np.array([[share / 10, 1 - share / 10], [1.0, 0.0], [0.0, 1.0]])
@@ -353,7 +364,12 @@ def test_balanced_search_chooses_by_the_mean_over_classes() -> None:
 
     class Two(Scripted):
         def path(
-            self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+            self,
+            grid: Sequence[Params],
+            train: Float32Array,
+            y: IntArray,
+            held: Float32Array,
+            weight: Float32Array | None = None,
         ) -> Iterator[Step]:
             assert (weight is not None) == balanced
             yield from (Step(predicted, converged=True) for predicted in (all_zero, half))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from features_cache import DONE, PENDING, CacheError, CacheFile, Catalog, open_cache
+from pipeline.arrays import IntArray
 from pipeline.backbones.registry import load
 from pipeline.backbones.thaw_line import find_line, read_place, split
 from pipeline.engines import engine
@@ -21,7 +22,7 @@ from pipeline.evaluation.rows import select
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning import material
-from pipeline.finetuning.inputs import Ints, Pictures
+from pipeline.finetuning.inputs import Pictures
 from pipeline.finetuning.recipe import check_start, make_recipe
 from pipeline.images import resize as transform
 from pipeline.images.resize import prepare, prepare_all
@@ -126,7 +127,7 @@ def test_cached_views_train_like_the_same_views_decoded(make_photos: Photos, tmp
     shown = []
 
     class Repeated(Pictures):
-        def read(self, rows: Ints, view: int | None) -> Any:
+        def read(self, rows: IntArray, view: int | None) -> Any:
             shown.append(view)
             return super().read(rows, None if view is None else view % 2)
 

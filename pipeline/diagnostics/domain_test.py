@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from pipeline.arrays import Float32Array, Float64Array
 
 FOLDS = 5
 PERMUTATIONS = 999
@@ -36,10 +34,12 @@ class DomainTest(NamedTuple):
 
     accuracy: float
     p_value: float
-    scores: Doubles
+    scores: Float64Array
 
 
-def domain_test(first: Floats, second: Floats, seed: int = 0, permutations: int = PERMUTATIONS) -> DomainTest:
+def domain_test(
+    first: Float32Array, second: Float32Array, seed: int = 0, permutations: int = PERMUTATIONS
+) -> DomainTest:
     """Test whether two sets of rows are of one distribution.
 
     Labels are permuted inside each fold, in which both sets have as many rows. If the sets are of one distribution, all
@@ -75,7 +75,7 @@ def domain_test(first: Floats, second: Floats, seed: int = 0, permutations: int 
     return DomainTest(right[0] / (2 * m), p_value, scores[:, 0].reshape(2, m))
 
 
-def _products(rows: Floats) -> Doubles:
+def _products(rows: Float32Array) -> Float64Array:
     """Return inner products of standardised rows, in units of their mean squared length."""
     deviation = rows.std(axis=0, dtype=np.float64)
     centred = rows - rows.mean(axis=0, dtype=np.float64)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import eigh
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 
-Floats = NDArray[np.floating]
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from pipeline.arrays import Float64Array, FloatArray, IntArray
 
 _RATIOS = np.linspace(-14, 14, 57)
 """Decimal logarithms at which the evidence is looked at first, relative to the mean squared singular value."""
@@ -31,12 +28,12 @@ class Projection(NamedTuple):
         Rows of each class.
     """
 
-    squares: Doubles
-    shares: Doubles
-    sizes: Doubles
+    squares: Float64Array
+    shares: Float64Array
+    sizes: Float64Array
 
 
-def project(features: Floats, labels: Ints) -> Projection:
+def project(features: FloatArray, labels: IntArray) -> Projection:
     """Decompose the smaller of the two products of the rows with themselves, in float64.
 
     Parameters
@@ -58,7 +55,7 @@ def project(features: Floats, labels: Ints) -> Projection:
     return Projection(squares, np.square(inner), indicators.sum(axis=0))
 
 
-def logme(features: Floats, labels: Ints) -> float:
+def logme(features: FloatArray, labels: IntArray) -> float:
     """Return the largest log evidence a row of a Bayesian linear regression on class indicators (You et al. 2021).
 
     The mean over classes of ``max over a, b of log p(y | F, a, b) / n``, where weights are normal with precision a and
@@ -100,7 +97,7 @@ def _evidence(n: int, left: float, log_determinant: float) -> float:
     return float(-0.5 * (n * np.log(2 * np.pi * left / n) + n + log_determinant))
 
 
-def h_score(features: Floats, labels: Ints) -> float:
+def h_score(features: FloatArray, labels: IntArray) -> float:
     """Return the share of the features' variance that lies between classes, summed over directions: 0 to K - 1.
 
     The H-score of Bao et al. (2019) with the covariance shrunk as by Ledoit and Wolf (2004), after Ibrahim et al.
@@ -123,7 +120,7 @@ def h_score(features: Floats, labels: Ints) -> float:
     return float((1 - shrinkage) * (between / shrunk).sum())
 
 
-def _ledoit_wolf(centred: Doubles, variances: Doubles) -> float:
+def _ledoit_wolf(centred: Float64Array, variances: Float64Array) -> float:
     """Return how far to shrink the covariance of rows (n, d) with these non-zero eigenvalues towards a sphere."""
     n, d = centred.shape
     square = float(np.square(variances).sum())
@@ -133,7 +130,7 @@ def _ledoit_wolf(centred: Doubles, variances: Doubles) -> float:
     return float(min(noise, distance) / distance) if distance > 0 else 0.0
 
 
-def leep(logits: Floats, labels: Ints) -> float:
+def leep(logits: FloatArray, labels: IntArray) -> float:
     """Return the mean log likelihood of the labels under the empirical classifier of Nguyen et al. (2020).
 
     It predicts a label from the source network's own classes by how often the two went together.

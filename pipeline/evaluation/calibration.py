@@ -8,19 +8,17 @@ which happen to be all right do not make a model certain.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from pipeline.arrays import Float64Array, IntArray
 
 SMALLEST = float(np.finfo(np.float64).eps)
 """What a probability of zero counts as: k-NN gives such."""
 _RANGE = 14.0  # natural logarithm of the largest temperature, and of one over the smallest
 
 
-def fit_temperature(probabilities: Floats, y: Ints) -> float:
+def fit_temperature(probabilities: Float64Array, y: IntArray) -> float:
     """Return the temperature of least cross-entropy to the smoothed targets.
 
     Parameters
@@ -44,7 +42,7 @@ def fit_temperature(probabilities: Floats, y: Ints) -> float:
     return float(np.exp(found.x))
 
 
-def tempered(probabilities: Floats, temperature: float | Floats) -> Floats:
+def tempered(probabilities: Float64Array, temperature: float | Float64Array) -> Float64Array:
     """Return calibrated probabilities.
 
     Parameters
@@ -60,5 +58,5 @@ def tempered(probabilities: Floats, temperature: float | Floats) -> Floats:
     return np.asarray(softmax(_log(probabilities) / temperature, axis=1))
 
 
-def _log(probabilities: Floats) -> Floats:
+def _log(probabilities: Float64Array) -> Float64Array:
     return np.log(np.maximum(probabilities, SMALLEST, dtype=np.float64))

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import BoolArray, Float64Array
 from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -22,7 +20,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def compare_models(tests: Sequence[NDArray[np.str_]], right: Sequence[Bools]) -> list[float | None]:
+def compare_models(tests: Sequence[NDArray[np.str_]], right: Sequence[BoolArray]) -> list[float | None]:
     """Compare each model with the most accurate one on the same test rows: McNemar's exact test, Holm's correction.
 
     Parameters
@@ -60,7 +58,7 @@ def tell_ties(p_values: Sequence[float | None], level: float = 0.05) -> list[str
     return [f"{told} (McNemar's exact test, Holm's correction, {100 * level:g} %)"]
 
 
-def compare_over_splits(accuracies: Sequence[Floats], n_train: int, n_test: int) -> list[float | None]:
+def compare_over_splits(accuracies: Sequence[Float64Array], n_train: int, n_test: int) -> list[float | None]:
     """Compare each head with the one of best mean over the same resampled splits, by the corrected t-test and Holm's.
 
     Parameters

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import join_units
 from pipeline.evaluation.splits import Splits, check_parts, draw, hold_val, labelled_rows
 
-Ints = NDArray[np.int64]
-Strings = NDArray[np.str_]
 
-
-def stratified_folds(labels: Ints, units: Ints, count: int, seed: int) -> list[tuple[Ints, Ints]]:
+def stratified_folds(labels: IntArray, units: IntArray, count: int, seed: int) -> list[tuple[IntArray, IntArray]]:
     """Cut rows into folds, each class spread as evenly over them as rows that stay together allow.
 
     Parameters
@@ -55,9 +53,9 @@ def stratified_folds(labels: Ints, units: Ints, count: int, seed: int) -> list[t
 
 
 def cross_splits(
-    labels: Ints,
-    given: Strings,
-    groups: Strings,
+    labels: IntArray,
+    given: StrArray,
+    groups: StrArray,
     digests: NDArray[np.uint8],
     seed: int,
     count: int,
@@ -98,10 +96,10 @@ def cross_splits(
 
 
 def _split(
-    train: Ints,
-    test: Ints,
-    labels: Ints,
-    units: Ints,
+    train: IntArray,
+    test: IntArray,
+    labels: IntArray,
+    units: IntArray,
     rng: np.random.Generator,
     shots: int | str,
     classes: Sequence[str],

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import bdtr, stdtr
 
+from pipeline.arrays import Float64Array, IntArray
 from pipeline.errors import FitError
-
-Floats = NDArray[np.float64]
 
 FEWEST_SPLITS = 5
 """Below that many, the spread over splits is too uncertain to judge a difference by."""
-Ints = NDArray[np.int64]
 
 _SAME = 1e-9  # accuracies are shares of counts: what is nearer is rounding
 _CHUNK = 1 << 22  # resampled row numbers held at once: 32 MiB
@@ -51,7 +49,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
 
 
 def bootstrap(
-    statistic: Callable[[Ints], Floats], n: int, draws: int = 2000, confidence: float = 0.95, seed: int = 0
+    statistic: Callable[[IntArray], Float64Array], n: int, draws: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a statistic over test rows (Efron 1979).
 
@@ -106,7 +104,7 @@ def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> float:
     return min(1.0, 2.0 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
-def corrected_t_test(differences: Floats, n_train: int, n_test: int) -> tuple[float, float]:
+def corrected_t_test(differences: Float64Array, n_train: int, n_test: int) -> tuple[float, float]:
     """Compare two models over repeated splits, corrected for their overlap (Nadeau & Bengio 2003).
 
     The plain t-test takes the splits for independent and finds differences that are not there; here the variance of

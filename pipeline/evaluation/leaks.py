@@ -10,14 +10,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from features_cache import digest_keys
-
-Ints = NDArray[np.int64]
-Strings = NDArray[np.str_]
+from pipeline.arrays import IntArray, StrArray
 
 MOST_NAMED = 5
 
 
-def join_units(groups: Strings, digests: NDArray[np.uint8]) -> Ints:
+def join_units(groups: StrArray, digests: NDArray[np.uint8]) -> IntArray:
     """Number the sets of rows that must stay on one side: linked by a group or by equal bytes, in any chain.
 
     Parameters
@@ -42,7 +40,7 @@ def join_units(groups: Strings, digests: NDArray[np.uint8]) -> Ints:
     return np.asarray(component[images], np.int64)
 
 
-def find_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8]) -> list[tuple[int, int]]:
+def find_leaks(train: IntArray, val: IntArray, test: IntArray, digests: NDArray[np.uint8]) -> list[tuple[int, int]]:
     """Pair each test row with an equal image of train or val, and each val row with one of train.
 
     Parameters
@@ -66,7 +64,7 @@ def find_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8]) -
     return pairs
 
 
-def tell_leaks(leaks: list[tuple[int, int]], test: Ints, uris: Sequence[str]) -> list[str]:
+def tell_leaks(leaks: list[tuple[int, int]], test: IntArray, uris: Sequence[str]) -> list[str]:
     """Say in a sentence for test and one for val how many images they share with what was learnt from, and which.
 
     Parameters
@@ -90,14 +88,14 @@ def tell_leaks(leaks: list[tuple[int, int]], test: Ints, uris: Sequence[str]) ->
     return notes
 
 
-def tell_groups(train: Ints, val: Ints, test: Ints, groups: Strings) -> list[str]:
+def tell_groups(train: IntArray, val: IntArray, test: IntArray, groups: StrArray) -> list[str]:
     """Say how many groups the given splits tear apart, so that test holds rows of groups that were learnt from."""
     torn = np.intersect1d(groups[np.concatenate([train, val])], groups[test])
     count = int((torn != "").sum())
     return [f"{count} groups have rows in test and in train or val"] if count else []
 
 
-def tell_clusters(groups: Strings) -> list[str]:
+def tell_clusters(groups: StrArray) -> list[str]:
     """Say that intervals are too narrow where test rows (n,) come in groups, as photos of a few people do."""
     names, counts = np.unique(groups[groups != ""], return_counts=True)
     if not (counts > 1).any():

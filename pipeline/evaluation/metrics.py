@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from pipeline.arrays import Float64Array, IntArray
 
 ECE_BINS = 15
 
@@ -28,9 +26,9 @@ class Counts(NamedTuple):
         How often both.
     """
 
-    true: Ints
-    predicted: Ints
-    right: Ints
+    true: IntArray
+    predicted: IntArray
+    right: IntArray
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Metrics:
     ece: float | None
 
 
-def evaluate(y_true: Ints, y_pred: Ints, n_classes: int, probabilities: Floats | None = None) -> Metrics:
+def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: Float64Array | None = None) -> Metrics:
     """Score predictions.
 
     Parameters
@@ -78,7 +76,7 @@ def evaluate(y_true: Ints, y_pred: Ints, n_classes: int, probabilities: Floats |
     )
 
 
-def count(y_true: Ints, y_pred: Ints, n_classes: int) -> Counts:
+def count(y_true: IntArray, y_pred: IntArray, n_classes: int) -> Counts:
     """Count the rows of each class.
 
     Parameters
@@ -90,20 +88,20 @@ def count(y_true: Ints, y_pred: Ints, n_classes: int) -> Counts:
     return Counts(_tally(y_true, n_classes), _tally(y_pred, n_classes), _tally(hits, n_classes + 1)[..., :n_classes])
 
 
-def mean_per_class_accuracy(counts: Counts) -> Floats:
+def mean_per_class_accuracy(counts: Counts) -> Float64Array:
     """Return the mean recall over classes that occur among the true labels: (...) of counts (..., K)."""
     recall = counts.right / np.maximum(counts.true, 1)  # without rows there is no right answer: 0, and not counted
     return np.asarray(recall.sum(axis=-1) / (counts.true > 0).sum(axis=-1))
 
 
-def macro_f1(counts: Counts) -> Floats:
+def macro_f1(counts: Counts) -> Float64Array:
     """Return the mean F1 over classes that are true or predicted at least once: (...) of counts (..., K)."""
     touched = counts.true + counts.predicted  # 2 tp + fp + fn
     f1 = 2 * counts.right / np.maximum(touched, 1)
     return np.asarray(f1.sum(axis=-1) / (touched > 0).sum(axis=-1))
 
 
-def log_loss(y_true: Ints, probabilities: Floats) -> float:
+def log_loss(y_true: IntArray, probabilities: Float64Array) -> float:
     """Return the mean negative log of the true label's probability, in nats; infinite if one of them is 0.
 
     Parameters
@@ -116,7 +114,7 @@ def log_loss(y_true: Ints, probabilities: Floats) -> float:
         return float(-np.mean(np.log(given)))
 
 
-def expected_calibration_error(y_true: Ints, probabilities: Floats, bins: int = ECE_BINS) -> float:
+def expected_calibration_error(y_true: IntArray, probabilities: Float64Array, bins: int = ECE_BINS) -> float:
     """Return the mean gap between confidence and accuracy over equal-width confidence bins (Guo et al. 2017, eq. 3).
 
     Parameters
@@ -135,7 +133,7 @@ def expected_calibration_error(y_true: Ints, probabilities: Floats, bins: int = 
     return float(np.abs(gap).sum() / len(y_true))
 
 
-def _tally(y: Ints, n_classes: int) -> Ints:
+def _tally(y: IntArray, n_classes: int) -> IntArray:
     """Count each class along the last axis: (..., n) to (..., n_classes)."""
     samples = y.reshape(-1, y.shape[-1])
     cells = np.arange(len(samples))[:, None] * n_classes + samples

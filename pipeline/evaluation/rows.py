@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
+from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 
-Ints = NDArray[np.int64]
 _CHUNK = 4096
 
 
@@ -32,10 +32,10 @@ class Table:
     """
 
     files: tuple[CacheFile, ...]
-    rows: tuple[Ints, ...]
+    rows: tuple[IntArray, ...]
     classes: tuple[str, ...]
     uris: NDArray[np.str_]
-    labels: Ints
+    labels: IntArray
     splits: NDArray[np.str_]
     groups: NDArray[np.str_]
     digests: NDArray[np.uint8]
@@ -69,7 +69,7 @@ class Layer:
         """Return a handle (``"backbone"``, ``"pool"``) of the files, joined with ``+`` where they differ."""
         return "+".join(dict.fromkeys(file.handles.get(key, "") for file, _ in self.parts))
 
-    def features(self, index: Ints) -> NDArray[np.float32]:
+    def features(self, index: IntArray) -> NDArray[np.float32]:
         """Read the features of the table's rows `index` (k,): a fresh (k, dim) float32."""
         out = np.empty((len(index), self.dim), np.float32)
         start = 0
@@ -210,7 +210,7 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     )
 
 
-def _in_both(first: CacheFile, rows: list[Ints], other: CacheFile) -> list[Ints]:
+def _in_both(first: CacheFile, rows: list[IntArray], other: CacheFile) -> list[IntArray]:
     """Keep the rows that `other` holds too, with the same bytes, and add their numbers there."""
     done = np.flatnonzero(other.states == DONE)
     place = dict(zip(_keys(other, done), done.tolist(), strict=True))
@@ -218,5 +218,5 @@ def _in_both(first: CacheFile, rows: list[Ints], other: CacheFile) -> list[Ints]
     return [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
 
 
-def _keys(file: CacheFile, rows: Ints) -> list[tuple[str, bytes]]:
+def _keys(file: CacheFile, rows: IntArray) -> list[tuple[str, bytes]]:
     return [(str(uri), digest.tobytes()) for uri, digest in zip(file.uris[rows], file.digests[rows], strict=True)]

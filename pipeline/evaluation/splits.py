@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import MOST_NAMED, find_leaks, join_units, tell_groups, tell_leaks
-
-Ints = NDArray[np.int64]
-Strings = NDArray[np.str_]
 
 HELD_OUT = 0.2
 
@@ -37,18 +35,18 @@ class Splits:
         Rows of equal number belong together, by their group or their bytes.
     """
 
-    train: Ints
-    val: Ints
-    test: Ints
+    train: IntArray
+    val: IntArray
+    test: IntArray
     notes: list[str]
     leaks: list[tuple[int, int]]
-    units: Ints
+    units: IntArray
 
 
 def make_splits(
-    labels: Ints,
-    given: Strings,
-    groups: Strings,
+    labels: IntArray,
+    given: StrArray,
+    groups: StrArray,
     digests: NDArray[np.uint8],
     seed: int,
     shots: int | str = "all",
@@ -112,7 +110,7 @@ def check_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> None:
             raise FitError(f"shots are a positive number of images per class or 'all', got {count!r}")
 
 
-def labelled_rows(labels: Ints) -> Ints:
+def labelled_rows(labels: IntArray) -> IntArray:
     """Return the rows whose label is not -1.
 
     Raises
@@ -127,8 +125,14 @@ def labelled_rows(labels: Ints) -> Ints:
 
 
 def _assign(
-    rows: Ints, labels: Ints, given: Strings, units: Ints, rng: np.random.Generator, notes: list[str], cut_val: bool
-) -> tuple[Ints, Ints, Ints]:
+    rows: IntArray,
+    labels: IntArray,
+    given: StrArray,
+    units: IntArray,
+    rng: np.random.Generator,
+    notes: list[str],
+    cut_val: bool,
+) -> tuple[IntArray, IntArray, IntArray]:
     parts = {name: rows[given[rows] == name] for name in ("train", "val", "test", "")}
     train, val, test, free = parts.values()
     if free.size and free.size < rows.size:
@@ -155,7 +159,9 @@ def _assign(
     return train, val, test
 
 
-def _without_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8], notes: list[str]) -> Ints:
+def _without_leaks(
+    train: IntArray, val: IntArray, test: IntArray, digests: NDArray[np.uint8], notes: list[str]
+) -> IntArray:
     in_test = set(test.tolist())
     leaking = [row for row, _ in find_leaks(train, val, test, digests) if row in in_test]
     kept = np.setdiff1d(test, leaking)
@@ -166,7 +172,7 @@ def _without_leaks(train: Ints, val: Ints, test: Ints, digests: NDArray[np.uint8
     return kept
 
 
-def cut(rows: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def cut(rows: IntArray, labels: IntArray, units: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
     """Hold out `HELD_OUT` of each class, whole units only: the big ones first, single rows fill what is missing."""
     rows = rng.permutation(rows)
     _, unit, sizes = np.unique(units[rows], return_inverse=True, return_counts=True)
@@ -191,14 +197,14 @@ def cut(rows: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tupl
     return np.sort(rows[~held]), np.sort(rows[held])
 
 
-def hold_val(train: Ints, labels: Ints, units: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def hold_val(train: IntArray, labels: IntArray, units: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
     """Hold out a val set, or nothing where it would leave one class, or be of classes that it takes away whole."""
     rest, val = cut(train, labels, units, rng)
     learnt = np.unique(labels[rest])
     return (rest, val) if len(learnt) > 1 and np.isin(labels[val], learnt).any() else (train, val[:0])
 
 
-def _rank_in_class(labels: Ints) -> Ints:
+def _rank_in_class(labels: IntArray) -> IntArray:
     """Return for each position how many earlier ones have the same label."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order])
@@ -208,8 +214,8 @@ def _rank_in_class(labels: Ints) -> Ints:
 
 
 def draw(
-    train: Ints, labels: Ints, shots: int, rng: np.random.Generator, notes: list[str], classes: Sequence[str]
-) -> Ints:
+    train: IntArray, labels: IntArray, shots: int, rng: np.random.Generator, notes: list[str], classes: Sequence[str]
+) -> IntArray:
     """Keep `shots` training rows of each class, or all it has."""
     shuffled = rng.permutation(train)
     kept = np.sort(shuffled[_rank_in_class(labels[shuffled]) < shots])
@@ -219,7 +225,7 @@ def draw(
     return kept
 
 
-def check_parts(train: Ints, val: Ints, test: Ints, labels: Ints, classes: Sequence[str]) -> list[str]:
+def check_parts(train: IntArray, val: IntArray, test: IntArray, labels: IntArray, classes: Sequence[str]) -> list[str]:
     """Refuse training rows of one class; return notes on classes that a part lacks.
 
     Raises
@@ -243,7 +249,7 @@ def check_parts(train: Ints, val: Ints, test: Ints, labels: Ints, classes: Seque
     return notes
 
 
-def _names(numbers: Ints, classes: Sequence[str]) -> str:
+def _names(numbers: IntArray, classes: Sequence[str]) -> str:
     names = [classes[i] if i < len(classes) else str(i) for i in numbers[:MOST_NAMED]]
     rest = len(numbers) - len(names)
     return f"class{'es' if len(numbers) > 1 else ''} {', '.join(names)}" + (f" and {rest} more" if rest else "")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.arrays import Float64Array
 from pipeline.backbones.network_file import HEAD
 
 VANISHED = 1e-3
@@ -23,7 +23,6 @@ LEAP = 0.3
 STILL = 1e-7
 """The same share in any layer: numbers of float32 are as far apart, so that the change is rounded away."""
 
-Floats = NDArray[np.float64]
 Record = Mapping[str, Mapping[str, Any]]
 
 
@@ -49,12 +48,12 @@ def judge(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*across, *_over_time(gradient), *_dead(records[-1]), *_steps(layers, share)]
 
 
-def _column(records: Sequence[Record], key: str) -> Floats:
+def _column(records: Sequence[Record], key: str) -> Float64Array:
     """Return one of the numbers, of every epoch and layer (epochs, layers)."""
     return np.array([[layer[key] for layer in record.values()] for record in records], np.float64)
 
 
-def _across_depth(layers: Sequence[str], gradient: Floats) -> list[str]:
+def _across_depth(layers: Sequence[str], gradient: Float64Array) -> list[str]:
     """Compare the lowest third of the layers with the highest: single layers differ by their size alone."""
     third = len(layers) // 3
     if not third:
@@ -73,7 +72,7 @@ def _across_depth(layers: Sequence[str], gradient: Floats) -> list[str]:
     return []
 
 
-def _over_time(gradient: Floats) -> list[str]:
+def _over_time(gradient: Float64Array) -> list[str]:
     whole = np.sqrt((gradient**2).sum(axis=1))
     bad = np.flatnonzero(~(whole <= GROWN * whole[0]))  # what is not a number, too
     if not len(bad):
@@ -105,7 +104,7 @@ def _dead(record: Record) -> list[str]:
     ]
 
 
-def _steps(layers: Sequence[str], share: Floats) -> list[str]:
+def _steps(layers: Sequence[str], share: Float64Array) -> list[str]:
     """Judge how far a step moves the weights, by medians over epochs."""
     with np.errstate(invalid="ignore"):
         usual = np.median(share, axis=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from features_cache import CacheFile
+from pipeline.arrays import IntArray
 from pipeline.backbones.taps import INPUT
 from pipeline.backbones.thaw_line import Place
 from pipeline.errors import SourceError, UnreadableImageError
@@ -21,7 +22,6 @@ from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import Preprocessing
 
-Ints = NDArray[np.int64]
 Input = tuple[Tensor, ...]
 """What a `Network` takes: pixels, or activations and perhaps the small image."""
 _STEP = 32
@@ -32,7 +32,7 @@ _KEPT_BYTES = 1 << 30
 class Reader(Protocol):
     """Gives the input for some rows of the source; `view` numbers augmented views, None is the plain image."""
 
-    def read(self, rows: Ints, view: int | None) -> Input:
+    def read(self, rows: IntArray, view: int | None) -> Input:
         """Return the input for `rows` (k,)."""
 
 
@@ -54,7 +54,7 @@ class Activations:
     def __init__(self, file: CacheFile, layer: str, place: Place, image: CacheFile | None) -> None:
         self.file, self.layer, self.place, self.image = file, layer, place, image
 
-    def read(self, rows: Ints, view: int | None) -> Input:
+    def read(self, rows: IntArray, view: int | None) -> Input:
         """Return float32 activations (k, ...) in the shape of the line, and the small image (k, 3072) if asked for."""
         activations = unflattened(_rows(self.file, self.layer, rows), self.place)
         if self.image is None:
@@ -75,12 +75,12 @@ class Views:
     def __init__(self, plain: Reader, views: Sequence[Reader]) -> None:
         self.plain, self.views = plain, views
 
-    def read(self, rows: Ints, view: int | None) -> Input:
+    def read(self, rows: IntArray, view: int | None) -> Input:
         """Return what the reader of this view gives."""
         return (self.plain if view is None else self.views[view % len(self.views)]).read(rows, None)
 
 
-def _rows(file: CacheFile, layer: str, rows: Ints) -> NDArray[np.float32]:
+def _rows(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32]:
     return file.matrix(layer)[rows].astype(np.float32, copy=False)
 
 
@@ -121,7 +121,7 @@ class Pictures:
         self._kept: dict[int, np.ndarray] = {}
         self._most = _KEPT_BYTES // (height * width * 3)
 
-    def read(self, rows: Ints, view: int | None) -> Input:
+    def read(self, rows: IntArray, view: int | None) -> Input:
         """Return uint8 pixels (k, h, w, 3).
 
         Raises
@@ -174,7 +174,7 @@ class Part(Dataset[Tensor]):
     """
 
     def __init__(
-        self, reader: Reader, rows: Ints, labels: Ints, batch_size: int, seed: int | None, *, augmented: bool
+        self, reader: Reader, rows: IntArray, labels: IntArray, batch_size: int, seed: int | None, *, augmented: bool
     ) -> None:
         self.reader, self.rows, self.labels, self.seed, self.augmented = reader, rows, labels, seed, augmented
         self.count = batch_count(len(rows), batch_size)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from features_cache import DONE, CacheFile, Catalog, open_cache
+from pipeline.arrays import IntArray
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import pooled_dim
 from pipeline.backbones.registry import load
@@ -21,7 +22,7 @@ from pipeline.evaluation.rows import Table, select
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.extract import extract
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
-from pipeline.finetuning.inputs import Activations, Ints, Pictures, Reader, Views
+from pipeline.finetuning.inputs import Activations, Pictures, Reader, Views
 from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.plan import Plan
 from pipeline.images.sources.registry import open_source
@@ -184,7 +185,7 @@ def _table(files: Sequence[CacheFile]) -> Table:
     return table
 
 
-def _require_rows(file: CacheFile, first: CacheFile, rows: Ints) -> None:
+def _require_rows(file: CacheFile, first: CacheFile, rows: IntArray) -> None:
     """Raise `FitError` unless `file` has the rows of `first`, and features of `rows` (k,)."""
     if not (np.array_equal(file.uris, first.uris) and (file.states[rows] == DONE).all()):
         raise FitError(f"{file.path.name} lacks rows of {first.path.name}: the source changed; run it again")

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.errors import explained
+from pipeline.arrays import IntArray
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
-from pipeline.finetuning.inputs import Ints, Part, Reader
+from pipeline.finetuning.inputs import Part, Reader
 from pipeline.finetuning.material import Material, splits_of
 from pipeline.finetuning.network import ALL, Network
 from pipeline.finetuning.plan import Plan
@@ -109,7 +110,7 @@ def _parts(reader: Reader, table: Table, splits: Splits, recipe: Recipe, seed: i
     """Return train, val (None where it is empty) and test."""
     rows, size = table.rows[0], recipe.batch_size
 
-    def part(index: Ints, order: int | None, *, augmented: bool = False) -> Part:
+    def part(index: IntArray, order: int | None, *, augmented: bool = False) -> Part:
         return Part(reader, rows[index], table.labels[index], size, order, augmented=augmented)
 
     train_part = part(splits.train, seed, augmented=recipe.augment != NO_AUGMENT)

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.preprocessing import Normalizer, StandardScaler
 
+from pipeline.arrays import Float32Array, IntArray
 from pipeline.evaluation.calibration import fit_temperature
-from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
+from pipeline.heads.family import Fitted, Params, Step
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.span import Span, find_span
 
@@ -31,8 +32,8 @@ class Scaled:
         Of the training rows, where a linear head is to be trained and it is narrower than d.
     """
 
-    train: Floats
-    held: Floats
+    train: Float32Array
+    held: Float32Array
     scaler: Any
     span: Span | None
 
@@ -41,10 +42,10 @@ class Scaled:
 class Fold:
     """Rows to try candidates on, as narrow as they can be, and their labels."""
 
-    train: Floats
-    y: Ints
-    held: Floats
-    y_held: Ints
+    train: Float32Array
+    y: IntArray
+    held: Float32Array
+    y_held: IntArray
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Choice:
     tried: int
 
 
-def scale(scaling: str, train: Floats, held: Floats, *, rotated: bool) -> Scaled:
+def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool) -> Scaled:
     """Scale `train` (n, d) and `held` (m, d) in place by what `train` shows, and find the span if `rotated` is asked.
 
     Parameters
@@ -87,14 +88,14 @@ def scale(scaling: str, train: Floats, held: Floats, *, rotated: bool) -> Scaled
     return Scaled(train, held, scaler, find_span(train) if rotated else None)
 
 
-def make_fold(scaled: Scaled, y: Ints, y_held: Ints) -> Fold:
+def make_fold(scaled: Scaled, y: IntArray, y_held: IntArray) -> Fold:
     """Return the rows for a search: in their span where there is one, which drops the wide ones."""
     if scaled.span is None:
         return Fold(scaled.train, y, scaled.held, y_held)
     return Fold(scaled.span.rotated, y, scaled.span.rotate(scaled.train, scaled.held), y_held)
 
 
-def balanced_weights(y: Ints) -> Floats:
+def balanced_weights(y: IntArray) -> Float32Array:
     """Return weights (n,) by which every class of `y` (n,) counts alike, their mean 1."""
     classes, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
     return np.asarray(len(y) / (len(classes) * counts)[codes], np.float32)
@@ -155,7 +156,7 @@ def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
     return notes
 
 
-def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Floats) -> float:
+def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Array) -> float:
     """Return the summed log-loss of the held-out rows whose class was trained on; 0 for heads without probabilities."""
     told = []
     for step, fold in zip(steps, folds, strict=True):
@@ -184,7 +185,7 @@ def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequen
     return fit_temperature(np.concatenate(parts), truth) if len(truth) else None
 
 
-def train_final(head: Head, params: Params, scaled: Scaled, y: Ints, *, balanced: bool = False) -> Fitted:
+def train_final(head: Head, params: Params, scaled: Scaled, y: IntArray, *, balanced: bool = False) -> Fitted:
     """Train on all rows, in their span where there is one, and give the weights back to the features.
 
     Returns

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+from pipeline.arrays import Float32Array, IntArray
+
 Params = dict[str, Any]
 
 
@@ -27,7 +27,7 @@ class Step(NamedTuple):
         Of the K classes of the training rows, for families that have them.
     """
 
-    predicted: Ints
+    predicted: IntArray
     converged: bool
     probabilities: NDArray[np.floating[Any]] | None = None
 
@@ -72,10 +72,15 @@ class Family(ABC):
 
     @abstractmethod
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Fit the candidates in order on `train` (n, d), `y` and `weight` (n,), and predict `held` (m, d) with each."""
 
     @abstractmethod
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Train the final classifier on `train` (n, d), `y` and `weight` (n,)."""

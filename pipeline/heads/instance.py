@@ -11,7 +11,8 @@ from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.svm import SVC
 
-from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.arrays import Float32Array, IntArray
+from pipeline.heads.family import Family, Fitted, Params, Step
 
 RBF_C = tuple(10.0**exponent for exponent in range(-1, 4))
 RBF_WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -31,7 +32,12 @@ class RbfSvm(Family):
         return [{"C": c, "gamma": width} for c in RBF_C for width in RBF_WIDTHS]
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         among = euclidean_distances(train.astype(np.float64), squared=True)
@@ -44,7 +50,7 @@ class RbfSvm(Family):
             model = SVC(C=params["C"], kernel="precomputed").fit(kernel, y, weight)
             yield Step(model.predict(np.exp(-gamma * across)), converged=True)
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Train an `SVC`; the gamma handed back is absolute."""
         absolute = {"C": params["C"], "gamma": _scale(train) * params["gamma"]}
         return Fitted(SVC(kernel="rbf", **absolute).fit(train, y, weight), absolute, converged=True)
@@ -61,7 +67,12 @@ class Knn(Family):
         return [{"k": k} for k in reversed(NEIGHBOURS) if k <= n_rows]
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, from one list of neighbours."""
         classes, codes = np.unique(y, return_inverse=True)
@@ -70,10 +81,10 @@ class Knn(Family):
         votes = codes[index.kneighbors(held, return_distance=False)]  # (m, most), nearest first
         for params in grid:
             shares = _shares(votes[:, : params["k"]], len(classes))
-            predicted = cast("Ints", classes[shares.argmax(axis=1)])  # the first of equals, as scikit-learn has it
+            predicted = cast("IntArray", classes[shares.argmax(axis=1)])  # the first of equals, as scikit-learn has it
             yield Step(predicted, converged=True, probabilities=shares)
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Keep the rows in a `KNeighborsClassifier`."""
         model = KNeighborsClassifier(n_neighbors=params["k"], metric="cosine", algorithm="brute")
         return Fitted(model.fit(train, y), params, converged=True)
@@ -89,13 +100,18 @@ class Centroid(Family):
         return [{}]
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Yield the one `Step`."""
         for params in grid:
             yield Step(self.fit(params, train, y).estimator.predict(held), converged=True)
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Keep the class means as the rows of a 1-nearest-neighbour classifier.
 
         `NearestCentroid` estimates spreads too, which divides by zero at one row a class.
@@ -106,7 +122,7 @@ class Centroid(Family):
         return Fitted(model, params, converged=True)
 
 
-def _scale(train: Floats) -> float:
+def _scale(train: Float32Array) -> float:
     variance = float(train.var(dtype=np.float64))
     return 1 / (train.shape[1] * variance) if variance > 0 else 1.0
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.arrays import Float64Array
 from pipeline.errors import ModelFileError
-
-Doubles = NDArray[np.float64]
 
 
 class LinearScores(NamedTuple):
@@ -22,8 +20,8 @@ class LinearScores(NamedTuple):
         In the order of the estimator's ``classes_``.
     """
 
-    weights: Doubles
-    bias: Doubles
+    weights: Float64Array
+    bias: Float64Array
 
 
 def linear_scores(head: str, estimator: Any) -> LinearScores:

@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import minimize
 from sklearn.svm import LinearSVC
 
-from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
+from pipeline.arrays import Float32Array, Float64Array, IntArray
+from pipeline.heads.family import Fitted, Params, Step
 from pipeline.heads.solvers.hyperplanes import OverC, choose, one_against_rest
-
-Doubles = NDArray[np.float64]
 
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-5
@@ -29,7 +27,12 @@ class LinearSvm(OverC):
     """Scikit-learn's `LinearSVC`: squared hinge loss, one class against the rest, penalised intercept."""
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, each started where the last one ended."""
         classes, signs = one_against_rest(y)
@@ -40,7 +43,7 @@ class LinearSvm(OverC):
             weights, converged = _squared_hinge(rows, signs, _costs(params, weight), weights, spread)
             yield Step(choose(classes, held_rows @ weights.T.astype(np.float32)), converged)
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Train from zero and hand the optimum to a `LinearSVC`."""
         classes, signs = one_against_rest(y)
         rows, axes, spread = _principal(train)
@@ -53,17 +56,17 @@ class LinearSvm(OverC):
         return Fitted(model, params, converged)
 
 
-def _with_ones(rows: Floats) -> Floats:
+def _with_ones(rows: Float32Array) -> Float32Array:
     return np.hstack([rows, np.ones((len(rows), 1), np.float32)])
 
 
-def _costs(params: Params, weight: Floats | None) -> Floats:
+def _costs(params: Params, weight: Float32Array | None) -> Float32Array:
     """Return C of each row: (n, 1), or (1, 1) where all weigh the same."""
     ones = np.ones(1, np.float32) if weight is None else weight
     return np.asarray(params["C"] * ones[:, None], np.float32)
 
 
-def _principal(train: Floats) -> tuple[Floats, Floats, Doubles]:
+def _principal(train: Float32Array) -> tuple[Float32Array, Float32Array, Float64Array]:
     """Return rows with a one added, along their principal axes (n, r); these (d + 1, r); squared spreads (r,)."""
     rows = _with_ones(train)
     spread, axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))
@@ -71,13 +74,15 @@ def _principal(train: Floats) -> tuple[Floats, Floats, Doubles]:
     return rows @ turned, turned, np.maximum(spread, 0)
 
 
-def _squared_hinge(rows: Floats, signs: Floats, costs: Floats, start: Doubles, spread: Doubles) -> tuple[Doubles, bool]:
+def _squared_hinge(
+    rows: Float32Array, signs: Float32Array, costs: Float32Array, start: Float64Array, spread: Float64Array
+) -> tuple[Float64Array, bool]:
     """Minimise ``|w|² / 2 + Σ costs max(0, 1 - s x·w)²`` over all columns of `signs`; weights (K, r), converged."""
 
-    def slack(weights: Doubles) -> Floats:
+    def slack(weights: Float64Array) -> Float32Array:
         return np.asarray(np.maximum(1 - signs * (rows @ weights.T.astype(np.float32)), 0))
 
-    def value(weights: Doubles, gap: Floats) -> float:
+    def value(weights: Float64Array, gap: Float32Array) -> float:
         return 0.5 * float(np.sum(weights * weights)) + float(np.sum(costs * gap * gap, dtype=np.float64))
 
     weights = start
@@ -88,7 +93,9 @@ def _squared_hinge(rows: Floats, signs: Floats, costs: Floats, start: Doubles, s
         curvature = 1 + 2 * active[:, None] * spread
         unit = 1 / np.sqrt(curvature)  # (K, r)
 
-        def objective(flat: Doubles, unit: Doubles = unit, scale: float = 1 / before) -> tuple[float, Doubles]:
+        def objective(
+            flat: Float64Array, unit: Float64Array = unit, scale: float = 1 / before
+        ) -> tuple[float, Float64Array]:
             weights = flat.reshape(unit.shape) * unit
             gap = slack(weights)
             gradient = weights - 2 * ((costs * gap * signs).T @ rows)

@@ -16,12 +16,13 @@ from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.heads.family import Fitted, Floats, Ints, Params, Step
+from pipeline.arrays import Float32Array, Float64Array, IntArray
+from pipeline.heads.family import Fitted, Params, Step
 from pipeline.heads.solvers.device import DeviceRows
 from pipeline.heads.solvers.hyperplanes import OverC
-from pipeline.heads.solvers.spectrum import Doubles, find_spectrum
+from pipeline.heads.solvers.spectrum import find_spectrum
 
-Rows = Floats | DeviceRows
+Rows = Float32Array | DeviceRows
 
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-9
@@ -44,7 +45,12 @@ class Logreg(OverC):
         self.device = device
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         loss, held_rows = Loss(train, y, weight, self.device), place(held, self.device)
@@ -52,7 +58,7 @@ class Logreg(OverC):
             scores = loss.scores(held_rows, weights)
             yield Step(loss.classes[scores.argmax(axis=1)], converged, softmax(scores, axis=1))
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Train, in decades of C above 1, and hand the optimum to a `LogisticRegression`.
 
         There a start from the class shares ends far from the optimum: the loss is nearly flat once all rows are told
@@ -66,7 +72,7 @@ class Logreg(OverC):
         return Fitted(model, params, converged)
 
 
-def place(rows: Floats, device: str | None) -> Rows:
+def place(rows: Float32Array, device: str | None) -> Rows:
     """Return `rows` (n, d) on `device`, or as they are for None."""
     return rows if device is None else DeviceRows(rows, device)
 
@@ -87,7 +93,7 @@ class Loss:
         Where the rows go.
     """
 
-    def __init__(self, rows: Floats, y: Ints, weight: Floats | None, device: str | None) -> None:
+    def __init__(self, rows: Float32Array, y: IntArray, weight: Float32Array | None, device: str | None) -> None:
         self.rows, self.dim = place(rows, device), rows.shape[1]
         self.classes, self.codes = np.unique(y, return_inverse=True)
         weights = np.ones(len(y)) if weight is None else weight.astype(np.float64)
@@ -95,23 +101,23 @@ class Loss:
         self.shares = weights / self.total  # (n,)
         self.spectrum = find_spectrum(rows)
 
-    def start(self) -> Doubles:
+    def start(self) -> Float64Array:
         """Return the optimum for C = 0: no weights, and the logarithms of the class shares as intercepts."""
         logs = np.log(np.bincount(self.codes, self.shares))
         intercepts = logs[1:] - logs[:1] if len(logs) == 2 else logs - logs.mean()
         return np.hstack([np.zeros((len(intercepts), self.dim)), intercepts[:, None]])
 
-    def hyperplanes(self, weights: Doubles) -> tuple[Doubles, Doubles]:
+    def hyperplanes(self, weights: Float64Array) -> tuple[Float64Array, Float64Array]:
         """Return coefficients (k, d) and intercepts (k,) for rows as they are."""
         return weights[:, :-1].copy(), weights[:, -1] - weights[:, :-1] @ self.spectrum.mean
 
-    def scores(self, rows: Rows, weights: Doubles) -> Doubles:
+    def scores(self, rows: Rows, weights: Float64Array) -> Float64Array:
         """Return the scores (m, K) of `rows` (m, d)."""
         coefficients, intercepts = self.hyperplanes(weights)
         scores = (rows @ coefficients.T.astype(np.float32)).astype(np.float64) + intercepts
         return np.hstack([np.zeros_like(scores), scores]) if len(self.classes) == 2 else scores
 
-    def value_and_gradient(self, weights: Doubles, penalty: float) -> tuple[float, Doubles]:
+    def value_and_gradient(self, weights: Float64Array, penalty: float) -> tuple[float, Float64Array]:
         """Return the loss and its derivative by `weights`."""
         scores = self.scores(self.rows, weights)
         scores -= scores.max(axis=1, keepdims=True)
@@ -127,7 +133,7 @@ class Loss:
         by_coefficients = off.T.astype(np.float32) @ self.rows - np.outer(by_intercepts, self.spectrum.mean)
         return value, np.hstack([by_coefficients + penalty * weights[:, :-1], by_intercepts[:, None]])
 
-    def minimise(self, c: float, start: Doubles, *, relative: bool) -> tuple[Doubles, int, bool]:
+    def minimise(self, c: float, start: Float64Array, *, relative: bool) -> tuple[Float64Array, int, bool]:
         """Return the optimal weights for C = `c`, the steps taken from `start`, and whether these sufficed."""
         penalty = 1 / (c * self.total)
         logs = log_softmax(self.scores(self.rows, start), axis=1)
@@ -137,7 +143,7 @@ class Loss:
         left = TOLERANCE * (min(1, entropy) if relative else 1)
         units = self.spectrum.units(curvature, penalty)
 
-        def objective(flat: Doubles) -> tuple[float, Doubles]:
+        def objective(flat: Float64Array) -> tuple[float, Float64Array]:
             value, gradient = self.value_and_gradient(units.apply(flat.reshape(start.shape)), penalty)
             return value, units.apply(gradient).ravel()
 
@@ -147,7 +153,7 @@ class Loss:
         return units.apply(found.x.reshape(start.shape)), int(found.nit), found.nit < MOST_ITERATIONS
 
 
-def follow(loss: Loss, values: Sequence[float], *, relative: bool) -> Iterator[tuple[Doubles, int, bool]]:
+def follow(loss: Loss, values: Sequence[float], *, relative: bool) -> Iterator[tuple[Float64Array, int, bool]]:
     """Minimise for one value of C after the other, each from where the line through the last two optima leads.
 
     Along an evenly spaced logarithm of C weights change steadily, so this halves the steps that starting where the last

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.arrays import Float64Array
 from pipeline.evaluation.calibration import tempered
 from pipeline.evaluation.comparisons import compare_over_splits
 from pipeline.evaluation.intervals import wilson
@@ -16,8 +17,6 @@ from pipeline.evaluation.metrics import evaluate, expected_calibration_error, lo
 from pipeline.heads.grid import Cut
 from pipeline.heads.trial import Outcome
 from pipeline.results import FitResult, SeedSummary
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +42,8 @@ class TestPredictions:
     folds: NDArray[np.int64]
     y_true: NDArray[np.int64]
     y_pred: NDArray[np.int64]
-    probabilities: Floats | None
-    temperatures: Floats | None
+    probabilities: Float64Array | None
+    temperatures: Float64Array | None
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -52,19 +51,19 @@ class TestPredictions:
         return np.asarray(self.y_pred == self.y_true)
 
     @property
-    def calibrated(self) -> Floats | None:
+    def calibrated(self) -> Float64Array | None:
         """Probabilities (n, K) after calibration, ``None`` where there is none."""
         if self.probabilities is None or self.temperatures is None:
             return None
         return tempered(self.probabilities, self.temperatures[:, None])
 
     @property
-    def probability(self) -> Floats | None:
+    def probability(self) -> Float64Array | None:
         """That of `y_pred` (n,), calibrated where it can be: what `predict` tells."""
         probabilities = self.probabilities if self.temperatures is None else self.calibrated
         return None if probabilities is None else np.asarray(probabilities[np.arange(len(self.y_pred)), self.y_pred])
 
-    def accuracies(self) -> Floats:
+    def accuracies(self) -> Float64Array:
         """Return the accuracy on each fold (k,)."""
         return np.asarray(np.bincount(self.folds, weights=self.right) / np.bincount(self.folds))
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 from sklearn.linear_model import RidgeClassifier
 
-from pipeline.heads.family import Family, Fitted, Floats, Ints, Params, Step
+from pipeline.arrays import Float32Array, IntArray
+from pipeline.heads.family import Family, Fitted, Params, Step
 from pipeline.heads.solvers.hyperplanes import C_GRID, choose, one_against_rest
 
 
@@ -24,7 +25,12 @@ class Ridge(Family):
         return [{"alpha": 1 / c} for c in C_GRID]
 
     def path(
-        self, grid: Sequence[Params], train: Floats, y: Ints, held: Floats, weight: Floats | None = None
+        self,
+        grid: Sequence[Params],
+        train: Float32Array,
+        y: IntArray,
+        held: Float32Array,
+        weight: Float32Array | None = None,
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         classes, signs = one_against_rest(y)
@@ -40,7 +46,7 @@ class Ridge(Family):
             weights = target / (values + params["alpha"])[:, None]
             yield Step(choose(classes, unseen @ weights + middle), converged=True)
 
-    def fit(self, params: Params, train: Floats, y: Ints, weight: Floats | None = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
         """Train a `RidgeClassifier`, by singular values: small alphas on wide rows are too much for Cholesky."""
         model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from pipeline.arrays import Float32Array, IntArray
 from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.splits import Splits
 from pipeline.heads.choose import Choice, Fold, Scaled, make_fold, scale, search, train_final
-from pipeline.heads.family import Floats, Ints, Params
+from pipeline.heads.family import Params
 from pipeline.heads.registry import Head
 
 MOST_FOLDS = 5
@@ -42,7 +43,7 @@ class Prepared:
 
     folds: tuple[Fold, ...]
     final: Scaled
-    y: Ints
+    y: IntArray
     seconds: float
 
 
@@ -70,14 +71,20 @@ class Outcome:
     choice: Choice
     params: Params
     converged: bool
-    y_pred: Ints
+    y_pred: IntArray
     probabilities: NDArray[np.float64] | None
     seconds: float
     pipeline: Pipeline | None
 
 
 def prepare(
-    features: Callable[[Ints], Floats], labels: Ints, splits: Splits, scaling: str, *, rotated: bool, seed: int
+    features: Callable[[IntArray], Float32Array],
+    labels: IntArray,
+    splits: Splits,
+    scaling: str,
+    *,
+    rotated: bool,
+    seed: int,
 ) -> Prepared:
     """Read, scale and rotate the rows of a split.
 

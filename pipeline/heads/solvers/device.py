@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipeline.arrays import Float32Array
 from pipeline.errors import FitError
-from pipeline.heads.family import Floats
 
 Outcome = TypeVar("Outcome")
 Task = tuple[Callable[..., Outcome], tuple[Any, ...], dict[str, Any]]
@@ -27,19 +27,19 @@ class DeviceRows:
 
     __array_ufunc__ = None  # numpy leaves products to this class
 
-    def __init__(self, rows: Floats, device: str) -> None:
+    def __init__(self, rows: Float32Array, device: str) -> None:
         import torch
 
         self._rows = torch.tensor(rows, device=device)
         self._torch = torch
 
-    def __matmul__(self, right: Floats) -> Floats:
+    def __matmul__(self, right: Float32Array) -> Float32Array:
         return np.asarray((self._rows @ self._moved(right)).cpu().numpy())
 
-    def __rmatmul__(self, left: Floats) -> Floats:
+    def __rmatmul__(self, left: Float32Array) -> Float32Array:
         return np.asarray((self._moved(left) @ self._rows).cpu().numpy())
 
-    def _moved(self, array: Floats) -> Any:
+    def _moved(self, array: Float32Array) -> Any:
         return self._torch.from_numpy(array).to(self._rows.device)
 
 

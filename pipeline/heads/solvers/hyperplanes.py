@@ -12,7 +12,8 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.heads.family import Family, Floats, Ints, Params
+from pipeline.arrays import Float32Array, IntArray
+from pipeline.heads.family import Family, Params
 
 C_GRID = tuple(float(c) for c in np.logspace(-6, 5, 45))
 
@@ -29,14 +30,14 @@ class OverC(Family):
         return [{"C": c} for c in C_GRID]
 
 
-def one_against_rest(y: Ints) -> tuple[Ints, Floats]:
+def one_against_rest(y: IntArray) -> tuple[IntArray, Float32Array]:
     """Return the classes and their signs: (n, K) of -1 and 1, a single column for two classes."""
     classes = np.unique(y)
     columns = classes[1:] if len(classes) == 2 else classes
     return classes, np.where(y[:, None] == columns, np.float32(1), np.float32(-1))
 
 
-def choose(classes: Ints, scores: NDArray[np.floating[Any]]) -> Ints:
+def choose(classes: IntArray, scores: NDArray[np.floating[Any]]) -> IntArray:
     """Return the class of the largest score of each row (m, K), by the sign where there is one column."""
     best = (scores[:, 0] > 0).astype(np.int64) if scores.shape[1] == 1 else scores.argmax(axis=1)
-    return cast("Ints", classes[best])
+    return cast("IntArray", classes[best])

@@ -10,13 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dpstrf
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 
 _COLUMNS = 4096
 
@@ -35,22 +32,22 @@ class Span:
         These rows in that basis; lower triangular.
     """
 
-    rotated: Floats
-    basis: Ints
-    triangle: Doubles
+    rotated: Float32Array
+    basis: IntArray
+    triangle: Float64Array
 
-    def rotate(self, rows: Floats, others: Floats) -> Floats:
+    def rotate(self, rows: Float32Array, others: Float32Array) -> Float32Array:
         """Return the part of `others` (m, d) that lies in the span of `rows` (n, d): (m, r) float32."""
         products = _products(rows[self.basis], others)
         return np.asarray(solve_triangular(self.triangle, products, lower=True).T, np.float32)
 
-    def unrotate(self, rows: Floats, weights: Doubles) -> Doubles:
+    def unrotate(self, rows: Float32Array, weights: Float64Array) -> Float64Array:
         """Return weights (K, r) of rotated rows as weights (K, d) of the features of `rows` (n, d)."""
         shares = solve_triangular(self.triangle, weights.T, lower=True, trans="T")
         return np.asarray(shares.T @ rows[self.basis])
 
 
-def find_span(rows: Floats) -> Span | None:
+def find_span(rows: Float32Array) -> Span | None:
     """Return the rows' span by pivoted Cholesky of their Gram matrix in float64 (Higham 1990).
 
     Parameters
@@ -73,7 +70,7 @@ def find_span(rows: Floats) -> Span | None:
     return Span(rotated, order[:rank], np.ascontiguousarray(triangle[:rank]))
 
 
-def _products(rows: Floats, others: Floats) -> Doubles:
+def _products(rows: Float32Array, others: Float32Array) -> Float64Array:
     """Return all inner products (n, m) in float64, without a float64 copy of everything."""
     total = np.zeros((len(rows), len(others)))
     for start in range(0, rows.shape[1], _COLUMNS):

@@ -10,12 +10,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.utils.extmath import randomized_svd
 
-from pipeline.heads.family import Floats
-
-Doubles = NDArray[np.float64]
+from pipeline.arrays import Float32Array, Float64Array
 
 _DIRECTIONS = 64
 _ROWS = 4096
@@ -37,12 +34,12 @@ class Units:
         The unit of intercepts.
     """
 
-    axes: Doubles
-    along: Doubles
+    axes: Float64Array
+    along: Float64Array
     rest: float
     intercept: float
 
-    def apply(self, weights: Doubles) -> Doubles:
+    def apply(self, weights: Float64Array) -> Float64Array:
         """Return `weights` (k, d + 1), given in these units, in those of the features."""
         given = weights[:, :-1]
         coefficients = self.rest * given + ((self.along - self.rest) * (given @ self.axes.T)) @ self.axes
@@ -67,9 +64,9 @@ class Spectrum:
         About the variances along them, falling.
     """
 
-    mean: Doubles
-    axes: Doubles
-    spread: Doubles
+    mean: Float64Array
+    axes: Float64Array
+    spread: Float64Array
 
     def units(self, curvature: float, penalty: float) -> Units:
         """Return units in which a loss that curves so much for each unit of variance, and its penalty, curve by 1."""
@@ -77,7 +74,7 @@ class Spectrum:
         return Units(self.axes, along, float(along[-1]), 1 / math.sqrt(curvature + penalty))
 
 
-def find_spectrum(rows: Floats) -> Spectrum:
+def find_spectrum(rows: Float32Array) -> Spectrum:
     """Return the spectrum of `rows` (n, d), of at most some thousand of them, evenly chosen.
 
     What it is used for is exact whatever it finds, only slower where that is far off. Of a few features it takes half

@@ -14,6 +14,7 @@ from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.reporting.charts.style import COLOURS, INK, MARKERS, QUIET, new_figure, short
 
 MOST_COLOURED = 24
@@ -22,12 +23,10 @@ FEW = 10
 _FEATURES = 50
 _PERPLEXITY = 30.0
 
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-Places = NDArray[np.float64]
 
-
-def embedding_figure(features: Floats, y_true: Ints, y_pred: Ints, classes: Sequence[str], title: str = "") -> Figure:
+def embedding_figure(
+    features: Float32Array, y_true: IntArray, y_pred: IntArray, classes: Sequence[str], title: str = ""
+) -> Figure:
     """Return maps of test images by PCA and by t-SNE (van der Maaten & Hinton 2008), wrongly labelled ones ringed.
 
     Of more than 24 classes, the ten that are mixed up most have colours and rings, and the others are grey.
@@ -57,7 +56,7 @@ def embedding_figure(features: Floats, y_true: Ints, y_pred: Ints, classes: Sequ
     return figure
 
 
-def principal_components(features: Floats) -> tuple[Places, float]:
+def principal_components(features: Float32Array) -> tuple[Float64Array, float]:
     """Return at most 50 principal components (n, k), k at least 2, and the share of variance of the first two."""
     scaled = StandardScaler().fit_transform(features.astype(np.float64))
     pca = PCA(min(_FEATURES, *scaled.shape), random_state=0).fit(scaled)
@@ -66,7 +65,7 @@ def principal_components(features: Floats) -> tuple[Places, float]:
     return padded, float(pca.explained_variance_ratio_[:2].sum())
 
 
-def neighbour_map(components: Places) -> Places:
+def neighbour_map(components: Float64Array) -> Float64Array:
     """Return places (n, 2) by t-SNE, which keeps neighbours together, begun at the first two of `components` (n, k)."""
     begin = components[:, :2] / max(components[:, 0].std(), 1e-12) * 1e-4
     perplexity = min(_PERPLEXITY, (len(components) - 1) / 3)
@@ -74,7 +73,7 @@ def neighbour_map(components: Places) -> Places:
         return np.asarray(TSNE(perplexity=perplexity, init=begin, random_state=0).fit_transform(components))
 
 
-def _shown(y_true: Ints, y_pred: Ints, n_classes: int) -> list[int]:
+def _shown(y_true: IntArray, y_pred: IntArray, n_classes: int) -> list[int]:
     if n_classes <= MOST_COLOURED:
         return list(range(n_classes))
     wrong = y_true != y_pred
@@ -82,7 +81,9 @@ def _shown(y_true: Ints, y_pred: Ints, n_classes: int) -> list[int]:
     return sorted(np.argsort(-errors, kind="stable")[:FEW].tolist())
 
 
-def _scatter(axes: Axes, places: Places, y: Ints, wrong: NDArray[np.bool_], shown: Sequence[tuple[int, str]]) -> None:
+def _scatter(
+    axes: Axes, places: Float64Array, y: IntArray, wrong: NDArray[np.bool_], shown: Sequence[tuple[int, str]]
+) -> None:
     rest = ~np.isin(y, [number for number, _ in shown])
     ringed = wrong & ~rest  # rings on everything would hide it all
     if rest.any():

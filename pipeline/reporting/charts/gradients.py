@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
+from pipeline.arrays import Float64Array
 from pipeline.reporting.charts.style import INK, new_figure, short
 from pipeline.results import FinetuneResult
 
@@ -19,8 +19,6 @@ MOST_NAMED = 45
 """Layers whose names fit beside the map; of more, some are named."""
 _ORDERS = 6.0
 """Orders of magnitude that colours tell apart, at most; what is smaller looks like the smallest."""
-
-Floats = NDArray[np.float64]
 
 
 def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
@@ -59,13 +57,13 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _table(result: FinetuneResult, key: str) -> Floats:
+def _table(result: FinetuneResult, key: str) -> Float64Array:
     """Return one of the numbers of every layer and epoch (layers, epochs), NaN where there is none."""
     records = [epoch["gradients"].values() for epoch in result.history]
     return np.array([[layer[key] for layer in record] for record in records], np.float64).T
 
 
-def _decades(values: Floats) -> LogNorm:
+def _decades(values: Float64Array) -> LogNorm:
     """Return a scale for the positive ones."""
     known = values[np.isfinite(values) & (values > 0)]
     highest = float(known.max()) if known.size else 1.0
@@ -73,7 +71,7 @@ def _decades(values: Floats) -> LogNorm:
     return LogNorm(max(min(lowest, highest / 10), highest / 10**_ORDERS), highest)
 
 
-def _map(axes: Axes, values: Floats, norm: Normalize, colours: str, label: str) -> None:
+def _map(axes: Axes, values: Float64Array, norm: Normalize, colours: str, label: str) -> None:
     shown = np.where(np.isfinite(values), values, np.nan)
     shown = np.maximum(shown, norm.vmin or 0.0)  # a gradient of 0 has no logarithm, but it is not missing
     edges: Any = (0.5, values.shape[1] + 0.5, -0.5, len(values) - 0.5)
