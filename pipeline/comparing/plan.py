@@ -11,7 +11,7 @@ from typing import Any
 
 from features_cache import nearest
 from pipeline.errors import PlanError
-from pipeline.options import TABLES, Option, shared
+from pipeline.options import TABLES, Option, shared_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ def _build(plan: Plan) -> Plan:
     common: dict[str, tuple[Any, ...]] = {}
     for key, value in plan.meaning.items():
         if key not in TABLES:
-            common[key] = _values(plan, shared(), key, value, "", 0)
+            common[key] = _values(plan, shared_keys(), key, value, "", 0)
     if "source" not in common:
         raise plan.error("expected a key 'source': a folder of images, or digits")
     lines = []
@@ -133,7 +133,11 @@ def _build(plan: Plan) -> Plan:
             raise plan.error(f"expected [[{table}]] with two brackets", table, 0, table)
         for place, entry in enumerate(entries):
             own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
-            defaults = {key: (option.default,) for key, option in options.items() if option.default is not None}
+            defaults = {
+                key: (option.default,)
+                for key, option in options.items()
+                if option.default is not None and key != "output"
+            }
             above = {key: values for key, values in common.items() if key in options}
             lines.append(Line(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
@@ -152,14 +156,14 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
     values = tuple(value) if isinstance(value, list) else (value,)
     if not values:
         raise plan.error(f"'{key}' is an empty list; expected a value", table, place, key)
-    if len(values) > 1 and not option.crossed:
+    if len(values) > 1 and option.plan == "once":
         raise plan.error(f"'{key}' says how to run and takes one value, got {len(values)}", table, place, key)
     for number, one in enumerate(values):
-        if reason := option.check(one):
+        if reason := option.kind.problem(one):
             raise plan.error(f"'{key}': {reason}", table, place, key)
         if one in values[:number]:
             raise plan.error(f"'{key}' has {one!r} twice, which would be the same job", table, place, key)
-    return (",".join(values),) if option.joined else values
+    return (",".join(values),) if option.plan == "joined" else values
 
 
 def _rooted(plan: Plan, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from features_cache.errors import nearest
 from pipeline.errors import FitError
+from pipeline.options import FINETUNE, RECIPE, check_options
 from pipeline.spec import NO_AUGMENT, json_fields
 
-OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "plateau")
-TOPS = ("linear", "hidden", "direct")
-INITS = ("pretrained", "random")
-TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
-WATCHES = ("gradients",)
 DEFAULT_RATES = {("adamw", True): 1e-3, ("adamw", False): 3e-4, ("sgd", True): 5e-2, ("sgd", False): 1e-2}
 """Learning rates by optimizer and by whether only new or random weights are trained."""
 
@@ -95,48 +89,29 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     Raises
     ------
     FitError
-        Naming the first option that cannot be, with what was expected.
+        Naming the first option whose value does not fit, with what was expected.
+
+    Examples
+    --------
+    >>> make_recipe({"epochs": 5}).epochs
+    5
+    >>> make_recipe({"epochs": 0})
+    Traceback (most recent call last):
+    ...
+    pipeline.errors.FitError: epochs: expected a whole number, at least 1, got 0
     """
-    from pipeline.images.augment import AUGMENTS, parse_augment  # late: Pillow comes with it, and --help reads this
+    from pipeline.images.augment import AUGMENTS, parse_augment  # late: it imports Pillow
 
     known = [field.name for field in fields(Recipe)]
     for name in options:
         if name not in known:
             raise FitError(f"fine-tuning has no option '{name}'{nearest(name, known)}; it has {', '.join(known)}")
+    check_options(RECIPE, options)
     recipe = Recipe(**{name: value for name, value in options.items() if value is not None})
     parts = parse_augment(recipe.augment)
-    recipe = replace(recipe, augment="+".join(part for part in AUGMENTS if part in parts) or NO_AUGMENT)
-    for name, names in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("top", TOPS)):
-        check_choice(name, getattr(recipe, name), names)
-    rates = [("lr", recipe.lr), ("clip", recipe.clip), *((f"lr_at {name}", rate) for name, rate in recipe.lr_at)]
-    for name, value in rates:
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise FitError(f"{name} is a positive number, got {value}")
-    for name, least in (("epochs", 1), ("patience", 1), ("batch_size", 1), ("warmup", 0)):
-        if getattr(recipe, name) < least:
-            raise FitError(f"{name} is a whole number from {least} on, got {getattr(recipe, name)}")
-    for name, share in (("layer_decay", recipe.layer_decay), ("1 - label_smoothing", 1 - recipe.label_smoothing)):
-        if not 0 < share <= 1:
-            raise FitError(f"{name} is a number above 0 and at most 1, got {share}")
-    if recipe.views is not None and recipe.views < 1:
-        raise FitError(f"views is a whole number from 1 on, got {recipe.views}")
-    if recipe.views is not None and recipe.augment == NO_AUGMENT:
-        raise FitError("views are of augmented images; name an augmentation, such as --augment crop+flip")
-    if not recipe.weight_decay >= 0:
-        raise FitError(f"weight_decay is a number from 0 on, got {recipe.weight_decay}")
-    return recipe
-
-
-def parse_rate(text: str) -> tuple[str, float]:
-    """Return layer and learning rate of ``LAYER=RATE``; raises `FitError` where it is none."""
-    layer, _, rate = text.rpartition("=")
-    try:
-        found = layer.strip(), float(rate)
-    except ValueError:
-        found = "", 0.0
-    if not found[0]:
-        raise FitError(f"expected LAYER=RATE, such as blocks.5=0.0001, got {text!r}")
-    return found
+    if recipe.views is not None and not parts:
+        raise FitError("views are of augmented images; choose an augmentation, such as crop+flip")
+    return replace(recipe, augment="+".join(part for part in AUGMENTS if part in parts) or NO_AUGMENT)
 
 
 def check_start(
@@ -149,20 +124,11 @@ def check_start(
     precision: str = "auto",
     watch: str | None = None,
 ) -> None:
-    """Raise `FitError` where these options of `pipeline.finetune.finetune` do not exist, or not together."""
-    check_choice("init", init, INITS)
-    check_choice("precision", precision, TRAIN_PRECISIONS)
-    if watch is not None:
-        check_choice("watch", watch, WATCHES)
+    """Raise `FitError` where these options of `pipeline.finetune.finetune` do not exist, or exclude each other."""
+    check_options(FINETUNE, {"init": init, "head_first": head_first, "precision": precision, "watch": watch})
     if init == "random" and "@" in backbone:
         raise FitError(f"init random draws its own weights, so name {backbone.partition('@')[0]} without any")
     if head_first and freeze == "all":
-        raise FitError("with freeze all nothing but the head is trained; leave out head-first")
+        raise FitError("with freeze all nothing but the new top is trained; leave out head-first")
     if recipe.views is not None and freeze == "none":
         raise FitError("with freeze none there are no frozen activations to cache; leave out views, or freeze a layer")
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raise `FitError` unless `value` is one of `known`."""
-    if value not in known:
-        raise FitError(f"unknown {name} '{value}'{nearest(value, known)}; expected one of {', '.join(known)}")
