@@ -3,8 +3,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,10 +24,11 @@ from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
-from pipeline.options import COMMANDS, FINETUNE, RECIPE, TABLES, tune_parameters
+from pipeline.heads.registry import FAMILIES, SCALINGS
+from pipeline.options import COMMANDS, FINETUNE, OPTIMIZERS, RECIPE, SCHEDULES, TABLES, TOPS, tune_parameters
 from pipeline.predict import predict
 from pipeline.rank import rank
-from pipeline.spec import Request
+from pipeline.spec import POOLS, STORES, Request
 
 PLAN = """\
 source = "photos"   # beside the plan
@@ -227,6 +230,95 @@ def test_whatever_is_wrong_is_said_before_any_work(
     for part in parts:
         assert part in message
     assert not run.exists()
+
+
+EXAMPLES: dict[str, dict[str, list[Any]]] = {
+    "extract": {
+        "backbone": ["test_resnet@random:0", "test_resnet@random:1"],
+        "layer": [["layer1", "stages", "penultimate"]],
+        "pool": list(POOLS),
+        "precision": ["auto", "fp32"],
+        "store": list(STORES),
+        "size": [32, 64],
+        "batch-size": [1],
+        "on-error": ["skip", "stop"],
+        "workers": [1],
+        "engine": ["auto", "openvino", "torch"],
+        "device": ["auto", "cpu"],
+        "output": ["features"],
+    },
+    "fit": {
+        "head": [name if scaling == "standard" else f"{name}/{scaling}" for name in FAMILIES for scaling in SCALINGS],
+        "layer": ["layer1", "layer1+input"],
+        "seed": [0, 7],
+        "shots": [1, "all"],
+        "cv": [3],
+        "balanced": [True],
+        "drop-leaks": [True],
+        "jobs": [1],
+        "device": ["auto", "cpu"],
+    },
+    "finetune": {
+        "backbone": ["test_resnet@random:1"],
+        "freeze": ["all", "none", "layer3"],
+        "init": ["pretrained", "random"],
+        "head-first": [True],
+        "top": list(TOPS),
+        "lr": [0.1, 1],
+        "layer-decay": [0.5, 1],
+        "lr-at": [["layer4=0.1", "new_head=0.2"]],
+        "epochs": [1],
+        "patience": [1],
+        "batch-size": [1],
+        "optimizer": list(OPTIMIZERS),
+        "schedule": list(SCHEDULES),
+        "warmup": [0],
+        "weight-decay": [0],
+        "label-smoothing": [0.1],
+        "class-weights": [True],
+        "augment": ["none", "flip", "crop+flip+colour"],
+        "views": [2],
+        "clip": [1],
+        "precision": ["auto", "fp32"],
+        "store": list(STORES),
+        "size": [32, 64],
+        "seed": [0, 7],
+        "shots": [1, "all"],
+        "engine": ["auto", "torch"],
+        "device": ["auto", "cpu"],
+        "workers": [1],
+        "output": ["features"],
+    },
+}
+
+
+def toml(values: dict[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+@pytest.mark.parametrize(("table", "key"), [(table, key) for table, options in TABLES.items() for key in options])
+def test_a_dry_run_estimates_every_head_and_every_option(
+    make_photos: Callable[..., Path], tmp_path: Path, table: str, key: str
+) -> None:
+    make_photos(each=3)
+    for value in EXAMPLES[table][key]:
+        network = {"backbone": "test_resnet@random:0", "size": 32}
+        if table == "finetune":
+            chosen = {"freeze": "layer3", "augment": "crop", key: value}
+            if value == "random":  # of a network that has no pretrained weights at all
+                chosen |= {"backbone": "nf_resnet26", "freeze": "none"}
+            text = "[[finetune]]\n" + toml(network | chosen)
+        else:
+            extract_options = network | {"layer": ["layer1", "input"]}
+            fit_options = {"head": "centroid"}
+            (extract_options if table == "extract" else fit_options)[key] = value
+            text = f"[[extract]]\n{toml(extract_options)}[[fit]]\n{toml(fit_options)}"
+        planned = dry_run(write(tmp_path, f'source = "photos"\n{text}'), tmp_path / "run")
+        assert planned
+        for job in planned:
+            assert not job.done
+            assert 0 < job.seconds < 3600, job
+            assert job.bytes > 0 or job.job.startswith("fit"), job
 
 
 def test_a_plan_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:
