@@ -292,7 +292,7 @@ RECIPE = (
     Option("epochs", Whole(), "Passes over the training images, at most.", 30, plan="crossed"),
     Option("patience", Whole(), "Stop after this many epochs without a lower validation loss.", 5, plan="crossed"),
     Option("batch-size", Whole(), "Images per step.", 32, plan="crossed"),
-    Option("optimizer", Choice(OPTIMIZERS), "SGD has momentum 0.9.", "adamw", plan="crossed"),
+    Option("optimizer", Choice(OPTIMIZERS), "SGD has Nesterov momentum 0.9.", "adamw", plan="crossed"),
     Option("schedule", Choice(SCHEDULES), "How the learning rates fall.", "cosine", plan="crossed"),
     Option("warmup", Whole(0), "Epochs in which the learning rates rise.", 1, plan="crossed"),
     Option("weight-decay", Number(), "Not applied to biases and norm layers.", 0.01, plan="crossed"),
@@ -306,7 +306,7 @@ RECIPE = (
         "views", Whole(), "With --augment: cache the frozen activations of this many views of each image.",
         plan="crossed",
     ),
-    Option("clip", POSITIVE, "Longest gradient; longer ones are cut to it.", plan="crossed"),
+    Option("clip", POSITIVE, "Clip the gradient over all weights to this norm.", plan="crossed"),
 )  # fmt: skip
 """How a fine-tune trains: the fields of `pipeline.finetuning.recipe.Recipe`."""
 FINETUNE = (

@@ -233,7 +233,7 @@ def test_one_decode_serves_plain_and_views(backbone: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"views": 3}, "views are of augmented images; choose an augmentation, such as crop"),
+        ({"views": 3}, "nothing is augmented; name an augmentation, such as augment crop"),
         ({"views": 0, "augment": "crop"}, "views: expected a whole number, at least 1, got 0"),
     ],
 )
