@@ -7,11 +7,12 @@ The command line (`pipeline.commands`), plans (`pipeline.comparing.plan`) and th
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Integral, Real
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal
 
 from features_cache.errors import nearest
 from pipeline.errors import FitError
@@ -35,130 +36,85 @@ TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
 
 
-class Kind(ABC):
-    """The values that an option takes: ``value in kind`` tests one, and ``str(kind)`` says what is expected."""
+@dataclass(frozen=True)
+class Kind:
+    """What an option takes.
 
-    @abstractmethod
-    def __contains__(self, value: object) -> bool: ...
+    Parameters
+    ----------
+    type : type
+        Of a value: ``float`` for any finite number, ``object`` where `fits` says it all.
+    expected : str
+        What fits, in words.
+    fits : callable
+        Whether a value of that type fits; by default all do.
+    names : tuple of str
+        What a choice is between.
+    least : int
+        Least value of a whole number.
+    """
 
-    @abstractmethod
-    def __str__(self) -> str: ...
+    type: type
+    expected: str
+    fits: Callable[[Any], bool] = lambda _: True
+    names: tuple[str, ...] = ()
+    least: int = 0
 
-    def problem(self, value: object) -> str:
+    def problem(self, value: Any) -> str:
         """Return what is wrong with a value, ``""`` if nothing is."""
-        return "" if value in self else f"expected {self}, got {value!r}"
+        if self.type in (int, float):
+            typed = isinstance(value, Integral if self.type is int else Real) and not isinstance(value, bool)
+        else:
+            typed = isinstance(value, self.type)
+        if typed and (self.type is not float or math.isfinite(value)) and self.fits(value):
+            return ""
+        return f"expected {self.expected}, got {value!r}{nearest(str(value), self.names)}"
 
 
-@dataclass(frozen=True)
-class Text(Kind):
-    """Any text that is not blank; whether what it names exists is checked where it is looked up."""
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, str) and bool(value.strip())
-
-    def __str__(self) -> str:
-        return "a text"
+def choice(*names: str) -> Kind:
+    """Return the kind of one of several names."""
+    return Kind(str, f"one of {', '.join(names)}", names.__contains__, names)
 
 
-class File(Text):
-    """A file to write."""
+def whole(least: int = 1) -> Kind:
+    """Return the kind of a whole number."""
+    return Kind(int, f"a whole number, at least {least}", lambda value: value >= least, least=least)
 
 
-class Folder(Text):
-    """A folder to read or write."""
+def parse_rate(text: str) -> tuple[str, float]:
+    """Return the layer and the learning rate of ``LAYER=RATE``; raises `ValueError` where there is no number.
+
+    Examples
+    --------
+    >>> parse_rate("blocks.5=0.0001")
+    ('blocks.5', 0.0001)
+    """
+    layer, _, rate = text.rpartition("=")
+    return layer.strip(), float(rate)
 
 
-@dataclass(frozen=True)
-class Choice(Kind):
-    """One of several names."""
-
-    names: tuple[str, ...]
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.names
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.names)}"
-
-    def problem(self, value: object) -> str:
-        """Return what is wrong with a value, and the name that is nearest to it; ``""`` if nothing is."""
-        return "" if value in self else super().problem(value) + nearest(str(value), self.names)
+def _is_rate(value: Any) -> bool:
+    try:
+        layer, rate = parse_rate(value) if isinstance(value, str) else value
+    except ValueError:
+        return False
+    return bool(layer) and not POSITIVE.problem(rate)
 
 
-@dataclass(frozen=True)
-class Whole(Kind):
-    """A whole number from `min` on; with `auto` the command line also takes ``auto``, which the stage gets as None."""
-
-    min: int = 1
-    auto: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= self.min
-
-    def __str__(self) -> str:
-        return f"a whole number, at least {self.min}"
-
-
-@dataclass(frozen=True)
-class Number(Kind):
-    """A finite number from `min` to `max`; an open end is excluded."""
-
-    min: float = 0.0
-    max: float = math.inf
-    min_open: bool = False
-    max_open: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            return False
-        number = float(value)
-        excluded = (self.min_open and number == self.min) or (self.max_open and number == self.max)
-        return self.min <= number <= self.max and not excluded
-
-    def __str__(self) -> str:
-        low = f"{'above' if self.min_open else 'at least'} {self.min:g}"
-        high = f" and {'below' if self.max_open else 'at most'} {self.max:g}" if self.max < math.inf else ""
-        return f"a number {low}{high}"
-
-
-@dataclass(frozen=True)
-class Flag(Kind):
-    """Yes or no."""
-
-    def __contains__(self, value: object) -> bool:
-        return isinstance(value, bool)
-
-    def __str__(self) -> str:
-        return "true or false"
-
-
-@dataclass(frozen=True)
-class Shots(Kind):
-    """A number of training images per class, or ``"all"``."""
-
-    def __contains__(self, value: object) -> bool:
-        return value == "all" or value in Whole()
-
-    def __str__(self) -> str:
-        return "a positive number of images per class, or 'all'"
-
-
-@dataclass(frozen=True)
-class Rate(Kind):
-    """A layer and its learning rate, as a pair or as ``LAYER=RATE``."""
-
-    def __contains__(self, value: object) -> bool:
-        try:
-            layer, rate = parse_rate(value) if isinstance(value, str) else cast("tuple[str, float]", value)
-        except ValueError:
-            return False
-        return bool(layer) and rate in POSITIVE
-
-    def __str__(self) -> str:
-        return "LAYER=RATE with a rate above 0, such as blocks.5=0.0001"
-
-
-POSITIVE = Number(min_open=True)
+TEXT = Kind(str, "a text", lambda value: bool(value.strip()))
+FLAG = Kind(bool, "true or false")
+FILE = Kind(Path, "a file")
+FOLDER = Kind(Path, "a folder")
+POSITIVE = Kind(float, "a number above 0", lambda value: value > 0)
+NOT_NEGATIVE = Kind(float, "a number, at least 0", lambda value: value >= 0)
+DECAY = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
+SHARE = Kind(float, "a number, at least 0 and below 1", lambda value: 0 <= value < 1)
+SHOTS_OR_ALL = Kind(
+    object,
+    "a positive number of images per class, or 'all'",
+    lambda value: value == "all" or not whole().problem(value),
+)
+RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
 
 
 @dataclass(frozen=True)
@@ -174,17 +130,20 @@ class Option:
     help : str
         What ``--help`` says.
     default : object
-        For a repeated option the only value; None leaves the choice to the stage.
+        None leaves the choice to the stage.
     short : str
         One letter, ``"b"`` for ``-b``; ``""`` for none.
-    repeat : bool
-        Whether the command takes it several times, and the stage a sequence.
+    repeat : str
+        The stage's parameter, a sequence, if the option may be given several times; ``""`` if not.
     plan : {"", "crossed", "joined", "once"}
         How a plan may give it: not at all; a list makes a job of each value; a list makes one value, joined by commas;
         one value that says how to run and makes no other job.
     stage_name : str
-        Name of the stage's parameter where it is not `name`.
+        The stage's parameter if it has another name.
+    auto : bool
+        Whether the command line also takes ``auto``, which the stage gets as None.
     required : bool
+        Whether the command must be given it.
     """
 
     name: str
@@ -192,15 +151,16 @@ class Option:
     help: str
     default: Any = None
     short: str = ""
-    repeat: bool = False
+    repeat: str = ""
     plan: Literal["", "crossed", "joined", "once"] = ""
     stage_name: str = ""
+    auto: bool = False
     required: bool = False
 
     @property
     def parameter(self) -> str:
         """Name of the stage function's parameter."""
-        return self.stage_name or self.name.replace("-", "_")
+        return self.repeat or self.stage_name or self.name.replace("-", "_")
 
     @property
     def crossed(self) -> bool:
@@ -208,133 +168,98 @@ class Option:
         return self.plan in ("crossed", "joined")
 
 
-JSON = Option("json", Flag(), "Print one JSON document on stdout.", default=False, stage_name="as_json")
+crossed = partial(Option, plan="crossed")
+once = partial(Option, plan="once")
+JSON = Option("json", FLAG, "Print one JSON document on stdout.", default=False, stage_name="as_json")
 """Every command has it."""
 SIZE_HELP = "Side of the network's input, in pixels; default: the backbone's own."
 CLASSES_HELP = "Give every class the same weight, whatever its number of images."
-SIZE = Option("size", Whole(), SIZE_HELP, plan="crossed")
-STORE = Option("store", Choice(STORES), "Number type of the features on disk.", "float32", plan="crossed")
-WORKERS = Option("workers", Whole(auto=True), "Decoding threads; auto is one per core.", plan="once")
-ENGINE = Option("engine", Choice(ENGINES), "What runs the network.", "auto", plan="once")
-DEVICE = Option("device", Text(), "auto, cpu, cuda or cuda:N.", "auto", plan="once")
-OUTPUT = Option("output", Text(), "Cache folder.", DEFAULT_CACHE, "o", plan="once")
-SHOTS = Option(
-    "shots", Shots(), "Training images per class, or all; can be repeated.", "all", repeat=True, plan="crossed"
-)
-SEED = Option(
-    "seed", Whole(0), "Seed of the split and the shots; can be repeated.", 0, repeat=True, plan="crossed",
-    stage_name="seeds",
-)  # fmt: skip
-WHICH_SOURCE = Option("source", Text(), "Which source, if the cache holds several: its name or location.")
-WHICH_BACKBONE = Option("backbone", Text(), "Which backbone, if the cache holds several.", short="b")
-WHICH_LAYER = Option("layer", Text(), "Which layer, if the cache holds several.", short="l")
-WHICH_POOL = Option("pool", Choice(POOLS), "Which pooling, if the cache holds several.")
+SIZE = crossed("size", whole(), SIZE_HELP)
+STORE = crossed("store", choice(*STORES), "Number type of the features on disk.", "float32")
+WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)
+ENGINE = once("engine", choice(*ENGINES), "What runs the network.", "auto")
+DEVICE = once("device", TEXT, "auto, cpu, cuda or cuda:N.", "auto")
+OUTPUT = once("output", TEXT, "Cache folder.", DEFAULT_CACHE, "o")
+SHOTS = crossed("shots", SHOTS_OR_ALL, "Training images per class, or all.", "all", repeat="shots")
+SEED = crossed("seed", whole(0), "Seed of the split and the shots.", 0, repeat="seeds")
+WHICH_SOURCE = Option("source", TEXT, "Which source, if the cache holds several: its name or location.")
+WHICH_BACKBONE = Option("backbone", TEXT, "Which backbone, if the cache holds several.", short="b")
+WHICH_LAYER = Option("layer", TEXT, "Which layer, if the cache holds several.", short="l")
+WHICH_POOL = Option("pool", choice(*POOLS), "Which pooling, if the cache holds several.")
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 
 EXTRACT = (
-    Option(
-        "backbone", Text(), "NAME or NAME@WEIGHTS; can be repeated.", DEFAULT_BACKBONE, "b", repeat=True,
-        plan="crossed", stage_name="backbones",
-    ),
-    Option(
-        "layer", Text(), "Layer name or alias; can be repeated.", DEFAULT_LAYER, "l", repeat=True, plan="crossed",
-        stage_name="layers",
-    ),
-    Option("pool", Choice(POOLS), "How a layer's activations become features.", DEFAULT_POOL, plan="crossed"),
+    crossed("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b", repeat="backbones"),
+    crossed("layer", TEXT, "Layer name or alias.", DEFAULT_LAYER, "l", repeat="layers"),
+    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL),
     OUTPUT,
-    Option("precision", Choice(PRECISIONS), "auto is bf16 where the hardware has it.", "auto", plan="crossed"),
+    crossed("precision", choice(*PRECISIONS), "auto is bf16 if the hardware supports it.", "auto"),
     STORE,
     SIZE,
-    Option("batch-size", Whole(auto=True), "Images per forward pass; auto suits the machine.", plan="once"),
+    once("batch-size", whole(), "Images per forward pass; auto suits the machine.", auto=True),
     WORKERS,
-    Option("on-error", Choice(("skip", "stop")), "What to do when an image is unreadable.", "skip", plan="once"),
-    Option("rehash", Flag(), "Read every file again instead of trusting its size and time.", default=False),
+    once("on-error", choice("skip", "stop"), "What to do when an image is unreadable.", "skip"),
+    Option("rehash", FLAG, "Read every file again instead of trusting its size and time.", default=False),
     ENGINE,
     DEVICE,
-)  # fmt: skip
+)
 FIT = (
-    Option(
-        "layer", Text(), "Layer, or A+B to join two; can be repeated. Default: every cached layer.", None, "l",
-        repeat=True, plan="crossed", stage_name="layers",
-    ),
-    Option(
-        "head", Text(), "Such as logreg, linear_svm or rbf_svm/l2; can be repeated.", "logreg", repeat=True,
-        plan="crossed", stage_name="heads",
-    ),
+    crossed("layer", TEXT, "Layer, or A+B to join two. Default: every cached layer.", None, "l", repeat="layers"),
+    crossed("head", TEXT, "Such as logreg, linear_svm or rbf_svm/l2.", "logreg", repeat="heads"),
     SHOTS,
     SEED,
     WHICH_SOURCE,
     WHICH_BACKBONE,
     WHICH_POOL,
-    Option("cv", Whole(2), "Cross-validate with this many folds; every image is tested once.", plan="once"),
-    Option("balanced", Flag(), CLASSES_HELP, default=False, plan="once"),
-    Option(
-        "drop-leaks", Flag(), "Leave out test images that are byte-identical to training images.", default=False,
-        plan="once",
-    ),
-    Option("save", File(), "Write the best model (most shots, then best by validation) to this file."),
-    Option("plot", Folder(), "Draw the results into this folder."),
-    Option("jobs", Whole(), "Fits at a time; default: one per core.", plan="once"),
+    once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
+    once("balanced", FLAG, CLASSES_HELP, default=False),
+    once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
+    Option("save", FILE, "Write the best model (most shots, then best by validation) to this file."),
+    Option("plot", FOLDER, "Draw the results into this folder."),
+    once("jobs", whole(), "Fits at a time; default: one per core."),
     replace(DEVICE, help="Where logreg is trained: cpu (which auto means), cuda or cuda:N."),
-)  # fmt: skip
+)
 RECIPE = (
-    Option("top", Choice(TOPS), "The new top.", "linear", plan="crossed"),
-    Option(
-        "lr", POSITIVE, "Highest learning rate; default: one that suits the optimizer.", plan="crossed"
-    ),
-    Option(
-        "layer-decay", Number(max=1.0, min_open=True), "Multiply the rate by this for each block further down.", 1.0,
-        plan="crossed",
-    ),
-    Option(
-        "lr-at", Rate(), "LAYER=RATE: a layer's own learning rate; can be repeated.", repeat=True, plan="joined"
-    ),
-    Option("epochs", Whole(), "Passes over the training images, at most.", 30, plan="crossed"),
-    Option("patience", Whole(), "Stop after this many epochs without a lower validation loss.", 5, plan="crossed"),
-    Option("batch-size", Whole(), "Images per step.", 32, plan="crossed"),
-    Option("optimizer", Choice(OPTIMIZERS), "SGD has Nesterov momentum 0.9.", "adamw", plan="crossed"),
-    Option("schedule", Choice(SCHEDULES), "How the learning rates fall.", "cosine", plan="crossed"),
-    Option("warmup", Whole(0), "Epochs in which the learning rates rise.", 1, plan="crossed"),
-    Option("weight-decay", Number(), "Not applied to biases and norm layers.", 0.01, plan="crossed"),
-    Option(
-        "label-smoothing", Number(max=1.0, max_open=True), "Share of the target that is spread over all classes.", 0.0,
-        plan="crossed",
-    ),
-    Option("class-weights", Flag(), CLASSES_HELP, default=False, plan="crossed"),
-    Option("augment", Text(), "none, or crop, flip and colour, joined by +.", NO_AUGMENT, plan="crossed"),
-    Option(
-        "views", Whole(), "With --augment: cache the frozen activations of this many views of each image.",
-        plan="crossed",
-    ),
-    Option("clip", POSITIVE, "Clip the gradient over all weights to this norm.", plan="crossed"),
-)  # fmt: skip
+    crossed("top", choice(*TOPS), "Kind of the new top.", "linear"),
+    crossed("lr", POSITIVE, "Highest learning rate; default: one that suits the optimizer."),
+    crossed("layer-decay", DECAY, "Multiply the rate by this for each block further down.", 1.0),
+    Option("lr-at", RATE, "LAYER=RATE: a layer's own learning rate.", repeat="lr_at", plan="joined"),
+    crossed("epochs", whole(), "Passes over the training images, at most.", 30),
+    crossed("patience", whole(), "Stop after this many epochs without a lower validation loss.", 5),
+    crossed("batch-size", whole(), "Images per step.", 32),
+    crossed("optimizer", choice(*OPTIMIZERS), "How weights are updated; sgd has Nesterov momentum 0.9.", "adamw"),
+    crossed("schedule", choice(*SCHEDULES), "How the learning rates fall.", "cosine"),
+    crossed("warmup", whole(0), "Epochs in which the learning rates rise.", 1),
+    crossed("weight-decay", NOT_NEGATIVE, "Not applied to biases and norm layers.", 0.01),
+    crossed("label-smoothing", SHARE, "Share of the target that is spread over all classes.", 0.0),
+    crossed("class-weights", FLAG, CLASSES_HELP, default=False),
+    crossed("augment", TEXT, "none, or crop, flip and colour, joined by +.", NO_AUGMENT),
+    crossed("views", whole(), "With --augment: cache the frozen activations of this many views of each image."),
+    crossed("clip", POSITIVE, "Clip the gradient over all weights to this norm."),
+)
 """How a fine-tune trains: the fields of `pipeline.finetuning.recipe.Recipe`."""
 FINETUNE = (
-    Option("backbone", Text(), "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b", plan="crossed"),
-    Option(
-        "freeze", Text(), "all: train only a new top; none: train everything; LAYER: train what is above it.", "all",
-        plan="crossed",
-    ),
-    Option("init", Choice(INITS), "Weights to start from.", "pretrained", plan="crossed"),
-    Option(
-        "head-first", Flag(), "Train the new top alone first, then everything above the thaw line (LP-FT).",
-        default=False, plan="crossed",
+    crossed("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b"),
+    crossed("freeze", TEXT, "all: train only a new top; none: train everything; LAYER: train what is above it.", "all"),
+    crossed("init", choice(*INITS), "Weights to start from.", "pretrained"),
+    crossed(
+        "head-first", FLAG, "Train the new top alone first, then everything above the thaw line (LP-FT).", default=False
     ),
     *RECIPE,
     SHOTS,
-    replace(SEED, help="Seed of the split, the shots and the training; can be repeated."),
+    replace(SEED, help="Seed of the split, the shots and the training."),
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
-    Option("save", File(), "Write the best model (most shots, then best by validation) as this .safetensors file."),
-    Option("watch", Choice(WATCHES), "Record these for each layer, and say where they are unhealthy."),
-    Option("picture", File(), "Draw the loss curves as a .png; with --watch also NAME-gradients.png."),
-    Option("precision", Choice(TRAIN_PRECISIONS), "auto is whatever trains fastest.", "auto", plan="crossed"),
+    Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
+    Option("watch", choice(*WATCHES), "Record these for each layer, and say where they are unhealthy."),
+    Option("picture", FILE, "Draw the loss curves as a .png; with --watch also NAME-gradients.png."),
+    crossed("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
     replace(STORE, help="Number type of the cached activations."),
     SIZE,
     WORKERS,
     ENGINE,
     DEVICE,
-)  # fmt: skip
-SPLIT_SEED = Option("seed", Whole(0), "Seed of the split.", 0)
+)
+SPLIT_SEED = Option("seed", whole(0), "Seed of the split.", 0)
 COMMANDS: dict[str, tuple[Option, ...]] = {
     "backbones": (),
     "layers": (SIZE,),
@@ -342,36 +267,34 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "fit": FIT,
     "finetune": FINETUNE,
     "predict": (
-        Option("csv", File(), "Write the predictions to this file."),
-        Option("output", Text(), "Cache folder to work through, so that a long run can resume.", short="o"),
+        Option("csv", FILE, "Write the predictions to this file."),
+        Option("output", TEXT, "Cache folder to work through, so that a long run can resume.", short="o"),
         ENGINE,
         DEVICE,
     ),
-    "export": (Option("onnx", File(), "The file to write.", required=True, stage_name="path"),),
+    "export": (Option("onnx", FILE, "The file to write.", required=True, stage_name="path"),),
     "rank": (
         WHICH_SOURCE,
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
-        Option("fit", Flag(), "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
+        Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
     ),
     "drift": (
-        Option("layer", Text(), "A layer that both caches hold.", DEFAULT_LAYER, "l"),
+        Option("layer", TEXT, "A layer that both caches hold.", DEFAULT_LAYER, "l"),
         replace(WHICH_BACKBONE, help="Which backbone, if a cache holds several."),
         replace(WHICH_POOL, help="Which pooling, if a cache holds several."),
         replace(SPLIT_SEED, help="Seed of draws, folds and permutations."),
     ),
     "compare": (
-        Option(
-            "output", Text(), "Run folder, for results, cache and report; made if missing.", short="o", required=True
-        ),
-        Option("dry-run", Flag(), "Check all of PLAN, and list its jobs with rough times and sizes.", default=False),
-        Option("against", Folder(), "Say what changed, beyond noise, since the run in this folder."),
+        Option("output", TEXT, "Run folder, for results, cache and report; made if missing.", short="o", required=True),
+        Option("dry-run", FLAG, "Check all of PLAN, and list its jobs with rough times and sizes.", default=False),
+        Option("against", FOLDER, "Say what changed, beyond noise, since the run in this folder."),
     ),
     "demo": (
         Option(
             "output",
-            Text(),
+            TEXT,
             "Folder for the cache, the model and the picture.",
             "thawline-demo",
             "o",
@@ -381,11 +304,11 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "cache ls": (),
     "cache show": ONE_CACHE,
     "cache verify": (
-        Option("source", Text(), "The images: also compare the digest of each row with its image."),
-        Option("repair", Flag(), "Mark damaged rows as pending, so that extract computes them again.", default=False),
+        Option("source", TEXT, "The images: also compare the digest of each row with its image."),
+        Option("repair", FLAG, "Mark damaged rows as pending, so that extract computes them again.", default=False),
     ),
     "cache export": ONE_CACHE,
-    "cache prune": (Option("yes", Flag(), "Do not ask before deleting.", default=False),),
+    "cache prune": (Option("yes", FLAG, "Do not ask before deleting.", default=False),),
 }
 """The options of each command, in the order of its help."""
 TABLES: dict[str, dict[str, Option]] = {
@@ -400,7 +323,7 @@ Their order is part of the keys of results: a fine-tune that was kept is found a
 
 def shared_keys() -> dict[str, Option]:
     """Return what may stand above a plan's tables: ``source``, and keys that mean the same in several tables."""
-    source = Option("source", Text(), "", plan="crossed")
+    source = crossed("source", TEXT, "")
     tables: dict[str, list[Option]] = {}
     for table in TABLES.values():
         for key, option in table.items():
@@ -431,15 +354,3 @@ def check_options(options: Iterable[Option], values: Mapping[str, Any]) -> None:
         for value in () if given is None else given if option.repeat else (given,):
             if problem := option.kind.problem(value):
                 raise FitError(f"{option.parameter}: {problem}")
-
-
-def parse_rate(text: str) -> tuple[str, float]:
-    """Return the layer and the learning rate of ``LAYER=RATE``; raises `ValueError` where there is no number.
-
-    Examples
-    --------
-    >>> parse_rate("blocks.5=0.0001")
-    ('blocks.5', 0.0001)
-    """
-    layer, _, rate = text.rpartition("=")
-    return layer.strip(), float(rate)

@@ -86,7 +86,7 @@ def test_the_options_of_a_command_are_parameters_of_its_stage_with_the_same_defa
         else:
             assert default == option.default, option.name
         if option.default is not None:
-            assert option.default in option.kind, option.name
+            assert not option.kind.problem(option.default), option.name
 
 
 def test_all_that_trains_can_be_said_in_a_plan_and_on_the_command_line() -> None:

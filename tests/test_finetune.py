@@ -351,7 +351,7 @@ def test_class_weights_have_mean_one_over_the_images() -> None:
         ({"lr": -1.0}, "lr: expected a number above 0, got -1.0"),
         ({"optimizer": "adma"}, "optimizer: expected one of adamw, sgd, got 'adma'; did you mean adam"),
         ({"augment": "crop+flop"}, "unknown augmentation 'flop'; did you mean flip"),
-        ({"layer_decay": 1.5}, "layer_decay: expected a number above 0 and at most 1, got 1.5"),
+        ({"layer_decay": 1.5}, "layer_decay: expected a number above 0, at most 1, got 1.5"),
         ({"epochs": 0}, "epochs: expected a whole number, at least 1, got 0"),
         ({"pateince": 3}, "no option 'pateince'; did you mean patience"),
     ],

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from pipeline.options import (
-    COMMANDS,
-    JSON,
-    Choice,
-    File,
-    Flag,
-    Folder,
-    Kind,
-    Number,
-    Option,
-    Rate,
-    Shots,
-    Whole,
-    parse_rate,
-)
+from pipeline.options import COMMANDS, FILE, FLAG, FOLDER, JSON, RATE, SHOTS_OR_ALL, Kind, Option, parse_rate
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -42,50 +28,29 @@ def options_of(command: str) -> Callable[[Command], Command]:
 def _click_option(option: Option) -> Callable[[Command], Command]:
     names = [f"-{option.short}"] if option.short else []
     names += [f"--{option.name}", option.parameter]
-    if isinstance(option.kind, Flag):
+    if option.kind is FLAG:
         return click.option(*names, is_flag=True, help=option.help)
-    default = "auto" if isinstance(option.kind, Whole) and option.kind.auto else option.default
+    default = "auto" if option.auto else option.default
     return click.option(
         *names,
-        type=_click_type(option.kind),
+        type=_click_type(option),
         default=[default] if option.repeat and default is not None else default,
-        multiple=option.repeat,
-        callback=_parse_all(option.kind) if option.repeat else None,
+        multiple=bool(option.repeat),
         required=option.required,
-        help=option.help,
+        callback=partial(_parse, option),
+        help=f"{option.help} Can be repeated." if option.repeat else option.help,
     )
 
 
-def _click_type(kind: Kind) -> Any:
-    match kind:
-        case Choice():
-            return click.Choice(kind.names)
-        case Whole():
-            return _WholeOrAuto(kind.min) if kind.auto else click.IntRange(kind.min)
-        case Number():
-            return click.FloatRange(kind.min, kind.max if kind.max < math.inf else None, kind.min_open, kind.max_open)
-        case File():
-            return click.Path(dir_okay=False, path_type=Path)
-        case Folder():
-            return click.Path(file_okay=False, path_type=Path)
-    return str
-
-
-def _parse_all(kind: Kind) -> Callable[[click.Context, click.Parameter, tuple[Any, ...]], tuple[Any, ...] | None]:
-    """Return a callback for the values of a repeated option; the stage gets None where none was given."""
-
-    def parse(_: click.Context, __: click.Parameter, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return tuple(_parse(kind, value) for value in values) or None
-
-    return parse
-
-
-def _parse(kind: Kind, value: Any) -> Any:
-    if isinstance(kind, Shots) and value.isdecimal():
-        value = int(value)
-    if problem := kind.problem(value):
-        raise click.BadParameter(problem)
-    return parse_rate(value) if isinstance(kind, Rate) else value
+def _click_type(option: Option) -> Any:
+    kind = option.kind
+    if kind.names:
+        return click.Choice(kind.names)
+    if kind in (FILE, FOLDER):
+        return click.Path(file_okay=kind is FILE, dir_okay=kind is FOLDER, path_type=Path)
+    if kind.type is int:
+        return _WholeOrAuto(kind.least) if option.auto else click.IntRange(kind.least)
+    return float if kind.type is float else str
 
 
 class _WholeOrAuto(click.IntRange):
@@ -93,3 +58,20 @@ class _WholeOrAuto(click.IntRange):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return None if value == "auto" else super().convert(value, param, ctx)
+
+
+def _parse(option: Option, _: click.Context, __: click.Parameter, given: Any) -> Any:
+    """Return what the stage gets: None where nothing was given."""
+    values = given if option.repeat else (given,)
+    parsed = tuple(_parse_one(option.kind, value) for value in values if value is not None)
+    if option.repeat:
+        return parsed or None
+    return parsed[0] if parsed else None
+
+
+def _parse_one(kind: Kind, value: Any) -> Any:
+    if kind is SHOTS_OR_ALL and value.isdecimal():
+        value = int(value)
+    if problem := kind.problem(value):
+        raise click.BadParameter(problem)
+    return parse_rate(value) if kind is RATE else value
