@@ -54,8 +54,8 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
     return found
 
 
-def continued_precision(files: Sequence[CacheFile], request: Request) -> str | None:
-    """Return the precision of a file of the same request, so that ``auto`` goes on as it began."""
+def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
+    """Return the precision of a file of the same request, with which ``auto`` continues."""
     specs = [info.spec for file in _alike(files, request) for info in file.layers.values()]
     return specs[0]["precision"] if specs else None
 
