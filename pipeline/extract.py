@@ -122,7 +122,7 @@ def extract(
     images = open_source(source)
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
-    to = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
+    destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
     found: dict[str, list[Path | CacheFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
     for name in dict.fromkeys(backbones):
@@ -130,19 +130,19 @@ def extract(
         requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
         found[name], missing = [], []
         for request in requests:
-            complete = to.find_complete(request)
+            complete = destination.find_complete(request)
             if complete is None:
                 missing.append(request)
                 continue
             check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
             found[name] += [file.path for file in dict.fromkeys(complete.values())]
         if missing:
-            extractor = FeatureExtractor(missing, engine, device, batch_size, to.files)
+            extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
             extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
     clock = Clock()
     with ExitStack() as writers:
         for name, extractor in extractors.values():  # every network is loaded before the first file is created
-            for opened in open_files(to, extractor, expect):
+            for opened in open_files(destination, extractor, expect):
                 if isinstance(opened, Path):
                     found[name].append(opened)
                     continue

@@ -51,13 +51,13 @@ class Destination:
 
 
 def open_files(
-    to: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
+    destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
 ) -> Iterator[Path | CacheWriter]:
     """Yield the files that hold the layers of an extractor's requests: paths of complete ones, writers of the others.
 
     Parameters
     ----------
-    to : Destination
+    destination : Destination
     extractor : FeatureExtractor
     expect : sequence of LayerSpec, optional
         See `check_expected`.
@@ -65,29 +65,31 @@ def open_files(
     for request in extractor.requests:
         specs = {name: extractor.spec(name, request) for name in extractor.layers}
         check_expected(specs.values(), expect)
-        holders = {name: find_holder(to.files, spec) for name, spec in specs.items()}
+        holders = {name: find_holder(destination.files, spec) for name, spec in specs.items()}
         for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            yield file.path if to.has_all_of(file) else _continue(file, to, extractor)
+            yield file.path if destination.has_all_of(file) else _continue(file, destination, extractor)
         missing = {name: spec for name, spec in specs.items() if holders[name] is None}
         if missing:
-            yield _create(missing, request, to, extractor)
+            yield _create(missing, request, destination, extractor)
 
 
-def _continue(file: CacheFile, to: Destination, extractor: FeatureExtractor) -> CacheWriter:
+def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
     """Open a file that lacks rows, or that was made for other rows."""
     extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
-    if same_rows(file, to.rows, to.images.classes) and not to.rehash:
+    if same_rows(file, destination.rows, destination.images.classes) and not destination.rehash:
         return CacheWriter.resume(file.path)
     old = list(file.layers.values()), file.handles, file.request
-    return grow(file.path, to.rows, to.images.classes, *old, carry=not to.rehash)
+    return grow(file.path, destination.rows, destination.images.classes, *old, carry=not destination.rehash)
 
 
-def _create(specs: dict[str, LayerSpec], request: Request, to: Destination, extractor: FeatureExtractor) -> CacheWriter:
-    images, backbone = to.images, extractor.backbone
+def _create(
+    specs: dict[str, LayerSpec], request: Request, destination: Destination, extractor: FeatureExtractor
+) -> CacheWriter:
+    images, backbone = destination.images, extractor.backbone
     dims = extractor.tapped(tuple(specs)).dims
     layers = [LayerInfo(name, dims[name], spec.store, spec.to_json(), spec.fingerprint) for name, spec in specs.items()]
     key = fingerprint_of([images.location, *(layer.fingerprint for layer in layers)])
-    path = to.folder / file_name(images.name, backbone.handle, key)
+    path = destination.folder / file_name(images.name, backbone.handle, key)
     handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}
     if request.view is not None:
         handles["view"] = f"{request.augment} {request.view}"
@@ -95,7 +97,7 @@ def _create(specs: dict[str, LayerSpec], request: Request, to: Destination, extr
         open_cache(path)  # a damaged file of this name raises its own error
     extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
     asked = request.to_json() | {"aliases": extractor.aliases}
-    return CacheWriter.create(path, to.rows, images.classes, layers, handles, asked)
+    return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
 
 
 def check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | None) -> None:
