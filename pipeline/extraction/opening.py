@@ -102,8 +102,8 @@ class Network:
     """
 
     def __init__(self, requests: Sequence[Request], files: Sequence[CacheFile], run: Run) -> None:
+        from pipeline.backbones.layers import resolve_layers, resolved_aliases
         from pipeline.backbones.registry import load
-        from pipeline.backbones.taps import resolve_layers, resolved_aliases
 
         first = requests[0]
         self.requests = requests
