@@ -14,7 +14,7 @@ RANKS = [
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},
     {"pipeline.extract"},
-    {"pipeline.finetuning", "pipeline.exporting", "pipeline.diagnostics"},
+    {"pipeline.finetuning", "pipeline.diagnostics"},
     {"pipeline.options"},
     {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
     {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},

@@ -78,7 +78,7 @@ def test_another_architecture_or_size_is_refused(tmp_path: Path) -> None:
     saved(path)
     with pytest.raises(BackboneError, match=r"holds timm/test_resnet for 48 pixels, not torchvision/resnet18"):
         load(f"resnet18@{path}")
-    with pytest.raises(BackboneError, match="for 64; use timm/test_resnet@.*, without a size"):
+    with pytest.raises(BackboneError, match=r"for 64; use timm/test_resnet@.*, without a size"):
         load(f"{NET}@{path}", 64)
 
 
