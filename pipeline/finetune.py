@@ -139,7 +139,7 @@ def finetune(
     check_draws(seeds, shots)
     destination = None
     if save is not None:
-        from pipeline.heads.saved import check_destination
+        from pipeline.model_file import check_destination
 
         destination = check_destination(save)
     notes: list[str] = []
@@ -216,13 +216,13 @@ def _result(
 
 
 def _save(path: Path, network: Network, material: Material, recipe: Recipe, result: FinetuneResult) -> None:
-    from pipeline.backbones.network_file import HEAD, TunedModel, save_network
+    from pipeline.backbones.network_file import TOP_LAYER, TunedModel, save_network
     from pipeline.backbones.weights import weights_digest
     from pipeline.finetuning.precision import scores_precision
 
     backbone, state = material.backbone, network.cpu().whole_state()
     precision = scores_precision(network)
     digest = weights_digest(state)
-    spec = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
-    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result), {})
+    spec = LayerSpec(backbone.name, digest, TOP_LAYER, DEFAULT_POOL, backbone.preprocessing, precision)
+    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result))
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})

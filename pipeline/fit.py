@@ -21,8 +21,9 @@ from pipeline.heads.choose import Choice, tell_choices
 from pipeline.heads.grid import Cut, check_trials, cut_layers, preference, run_trials
 from pipeline.heads.predictions import TestPredictions, pool_folds, scores, summarise
 from pipeline.heads.registry import Head, find_head, on_device
-from pipeline.heads.saved import SavedModel, check_destination, current_versions, save_model
+from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Outcome
+from pipeline.model_file import check_destination
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
 
 T = TypeVar("T")
@@ -229,7 +230,6 @@ def _model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:
         layer.table.classes,
         result.temperature,
         to_json(result),
-        current_versions(),
     )
 
 

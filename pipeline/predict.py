@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from features_cache import DONE, CacheFile, open_cache
-from pipeline.backbones.network_file import TunedModel, describe, is_network_file
+from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.errors import EngineError, resumable
 from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
@@ -115,7 +115,7 @@ class _Layer(NamedTuple):
 def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
     """Return a model and the layers that it reads; of a fine-tuned network, these are its own class scores."""
     if is_network_file(path):
-        tuned = describe(path)
+        tuned = describe_network(path)
         return tuned, [_Layer(f"{tuned.scores.backbone}@{path}", None, tuned.scores)]
     saved = load_model(path)
     asked = [(layer["request"], LayerSpec.from_json(layer["spec"])) for layer in saved.layers]

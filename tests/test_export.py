@@ -15,8 +15,7 @@ from features_cache import Catalog
 from pipeline import export as export_module
 from pipeline.errors import ModelFileError
 from pipeline.evaluation.calibration import tempered
-from pipeline.export import export
-from pipeline.exporting.graph import HeadScores
+from pipeline.export import HeadScores, export
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.fit import fit
@@ -162,7 +161,7 @@ def test_layers_of_two_poolings_are_refused(make_photos: Callable[..., Path], tm
     for layer, pool in (("layer1", "avg"), ("layer2", "max")):
         extract(photos, [NETWORK], [layer], pool, tmp_path / "cache", **HOW)
     fit(tmp_path / "cache", ["layer1+layer2"], ["ridge"], save=tmp_path / "m.skops", jobs=1)
-    with pytest.raises(ModelFileError, match=r"layers of one backbone and pooling, got .*layer1 \(avg\)"):
+    with pytest.raises(ModelFileError, match=r"all layers to be of one backbone and pooling, got .*layer1 \(avg\)"):
         export(tmp_path / "m.skops", tmp_path / "model.onnx")
 
 

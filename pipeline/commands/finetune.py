@@ -85,7 +85,7 @@ def finetune(source: str, shots: tuple[str, ...], picture: Path | None, as_json:
     only with --views. A run that was stopped goes on.
     """
     from pipeline.finetune import finetune as run
-    from pipeline.heads.saved import check_destination
+    from pipeline.model_file import check_destination
     from pipeline.reporting.terminal.progress import progress_bar
     from pipeline.reporting.terminal.tables import finetune_table
 

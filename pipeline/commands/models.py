@@ -20,7 +20,7 @@ from pipeline.commands.output import print_json, print_table, say_all, to_record
 @json_option
 def predict(model: str, source: str, csv_path: str | None, as_json: bool, **options: Any) -> None:
     """Label the images of SOURCE with a saved MODEL."""
-    from pipeline.heads.saved import check_destination
+    from pipeline.model_file import check_destination
     from pipeline.predict import predict as run
     from pipeline.predict import write_csv
     from pipeline.reporting.terminal.progress import progress_bar

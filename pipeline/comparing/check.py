@@ -59,8 +59,9 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
     PlanError
         The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
     """
+    from pipeline.backbones.layers import resolve_layers
     from pipeline.backbones.registry import check_weights, sketch
-    from pipeline.backbones.taps import resolve_layers, tap
+    from pipeline.backbones.taps import tap
     from pipeline.engines.select import resolve
 
     asked, line = extraction.request, extraction.line

@@ -111,8 +111,9 @@ def _rows(images: ImageSource, shots: int | str) -> int:
 @cache
 def values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
     """Return how many numbers an image has at a thaw line, and how many weights are thawed."""
+    from pipeline.backbones.layers import PENULTIMATE
     from pipeline.backbones.registry import sketch
-    from pipeline.backbones.taps import PENULTIMATE, tap
+    from pipeline.backbones.taps import tap
     from pipeline.finetuning.network import ALL, Network, line_of
 
     network = sketch(backbone, size)

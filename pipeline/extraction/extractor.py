@@ -52,8 +52,8 @@ class FeatureExtractor:
         batch_size: int | None = None,
         files: Sequence[CacheFile] = (),
     ) -> None:
+        from pipeline.backbones.layers import resolve_layers
         from pipeline.backbones.registry import load
-        from pipeline.backbones.taps import resolve_layers
 
         first = requests[0]
         self.requests = requests
@@ -72,7 +72,7 @@ class FeatureExtractor:
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
         """What `layers` and all aliases stand for, so that later requests are looked up without the network."""
-        from pipeline.backbones.taps import resolved_aliases
+        from pipeline.backbones.layers import resolved_aliases
 
         return {name: [name] for name in self.layers} | resolved_aliases(self.backbone)
 
