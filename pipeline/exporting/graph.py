@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.taps import TappedNetwork
-from pipeline.heads.linear_scores import linear_scores
+from pipeline.errors import ModelFileError
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel
 
@@ -64,7 +64,13 @@ class HeadScores(nn.Module):
     def __init__(self, saved: SavedModel, *, half: bool) -> None:
         super().__init__()
         head = find_head(saved.head)
-        buffers = linear_scores(saved.head.partition("/")[0], saved.pipeline.named_steps["classifier"])._asdict()
+        hyperplanes = head.family.hyperplanes(saved.pipeline.named_steps["classifier"])
+        if hyperplanes is None:
+            raise ModelFileError(
+                f"only heads with one hyperplane per class can be exported, and {saved.head} has none; "
+                "fit another, such as logreg"
+            )
+        buffers = hyperplanes._asdict()
         if head.scaling == "standard":
             scaler = saved.pipeline.named_steps["scaler"]
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
