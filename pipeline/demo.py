@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.fit import FitReport, fit
-from pipeline.heads.predictions import TestPredictions
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import open_source
 from pipeline.reporting.charts.confusion import confusion_counts, confusion_matrix
@@ -110,7 +110,7 @@ def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarra
     figure.savefig(path, dpi=130)
 
 
-def _draw_mistakes(figure: SubFigure, report: FitReport, predictions: TestPredictions) -> None:
+def _draw_mistakes(figure: SubFigure, report: FitReport, predictions: Predictions) -> None:
     surest = np.flatnonzero(predictions.y_pred != predictions.y_true)
     sureness = np.ones(len(predictions.uris)) if predictions.probability is None else predictions.probability
     surest = surest[np.argsort(-sureness[surest], kind="stable")][:MISTAKES]

@@ -18,7 +18,6 @@ from pipeline.backbones.network_file import TunedModel, describe_network, is_net
 from pipeline.backbones.registry import load
 from pipeline.backbones.taps import TappedNetwork, tap
 from pipeline.errors import ModelFileError, first_line
-from pipeline.heads.linear_scores import linear_scores
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
@@ -202,7 +201,13 @@ class HeadScores(nn.Module):
     def __init__(self, saved: SavedModel, *, half: bool) -> None:
         super().__init__()
         head = find_head(saved.head)
-        buffers = linear_scores(saved.head.partition("/")[0], saved.pipeline.named_steps["classifier"])._asdict()
+        hyperplanes = head.family.hyperplanes(saved.pipeline.named_steps["classifier"])
+        if hyperplanes is None:
+            raise ModelFileError(
+                f"only heads with one hyperplane per class can be exported, and {saved.head} has none; "
+                "fit another, such as logreg"
+            )
+        buffers = hyperplanes._asdict()
         if head.scaling == "standard":
             scaler = saved.pipeline.named_steps["scaler"]
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}

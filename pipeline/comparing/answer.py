@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pipeline.comparing.folder import Judged, Record
+from pipeline.comparing.folder import Record
 from pipeline.comparing.methods import FINETUNE, HEAD, Board, Score, best_of, is_validated
 from pipeline.comparing.paired import LEVEL, Paired, compare_scores
+from pipeline.evaluation.predictions import Predictions
 
-Judge = Callable[[str], Judged]
+Judge = Callable[[str], Predictions]
 Costs = Mapping[tuple[str, str], float]
 """Seconds that the extraction of all images takes, by source and backbone."""
 

@@ -24,15 +24,6 @@ DECODED = 250
 """Photos a second and core."""
 START = 3.0
 """Seconds to load a network."""
-SECONDS_A_VALUE = {
-    "logreg": 1.2e-6,
-    "linear_svm": 1.5e-5,
-    "rbf_svm": 3e-6,
-    "knn": 2e-8,
-    "centroid": 1e-8,
-    "ridge": 1e-7,
-}
-"""Seconds of a fit, its search included, by training rows times features."""
 TRAINED_SHARE = {"all": 0.01, "none": 1.0}
 """Share of a network's operations that training repeats every epoch; about half of it above a line."""
 BACKWARD = 3
@@ -76,14 +67,15 @@ def plan_extraction(extraction: Extraction, found: Features, images: ImageSource
 
 def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
     """Guess what a fit takes, from others with the same head and number of labels where there are some."""
-    family = fit.head.partition("/")[0]
+    from pipeline.heads.registry import find_head
+
     alike = [
         record["seconds"]
         for record in folder.records.values()
         if (record["head"], record["shots"]) == (fit.head, fit.shots)
     ]
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
-    guess = SECONDS_A_VALUE[family] * _rows(images, fit.shots) * dim
+    guess = find_head(fit.head).family.cost * _rows(images, fit.shots) * dim
     return Planned(str(fit), done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 

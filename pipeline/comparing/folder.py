@@ -11,42 +11,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from features_cache import nearest
 from features_cache.lock import WriterLock
 from features_cache.whole import replacing
 from pipeline.errors import RunFolderError
+from pipeline.evaluation.predictions import Predictions
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """What one model said about each test image, as kept.
-
-    Parameters
-    ----------
-    uris : (n,) str
-    y_true, y_pred : (n,) int64
-    probability : (n,) float32 or None
-        That of the predicted class.
-    """
-
-    uris: NDArray[np.str_]
-    y_true: NDArray[np.int64]
-    y_pred: NDArray[np.int64]
-    probability: NDArray[np.float32] | None
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether each image was labelled right, (n,)."""
-        return np.asarray(self.y_true == self.y_pred)
 
 
 class RunFolder:
@@ -95,10 +71,12 @@ class RunFolder:
         """Tell whether a job is finished, its predictions included."""
         return key in self.records and self._predictions(key).exists()
 
-    def append(self, record: Record, judged: Judged) -> None:
+    def append(self, record: Record, predictions: Predictions) -> None:
         """Keep a finished result; on return it is on disk."""
+        columns: dict[str, Any] = {"uris": predictions.uris, "y_true": predictions.y_true, "y_pred": predictions.y_pred}
+        if predictions.probability is not None:
+            columns["probability"] = predictions.probability.astype(np.float32)
         with _explained(self.path, "write"):
-            columns = {name: value for name, value in vars(judged).items() if value is not None}
             with replacing(self._predictions(record["key"])) as draft:
                 np.savez_compressed(draft, **columns)
             _append(self.results, [record])
@@ -114,12 +92,12 @@ class RunFolder:
             self.records = {key: record for key, record in self.records.items() if key in wanted}
             self.write("results.jsonl", _lines(self.records.values()))
 
-    def judged(self, key: str) -> Judged:
+    def judged(self, key: str) -> Predictions:
         """Return what a finished model said about its test images; raises `RunFolderError` where that is damaged."""
         file = self._predictions(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
-                return Judged(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
         except RunFolderError:
             raise
         except Exception as error:  # damaged bytes make numpy's reader raise nearly anything

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
 from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
+from pipeline.evaluation.predictions import Predictions
 
 LEVEL = 0.05
 
@@ -35,7 +35,7 @@ class Paired:
 
 
 def compare_scores(
-    a: Score, b: Score, judged: Callable[[str], Judged], judged_b: Callable[[str], Judged] | None = None
+    a: Score, b: Score, judged: Callable[[str], Predictions], judged_b: Callable[[str], Predictions] | None = None
 ) -> Paired | None:
     """Compare two methods on what they share.
 

@@ -18,7 +18,7 @@ from pipeline.images.sources.registry import ImageSource
 from pipeline.results import ExtractResult, FitResult, Progress, to_json
 
 if TYPE_CHECKING:
-    from pipeline.heads.predictions import TestPredictions
+    from pipeline.evaluation.predictions import Predictions
 
 
 def run(work: Work) -> None:
@@ -139,7 +139,7 @@ def _fit(work: Work, found: Features, block: Mapping[Fit, str]) -> None:
     source = work.images[first.source]
     places = depths(first.request, tuple(found.dims))
 
-    def keep(result: FitResult, predictions: TestPredictions) -> None:
+    def keep(result: FitResult, predictions: Predictions) -> None:
         key = keys[result.layer, result.head, result.seed, result.shots]
         part = result.layer.split("+")[0]
         spec = found.files[part].layers[part].spec

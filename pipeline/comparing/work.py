@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
-from pipeline.comparing.folder import Judged, Record, RunFolder
+from pipeline.comparing.folder import Record, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Line, Plan
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 
 if TYPE_CHECKING:
-    from pipeline.heads.predictions import TestPredictions
+    from pipeline.evaluation.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,9 @@ class Work:
             keys |= set(self.fits(extraction, found).values())
         return keys == set(self.folder.records) and all(map(self.folder.has, keys))
 
-    def keep(self, record: Record, said: TestPredictions) -> None:
+    def keep(self, record: Record, predictions: Predictions) -> None:
         """Keep a result on disk, and tell how far the work is."""
-        probability = None if said.probability is None else said.probability.astype(np.float32)
-        self.folder.append(record, Judged(said.uris, said.y_true, said.y_pred, probability))
+        self.folder.append(record, predictions)
         self.computed += 1
         self.tell()
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.comparing.answer import percent
-from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
+from pipeline.evaluation.predictions import Predictions
 from pipeline.reporting.charts.reliability import reliability
 from pipeline.reporting.page.method_charts import MOST_LINES, Chart
 from pipeline.reporting.page.svg import GRID, INK, MARKERS, QUIET, SERIES, legend_above, themed, to_svg
@@ -17,7 +17,7 @@ from pipeline.reporting.page.svg import GRID, INK, MARKERS, QUIET, SERIES, legen
 MOST_BARS = 20
 
 
-def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: Sequence[str]) -> Chart | None:
+def class_chart(scores: Sequence[Score], judged: Mapping[str, Predictions], classes: Sequence[str]) -> Chart | None:
     """Share of each class that is found, a mark for each method; of many classes the hardest; None without any."""
     found = {}
     for score in scores:
@@ -52,7 +52,7 @@ def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: 
     return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
 
 
-def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> Chart | None:
+def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Predictions]) -> Chart | None:
     """How often a method is right when it is so sure; None where no method gives probabilities.
 
     Probabilities are those that `predict` tells: calibrated where that could be done.
@@ -88,7 +88,7 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> 
     return Chart("Can its probabilities be trusted?", caption, svg, ("method", "sure", "right", "images"), rows)
 
 
-def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str], layer: str) -> Chart:
+def map_chart(places: NDArray[np.float64], said: Predictions, classes: Sequence[str], layer: str) -> Chart:
     """Test images as t-SNE lays out their features, (n, 2), coloured by class, mistakes ringed."""
     counts = np.bincount(said.y_true, minlength=len(classes))
     rows = []
