@@ -9,13 +9,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # What stands in a later rank may import what stands in an earlier one; within a rank only siblings of one package.
 RANKS = [
     {"features_cache"},
-    {"pipeline.arrays", "pipeline.errors", "pipeline.spec", "pipeline.results", "pipeline.model_file"},
+    {
+        "pipeline.arrays",
+        "pipeline.errors",
+        "pipeline.spec",
+        "pipeline.results",
+        "pipeline.options",
+        "pipeline.model_file",
+    },
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},
     {"pipeline.extract"},
     {"pipeline.finetuning", "pipeline.diagnostics"},
-    {"pipeline.options"},
     {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
     {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
     {"pipeline.reporting"},

@@ -233,8 +233,8 @@ def test_one_decode_serves_plain_and_views(backbone: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"views": 3}, "views are of augmented images; name an augmentation, such as --augment crop"),
-        ({"views": 0, "augment": "crop"}, "views is a whole number from 1 on, got 0"),
+        ({"views": 3}, "nothing is augmented; name an augmentation, such as augment crop"),
+        ({"views": 0, "augment": "crop"}, "views: expected a whole number, at least 1, got 0"),
     ],
 )
 def test_views_that_cannot_be_are_refused(options: dict[str, Any], parts: str) -> None:

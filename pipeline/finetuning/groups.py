@@ -12,7 +12,7 @@ from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import TOP_LAYER
 from pipeline.errors import FitError
 from pipeline.finetuning.network import Network, layer_name
-from pipeline.finetuning.recipe import TOPS
+from pipeline.options import TOPS
 
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 

@@ -32,7 +32,7 @@ class Network(nn.Module):
     freeze : str
         ``"all"``, ``"none"``, or the layer up to which (itself too) everything is frozen.
     top : str
-        One of `pipeline.finetuning.recipe.TOPS`.
+        One of `pipeline.options.TOPS`.
     classes : int
         Number of logits.
 
