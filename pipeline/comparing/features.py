@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from features_cache import CacheFile, Catalog, open_cache
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import TRAINING_RULES, Request, fingerprint_of
+from pipeline.invalidation import stage_key
+from pipeline.spec import Request, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -78,20 +77,17 @@ def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
 
 def fit_key(fit: Fit, features: Features, source: str) -> str:
     """Return a digest of all that a fit's result depends on, and of the name of its source."""
-    parts = [features.files[name] for name in fit.layer.split("+")]
-    names = zip(fit.layer.split("+"), parts, strict=True)
-    return fingerprint_of(
-        {
-            "kind": "head",
-            "source": source,
-            "rules": _rules(),
-            "rows": [_rows_digest(file) for file in dict.fromkeys(parts)],
-            "layers": [file.layers[name].fingerprint for name, file in names],
-            "head": fit.head.removesuffix("/standard"),
-            "options": fit.options,
-            "seed": fit.seed,
-            "shots": fit.shots,
-        }
+    names = fit.layer.split("+")
+    files = [features.files[name] for name in names]
+    return stage_key(
+        "head",
+        source=source,
+        rows=[_rows_digest(file) for file in dict.fromkeys(files)],
+        layers=[file.layers[name].fingerprint for name, file in zip(names, files, strict=True)],
+        head=fit.head.removesuffix("/standard"),
+        options=fit.options,
+        seed=fit.seed,
+        shots=fit.shots,
     )
 
 
@@ -102,23 +98,15 @@ def listing_digest(images: ImageSource) -> str:
 
 def finetune_key(job: Finetune, source: str, listing: str) -> str:
     """Return a digest of all that a fine-tune's result depends on, its source's `listing_digest` among it."""
-    return fingerprint_of(
-        {
-            "kind": "finetune",
-            "source": source,
-            "rules": [*_rules(), version("torch")],
-            "rows": listing,
-            "options": job.options,
-            "weights": weights_file_digest(str(dict(job.options)["backbone"])),
-            "seed": job.seed,
-            "shots": job.shots,
-        }
+    return stage_key(
+        "finetune",
+        source=source,
+        rows=listing,
+        options=job.options,
+        weights=weights_file_digest(str(dict(job.options)["backbone"])),
+        seed=job.seed,
+        shots=job.shots,
     )
-
-
-@cache
-def _rules() -> list[Any]:
-    return [TRAINING_RULES, version("thawline"), version("scikit-learn")]
 
 
 @cache  # one file stands for hundreds of fits
