@@ -33,7 +33,7 @@ def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json:
     with progress_bar() as progress:
         report = run(plan, output, against=against, progress=progress)
     if as_json:
-        print_json(asdict(report))
+        print_json(asdict(report) | {"results": [result.to_json() for result in report.results]})
     else:
         from pipeline.reporting.terminal.compare_tables import against_lines, score_table
 
