@@ -13,6 +13,7 @@ RANKS = [
         "pipeline.arrays",
         "pipeline.errors",
         "pipeline.spec",
+        "pipeline.invalidation",
         "pipeline.results",
         "pipeline.options",
         "pipeline.model_file",

@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 
 from features_cache import CacheLockedError
 from pipeline.compare import CompareReport, compare, dry_run
-from pipeline.comparing import work
+from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
@@ -28,6 +28,7 @@ from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.comparing.plan import read_plan
+from pipeline.comparing.records import ExtractionCost, JobResult, RunInfo
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.evaluation.predictions import Predictions
@@ -39,7 +40,7 @@ from pipeline.reporting.page.method_charts import pareto
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
 from pipeline.reporting.page.pictures import lay_out
 from pipeline.reporting.terminal import progress
-from pipeline.results import silent, to_json
+from pipeline.results import FinetuneResult, silent, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Thawline = Callable[..., Any]
@@ -96,7 +97,7 @@ def test_a_run_holds_what_fit_returns(finished: CompareReport, photos: Path) -> 
     run = photos.parent / "run"
     assert (finished.computed, finished.reused, finished.failures) == (16, 0, [])
     records = lines_of(run)
-    assert finished.results == records
+    assert [result.to_json() for result in finished.results] == records
 
     alone = fit(run / "cache", heads=["logreg", "centroid"], seeds=[0, 1], shots=[2, "all"], jobs=1)
     same = ("backbone", "layer", "head", "seed", "shots", "n_train", "n_val", "n_test", "accuracy", "macro_f1")
@@ -144,7 +145,7 @@ def test_after_a_kill_only_the_rest_is_done(plan: Path, run: Path) -> None:
 
 def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.jsonl").write_text('{"key": "a"}\nnonsense\n')
+    (tmp_path / "run" / "results.jsonl").write_text(f"{json.dumps(record('a').to_json())}\nnonsense\n")
     with pytest.raises(RunFolderError, match="line 2"):
         compare(plan, tmp_path / "run")
 
@@ -152,18 +153,19 @@ def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_damage_and_do_not_shift_what_is_cut_off(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     results.write_bytes(b'{"key": "\xff"}\n{"key": "to')
-    with pytest.raises(RunFolderError, match="line 1: expected a result"), RunFolder(tmp_path).claim():
+    with pytest.raises(RunFolderError, match="line 1 is damaged: expected JSON"), RunFolder(tmp_path).claim():
         pass
-    results.write_text('{"key": "ä"}\n{"key": "to')
+    line = json.dumps(record("ä").to_json(), ensure_ascii=False) + "\n"
+    results.write_text(line + '{"key": "to')
     with RunFolder(tmp_path).claim():
-        assert results.read_text() == '{"key": "ä"}\n'
+        assert results.read_text() == line
 
 
 def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     said = Predictions(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
     with folder.claim():
-        folder.append({"key": "one"}, said)
+        folder.append(record("one"), said)
     assert not folder.judged("one").right.any()
     file = tmp_path / "predictions" / "one.npz"
     file.write_bytes(file.read_bytes()[:-40])
@@ -206,8 +208,8 @@ def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
     tunes = read_plan(tmp_path / "tunes.toml")
     sources = open_sources(tunes)
     listed: list[Any] = []
-    monkeypatch.setattr(work, "listing_digest", lambda images: listed.append(images) or "digest")
-    jobs = work.Work(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    monkeypatch.setattr(comparison, "listing_digest", lambda images: listed.append(images) or "digest")
+    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
     assert len({key for _, key in jobs.values()}) == 3
     assert listed == list(sources.values())
 
@@ -272,7 +274,7 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
     report = compare(plan, run, progress=lambda *call: told.append(call[:2]) if call[2] == "all jobs" else None)
     assert (report.computed, report.reused, len(report.failures)) == (4, 0, 4)
     assert told == [(done, 8) for done in (5, 6, 7, 8)], "what failed counts on both sides"
-    assert {record["source"] for record in report.results} == {"others"}
+    assert {one.source for one in report.results} == {"others"}
 
 
 def test_features_that_are_there_under_another_request_are_used_once(plan: Path, photos: Path, tmp_path: Path) -> None:
@@ -311,9 +313,9 @@ head = "centroid"
     report = compare(plan, tmp_path / "run")
     best = boards(report.results)[0].best("head")
     assert best is not None
-    assert drawn == [best.first["size"]]
-    depth = {record["layer"]: record["depth"] for record in report.results if record["layer"] != "input"}
-    assert sorted(depth, key=depth.__getitem__) == ["layer1", "layer4", "penultimate"]
+    assert [tuple(size) for size in drawn] == [best.method.size]
+    deep = sorted((one.depth or 0, one.result.layer) for one in report.results if one.result.layer != "input")
+    assert list(dict.fromkeys(layer for _, layer in deep)) == ["layer1", "layer4", "penultimate"]
 
 
 def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +334,7 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
         calls.append((seeds, shots, options["freeze"], options["backbone"]))
         made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots, jobs=1)
         return Report(
-            [replace(result, kind="finetune") for result in made.results],
+            [FinetuneResult(**vars(result) | tuned) for result in made.results],
             made.predictions,
             made.notes,
             made.classes,
@@ -341,14 +343,12 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
-    tuned = {"freeze": "all", "validation_accuracy": 0.6}
-    known = "pipeline.comparing.run.to_json"
-    monkeypatch.setattr(known, lambda result: to_json(result) | (tuned if result.kind == "finetune" else {}))
+    tuned = {"kind": "finetune", "freeze": "all", "validation_accuracy": 0.6}
     plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "test_resnet@random:0"\nsize = 32\nseed = 0\n')
     report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
-    records = [record for record in report.results if record["kind"] == "finetune"]
-    assert [record["options"]["epochs"] for record in records] == [Recipe.epochs] * 2
+    tunes = [one for one in report.results if one.result.kind == "finetune"]
+    assert [one.options["epochs"] for one in tunes] == [Recipe.epochs] * 2
     assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
 
 
@@ -368,7 +368,7 @@ def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> Non
         'size = 32\n[[fit]]\nhead = "centroid"\n'
     )
     report = compare(plan, tmp_path / "run")
-    assert [record["source"] for record in report.results] == [str(photos), str(second)]
+    assert [one.source for one in report.results] == [str(photos), str(second)]
     page = Path(report.files["report"]).read_text()
     assert str(second) in page
     assert page.count("<h1>") == 1
@@ -381,17 +381,23 @@ def test_against_another_run_names_what_changed(
     same = compare(plan, run, against=one).against
     assert same is not None
     assert (same.compared, same.changed) == (8, [])
-    assert "0 of 8 methods changed" in thawline("compare", plan, "-o", run, "--against", one).stdout
+    assert "0 of 8 methods changed by more than noise" in thawline("compare", plan, "-o", run, "--against", one).stdout
     thawline("compare", plan, "-o", run, "--against", photos.parent / "rnu").assert_one_line("rnu", "run")
 
 
-def record(key: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
+    """A result as a line of results.jsonl holds it, with changes."""
     known = {
         "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg", "head": "logreg",
-        "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2, "accuracy": 0.5,
-        "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
+        "params": {}, "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2,
+        "accuracy": 0.5, "accuracy_ci95": [0.3, 0.7], "mean_per_class_accuracy": 0.5, "macro_f1": 0.5,
+        "log_loss": None, "ece": None, "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
     }  # fmt: skip
-    return {**known, **changes}
+    return JobResult.from_json({**known, **changes})
+
+
+def names_of(records: list[JobResult]) -> list[str]:
+    return list(dict.fromkeys(score.name for score in boards(records)[0].scores.values()))
 
 
 def said(right: np.ndarray, first: int = 0) -> Predictions:
@@ -459,7 +465,7 @@ def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int,
 def test_the_answer_says_whether_the_difference_is_real() -> None:
     level = verdict({5: 0.5, "all": 0.9}, {5: 0.4, "all": 0.95}, (18, 19))
     assert level.headline == "Freeze: fine-tuning is not measurably better here, and takes 20 times as long"
-    assert "cannot be told from chance" in " ".join(level.sentences)
+    assert "which may be chance" in " ".join(level.sentences)
     assert "50.0 % frozen and 40.0 % fine-tuned; from all labels on fine-tuning is ahead" in level.sentences[-1]
 
     better = verdict({5: 0.5, "all": 0.5}, {5: 0.6, "all": 1.0}, (10, 20))
@@ -475,20 +481,19 @@ def test_fewer_labels_are_compared_where_fine_tuning_had_no_more() -> None:
     assert found.headline == "Fine-tune: it is 50.0 points better here"
     assert "at 5 labels a class" in found.sentences[0]
     assert "no number of labels in common" in verdict({"all": 0.9}, {5: 1.0}, (10, 20)).sentences[-1]
-    assert "No fine-tuning stands beside it" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
+    assert "Nothing was fine-tuned" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
 
 
 @pytest.mark.parametrize(("freeze", "expected"), [("none", 1.0), ("all", 3.0), ("layer1", 3.0), (None, 3.0)])
 def test_whatever_freezes_pays_for_the_extraction(freeze: str | None, expected: float) -> None:
     kind = {} if freeze is None else {"kind": "finetune", "freeze": freeze, "options": {}}
     (score,) = boards([record("x", **kind)])[0].scores.values()
-    noted = {"backbone": "a", "rows": 20, "computed": 10}
-    entries = {
-        "small.h5": {"source": "photos", "seconds": 0.1, **noted},
-        "large.h5": {"source": "photos", "seconds": 1.0, **noted},
-        "other.h5": {"source": "drawings", "seconds": 100.0, **noted},
+    costs = {
+        "small.h5": ExtractionCost(10, 0.1, "photos", "a", rows=20),
+        "large.h5": ExtractionCost(10, 1.0, "photos", "a", rows=20),
+        "other.h5": ExtractionCost(10, 100.0, "drawings", "a", rows=20),
     }
-    assert seconds(score, extraction_seconds({"extractions": entries})) == expected
+    assert seconds(score, extraction_seconds(RunInfo(extractions=costs))) == expected
 
 
 def test_methods_are_chosen_by_validation_not_by_test() -> None:
@@ -497,25 +502,23 @@ def test_methods_are_chosen_by_validation_not_by_test() -> None:
     )[0]
     best = board.best("head")
     assert best is not None
-    assert best.method == "logreg on c"
+    assert best.name == "logreg on c"
 
 
 def test_an_option_that_only_one_method_has_tells_them_apart() -> None:
     tuned = {"kind": "finetune", "freeze": "all"}
     records = [record("x", options={"lr": 0.1}, **tuned), record("y", options={"lr": 0.1, "views": 4}, **tuned)]
-    names = [method for method, _ in boards(records)[0].scores]
-    assert names == ["new top trained by backprop", "new top trained by backprop, views 4"]
+    assert names_of(records) == ["new top trained by backprop", "new top trained by backprop, views 4"]
 
 
 def test_heads_that_differ_in_how_they_are_tested_have_names_of_their_own() -> None:
     records = [record("x"), record("y", cv=3), record("z", cv=5), record("w", drop_leaks=True)]
     names = ["logreg on b", "logreg on b, 3-fold", "logreg on b, 5-fold", "logreg on b, leaks dropped"]
-    assert boards(records)[0].methods == names
+    assert names_of(records) == names
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:
-    plain = boards([record("x"), record("y", layer="c")])[0]
-    assert plain.methods == ["logreg on b", "logreg on c"]
+    assert names_of([record("x"), record("y", layer="c")]) == ["logreg on b", "logreg on c"]
     tune = {"kind": "finetune", "freeze": "blocks.4"}
     records = [
         record("x"),
@@ -523,7 +526,7 @@ def test_names_say_what_differs_and_nothing_else() -> None:
         record("t", **tune, options={"lr": 0.1, "epochs": 3}),
         record("u", **tune, options={"lr": 0.2, "epochs": 3}),
     ]
-    assert boards(records)[0].methods == [
+    assert names_of(records) == [
         "logreg on b, a, avg",
         "logreg on b, z, max",
         "fine-tuned above blocks.4, lr 0.1, a",

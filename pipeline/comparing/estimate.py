@@ -62,7 +62,7 @@ def plan_extraction(extraction: Extraction, found: Features, images: ImageSource
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
     if found.complete:
         return Planned(job, True, 0.0, 0)
-    measured = extraction_seconds(folder.read_json("run.json")).get((images.name, asked.backbone))
+    measured = extraction_seconds(folder.read_info()).get((images.name, asked.backbone))
     flops, speed = operations(asked.backbone, asked.size), _speed()
     n_images, cores = len(images.items), os.cpu_count() or 1
     guess = START + n_images * (flops / speed + 1 / (DECODED * cores))
@@ -74,9 +74,9 @@ def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder:
     from pipeline.heads.registry import find_head
 
     alike = [
-        record["seconds"]
-        for record in folder.records.values()
-        if (record["head"], record["shots"]) == (fit.head, fit.shots)
+        job.result.seconds
+        for job in folder.results.values()
+        if (job.result.head, job.result.shots) == (fit.head, fit.shots)
     ]
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
     guess = find_head(fit.head).family.cost * _rows(images, fit.shots) * dim

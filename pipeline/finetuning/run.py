@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,8 @@ from pipeline.finetuning.plan import Plan
 from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import Trained, standardise, train
-from pipeline.spec import DECODE_POLICY, NO_AUGMENT, TRAINING_RULES, fingerprint_of
+from pipeline.invalidation import stage_key
+from pipeline.spec import NO_AUGMENT
 
 HEAD_EPOCHS = 10
 """Epochs of the new top alone, at most, where it trains first."""
@@ -77,10 +77,21 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     network.trunk_precision = material.trunk_precision
     network.precision = train_precision(network, material.resolved, plan.precision)
     name = f"{material.backbone.handle}, freeze {plan.freeze}, seed {seed}, shots {shots}"
-    key: list[Any] = [TRAINING_RULES, DECODE_POLICY, version("thawline"), version("torch")]
-    key += [plan.freeze, recipe.to_json(), plan.rate, network.precision, material.trunk_precision, plan.store]
-    key += [material.backbone.name, material.backbone.weights_digest, asdict(material.backbone.preprocessing)]
-    key += [device, seed, n_classes, _digest(table, splits)]
+    inputs: dict[str, Any] = {
+        "freeze": plan.freeze,
+        "recipe": recipe.to_json(),
+        "rate": plan.rate,
+        "precision": network.precision,
+        "trunk_precision": material.trunk_precision,
+        "store": plan.store,
+        "backbone": material.backbone.name,
+        "weights": material.backbone.weights_digest,
+        "preprocessing": asdict(material.backbone.preprocessing),
+        "device": device,
+        "seed": seed,
+        "n_classes": n_classes,
+        "rows": _digest(table, splits),
+    }
     with explained(plan.folder, "make the folder of checkpoints"):
         plan.folder.mkdir(parents=True, exist_ok=True)
     part, valid, test = _parts(material.reader, table, splits, recipe, seed)
@@ -90,12 +101,10 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     else:
         head = Network(material.backbone, ALL, recipe.top, n_classes)
         parts = _parts(material.features, table, splits, replace(recipe, augment=NO_AUGMENT), seed)
-        earlier = _train_head(head, n_classes, parts, plan, key, seed, device, name)
+        earlier = _train_head(head, n_classes, parts, plan, inputs, seed, device, name)
         network.new_head.load_state_dict(head.new_head.state_dict())
-        key = [*key, "head first"]
-    if plan.watch:
-        key = [*key, "watch"]  # what was trained without has no record
-    checkpoint = plan.folder / f"{fingerprint_of(key)}.pt"
+    key = stage_key("checkpoint", part="network", head_first=plan.head_first, watch=plan.watch, **inputs)
+    checkpoint = plan.folder / f"{key}.pt"
     trained = train(
         network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name,
         watch=plan.watch,
@@ -122,7 +131,7 @@ def _train_head(
     classes: int,
     parts: tuple[Part, Part | None, Part],
     plan: Plan,
-    key: Sequence[Any],
+    inputs: Mapping[str, Any],
     seed: int,
     device: str,
     name: str,
@@ -131,7 +140,7 @@ def _train_head(
     part, valid, _ = parts
     standardise(head, part, device)
     recipe = replace(plan.recipe, epochs=min(plan.recipe.epochs, HEAD_EPOCHS), layer_decay=1.0, lr_at=())
-    checkpoint = plan.folder / f"{fingerprint_of([*key, 'head'])}.pt"
+    checkpoint = plan.folder / f"{stage_key('checkpoint', part='new top', **inputs)}.pt"
     rate = recipe.rate(new_only=True)
     name = f"{name}, head"
     return train(head, recipe, rate, part, valid, classes, checkpoint, seed, device, plan.progress, name).earlier

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from matplotlib.ticker import LogLocator
 from numpy.typing import NDArray
 
-from pipeline.comparing.answer import Costs, duration, percent, seconds
-from pipeline.comparing.methods import HEAD, Board, Score, best_of
+from pipeline.comparing.answer import ExtractionTimes, duration, percent, seconds
+from pipeline.comparing.methods import Board, Method, Score, best_of
+from pipeline.comparing.records import HEAD
 from pipeline.reporting.page.svg import GRID, INK, MARKERS, QUIET, SERIES, legend_above, themed, to_svg
 
 MOST_LINES = len(SERIES)
@@ -43,16 +44,15 @@ class Chart:
 
 def depth_chart(board: Board) -> Chart | None:
     """Accuracy against depth, a line for each backbone under its best head; None where no backbone has two layers."""
-    lines: dict[str, list[Score]] = {}
+    lines: dict[Method, list[Score]] = {}
     for score in board.at(board.shots[-1], HEAD):
-        lines.setdefault(_without_layer(score), []).append(score)
-    pools = {score.first["pool"] for scores in lines.values() for score in scores}
-    telling = ("backbone", "pool") if len(pools) > 1 else ("backbone",)
+        lines.setdefault(replace(score.method, layer=""), []).append(score)
+    several_pools = len({method.pool for method in lines}) > 1
     backbones: dict[str, list[Score]] = {}
-    for scores in lines.values():
-        deep = [score for score in scores if score.first["layer"] != "input" and score.first.get("depth") is not None]
-        ordered = sorted(deep, key=lambda score: score.first["depth"])
-        key = ", ".join(str(scores[0].first[name]) for name in telling)
+    for method, scores in lines.items():
+        deep = [score for score in scores if score.method.layer != "input" and score.first.depth is not None]
+        ordered = sorted(deep, key=lambda score: score.first.depth or 0)
+        key = f"{method.backbone}, {method.pool}" if several_pools else method.backbone
         if len(ordered) > 1 and (key not in backbones or _peak(ordered) > _peak(backbones[key])):
             backbones[key] = ordered
     if not backbones:
@@ -65,8 +65,8 @@ def depth_chart(board: Board) -> Chart | None:
             means = [score.accuracy for score in scores]
             lows, highs = zip(*(score.interval for score in scores), strict=True)
             best = int(np.argmax(means))
-            peak = f"{scores[best].first['layer']} {100 * means[best]:.1f}"
-            label = f"{name}, {scores[0].first['head']}: {peak}"
+            peak = f"{scores[best].method.layer} {100 * means[best]:.1f}"
+            label = f"{name}, {scores[0].method.head}: {peak}"
             color = SERIES[number]
             axes.fill_between(depth, lows, highs, color=color, alpha=0.13, linewidth=0)
             axes.plot(depth, means, color=color, marker=MARKERS[number], markersize=5, linewidth=1.8, label=label)
@@ -74,18 +74,18 @@ def depth_chart(board: Board) -> Chart | None:
             rows += [
                 (
                     name,
-                    score.first["head"],
-                    score.first["layer"],
+                    score.method.head,
+                    score.method.layer,
                     percent(score.accuracy),
                     *map(percent, score.interval),
                 )
                 for score in scores
             ]
-        raw = [score for score in board.at(board.shots[-1], HEAD) if score.first["layer"] == "input"]
+        raw = [score for score in board.at(board.shots[-1], HEAD) if score.method.layer == "input"]
         if raw:
             base = max(score.accuracy for score in raw)
             axes.axhline(base, color=QUIET, linestyle="--", linewidth=1, label=f"raw pixels {100 * base:.1f}")
-        depths = {tuple(score.first["layer"] for score in scores) for scores in shown.values()}
+        depths = {tuple(score.method.layer for score in scores) for scores in shown.values()}
         if len(depths) == 1 and len(names := depths.pop()) <= 12:
             axes.set_xticks(np.linspace(0, 1, len(names)), names, rotation=30, ha="right")
         else:
@@ -114,14 +114,14 @@ def labels_chart(board: Board) -> Chart | None:
             lows = [min(score.accuracies) for score in scores]
             highs = [max(score.accuracies) for score in scores]
             axes.fill_between(labels, lows, highs, color=SERIES[number], alpha=0.15, linewidth=0)
-            dashes = "-" if scores[0].first["kind"] == HEAD else "--"
+            dashes = "-" if scores[0].method.is_frozen else "--"
             means = [score.accuracy for score in scores]
             axes.plot(
                 labels, means, dashes, color=SERIES[number], marker=MARKERS[number], markersize=5, linewidth=1.8,
-                label=method,
+                label=scores[0].name,
             )  # fmt: skip
             rows += [
-                (method, score.shots, f"{label:.0f}", percent(score.accuracy), percent(low), percent(high))
+                (score.name, score.shots, f"{label:.0f}", percent(score.accuracy), percent(low), percent(high))
                 for score, label, low, high in zip(scores, labels, lows, highs, strict=True)
             ]
         axes.set_xscale("log")
@@ -137,16 +137,16 @@ def labels_chart(board: Board) -> Chart | None:
     return Chart("How many labels does it take?", caption, svg, columns, rows)
 
 
-def cost_chart(board: Board, extraction: Costs) -> Chart:
+def cost_chart(board: Board, extraction: ExtractionTimes) -> Chart:
     """Accuracy against seconds at the most labels, with the methods that nothing beats on both."""
     scores = board.at(board.shots[-1])
     costs = np.array([max(seconds(score, extraction), 1e-3) for score in scores])
     values = np.array([score.accuracy for score in scores])
     front = pareto(costs, values)
-    groups = list(dict.fromkeys(_group(score) for score in scores))[:MOST_LINES]
+    groups = list(dict.fromkeys(score.method.group for score in scores))[:MOST_LINES]
     with themed() as (figure, axes):
         for number, group in enumerate(groups):
-            own = [place for place, score in enumerate(scores) if _group(score) == group]
+            own = [place for place, score in enumerate(scores) if score.method.group == group]
             axes.scatter(
                 costs[own], values[own], s=26, color=SERIES[number], marker=MARKERS[number], label=group, alpha=0.75,
                 linewidths=0,
@@ -155,7 +155,7 @@ def cost_chart(board: Board, extraction: Costs) -> Chart:
         best = front[-1]
         left = np.log(costs[best] / costs.min()) < np.log(costs.max() / costs.min()) / 2
         axes.annotate(
-            scores[best].method, (costs[best], values[best]), (0, 8), textcoords="offset points",
+            scores[best].name, (costs[best], values[best]), (0, 8), textcoords="offset points",
             ha="left" if left else "right", fontsize=8, weight="bold",
         )  # fmt: skip
         if costs.max() > 3 * costs.min():
@@ -175,19 +175,19 @@ def cost_chart(board: Board, extraction: Costs) -> Chart:
     order = sorted(range(len(scores)), key=lambda place: costs[place])
     marked = set(front.tolist())
     rows = [
-        (scores[place].method, duration(costs[place]), percent(values[place]), "yes" if place in marked else "")
+        (scores[place].name, duration(costs[place]), percent(values[place]), "yes" if place in marked else "")
         for place in order
     ]
     caption = "The black line joins what nothing beats at once in time and in accuracy."
     return Chart("What does accuracy cost?", caption, svg, ("method", "time", "accuracy", "unbeaten"), rows)
 
 
-def contenders(board: Board, *, by_head: bool = True) -> list[str]:
+def contenders(board: Board, *, by_head: bool = True) -> list[Method]:
     """Return the best layer of each backbone (and of each of its heads), and every fine-tuning."""
-    groups: dict[str, list[Score]] = {}
+    groups: dict[str | Method, list[Score]] = {}
     for score in board.at(board.shots[-1]):
-        group = _group(score) if by_head else score.first["backbone"]
-        groups.setdefault(group if score.first["kind"] == HEAD else score.method, []).append(score)
+        group = score.method.group if by_head else score.method.backbone
+        groups.setdefault(group if score.method.is_frozen else score.method, []).append(score)
     best = [best_of(scores) for scores in groups.values()]
     return [score.method for score in best if score is not None]
 
@@ -200,22 +200,13 @@ def pareto(costs: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[n
     return np.asarray(order[rises])
 
 
-def _group(score: Score) -> str:
-    first = score.first
-    return f"{first['backbone']}, {first['head']}" if first["kind"] == HEAD else f"{first['backbone']}, fine-tuned"
-
-
-def _without_layer(score: Score) -> str:
-    return score.method.replace(f" on {score.first['layer']}", "", 1)
-
-
 def _peak(scores: Sequence[Score]) -> float:
     return max(score.accuracy for score in scores)
 
 
 def _labels_a_class(score: Score, board: Board) -> float:
-    classes = max(1, score.first.get("n_classes") or 1)
-    return float(score.shots) if score.shots != "all" else (score.first["n_train"] + score.first["n_val"]) / classes
+    result, classes = score.first.result, max(1, score.first.n_classes)
+    return float(score.shots) if score.shots != "all" else (result.n_train + result.n_val) / classes
 
 
 def _percent_axis(axes: Any, label: str) -> None:

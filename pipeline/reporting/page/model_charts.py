@@ -21,10 +21,10 @@ def class_chart(scores: Sequence[Score], judged: Mapping[str, Predictions], clas
     """Share of each class that is found, a mark for each method; of many classes the hardest; None without any."""
     found = {}
     for score in scores:
-        said = judged[score.first["key"]]
+        said = judged[score.first.key]
         totals = np.bincount(said.y_true, minlength=len(classes))
         right = np.bincount(said.y_true[said.right], minlength=len(classes))
-        found[score.method] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
+        found[score.name] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
     worst = np.argsort(-next(iter(found.values())), kind="stable")
     worst = worst[totals[worst] > 0][-MOST_BARS:]
     with themed(5.4, max(2.6, 0.9 + 0.2 * len(worst))) as (figure, axes):
@@ -62,16 +62,16 @@ def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Predictions]
     with themed(5.4, 3.5) as (figure, axes):
         axes.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1, label="as sure as right")
         for score in scores[:MOST_LINES]:
-            said = judged[score.first["key"]]
+            said = judged[score.first.key]
             if said.probability is None:
                 continue
             sure, right, counts = reliability(said.probability, said.right)
             axes.plot(
                 sure, right, color=SERIES[drawn], marker=MARKERS[drawn], markersize=5, linewidth=1.8,
-                label=f"{score.method}: {_errors(score)}",
+                label=f"{score.name}: {_errors(score)}",
             )  # fmt: skip
             rows += [
-                (score.method, percent(s), percent(r), int(c))
+                (score.name, percent(s), percent(r), int(c))
                 for s, r, c in zip(sure, right, counts[counts > 0], strict=True)
             ]
             drawn += 1
@@ -115,5 +115,5 @@ def map_chart(places: NDArray[np.float64], said: Predictions, classes: Sequence[
 
 def _errors(score: Score) -> str:
     """Return the calibration error, before and after calibration where there was one."""
-    before, after = score.first["ece"], score.first.get("ece_calibrated")
+    before, after = score.first.result.ece, score.first.result.ece_calibrated
     return f"error {before:.3f}" if after is None else f"error {after:.3f}, uncalibrated {before:.3f}"

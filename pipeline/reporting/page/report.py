@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from features_cache import UNREADABLE, CacheFile
 from pipeline.comparing.answer import (
     Answer,
-    Costs,
+    ExtractionTimes,
     answer,
     duration,
     extraction_seconds,
@@ -25,8 +25,9 @@ from pipeline.comparing.answer import (
 )
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
-from pipeline.comparing.methods import HEAD, Board, Score, boards, shots_order
+from pipeline.comparing.methods import Board, Score, boards, shots_order
 from pipeline.comparing.paired import LEVEL, compare_scores
+from pipeline.comparing.records import RunInfo
 from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
 from pipeline.evaluation.predictions import Predictions
@@ -101,9 +102,9 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     seen : dict of str to Seen
         By source name.
     """
-    run = folder.read_json("run.json")
-    extraction = extraction_seconds(run)
-    found = boards(folder.records.values())
+    info = folder.read_info()
+    extraction = extraction_seconds(info)
+    found = boards(folder.results.values())
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
@@ -117,25 +118,25 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
         chapters=chapters,
         table=_table(found, extraction),
         several=len(found) > 1,
-        run=run,
-        costs=_costs(run),
+        info=info,
+        costs=_costs(info),
         plan=plan_text,
-        cells=len(folder.records),
+        n_results=len(folder.results),
         percent=percent,
         duration=duration,
     )
 
 
-def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extraction: Costs) -> Chapter:
+def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extraction: ExtractionTimes) -> Chapter:
     album = Album(seen.images)
     verdict = answer(board, folder.judged, extraction)
     classes = seen.images.classes
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
-    said = {score.first["key"]: folder.judged(score.first["key"]) for score in chosen}
+    said = {score.first.key: folder.judged(score.first.key) for score in chosen}
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
     charts += [class_chart(chosen, said, classes), calibration_chart(chosen, said)]
     if verdict.frozen is not None:
-        charts.append(_map(verdict.frozen, seen, said[verdict.frozen.first["key"]]))
+        charts.append(_map(verdict.frozen, seen, said[verdict.frozen.first.key]))
     unreadable = _unreadable(seen.files)
     return Chapter(
         board.source,
@@ -143,31 +144,27 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
         verdict,
         [chart for chart in charts if chart is not None],
         _differences(board, folder),
-        [_model(score, said[score.first["key"]], classes, album) for score in chosen],
+        [_model(score, said[score.first.key], classes, album) for score in chosen],
         leaks(seen.files[0], album) if seen.files else None,
         unreadable[:MOST_UNREADABLE],
         len(unreadable),
     )
 
 
-def _table(found: Sequence[Board], extraction: Costs) -> list[dict[str, Any]]:
+def _table(found: Sequence[Board], extraction: ExtractionTimes) -> list[dict[str, Any]]:
     """Return one row for each method and number of labels, the most accurate first."""
     scores = [(board.source, score) for board in found for score in board.scores.values()]
     scores.sort(key=lambda pair: (shots_order(pair[1].shots), pair[1].accuracy), reverse=True)
     rows = []
     for source, score in scores:
         low, high = score.interval
-        first = score.first
         rows.append(
             {
                 "source": source,
-                "kind": "frozen" if first["kind"] == HEAD else "fine-tuned",
-                "backbone": first["backbone"],
-                "layer": first["layer"] if first["kind"] == HEAD else first["freeze"],
-                "head": first["head"],
-                "method": score.method,
+                "kind": "frozen" if score.method.is_frozen else "fine-tuned",
+                "method": score.name,
                 "shots": score.shots,
-                "seeds": len(score.records),
+                "seeds": len(score.by_seed),
                 "accuracy": score.accuracy,
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
                 "per_class": score.mean("mean_per_class_accuracy"),
@@ -175,7 +172,7 @@ def _table(found: Sequence[Board], extraction: Costs) -> list[dict[str, Any]]:
                 "log_loss": _told(score, "log_loss"),
                 "ece": _told(score, "ece"),
                 "seconds": seconds(score, extraction),
-                "converged": all(record["converged"] for record in score.records.values()),
+                "converged": all(job.result.converged for job in score.by_seed.values()),
             }
         )
     return rows
@@ -200,7 +197,7 @@ def _differences(board: Board, folder: RunFolder) -> Differences | None:
     for ((a, b), test), p in zip(known, adjusted, strict=True):
         for row, column, sign in ((a, b, 1), (b, a, -1)):
             cells[row][column] = (points(sign * test.difference), p_text(p), p < LEVEL)
-    return Differences([score.method for score in scores], cells)
+    return Differences([score.name for score in scores], cells)
 
 
 def _model(score: Score, said: Predictions, classes: Sequence[str], album: Album) -> Model:
@@ -215,16 +212,16 @@ def _model(score: Score, said: Predictions, classes: Sequence[str], album: Album
         rows.append((name, true, shown, precision, f1, recall))
     rows.sort(key=lambda row: row[5])
     matrix = confusion_counts(said.y_true, said.y_pred, len(classes)).tolist() if len(classes) <= MOST_CLASSES else []
-    seed = f", seed {score.first['seed']}" if len(score.records) > 1 else ""
-    return Model(f"{score.method}{seed}", rows, classes, matrix, worst_confusions(said, classes, album))
+    seed = f", seed {score.first.result.seed}" if len(score.by_seed) > 1 else ""
+    return Model(f"{score.name}{seed}", rows, classes, matrix, worst_confusions(said, classes, album))
 
 
 def _map(score: Score, seen: Seen, said: Predictions) -> Chart | None:
-    features = seen.features.get(score.first["key"])
+    features = seen.features.get(score.first.key)
     if features is None or len(said.uris) < 5:
         return None
-    places, shown = lay_out(features, score.first["layer"], said)
-    return map_chart(places, shown, seen.images.classes, score.first["layer"])
+    places, shown = lay_out(features, score.method.layer, said)
+    return map_chart(places, shown, seen.images.classes, score.method.layer)
 
 
 def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
@@ -235,15 +232,10 @@ def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
-def _costs(run: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
+def _costs(info: RunInfo) -> list[tuple[str, int, str, str]]:
     """Return what each extraction took: backbone, images computed, time and rate."""
     return [
-        (
-            entry["backbone"],
-            entry["computed"],
-            duration(entry["seconds"]),
-            f"{entry['computed'] / entry['seconds']:.0f}",
-        )
-        for entry in run["extractions"].values()
-        if entry["computed"]
+        (cost.backbone, cost.computed, duration(cost.seconds), f"{cost.computed / cost.seconds:.0f}")
+        for cost in info.extractions.values()
+        if cost.computed
     ]

@@ -1,4 +1,4 @@
-"""What a plan asks for, and how far it is."""
+"""A comparison in progress: what its plan asks for, and what of that is done."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
-from pipeline.comparing.folder import Record, RunFolder
+from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Line, Plan
+from pipeline.comparing.records import Failure, JobResult
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 
@@ -18,17 +19,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.predictions import Predictions
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A job that could not be done, and why in one line."""
-
-    job: str
-    reason: str
-
-
 @dataclass
-class Work:
-    """What a plan asks for and how far it is.
+class Comparison:
+    """What a plan asks for, and what of that is done.
 
     Parameters
     ----------
@@ -37,13 +30,13 @@ class Work:
     images : dict of str to ImageSource
         By source, as named in the plan.
     features : dict of Extraction to Features
-        What is known of each extraction; None before it was sketched or done.
+        None for an extraction of which nothing is known yet.
     progress : callable
     failures : list of Failure
     notes : list of str
         What the user should know.
     computed, total : int
-        Jobs done now, and all that are to be, those that fail included.
+        Jobs done in this run, and jobs to do in all, those that fail included.
     """
 
     plan: Plan
@@ -57,7 +50,7 @@ class Work:
     total: int = 0
 
     def look_up(self) -> None:
-        """Read from the caches what is extracted by now."""
+        """Look up in the caches what is extracted."""
         for extraction in self.features:
             found = find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
             self.features[extraction] = found or self.features[extraction]
@@ -67,7 +60,7 @@ class Work:
         return Path(line.values.get("output", (self.folder.cache,))[0])
 
     def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
-        """Return the fits on what is extracted, each with its key."""
+        """Return the fits on the features of an extraction, each with its key."""
         source = self.images[extraction.source].name
         return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
 
@@ -79,20 +72,20 @@ class Work:
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
     def is_done(self) -> bool:
-        """Tell whether nothing is missing."""
+        """Tell whether the folder holds the results of all jobs and no others."""
         keys = {key for _, key in self.finetunes().values()}
         for extraction, found in self.features.items():
             if found is None or not found.complete:
                 return False
             keys |= set(self.fits(extraction, found).values())
-        return keys == set(self.folder.records) and all(map(self.folder.has, keys))
+        return keys == set(self.folder.results) and all(map(self.folder.has, keys))
 
-    def keep(self, record: Record, predictions: Predictions) -> None:
-        """Keep a result on disk, and tell how far the work is."""
-        self.folder.append(record, predictions)
+    def keep(self, result: JobResult, predictions: Predictions) -> None:
+        """Keep a result on disk and report progress."""
+        self.folder.append(result, predictions)
         self.computed += 1
-        self.tell()
+        self.report_progress()
 
-    def tell(self) -> None:
-        """Tell how far the work is."""
+    def report_progress(self) -> None:
+        """Report how many jobs are behind us."""
         self.progress(self.computed + len(self.failures), self.total, "all jobs")
