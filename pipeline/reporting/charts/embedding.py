@@ -59,18 +59,21 @@ def draw_embedding(
     """
     shown = shown_classes(y_true, y_pred, len(classes))
     rest = ~np.isin(y_true, shown)
+    x, y = positions.T
     if rest.any():
-        axes.scatter(*positions[rest].T, s=10, color=theme.quiet, alpha=0.45, linewidths=0, label="other classes")
+        axes.scatter(x[rest], y[rest], s=10, color=theme.quiet, alpha=0.45, linewidths=0, label="other classes")
     for index, number in enumerate(shown):
         turn, color = divmod(index, len(theme.series))
         marker = MARKERS[(index + turn) % len(MARKERS)]
-        points = positions[y_true == number].T
-        label = short(classes[number])
-        axes.scatter(*points, s=20, color=theme.series[color], marker=marker, alpha=0.8, linewidths=0, label=label)
+        own, label = y_true == number, short(classes[number])
+        axes.scatter(
+            x[own], y[own], s=20, color=theme.series[color], marker=marker, alpha=0.8, linewidths=0, label=label
+        )
     ringed = (y_true != y_pred) & ~rest  # rings on everything would hide the map
     if ringed.any():
-        points = positions[ringed].T
-        axes.scatter(*points, s=55, facecolors="none", edgecolors=theme.ink, linewidths=0.9, label="mistakes")
+        axes.scatter(
+            x[ringed], y[ringed], s=55, facecolors="none", edgecolors=theme.ink, linewidths=0.9, label="mistakes"
+        )
     axes.set(xticks=[], yticks=[])
     axes.grid(visible=False)
     axes.spines[:].set_visible(True)
