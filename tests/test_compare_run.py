@@ -35,8 +35,8 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
+from pipeline.reporting.charts.cost import pareto
 from pipeline.reporting.charts.reliability import reliability
-from pipeline.reporting.page.method_charts import pareto
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
 from pipeline.reporting.page.pictures import lay_out
 from pipeline.reporting.terminal import progress
