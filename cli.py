@@ -21,12 +21,13 @@ from pipeline.commands.extract import backbones, extract, layers
 from pipeline.commands.finetune import finetune
 from pipeline.commands.fit import fit
 from pipeline.commands.models import export, predict
+from pipeline.provenance import installed_version
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
 
 @click.group(context_settings=CONTEXT)
-@click.version_option(package_name="thawline")
+@click.version_option(installed_version("thawline"))
 def thawline() -> None:
     """Turn images into a trained classifier: frozen CNN features, cached once; scikit-learn heads on top."""
 

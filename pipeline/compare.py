@@ -18,7 +18,7 @@ from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.run import run
 from pipeline.comparing.work import Failure, Work
 from pipeline.errors import RunFolderError
-from pipeline.extraction.provenance import machine
+from pipeline.provenance import machine
 from pipeline.results import Progress, silent
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pipeline.exporting.graph import Classifier, HeadScores
 from pipeline.exporting.program import INPUT, write_program
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, check_destination, load_model
+from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, json_fields
 
@@ -122,7 +122,7 @@ def _metadata(parts: _Parts) -> dict[str, Any]:
         "layers": [spec.to_json() for spec in parts.specs],
         "temperature": parts.graph.temperature,
         "metrics": parts.metrics,
-        "versions": parts.versions | {"torch": version("torch")},
+        "versions": parts.versions | {"torch": installed_version("torch")},
     }
     preprocessing = json_fields(parts.backbone.preprocessing)
     return {"classes": parts.classes, "preprocessing": preprocessing, "model": description}

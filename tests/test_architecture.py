@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What stands in a later rank may import what stands in an earlier one; within a rank only siblings of one package.
 RANKS = [
     {"features_cache"},
-    {"pipeline.arrays", "pipeline.errors", "pipeline.spec", "pipeline.results"},
+    {"pipeline.arrays", "pipeline.errors", "pipeline.provenance", "pipeline.spec", "pipeline.results"},
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from scipy.special import softmax
 
 from features_cache.whole import replacing
 from pipeline.errors import ModelFileError
+from pipeline.provenance import installed_version
 from pipeline.spec import LayerSpec, canonical_json
 
 FORMAT = "thawline-network"
@@ -116,7 +116,7 @@ def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
         **{name: getattr(model, name) for name in _FIELDS},
         "scores": model.scores.to_json(),
         "classes": list(model.classes),
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {name: installed_version(name) for name in _LIBRARIES},
     }
     description["digest"] = _digest(description, tensors)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from features_cache import CacheFile, Catalog, open_cache
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
+from pipeline.provenance import installed_version
 from pipeline.spec import TRAINING_RULES, Request, fingerprint_of
 
 
@@ -106,7 +106,7 @@ def finetune_key(job: Finetune, source: str, listing: str) -> str:
         {
             "kind": "finetune",
             "source": source,
-            "rules": [*_rules(), version("torch")],
+            "rules": [*_rules(), installed_version("torch")],
             "rows": listing,
             "options": job.options,
             "weights": weights_file_digest(str(dict(job.options)["backbone"])),
@@ -118,7 +118,7 @@ def finetune_key(job: Finetune, source: str, listing: str) -> str:
 
 @cache
 def _rules() -> list[Any]:
-    return [TRAINING_RULES, version("thawline"), version("scikit-learn")]
+    return [TRAINING_RULES, installed_version("thawline"), installed_version("scikit-learn")]
 
 
 @cache  # one file stands for hundreds of fits

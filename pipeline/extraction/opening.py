@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from pipeline.errors import EngineError, ModelFileError
 from pipeline.extraction.filling import Clock, Filling
 from pipeline.extraction.lookup import continued_precision, find_holder, is_complete
 from pipeline.images.sources.registry import ImageSource
+from pipeline.provenance import installed_version
 from pipeline.spec import LayerSpec, Request, fingerprint_of
 
 if TYPE_CHECKING:
@@ -246,5 +246,5 @@ def _provenance(resolved: Resolved) -> dict[str, Any]:
         "precision": resolved.precision,
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: installed_version(name) for name in names},
     }

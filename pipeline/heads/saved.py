@@ -11,7 +11,6 @@ import json
 import os
 import zipfile
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from features_cache.whole import replacing
 from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
+from pipeline.provenance import installed_version
 from pipeline.spec import canonical_json
 
 FORMAT = "thawline-model"
@@ -114,7 +114,7 @@ class SavedModel:
 
 def current_versions() -> dict[str, str]:
     """Return the versions of the libraries that a saved model depends on."""
-    return {name: version(name) for name in _LIBRARIES}
+    return {name: installed_version(name) for name in _LIBRARIES}
 
 
 def check_destination(path: str | Path) -> Path:
