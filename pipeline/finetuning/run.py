@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from features_cache.errors import explained
 from pipeline.arrays import IntArray
+from pipeline.engines.float32 import exact_float32
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
@@ -24,6 +24,7 @@ from pipeline.finetuning.plan import Plan
 from pipeline.finetuning.precision import train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.train import Trained, standardise, train
+from pipeline.provenance import installed_version
 from pipeline.spec import DECODE_POLICY, NO_AUGMENT, TRAINING_RULES, fingerprint_of
 
 HEAD_EPOCHS = 10
@@ -59,6 +60,7 @@ class Run:
     precision: str
 
 
+@exact_float32()
 def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     """Split as `fit` does, train on train, stop by val, label test.
 
@@ -77,7 +79,7 @@ def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     network.trunk_precision = material.trunk_precision
     network.precision = train_precision(network, material.resolved, plan.precision)
     name = f"{material.backbone.handle}, freeze {plan.freeze}, seed {seed}, shots {shots}"
-    key: list[Any] = [TRAINING_RULES, DECODE_POLICY, version("thawline"), version("torch")]
+    key: list[Any] = [TRAINING_RULES, DECODE_POLICY, installed_version("thawline"), installed_version("torch")]
     key += [plan.freeze, recipe.to_json(), plan.rate, network.precision, material.trunk_precision, plan.store]
     key += [material.backbone.name, material.backbone.weights_digest, asdict(material.backbone.preprocessing)]
     key += [device, seed, n_classes, _digest(table, splits)]

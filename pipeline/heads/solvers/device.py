@@ -57,5 +57,5 @@ def run_one_by_one(tasks: Iterable[Task[Outcome]]) -> Iterator[Outcome]:
         try:
             outcome = function(*arguments, **options)
         except torch.OutOfMemoryError as error:
-            raise FitError("the device has no memory for the rows of a fit; use --device cpu") from error
+            raise FitError("the device has no memory for the rows of a fit; use device 'cpu'") from error
         yield outcome
