@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from pipeline.errors import ModelFileError, first_line
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
+from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, json_fields
 
@@ -268,6 +268,6 @@ def _metadata(parts: _Parts) -> dict[str, Any]:
         "layers": [spec.to_json() for spec in parts.specs],
         "temperature": parts.model.temperature,
         "metrics": parts.model.metrics,
-        "versions": parts.model.versions | {"torch": version("torch")},
+        "versions": parts.model.versions | {"torch": installed_version("torch")},
     }
     return {"classes": parts.classes, "preprocessing": json_fields(parts.backbone.preprocessing), "model": model}

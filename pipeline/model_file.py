@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from features_cache.errors import nearest_beside
 from features_cache.whole import replacing
 from pipeline.errors import ModelFileError, first_line
+from pipeline.provenance import installed_version
 from pipeline.spec import canonical_json
 
 
@@ -49,7 +49,7 @@ class ModelFormat:
 
     def versions(self) -> dict[str, str]:
         """Return the installed versions of the libraries that a saved model depends on."""
-        return {name: version(name) for name in self.libraries}
+        return {name: installed_version(name) for name in self.libraries}
 
     def describe(self, fields: Mapping[str, Any], content: Iterable[bytes | memoryview]) -> dict[str, Any]:
         """Return the description to save: `fields` with the current versions, and a digest of it and of the content."""

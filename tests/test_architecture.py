@@ -17,6 +17,7 @@ RANKS = [
         "pipeline.results",
         "pipeline.options",
         "pipeline.model_file",
+        "pipeline.provenance",
     },
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},

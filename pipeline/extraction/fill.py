@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from pipeline.arrays import BoolArray
 from pipeline.errors import SourceError
 from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load
 from pipeline.images.sources.registry import ImageSource
+from pipeline.provenance import installed_version
 from pipeline.results import Progress
 from pipeline.spec import LayerSpec
 
@@ -205,5 +205,5 @@ def _provenance(resolved: Resolved) -> dict[str, Any]:
         "precision": resolved.precision,
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: installed_version(name) for name in names},
     }
