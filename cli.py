@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from features_cache.errors import ThawlineError
+from features_cache import ThawlineError
 from pipeline.commands.cache import cache_group
 from pipeline.commands.compare import compare
 from pipeline.commands.demo import demo

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from pipeline.provenance import installed_version
 from pipeline.spec import DECODE_POLICY, TRAINING_RULES, fingerprint_of
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from features_cache.errors import nearest_beside
-from features_cache.whole import replacing
+from features_cache import atomic_write, nearest_beside
 from pipeline.errors import ModelFileError, first_line
 from pipeline.provenance import installed_version
 from pipeline.spec import canonical_json
@@ -115,7 +114,7 @@ def writing(path: Path) -> Iterator[Path]:
         If the file cannot be written.
     """
     try:
-        with replacing(path) as draft:
+        with atomic_write(path) as draft:
             yield draft
     except (OSError, SafetensorError) as error:
         raise ModelFileError(f"cannot write the model {path}: {getattr(error, 'strerror', None) or error}") from error

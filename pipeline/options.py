@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal, cast
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.spec import (
     DEFAULT_BACKBONE,

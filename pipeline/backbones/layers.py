@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.backbones.aliases import classifier_input, last_map, stages
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of

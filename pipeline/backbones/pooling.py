@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import BackboneError
 
 Layout = Literal["map", "map_last", "tokens", "vector"]

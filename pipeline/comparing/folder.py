@@ -16,9 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from features_cache import nearest
-from features_cache.lock import WriterLock
-from features_cache.whole import replacing
+from features_cache import WriterLock, atomic_write, nearest
 from pipeline.comparing.records import JobResult, RunInfo
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.predictions import Predictions
@@ -77,7 +75,7 @@ class RunFolder:
         if predictions.probability is not None:
             columns["probability"] = predictions.probability.astype(np.float32)
         with _explained(self.path, "write"):
-            with replacing(self._predictions(result.key)) as draft:
+            with atomic_write(self._predictions(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
             _append(self._lines, [result])
         self.results[result.key] = JobResult.from_json(result.to_json())  # as a later run reads it
@@ -105,7 +103,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder as a whole."""
-        with _explained(self.path, "write"), replacing(self.path / name) as draft:
+        with _explained(self.path, "write"), atomic_write(self.path / name) as draft:
             draft.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def read_info(self) -> RunInfo:

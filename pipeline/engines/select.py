@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import EngineError
 from pipeline.spec import ENGINES, PRECISIONS
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import TOP_LAYER
 from pipeline.errors import FitError

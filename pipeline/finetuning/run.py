@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache.errors import explained
+from features_cache import explained
 from pipeline.arrays import IntArray
 from pipeline.engines.float32 import exact_float32
 from pipeline.evaluation.calibration import fit_temperature

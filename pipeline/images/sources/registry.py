@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from features_cache import nearest
-from features_cache.errors import nearest_beside
+from features_cache import nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.sources.digits import open_digits
 from pipeline.images.sources.folder import open_folder, open_image

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from features_cache import Report
+from features_cache import VerifyReport
 from pipeline.extraction.inspection import FileDetails, FileSummary
 from pipeline.reporting.terminal.tables import facts_table, layers_text, rows_table, shortened
 
@@ -117,7 +117,7 @@ def _twins(twins: dict[str, Any]) -> tuple[str, str]:
     return "yes" if twins["across"] else "no", " = ".join(named)
 
 
-def verify_table(reports: Iterable[Report]) -> Table:
+def verify_table(reports: Iterable[VerifyReport]) -> Table:
     """One row for each file that was checked."""
     columns = ("file", "done", "unreadable", "pending", "checked MB", "damaged rows", "changed images")
     return rows_table(
@@ -137,7 +137,7 @@ def verify_table(reports: Iterable[Report]) -> Table:
     )
 
 
-def finding_lines(reports: Iterable[Report], repaired: bool) -> list[str]:
+def finding_lines(reports: Iterable[VerifyReport], repaired: bool) -> list[str]:
     """Name at most `MOST_NAMED` damaged or changed rows of each file, and say what to do."""
     lines = []
     for report in reports:
