@@ -43,8 +43,8 @@ def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def write_photos() -> Callable[..., Path]:
     """Write a folder of class folders: noisy pictures whose colour tells the class."""
 
-    def write(root: Path, classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8) -> Path:
-        generator = np.random.default_rng(7)
+    def write(root: Path, classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8, seed: int = 7) -> Path:
+        generator = np.random.default_rng(seed)
         for number, class_name in enumerate(classes):
             (root / class_name).mkdir(parents=True)
             for index in range(each):
