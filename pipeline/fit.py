@@ -138,7 +138,7 @@ def fit(
             print(result.head, result.accuracy, result.accuracy_ci95)
     """
     if not heads:
-        raise FitError("fit needs at least one head, got none")
+        raise FitError("expected at least one head, got none")
     check_draws(seeds, shots)
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")

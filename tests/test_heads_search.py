@@ -187,6 +187,25 @@ def test_every_head_learns_labels_with_gaps_and_sees_constant_features(name: str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("labels", [(3, 7), (0, 4, 9)])
+def test_hyperplanes_give_the_labels_of_the_estimator(name: str, labels: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(labels, 20).astype(np.int64)
+    rows = rng.standard_normal((len(y), 6)).astype(np.float32)
+    rows += 2 * rng.standard_normal((len(labels), 6)).astype(np.float32)[np.searchsorted(labels, y)]
+    fresh = 2 * rng.standard_normal((200, 6)).astype(np.float32)
+    family = find_head(name).family
+    estimator = family.fit(family.fixed, rows, y).estimator
+    found = family.hyperplanes(estimator)
+    if found is None:
+        assert not family.linear
+        return
+    assert (found.weights.shape, found.bias.shape) == ((len(labels), 6), (len(labels),))
+    scores = fresh @ found.weights.T + found.bias
+    assert (estimator.classes_[scores.argmax(axis=1)] == estimator.predict(fresh)).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_one_row_a_class_has_a_fixed_rule(name: str) -> None:
     head = find_head(name)
     choice = search(head, [])

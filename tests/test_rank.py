@@ -92,14 +92,14 @@ def test_wide_layers_are_scored_on_fewer_rows_all_alike(cache: Path, monkeypatch
 
 def test_sources_are_not_mixed(cache: Path, make_photos: Callable[..., Path]) -> None:
     extract(make_photos(name="others"), [NETWORK], ["layer1"], output=cache, **HOW)
-    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*--source: others, photos"):
+    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*name one source: others, photos"):
         rank(cache)
     with pytest.raises(CacheError, match=r"no source photo; it has .*; did you mean photos"):
         rank(cache, source="photo")
     location = next(file.handles["location"] for file in Catalog(cache).files if file.handles["source"] == "photos")
     assert rank(cache, source=location).ranking == rank(cache, source="photos").ranking, "as fit has it"
     extract(make_photos(name="else/photos"), [NETWORK], ["layer1"], output=cache, precision="fp32", size=32)
-    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*--source: /.*photos, /.*photos"):
+    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*name one source: /.*photos, /.*photos"):
         rank(cache, source="photos")
 
 

@@ -101,9 +101,9 @@ def make_splits(
 
 def check_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> None:
     """Raise `FitError` unless there are seeds, none of them negative, and shots, each positive or ``"all"``."""
-    for name, values in (("seeds", seeds), ("shots", shots)):
+    for name, values in (("seed", seeds), ("number of shots", shots)):
         if not values:
-            raise FitError(f"expected at least one of {name}, got none")
+            raise FitError(f"expected at least one {name}, got none")
     for seed in seeds:
         if seed < 0:
             raise FitError(f"expected a seed of 0 or more, got {seed}")
