@@ -170,7 +170,7 @@ def test_too_little_memory_is_one_line() -> None:
     def too_large() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    with pytest.raises(FitError, match="no memory.*use device 'cpu'") as caught:
+    with pytest.raises(FitError, match=r"no memory.*use device 'cpu'") as caught:
         list(run_one_by_one([(too_large, (), {})]))
     assert "\n" not in str(caught.value)
 

@@ -15,7 +15,7 @@ def exact_float32() -> Iterator[None]:
     By default cuDNN rounds their inputs to TF32, which has 10 bits of mantissa instead of 23. Matrix products are exact
     unless the caller has set torch otherwise.
     """
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch puts it in at run time
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:
