@@ -71,19 +71,24 @@ class Photos(Dataset[tuple[torch.Tensor, int]]):
             return self.transform(image.convert("RGB")), label
 
 
-def tutorial(folder: Path, name: str) -> float:
-    """Return images/s of one epoch of a plain loop that trains everything."""
+def tutorial(folder: Path, name: str, device: str = "cpu", workers: int = 0) -> float:
+    """Return images/s of one epoch of a plain loop that trains everything; on a GPU in bf16."""
     backbone, source = load(name), open_source(folder)
-    network = backbone.module.requires_grad_(True).train()
-    loader = DataLoader(Photos(folder, source, backbone), batch_size=BATCH, shuffle=True, drop_last=True)
+    network, cuda = backbone.module.requires_grad_(True).train().to(device), device != "cpu"
+    photos = Photos(folder, source, backbone)
+    loader = DataLoader(photos, BATCH, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     criterion = torch.nn.CrossEntropyLoss()
     began, images = time.perf_counter(), 0
     for inputs, labels in loader:
         optimizer.zero_grad()
-        criterion(network(inputs), labels).backward()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
+            loss = criterion(network(inputs.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+        loss.backward()
         optimizer.step()
         images += len(labels)
+    if cuda:
+        torch.cuda.synchronize(device)
     return images / (time.perf_counter() - began)
 
 

@@ -16,23 +16,22 @@ from features_cache import open_cache
 ROOT = Path(__file__).resolve().parents[1]
 MISSING = ("openvino", "platformdirs", "skops", "skorch", "thawline")
 HIDE = f"""
-import importlib.metadata, sys
+import importlib.metadata
+from importlib.machinery import PathFinder
 
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {MISSING}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+find_spec, from_name = PathFinder.find_spec, importlib.metadata.Distribution.from_name
 
-found = importlib.metadata.Distribution.from_name
+def find_present(name, path=None, target=None):
+    return None if name.partition(".")[0] in {MISSING} else find_spec(name, path, target)
 
-def from_name(name):
+def from_present(name):
     if name in {MISSING}:
         raise importlib.metadata.PackageNotFoundError(name)
-    return found(name)
+    return from_name(name)
 
-sys.meta_path.insert(0, Hidden())
-importlib.metadata.Distribution.from_name = from_name
+PathFinder.find_spec, importlib.metadata.Distribution.from_name = find_present, from_present
 """
+"""What Python runs first of all: it hides these packages and their versions."""
 
 
 @pytest.fixture
