@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.arrays import Float64Array
-from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
 from pipeline.fit import FitReport, fit
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import open_source
 from pipeline.reporting.charts.confusion import confusion_counts, draw_confusion
-from pipeline.reporting.charts.depth import draw_depth
-from pipeline.reporting.charts.theme import SCREEN, Line
+from pipeline.reporting.charts.depth import depth_line, draw_depth
+from pipeline.reporting.charts.theme import SCREEN
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
@@ -56,24 +54,23 @@ def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None)
     cache, model, picture = folder / "cache", folder / "digits.skops", folder / "digits.png"
     caches = extract("digits", layers=("stages", "penultimate", "input"), pool="grid2", output=cache, progress=progress)
     report = fit(cache, seeds=SEEDS, save=model, progress=progress)
-    accuracies: dict[str, Float64Array] = {
-        layer: np.array([result.accuracy for result in report.results if result.layer == layer])
-        for layer in dict.fromkeys(result.layer for result in report.results)
-    }
-    raw = accuracies.pop("input")
-    _draw(report, accuracies, raw, picture)
+    by_layer: dict[str, list[FitResult]] = {}
+    for result in report.results:
+        by_layer.setdefault(result.layer, []).append(result)
+    means = {layer: float(np.mean([result.accuracy for result in results])) for layer, results in by_layer.items()}
+    raw = means.pop("input")
+    _draw(report, [by_layer[layer] for layer in means], raw, picture)
     files = {"cache": str(cache), "model": str(model), "picture": str(picture)}
-    return DemoReport(caches, report.results, _summary(report, accuracies, raw), files)
+    return DemoReport(caches, report.results, _summary(report, means, raw), files)
 
 
-def _summary(report: FitReport, accuracies: dict[str, Float64Array], raw: Float64Array) -> str:
+def _summary(report: FitReport, means: dict[str, float], raw: float) -> str:
     """Say in words what the curve shows, whether or not it has a peak in the middle."""
-    means = {layer: values.mean() for layer, values in accuracies.items()}
     first, *_, last = means
     peak = max(means, key=means.__getitem__)
     curve = f"Accuracy: {means[first]:.3f} at {first}, {means[peak]:.3f} at {peak}, {means[last]:.3f} at {last}"
-    against = f"raw pixels give {raw.mean():.3f}"
-    if peak not in (first, last) and means[peak] > raw.mean():
+    against = f"raw pixels give {raw:.3f}"
+    if peak not in (first, last) and means[peak] > raw:
         lesson = "digits are made of strokes, which the middle of the network detects; its end knows objects instead"
     else:
         lesson = "here the curve has no peak in the middle above the raw pixels"
@@ -86,12 +83,12 @@ def _summary(report: FitReport, accuracies: dict[str, Float64Array], raw: Float6
     return f"{curve}; {against}: {lesson}. {model}"
 
 
-def _draw(report: FitReport, accuracies: dict[str, Float64Array], raw: Float64Array, path: Path) -> None:
+def _draw(report: FitReport, layers: Sequence[Sequence[FitResult]], raw: float, path: Path) -> None:
     """Draw the curve, the kept model's confusion matrix, and the mistakes it was surest of."""
     with SCREEN.figure(14, 7.5) as figure:
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))[0]
         top, bottom = right.subfigures(2, 1, squeeze=False, height_ratios=(5, 2))[:, 0]
-        _draw_curve(left.subplots(), accuracies, raw, report.results[0].n_test)
+        _draw_curve(left.subplots(), layers, raw)
 
         kept, predictions = report.results[report.best], report.predictions[report.best]
         axes = top.subplots()
@@ -103,15 +100,11 @@ def _draw(report: FitReport, accuracies: dict[str, Float64Array], raw: Float64Ar
         figure.savefig(path, dpi=130)
 
 
-def _draw_curve(axes: Axes, accuracies: dict[str, Float64Array], raw: Float64Array, tests: int) -> None:
-    """Draw the mean accuracy of each layer with its interval, and a dot for each seed."""
-    layers, x = list(accuracies), np.arange(len(accuracies))
-    means = [float(values.mean()) for values in accuracies.values()]
-    intervals = [wilson(round(mean * tests), tests) for mean in means]
-    seeds = [values.tolist() for values in accuracies.values()]
-    line = Line("mean over seeds (dots), 95 % interval", x.tolist(), means, intervals, layers, seeds)
-    draw_depth(axes, [line], SCREEN, ("raw pixels", float(raw.mean())))
-    axes.set_xticks(x, layers, rotation=30, ha="right")
+def _draw_curve(axes: Axes, layers: Sequence[Sequence[FitResult]], raw: float) -> None:
+    line = depth_line("mean over seeds (dots), 95 % interval", dict(enumerate(layers)))
+    draw_depth(axes, [line], SCREEN, ("raw pixels", raw))
+    axes.set_xticks(line.x, line.names, rotation=30, ha="right")
+    tests = layers[0][0].n_test
     axes.set_title(f"Handwritten digits by depth\nlogistic regression, {len(SEEDS)} seeds of {tests} test images")
     axes.legend(loc="lower center")
 

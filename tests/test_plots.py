@@ -148,12 +148,14 @@ def test_a_name_with_dollars_is_no_formula(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("theme", "peak"), [(SCREEN, "b 0.900"), (PAGE, "b 90.0")])
 def test_the_peak_of_a_depth_curve_is_named(theme: Theme, peak: str) -> None:
-    line = Line("logreg", [0, 1, 2], [0.5, 0.9, 0.7], [(0.4, 0.6), (0.8, 0.95), (0.6, 0.8)], ["a", "b", "c"])
+    seeds = [(0.5,), (0.8, 1.0), (0.7,)]
+    line = Line("logreg", [0, 1, 2], [0.5, 0.9, 0.7], [(0.4, 0.6), (0.8, 0.95), (0.6, 0.8)], ["a", "b", "c"], seeds)
     with theme.figure(4, 3) as figure:
         alone, beside = figure.subplots(1, 2)
         draw_depth(alone, [line], theme, ("raw pixels", 0.25))
         draw_depth(beside, [line, line], theme)
-    assert [text.get_text() for text in alone.texts] == [peak]
+    (text,) = alone.texts
+    assert (text.get_text(), text.xy) == (peak, (1, 1.0)), "above the interval and every seed"
     labels = alone.get_legend_handles_labels()[1]
     assert labels == [f"raw pixels {theme.share(0.25)}", "logreg"]
     assert beside.get_legend_handles_labels()[1] == [f"logreg: {peak}"] * 2

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from pipeline.reporting.charts.theme import MARKERS, Line, Theme
+from pipeline.evaluation.intervals import wilson
+from pipeline.reporting.charts.theme import MARKERS, Line, Theme, short
+from pipeline.results import FitResult
+
+
+def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
+    """Return the line through the mean accuracies over seeds, with Wilson's intervals for one seed's test images.
+
+    Parameters
+    ----------
+    label : str
+    results : mapping of int to sequence of FitResult
+        By position from left to right: those of one layer, one for each seed.
+    """
+    seeds = [[result.accuracy for result in group] for group in results.values()]
+    means = [float(np.mean(accuracies)) for accuracies in seeds]
+    tests = [group[0].n_test for group in results.values()]
+    intervals = [wilson(round(mean * n), n) for mean, n in zip(means, tests, strict=True)]
+    return Line(label, list(results), means, intervals, [group[0].layer for group in results.values()], seeds)
 
 
 def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[str, float] | None = None) -> None:
     """Draw accuracy against depth with intervals, and name the layer at each line's peak.
 
-    A single line has the name of its peak beside the point, several have theirs in the legend. Lines are shifted
-    sideways a little, so that their intervals do not hide each other.
+    A single line has its peak named beside the point, and a dot for each seed. Several lines have their peaks named in
+    the legend, and are shifted sideways a little, so that their intervals do not hide each other.
 
     Parameters
     ----------
     axes : Axes
         Where to draw; ticks and legend are left to the caller.
     lines : sequence of Line
-        At most 8, of layers from the image upwards; `names` are those of the layers.
+        At most 8; their points are layers, from the image upwards.
     theme : Theme
     baseline : (str, float), optional
         Name and accuracy of a horizontal line to compare with.
     """
+    alone = len(lines) == 1
     gap = min((float(np.diff(line.x).min()) for line in lines if len(line.x) > 1), default=1.0)
     for number, line in enumerate(lines):
         color, marker = theme.series[number], MARKERS[number]
@@ -33,18 +52,18 @@ def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[
         x = np.asarray(line.x) + 0.5 * gap * (number - (len(lines) - 1) / 2) / len(lines)
         errors = np.abs(np.array(line.intervals).T - y)
         peak = int(y.argmax())
-        peak_text = f"{line.names[peak]} {theme.share(y[peak])}"
-        label = line.label if len(lines) == 1 else f"{line.label}: {peak_text}"
+        peak_text = f"{short(line.names[peak])} {theme.share(y[peak])}"
+        peak_color = theme.accent if alone else color
+        label = line.label if alone else f"{line.label}: {peak_text}"
         axes.errorbar(
             x, y, errors, color=color, marker=marker, markersize=5, capsize=3, linewidth=1.8, elinewidth=1.2,
             label=label,
         )  # fmt: skip
-        for position, values in zip(x, line.seeds, strict=False):
-            axes.plot(np.full(len(values), position), values, ".", color=theme.ink, alpha=0.5, zorder=3)
-        peak_color = theme.accent if len(lines) == 1 else color
         axes.plot(x[peak], y[peak], marker, color=peak_color, markersize=9, zorder=3)
-        if len(lines) == 1:
-            top = max(line.intervals[peak][1], *line.seeds[peak]) if line.seeds else line.intervals[peak][1]
+        if alone:
+            for position, values in zip(x, line.seeds, strict=False):
+                axes.plot(np.full(len(values), position), values, ".", color=theme.ink, alpha=0.5, zorder=3)
+            top = max([line.intervals[peak][1], *(line.seeds[peak] if line.seeds else ())])
             axes.annotate(
                 peak_text, (x[peak], top), (0, 8), textcoords="offset points", color=peak_color, weight="bold",
                 ha="center",

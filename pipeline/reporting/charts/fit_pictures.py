@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.rows import Layer
 from pipeline.fit import FitReport
 from pipeline.reporting.charts.confusion import confusion_figure
-from pipeline.reporting.charts.depth import draw_depth
+from pipeline.reporting.charts.depth import depth_line, draw_depth
 from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.labels import draw_labels
 from pipeline.reporting.charts.reliability import reliability_figure
@@ -79,17 +78,14 @@ def depth_figure(results: Sequence[FitResult]) -> Figure:
     layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
     lines = []
     for label, members in _grouped(results, lambda result: (result.head, result.shots)).items():
-        groups = [(x, [r for r in members if r.layer == layer]) for x, layer in enumerate(layers)]
-        known = [(x, layers[x], group) for x, group in groups if group]
-        means = [_mean(group) for _, _, group in known]
-        tests = [group[0].n_test for _, _, group in known]
-        intervals = [wilson(round(mean * n), n) for mean, n in zip(means, tests, strict=True)]
-        lines.append(Line(label, [x for x, _, _ in known], means, intervals, [short(name) for _, name, _ in known]))
+        groups = {x: [result for result in members if result.layer == layer] for x, layer in enumerate(layers)}
+        lines.append(depth_line(label, {x: group for x, group in groups.items() if group}))
+    dots = ", dots are seeds" if len(lines) == 1 and len({result.seed for result in results}) > 1 else ""
     with SCREEN.figure(max(8, 0.6 * len(layers) + 4), 4.6) as figure:
         axes = figure.subplots()
         draw_depth(axes, lines, SCREEN)
         axes.set_xticks(np.arange(len(layers)), [short(layer, 28) for layer in layers], rotation=30, ha="right")
-        axes.set_title(f"Accuracy by layer, with 95 % intervals\n{_subject(results)}")
+        axes.set_title(f"Accuracy by layer, with 95 % intervals{dots}\n{_subject(results)}")
         _add_legend(figure, lines)
     return figure
 

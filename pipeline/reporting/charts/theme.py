@@ -118,7 +118,7 @@ class Line:
     names : sequence of str, default ()
         Of the points, where one of them is to be named.
     seeds : sequence of sequence of float, default ()
-        What each seed gave at each point, to be drawn as dots.
+        Values of each seed at each point.
     dashed : bool, default False
     """
 
