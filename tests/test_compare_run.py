@@ -160,6 +160,61 @@ def test_bytes_that_are_no_text_are_damage_and_do_not_shift_what_is_cut_off(tmp_
         assert results.read_text() == line
 
 
+GONE = object()
+
+
+def with_key(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {name: old for name, old in document.items() if name != key} | ({} if value is GONE else {key: value})
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The message of a `RunFolderError`, or an empty one."""
+    try:
+        call()
+    except RunFolderError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["head", "finetune"])
+@pytest.mark.parametrize("value", [GONE, None, "word", 1.5, True, [], {}, [[]]], ids=repr)
+def test_a_damaged_key_of_a_result_is_one_error_or_does_no_harm(kind: str, value: Any, tmp_path: Path) -> None:
+    tuned = {"kind": "finetune", "freeze": "all", "epochs": 3, "options": {"lr": 0.1}}
+    whole = record("x", **(tuned if kind == "finetune" else {"size": [32, 32], "depth": 1})).to_json()
+    refused = set()
+    for key in whole:
+        (tmp_path / "results.jsonl").write_text(json.dumps(with_key(whole, key, value)) + "\n")
+        if message := error_of(lambda: RunFolder(tmp_path)):
+            assert f"{tmp_path / 'results.jsonl'} line 1 is damaged: " in message
+            assert f"'{key}'" in message
+            refused.add(key)
+            continue
+        (board,) = boards(RunFolder(tmp_path).results.values())
+        found = answer(board, lambda _: said(np.ones(20, bool)), {})
+        assert found.headline.startswith("Best here")
+    assert {"kind", "accuracy", "n_test"} <= refused, "no value here can stand for these"
+    if value is GONE:
+        added = {"n_classes", "precision", "store", "size", "drop_leaks", "depth", "options", "freeze", "epochs"}
+        assert not refused & (added | {"n_pool", "balanced", "history"}), "old run folders lack these"
+
+
+@pytest.mark.parametrize("value", [GONE, None, "word", 1.5, [], {}, [[]]], ids=repr)
+def test_a_damaged_key_of_run_json_is_one_error_or_does_no_harm(value: Any, run: Path) -> None:
+    whole = json.loads((run / "run.json").read_text())
+    for key in whole:
+        (run / "run.json").write_text(json.dumps(with_key(whole, key, value)))
+        message = error_of(lambda: extraction_seconds(RunFolder(run).read_info()))
+        if value is not GONE and not isinstance(value, type(whole[key])):
+            assert f"{run / 'run.json'} is damaged: expected '{key}' to be" in message
+        else:
+            assert message == "" or value == [[]]
+
+
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(record("x").to_json() | {"carbon": 1}) + "\n")
+    assert RunFolder(tmp_path).results == {"x": record("x")}
+
+
 def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     said = Judged(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
@@ -514,6 +569,17 @@ def test_heads_that_differ_in_how_they_are_tested_have_names_of_their_own() -> N
     records = [record("x"), record("y", cv=3), record("z", cv=5), record("w", drop_leaks=True)]
     names = ["logreg on b", "logreg on b, 3-fold", "logreg on b, 5-fold", "logreg on b, leaks dropped"]
     assert names_of(records) == names
+
+
+def test_methods_are_told_apart_by_what_was_trained_not_by_their_names() -> None:
+    seeds = boards([record("x"), record("y", seed=1), record("z", layer="b on c")])[0]
+    assert [len(score.by_seed) for score in seeds.scores.values()] == [2, 1]
+    assert [score.method.layer for score in seeds.scores.values()] == ["b", "b on c"]
+    tuned = {"kind": "finetune", "freeze": "all"}
+    rates = [record("x", options={"lr": 1}, **tuned), record("y", options={"lr": 2}, **tuned)]
+    first, second = boards(rates)[0].methods
+    assert first != second
+    assert first == replace(second, options=first.options)
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:

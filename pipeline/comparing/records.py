@@ -56,12 +56,17 @@ class JobResult:
         return {**{name: own[name] for name in ("key", "source", "n_classes")}, **result, **{k: own[k] for k in kept}}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> JobResult:
-        """Return the result on one line; raises `ValueError` where a key is missing or of another type."""
+    def from_json(cls, document: Any) -> JobResult:
+        """Return the result of a line; raises `ValueError` if a key is missing or holds something impossible."""
         kind = document.get("kind") if isinstance(document, dict) else None
-        if kind not in KINDS:
+        if kind not in list(KINDS):
             raise ValueError(f"expected 'kind' to be one of {', '.join(KINDS)}, got {kind!r:.40}")
-        return from_json(cls, document | {"result": from_json(KINDS[kind], document)})
+        result = from_json(KINDS[kind], document)
+        if not (0 <= result.accuracy <= 1 and result.n_test > 0):
+            raise ValueError(
+                f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
+            )
+        return from_json(cls, document | {"result": result})
 
 
 @dataclass(frozen=True)
