@@ -1,4 +1,4 @@
-"""The report of a comparison: one page that opens anywhere and loads nothing."""
+"""The report of a comparison: one HTML page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -38,26 +38,33 @@ from pipeline.reporting.page.pictures import Album, Confusion, Leaks, lay_out, l
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40
-"""More classes than this make a confusion matrix that nobody reads: then the pairs and the classes are listed alone."""
+"""With more classes than this the confusion matrix would be unreadable and is left out."""
 MOST_UNREADABLE = 200
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What belongs to one source: its images, and the features that each head was fitted on, by the head's key."""
+    """A source's images, and the features that each head was fitted on, by the key of its result."""
 
     images: ImageSource
     features: dict[str, Features]
 
     @property
     def files(self) -> list[CacheFile]:
-        """All files of these features."""
+        """All cache files of these features."""
         return list(dict.fromkeys(file for features in self.features.values() for file in features.files.values()))
 
 
 @dataclass(frozen=True)
 class Differences:
-    """All pairs of the leading methods: names, and for each row and column the difference in words, or None."""
+    """Paired tests of the leading methods.
+
+    Parameters
+    ----------
+    names : sequence of str
+    cells : sequence of rows
+        Row's minus column's accuracy: points, p-value, and whether it is real; None if the two were not compared.
+    """
 
     names: Sequence[str]
     cells: Sequence[Sequence[tuple[str, str, bool] | None]]
@@ -65,7 +72,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Model:
-    """One method looked at closely: per class, matrix, mistakes."""
+    """One method in detail: its classes, the confusion matrix, the mistakes."""
 
     title: str
     rows: Sequence[tuple[str, int, str, str, str, float]]
@@ -76,7 +83,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Chapter:
-    """All that the page says about one source."""
+    """The page's part on one source."""
 
     source: str
     anchor: str
@@ -95,11 +102,11 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     Parameters
     ----------
     folder : RunFolder
-        Of a run with at least one result.
+        A run with at least one result.
     plan_text : str
-        The plan as it was run.
+        The plan's TOML.
     seen : dict of str to Seen
-        By source name.
+        By name of the source.
     """
     info = folder.read_info()
     extraction = extraction_seconds(info)
@@ -151,7 +158,7 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
 
 
 def _table(found: Sequence[Board], extraction: ExtractionTimes) -> list[dict[str, Any]]:
-    """Return one row for each method and number of labels, the most accurate first."""
+    """Return a row for each method and number of labels, the most accurate first."""
     scores = [(board.source, score) for board in found for score in board.scores.values()]
     scores.sort(key=lambda pair: (shots_order(pair[1].shots), pair[1].accuracy), reverse=True)
     rows = []
@@ -168,8 +175,8 @@ def _table(found: Sequence[Board], extraction: ExtractionTimes) -> list[dict[str
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
                 "per_class": score.mean("mean_per_class_accuracy"),
                 "f1": score.mean("macro_f1"),
-                "log_loss": _told(score, "log_loss"),
-                "ece": _told(score, "ece"),
+                "log_loss": _calibrated(score, "log_loss"),
+                "ece": _calibrated(score, "ece"),
                 "seconds": seconds(score, extraction),
                 "converged": all(job.result.converged for job in score.by_seed.values()),
             }
@@ -177,8 +184,8 @@ def _table(found: Sequence[Board], extraction: ExtractionTimes) -> list[dict[str
     return rows
 
 
-def _told(score: Score, key: str) -> float | None:
-    """Return a number about the probabilities that `predict` tells: calibrated, where that could be done."""
+def _calibrated(score: Score, key: str) -> float | None:
+    """Return a measure of the probabilities that `predict` gives, which are calibrated if that was possible."""
     calibrated = score.mean(f"{key}_calibrated")
     return score.mean(key) if calibrated is None else calibrated
 
@@ -219,8 +226,8 @@ def _map(score: Score, seen: Seen, said: Judged) -> Chart | None:
     features = seen.features.get(score.first.key)
     if features is None or len(said.uris) < 5:
         return None
-    places, shown = lay_out(features, score.method.layer, said)
-    return map_chart(places, shown, seen.images.classes, score.method.layer)
+    positions, shown = lay_out(features, score.method.layer, said)
+    return map_chart(positions, shown, seen.images.classes, score.method.layer)
 
 
 def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
