@@ -68,7 +68,7 @@ def threads_rate(photos: list[bytes], count: int) -> float:
             (Path(folder) / f"{number:05d}.jpg").write_bytes(photos[number % len(photos)] + number.to_bytes(4, "big"))
         source = open_source(folder)
         began = time.perf_counter()
-        done = sum(len(batch.rows) for batch in load(source, range(count), [RULE], 8))
+        done = sum(len(batch) for batch in load(source, range(count), [RULE], 8))
         return done / (time.perf_counter() - began)
 
 

@@ -100,7 +100,7 @@ def decode_rate(source: Path, backbone: Backbone) -> float:
     """Return images/s of reading and decoding alone."""
     images = open_source(source)
     start = time.perf_counter()
-    count = sum(len(batch.rows) for batch in load(images, range(len(images.items)), [backbone.preprocessing], 8))
+    count = sum(len(batch) for batch in load(images, range(len(images.items)), [backbone.preprocessing], 8))
     return count / (time.perf_counter() - start)
 
 

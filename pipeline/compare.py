@@ -19,7 +19,7 @@ from pipeline.comparing.plan import Plan, read_plan
 from pipeline.comparing.records import Failure, JobResult, Run
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
-from pipeline.extraction.provenance import machine
+from pipeline.provenance import machine
 from pipeline.results import Progress, from_json, silent
 
 

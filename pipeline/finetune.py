@@ -12,12 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pipeline.evaluation.comparisons import compare_models, tell_ties
+from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
+from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
-from pipeline.heads.grid import preference
-from pipeline.heads.predictions import TestPredictions, scores
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent, to_json
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
 
@@ -36,7 +33,7 @@ class FinetuneReport:
     Parameters
     ----------
     results : list of FinetuneResult
-    predictions : list of TestPredictions
+    predictions : list of Predictions
         One for each result.
     notes : list of str
         What a user should know, a sentence each.
@@ -52,7 +49,7 @@ class FinetuneReport:
     """
 
     results: list[FinetuneResult]
-    predictions: list[TestPredictions]
+    predictions: list[Predictions]
     notes: list[str]
     classes: tuple[str, ...]
     best: int
@@ -139,7 +136,7 @@ def finetune(
     check_draws(seeds, shots)
     destination = None
     if save is not None:
-        from pipeline.heads.saved import check_destination
+        from pipeline.model_file import check_destination
 
         destination = check_destination(save)
     notes: list[str] = []
@@ -148,7 +145,7 @@ def finetune(
         engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     results: list[FinetuneResult] = []
-    predictions: list[TestPredictions] = []
+    predictions: list[Predictions] = []
     best, kept = 0, None
     for seed in dict.fromkeys(seeds):
         if not results or init == "random":
@@ -171,22 +168,17 @@ def finetune(
     results = [replace(one, p_vs_best=p) for one, p in zip(results, p_values, strict=True)]
     if destination is not None and kept is not None:
         _save(destination, kept, material, recipe, results[best])
-    notes = list(dict.fromkeys([*notes, *tell_ties(p_values)]))
+    notes = list(dict.fromkeys([*notes, *tie_notes(p_values)]))
     return FinetuneReport(results, predictions, notes, material.table.classes, best, destination, plan.extracted)
 
 
-def _predictions(came: Run, material: Material) -> TestPredictions:
-    table, test = material.table, came.splits.test
-    y_true, y_pred = table.labels[test], came.probabilities.argmax(1)
-    temperatures = None if came.temperature is None else np.full(len(test), came.temperature)
-    folds = np.zeros(len(test), np.int64)
-    return TestPredictions(
-        table.uris[test], table.groups[test], folds, y_true, y_pred, came.probabilities, temperatures
-    )
+def _predictions(came: Run, material: Material) -> Predictions:
+    labels = came.probabilities.argmax(1)
+    return collect_predictions(material.table, [came.splits.test], [labels], [came.probabilities], [came.temperature])
 
 
 def _result(
-    came: Run, said: TestPredictions, material: Material, plan: Plan, seed: int, shots: int | str
+    came: Run, said: Predictions, material: Material, plan: Plan, seed: int, shots: int | str
 ) -> FinetuneResult:
     table, splits, trained = material.table, came.splits, came.trained
     how = {"init": plan.init, "head_first": plan.head_first}
@@ -203,7 +195,7 @@ def _result(
         n_train=len(splits.train),
         n_val=len(splits.val),
         n_pool=len(table.labels) - len(splits.test),
-        **scores(said, len(table.classes)),
+        **measure(said, len(table.classes)),
         seconds=came.seconds,
         converged=not trained.diverged,
         balanced=plan.recipe.class_weights,
@@ -216,13 +208,13 @@ def _result(
 
 
 def _save(path: Path, network: Network, material: Material, recipe: Recipe, result: FinetuneResult) -> None:
-    from pipeline.backbones.network_file import HEAD, TunedModel, save_network
+    from pipeline.backbones.network_file import TOP_LAYER, TunedModel, save_network
     from pipeline.backbones.weights import weights_digest
     from pipeline.finetuning.precision import scores_precision
 
     backbone, state = material.backbone, network.cpu().whole_state()
     precision = scores_precision(network)
     digest = weights_digest(state)
-    spec = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
-    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result), {})
+    spec = LayerSpec(backbone.name, digest, TOP_LAYER, DEFAULT_POOL, backbone.preprocessing, precision)
+    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result))
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
+from pipeline.provenance import installed_version
 from pipeline.spec import DECODE_POLICY, TRAINING_RULES, fingerprint_of
 
 
@@ -61,4 +61,4 @@ def stage_key(stage: str, **inputs: Any) -> str:
 @cache
 def _code(stage: str) -> list[Any]:
     code = STAGES[stage]
-    return [*code.rules, *map(version, code.libraries)]
+    return [*code.rules, *map(installed_version, code.libraries)]

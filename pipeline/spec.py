@@ -1,7 +1,7 @@
 """What exactly produced a layer's features: requests, specs and fingerprints.
 
-A `Request` is what the user asked for; a `LayerSpec` is what it resolved to. Two features may be compared or mixed
-if and only if their fingerprints are equal.
+A `Request` is what the user asked for, and a `LayerSpec` is what it resolved to. Features may be mixed or compared if
+and only if their fingerprints are equal.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
 NO_AUGMENT = "none"
 DECODE_POLICY = 1
-"""Version of the rules in `pipeline.images`; raised whenever the same file could give other pixels."""
+"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of `value`: sorted keys, no spaces, tuples as lists."""
+    """Return `value` as JSON with sorted keys, no spaces, and tuples as lists: equal values give equal texts.
+
+    Examples
+    --------
+    >>> canonical_json({"b": (1, 2), "a": None})
+    '{"a":null,"b":[1,2]}'
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def json_fields(record: Any) -> dict[str, Any]:
-    """Return a dataclass's fields as they read back from JSON: tuples are lists."""
+    """Return the fields of a dataclass as JSON would read them back, with lists for tuples."""
     fields: dict[str, Any] = json.loads(canonical_json(asdict(record)))
     return fields
 
@@ -54,9 +60,9 @@ class Preprocessing:
     resize : int or tuple of int
         Length of the shorter side before the centre crop, or a fixed ``(height, width)``.
     interpolation : str
-        ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; antialiased but for the last.
+        ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; all but the last are antialiased.
     mean, std : tuple of float
-        Per channel (RGB), on the scale where white is 1.
+        Of each channel (RGB), on a scale where white is 1.
     """
 
     size: tuple[int, int]
@@ -67,26 +73,28 @@ class Preprocessing:
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """All that decides about the pixels, which networks that agree in it can share."""
+        """Everything that decides about the pixels; networks of equal geometry can share them."""
         return self.size, self.resize, self.interpolation
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild from `dataclasses.asdict` read back from JSON (lists become tuples)."""
+        """Rebuild from the fields that were read back from JSON; lists become tuples."""
         fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         return View(**fields) if "view" in fields else cls(**fields)
 
     def viewed(self, augment: str, view: int | None) -> Preprocessing:
-        """Return what gives the augmented view of this number, or, for None, the plain image."""
+        """Return the preprocessing of one augmented view; of the plain image if `view` is None."""
         return self if view is None else View(**vars(self), augment=augment, view=view)
 
 
 @dataclass(frozen=True)
 class View(Preprocessing):
-    """One augmented view of every image, drawn by its number and the image's bytes.
+    """Preprocessing that gives one augmented view of every image, drawn from the view's number and the image's bytes.
 
     Parameters
     ----------
+    size, resize, interpolation, mean, std
+        As in `Preprocessing`.
     augment : str
         ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
     view : int
@@ -98,13 +106,13 @@ class View(Preprocessing):
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """All that decides about the pixels: each view has its own."""
+        """Everything that decides about the pixels; each view has its own."""
         return *super().geometry, self.augment, self.view
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Everything that changes a value of one layer's features.
+    """Everything that can change a value of one layer's features.
 
     Parameters
     ----------
@@ -113,17 +121,17 @@ class LayerSpec:
     weights_digest : str
         blake2b-128 of the loaded state dict.
     layer : str
-        Resolved layer name.
+        Name of the layer, never an alias.
     pool : str
         One of `POOLS`.
     preprocessing : Preprocessing
-        Input size, resize, crop, interpolation, mean and std.
+        How images become the network's input.
     precision : str
-        ``"fp32"``, ``"bf16"`` or ``"fp16"``; resolved, never ``"auto"``.
+        ``"fp32"``, ``"bf16"`` or ``"fp16"``, never ``"auto"``.
     store : str
-        One of `STORES`, the dtype on disk.
+        One of `STORES`: the dtype on disk.
     decode : int
-        Version of the decode policy.
+        The `DECODE_POLICY` that the images were decoded with.
     """
 
     backbone: str
@@ -137,7 +145,7 @@ class LayerSpec:
 
     @property
     def fingerprint(self) -> str:
-        """Digest over all fields: 32 hex characters."""
+        """Digest of all fields, 32 hex characters."""
         return fingerprint_of(asdict(self))
 
     def to_json(self) -> dict[str, Any]:
@@ -153,24 +161,24 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked of one backbone, kept beside what it resolved to.
+    """What the user asked of one backbone; a cache file keeps it beside the specs that it resolved to.
 
     Parameters
     ----------
     backbone : str
-        Name as the user wrote it, weights included.
+        Name as the user wrote it, with its weights.
     layers : tuple of str
-        Layers or aliases, in the order asked.
+        Layers or aliases, in the order in which they were asked for.
     pool, precision, store : str
-        As in `LayerSpec`; precision may be ``"auto"``.
+        As in `LayerSpec`; precision may also be ``"auto"``.
     size : int, optional
-        Input size that overrides the backbone's own.
+        Height and width of the network's input, in pixels, instead of the backbone's own.
     weights_file : str, optional
-        Digest of the weights file's bytes where `backbone` names one: the same name may hold other weights tomorrow.
-    augment : str
+        Digest of the weights file that `backbone` names, if it names one: the file may change under the same name.
+    augment : str, default "none"
         What the augmented view is made of, as in `View`.
     view : int, optional
-        Its number; None for plain images.
+        Number of the augmented view; None for plain images.
     """
 
     backbone: str

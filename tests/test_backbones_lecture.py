@@ -14,8 +14,9 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.layers import list_layers, resolve_layers
 from pipeline.backbones.registry import load
-from pipeline.backbones.taps import describe, resolve_layers, tap
+from pipeline.backbones.taps import tap
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -178,7 +179,7 @@ def test_the_network_is_the_published_one(loaded: Loaded) -> None:
 
 def test_layers_and_shapes(loaded: Loaded) -> None:
     expected, backbone = loaded.expected, loaded.backbone
-    rows = {row.name: row for row in describe(backbone)}
+    rows = {row.name: row for row in list_layers(backbone)}
     assert resolve_layers(backbone, ["stages"]) == tuple(expected.stages)
     assert {name: rows[name].shape for name in expected.stages} == expected.stages
     assert all("stages" in rows[name].aliases for name in expected.stages)

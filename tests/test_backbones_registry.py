@@ -69,7 +69,7 @@ def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, ha
             "botnet50ts_256",
             "there are no pretrained weights for botnet50ts_256; use botnet50ts_256@FILE.safetensors or",
         ),
-        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border'"),
+        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border', but only square images"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(asked: str, message: str) -> None:
@@ -93,7 +93,7 @@ def test_the_list_tells_which_weights_are_here(offline: Path) -> None:
     }
     assert [row.name for row in list_backbones("embedded/*")] == [f"efficientnet_lite{number}" for number in range(3)]
     assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm"}
-    with pytest.raises(BackboneError, match="no backbone fits 'resnext500'; did you mean"):
+    with pytest.raises(BackboneError, match="no backbone matches 'resnext500'; did you mean"):
         list_backbones("resnext500")
 
 

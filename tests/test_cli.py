@@ -145,6 +145,11 @@ def test_usage_errors_exit_with_2(thawline: Thawline, tmp_path: Path) -> None:
     assert thawline("extract").returncode == 2
     assert thawline("fit", "cache", "--shots", "few", cwd=tmp_path).returncode == 2
     assert thawline("extract", "photos", "--workers", "0", cwd=tmp_path).returncode == 2
+    for option, value, said in (("--lr", "0", "x>0"), ("--epochs", "0", "x>=1"), ("--lr-at", "fc=0", "rate above 0")):
+        wrong = thawline("finetune", "photos", option, value, cwd=tmp_path)
+        assert wrong.returncode == 2
+        assert option in wrong.stderr
+        assert said in wrong.stderr
     thawline("extract", "photos", "--workers", "auto", "--batch-size", "2", cwd=tmp_path).assert_one_line("photos")
 
 

@@ -1,26 +1,34 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cli
+from pipeline.backbones.registry import sketch
 from pipeline.compare import compare, dry_run
 from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits, rectangles
 from pipeline.comparing.plan import Line, find_line, read_plan
+from pipeline.demo import demo
+from pipeline.drift import drift
 from pipeline.errors import PlanError
+from pipeline.export import export
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
-from pipeline.options import TABLES, tune_parameters
-from pipeline.spec import Request
+from pipeline.heads.registry import FAMILIES, SCALINGS
+from pipeline.options import COMMANDS, FINETUNE, OPTIMIZERS, RECIPE, SCHEDULES, TABLES, TOPS, tune_parameters
+from pipeline.predict import predict
+from pipeline.rank import rank
+from pipeline.spec import POOLS, STORES, Request
 
 PLAN = """\
 source = "photos"   # beside the plan
@@ -45,30 +53,54 @@ def write(folder: Path, text: str = PLAN) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("table", "stages"),
-    [("extract", [extract]), ("fit", [fit]), ("finetune", [finetune, Recipe])],
-    ids=["extract", "fit", "finetune"],
-)
-def test_keys_and_defaults_are_those_of_the_commands(table: str, stages: list[Callable[..., object]]) -> None:
-    parameters = {name: one for stage in stages for name, one in inspect.signature(stage).parameters.items()}
-    options = {
-        option.opts[-1].lstrip("-"): option
-        for option in cli.thawline.commands[table].params
-        if isinstance(option, click.Option)
+STAGES: dict[str, tuple[Callable[..., object], ...]] = {
+    "extract": (extract,),
+    "fit": (fit,),
+    "finetune": (finetune, Recipe),
+    "predict": (predict,),
+    "export": (export,),
+    "rank": (rank,),
+    "drift": (drift,),
+    "compare": (compare,),
+    "demo": (demo,),
+    "layers": (sketch,),
+}
+PRINTING = {"plot", "picture", "csv", "dry_run"}
+"""What a command does with the result of its stage."""
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_the_options_of_a_command_are_parameters_of_its_stage_with_the_same_defaults(command: str) -> None:
+    parameters = {
+        name: parameter for stage in STAGES[command] for name, parameter in inspect.signature(stage).parameters.items()
     }
-    if table == "finetune":
-        assert set(options) - set(TABLES[table]) == {"save", "picture", "watch", "json"}, "it can say all that trains"
-    for key, option in TABLES[table].items():
-        assert key in options, "a plan's keys are the long option names"
-        assert option.parameter in parameters
+    for option in COMMANDS[command]:
+        if option.parameter in PRINTING:
+            assert option.parameter not in parameters
+            continue
         default = parameters[option.parameter].default
-        plain = next(iter(default), None) if isinstance(default, tuple) else default
-        if key != "output":
-            assert option.default == plain, key
-        offered = options[key].type
-        if isinstance(offered, click.Choice):
-            assert all(not option.check(choice) for choice in offered.choices), key
+        if option.required:
+            assert default is inspect.Parameter.empty
+        elif option.repeat and default is not None:
+            assert default == (() if option.default is None else (option.default,)), option.name
+        else:
+            assert default == option.default, option.name
+        if option.default is not None:
+            assert option.default in option.kind, option.name
+
+
+def test_all_that_trains_can_be_said_in_a_plan_and_on_the_command_line() -> None:
+    assert {option.parameter for option in RECIPE} == {field.name for field in dataclasses.fields(Recipe)}
+    assert {option.name for option in FINETUNE} - set(TABLES["finetune"]) == {"save", "picture", "watch"}
+
+
+def test_the_order_of_a_fine_tunes_options_stays() -> None:
+    """Kept results are found by a digest of the options in this order."""
+    crossed = [key for key, option in TABLES["finetune"].items() if option.crossed and key not in ("shots", "seed")]
+    assert " ".join(crossed) == (
+        "backbone freeze init head-first top lr layer-decay lr-at epochs patience batch-size optimizer schedule warmup "
+        "weight-decay label-smoothing class-weights augment views clip precision store size"
+    )
 
 
 def test_a_plan_is_crossed(tmp_path: Path) -> None:
@@ -158,18 +190,18 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
             ("line 12", "layer9", "layer"),
         ),
         (("[[fit]]", '[[finetune]]\nbackbone = "resnet18"\nlr = -1\n[[fit]]'), ("line 12", "'lr'", "above 0")),
-        ((FIT_TABLE, TUNE + "views = 2\n[[fit]]"), ("line 10", "--augment crop+flip")),
-        ((FIT_TABLE, TUNE + 'views = 0\naugment = "crop"\n[[fit]]'), ("line 12", "'views'", "from 1 on")),
+        ((FIT_TABLE, TUNE + "views = 2\n[[fit]]"), ("line 10", "augment crop+flip")),
+        ((FIT_TABLE, TUNE + 'views = 0\naugment = "crop"\n[[fit]]'), ("line 12", "'views'", "at least 1, got 0")),
         ((FIT_TABLE, TUNE + 'freeze = "none"\nviews = 2\naugment = "crop"\n[[fit]]'), ("line 13", "freeze none")),
         ((FIT_TABLE, TUNE + "head-first = true\n[[fit]]"), ("line 10", "leave out head-first")),
         (
             (FIT_TABLE, TUNE.replace("resnet18", "resnet18@random:0") + 'init = "random"\n[[fit]]'),
-            ("line 10", "init random", "without any"),
+            ("line 10", "init random", "without weights"),
         ),
         ((FIT_TABLE, TUNE + 'precision = "fp16"\n[[fit]]'), ("line 12", "'precision'", "bf16")),
         ((FIT_TABLE, TUNE + 'device = "cuda:99"\n[[fit]]'), ("line 12", "cuda:99")),
         ((FIT_TABLE, TUNE + 'lr-at = ["layer4"]\n[[fit]]'), ("line 12", "'lr-at'", "LAYER=RATE", "'layer4'")),
-        ((FIT_TABLE, TUNE + 'lr-at = "layer4=0"\n[[fit]]'), ("line 10", "lr_at layer4", "positive")),
+        ((FIT_TABLE, TUNE + 'lr-at = "layer4=0"\n[[fit]]'), ("line 12", "'lr-at'", "rate above 0", "'layer4=0'")),
         (
             (FIT_TABLE, TUNE + 'freeze = "layer3"\nlr-at = ["layer4=0.1", "layer2=0.1"]\n[[fit]]'),
             ("line 13", "no thawed layer 'layer2'", "layer4.0"),
@@ -198,6 +230,95 @@ def test_whatever_is_wrong_is_said_before_any_work(
     for part in parts:
         assert part in message
     assert not run.exists()
+
+
+EXAMPLES: dict[str, dict[str, list[Any]]] = {
+    "extract": {
+        "backbone": ["test_resnet@random:0", "test_resnet@random:1"],
+        "layer": [["layer1", "stages", "penultimate"]],
+        "pool": list(POOLS),
+        "precision": ["auto", "fp32"],
+        "store": list(STORES),
+        "size": [32, 64],
+        "batch-size": [1],
+        "on-error": ["skip", "stop"],
+        "workers": [1],
+        "engine": ["auto", "openvino", "torch"],
+        "device": ["auto", "cpu"],
+        "output": ["features"],
+    },
+    "fit": {
+        "head": [name if scaling == "standard" else f"{name}/{scaling}" for name in FAMILIES for scaling in SCALINGS],
+        "layer": ["layer1", "layer1+input"],
+        "seed": [0, 7],
+        "shots": [1, "all"],
+        "cv": [3],
+        "balanced": [True],
+        "drop-leaks": [True],
+        "jobs": [1],
+        "device": ["auto", "cpu"],
+    },
+    "finetune": {
+        "backbone": ["test_resnet@random:1"],
+        "freeze": ["all", "none", "layer3"],
+        "init": ["pretrained", "random"],
+        "head-first": [True],
+        "top": list(TOPS),
+        "lr": [0.1, 1],
+        "layer-decay": [0.5, 1],
+        "lr-at": [["layer4=0.1", "new_head=0.2"]],
+        "epochs": [1],
+        "patience": [1],
+        "batch-size": [1],
+        "optimizer": list(OPTIMIZERS),
+        "schedule": list(SCHEDULES),
+        "warmup": [0],
+        "weight-decay": [0],
+        "label-smoothing": [0.1],
+        "class-weights": [True],
+        "augment": ["none", "flip", "crop+flip+colour"],
+        "views": [2],
+        "clip": [1],
+        "precision": ["auto", "fp32"],
+        "store": list(STORES),
+        "size": [32, 64],
+        "seed": [0, 7],
+        "shots": [1, "all"],
+        "engine": ["auto", "torch"],
+        "device": ["auto", "cpu"],
+        "workers": [1],
+        "output": ["features"],
+    },
+}
+
+
+def toml(values: dict[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+@pytest.mark.parametrize(("table", "key"), [(table, key) for table, options in TABLES.items() for key in options])
+def test_a_dry_run_estimates_every_head_and_every_option(
+    make_photos: Callable[..., Path], tmp_path: Path, table: str, key: str
+) -> None:
+    make_photos(each=3)
+    for value in EXAMPLES[table][key]:
+        network = {"backbone": "test_resnet@random:0", "size": 32}
+        if table == "finetune":
+            chosen = {"freeze": "layer3", "augment": "crop", key: value}
+            if value == "random":  # of a network that has no pretrained weights at all
+                chosen |= {"backbone": "nf_resnet26", "freeze": "none"}
+            text = "[[finetune]]\n" + toml(network | chosen)
+        else:
+            extract_options = network | {"layer": ["layer1", "input"]}
+            fit_options = {"head": "centroid"}
+            (extract_options if table == "extract" else fit_options)[key] = value
+            text = f"[[extract]]\n{toml(extract_options)}[[fit]]\n{toml(fit_options)}"
+        planned = dry_run(write(tmp_path, f'source = "photos"\n{text}'), tmp_path / "run")
+        assert planned
+        for job in planned:
+            assert not job.done
+            assert 0 < job.seconds < 3600, job
+            assert job.bytes > 0 or job.job.startswith("fit"), job
 
 
 def test_a_plan_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:

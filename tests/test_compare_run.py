@@ -24,18 +24,19 @@ from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import Judged, RunFolder
+from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import boards
 from pipeline.comparing.paired import compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.comparing.records import ExtractionCost, JobResult, RunInfo
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
+from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
+from pipeline.reporting.charts.cost import pareto
 from pipeline.reporting.charts.reliability import reliability
-from pipeline.reporting.page.method_charts import pareto
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
 from pipeline.reporting.page.pictures import lay_out
 from pipeline.reporting.terminal import progress
@@ -216,7 +217,7 @@ def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
 
 
 def test_damaged_predictions_are_named(tmp_path: Path) -> None:
-    said = Judged(np.array(["a"]), np.array([0]), np.array([1]), None)
+    said = Predictions(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
     with folder.claim():
         folder.append(record("one"), said)
@@ -344,7 +345,7 @@ def test_features_that_are_there_under_another_request_are_used_once(plan: Path,
 def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    def watched(features: Features, layer: str, judged: Judged) -> Any:
+    def watched(features: Features, layer: str, judged: Predictions) -> Any:
         drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
         return lay_out(features, layer, judged)
 
@@ -454,10 +455,10 @@ def names_of(records: list[JobResult]) -> list[str]:
     return list(dict.fromkeys(score.name for score in boards(records)[0].scores.values()))
 
 
-def said(right: np.ndarray, first: int = 0) -> Judged:
+def said(right: np.ndarray, first: int = 0) -> Predictions:
     uris = np.array([f"{number}.png" for number in range(first, first + len(right))])
     truth = np.zeros(len(right), np.int64)
-    return Judged(uris, truth, np.where(right, 0, 1), None)
+    return Predictions(uris, truth, np.where(right, 0, 1), None)
 
 
 def test_one_test_set_is_judged_by_mcnemar() -> None:
@@ -633,7 +634,7 @@ def test_the_hardest_class_comes_first() -> None:
     (score,) = boards([record("x")])[0].scores.values()
     truth = np.repeat([0, 1, 3], 10)
     found = np.where(np.arange(30) % 10 < np.repeat([9, 4, 7], 10), truth, 2)
-    judged = Judged(np.array([f"{number}.png" for number in range(30)]), truth, found, None)
+    judged = Predictions(np.array([f"{number}.png" for number in range(30)]), truth, found, None)
     chart = class_chart([score], {"x": judged}, ("a", "b", "c", "d"))
     assert chart is not None
     assert chart.rows == [("b", 10, "40.0 %"), ("d", 10, "70.0 %"), ("a", 10, "90.0 %")]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from features_cache import CacheError, whole
 from pipeline.backbones.registry import load
-from pipeline.backbones.thaw_line import find_line, lines, read_place, split
+from pipeline.backbones.thaw_line import find_line, possible_lines, split
 from pipeline.errors import BackboneError, FitError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
@@ -74,7 +74,7 @@ def train_on_pixels(photos: Path, backbone: Any, freeze: str, path: Path, recipe
 def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
     loaded = load(name, 64)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    trunk, body = split(loaded.traced, find_line(loaded, line).node, read_place(loaded).node)
+    trunk, body = split(loaded, find_line(loaded, line))
     assert trunk is not None
     classify = loaded.module.get_submodule(str(loaded.classifier))
     with torch.inference_mode():
@@ -83,10 +83,10 @@ def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
 
 
 def test_only_layers_that_every_path_crosses_can_be_the_line(backbone: Any) -> None:
-    known = lines(backbone)
+    known = possible_lines(backbone)
     assert {"layer1", "layer2", "layer3", "layer4"} <= set(known)
     assert "layer2.0.conv1" not in known
-    with pytest.raises(BackboneError, match=r"paths jump over it.*layer1"):
+    with pytest.raises(BackboneError, match=r"some paths bypass it.*layer1"):
         find_line(backbone, "layer2.0.conv1")
     with pytest.raises(BackboneError, match="did you mean layer3"):
         find_line(backbone, "layr3")
@@ -348,11 +348,11 @@ def test_class_weights_have_mean_one_over_the_images() -> None:
 @pytest.mark.parametrize(
     ("option", "parts"),
     [
-        ({"lr": -1.0}, "lr is a positive number, got -1.0"),
-        ({"optimizer": "adma"}, "unknown optimizer 'adma'; did you mean adam"),
+        ({"lr": -1.0}, "lr: expected a number above 0, got -1.0"),
+        ({"optimizer": "adma"}, "optimizer: expected one of adamw, sgd, got 'adma'; did you mean adam"),
         ({"augment": "crop+flop"}, "unknown augmentation 'flop'; did you mean flip"),
-        ({"layer_decay": 1.5}, "layer_decay is a number above 0"),
-        ({"epochs": 0}, "epochs is a whole number from 1 on, got 0"),
+        ({"layer_decay": 1.5}, "layer_decay: expected a number above 0 and at most 1, got 1.5"),
+        ({"epochs": 0}, "epochs: expected a whole number, at least 1, got 0"),
         ({"pateince": 3}, "no option 'pateince'; did you mean patience"),
     ],
 )
@@ -365,11 +365,10 @@ def test_a_recipe_that_cannot_be_is_refused(option: dict[str, Any], parts: str) 
     ("arguments", "parts"),
     [
         (("--freeze", "layer9"), ("layer9", "layer4")),
-        (("--freeze", "layer2.0.conv1"), ("paths jump over it", "layer2")),
+        (("--freeze", "layer2.0.conv1"), ("some paths bypass it", "layer2")),
         (("--freeze", "layer3", "--batch-size", "1"), ("batches of one", "--batch-size 2")),
-        (("--init", "random"), ("init random", "without any")),
+        (("--init", "random"), ("init random", "without weights")),
         (("--head-first",), ("head-first",)),
-        (("--lr", "0"), ("lr is a positive number",)),
         (("--picture", "nowhere/curves.png"), ("nowhere",)),
         (("--save", "nowhere/model.safetensors"), ("nowhere",)),
     ],

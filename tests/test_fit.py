@@ -24,10 +24,10 @@ from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
 from pipeline.evaluation.metrics import expected_calibration_error, log_loss
 from pipeline.fit import fit
-from pipeline.heads import grid as schedule
+from pipeline.heads import parallel
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.saved import load_model
-from pipeline.heads.trial import Outcome
+from pipeline.heads.trial import TrialOutcome
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,13 +126,13 @@ def test_one_result_a_cell_in_the_order_layers_heads_seeds_shots(make_cache: Mak
 
 
 def test_what_was_said_of_test_rows_is_held_once(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes: weakref.WeakSet[Outcome] = weakref.WeakSet()
+    outcomes: weakref.WeakSet[TrialOutcome] = weakref.WeakSet()
 
-    def noted(outcome: Outcome, **changes: Any) -> Outcome:
+    def noted(outcome: TrialOutcome, **changes: Any) -> TrialOutcome:
         outcomes.add(changed := replace(outcome, **changes))
         return changed
 
-    monkeypatch.setattr(schedule, "replace", noted)
+    monkeypatch.setattr(parallel, "replace", noted)
     alive: list[int] = []
     fit(make_cache(), ["low"], seeds=[0, 1], cv=3, jobs=1, on_result=lambda *_: alive.append(len(outcomes)))
     assert alive == [3, 3], "the predictions of a result's folds, and of no other result"
@@ -598,7 +598,7 @@ def test_a_class_of_one_row_is_fitted_and_told(make_cache: Make, head: str) -> N
 
 def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_cache(dims={"top": 200})
-    monkeypatch.setattr(schedule, "MOST_CELLS", 500)
+    monkeypatch.setattr(parallel, "MOST_CELLS", 500)
     for head in ("logreg", "linear_svm"):
         with pytest.raises(FitError, match=f"{head} for 3 classes would need a table of .* GiB; take centroid"):
             fit(path, heads=[head])

@@ -17,8 +17,8 @@ from pipeline.errors import FitError
 from pipeline.heads import linear_svm, logreg
 from pipeline.heads.choose import Fold, balanced_weights, make_fold, scale, search, train_final
 from pipeline.heads.family import Family, Fitted, Params, Step
+from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
-from pipeline.heads.solvers.hyperplanes import C_GRID
 from pipeline.heads.solvers.spectrum import find_spectrum
 
 

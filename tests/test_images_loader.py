@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from io import BytesIO
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pipeline.images.decode
-import pipeline.images.decode_ahead
+import pipeline.images.loader
 from pipeline.errors import UnreadableImageError
-from pipeline.images.decode_ahead import MIN_READERS, WINDOW_BATCHES
-from pipeline.images.loader import Batch, default_workers, load
+from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load
 from pipeline.images.sources.items import ImageSource, Item
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
@@ -76,17 +75,30 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def summary(batches: list[Batch]) -> list[object]:
+def decoded(batch: list[LoadedImage]) -> list[LoadedImage]:
+    return [image for image in batch if image.pixels is not None]
+
+
+def rows_of(batch: list[LoadedImage]) -> list[int]:
+    return [image.row for image in batch]
+
+
+def duplicates(batch: list[LoadedImage]) -> list[tuple[int, int, bytes]]:
+    return [(image.row, image.duplicate_of, image.digest) for image in batch if image.duplicate_of is not None]
+
+
+def failures(batch: list[LoadedImage]) -> list[tuple[int, str, bytes]]:
+    return [(image.row, image.failure, image.digest) for image in batch if image.failure is not None]
+
+
+def known_ones(batch: list[LoadedImage]) -> list[tuple[int, bytes]]:
+    return [(image.row, image.digest) for image in batch if image.known]
+
+
+def summary(batches: list[list[LoadedImage]]) -> list[object]:
     return [
-        (
-            b.rows.tolist(),
-            b.pixels[0].tobytes(),
-            b.digests.tobytes(),
-            b.duplicates,
-            b.failures,
-            b.known,
-        )
-        for b in batches
+        [(i.row, i.digest, i.pixels and i.pixels[0].tobytes(), i.duplicate_of, i.failure, i.known) for i in batch]
+        for batch in batches
     ]
 
 
@@ -97,14 +109,15 @@ def summary(batches: list[Batch]) -> list[object]:
 def test_full_batches_in_order(workers: int) -> None:
     levels = list(range(10, 33))
     batches = list(load(source_of(levels), np.arange(23), [SMALL], batch_size=5, workers=workers))
-    assert [len(batch.rows) for batch in batches] == [5, 5, 5, 5, 3]
-    assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(23))
-    for batch in batches:
-        assert batch.rows.dtype == np.int64
-        assert batch.pixels[0].dtype == batch.digests.dtype == np.uint8
-        assert batch.pixels[0].shape == (len(batch.rows), 4, 5, 3)
-        np.testing.assert_array_equal(batch.pixels[0], np.zeros((1, 4, 5, 3)) + (batch.rows + 10)[:, None, None, None])
-        assert [bytes(row) for row in batch.digests] == [digest(levels[row]) for row in batch.rows]
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
+    images = [image for batch in batches for image in batch]
+    assert rows_of(images) == list(range(23))
+    for image in images:
+        (pixels,) = image.pixels
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, np.full((4, 5, 3), levels[image.row]))
+        assert image.digest == digest(levels[image.row])
+        assert (image.duplicate_of, image.failure, image.known) == (None, None, False)
 
 
 def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
@@ -112,14 +125,14 @@ def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
     batches = list(
         load(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
     )
-    assert [len(batch.rows) for batch in batches] == [1, 0, 0, 0]
-    assert [len(batch.known) + len(batch.duplicates) for batch in batches] == [512, 512, 512, 64]
+    assert [len(decoded(batch)) for batch in batches] == [1, 0, 0, 0]
+    assert [len(known_ones(batch)) + len(duplicates(batch)) for batch in batches] == [512, 512, 512, 64]
 
 
 def test_only_the_rows_asked_in_the_order_asked() -> None:
     batches = list(load(source_of(list(range(50))), [40, 3, 17], [SMALL], batch_size=2))
-    assert [batch.rows.tolist() for batch in batches] == [[40, 3], [17]]
-    assert [batch.pixels[0][0, 0, 0, 0] for batch in batches] == [40, 17]
+    assert [rows_of(batch) for batch in batches] == [[40, 3], [17]]
+    assert [image.pixels[0][0, 0, 0] for batch in batches for image in batch] == [40, 3, 17]
 
 
 def test_no_rows_no_batches() -> None:
@@ -129,30 +142,31 @@ def test_no_rows_no_batches() -> None:
 def test_duplicates_and_failures() -> None:
     levels = [7, BAD, 7, MISSING, 9, BAD, 9, MISSING, 7]
     (batch,) = load(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
-    assert batch.rows.tolist() == [0, 4]
-    assert batch.duplicates == [
+    assert rows_of(batch) == list(range(9))
+    assert rows_of(decoded(batch)) == [0, 4]
+    assert duplicates(batch) == [
         (2, 0, digest(7)),
         (6, 4, digest(9)),
         (8, 0, digest(7)),
     ]
     reason = "not an image of a known format"
-    assert batch.failures == [
+    assert failures(batch) == [
         (1, reason, digest(BAD)),
-        (3, "no such file", None),
+        (3, "no such file", b""),
         (5, reason, digest(BAD)),
-        (7, "no such file", None),
+        (7, "no such file", b""),
     ]
 
 
 def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    prepare = pipeline.images.decode_ahead.prepare_all
+    seen = []
+    prepare = pipeline.images.loader.prepare_all
     monkeypatch.setattr(
-        pipeline.images.decode_ahead, "prepare_all", lambda data, wanted: decoded.append(data) or prepare(data, wanted)
+        pipeline.images.loader, "prepare_all", lambda data, wanted: seen.append(data) or prepare(data, wanted)
     )
     batches = list(load(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
-    assert sorted(decoded) == sorted([FILES[5], FILES[6]])
-    assert sum(len(batch.duplicates) for batch in batches) == 58
+    assert sorted(seen) == sorted([FILES[5], FILES[6]])
+    assert sum(len(duplicates(batch)) for batch in batches) == 58
 
 
 def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,25 +178,23 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
     assert asked == [digest(level) for level in (1, 2, BAD, 1, 3)]
-    assert batch.rows.tolist() == [1, 5]
-    assert batch.known == [(0, digest(1)), (2, digest(BAD)), (3, digest(1))]
-    assert batch.duplicates == [(4, 1, digest(2))]
-    assert batch.failures == []
+    assert rows_of(decoded(batch)) == [1, 5]
+    assert known_ones(batch) == [(0, digest(1)), (2, digest(BAD)), (3, digest(1))]
+    assert duplicates(batch) == [(4, 1, digest(2))]
+    assert failures(batch) == []
 
 
 def test_a_batch_without_pixels() -> None:
     (batch,) = load(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
-    assert batch.rows.shape == (0,)
-    assert batch.pixels[0].shape == (0, 4, 5, 3)
-    assert batch.digests.shape == (0, 16)
-    assert [failure.row for failure in batch.failures] == [0, 1]
+    assert decoded(batch) == []
+    assert [row for row, *_ in failures(batch)] == [0, 1]
 
 
 def test_what_follows_the_last_full_batch_comes_too() -> None:
     batches = list(load(source_of([1, 2, 2, BAD]), range(4), [SMALL], batch_size=2))
-    assert [batch.rows.tolist() for batch in batches] == [[0, 1], []]
-    assert [duplicate.row for duplicate in batches[1].duplicates] == [2]
-    assert [failure.row for failure in batches[1].failures] == [3]
+    assert [rows_of(decoded(batch)) for batch in batches] == [[0, 1], []]
+    assert [row for row, *_ in duplicates(batches[1])] == [2]
+    assert [row for row, *_ in failures(batches[1])] == [3]
 
 
 @given(
@@ -196,13 +208,15 @@ def test_the_number_of_workers_changes_nothing(levels: list[int], batch_size: in
         for workers in (1, 4)
     )
     assert summary(one) == summary(four)
-    assert all(len(batch.rows) == batch_size for batch in one[:-1])
+    assert all(len(decoded(batch)) == batch_size for batch in one[:-1])
     seen: list[int] = []
-    for batch in one:
-        seen += [*batch.rows.tolist(), *(row[0] for row in [*batch.duplicates, *batch.failures, *batch.known])]
-        assert all(duplicate.of in seen for duplicate in batch.duplicates)
-    assert sorted(seen) == list(range(len(levels)))
-    assert all(first < second for batch in one for first, second in pairwise(batch.rows))
+    for image in chain.from_iterable(one):
+        assert (image.pixels is not None) + (image.duplicate_of is not None) + (image.failure is not None) == (
+            not image.known
+        )
+        assert image.duplicate_of is None or image.duplicate_of in seen
+        seen.append(image.row)
+    assert seen == list(range(len(levels)))
 
 
 def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
@@ -211,8 +225,8 @@ def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
     (root / "a/1.png").unlink()
     (root / "b/2.png").write_bytes(b"")
     (batch,) = load(source, range(6), [SMALL], batch_size=8)
-    assert batch.rows.tolist() == [0, 2, 3, 4]
-    assert [(failure.row, failure.reason) for failure in batch.failures] == [(1, "no such file"), (5, "empty file")]
+    assert rows_of(decoded(batch)) == [0, 2, 3, 4]
+    assert [(row, reason) for row, reason, _ in failures(batch)] == [(1, "no such file"), (5, "empty file")]
 
 
 def test_workers_follow_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,12 +255,12 @@ def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
 def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     monkeypatch.setattr(
-        pipeline.images.decode_ahead,
+        pipeline.images.loader,
         "prepare_all",
         lambda data, wanted: (go.wait(20) and np.zeros((4, 5, 3), np.uint8),),
     )
     begun: set[int] = set()
-    limit = max(MIN_READERS, workers) + 2 * workers  # in readers' hands, waiting, in decoders' hands
+    limit = max(MIN_READERS, workers) + workers
     found: list[int] = []
 
     def watch() -> None:
@@ -260,7 +274,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
     batches = list(load(source_of(list(range(200)), begun.add), range(200), [SMALL], batch_size=64, workers=workers))
     watcher.join()
     assert found == [limit]
-    assert sum(len(batch.rows) for batch in batches) == 200
+    assert sum(len(decoded(batch)) for batch in batches) == 200
 
 
 # -- Endings: `no_thread_is_left` checks each --------------------------------------------------------------------------
@@ -314,7 +328,7 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
     def prepare(data: bytes, wanted: Preprocessing) -> np.ndarray:
         raise ZeroDivisionError("in a decoder")
 
-    monkeypatch.setattr(pipeline.images.decode_ahead, "prepare_all", prepare)
+    monkeypatch.setattr(pipeline.images.loader, "prepare_all", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
         list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
 
@@ -325,10 +339,10 @@ def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch
 
     monkeypatch.setattr(pipeline.images.decode, "_upright", short)
     (batch,) = load(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
-    assert [(failure.reason, failure.digest) for failure in batch.failures] == [
-        ("not enough memory", None),
+    assert [(reason, key) for _, reason, key in failures(batch)] == [
+        ("not enough memory", b""),
         ("not an image of a known format", digest(BAD)),
-        ("not enough memory", None),
+        ("not enough memory", b""),
     ]
 
 

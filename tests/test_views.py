@@ -15,7 +15,7 @@ from PIL import Image
 from features_cache import DONE, PENDING, CacheError, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
 from pipeline.backbones.registry import load
-from pipeline.backbones.thaw_line import find_line, read_place, split
+from pipeline.backbones.thaw_line import find_line, split
 from pipeline.engines import engine
 from pipeline.errors import FitError
 from pipeline.evaluation.rows import select
@@ -79,7 +79,7 @@ def test_a_view_in_the_cache_is_what_torch_gives_of_the_augmented_image(
 ) -> None:
     photos = make_photos(each=4)
     results = extract(photos, [NET], [LINE], "flatten", tmp_path, augment=AUGMENT, views=[0, 3], **HOW)
-    trunk, _ = split(backbone.traced, find_line(backbone, LINE).node, read_place(backbone).node)
+    trunk, _ = split(backbone, find_line(backbone, LINE))
     mean, std = (
         torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.preprocessing.mean, backbone.preprocessing.std)
     )
@@ -233,8 +233,8 @@ def test_one_decode_serves_plain_and_views(backbone: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"views": 3}, "views are of augmented images; name an augmentation, such as --augment crop"),
-        ({"views": 0, "augment": "crop"}, "views is a whole number from 1 on, got 0"),
+        ({"views": 3}, "nothing is augmented; name an augmentation, such as augment crop"),
+        ({"views": 0, "augment": "crop"}, "views: expected a whole number, at least 1, got 0"),
     ],
 )
 def test_views_that_cannot_be_are_refused(options: dict[str, Any], parts: str) -> None:

@@ -268,5 +268,5 @@ def test_depth_is_the_order_of_computation() -> None:
 
 
 def test_only_gradients_can_be_watched(make_photos: Photos, tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="unknown watch 'gradient'; did you mean gradients"):
+    with pytest.raises(FitError, match="watch: expected one of gradients, got 'gradient'; did you mean gradients"):
         tune(make_photos(), tmp_path, watch="gradient")

@@ -1,1 +1,1 @@
-"""The commands of `thawline`: each parses, calls one stage and prints; what is heavy is imported inside."""
+"""The commands of `thawline`. Each parses, calls one stage and prints; heavy modules are imported inside."""

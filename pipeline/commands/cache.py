@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
-from pipeline.commands.options import cache_argument, json_option, selecting_options
-from pipeline.commands.output import print_json, print_table, to_records
+from pipeline.commands.click_options import options_of
+from pipeline.commands.output import print_json, print_table, with_progress
 
 
 @click.group("cache")
 def cache_group() -> None:
-    """Look into a cache, check it, take features out."""
+    """Inspect a cache, check it, and export features from it."""
 
 
 @cache_group.command("ls")
-@cache_argument
-@json_option
+@click.argument("cache")
+@options_of("cache ls")
 def cache_ls(cache: str, as_json: bool) -> None:
     """List the files of CACHE and how much of each is done."""
     from pipeline.extraction.inspection import list_files
@@ -26,7 +26,7 @@ def cache_ls(cache: str, as_json: bool) -> None:
 
     listing = list_files(cache)
     if as_json:
-        print_json(to_records([listing])[0])
+        print_json(listing)
         return
     print_table(listing_table(listing.files))
     for problem in listing.problems:
@@ -37,13 +37,12 @@ def cache_ls(cache: str, as_json: bool) -> None:
 
 
 @cache_group.command("show")
-@cache_argument
-@selecting_options
-@json_option
+@click.argument("cache")
+@options_of("cache show")
 def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
-    """Show all about one file of CACHE.
+    """Show everything about one file of CACHE.
 
-    Specs, runs, classes, unreadable images, images that stand in it twice.
+    Its layers' specs, runs, classes, unreadable images, and images that it holds twice.
     """
     from features_cache import Catalog
     from pipeline.extraction.inspection import detail
@@ -51,27 +50,23 @@ def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
 
     details = detail(Catalog(cache).find(**selection))
     if as_json:
-        print_json(to_records([details])[0])
+        print_json(details)
         return
     print_table(details_view(details))
 
 
 @cache_group.command("verify")
-@cache_argument
-@click.option("--source", help="The images: compare each row's digest with its image, too.")
-@click.option("--repair", is_flag=True, help="Mark damaged rows pending, so that extract computes them.")
-@json_option
+@click.argument("cache")
+@options_of("cache verify")
 def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
-    """Check structure and checksums of CACHE.
+    """Check the structure and the checksums of CACHE.
 
-    Exits with 1 where damage is left, or an image changed.
+    The exit code is 1 if damage is left or an image has changed.
     """
     from pipeline.extraction.inspection import check, to_record
     from pipeline.reporting.terminal.cache_tables import finding_lines, verify_table
-    from pipeline.reporting.terminal.progress import progress_bar
 
-    with progress_bar() as progress:
-        reports, problems = check(cache, source, repair, progress)
+    reports, problems = with_progress(check, cache, source, repair)
     if as_json:
         print_json({"files": [to_record(report) for report in reports], "problems": problems, "repaired": repair})
     else:
@@ -84,14 +79,13 @@ def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) ->
 
 
 @cache_group.command("export")
-@cache_argument
+@click.argument("cache")
 @click.argument("file", type=click.Path(dir_okay=False))
-@selecting_options
-@json_option
+@options_of("cache export")
 def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **selection: Any) -> None:
     """Write one layer of CACHE to FILE.
 
-    Its finished rows, as .npy (with .npy.csv), .parquet or .safetensors.
+    FILE gets the finished rows, as .npy (with a .npy.csv beside it), .parquet or .safetensors.
     """
     from features_cache import Catalog, export
     from pipeline.extraction.inspection import only_layer
@@ -105,13 +99,12 @@ def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **sele
 
 
 @cache_group.command("prune")
-@cache_argument
-@click.option("--yes", is_flag=True, help="Do not ask.")
-@json_option
+@click.argument("cache")
+@options_of("cache prune")
 def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
-    """Delete superseded files of CACHE.
+    """Delete the superseded files of CACHE.
 
-    A newer one has taken their place; rows that only they have go with them.
+    A newer file has taken the place of each. Rows that only a superseded file holds are lost.
     """
     from features_cache import prune, superseded
 
@@ -125,13 +118,11 @@ def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
     if as_json:
         print_json({"deleted": [str(path) for path in deleted], "bytes": freed})
         return
-    click.echo(f"{len(deleted)} files deleted, {freed / 1e6:.1f} MB set free")
+    click.echo(f"{len(deleted)} files deleted, {freed / 1e6:.1f} MB freed")
 
 
 def _confirmed(question: str) -> bool:
     try:
         return click.confirm(question, err=True)
     except click.Abort:
-        raise click.UsageError(
-            "not answered, so nothing was deleted; add --yes to delete without being asked"
-        ) from None
+        raise click.UsageError("no answer, so nothing was deleted; add --yes to delete without being asked") from None

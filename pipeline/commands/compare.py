@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from pathlib import Path
 
 import click
 
-from pipeline.commands.options import json_option
-from pipeline.commands.output import print_json, print_table
+from pipeline.commands.click_options import options_of
+from pipeline.commands.output import print_json, print_table, with_progress
 from pipeline.errors import resumable
 
 
 @click.command()
 @click.argument("plan", type=click.Path(dir_okay=False))
-@click.option("-o", "--output", required=True, help="Run folder: results, cache and report; made if missing.")
-@click.option("--dry-run", is_flag=True, help="Check all of PLAN and list its jobs with guesses at time and disk.")
-@click.option("--against", type=click.Path(file_okay=False), help="Say what changed, beyond noise, since another run.")
-@json_option
+@options_of("compare")
 @resumable()
-def compare(plan: str, output: str, dry_run: bool, against: str | None, as_json: bool) -> None:
+def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json: bool) -> None:
     """Run PLAN, a benchmark in TOML, and write a report.
 
-    Results are kept one by one: the same command again does only what is missing or changed.
+    Each result is kept: the same command again does only what is missing or changed.
     """
     if dry_run:
         _print_jobs(plan, output, as_json)
         return
     from pipeline.compare import compare as run
-    from pipeline.reporting.terminal.progress import progress_bar
+    from pipeline.reporting.terminal.compare_tables import against_lines, score_table
 
-    with progress_bar() as progress:
-        report = run(plan, output, against=against, progress=progress)
+    report = with_progress(run, plan, output, against=against)
     if as_json:
-        print_json(asdict(report) | {"results": [result.to_json() for result in report.results]})
+        print_json(vars(report) | {"results": [result.to_json() for result in report.results]})
     else:
-        from pipeline.reporting.terminal.compare_tables import against_lines, score_table
-
         print_table(score_table(report.results))
         click.echo("\n" + "\n".join(report.answer))
         click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
@@ -56,7 +50,7 @@ def _print_jobs(plan: str, output: str, as_json: bool) -> None:
 
     planned = dry_run(plan, output)
     if as_json:
-        print_json({"jobs": [asdict(job) for job in planned]})
+        print_json({"jobs": planned})
         return
     print_table(plan_table(planned))
     click.echo(plan_line(planned))

@@ -1,11 +1,11 @@
-"""What commands print: one JSON document or tables on stdout, notes on stderr."""
+"""What commands print: one JSON document or tables on stdout; notes and progress on stderr."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,8 +13,17 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+Report = TypeVar("Report")
 UNFOLDED = 10_000
-"""Letters in a line of a file or a pipe: a path stays whole."""
+"""Width of a line, in characters, when stdout is a file or a pipe: paths stay whole."""
+
+
+def with_progress(stage: Callable[..., Report], *args: Any, **options: Any) -> Report:
+    """Call a stage with a progress bar, and return what it returns."""
+    from pipeline.reporting.terminal.progress import progress_bar
+
+    with progress_bar() as progress:
+        return stage(*args, progress=progress, **options)
 
 
 def say(sentence: str) -> None:
@@ -28,20 +37,13 @@ def say_all(notes: Iterable[str]) -> None:
         say(note)
 
 
-def to_records(records: list[Any]) -> list[dict[str, Any]]:
-    """Return records as JSON objects."""
-    from pipeline.results import to_json
-
-    return [to_json(record) for record in records]
-
-
-def print_json(document: dict[str, Any]) -> None:
-    """Print the one JSON document."""
-    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+def print_json(document: Any) -> None:
+    """Print the one JSON document: a record, or a dictionary that holds records."""
+    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False, default=_record))
 
 
 def print_table(table: Table | Group) -> None:
-    """Print a table as wide as the terminal allows, unfolded where nobody looks, and its title on a line of its own."""
+    """Print a table as wide as the terminal, or unfolded into a file or a pipe; its title stands on a line above it."""
     from rich.console import Console
     from rich.table import Table
 
@@ -53,3 +55,9 @@ def print_table(table: Table | Group) -> None:
         console.print(table.title, style="italic")
         table.title = None
     console.print(lay_out(table, console.width))
+
+
+def _record(value: Any) -> dict[str, Any]:
+    from pipeline.results import to_json
+
+    return to_json(value)

@@ -1,4 +1,4 @@
-"""Does everything that a plan names exist here? Asked before anything is computed."""
+"""Checks that everything a plan names exists on this machine, before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from pipeline.options import tune_parameters
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
-    """Return the plan's sources as the plan names them; those that share a name are called by their whole path.
+    """Return the plan's sources by location; sources that share a name get their location as name.
 
     Raises
     ------
     PlanError
-        One is missing, empty, or has no labelled images of two classes.
+        A source is missing, is empty, or has labelled images of fewer than two classes.
     """
+    written = plan.meaning["source"]
     opened = {}
-    for asked, source in zip(_as_written(plan), plan.sources, strict=True):
-        with pointed(plan, "", 0, asked):
+    for text, source in zip(written if isinstance(written, list) else [written], plan.sources, strict=True):
+        with errors_at(plan, None, text):
             opened[source] = open_source(source)
-        if len(opened[source].classes) < 2:
-            message = f"{source}: a comparison needs images of two classes or more, found {len(opened[source].classes)}"
-            raise plan.error(message, "", 0, asked)
+        if (n_classes := len(opened[source].classes)) < 2:
+            message = f"{source}: a comparison needs images of at least two classes, found {n_classes}"
+            raise plan.error(message, text=text)
     names = Counter(images.name for images in opened.values())
     return {
         source: images if names[images.name] == 1 else replace(images, name=images.location)
@@ -39,47 +40,48 @@ def open_sources(plan: Plan) -> dict[str, ImageSource]:
 
 
 def check_heads(plan: Plan) -> None:
-    """Raise `PlanError` unless every head, and the device that it is trained on, exists."""
+    """Raise `PlanError` unless every head exists, and the device that it is trained on."""
     from pipeline.engines.select import find_device
     from pipeline.heads.registry import find_head
 
     for line in plan.of("fit"):
-        with pointed(plan, "fit", line.place, "device"):
+        with errors_at(plan, line, "device"):
             find_device(line.how()["device"])
         for name in line.values["head"]:
-            with pointed(plan, "fit", line.place, name):
+            with errors_at(plan, line, name):
                 find_head(name)
 
 
 def sketch_features(plan: Plan, extraction: Extraction) -> Features:
-    """Return an extraction's layers without weights or images.
+    """Return an extraction's layers and their sizes without loading weights or images.
 
     Raises
     ------
     PlanError
         The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
     """
+    from pipeline.backbones.layers import resolve_layers
     from pipeline.backbones.registry import check_weights, sketch
-    from pipeline.backbones.taps import resolve_layers, tap
+    from pipeline.backbones.taps import tap
     from pipeline.engines.select import resolve
 
-    asked, line = extraction.request, extraction.line
-    with pointed(plan, "extract", line.place, asked.backbone):
-        check_weights(asked.backbone)
-        backbone = sketch(asked.backbone, asked.size)
+    request, line = extraction.request, extraction.line
+    with errors_at(plan, line, request.backbone):
+        check_weights(request.backbone)
+        backbone = sketch(request.backbone, request.size)
     aliases = {}
-    for layer in asked.layers:
-        with pointed(plan, "extract", line.place, layer):
+    for layer in request.layers:
+        with errors_at(plan, line, layer):
             aliases[layer] = resolve_layers(backbone, [layer])
-    with pointed(plan, "extract", line.place):
+    with errors_at(plan, line):
         how = line.how()
-        resolve(how["engine"], how["device"], asked.precision)
+        resolve(how["engine"], how["device"], request.precision)
         names = [name for group in aliases.values() for name in group]
-        return Features(aliases, tap(backbone, names, asked.pool).dims, {}, complete=False)
+        return Features(aliases, tap(backbone, names, request.pool).dims, {}, complete=False)
 
 
 def check_finetunes(plan: Plan) -> None:
-    """Raise `PlanError` unless every network that is fine-tuned exists, can thaw at its line, and can train so."""
+    """Raise `PlanError` unless every fine-tune's network and thaw line exist, and its options work together."""
     for line, options in dict.fromkeys((line, job.options) for line, job in finetunes(plan)):
         _check_finetune(plan, line, dict(options))
 
@@ -91,35 +93,39 @@ def _check_finetune(plan: Plan, line: Line, options: dict[str, Any]) -> None:
     from pipeline.finetuning.groups import check_rates
     from pipeline.finetuning.recipe import Recipe, check_start, make_recipe
 
-    place, how = line.place, line.how()
-    backbone, freeze = options["backbone"], options["freeze"]
+    how, backbone, freeze = line.how(), options["backbone"], options["freeze"]
     training = tune_parameters(options.items())
-    recipe = {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
-    with pointed(plan, "finetune", place, backbone):
-        check_weights(backbone)
-    with pointed(plan, "finetune", place, freeze if freeze not in ("all", "none") else backbone):
+    with errors_at(plan, line):
+        recipe = make_recipe({field.name: training[field.name] for field in fields(Recipe) if field.name in training})
+    with errors_at(plan, line, "views" if recipe.views else ""):
+        check_start(recipe, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")})
+    with errors_at(plan, line, backbone):
+        check_weights(f"{backbone}@random:0" if options["init"] == "random" else backbone)
+        network = sketch(backbone, options.get("size"))
+    with errors_at(plan, line, freeze):
         if freeze not in ("all", "none"):
-            find_line(sketch(backbone, options.get("size")), freeze)
-    with pointed(plan, "finetune", place):
-        checked = make_recipe(recipe)
-    with pointed(plan, "finetune", place, "device"):
+            find_line(network, freeze)
+    with errors_at(plan, line, "device"):
         resolve(how["engine"], how["device"], options["precision"])
-    with pointed(plan, "finetune", place, "views" if checked.views else ""):
-        check_start(checked, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")})
-    if checked.lr_at:
-        with pointed(plan, "finetune", place, "lr-at"):
-            check_rates(sketch(backbone, options.get("size")), freeze, checked.lr_at)
+    if recipe.lr_at:
+        with errors_at(plan, line, "lr-at"):
+            check_rates(network, freeze, recipe.lr_at)
 
 
 @contextmanager
-def pointed(plan: Plan, table: str, place: int, text: str = "") -> Iterator[None]:
-    """Make any error of ours in the block point at its line of the plan."""
+def errors_at(plan: Plan, line: Line | None, text: str = "") -> Iterator[None]:
+    """Turn an error of ours in the block into a `PlanError` that names the line of `text` in a table.
+
+    Parameters
+    ----------
+    plan : Plan
+    line : Line or None
+        The table; None for the part above all tables.
+    text : str
+        A key or a value in it; by default the error names the line of the table's header.
+    """
     try:
         yield
     except ThawlineError as error:
+        table, place = (line.table, line.place) if line else ("", 0)
         raise plan.error(str(error), table, place, text) from error
-
-
-def _as_written(plan: Plan) -> list[str]:
-    source = plan.meaning["source"]
-    return source if isinstance(source, list) else [source]

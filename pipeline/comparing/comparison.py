@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
-from pipeline.comparing.folder import Judged, RunFolder
+from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Line, Plan
 from pipeline.comparing.records import Failure, JobResult
@@ -18,7 +16,7 @@ from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 
 if TYPE_CHECKING:
-    from pipeline.heads.predictions import TestPredictions
+    from pipeline.evaluation.predictions import Predictions
 
 
 @dataclass
@@ -82,10 +80,9 @@ class Comparison:
             keys |= set(self.fits(extraction, found).values())
         return keys == set(self.folder.results) and all(map(self.folder.has, keys))
 
-    def keep(self, result: JobResult, said: TestPredictions) -> None:
+    def keep(self, result: JobResult, predictions: Predictions) -> None:
         """Keep a result on disk and report progress."""
-        probability = None if said.probability is None else said.probability.astype(np.float32)
-        self.folder.append(result, Judged(said.uris, said.y_true, said.y_pred, probability))
+        self.folder.append(result, predictions)
         self.computed += 1
         self.report_progress()
 

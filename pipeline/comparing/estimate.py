@@ -1,4 +1,4 @@
-"""How long and how large a plan will be, to an order of magnitude: from what was measured before, else from counts."""
+"""Rough guesses at the time and disk space of a plan's jobs, from earlier measurements or else from counts."""
 
 from __future__ import annotations
 
@@ -18,40 +18,35 @@ from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import NO_AUGMENT
 
 CORE_SPEED = 75e9
-"""Floating-point operations a second and core that torch reached with lite0 and ResNet-50 on AVX-512 cores."""
+"""Floating-point operations per second and core, as torch reached with lite0 and ResNet-50 on AVX-512 cores."""
 CUDA_SPEED = 1e13
+"""Floating-point operations per second on a GPU."""
 DECODED = 250
-"""Photos a second and core."""
+"""Photos that one core decodes per second."""
 START = 3.0
 """Seconds to load a network."""
-SECONDS_A_VALUE = {
-    "logreg": 1.2e-6,
-    "linear_svm": 1.5e-5,
-    "rbf_svm": 3e-6,
-    "knn": 2e-8,
-    "centroid": 1e-8,
-    "ridge": 1e-7,
-}
-"""Seconds of a fit, its search included, by training rows times features."""
 TRAINED_SHARE = {"all": 0.01, "none": 1.0}
-"""Share of a network's operations that training repeats every epoch; about half of it above a line."""
+"""Share of a network's operations that each epoch repeats, by thaw line; 0.5 for any other line."""
 BACKWARD = 3
+"""A training step takes this many times the operations of a forward pass."""
 ACTIVATIONS = ("backbone", "freeze", "size", "store", "precision", "augment", "views")
-"""Options of a fine-tune on which the activations that it caches depend."""
+"""Options that decide which activations a fine-tune caches."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One job: what it is, whether it is done already, and what it will take.
+    """A job with a guess at what it will take.
 
     Parameters
     ----------
     job : str
+        What it does, in words.
     done : bool
+        Whether its result is there already.
     seconds : float
-        A guess.
+        A guess; 0 for a job that is done.
     bytes : int
-        What it adds to the cache.
+        What it will add to the cache.
     """
 
     job: str
@@ -61,7 +56,7 @@ class Planned:
 
 
 def plan_extraction(extraction: Extraction, found: Features, images: ImageSource, folder: RunFolder) -> Planned:
-    """Guess what an extraction takes."""
+    """Return an extraction with a guess at its time and disk space."""
     asked = extraction.request
     width = 2 if asked.store == "float16" else 4
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
@@ -76,19 +71,23 @@ def plan_extraction(extraction: Extraction, found: Features, images: ImageSource
 
 def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
     """Guess what a fit takes, from others with the same head and number of labels where there are some."""
-    family = fit.head.partition("/")[0]
+    from pipeline.heads.registry import find_head
+
     alike = [
         job.result.seconds
         for job in folder.results.values()
         if (job.result.head, job.result.shots) == (fit.head, fit.shots)
     ]
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
-    guess = SECONDS_A_VALUE[family] * _rows(images, fit.shots) * dim
+    guess = find_head(fit.head).family.cost * _rows(images, fit.shots) * dim
     return Planned(str(fit), done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 
 def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: bool) -> Planned:
-    """Guess what a fine-tune takes; `stores` tells whether the activations at its line are yet to be cached."""
+    """Return a fine-tune with a guess at its time and disk space.
+
+    `stores` says whether its activations must still be cached, rather than being those of another job.
+    """
     options = dict(job.options)
     if done:
         return Planned(str(job), True, 0.0, 0)
@@ -96,23 +95,24 @@ def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: boo
     share = TRAINED_SHARE.get(freeze, 0.5)
     flops = operations(backbone, size)
     seconds = START + BACKWARD * share * flops * _rows(images, job.shots) * options["epochs"] / _speed()
-    frozen, thawed = values(backbone, freeze, options["top"], size, len(images.classes))
-    views = options.get("views", 0 if options["augment"] == NO_AUGMENT else -1)  # of none are activations cached
-    cached = len(images.items) * frozen * (1 + views) * np.dtype(options["store"]).itemsize if stores else 0
-    return Planned(str(job), False, seconds, cached + 4 * thawed)
+    activations, weights = count_values(backbone, freeze, options["top"], size, len(images.classes))
+    views = options.get("views", 0 if options["augment"] == NO_AUGMENT else -1)  # -1: no activations are cached
+    cached = len(images.items) * activations * (1 + views) * np.dtype(options["store"]).itemsize if stores else 0
+    return Planned(str(job), False, seconds, cached + 4 * weights)
 
 
 def _rows(images: ImageSource, shots: int | str) -> int:
-    """Return how many images train, at most."""
+    """Return the largest possible number of training images."""
     n_images = len(images.items)
     return n_images if shots == "all" else min(n_images, int(shots) * len(images.classes))
 
 
 @cache
-def values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
-    """Return how many numbers an image has at a thaw line, and how many weights are thawed."""
+def count_values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
+    """Return the number of activations of one image at a thaw line, and the number of thawed weights."""
+    from pipeline.backbones.layers import PENULTIMATE
     from pipeline.backbones.registry import sketch
-    from pipeline.backbones.taps import PENULTIMATE, tap
+    from pipeline.backbones.taps import tap
     from pipeline.finetuning.network import ALL, Network, line_of
 
     network = sketch(backbone, size)
@@ -124,16 +124,16 @@ def values(backbone: str, freeze: str, top: str, size: int | None, n_classes: in
 
 @cache
 def operations(backbone: str, size: int | None) -> float:
-    """Return the floating-point operations of one image, counted on a network without weights."""
+    """Return the floating-point operations of a forward pass of one image, counted without loading weights."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from pipeline.backbones.registry import sketch
 
     network = sketch(backbone, size)
-    place = next(network.module.parameters()).device
+    device = next(network.module.parameters()).device
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network.module(torch.empty(1, 3, *network.preprocessing.size, device=place))
+        network.module(torch.empty(1, 3, *network.preprocessing.size, device=device))
     return float(counter.get_total_flops())
 
 

@@ -66,10 +66,10 @@ def held_features(known: Features, paths: Iterable[str]) -> Features:
 @cache
 def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
     """Return the index of each layer in the order of computation, from the image upwards."""
+    from pipeline.backbones.layers import LOGITS, PENULTIMATE, list_layers
     from pipeline.backbones.registry import sketch
-    from pipeline.backbones.taps import LOGITS, PENULTIMATE, describe
 
-    rows = describe(sketch(request.backbone, request.size))
+    rows = list_layers(sketch(request.backbone, request.size))
     below = [row.name for row in rows if LOGITS not in row.aliases]
     order = [*below, PENULTIMATE, *(row.name for row in rows)]
     return {name: index for index, name in enumerate(sorted(layers, key=order.index))}

@@ -11,42 +11,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from features_cache import nearest
-from features_cache.lock import WriterLock
-from features_cache.whole import replacing
+from features_cache import WriterLock, atomic_write, nearest
 from pipeline.comparing.records import JobResult, RunInfo
 from pipeline.errors import RunFolderError
+from pipeline.evaluation.predictions import Predictions
 from pipeline.results import from_json, to_json
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """What one model said about each test image, as kept.
-
-    Parameters
-    ----------
-    uris : (n,) str
-    y_true, y_pred : (n,) int64
-    probability : (n,) float32 or None
-        That of the predicted class.
-    """
-
-    uris: NDArray[np.str_]
-    y_true: NDArray[np.int64]
-    y_pred: NDArray[np.int64]
-    probability: NDArray[np.float32] | None
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether each image was labelled right, (n,)."""
-        return np.asarray(self.y_true == self.y_pred)
 
 
 class RunFolder:
@@ -95,11 +69,13 @@ class RunFolder:
         """Tell whether a job is finished and its predictions are there."""
         return key in self.results and self._predictions(key).exists()
 
-    def append(self, result: JobResult, judged: Judged) -> None:
+    def append(self, result: JobResult, predictions: Predictions) -> None:
         """Keep a finished result; on return it is on disk."""
+        columns: dict[str, Any] = {"uris": predictions.uris, "y_true": predictions.y_true, "y_pred": predictions.y_pred}
+        if predictions.probability is not None:
+            columns["probability"] = predictions.probability.astype(np.float32)
         with _explained(self.path, "write"):
-            columns = {name: value for name, value in vars(judged).items() if value is not None}
-            with replacing(self._predictions(result.key)) as draft:
+            with atomic_write(self._predictions(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
             _append(self._lines, [result])
         self.results[result.key] = JobResult.from_json(result.to_json())  # as a later run reads it
@@ -114,12 +90,12 @@ class RunFolder:
             self.results = {key: result for key, result in self.results.items() if key in wanted}
             self.write("results.jsonl", _to_lines(self.results.values()))
 
-    def judged(self, key: str) -> Judged:
+    def judged(self, key: str) -> Predictions:
         """Return what a finished model predicted on its test images; raises `RunFolderError` if that is damaged."""
         file = self._predictions(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
-                return Judged(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
         except RunFolderError:
             raise
         except Exception as error:  # damaged bytes make numpy's reader raise nearly anything
@@ -127,7 +103,7 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder as a whole."""
-        with _explained(self.path, "write"), replacing(self.path / name) as draft:
+        with _explained(self.path, "write"), atomic_write(self.path / name) as draft:
             draft.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def read_info(self) -> RunInfo:

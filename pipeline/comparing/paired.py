@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.comparing.folder import Judged
 from pipeline.comparing.methods import Score
 from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
+from pipeline.evaluation.predictions import Predictions
 
 LEVEL = 0.05
 
-ReadPredictions = Callable[[str], Judged]
+ReadPredictions = Callable[[str], Predictions]
 """Returns what a model predicted on its test images, by the key of its result."""
 
 

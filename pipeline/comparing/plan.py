@@ -1,4 +1,4 @@
-"""A plan file: read, and checked as far as its own text goes."""
+"""Reads a plan file, and checks all that can be checked from its text alone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 from features_cache import nearest
 from pipeline.errors import PlanError
-from pipeline.options import TABLES, Option, shared
+from pipeline.options import TABLES, Option, shared_keys
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One ``[[table]]`` of a plan, its defaults filled in.
+    """One ``[[table]]`` of a plan, with defaults filled in.
 
     Parameters
     ----------
     table : str
         ``"extract"``, ``"fit"`` or ``"finetune"``.
     place : int
-        The how-manieth of its kind, from 0.
+        Its index among the tables of that name, from 0.
     values : dict of str to tuple
-        Values by key, a plain one as a tuple of one; keys without any value are left out.
+        Values by key; a single value is a tuple of one. Keys that have neither a value nor a default are left out.
     """
 
     table: str
@@ -33,27 +33,27 @@ class Line:
     values: Mapping[str, tuple[Any, ...]]
 
     def how(self) -> dict[str, Any]:
-        """Return the options that say how to run, as parameters of the stage."""
+        """Return the options that say how to run and are not crossed, as parameters of the stage."""
         options = TABLES[self.table]
         return {options[key].parameter: values[0] for key, values in self.values.items() if not options[key].crossed}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan; paths in it are relative to its folder.
+    """A whole plan. Paths in the file are relative to its folder.
 
     Parameters
     ----------
     path : Path
         The file, absolute.
     text : str
-        What stands in it.
+        The file's content.
     sources : tuple of str
-        Resolved: absolute paths, or ``"digits"``.
+        Absolute paths, or ``"digits"``.
     lines : tuple of Line
-        In the order of the tables extract, fit, finetune.
+        First all extract tables, then all fit tables, then all finetune tables.
     meaning : dict
-        The parsed document: what tells two plans apart.
+        The parsed TOML document; plans with equal documents are the same plan.
     """
 
     path: Path
@@ -63,11 +63,11 @@ class Plan:
     meaning: dict[str, Any]
 
     def of(self, table: str) -> list[Line]:
-        """Return the lines of one table."""
+        """Return all tables of one name."""
         return [line for line in self.lines if line.table == table]
 
     def error(self, message: str, table: str = "", place: int = 0, text: str = "") -> PlanError:
-        """Return an error that points at the line where `text` stands in a table (or above all tables)."""
+        """Return an error that names the file and the line of `text` in a table (or above all tables)."""
         return PlanError(f"{self.path.name} line {find_line(self.text, table, place, text)}: {message}")
 
 
@@ -82,7 +82,8 @@ def read_plan(path: str | Path) -> Plan:
     Raises
     ------
     PlanError
-        It cannot be read, is no TOML, or holds a key or a value that no command takes; the message names the line.
+        The file cannot be read, is not TOML, or holds a key or a value that no command takes. The message names the
+        line.
     """
     path = Path(path).absolute()
     try:
@@ -90,25 +91,35 @@ def read_plan(path: str | Path) -> Plan:
         document = tomllib.loads(text)
     except OSError as error:
         near = nearest(path.name, [other.name for other in path.parent.glob("*.toml")])
-        raise PlanError(f"{path}: expected a plan in TOML: {error.strerror}{near}") from None
+        raise PlanError(f"{path}: cannot read the plan: {error.strerror}{near}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PlanError(f"{path.name}: expected TOML: {error}") from None
     return _build(Plan(path, text, (), (), document))
 
 
 def find_line(text: str, table: str = "", place: int = 0, wanted: str = "") -> int:
-    """Return the number of the first line from a table's header on that holds `wanted`, else that of the header.
+    r"""Return the number of the first line of a table that holds `wanted`, or of the table's header if none does.
 
     Parameters
     ----------
     text : str
         A TOML document.
     table : str
-        Name of an array of tables; ``""`` for what stands above all tables.
+        Name of an array of tables; ``""`` for the part above all tables.
     place : int
-        The how-manieth table of that name, from 0.
+        Index among the tables of that name, from 0.
     wanted : str
         A key, or a value as it is written.
+
+    Returns
+    -------
+    int
+        The line's number, from 1.
+
+    Examples
+    --------
+    >>> find_line('source = "digits"\n[[fit]]\nhead = "ridge"', "fit", 0, "ridge")
+    3
     """
     lines = text.splitlines() or [""]
     headers = [number for number, line in enumerate(lines) if line.lstrip().startswith("[") and "=" not in line]
@@ -123,9 +134,9 @@ def _build(plan: Plan) -> Plan:
     common: dict[str, tuple[Any, ...]] = {}
     for key, value in plan.meaning.items():
         if key not in TABLES:
-            common[key] = _values(plan, shared(), key, value, "", 0)
+            common[key] = _values(plan, shared_keys(), key, value, "", 0)
     if "source" not in common:
-        raise plan.error("expected a key 'source': a folder of images, or digits")
+        raise plan.error("expected a key 'source' that names a folder of images, or digits")
     lines = []
     for table, options in TABLES.items():
         entries = plan.meaning.get(table, [])
@@ -133,7 +144,11 @@ def _build(plan: Plan) -> Plan:
             raise plan.error(f"expected [[{table}]] with two brackets", table, 0, table)
         for place, entry in enumerate(entries):
             own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
-            defaults = {key: (option.default,) for key, option in options.items() if option.default is not None}
+            defaults = {
+                key: (option.default,)
+                for key, option in options.items()
+                if option.default is not None and key != "output"
+            }
             above = {key: values for key, values in common.items() if key in options}
             lines.append(Line(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
@@ -146,24 +161,24 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
     where = f"[[{table}]]" if table else "a plan"
     if key not in options:
         homes = [name for name, known in TABLES.items() if key in known]
-        hint = f"; it belongs into [[{homes[0]}]]" if homes else nearest(key, [*options, *(() if table else TABLES)])
+        hint = f"; it belongs in [[{homes[0]}]]" if homes else nearest(key, [*options, *(() if table else TABLES)])
         raise plan.error(f"{where} has no key '{key}'{hint}", table or key, place, key)
     option = options[key]
     values = tuple(value) if isinstance(value, list) else (value,)
     if not values:
         raise plan.error(f"'{key}' is an empty list; expected a value", table, place, key)
-    if len(values) > 1 and not option.crossed:
-        raise plan.error(f"'{key}' says how to run and takes one value, got {len(values)}", table, place, key)
+    if len(values) > 1 and option.plan == "once":
+        raise plan.error(f"'{key}' says how to run and takes one value, got a list of {len(values)}", table, place, key)
     for number, one in enumerate(values):
-        if reason := option.check(one):
+        if reason := option.kind.problem(one):
             raise plan.error(f"'{key}': {reason}", table, place, key)
         if one in values[:number]:
             raise plan.error(f"'{key}' has {one!r} twice, which would be the same job", table, place, key)
-    return (",".join(values),) if option.joined else values
+    return (",".join(values),) if option.plan == "joined" else values
 
 
 def _rooted(plan: Plan, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
-    """Make paths absolute: the cache's, and those of weights files."""
+    """Make the paths of the cache folder and of weights files absolute."""
     if "output" in values:
         values["output"] = (str(plan.path.parent / values["output"][0]),)
     if "backbone" in values:
@@ -185,8 +200,10 @@ def _path(plan: Plan, source: str) -> str:
 def _require_work(plan: Plan, lines: list[Line]) -> None:
     tables = {line.table for line in lines}
     if "fit" in tables and "extract" not in tables:
-        raise plan.error("[[fit]] has no features to work on: add an [[extract]]", "fit")
+        raise plan.error("[[fit]] has no features to train on; add an [[extract]]", "fit")
     if "extract" in tables and "fit" not in tables:
-        raise plan.error("[[extract]] has no heads: add a [[fit]], which may be empty (logreg)", "extract")
+        raise plan.error(
+            "[[extract]] has no heads to train; add a [[fit]], which may be empty (it then trains logreg)", "extract"
+        )
     if not tables:
         raise plan.error("expected at least [[extract]] and [[fit]], or a [[finetune]]")

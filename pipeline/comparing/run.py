@@ -18,7 +18,7 @@ from pipeline.errors import RunFolderError
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
-    from pipeline.heads.predictions import TestPredictions
+    from pipeline.evaluation.predictions import Predictions
 
 
 def run(comparison: Comparison) -> None:
@@ -149,7 +149,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     source, request, options = comparison.images[one.extraction.source], one.extraction.request, dict(one.options)
     depth_of = depths(request, tuple(found.dims))
 
-    def keep(result: FitResult, predictions: TestPredictions) -> None:
+    def keep(result: FitResult, predictions: Predictions) -> None:
         part = result.layer.split("+")[0]
         spec = found.files[part].layers[part].spec
         job = JobResult(

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.network_file import TOP_LAYER
 from pipeline.errors import FitError
 from pipeline.finetuning.network import Network, layer_name
-from pipeline.finetuning.recipe import TOPS
+from pipeline.options import TOPS
 
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 
@@ -37,7 +37,7 @@ def depth_groups(network: Network) -> dict[str, list[str]]:
             heavy = any(isinstance(part, _WEIGHTS) for part in _module(modules, block).modules())
             home[block] = block if heavy or not groups else next(reversed(groups))
         groups.setdefault(home[block], []).append(f"body.{name}")
-    groups[HEAD] = [f"{HEAD}.{name}" for name, _ in network.new_head.named_parameters()]
+    groups[TOP_LAYER] = [f"{TOP_LAYER}.{name}" for name, _ in network.new_head.named_parameters()]
     return groups
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import Float64Array
-from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.network_file import TOP_LAYER
 
 VANISHED = 1e-3
 """Gradient in the lowest third of the layers, as a share of that in the highest: with batch norms it is about 1."""
@@ -41,7 +41,7 @@ def judge(history: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     records: list[Record] = [epoch["gradients"] for epoch in history]
     layers = list(records[0])
-    body = [place for place, layer in enumerate(layers) if not layer.startswith(HEAD)]
+    body = [place for place, layer in enumerate(layers) if not layer.startswith(TOP_LAYER)]
     gradient, weight, update = (_column(records, key) for key in ("gradient", "weight", "update"))
     share = np.divide(update, weight, out=np.full_like(update, np.nan), where=weight > 0)[1:]
     across = _across_depth([layers[place] for place in body], np.median(gradient[1:, body], axis=0))

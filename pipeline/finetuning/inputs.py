@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from features_cache import CacheFile
 from pipeline.arrays import IntArray
-from pipeline.backbones.taps import INPUT
-from pipeline.backbones.thaw_line import Place
+from pipeline.backbones.layers import INPUT
+from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.loader import default_workers
 from pipeline.images.resize import prepare
@@ -45,13 +45,13 @@ class Activations:
         Holds the layer.
     layer : str
         Its name.
-    place : Place
+    place : LayerNode
         Shape and layout of its activations.
     image : CacheFile or None
         Holds the small image (``input``) of the same rows, where the top reads it.
     """
 
-    def __init__(self, file: CacheFile, layer: str, place: Place, image: CacheFile | None) -> None:
+    def __init__(self, file: CacheFile, layer: str, place: LayerNode, image: CacheFile | None) -> None:
         self.file, self.layer, self.place, self.image = file, layer, place, image
 
     def read(self, rows: IntArray, view: int | None) -> Input:
@@ -84,7 +84,7 @@ def _rows(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32]:
     return file.matrix(layer)[rows].astype(np.float32, copy=False)
 
 
-def unflattened(flat: NDArray[np.float32], place: Place) -> Tensor:
+def unflattened(flat: NDArray[np.float32], place: LayerNode) -> Tensor:
     """Undo the pooling ``flatten``: (k, d) to (k, *shape), maps channels-last in memory.
 
     All in numpy: torch would start OpenMP threads for the thread that reads ahead, in the way of those that train.

@@ -14,8 +14,7 @@ from skorch.callbacks import Callback
 from skorch.history import History
 from torch import Tensor
 
-from features_cache.errors import CacheError, explained
-from features_cache.whole import replacing
+from features_cache import CacheError, atomic_write, explained
 from pipeline.finetuning.net import DivergedError
 from pipeline.finetuning.schedule import Schedule
 from pipeline.results import Progress
@@ -109,7 +108,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` to `path` so that the file is always whole; raises `CacheError` where it cannot."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with explained(path, "write the checkpoint"), replacing(path) as draft:
+    with explained(path, "write the checkpoint"), atomic_write(path) as draft:
         draft.write_bytes(buffer.getbuffer())
 
 

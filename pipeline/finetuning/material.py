@@ -12,10 +12,10 @@ import numpy as np
 from features_cache import DONE, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.layers import INPUT, PENULTIMATE
 from pipeline.backbones.pooling import pooled_dim
 from pipeline.backbones.registry import load
-from pipeline.backbones.taps import INPUT, PENULTIMATE
-from pipeline.backbones.thaw_line import read_place
+from pipeline.backbones.thaw_line import top_input
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
 from pipeline.evaluation.rows import Table, select
@@ -74,7 +74,7 @@ def gather(plan: Plan, draws: Sequence[tuple[int, int | str]]) -> Material:
     """
     resolved = resolve(plan.engine, plan.device, plan.precision)
     backbone = load(plan.backbone, plan.size)
-    line, read = line_of(backbone, plan.freeze), read_place(backbone)
+    line, read = line_of(backbone, plan.freeze), top_input(backbone)
     cached = line is not None and (plan.recipe.augment == NO_AUGMENT or plan.recipe.views is not None)
     pooled = read._replace(layout="vector")
     image = _extract(plan, INPUT) if plan.recipe.top == "direct" and (cached or plan.head_first) else None

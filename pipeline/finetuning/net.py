@@ -17,8 +17,8 @@ from skorch.utils import to_device
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
-from features_cache.errors import ThawlineError
-from pipeline.backbones.trace import hooked
+from features_cache import ThawlineError
+from pipeline.backbones.hooks import hooked
 from pipeline.finetuning.groups import parameter_groups
 from pipeline.finetuning.inputs import Part
 from pipeline.finetuning.network import Network, layer_name

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.network_file import TOP_LAYER
 from pipeline.backbones.taps import normalisation, small_image
-from pipeline.backbones.thaw_line import Place, find_line, read_place, split
-from pipeline.backbones.tuned import new_top
+from pipeline.backbones.thaw_line import LayerNode, find_line, split, top_input
+from pipeline.backbones.top import new_top
 
 ALL = "all"
 NOTHING = "none"
@@ -32,13 +32,13 @@ class Network(nn.Module):
     freeze : str
         ``"all"``, ``"none"``, or the layer up to which (itself too) everything is frozen.
     top : str
-        One of `pipeline.finetuning.recipe.TOPS`.
+        One of `pipeline.options.TOPS`.
     classes : int
         Number of logits.
 
     Attributes
     ----------
-    line : Place or None
+    line : LayerNode or None
         Where the trunk ends; None where nothing is frozen.
     trunk_precision, precision : str
         ``"fp32"`` or ``"bf16"`` (by autocast), below and above the line. The new head always computes in float32.
@@ -49,9 +49,8 @@ class Network(nn.Module):
 
     def __init__(self, backbone: Backbone, freeze: str, top: str, classes: int) -> None:
         super().__init__()
-        read = read_place(backbone)
         self.line = line_of(backbone, freeze)
-        trunk, body = split(backbone.traced, self.line.node if self.line else None, read.node)
+        trunk, body = split(backbone, self.line)
         self.trunk = trunk
         self.body = copy.deepcopy(body).requires_grad_(True)
         self.new_head = new_top(backbone, top, classes)
@@ -99,9 +98,9 @@ class Network(nn.Module):
         return {name: item for name, item in self.state_dict().items() if not name.startswith("trunk.")}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """Return all weights by the names that a `pipeline.backbones.tuned.grafted` network has for them."""
+        """Return all weights by the names that a `pipeline.backbones.tuned.with_top` network has for them."""
         state = {**self.body.state_dict(), **(self.trunk.state_dict() if self.trunk is not None else {})}
-        return state | {f"{HEAD}.{name}": item for name, item in self.new_head.state_dict().items()}
+        return state | {f"{TOP_LAYER}.{name}": item for name, item in self.new_head.state_dict().items()}
 
     def load_thawed(self, state: dict[str, Tensor]) -> None:
         """Set the tensors that `thawed_state` names."""
@@ -111,11 +110,11 @@ class Network(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def line_of(backbone: Backbone, freeze: str) -> Place | None:
+def line_of(backbone: Backbone, freeze: str) -> LayerNode | None:
     """Return where the trunk ends for ``all``, ``none`` or a layer; raises `BackboneError` where it cannot."""
     if freeze == NOTHING:
         return None
-    return read_place(backbone) if freeze == ALL else find_line(backbone, freeze)
+    return top_input(backbone) if freeze == ALL else find_line(backbone, freeze)
 
 
 def layer_name(parameter: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache.errors import explained
+from features_cache import explained
 from pipeline.arrays import IntArray
+from pipeline.engines.float32 import exact_float32
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
@@ -59,6 +60,7 @@ class Run:
     precision: str
 
 
+@exact_float32()
 def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
     """Split as `fit` does, train on train, stop by val, label test.
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from features_cache import CacheFile
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import Judged
 from pipeline.errors import UnreadableImageError
 from pipeline.evaluation.leaks import find_leaks
+from pipeline.evaluation.predictions import Predictions
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.embedding import neighbour_map, principal_components
@@ -103,7 +103,7 @@ class Album:
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def worst_confusions(said: Judged, classes: Sequence[str], album: Album) -> list[Confusion]:
+def worst_confusions(said: Predictions, classes: Sequence[str], album: Album) -> list[Confusion]:
     """Return the pairs of classes that are mistaken most often."""
     wrong = np.flatnonzero(~said.right)
     pairs = Counter(zip(said.y_true[wrong].tolist(), said.y_pred[wrong].tolist(), strict=True))
@@ -133,7 +133,7 @@ def leaks(file: CacheFile, album: Album) -> Leaks:
     )
 
 
-def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.float64], Judged]:
+def lay_out(features: Features, layer: str, said: Predictions) -> tuple[NDArray[np.float64], Predictions]:
     """Return positions (n, 2) of at most a thousand test images by t-SNE of their features, and their predictions."""
     file = features.files[layer.split("+")[0]]
     row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}
@@ -143,10 +143,10 @@ def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.fl
         [np.asarray(features.files[name].matrix(name)[rows], np.float32) for name in layer.split("+")], axis=1
     )
     probability = None if said.probability is None else said.probability[kept]
-    return neighbour_map(principal_components(matrix)[0]), Judged(
+    return neighbour_map(principal_components(matrix)[0]), Predictions(
         said.uris[kept], said.y_true[kept], said.y_pred[kept], probability
     )
 
 
-def _confidence(said: Judged, row: int) -> str:
+def _confidence(said: Predictions, row: int) -> str:
     return "" if said.probability is None else f"p = {said.probability[row]:.2f}"

@@ -24,12 +24,13 @@ from pipeline.comparing.answer import (
     seconds,
 )
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import Judged, RunFolder
+from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Board, Score, boards, shots_order
 from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.comparing.records import RunInfo
 from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
+from pipeline.evaluation.predictions import Predictions
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
@@ -206,7 +207,7 @@ def _differences(board: Board, folder: RunFolder) -> Differences | None:
     return Differences([score.name for score in scores], cells)
 
 
-def _model(score: Score, said: Judged, classes: Sequence[str], album: Album) -> Model:
+def _model(score: Score, said: Predictions, classes: Sequence[str], album: Album) -> Model:
     counts = count(said.y_true, said.y_pred, len(classes))
     rows = []
     for number, name in enumerate(classes):
@@ -222,7 +223,7 @@ def _model(score: Score, said: Judged, classes: Sequence[str], album: Album) -> 
     return Model(f"{score.name}{seed}", rows, classes, matrix, worst_confusions(said, classes, album))
 
 
-def _map(score: Score, seen: Seen, said: Judged) -> Chart | None:
+def _map(score: Score, seen: Seen, said: Predictions) -> Chart | None:
     features = seen.features.get(score.first.key)
     if features is None or len(said.uris) < 5:
         return None

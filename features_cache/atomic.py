@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, whatever ends the writing."""
+"""Write a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from features_cache.rowfile import sync_folder
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path of the same name to write to, whose file takes the place of `path`, on disk, when the block ends.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; when the block ends, sync that file and rename it to `path`.
 
-    After an error in the block `path` is as it was. Any step may raise `OSError`.
+    If the block raises, `path` is unchanged. Any step may raise `OSError`.
     """
     with TemporaryDirectory(dir=path.parent, prefix=".thawline-") as folder:
         draft = Path(folder) / path.name
         draft.touch()
-        mode = draft.stat().st_mode  # as the umask has it; safetensors makes files that only their owner reads
+        mode = draft.stat().st_mode  # from the umask; safetensors makes files that only the owner can read
         yield draft
         draft.chmod(mode)
         with draft.open("rb") as stream:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from features_cache.whole import replacing
+from features_cache import atomic_write
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def umask() -> Iterator[None]:
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         assert draft.name == "a.txt"
         draft.write_text("new")
         assert path.read_text() == "old"
@@ -34,7 +34,7 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path: Path, error: 
     path.write_text("old")
 
     def fail() -> None:
-        with replacing(path) as draft:
+        with atomic_write(path) as draft:
             draft.write_text("half")
             raise error
 
@@ -48,7 +48,7 @@ def test_what_is_written_is_synced_before_it_is_renamed(tmp_path: Path, monkeypa
     path = tmp_path / "a.txt"
     seen: list[tuple[int, bool]] = []
     monkeypatch.setattr(os, "fsync", lambda handle: seen.append((os.fstat(handle).st_ino, path.exists())))
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text("new")
     assert seen == [(path.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
@@ -56,7 +56,7 @@ def test_what_is_written_is_synced_before_it_is_renamed(tmp_path: Path, monkeypa
 @pytest.mark.usefixtures("umask")
 def test_rights_are_those_of_any_new_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    with replacing(path) as draft:
+    with atomic_write(path) as draft:
         draft.unlink()
         os.close(os.open(draft, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors does
     assert path.stat().st_mode & 0o777 == 0o640
@@ -64,6 +64,6 @@ def test_rights_are_those_of_any_new_file(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_way_stays(tmp_path: Path) -> None:
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(IsADirectoryError), replacing(tmp_path / "a.txt") as draft:
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "a.txt") as draft:
         draft.write_text("new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]

@@ -6,13 +6,24 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = (
     "thawline", "torch", "torchvision", "timm", "openvino", "scikit-learn", "skorch", "numpy", "pillow", "h5py",
 )  # fmt: skip
+
+
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, ``"none"`` for one that is not installed.
+
+    thawline itself has none where it runs from a checkout.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def machine() -> dict[str, Any]:
@@ -25,7 +36,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
     }
 
 
