@@ -10,7 +10,7 @@ from pipeline.results import FinetuneResult, FitResult, from_json, to_json
 HEAD, FINETUNE = "head", "finetune"
 KINDS = {HEAD: FitResult, FINETUNE: FinetuneResult}
 
-Option = str | int | float | bool | None
+OptionValue = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class JobResult:
     size: tuple[int, int] | None = None
     drop_leaks: bool = False
     depth: int | None = None
-    options: dict[str, Option] = field(default_factory=dict)
+    options: dict[str, OptionValue] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of `results.jsonl`: the result's own keys, and what a comparison adds."""
@@ -101,8 +101,8 @@ class ExtractionCost:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One call of `compare` that computed something, with the keys of `pipeline.extraction.provenance.machine`.
+class Invocation:
+    """One call of `compare` that computed something, with the keys of `pipeline.provenance.machine`.
 
     `seconds`, `computed` and `failed` are None if the process was killed.
     """
@@ -132,7 +132,7 @@ class RunInfo:
         Its content.
     extractions : dict of str to ExtractionCost
         By name of the cache file.
-    runs : list of Run
+    runs : list of Invocation
         All calls so far, the latest last.
     notes : list of str
         What the user should know.
@@ -143,6 +143,6 @@ class RunInfo:
     plan_file: str = ""
     plan: dict[str, Any] = field(default_factory=dict)
     extractions: dict[str, ExtractionCost] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Invocation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)

@@ -103,17 +103,19 @@ class Album:
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def worst_confusions(said: Predictions, classes: Sequence[str], album: Album) -> list[Confusion]:
+def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[Confusion]:
     """Return the pairs of classes that are mistaken most often."""
-    wrong = np.flatnonzero(~said.right)
-    pairs = Counter(zip(said.y_true[wrong].tolist(), said.y_pred[wrong].tolist(), strict=True))
+    wrong = np.flatnonzero(~predictions.right)
+    pairs = Counter(zip(predictions.y_true[wrong].tolist(), predictions.y_pred[wrong].tolist(), strict=True))
     found = []
     for (true, predicted), count in pairs.most_common(MOST_PAIRS):
-        rows = wrong[(said.y_true[wrong] == true) & (said.y_pred[wrong] == predicted)]
-        if said.probability is not None:
-            rows = rows[np.argsort(-said.probability[rows], kind="stable")]
-        images = [album.thumbnail(str(said.uris[row]), _confidence(said, int(row))) for row in rows[:MOST_EACH]]
-        total = int((said.y_true == true).sum())
+        rows = wrong[(predictions.y_true[wrong] == true) & (predictions.y_pred[wrong] == predicted)]
+        if predictions.probability is not None:
+            rows = rows[np.argsort(-predictions.probability[rows], kind="stable")]
+        images = [
+            album.thumbnail(str(predictions.uris[row]), _confidence(predictions, int(row))) for row in rows[:MOST_EACH]
+        ]
+        total = int((predictions.y_true == true).sum())
         found.append(Confusion(classes[true], classes[predicted], count, total, images))
     return found
 
@@ -133,20 +135,20 @@ def leaks(file: CacheFile, album: Album) -> Leaks:
     )
 
 
-def lay_out(features: Features, layer: str, said: Predictions) -> tuple[NDArray[np.float64], Predictions]:
+def lay_out(features: Features, layer: str, predictions: Predictions) -> tuple[NDArray[np.float64], Predictions]:
     """Return positions (n, 2) of at most a thousand test images by t-SNE of their features, and their predictions."""
     file = features.files[layer.split("+")[0]]
     row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}
-    kept = np.sort(np.random.default_rng(0).permutation(len(said.uris))[:MOST_POINTS])
-    rows = [row_of[uri] for uri in said.uris[kept].tolist()]
+    kept = np.sort(np.random.default_rng(0).permutation(len(predictions.uris))[:MOST_POINTS])
+    rows = [row_of[uri] for uri in predictions.uris[kept].tolist()]
     matrix = np.concatenate(
         [np.asarray(features.files[name].matrix(name)[rows], np.float32) for name in layer.split("+")], axis=1
     )
-    probability = None if said.probability is None else said.probability[kept]
+    probability = None if predictions.probability is None else predictions.probability[kept]
     return neighbour_map(principal_components(matrix)[0]), Predictions(
-        said.uris[kept], said.y_true[kept], said.y_pred[kept], probability
+        predictions.uris[kept], predictions.y_true[kept], predictions.y_pred[kept], probability
     )
 
 
-def _confidence(said: Predictions, row: int) -> str:
-    return "" if said.probability is None else f"p = {said.probability[row]:.2f}"
+def _confidence(predictions: Predictions, row: int) -> str:
+    return "" if predictions.probability is None else f"p = {predictions.probability[row]:.2f}"

@@ -25,7 +25,7 @@ from pipeline.comparing.answer import (
 )
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
-from pipeline.comparing.methods import Board, Score, boards, shots_order
+from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards, shots_order
 from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.comparing.records import RunInfo
 from pipeline.evaluation.comparisons import holm
@@ -111,7 +111,7 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     """
     info = folder.read_info()
     extraction = extraction_seconds(info)
-    found = boards(folder.results.values())
+    found = leaderboards(folder.results.values())
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
@@ -134,16 +134,16 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     )
 
 
-def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extraction: ExtractionTimes) -> Chapter:
+def _chapter(number: int, board: Leaderboard, seen: Seen, folder: RunFolder, extraction: ExtractionTimes) -> Chapter:
     album = Album(seen.images)
-    verdict = answer(board, folder.judged, extraction)
+    verdict = answer(board, folder.predictions, extraction)
     classes = seen.images.classes
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
-    said = {score.first.key: folder.judged(score.first.key) for score in chosen}
+    predictions = {score.first.key: folder.predictions(score.first.key) for score in chosen}
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
-    charts += [class_chart(chosen, said, classes), calibration_chart(chosen, said)]
+    charts += [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
     if verdict.frozen is not None:
-        charts.append(_map(verdict.frozen, seen, said[verdict.frozen.first.key]))
+        charts.append(_map(verdict.frozen, seen, predictions[verdict.frozen.first.key]))
     unreadable = _unreadable(seen.files)
     return Chapter(
         board.source,
@@ -151,14 +151,14 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
         verdict,
         [chart for chart in charts if chart is not None],
         _differences(board, folder),
-        [_model(score, said[score.first.key], classes, album) for score in chosen],
+        [_model(score, predictions[score.first.key], classes, album) for score in chosen],
         leaks(seen.files[0], album) if seen.files else None,
         unreadable[:MOST_UNREADABLE],
         len(unreadable),
     )
 
 
-def _table(found: Sequence[Board], extraction: ExtractionTimes) -> list[dict[str, Any]]:
+def _table(found: Sequence[Leaderboard], extraction: ExtractionTimes) -> list[dict[str, Any]]:
     """Return a row for each method and number of labels, the most accurate first."""
     scores = [(board.source, score) for board in found for score in board.scores.values()]
     scores.sort(key=lambda pair: (shots_order(pair[1].shots), pair[1].accuracy), reverse=True)
@@ -185,17 +185,17 @@ def _table(found: Sequence[Board], extraction: ExtractionTimes) -> list[dict[str
     return rows
 
 
-def _calibrated(score: Score, key: str) -> float | None:
+def _calibrated(score: MethodScore, key: str) -> float | None:
     """Return a measure of the probabilities that `predict` gives, which are calibrated if that was possible."""
     calibrated = score.mean(f"{key}_calibrated")
     return score.mean(key) if calibrated is None else calibrated
 
 
-def _differences(board: Board, folder: RunFolder) -> Differences | None:
+def _differences(board: Leaderboard, folder: RunFolder) -> Differences | None:
     scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
     scores.sort(key=lambda score: -score.accuracy)
     pairs = list(combinations(range(len(scores)), 2))
-    tested = [compare_scores(scores[a], scores[b], folder.judged) for a, b in pairs]
+    tested = [compare_scores(scores[a], scores[b], folder.predictions) for a, b in pairs]
     known = [(pair, test) for pair, test in zip(pairs, tested, strict=True) if test is not None]
     if not known:
         return None
@@ -207,8 +207,8 @@ def _differences(board: Board, folder: RunFolder) -> Differences | None:
     return Differences([score.name for score in scores], cells)
 
 
-def _model(score: Score, said: Predictions, classes: Sequence[str], album: Album) -> Model:
-    counts = count(said.y_true, said.y_pred, len(classes))
+def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str], album: Album) -> Model:
+    counts = count(predictions.y_true, predictions.y_pred, len(classes))
     rows = []
     for number, name in enumerate(classes):
         true, predicted, right = (int(column[number]) for column in counts)
@@ -218,16 +218,20 @@ def _model(score: Score, said: Predictions, classes: Sequence[str], album: Album
         f1 = percent(2 * right / (true + predicted)) if true + predicted else "–"
         rows.append((name, true, shown, precision, f1, recall))
     rows.sort(key=lambda row: row[5])
-    matrix = confusion_counts(said.y_true, said.y_pred, len(classes)).tolist() if len(classes) <= MOST_CLASSES else []
+    matrix = (
+        confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist()
+        if len(classes) <= MOST_CLASSES
+        else []
+    )
     seed = f", seed {score.first.result.seed}" if len(score.by_seed) > 1 else ""
-    return Model(f"{score.name}{seed}", rows, classes, matrix, worst_confusions(said, classes, album))
+    return Model(f"{score.name}{seed}", rows, classes, matrix, worst_confusions(predictions, classes, album))
 
 
-def _map(score: Score, seen: Seen, said: Predictions) -> Chart | None:
+def _map(score: MethodScore, seen: Seen, predictions: Predictions) -> Chart | None:
     features = seen.features.get(score.first.key)
-    if features is None or len(said.uris) < 5:
+    if features is None or len(predictions.uris) < 5:
         return None
-    positions, shown = lay_out(features, score.method.layer, said)
+    positions, shown = lay_out(features, score.method.layer, predictions)
     return map_chart(positions, shown, seen.images.classes, score.method.layer)
 
 
@@ -244,5 +248,5 @@ def _costs(info: RunInfo) -> list[tuple[str, int, str, str]]:
     return [
         (cost.backbone, cost.computed, duration(cost.seconds), f"{cost.computed / cost.seconds:.0f}")
         for cost in info.extractions.values()
-        if cost.computed
+        if cost.computed and cost.seconds
     ]
