@@ -63,7 +63,7 @@ def compare(
     Parameters
     ----------
     plan : str or Path
-        A TOML file; see the README.
+        A TOML file; `docs/comparing.md` describes its keys.
     output : str or Path
         The run folder; made if missing. A second run into it does only what is missing or changed.
     against : str or Path, optional
