@@ -14,13 +14,13 @@ from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, p
 from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
-from pipeline.comparing.methods import boards
+from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.plan import Plan, read_plan
-from pipeline.comparing.records import Failure, JobResult, Run
+from pipeline.comparing.records import Failure, Invocation, JobResult
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
 from pipeline.provenance import machine
-from pipeline.results import Progress, from_json, silent
+from pipeline.results import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def compare(
     Parameters
     ----------
     plan : str or Path
-        A TOML file; see the README.
+        A TOML file; `docs/comparing.md` describes its keys.
     output : str or Path
         The run folder; made if missing. A second run into it does only what is missing or changed.
     against : str or Path, optional
@@ -157,7 +157,7 @@ def _note_start(comparison: Comparison) -> None:
     plan, folder = comparison.plan, comparison.folder
     info = folder.read_info()
     folder.write("plan.toml", plan.text)
-    runs = [*info.runs, from_json(Run, machine())]
+    runs = [*info.runs, Invocation(**machine())]
     folder.write_info(replace(info, plan_file=str(plan.path), plan=plan.meaning, runs=runs))
 
 
@@ -189,7 +189,7 @@ def _summarise(comparison: Comparison, other: RunFolder | None, started: float) 
     folder = comparison.folder
     results = list(folder.results.values())
     extraction = extraction_seconds(folder.read_info())
-    answers = [answer(board, folder.judged, extraction) for board in boards(results)]
+    answers = [answer(board, folder.predictions, extraction) for board in leaderboards(results)]
     names = {"results": "results.jsonl", "table": "results.csv", "report": "report.html"}
     return CompareReport(
         results=results,

@@ -25,7 +25,7 @@ from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
-from pipeline.comparing.methods import boards
+from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.comparing.records import ExtractionCost, JobResult, RunInfo
@@ -161,16 +161,75 @@ def test_bytes_that_are_no_text_are_damage_and_do_not_shift_what_is_cut_off(tmp_
         assert results.read_text() == line
 
 
+GONE = object()
+
+
+def id_of(value: object) -> str:
+    return "missing" if value is GONE else repr(value)
+
+
+def with_key(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {name: old for name, old in document.items() if name != key} | ({} if value is GONE else {key: value})
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The message of a `RunFolderError`, or an empty one."""
+    try:
+        call()
+    except RunFolderError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["head", "finetune"])
+@pytest.mark.parametrize("value", [GONE, None, "word", 1.5, True, [], {}, [[]]], ids=id_of)
+def test_a_damaged_key_of_a_result_is_one_error_or_does_no_harm(kind: str, value: Any, tmp_path: Path) -> None:
+    tuned = {"kind": "finetune", "freeze": "all", "epochs": 3, "options": {"lr": 0.1}}
+    whole = record("x", **(tuned if kind == "finetune" else {"size": [32, 32], "depth": 1})).to_json()
+    refused = set()
+    for key in whole:
+        (tmp_path / "results.jsonl").write_text(json.dumps(with_key(whole, key, value)) + "\n")
+        if message := error_of(lambda: RunFolder(tmp_path)):
+            assert f"{tmp_path / 'results.jsonl'} line 1 is damaged: " in message
+            assert f"'{key}'" in message
+            refused.add(key)
+            continue
+        (board,) = leaderboards(RunFolder(tmp_path).results.values())
+        found = answer(board, lambda _: said(np.ones(20, bool)), {})
+        assert found.headline.startswith("Best here")
+    assert {"kind", "accuracy", "n_test"} <= refused, "no value here can stand for these"
+    if value is GONE:
+        added = {"n_classes", "precision", "store", "size", "drop_leaks", "depth", "options", "freeze", "epochs"}
+        assert not refused & (added | {"n_pool", "balanced", "history"}), "old run folders lack these"
+
+
+@pytest.mark.parametrize("value", [GONE, None, "word", 1.5, [], {}, [[]]], ids=id_of)
+def test_a_damaged_key_of_run_json_is_one_error_or_does_no_harm(value: Any, run: Path) -> None:
+    whole = json.loads((run / "run.json").read_text())
+    for key in whole:
+        (run / "run.json").write_text(json.dumps(with_key(whole, key, value)))
+        message = error_of(lambda: extraction_seconds(RunFolder(run).read_info()))
+        if value is not GONE and not isinstance(value, type(whole[key])):
+            assert f"{run / 'run.json'} is damaged: expected '{key}' to be" in message
+        else:
+            assert message == "" or value == [[]]
+
+
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(record("x").to_json() | {"carbon": 1}) + "\n")
+    assert RunFolder(tmp_path).results == {"x": record("x")}
+
+
 def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     said = Predictions(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
     with folder.claim():
         folder.append(record("one"), said)
-    assert not folder.judged("one").right.any()
+    assert not folder.predictions("one").right.any()
     file = tmp_path / "predictions" / "one.npz"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(RunFolderError, match=r"one\.npz is damaged; remove it"):
-        folder.judged("one")
+        folder.predictions("one")
 
 
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
@@ -311,7 +370,7 @@ head = "centroid"
 """
     plan.write_text(plan.read_text().partition("seed")[0] + tables)
     report = compare(plan, tmp_path / "run")
-    best = boards(report.results)[0].best("head")
+    best = leaderboards(report.results)[0].best("head")
     assert best is not None
     assert [tuple(size) for size in drawn] == [best.method.size]
     deep = sorted((one.depth or 0, one.result.layer) for one in report.results if one.result.layer != "input")
@@ -397,7 +456,7 @@ def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
 
 
 def names_of(records: list[JobResult]) -> list[str]:
-    return list(dict.fromkeys(score.name for score in boards(records)[0].scores.values()))
+    return list(dict.fromkeys(score.name for score in leaderboards(records)[0].scores.values()))
 
 
 def said(right: np.ndarray, first: int = 0) -> Predictions:
@@ -408,7 +467,7 @@ def said(right: np.ndarray, first: int = 0) -> Predictions:
 
 def test_one_test_set_is_judged_by_mcnemar() -> None:
     a, b = np.arange(20) < 15, np.arange(20) % 2 == 0
-    board = boards([record("x", accuracy=0.75), record("y", head="knn", accuracy=0.5)])[0]
+    board = leaderboards([record("x", accuracy=0.75), record("y", head="knn", accuracy=0.5)])[0]
     first, second = board.scores.values()
     paired = compare_scores(first, second, {"x": said(a), "y": said(b)}.__getitem__)
     assert paired is not None
@@ -418,7 +477,7 @@ def test_one_test_set_is_judged_by_mcnemar() -> None:
 
 
 def test_images_that_only_one_run_has_do_not_count() -> None:
-    board = boards([record("x", accuracy=1.0)])[0]
+    board = leaderboards([record("x", accuracy=1.0)])[0]
     (score,) = board.scores.values()
     paired = compare_scores(
         score, score, lambda _: said(np.ones(20, bool)), lambda _: said(np.arange(20) < 10, first=10)
@@ -433,7 +492,7 @@ def test_five_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
     lead = [0.1, 0.15, 0.1, 0.15, 0.1]
     records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + lead[seed] * (head == "knn"), n_train=10,
                       n_val=0, n_pool=80) for head in ("logreg", "knn") for seed in range(5)]  # fmt: skip
-    first, second = boards(records)[0].scores.values()
+    first, second = leaderboards(records)[0].scores.values()
     paired = compare_scores(second, first, lambda key: said(np.ones(20, bool), first=20 * int(key[-1])))
     assert paired is not None
     assert "5 seeds" in paired.test
@@ -445,7 +504,7 @@ def test_five_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
 def test_seeds_that_cannot_be_judged_leave_the_first_one_to_mcnemar(seeds: int) -> None:
     records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn"))
                for head in ("logreg", "knn") for seed in range(seeds)]  # fmt: skip
-    first, second = boards(records)[0].scores.values()
+    first, second = leaderboards(records)[0].scores.values()
     right = {"k": np.arange(20) < 14, "l": np.arange(20) >= 6 - 2}
     paired = compare_scores(second, first, lambda key: said(right[key[0]], first=20 * int(key[-1])))
     assert paired is not None
@@ -459,7 +518,7 @@ def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int,
     extra = {"kind": "finetune", "freeze": "none", "options": {}, "seconds": 60.0}
     records += [record(f"t{shots}", shots=shots, accuracy=value, **extra) for shots, value in tuned.items()]
     judged = {"f": said(np.arange(20) < right[0]), "t": said(np.arange(20) < right[1])}
-    return answer(boards(records)[0], lambda key: judged[key[0]], {("photos", "a"): 2.0})
+    return answer(leaderboards(records)[0], lambda key: judged[key[0]], {("photos", "a"): 2.0})
 
 
 def test_the_answer_says_whether_the_difference_is_real() -> None:
@@ -487,7 +546,7 @@ def test_fewer_labels_are_compared_where_fine_tuning_had_no_more() -> None:
 @pytest.mark.parametrize(("freeze", "expected"), [("none", 1.0), ("all", 3.0), ("layer1", 3.0), (None, 3.0)])
 def test_whatever_freezes_pays_for_the_extraction(freeze: str | None, expected: float) -> None:
     kind = {} if freeze is None else {"kind": "finetune", "freeze": freeze, "options": {}}
-    (score,) = boards([record("x", **kind)])[0].scores.values()
+    (score,) = leaderboards([record("x", **kind)])[0].scores.values()
     costs = {
         "small.h5": ExtractionCost(10, 0.1, "photos", "a", rows=20),
         "large.h5": ExtractionCost(10, 1.0, "photos", "a", rows=20),
@@ -497,7 +556,7 @@ def test_whatever_freezes_pays_for_the_extraction(freeze: str | None, expected: 
 
 
 def test_methods_are_chosen_by_validation_not_by_test() -> None:
-    board = boards(
+    board = leaderboards(
         [record("x", layer="b", accuracy=0.9, validation_accuracy=0.6), record("y", layer="c", validation_accuracy=0.8)]
     )[0]
     best = board.best("head")
@@ -515,6 +574,17 @@ def test_heads_that_differ_in_how_they_are_tested_have_names_of_their_own() -> N
     records = [record("x"), record("y", cv=3), record("z", cv=5), record("w", drop_leaks=True)]
     names = ["logreg on b", "logreg on b, 3-fold", "logreg on b, 5-fold", "logreg on b, leaks dropped"]
     assert names_of(records) == names
+
+
+def test_methods_are_told_apart_by_what_was_trained_not_by_their_names() -> None:
+    seeds = leaderboards([record("x"), record("y", seed=1), record("z", layer="b on c")])[0]
+    assert [len(score.by_seed) for score in seeds.scores.values()] == [2, 1]
+    assert [score.method.layer for score in seeds.scores.values()] == ["b", "b on c"]
+    tuned = {"kind": "finetune", "freeze": "all"}
+    rates = [record("x", options={"lr": 1}, **tuned), record("y", options={"lr": 2}, **tuned)]
+    first, second = leaderboards(rates)[0].methods
+    assert first != second
+    assert first == replace(second, options=first.options)
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:
@@ -549,7 +619,7 @@ def test_reliability_counts_every_row_once() -> None:
 
 def test_calibration_tells_the_error_of_what_predict_tells_and_the_one_before() -> None:
     mended = record("x", ece=0.25, ece_calibrated=0.0625)
-    board = boards(
+    board = leaderboards(
         [mended, record("y", layer="c", ece=0.125, ece_calibrated=None), record("z", head="ridge", ece=None)]
     )[0]
     truth = said(np.arange(20) < 15)
@@ -565,7 +635,7 @@ def test_calibration_tells_the_error_of_what_predict_tells_and_the_one_before() 
 
 
 def test_the_hardest_class_comes_first() -> None:
-    (score,) = boards([record("x")])[0].scores.values()
+    (score,) = leaderboards([record("x")])[0].scores.values()
     truth = np.repeat([0, 1, 3], 10)
     found = np.where(np.arange(30) % 10 < np.repeat([9, 4, 7], 10), truth, 2)
     judged = Predictions(np.array([f"{number}.png" for number in range(30)]), truth, found, None)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.comparing.folder import RunFolder
-from pipeline.comparing.methods import Method, Score, boards
+from pipeline.comparing.methods import Method, MethodScore, leaderboards
 from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.evaluation.comparisons import holm
 
@@ -60,7 +60,7 @@ class Against:
 def compare_runs(before: RunFolder, now: RunFolder) -> Against:
     """Compare all methods that two runs share on the test images that they share."""
     old, new = _scores(before, now), _scores(now, before)
-    tests = {key: compare_scores(new[key], old[key], now.judged, before.judged) for key in old if key in new}
+    tests = {key: compare_scores(new[key], old[key], now.predictions, before.predictions) for key in old if key in new}
     tested = [(key, paired) for key, paired in tests.items() if paired is not None]
     adjusted = holm([paired.p for _, paired in tested])
     changes = [
@@ -76,11 +76,11 @@ def compare_runs(before: RunFolder, now: RunFolder) -> Against:
     )
 
 
-def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, Method, int | str], Score]:
+def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, Method, int | str], MethodScore]:
     """Return a run's scores by source, method and shots, with names that tell apart the methods of both runs."""
-    found = boards(run.results.values(), other.results.values())
+    found = leaderboards(run.results.values(), other.results.values())
     return {(board.source, *key): score for board in found for key, score in board.scores.items()}
 
 
-def _text(source: str, score: Score) -> str:
+def _text(source: str, score: MethodScore) -> str:
     return f"{score.name}, shots {score.shots}, {source}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.comparing.methods import Board, Score, best_of, is_validated
+from pipeline.comparing.methods import Leaderboard, MethodScore, best_of, is_validated
 from pipeline.comparing.paired import LEVEL, Paired, ReadPredictions, compare_scores
 from pipeline.comparing.records import FINETUNE, HEAD, RunInfo
 
@@ -22,9 +22,9 @@ class Answer:
     headline : str
         A few words.
     sentences : list of str
-    frozen, tuned : Score or None
+    frozen, tuned : MethodScore or None
         The best head and the best fine-tuning by validation accuracy.
-    runner_up : Score or None
+    runner_up : MethodScore or None
         If there is nothing of the other kind to compare with: the best method of another backbone or head.
     paired : Paired or None
         `tuned` (or the runner-up) against `frozen`: how much better it is, and whether that is real.
@@ -34,20 +34,20 @@ class Answer:
 
     headline: str
     sentences: list[str]
-    frozen: Score | None
-    tuned: Score | None
-    runner_up: Score | None
+    frozen: MethodScore | None
+    tuned: MethodScore | None
+    runner_up: MethodScore | None
     paired: Paired | None
     facts: list[tuple[str, str, str]]
 
 
-def answer(board: Board, judged: ReadPredictions, extraction: ExtractionTimes) -> Answer:
+def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTimes) -> Answer:
     """Say what the results on one source show.
 
     Parameters
     ----------
-    board : Board
-    judged : callable
+    board : Leaderboard
+    read : callable
         Reads what a model predicted on its test images, by key.
     extraction : dict of (str, str) to float
         Seconds it takes to extract all images, by source and backbone.
@@ -56,11 +56,11 @@ def answer(board: Board, judged: ReadPredictions, extraction: ExtractionTimes) -
     at = shared[-1] if shared else board.shots[-1]
     frozen, tuned = board.best(HEAD, at), board.best(FINETUNE, at)
     if frozen and tuned:
-        return _compare_both(board, frozen, tuned, judged, extraction)
+        return _compare_both(board, frozen, tuned, read, extraction)
     best = frozen or tuned or next(iter(board.scores.values()))
     sentences = [_describe("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
     rival = _rival(board, best)
-    paired = compare_scores(rival, best, judged) if rival else None
+    paired = compare_scores(rival, best, read) if rival else None
     if rival and paired:
         sentences.append(f"The runner-up is {rival.name} with {percent(rival.accuracy)}: {_verdict(paired)}.")
     sentences += _fewer_labels(board, best)
@@ -71,7 +71,7 @@ def answer(board: Board, judged: ReadPredictions, extraction: ExtractionTimes) -
     return Answer(f"Best here: {best.name}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
 
 
-def seconds(score: Score, extraction: ExtractionTimes) -> float:
+def seconds(score: MethodScore, extraction: ExtractionTimes) -> float:
     """Return what a method costs: training, and one extraction of all images unless the whole network is trained."""
     return (score.mean("seconds") or 0.0) + _extraction_of(score, extraction)
 
@@ -113,9 +113,9 @@ def p_text(p: float) -> str:
 
 
 def _compare_both(
-    board: Board, frozen: Score, tuned: Score, judged: ReadPredictions, extraction: ExtractionTimes
+    board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read: ReadPredictions, extraction: ExtractionTimes
 ) -> Answer:
-    paired = compare_scores(tuned, frozen, judged)
+    paired = compare_scores(tuned, frozen, read)
     costs = seconds(frozen, extraction), seconds(tuned, extraction)
     fewer = f"They are compared at {_labels(frozen.shots)}, the largest number that both were trained on."
     sentences = [fewer] if frozen.shots != board.shots[-1] else []
@@ -132,7 +132,7 @@ def _compare_both(
     return Answer(headline, sentences, frozen, tuned, None, paired, _facts(frozen, tuned, paired))
 
 
-def _extraction_of(score: Score, extraction: ExtractionTimes) -> float:
+def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:
     whole = score.method.freeze == "none"
     return 0.0 if whole else extraction.get((score.first.source, score.method.backbone), 0.0)
 
@@ -147,7 +147,7 @@ def _headline(paired: Paired, costs: tuple[float, float]) -> str:
     return f"Fine-tune: it is {gap} better here" if paired.difference > 0 else f"Freeze: it is {gap} better here"
 
 
-def _describe(what: str, score: Score, board: Board, extraction: ExtractionTimes) -> str:
+def _describe(what: str, score: MethodScore, board: Leaderboard, extraction: ExtractionTimes) -> str:
     low, high = score.interval
     rivals = board.at(score.shots, score.method.kind)
     how = "by validation accuracy" if is_validated(rivals) else "by test accuracy, so this is slightly optimistic"
@@ -168,16 +168,16 @@ def _verdict(paired: Paired) -> str:
     return f"{gap}, which may be chance ({paired.test}, {p_text(paired.p)})"
 
 
-def _rival(board: Board, best: Score) -> Score | None:
+def _rival(board: Leaderboard, best: MethodScore) -> MethodScore | None:
     """Return the best method of another backbone, head or thaw line; another layer is hardly a rival."""
 
-    def kin(score: Score) -> tuple[str, str, str]:
+    def kin(score: MethodScore) -> tuple[str, str, str]:
         return score.method.backbone, score.method.head, score.method.freeze
 
     return best_of([score for score in board.at(best.shots) if kin(score) != kin(best)])
 
 
-def _crossing(board: Board, frozen: Score, tuned: Score) -> list[str]:
+def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore) -> list[str]:
     """Say from how many labels a class on fine-tuning is ahead."""
     pairs = [
         (shots, board.scores[frozen.method, shots].accuracy, board.scores[tuned.method, shots].accuracy)
@@ -199,7 +199,7 @@ def _crossing(board: Board, frozen: Score, tuned: Score) -> list[str]:
     return [f"{fewest}; from {_labels(pairs[turn][0])} on {leader} is ahead."]
 
 
-def _fewer_labels(board: Board, best: Score) -> list[str]:
+def _fewer_labels(board: Leaderboard, best: MethodScore) -> list[str]:
     fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
     told = [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]
     return [f"With fewer labels it reaches {', '.join(told)}."] if told else []
@@ -209,7 +209,7 @@ def _labels(shots: int | str) -> str:
     return "all labels" if shots == "all" else f"{shots} label{'s' if shots != 1 else ''} a class"
 
 
-def _facts(first: Score, second: Score | None, paired: Paired | None) -> list[tuple[str, str, str]]:
+def _facts(first: MethodScore, second: MethodScore | None, paired: Paired | None) -> list[tuple[str, str, str]]:
     """Return the `Answer.facts` of one or two methods."""
     found = []
     for score in (first, second):

@@ -67,7 +67,7 @@ class RunFolder:
 
     def has(self, key: str) -> bool:
         """Tell whether a job is finished and its predictions are there."""
-        return key in self.results and self._predictions(key).exists()
+        return key in self.results and self._predictions_file(key).exists()
 
     def append(self, result: JobResult, predictions: Predictions) -> None:
         """Keep a finished result; on return it is on disk."""
@@ -75,7 +75,7 @@ class RunFolder:
         if predictions.probability is not None:
             columns["probability"] = predictions.probability.astype(np.float32)
         with _explained(self.path, "write"):
-            with atomic_write(self._predictions(result.key)) as draft:
+            with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
             _append(self._lines, [result])
         self.results[result.key] = JobResult.from_json(result.to_json())  # as a later run reads it
@@ -90,9 +90,9 @@ class RunFolder:
             self.results = {key: result for key, result in self.results.items() if key in wanted}
             self.write("results.jsonl", _to_lines(self.results.values()))
 
-    def judged(self, key: str) -> Predictions:
+    def predictions(self, key: str) -> Predictions:
         """Return what a finished model predicted on its test images; raises `RunFolderError` if that is damaged."""
-        file = self._predictions(key)
+        file = self._predictions_file(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
                 return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
@@ -137,7 +137,7 @@ class RunFolder:
             table.writerow([_cell(document.get(column)) for column in columns])
         self.write("results.csv", text.getvalue())
 
-    def _predictions(self, key: str) -> Path:
+    def _predictions_file(self, key: str) -> Path:
         return self.path / "predictions" / f"{key}.npz"
 
     def _load(self, *, mend: bool = False) -> None:

@@ -95,7 +95,7 @@ def extractions(plan: Plan) -> list[Extraction]:
         for layer in asked.pop("layers"):
             key = (extraction.source, layer, *map(str, asked.values()))
             if key in seen:
-                message = f"layer {layer} of {extraction.request.backbone} is asked for by two [[extract]]"
+                message = f"layer {layer} of {extraction.request.backbone} is asked for twice, by two [[extract]]"
                 raise plan.error(message, "extract", extraction.line.place, layer)
             seen.add(key)
     return found

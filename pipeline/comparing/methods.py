@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.comparing.records import HEAD, JobResult, Option
+from pipeline.comparing.records import HEAD, JobResult, OptionValue
 from pipeline.evaluation.intervals import wilson
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult
@@ -58,7 +58,7 @@ class Method:
     balanced: bool = False
     cv: int | None = None
     drop_leaks: bool = False
-    options: tuple[tuple[str, Option], ...] = ()
+    options: tuple[tuple[str, OptionValue], ...] = ()
 
     @property
     def is_frozen(self) -> bool:
@@ -93,7 +93,7 @@ def method_of(job: JobResult) -> Method:
 
 
 @dataclass(frozen=True, eq=False)
-class Score:
+class MethodScore:
     """One method at one number of labels, over its seeds.
 
     Parameters
@@ -147,18 +147,18 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
-class Board:
+class Leaderboard:
     """All methods on one source.
 
     Parameters
     ----------
     source : str
-    scores : dict of (Method, int or "all") to Score
+    scores : dict of (Method, int or "all") to MethodScore
         By method and shots, in the order of the results.
     """
 
     source: str
-    scores: Mapping[tuple[Method, int | str], Score]
+    scores: Mapping[tuple[Method, int | str], MethodScore]
 
     @property
     def shots(self) -> list[int | str]:
@@ -170,17 +170,17 @@ class Board:
         """Methods in the order of the results."""
         return list(dict.fromkeys(method for method, _ in self.scores))
 
-    def at(self, shots: int | str, kind: str | None = None) -> list[Score]:
+    def at(self, shots: int | str, kind: str | None = None) -> list[MethodScore]:
         """Return the scores with this number of labels, of one kind of method if `kind` is given."""
         found = [score for (_, count), score in self.scores.items() if count == shots]
         return [score for score in found if kind in (None, score.method.kind)]
 
-    def best(self, kind: str, shots: int | str | None = None) -> Score | None:
+    def best(self, kind: str, shots: int | str | None = None) -> MethodScore | None:
         """Return the best method of this kind, see `best_of`; by default at the largest number of labels."""
         return best_of(self.at(self.shots[-1] if shots is None else shots, kind))
 
 
-def best_of(scores: Sequence[Score]) -> Score | None:
+def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
     """Return the score with the best validation accuracy (test accuracy if one lacks it); ties go to the first."""
     if not scores:
         return None
@@ -188,7 +188,7 @@ def best_of(scores: Sequence[Score]) -> Score | None:
     return max(scores, key=lambda score: (score.validation if validated else score.accuracy) or 0.0)
 
 
-def is_validated(scores: Sequence[Score]) -> bool:
+def is_validated(scores: Sequence[MethodScore]) -> bool:
     """Tell whether all scores have a validation accuracy to choose by."""
     return all(score.validation is not None for score in scores)
 
@@ -198,7 +198,7 @@ def shots_order(shots: int | str) -> tuple[bool, int]:
     return (True, 0) if isinstance(shots, str) else (False, shots)
 
 
-def boards(results: Iterable[JobResult], beside: Iterable[JobResult] = ()) -> list[Board]:
+def leaderboards(results: Iterable[JobResult], beside: Iterable[JobResult] = ()) -> list[Leaderboard]:
     """Gather results by source, method and shots.
 
     Parameters
@@ -214,7 +214,9 @@ def boards(results: Iterable[JobResult], beside: Iterable[JobResult] = ()) -> li
         on_source = grouped.setdefault(job.source, {})
         on_source.setdefault((method_of(job), job.result.shots), {})[job.result.seed] = job
     return [
-        Board(source, {key: Score(key[0], names[key[0]], key[1], by_seed) for key, by_seed in found.items()})
+        Leaderboard(
+            source, {key: MethodScore(key[0], names[key[0]], key[1], by_seed) for key, by_seed in found.items()}
+        )
         for source, found in grouped.items()
     ]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.comparing.methods import Score
+from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
 from pipeline.evaluation.predictions import Predictions
 
@@ -38,7 +38,7 @@ class Paired:
 
 
 def compare_scores(
-    a: Score, b: Score, judged: ReadPredictions, judged_b: ReadPredictions | None = None
+    a: MethodScore, b: MethodScore, read: ReadPredictions, read_b: ReadPredictions | None = None
 ) -> Paired | None:
     """Compare two methods on the seeds and test images that they share.
 
@@ -47,10 +47,10 @@ def compare_scores(
 
     Parameters
     ----------
-    a, b : Score
-    judged : callable
+    a, b : MethodScore
+    read : callable
         Reads the predictions of a result of `a`.
-    judged_b : callable, optional
+    read_b : callable, optional
         Reads those of `b` if that is of another run.
 
     Returns
@@ -58,13 +58,13 @@ def compare_scores(
     Paired or None
         None if the two share no seed or no test image.
     """
-    judged_b = judged_b or judged
+    read_b = read_b or read
     seeds = sorted(set(a.by_seed) & set(b.by_seed))
     if not seeds:
         return None
-    said = {seed: (judged(a.by_seed[seed].key), judged_b(b.by_seed[seed].key)) for seed in seeds}
-    first, second = said[seeds[0]]
-    drawn = any(not np.array_equal(first.uris, other.uris) for other, _ in said.values())
+    predictions = {seed: (read(a.by_seed[seed].key), read_b(b.by_seed[seed].key)) for seed in seeds}
+    first, second = predictions[seeds[0]]
+    drawn = any(not np.array_equal(first.uris, other.uris) for other, _ in predictions.values())
     if drawn and len(seeds) >= FEWEST_SPLITS:
         pairs = [(a.by_seed[seed].result, b.by_seed[seed].result) for seed in seeds]
         differences = np.array([one.accuracy - other.accuracy for one, other in pairs])

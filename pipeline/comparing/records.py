@@ -10,7 +10,7 @@ from pipeline.results import FinetuneResult, FitResult, from_json, to_json
 HEAD, FINETUNE = "head", "finetune"
 KINDS = {HEAD: FitResult, FINETUNE: FinetuneResult}
 
-Option = str | int | float | bool | None
+OptionValue = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class JobResult:
     size: tuple[int, int] | None = None
     drop_leaks: bool = False
     depth: int | None = None
-    options: dict[str, Option] = field(default_factory=dict)
+    options: dict[str, OptionValue] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of `results.jsonl`: the result's own keys, and what a comparison adds."""
@@ -56,12 +56,17 @@ class JobResult:
         return {**{name: own[name] for name in ("key", "source", "n_classes")}, **result, **{k: own[k] for k in kept}}
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> JobResult:
-        """Return the result on one line; raises `ValueError` where a key is missing or of another type."""
+    def from_json(cls, document: Any) -> JobResult:
+        """Return the result of a line; raises `ValueError` if a key is missing or holds something impossible."""
         kind = document.get("kind") if isinstance(document, dict) else None
-        if kind not in KINDS:
+        if kind not in list(KINDS):
             raise ValueError(f"expected 'kind' to be one of {', '.join(KINDS)}, got {kind!r:.40}")
-        return from_json(cls, document | {"result": from_json(KINDS[kind], document)})
+        result = from_json(KINDS[kind], document)
+        if not (0 <= result.accuracy <= 1 and result.n_test > 0):
+            raise ValueError(
+                f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
+            )
+        return from_json(cls, document | {"result": result})
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,8 @@ class ExtractionCost:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One call of `compare` that computed something, with the keys of `pipeline.extraction.provenance.machine`.
+class Invocation:
+    """One call of `compare` that computed something, with the keys of `pipeline.provenance.machine`.
 
     `seconds`, `computed` and `failed` are None if the process was killed.
     """
@@ -127,7 +132,7 @@ class RunInfo:
         Its content.
     extractions : dict of str to ExtractionCost
         By name of the cache file.
-    runs : list of Run
+    runs : list of Invocation
         All calls so far, the latest last.
     notes : list of str
         What the user should know.
@@ -138,6 +143,6 @@ class RunInfo:
     plan_file: str = ""
     plan: dict[str, Any] = field(default_factory=dict)
     extractions: dict[str, ExtractionCost] = field(default_factory=dict)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Invocation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.comparing.answer import ExtractionTimes, duration, percent, seconds
-from pipeline.comparing.methods import Board, Method, Score, best_of
+from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of
 from pipeline.comparing.records import HEAD
 from pipeline.reporting.charts.cost import draw_cost, pareto
 from pipeline.reporting.charts.depth import draw_depth
@@ -45,7 +45,7 @@ class Chart:
     rows: Sequence[Sequence[Any]]
 
 
-def depth_chart(board: Board) -> Chart | None:
+def depth_chart(board: Leaderboard) -> Chart | None:
     """Return accuracy over depth, a line for each backbone under its best head; None if no backbone has two layers."""
     backbones = dict(list(_by_depth(board).items())[:MOST_LINES])
     if not backbones:
@@ -80,7 +80,7 @@ def depth_chart(board: Board) -> Chart | None:
     return Chart("Where in the network are the useful features?", caption, svg, columns, rows)
 
 
-def labels_chart(board: Board) -> Chart | None:
+def labels_chart(board: Leaderboard) -> Chart | None:
     """Return accuracy over labels a class for the best methods; None if there is only one number of labels."""
     if len(board.shots) < 2:
         return None
@@ -108,7 +108,7 @@ def labels_chart(board: Board) -> Chart | None:
     return Chart("How many labels does it take?", caption, svg, columns, rows)
 
 
-def cost_chart(board: Board, extraction: ExtractionTimes) -> Chart:
+def cost_chart(board: Leaderboard, extraction: ExtractionTimes) -> Chart:
     """Return accuracy over seconds at the most labels, with the methods that nothing beats in both."""
     scores = board.at(board.shots[-1])
     costs = np.array([max(seconds(score, extraction), 1e-3) for score in scores])
@@ -127,9 +127,9 @@ def cost_chart(board: Board, extraction: ExtractionTimes) -> Chart:
     return Chart("What does accuracy cost?", caption, svg, ("method", "time", "accuracy", "unbeaten"), rows)
 
 
-def contenders(board: Board, *, by_head: bool = True) -> list[Method]:
+def contenders(board: Leaderboard, *, by_head: bool = True) -> list[Method]:
     """Return the best layer of each backbone (and of each of its heads), and every fine-tuning."""
-    groups: dict[str | Method, list[Score]] = {}
+    groups: dict[str | Method, list[MethodScore]] = {}
     for score in board.at(board.shots[-1]):
         group = score.method.group if by_head else score.method.backbone
         groups.setdefault(group if score.method.is_frozen else score.method, []).append(score)
@@ -137,13 +137,13 @@ def contenders(board: Board, *, by_head: bool = True) -> list[Method]:
     return [score.method for score in best if score is not None]
 
 
-def _by_depth(board: Board) -> dict[str, list[Score]]:
+def _by_depth(board: Leaderboard) -> dict[str, list[MethodScore]]:
     """Return the scores of each backbone's best head from the first layer to the last, if there are two layers."""
-    heads: dict[Method, list[Score]] = {}
+    heads: dict[Method, list[MethodScore]] = {}
     for score in board.at(board.shots[-1], HEAD):
         heads.setdefault(replace(score.method, layer=""), []).append(score)
     several_pools = len({method.pool for method in heads}) > 1
-    backbones: dict[str, list[Score]] = {}
+    backbones: dict[str, list[MethodScore]] = {}
     for method, scores in heads.items():
         deep = [score for score in scores if score.method.layer != "input" and score.first.depth is not None]
         ordered = sorted(deep, key=lambda score: score.first.depth or 0)
@@ -153,11 +153,11 @@ def _by_depth(board: Board) -> dict[str, list[Score]]:
     return backbones
 
 
-def _peak(scores: Sequence[Score]) -> float:
+def _peak(scores: Sequence[MethodScore]) -> float:
     return max(score.accuracy for score in scores)
 
 
-def _labels_a_class(score: Score) -> float:
+def _labels_a_class(score: MethodScore) -> float:
     result = score.first.result
     return (
         float(score.shots) if score.shots != "all" else (result.n_train + result.n_val) / max(1, score.first.n_classes)

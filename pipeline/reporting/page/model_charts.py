@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.arrays import Float64Array
 from pipeline.comparing.answer import percent
-from pipeline.comparing.methods import Score
+from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.predictions import Predictions
 from pipeline.reporting.charts.classes import draw_recalls
 from pipeline.reporting.charts.embedding import draw_embedding, shown_classes
@@ -20,7 +20,7 @@ from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
 MOST_CLASSES = 20
 
 
-def class_chart(scores: Sequence[Score], predictions: Mapping[str, Predictions], classes: Sequence[str]) -> Chart:
+def class_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predictions], classes: Sequence[str]) -> Chart:
     """Return the recall of each class, a mark for each method; of many classes, the hardest."""
     found = {}
     for score in scores:
@@ -48,7 +48,7 @@ def class_chart(scores: Sequence[Score], predictions: Mapping[str, Predictions],
     return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
 
 
-def calibration_chart(scores: Sequence[Score], predictions: Mapping[str, Predictions]) -> Chart | None:
+def calibration_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predictions]) -> Chart | None:
     """Return how often a method is right at each confidence; None if no method gives probabilities.
 
     Probabilities are those that `predict` returns: calibrated where that was possible.
@@ -97,7 +97,7 @@ def map_chart(positions: Float64Array, said: Predictions, classes: Sequence[str]
     return Chart("Which images look alike to the network?", caption, svg, ("class", "test images", "mistakes"), rows)
 
 
-def _errors(score: Score) -> str:
+def _errors(score: MethodScore) -> str:
     """Return the calibration error, before and after calibration where there was one."""
     before, after = score.first.result.ece, score.first.result.ece_calibrated
     return f"error {before:.3f}" if after is None else f"error {after:.3f}, uncalibrated {before:.3f}"

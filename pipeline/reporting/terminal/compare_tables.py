@@ -9,7 +9,7 @@ from rich.table import Table
 from pipeline.comparing.against import Against
 from pipeline.comparing.answer import duration, percent, points
 from pipeline.comparing.estimate import Planned
-from pipeline.comparing.methods import boards
+from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.records import JobResult
 from pipeline.reporting.terminal.tables import rows_table
 
@@ -19,7 +19,7 @@ MOST_ROWS = 12
 def score_table(results: Sequence[JobResult]) -> Table:
     """Return the best methods of each source and number of labels, means over seeds."""
     rows = []
-    for board in boards(results):
+    for board in leaderboards(results):
         for shots in reversed(board.shots):
             scores = sorted(board.at(shots), key=lambda score: -score.accuracy)
             most = MOST_ROWS if shots == board.shots[-1] else 3
