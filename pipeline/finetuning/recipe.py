@@ -1,4 +1,4 @@
-"""How to train: every choice that changes the outcome, checked before anything is computed."""
+"""How to train: all options that change the outcome, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,49 +18,51 @@ INITS = ("pretrained", "random")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
 DEFAULT_RATES = {("adamw", True): 1e-3, ("adamw", False): 3e-4, ("sgd", True): 5e-2, ("sgd", False): 1e-2}
-"""Learning rates by optimizer and by whether only new or random weights are trained."""
+"""Default learning rates, by optimizer and by whether only new or random weights are trained."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about the training itself.
+    """The options of the training itself.
 
     Parameters
     ----------
     lr : float, optional
-        Highest learning rate of the uppermost layers; by default one that suits the optimizer (`DEFAULT_RATES`).
+        Highest learning rate of the new top and the layers next to it; by default one that suits the optimizer
+        (`DEFAULT_RATES`).
     layer_decay : float, default 1.0
-        Each group of layers further down learns this much slower than the one above it; 0 < decay <= 1.
-    lr_at : tuple of (str, float)
+        Learning rate of each group of layers, divided by that of the group above it; 0 < decay <= 1.
+    lr_at : tuple of (str, float), default ()
         Layers with learning rates of their own, instead of what the decay gives them.
     epochs : int, default 30
-        Most passes over the training images.
+        Largest number of passes over the training images.
     patience : int, default 5
         Stop after this many epochs without a lower validation loss.
     optimizer : {"adamw", "sgd"}
-        SGD has momentum 0.9.
+        SGD has Nesterov momentum 0.9.
     weight_decay : float, default 0.01
-        Not on biases and norms.
+        Not applied to biases and norms.
     schedule : {"cosine", "plateau"}
-        Cosine to zero by step, or a tenth after each ``patience // 2`` epochs without progress; after `warmup`.
+        After `warmup`, learning rates either follow a cosine to zero, or are divided by ten after every
+        ``patience // 2`` epochs without a lower loss.
     warmup : int, default 1
         Epochs in which the rates rise linearly from zero.
     batch_size : int, default 32
-        Images a step; batches are evened out, so that none is a lone rest.
+        Largest number of images in a step. Batches are evened out, so that none has a single image.
     label_smoothing : float, default 0.0
-        Share of the target spread over all classes.
+        Share of the target that is spread over all classes.
     class_weights : bool, default False
         Weigh classes by the inverse of their number of training images.
     augment : str, default "none"
         ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
     views : int, optional
-        Augmented views of each image whose activations at the thaw line are cached, an epoch taking one after the
-        other; by default every epoch decodes new ones, and runs what is frozen on them.
+        Number of augmented views of each image whose activations at the thaw line are cached; epochs use them in turn.
+        By default every epoch decodes new views and runs the trunk on them.
     clip : float, optional
-        Longest gradient, over all weights.
+        Clip the gradient over all weights to this norm.
     top : {"linear", "hidden", "direct"}
-        What replaces the classifier: a linear layer, one with a hidden layer before it, or one with direct connections
-        from the image (area-averaged to 32x32) beside it.
+        The new classifier: a linear layer, a hidden layer before it, or direct connections from the image (averaged
+        down to 32x32) beside it.
     """
 
     lr: float | None = None
@@ -81,7 +83,7 @@ class Recipe:
     top: str = "linear"
 
     def rate(self, *, new_only: bool) -> float:
-        """Return the learning rate; `new_only` where no pretrained weight is trained."""
+        """Return the learning rate; `new_only` says that no pretrained weight is trained."""
         return DEFAULT_RATES[self.optimizer, new_only] if self.lr is None else self.lr
 
     def to_json(self) -> dict[str, Any]:
@@ -90,14 +92,17 @@ class Recipe:
 
 
 def make_recipe(options: Mapping[str, Any]) -> Recipe:
-    """Check `options`, the fields of `Recipe` by name (None for the default), and return the recipe.
+    """Return the recipe of `options`, the fields of `Recipe` by name (None for the default), after checking them.
 
     Raises
     ------
     FitError
-        Naming the first option that cannot be, with what was expected.
+        If an option does not exist or has an impossible value; names the option and what was expected.
     """
-    from pipeline.images.augment import AUGMENTS, parse_augment  # late: Pillow comes with it, and --help reads this
+    from pipeline.images.augment import (
+        AUGMENTS,
+        parse_augment,
+    )  # late: it imports Pillow, and --help imports this module
 
     known = [field.name for field in fields(Recipe)]
     for name in options:
@@ -111,24 +116,27 @@ def make_recipe(options: Mapping[str, Any]) -> Recipe:
     rates = [("lr", recipe.lr), ("clip", recipe.clip), *((f"lr_at {name}", rate) for name, rate in recipe.lr_at)]
     for name, value in rates:
         if value is not None and not (value > 0 and math.isfinite(value)):
-            raise FitError(f"{name} is a positive number, got {value}")
+            raise FitError(f"{name} must be a positive number, got {value}")
     for name, least in (("epochs", 1), ("patience", 1), ("batch_size", 1), ("warmup", 0)):
         if getattr(recipe, name) < least:
-            raise FitError(f"{name} is a whole number from {least} on, got {getattr(recipe, name)}")
-    for name, share in (("layer_decay", recipe.layer_decay), ("1 - label_smoothing", 1 - recipe.label_smoothing)):
-        if not 0 < share <= 1:
-            raise FitError(f"{name} is a number above 0 and at most 1, got {share}")
+            raise FitError(f"{name} must be a whole number of at least {least}, got {getattr(recipe, name)}")
+    if not 0 < recipe.layer_decay <= 1:
+        raise FitError(f"layer_decay must be above 0 and at most 1, got {recipe.layer_decay}")
+    if not 0 <= recipe.label_smoothing < 1:
+        raise FitError(f"label_smoothing must be at least 0 and below 1, got {recipe.label_smoothing}")
     if recipe.views is not None and recipe.views < 1:
-        raise FitError(f"views is a whole number from 1 on, got {recipe.views}")
+        raise FitError(f"views must be a whole number of at least 1, got {recipe.views}")
     if recipe.views is not None and recipe.augment == NO_AUGMENT:
-        raise FitError("views are of augmented images; name an augmentation, such as --augment crop+flip")
+        raise FitError(
+            "views are augmented images, but nothing is augmented; name an augmentation, such as augment crop+flip"
+        )
     if not recipe.weight_decay >= 0:
-        raise FitError(f"weight_decay is a number from 0 on, got {recipe.weight_decay}")
+        raise FitError(f"weight_decay must be a number of at least 0, got {recipe.weight_decay}")
     return recipe
 
 
 def parse_rate(text: str) -> tuple[str, float]:
-    """Return layer and learning rate of ``LAYER=RATE``; raises `FitError` where it is none."""
+    """Return layer and learning rate of ``LAYER=RATE``; raises `FitError` if `text` is not of this form."""
     layer, _, rate = text.rpartition("=")
     try:
         found = layer.strip(), float(rate)
@@ -149,17 +157,19 @@ def check_start(
     precision: str = "auto",
     watch: str | None = None,
 ) -> None:
-    """Raise `FitError` where these options of `pipeline.finetune.finetune` do not exist, or not together."""
+    """Raise `FitError` if an option of `pipeline.finetune.finetune` has no such value, or two do not go together."""
     check_choice("init", init, INITS)
     check_choice("precision", precision, TRAIN_PRECISIONS)
     if watch is not None:
         check_choice("watch", watch, WATCHES)
     if init == "random" and "@" in backbone:
-        raise FitError(f"init random draws its own weights, so name {backbone.partition('@')[0]} without any")
+        raise FitError(f"init random draws its own weights; name {backbone.partition('@')[0]} without weights")
     if head_first and freeze == "all":
-        raise FitError("with freeze all nothing but the head is trained; leave out head-first")
+        raise FitError("with freeze all only the new top is trained; leave out head-first")
     if recipe.views is not None and freeze == "none":
-        raise FitError("with freeze none there are no frozen activations to cache; leave out views, or freeze a layer")
+        raise FitError(
+            "with freeze none there are no frozen activations to cache; leave out views, or freeze up to a layer"
+        )
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
