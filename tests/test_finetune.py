@@ -305,6 +305,13 @@ def test_other_tops_learn_colours(make_photos: Photos, tmp_path: Path, top: str)
     assert report.results[0].accuracy > 0.8
 
 
+def test_the_seed_draws_a_hidden_layer_too(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    reports = [tune(photos, tmp_path / name, freeze="all", top="hidden", epochs=1, seeds=[3]) for name in ("a", "b")]
+    assert losses(reports[0]) == losses(reports[1])
+    np.testing.assert_array_equal(*(report.predictions[0].probabilities for report in reports))
+
+
 def test_head_first_and_augmentation_run_together(make_photos: Photos, tmp_path: Path) -> None:
     report = tune(make_photos(), tmp_path, head_first=True, augment="crop+flip+colour", freeze="layer4", epochs=1)
     assert len(report.results[0].history) == 1

@@ -235,7 +235,7 @@ class _Trainer:
         record["lr"] = self.schedule.highest_rate
         if self.watch is not None:
             record["gradients"] = self.watch.end_epoch()
-        self.schedule.after_epoch(record.get("valid_loss", record["train_loss"]))
+        self.schedule.after_epoch(record["train_loss" if self.val is None else "valid_loss"])
         return record | {"seconds": time.perf_counter() - began}
 
     @torch.no_grad()

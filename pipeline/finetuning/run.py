@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
 
 from features_cache.errors import explained
 from pipeline.arrays import Float64Array, IntArray
@@ -73,6 +74,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
     name = f"{backbone.handle}, freeze {setup.freeze}, seed {seed}, shots {shots}"
     splits = splits_of(table, seed, shots)
     rows, val, test = _subsets(data.reader, table, splits, recipe, seed)
+    torch.manual_seed(seed)  # draws the weights of a hidden layer in the new top
     network = ThawedNetwork(backbone, setup.freeze, recipe.top, n_classes)
     network.trunk_precision = data.trunk_precision
     network.precision = train_precision(network, data.resolved, setup.precision)
