@@ -163,7 +163,7 @@ def check_start(
     if watch is not None:
         check_choice("watch", watch, WATCHES)
     if init == "random" and "@" in backbone:
-        raise FitError(f"init random draws its own weights; name {backbone.partition('@')[0]} without weights")
+        raise FitError(f"init random draws its own weights; name {backbone.partition('@')[0]} without any weights")
     if head_first and freeze == "all":
         raise FitError("with freeze all only the new top is trained; leave out head-first")
     if recipe.views is not None and freeze == "none":
