@@ -151,8 +151,8 @@ def features_of(name: str, resolved: Resolved, pixels: np.ndarray) -> np.ndarray
 
 def pixels_of(setting: Setting, rule: Preprocessing, count: int) -> np.ndarray:
     """Return the first photos, decoded as `extract` does."""
-    (batch,) = load_images(open_source(setting.photos), range(count), [rule], count)
-    return batch.pixels[0]
+    (images,) = load_images(open_source(setting.photos), range(count), [rule], count)
+    return np.stack([image.pixels[0] for image in images if image.pixels is not None])
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "thawline", "torch", "torchvision", "timm", "openvino", "scikit-learn", "skorch", "numpy", "pillow", "h5py",
+    "thawline", "torch", "torchvision", "timm", "openvino", "scikit-learn", "numpy", "pillow", "h5py",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning.network import Network
+from pipeline.finetuning.network import ThawedNetwork
 from pipeline.predict import predict
 from pipeline.spec import LayerSpec
 
@@ -33,10 +33,10 @@ TUNE: dict[str, Any] = {"size": 48, "engine": "torch", "device": "cpu", "precisi
 Photos = Callable[..., Path]
 
 
-def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0) -> Network:
+def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0) -> ThawedNetwork:
     """Write a network whose new head is random, and return it."""
     backbone = load(f"{NET}@random:{seed}", 48)
-    network = Network(backbone, freeze, top, 3)
+    network = ThawedNetwork(backbone, freeze, top, 3)
     generator = torch.Generator().manual_seed(seed)
     for item in network.new_head.parameters():
         item.data.normal_(0, 0.1, generator=generator)

@@ -21,8 +21,8 @@ from pipeline.errors import FitError
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning import material
-from pipeline.finetuning.inputs import Pictures
+from pipeline.finetuning import data
+from pipeline.finetuning.inputs import DecodedImages
 from pipeline.finetuning.recipe import check_start, make_recipe
 from pipeline.images import resize as transform
 from pipeline.images.resize import prepare, prepare_all
@@ -126,13 +126,13 @@ def test_cached_views_train_like_the_same_views_decoded(make_photos: Photos, tmp
     cached = tune(photos, tmp_path / "cached", freeze=freeze, seeds=[1])
     shown = []
 
-    class Repeated(Pictures):
+    class Repeated(DecodedImages):
         def read(self, rows: IntArray, view: int | None) -> Any:
             shown.append(view)
             return super().read(rows, None if view is None else view % 2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(material, "Pictures", Repeated)
+        patch.setattr(data, "DecodedImages", Repeated)
         decoded = tune(photos, tmp_path / "decoded", freeze=freeze, seeds=[1], views=None)
     assert losses(cached) == pytest.approx(losses(decoded), rel=1e-3)
     turns = [view % 2 for view in dict.fromkeys(shown) if view is not None]

@@ -113,13 +113,13 @@ def count_values(backbone: str, freeze: str, top: str, size: int | None, n_class
     from pipeline.backbones.layers import PENULTIMATE
     from pipeline.backbones.registry import sketch
     from pipeline.backbones.taps import tap
-    from pipeline.finetuning.network import ALL, Network, line_of
+    from pipeline.finetuning.network import ALL, ThawedNetwork, line_of
 
     network = sketch(backbone, size)
     line = line_of(network, freeze)
     at_line = 0 if line is None else math.prod(line.shape)
     frozen = tap(network, [PENULTIMATE]).dims[PENULTIMATE] if freeze == ALL else at_line
-    return frozen, sum(item.numel() for item in Network(network, freeze, top, n_classes).thawed_state().values())
+    return frozen, sum(item.numel() for item in ThawedNetwork(network, freeze, top, n_classes).thawed_state().values())
 
 
 @cache

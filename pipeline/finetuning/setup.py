@@ -1,4 +1,4 @@
-"""What all runs of a call share: what is trained on what, and how it is computed."""
+"""What all runs of a call have in common: what is trained on which images, and how it is computed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pipeline.finetuning.recipe import Recipe
 from pipeline.results import ExtractResult, Progress
 
 FOLDER = "finetune"
-"""Of checkpoints and of what only training reads, within the folder of cache files, whose other readers pass it by."""
+"""Folder inside the cache folder, for checkpoints and for cache files that only training reads. Other readers of the
+cache folder do not look into it."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSetup:
     """The arguments of `pipeline.finetune.finetune` that are the same for all seeds and shots.
 
     Parameters
@@ -29,7 +30,7 @@ class Plan:
     watch : bool
         Whether to record and judge gradients.
     output : Path
-        Folder of cache files, for what it holds already.
+        The user's cache folder; layers that it holds already are read from it.
     precision : str
         As asked for.
     store, engine, device : str
@@ -39,7 +40,7 @@ class Plan:
     say : callable
         Takes a sentence that the user should read now.
     extracted : list of list of ExtractResult
-        Takes what each extraction came to.
+        Collects the results of each call of `pipeline.extract.extract`.
     """
 
     source: str | Path
@@ -62,10 +63,10 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Of checkpoints, and of cache files that are made here."""
+        """For checkpoints, and for cache files that only training reads."""
         return self.output / FOLDER
 
     @property
     def rate(self) -> float:
-        """Learning rate of the uppermost layers."""
+        """Learning rate of the new top and of the layers next to it."""
         return self.recipe.rate(new_only=self.freeze == "all" or self.init == "random")
