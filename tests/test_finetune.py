@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from features_cache import CacheError, whole
+from features_cache import CacheError, atomic
 from pipeline.backbones.registry import load
 from pipeline.backbones.thaw_line import find_line, possible_lines, split
 from pipeline.errors import BackboneError, FitError
@@ -270,7 +270,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(whole.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     report = tune(photos, tmp_path, seeds=[5])
     assert any("without a checkpoint" in note and "disk is full" in note for note in report.notes)
     assert report.results[0].epochs == 2

@@ -206,7 +206,7 @@ def test_what_training_leaves_behind_is_not_in_the_way_of_others(
 ) -> None:
     photos = make_photos()
     tune(photos, tmp_path, freeze="all", epochs=1, views=None, augment="none")
-    with pytest.raises(CacheError, match="thawline extract SOURCE"):
+    with pytest.raises(CacheError, match="run the extraction"):
         Catalog(tmp_path)
     extract(photos, [NET], ["penultimate", LINE], output=tmp_path, **HOW)
     tune(photos, tmp_path, epochs=1)
