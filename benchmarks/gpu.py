@@ -525,14 +525,19 @@ def run_step(step: str, setting: Setting, seconds: float | None) -> list[dict[st
     """Run a step in a process of its own, ended with all that it started when its time is over; return its lines."""
     with tempfile.TemporaryDirectory() as folder:
         into, errors = Path(folder) / "lines", Path(folder) / "errors"
+        into.touch()
+        errors.touch()
         child = multiprocessing.get_context("fork").Process(target=measure, args=(step, setting, into, errors))
         child.start()
-        child.join(seconds)
-        ended = f"not finished within {seconds} s" if child.is_alive() else f"ended with {child.exitcode}"
-        if child.pid is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-        child.join()
+        try:
+            child.join(seconds)
+            ended = f"not finished within {seconds} s" if child.is_alive() else f"ended with {child.exitcode}"
+        finally:
+            if child.pid is not None:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+            child.kill()  # where it has not even got to a group of its own
+            child.join()
         lines = [json.loads(line) for line in into.read_text().splitlines() if line.endswith("}")]
         if child.exitcode:
             lines.append({"step": step, **failure(step, f"{errors.read_text()[-1500:]}\n{ended}")})
@@ -575,8 +580,8 @@ def main(photos: Path, json_file: Path | None, device: str, steps: tuple[str, ..
         setting = Setting(Path(folder), device)
         repeat_photos(photos, setting.photos, setting.choose(6_000, 40))
         for name in steps or STEPS:
-            left = round(SECONDS_IN_ALL - (time.monotonic() - began))
-            lines += run_step(name, setting, max(1, min(STEPS[name].seconds, left)) if setting.cuda else None)
+            left = max(0, round(SECONDS_IN_ALL - (time.monotonic() - began)))
+            lines += run_step(name, setting, min(STEPS[name].seconds, left) if setting.cuda else None)
             click.echo(f"{name}: done after {time.monotonic() - began:.0f} s", err=True)
     report = {"machine": machine(), "device": device, "seconds": round(time.monotonic() - began), "lines": lines}
     if json_file is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import sys
 import threading
@@ -232,6 +233,16 @@ def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
 def test_workers_follow_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.process_cpu_count", lambda: 3, raising=False)
     assert default_workers() == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_a_process_that_is_bound_to_one_core_decodes_with_one_thread() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert default_workers() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 # -- Bounded memory ----------------------------------------------------------------------------------------------------
