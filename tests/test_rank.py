@@ -115,5 +115,5 @@ def test_the_commands(cache: Path, thawline: Callable[..., object], make_photos:
     found = thawline("drift", first, others, "-l", "layer1", "--json").json
     assert (found["shared"], found["compared"], len(found["foreign_in_second"])) == (8, 12, 10)
     assert 0 < found["p_value"] <= 1
-    assert "a held-out classifier" in thawline("drift", first, others, "-l", "layer1").stdout
+    assert "tells held-out images of the two sets apart" in thawline("drift", first, others, "-l", "layer1").stdout
     thawline("drift", cache, others, "-l", "layer1").assert_one_line("2 files", "name one of the files")

@@ -12,17 +12,9 @@ from pipeline.reporting.charts.theme import MARKERS, Theme, short
 
 
 def draw_recalls(axes: Axes, recalls: Mapping[str, Float64Array], classes: Sequence[str], theme: Theme) -> None:
-    """Draw the recall of each class, a mark for each model.
+    """Draw the recall (k,) of the k classes from the bottom upwards, a mark for each model.
 
-    Parameters
-    ----------
-    axes : Axes
-        Where to draw; the legend is left to the caller.
-    recalls : mapping of str to (k,) float64
-        By model; NaN where it has no test image of a class.
-    classes : sequence of str
-        k names, from the bottom upwards.
-    theme : Theme
+    It is NaN where there is no test image of a class. The legend is left to the caller.
     """
     rows = np.arange(len(classes))
     for number, (label, recall) in enumerate(recalls.items()):

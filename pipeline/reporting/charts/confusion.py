@@ -32,7 +32,6 @@ def draw_confusion(axes: Axes, counts: IntArray, classes: Sequence[str]) -> None
     Parameters
     ----------
     axes : Axes
-        Where to draw.
     counts : (k, k) int64
         Test images; rows are the truth.
     classes : sequence of str

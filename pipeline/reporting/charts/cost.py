@@ -24,18 +24,9 @@ def draw_cost(
     axes: Axes, seconds: Float64Array, accuracies: Float64Array, groups: Sequence[str], names: Sequence[str],
     theme: Theme,
 ) -> None:  # fmt: skip
-    """Draw accuracy against seconds, join the points that nothing beats in both, and name the most accurate one.
+    """Draw n points of accuracy against seconds, join those that nothing beats in both, name the most accurate one.
 
-    Parameters
-    ----------
-    axes : Axes
-        Where to draw; the legend is left to the caller.
-    seconds, accuracies : (n,) float64
-    groups : sequence of str
-        What each point is coloured by; the first 8 groups have colours, all others share grey.
-    names : sequence of str
-        Of the points.
-    theme : Theme
+    Points are coloured by group: the first 8 have colours, and all others share grey. The legend is left to the caller.
     """
     coloured = list(dict.fromkeys(groups))[:MOST_LINES]
     shown = [group if group in coloured else "others" for group in groups]

@@ -15,11 +15,7 @@ from pipeline.results import FitResult
 def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
     """Return the line through the mean accuracies over seeds, with Wilson's intervals for one seed's test images.
 
-    Parameters
-    ----------
-    label : str
-    results : mapping of int to sequence of FitResult
-        By position from left to right: those of one layer, one for each seed.
+    `results` has by position, from left to right, those of one layer, one for each seed.
     """
     seeds = [[result.accuracy for result in group] for group in results.values()]
     means = [float(np.mean(accuracies)) for accuracies in seeds]
@@ -32,12 +28,12 @@ def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[
     """Draw accuracy against depth with intervals, and name the layer at each line's peak.
 
     A single line has its peak named beside the point, and a dot for each seed. Several lines have their peaks named in
-    the legend, and are shifted sideways a little, so that their intervals do not hide each other.
+    the legend, and are shifted sideways a little, so that their intervals do not hide each other. Ticks and legend are
+    left to the caller.
 
     Parameters
     ----------
     axes : Axes
-        Where to draw; ticks and legend are left to the caller.
     lines : sequence of Line
         At most 8; their points are layers, from the image upwards.
     theme : Theme

@@ -44,12 +44,12 @@ def draw_embedding(
 ) -> None:
     """Draw images where their features lie, coloured by class, and ring the mistakes.
 
-    With more than 30 classes, the ten that are confused most have colours and rings, and all others are grey.
+    With more than 30 classes, the ten that are confused most have colours and rings, and all others are grey. The
+    legend is left to the caller.
 
     Parameters
     ----------
     axes : Axes
-        Where to draw; the legend is left to the caller.
     positions : (n, 2) float64
     y_true, y_pred : (n,) int64
         Class numbers; colours show the true ones.

@@ -10,17 +10,9 @@ from pipeline.reporting.charts.theme import MARKERS, Line, Theme
 
 
 def draw_labels(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], theme: Theme) -> None:
-    """Draw accuracy against the number of training images a class, on a logarithmic axis.
+    """Draw accuracy against training images a class, on a logarithmic axis with `ticks` (texts by position).
 
-    Parameters
-    ----------
-    axes : Axes
-        Where to draw; the legend is left to the caller.
-    lines : sequence of Line
-        At most 8; their intervals are drawn as bands.
-    ticks : mapping of float to str
-        Positions to mark on the x-axis, and what to write there.
-    theme : Theme
+    There may be 8 lines; their intervals are drawn as bands. The legend is left to the caller.
     """
     for number, line in enumerate(lines):
         color, marker = theme.series[number], MARKERS[number]

@@ -39,15 +39,9 @@ def reliability(confidence: FloatArray, right: BoolArray) -> Bins:
 
 
 def draw_reliability(axes: Axes, models: Mapping[str, Bins], theme: Theme) -> None:
-    """Draw accuracy against confidence with 95 % intervals (Wilson), a line for each model.
+    """Draw accuracy against confidence with 95 % intervals (Wilson), a line for each model by label.
 
-    Parameters
-    ----------
-    axes : Axes
-        Where to draw; the legend is left to the caller.
-    models : mapping of str to Bins
-        What `reliability` returned, by label.
-    theme : Theme
+    The legend is left to the caller.
     """
     axes.plot([0, 1], [0, 1], color=theme.quiet, linestyle="--", linewidth=1, label="right as often as sure")
     for number, (label, (confidence, accuracy, counts)) in enumerate(models.items()):

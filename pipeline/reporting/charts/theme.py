@@ -19,20 +19,10 @@ LONGEST = 30
 
 @dataclass(frozen=True)
 class Theme:
-    """The look of a family of charts.
+    """The look of a family of charts: colours, size of text in points, shares as percentages or as fractions.
 
-    Parameters
-    ----------
-    ink, quiet, grid, accent : str
-        Colours of text, of what matters less, of grid lines, and of what stands out.
-    paper : str
-        Background, ``"none"`` for a transparent one.
-    series : sequence of str
-        Eight colours for lines or classes.
-    font_size : float
-        Points.
-    percent : bool
-        Write shares as percentages, not as fractions.
+    `ink` is the colour of text, `quiet` of what matters less, `accent` of what stands out, `paper` of the background;
+    `series` has eight colours for lines or classes.
     """
 
     ink: str
@@ -51,30 +41,18 @@ class Theme:
             "svg.fonttype": "none",
             "text.parse_math": False,
             "font.size": self.font_size,
-            "text.color": self.ink,
-            "axes.edgecolor": self.quiet,
-            "axes.labelcolor": self.ink,
-            "xtick.color": self.quiet,
-            "ytick.color": self.quiet,
-            "xtick.labelcolor": self.ink,
-            "ytick.labelcolor": self.ink,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
+            **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), self.ink),
+            **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), self.quiet),
+            **dict.fromkeys(("axes.facecolor", "figure.facecolor"), self.paper),
+            **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+            **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
             "axes.grid.axis": "y",
             "grid.color": self.grid,
-            "legend.frameon": False,
-            "axes.facecolor": self.paper,
-            "figure.facecolor": self.paper,
         }
 
     @contextmanager
     def figure(self, width: float, height: float) -> Iterator[Figure]:
-        """Yield an empty figure, in inches, to draw on within the ``with`` block.
-
-        It needs no display and changes no global state.
-        """
+        """Yield an empty figure, in inches, to draw on within the ``with`` block; it needs no display."""
         with rc_context(self.style):
             yield Figure(figsize=(width, height), layout="constrained")
 
@@ -105,21 +83,9 @@ SCREEN = Theme(
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """One line of a chart: k points from left to right, each with the ends of its interval.
 
-    Parameters
-    ----------
-    label : str
-        For the legend.
-    x, y : sequence of float
-        k points, from left to right.
-    intervals : sequence of (float, float)
-        Lower and upper end around each point.
-    names : sequence of str, default ()
-        Of the points, where one of them is to be named.
-    seeds : sequence of sequence of float, default ()
-        Values of each seed at each point.
-    dashed : bool, default False
+    `names` are those of the points, where one of them is to be named; `seeds` the values of each seed at each point.
     """
 
     label: str

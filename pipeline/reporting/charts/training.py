@@ -13,17 +13,7 @@ from pipeline.results import FinetuneResult
 
 
 def draw_training(axes: Axes, history: Sequence[Mapping[str, float]], best_epoch: int) -> None:
-    """Draw the losses over the epochs of one run, and mark the epoch whose weights were kept.
-
-    Parameters
-    ----------
-    axes : Axes
-        Where to draw.
-    history : sequence of mapping
-        That of a `pipeline.results.FinetuneResult`.
-    best_epoch : int
-        Counted from 1.
-    """
+    """Draw the losses over the epochs of one run, and mark the epoch (from 1) whose weights were kept."""
     epochs = [epoch["epoch"] for epoch in history]
     for key, label, color in (("train_loss", "training", SCREEN.quiet), ("valid_loss", "validation", SCREEN.ink)):
         if key in history[0]:

@@ -119,22 +119,13 @@ def _twins(twins: dict[str, Any]) -> tuple[str, str]:
 
 def verify_table(reports: Iterable[VerifyReport]) -> Table:
     """One row for each file that was checked."""
+    rows = []
+    for report in reports:
+        done, size = f"{report.done}/{report.rows}", f"{report.bytes_checked / 1e6:.1f}"
+        findings = (len({finding.row for finding in report.damaged}), len(report.changed))
+        rows.append((str(report.path), done, str(report.unreadable), str(report.pending), size, *map(str, findings)))
     columns = ("file", "done", "unreadable", "pending", "checked MB", "damaged rows", "changed images")
-    return rows_table(
-        columns,
-        [
-            (
-                str(report.path),
-                f"{report.done}/{report.rows}",
-                str(report.unreadable),
-                str(report.pending),
-                f"{report.bytes_checked / 1e6:.1f}",
-                str(len({finding.row for finding in report.damaged})),
-                str(len(report.changed)),
-            )
-            for report in reports
-        ],
-    )
+    return rows_table(columns, rows)
 
 
 def finding_lines(reports: Iterable[VerifyReport], repaired: bool) -> list[str]:

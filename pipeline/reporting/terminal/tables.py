@@ -14,21 +14,14 @@ from pipeline.results import ExtractResult, FinetuneResult, FitResult, Predictio
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
     """One row for each cache file."""
+    rows = []
+    for result in results:
+        layers = layers_text(result.layers)
+        counts = (result.rows, result.reused, result.computed, result.unreadable)
+        rate = f"{result.images_per_second:.0f}" if result.computed else "-"
+        rows.append((result.path, result.backbone, layers, *map(str, counts), result.precision, rate))
     columns = ("cache", "backbone", "layers", "rows", "reused", "computed", "unreadable", "precision", "images/s")
-    return rows_table(
-        columns,
-        [
-            (
-                result.path,
-                result.backbone,
-                layers_text(result.layers),
-                *map(str, (result.rows, result.reused, result.computed, result.unreadable)),
-                result.precision,
-                f"{result.images_per_second:.0f}" if result.computed else "-",
-            )
-            for result in results
-        ],
-    )
+    return rows_table(columns, rows)
 
 
 def layers_text(layers: Mapping[str, int], most: int = 3) -> str:
@@ -150,20 +143,13 @@ def _params(result: FitResult) -> str:
 
 def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table:
     """The first `most` predictions; `count_table` sums up the rest."""
-    table = rows_table(
-        ("image", "label", "probability"),
-        [
-            (
-                prediction.uri,
-                prediction.label or f"unreadable: {prediction.reason}",
-                "-" if prediction.probability is None else f"{prediction.probability:.3f}",
-            )
-            for prediction in predictions[:most]
-        ],
-    )
+    rows = []
+    for prediction in predictions[:most]:
+        shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
+        rows.append((prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown))
     if len(predictions) > most:
-        table.add_row(f"… and {len(predictions) - most} more; --csv has all", "", "")
-    return table
+        rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
+    return rows_table(("image", "label", "probability"), rows)
 
 
 def count_table(predictions: Iterable[Prediction]) -> Table:
