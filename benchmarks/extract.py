@@ -37,12 +37,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load as load_backbone
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
 from pipeline.engines.engine import build_engine, stream
 from pipeline.engines.select import resolve
 from pipeline.extract import extract
-from pipeline.images.loader import default_workers, load
+from pipeline.images.loader import default_workers, load_images
 from pipeline.images.sources.registry import open_source
 
 
@@ -108,7 +108,7 @@ def decode_rate(source: Path, backbone: Backbone) -> float:
     """Return images/s of reading and decoding alone."""
     images = open_source(source)
     start = time.perf_counter()
-    count = sum(len(batch) for batch in load(images, range(len(images.items)), [backbone.preprocessing], 8))
+    count = sum(len(batch) for batch in load_images(images, range(len(images.items)), [backbone.preprocessing], 8))
     return count / (time.perf_counter() - start)
 
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.engines.select import Resolved, resolve
 from pipeline.extract import extract
 from pipeline.finetune import finetune
@@ -72,7 +72,7 @@ class Photos(Dataset[tuple[torch.Tensor, int]]):
 
 def tutorial(folder: Path, name: str, device: str = "cpu", workers: int = 0) -> float:
     """Return images/s of one epoch of a plain loop that trains everything; on a GPU in bf16."""
-    backbone, source = load(name), open_source(folder)
+    backbone, source = load_backbone(name), open_source(folder)
     network, cuda = backbone.module.requires_grad_(True).train().to(device), device != "cpu"
     photos = Photos(folder, source, backbone)
     loader = DataLoader(photos, BATCH, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda)
@@ -170,7 +170,7 @@ def speed_rows(folder: Path, peers: list[str]) -> list[dict[str, Any]]:
     plain = {name: tutorial(folder, name) for name in peers}
     rows = []
     for name in peers:
-        backbone = load(name)
+        backbone = load_backbone(name)
         resolved = Resolved("torch", "cpu", "fp32")
         precision = train_precision(ThawedNetwork(backbone, "none", "linear", 2), resolved, "auto")
         images = DecodedImages(source, backbone.preprocessing, "none")

@@ -45,7 +45,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 
 from features_cache import open_cache
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load as load_backbone
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
 from pipeline.engines.engine import stream
 from pipeline.engines.select import Resolved, has_bf16
@@ -53,8 +53,7 @@ from pipeline.engines.torch_engine import TorchEngine
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.heads.logreg import Logreg, Loss
-from pipeline.images.loader import default_workers
-from pipeline.images.loader import load as load_images
+from pipeline.images.loader import default_workers, load_images
 from pipeline.images.sources.registry import open_source
 from pipeline.provenance import machine
 from pipeline.spec import Preprocessing

@@ -16,7 +16,7 @@ from features_cache.errors import (
     nearest,
     nearest_beside,
 )
-from features_cache.export import export
+from features_cache.export import export_features
 from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
@@ -46,7 +46,7 @@ __all__ = [
     "digest_keys",
     "drop_redundant",
     "explained",
-    "export",
+    "export_features",
     "file_name",
     "grow",
     "nearest",

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from features_cache.checksums import source_crc
 from features_cache.convert import fixed_text
 from features_cache.errors import CacheError, explained
-from features_cache.header import LINE_BYTES, first_line, is_name, structure_digest
+from features_cache.header import LINE_BYTES, header_line, is_name, structure_digest
 from features_cache.layout import (
     DTYPES,
     MAGIC,
@@ -219,8 +219,8 @@ def _write_user_block(descriptor: int, arrays: Mapping[str, ArrayInfo], table: b
     """Write the first line and the table; the digest covers everything before the first array that may change."""
     checked = arrays["/runs"].offset
     size = max(array.end for array in arrays.values())
-    line = first_line(len(table), checked, size, "0" * 32)
+    line = header_line(len(table), checked, size, "0" * 32)
     os.pwrite(descriptor, line + table, 0)
     head = os.pread(descriptor, checked, 0)
     digest = structure_digest(line, head[len(line) :])
-    os.pwrite(descriptor, first_line(len(table), checked, size, digest), 0)
+    os.pwrite(descriptor, header_line(len(table), checked, size, digest), 0)

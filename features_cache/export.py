@@ -19,7 +19,7 @@ from features_cache.reader import CacheFile
 COLUMNS = ("uri", "label", "split", "group", "digest")
 
 
-def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
+def export_features(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
     """Write the finished rows of one layer; the suffix of `path` chooses the format.
 
     ``.npy`` holds the matrix, and ``NAME.npy.csv`` beside it describes its rows. ``.parquet`` has the same columns plus

@@ -63,7 +63,7 @@ class Header:
     arrays: dict[str, ArrayInfo]
 
 
-def first_line(table: int, checked: int, file_bytes: int, digest: str) -> bytes:
+def header_line(table: int, checked: int, file_bytes: int, digest: str) -> bytes:
     """Return the first line of the user block."""
     return MAGIC + f" {VERSION} {table} {checked} {file_bytes} {digest}\n".encode()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import TappedNetwork, tap
 from pipeline.errors import ModelFileError, first_line
 from pipeline.heads.registry import find_head
@@ -137,7 +137,7 @@ def _network_parts(path: str | Path) -> _Parts:
 
 def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
     """Load the backbone that a model was trained on; raise `ModelFileError` if it is another one here."""
-    backbone = load(name, size)
+    backbone = load_backbone(name, size)
     if (backbone.weights_digest, backbone.preprocessing) != (spec.weights_digest, spec.preprocessing):
         raise ModelFileError(
             f"{backbone.handle} has other weights or another preprocessing here than when the model was trained; "

@@ -69,7 +69,7 @@ class Folder(Text):
 
 
 @dataclass(frozen=True)
-class Choice(Kind):
+class OneOf(Kind):
     """One of several names."""
 
     names: tuple[str, ...]
@@ -213,9 +213,9 @@ JSON = Option("json", Flag(), "Print one JSON document on stdout.", default=Fals
 SIZE_HELP = "Side of the network's input, in pixels; default: the backbone's own."
 CLASSES_HELP = "Give every class the same weight, whatever its number of images."
 SIZE = Option("size", Whole(), SIZE_HELP, plan="crossed")
-STORE = Option("store", Choice(STORES), "Number type of the features on disk.", "float32", plan="crossed")
+STORE = Option("store", OneOf(STORES), "Number type of the features on disk.", "float32", plan="crossed")
 WORKERS = Option("workers", Whole(auto=True), "Decoding threads; auto is one per core.", plan="once")
-ENGINE = Option("engine", Choice(ENGINES), "What runs the network.", "auto", plan="once")
+ENGINE = Option("engine", OneOf(ENGINES), "What runs the network.", "auto", plan="once")
 DEVICE = Option("device", Text(), "auto, cpu, cuda or cuda:N.", "auto", plan="once")
 OUTPUT = Option("output", Text(), "Cache folder.", DEFAULT_CACHE, "o", plan="once")
 SHOTS = Option(
@@ -228,7 +228,7 @@ SEED = Option(
 WHICH_SOURCE = Option("source", Text(), "Which source, if the cache holds several: its name or location.")
 WHICH_BACKBONE = Option("backbone", Text(), "Which backbone, if the cache holds several.", short="b")
 WHICH_LAYER = Option("layer", Text(), "Which layer, if the cache holds several.", short="l")
-WHICH_POOL = Option("pool", Choice(POOLS), "Which pooling, if the cache holds several.")
+WHICH_POOL = Option("pool", OneOf(POOLS), "Which pooling, if the cache holds several.")
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 
 EXTRACT = (
@@ -240,14 +240,14 @@ EXTRACT = (
         "layer", Text(), "Layer name or alias; can be repeated.", DEFAULT_LAYER, "l", repeat=True, plan="crossed",
         stage_name="layers",
     ),
-    Option("pool", Choice(POOLS), "How a layer's activations become features.", DEFAULT_POOL, plan="crossed"),
+    Option("pool", OneOf(POOLS), "How a layer's activations become features.", DEFAULT_POOL, plan="crossed"),
     OUTPUT,
-    Option("precision", Choice(PRECISIONS), "auto is bf16 where the hardware has it.", "auto", plan="crossed"),
+    Option("precision", OneOf(PRECISIONS), "auto is bf16 where the hardware has it.", "auto", plan="crossed"),
     STORE,
     SIZE,
     Option("batch-size", Whole(auto=True), "Images per forward pass; auto suits the machine.", plan="once"),
     WORKERS,
-    Option("on-error", Choice(("skip", "stop")), "What to do when an image is unreadable.", "skip", plan="once"),
+    Option("on-error", OneOf(("skip", "stop")), "What to do when an image is unreadable.", "skip", plan="once"),
     Option("rehash", Flag(), "Read every file again instead of trusting its size and time.", default=False),
     ENGINE,
     DEVICE,
@@ -278,7 +278,7 @@ FIT = (
     replace(DEVICE, help="Where logreg is trained: cpu (which auto means), cuda or cuda:N."),
 )  # fmt: skip
 RECIPE = (
-    Option("top", Choice(TOPS), "The new top.", "linear", plan="crossed"),
+    Option("top", OneOf(TOPS), "The new top.", "linear", plan="crossed"),
     Option(
         "lr", POSITIVE, "Highest learning rate; default: one that suits the optimizer.", plan="crossed"
     ),
@@ -292,8 +292,8 @@ RECIPE = (
     Option("epochs", Whole(), "Passes over the training images, at most.", 30, plan="crossed"),
     Option("patience", Whole(), "Stop after this many epochs without a lower validation loss.", 5, plan="crossed"),
     Option("batch-size", Whole(), "Images per step.", 32, plan="crossed"),
-    Option("optimizer", Choice(OPTIMIZERS), "SGD has Nesterov momentum 0.9.", "adamw", plan="crossed"),
-    Option("schedule", Choice(SCHEDULES), "How the learning rates fall.", "cosine", plan="crossed"),
+    Option("optimizer", OneOf(OPTIMIZERS), "SGD has Nesterov momentum 0.9.", "adamw", plan="crossed"),
+    Option("schedule", OneOf(SCHEDULES), "How the learning rates fall.", "cosine", plan="crossed"),
     Option("warmup", Whole(0), "Epochs in which the learning rates rise.", 1, plan="crossed"),
     Option("weight-decay", Number(), "Not applied to biases and norm layers.", 0.01, plan="crossed"),
     Option(
@@ -315,7 +315,7 @@ FINETUNE = (
         "freeze", Text(), "all: train only a new top; none: train everything; LAYER: train what is above it.", "all",
         plan="crossed",
     ),
-    Option("init", Choice(INITS), "Weights to start from.", "pretrained", plan="crossed"),
+    Option("init", OneOf(INITS), "Weights to start from.", "pretrained", plan="crossed"),
     Option(
         "head-first", Flag(), "Train the new top alone first, then everything above the thaw line (LP-FT).",
         default=False, plan="crossed",
@@ -325,9 +325,9 @@ FINETUNE = (
     replace(SEED, help="Seed of the split, the shots and the training; can be repeated."),
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", File(), "Write the best model (most shots, then best by validation) as this .safetensors file."),
-    Option("watch", Choice(WATCHES), "Record these for each layer, and say where they are unhealthy."),
+    Option("watch", OneOf(WATCHES), "Record these for each layer, and say where they are unhealthy."),
     Option("picture", File(), "Draw the loss curves as a .png; with --watch also NAME-gradients.png."),
-    Option("precision", Choice(TRAIN_PRECISIONS), "auto is whatever trains fastest.", "auto", plan="crossed"),
+    Option("precision", OneOf(TRAIN_PRECISIONS), "auto is whatever trains fastest.", "auto", plan="crossed"),
     replace(STORE, help="Number type of the cached activations."),
     SIZE,
     WORKERS,

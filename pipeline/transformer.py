@@ -41,7 +41,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     Parameters
     ----------
     backbone : str, default "efficientnet_lite0"
-        As for `pipeline.backbones.registry.load`.
+        As for `pipeline.backbones.registry.load_backbone`.
     layer : str, default "penultimate"
         A layer or an alias. The features of several, joined by ``+``, and of all ``stages`` are put side by side.
     pool : str, default "avg"

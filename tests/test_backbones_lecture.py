@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers, resolve_layers
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -136,7 +136,7 @@ class Loaded(NamedTuple):
 @pytest.fixture(scope="module", params=NETWORKS, ids=lambda network: network.name)
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     expected: Expected = request.param
-    backbone = load(f"{expected.name}@random:0")
+    backbone = load_backbone(f"{expected.name}@random:0")
     with torch.device("meta"):
         plain = expected.plain().eval()
     plain.load_state_dict(backbone.module.state_dict(), assign=True)

@@ -38,7 +38,7 @@ from pipeline.fit import fit
 from pipeline.reporting.charts.cost import pareto
 from pipeline.reporting.charts.reliability import reliability
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
-from pipeline.reporting.page.pictures import lay_out
+from pipeline.reporting.page.pictures import lay_out_map
 from pipeline.reporting.terminal import progress
 from pipeline.results import FinetuneResult, silent, to_json
 
@@ -351,7 +351,7 @@ def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, mo
 
     def watched(features: Features, layer: str, judged: Predictions) -> Any:
         drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
-        return lay_out(features, layer, judged)
+        return lay_out_map(features, layer, judged)
 
     monkeypatch.setattr("pipeline.reporting.page.report.lay_out", watched)
     tables = """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import TappedNetwork, tap
 from pipeline.engines.engine import Engine, build_engine, stream
 from pipeline.engines.fold import folded
@@ -40,7 +40,7 @@ def batches(sizes: list[int], side: int = SIDE) -> list[np.ndarray]:
 @cache
 def lively(name: str) -> Backbone:
     """A network whose batch norms do something: random statistics and weights."""
-    backbone = load(f"{name}@random:0", SIDE)
+    backbone = load_backbone(f"{name}@random:0", SIDE)
     generator = torch.Generator().manual_seed(1)
     for part in backbone.module.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -504,7 +504,7 @@ def test_cuda_in_fp32_is_the_cpu(name: str) -> None:
 @pytest.mark.gpu
 def test_a_batch_without_memory_on_a_gpu_is_halved() -> None:
     (pixels,) = batches([64], 224)
-    network = tap(load("resnet18@random:0"), ["layer1"])
+    network = tap(load_backbone("resnet18@random:0"), ["layer1"])
     few = TorchEngine(network, Resolved("torch", "cuda", "fp32"), 64)
     (expected,) = (np.concatenate(layer) for layer in zip(*stream(few, np.split(pixels, 16)), strict=True))
     room = torch.cuda.memory_allocated() + 200 * 2**20  # the first convolution alone gives 196 MiB for 64 images

@@ -168,9 +168,9 @@ def test_another_network_under_the_same_name_is_refused(
 
 
 def load_other(size: int) -> Any:
-    from pipeline.backbones.registry import load
+    from pipeline.backbones.registry import load_backbone
 
-    return load(NETWORK.replace(":0", ":1"), size)
+    return load_backbone(NETWORK.replace(":0", ":1"), size)
 
 
 def test_what_cannot_be_written_leaves_nothing(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from features_cache import CacheError, atomic
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import find_line, possible_lines, split
 from pipeline.errors import BackboneError, FitError
 from pipeline.extract import extract
@@ -39,7 +39,7 @@ Photos = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    return load(NET, 32)
+    return load_backbone(NET, 32)
 
 
 def tune(photos: Path, output: Path, **options: Any) -> Any:
@@ -72,7 +72,7 @@ def train_on_pixels(
     ],
 )
 def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
-    loaded = load(name, 64)
+    loaded = load_backbone(name, 64)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     trunk, body = split(loaded, find_line(loaded, line))
     assert trunk is not None
@@ -117,7 +117,7 @@ def test_the_trunk_stays_frozen_whatever_is_called(backbone: Any) -> None:
 def test_cached_activations_train_like_the_whole_network(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
     report = tune(photos, tmp_path / "cached", seeds=[3], epochs=1)
-    reader = DecodedImages(open_source(photos), load(TINY, 32).preprocessing, "none")
+    reader = DecodedImages(open_source(photos), load_backbone(TINY, 32).preprocessing, "none")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "CachedActivations", lambda *_: reader)
         whole = tune(photos, tmp_path / "whole", seeds=[3], epochs=1)

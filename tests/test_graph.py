@@ -12,7 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.hooks import hooked
 from pipeline.backbones.layers import list_layers, resolve_layers
-from pipeline.backbones.registry import load, sketch
+from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
 from pipeline.backbones.taps import tap
 from pipeline.errors import BackboneError
@@ -31,7 +31,7 @@ def wrap(module: nn.Module, classifier: str | None = None, side: int = SIDE) -> 
 
 @pytest.fixture(scope="module")
 def resnet() -> Backbone:
-    return load("resnet18@random:0", size=SIDE)
+    return load_backbone("resnet18@random:0", size=SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_nodes_that_every_path_crosses(name: str, count: int) -> None:
 def test_shapes_without_weights_are_the_real_ones(name: str) -> None:
     backbone = sketch(name, size=SIDE if name == "resnet18" else None)
     assert {item.device.type for item in backbone.module.parameters()} == {"meta"}
-    real = load(f"{name}@random:0", size=SIDE if name == "resnet18" else None)
+    real = load_backbone(f"{name}@random:0", size=SIDE if name == "resnet18" else None)
     side = real.preprocessing.size[0]
     outputs = hook_outputs(real.module, torch.zeros(2, side, side, 3, dtype=torch.uint8))
     # timm has its batch norms computed in one step: what stands inside them is out of reach.
@@ -373,7 +373,7 @@ def test_hooks_are_always_taken_off(pixels: Tensor, fails: bool) -> None:
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_maxvit", "timm/test_resnet"])
 def test_other_families_give_their_own_output(name: str) -> None:
-    backbone = load(f"{name}@random:0")
+    backbone = load_backbone(f"{name}@random:0")
     nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifier).weight, std=0.1)
     side = backbone.preprocessing.size[0]
     pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)

@@ -23,7 +23,7 @@ from PIL import Image
 import pipeline.images.decode
 import pipeline.images.loader
 from pipeline.errors import UnreadableImageError
-from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load
+from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load_images
 from pipeline.images.sources.items import ImageSource, Item
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
@@ -109,7 +109,7 @@ def summary(batches: list[list[LoadedImage]]) -> list[object]:
 @pytest.mark.parametrize("workers", [1, 4])
 def test_full_batches_in_order(workers: int) -> None:
     levels = list(range(10, 33))
-    batches = list(load(source_of(levels), np.arange(23), [SMALL], batch_size=5, workers=workers))
+    batches = list(load_images(source_of(levels), np.arange(23), [SMALL], batch_size=5, workers=workers))
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
     images = [image for batch in batches for image in batch]
     assert rows_of(images) == list(range(23))
@@ -124,25 +124,25 @@ def test_full_batches_in_order(workers: int) -> None:
 def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
     levels = [7, *range(20, 20 + 100), *[7] * 1500]
     batches = list(
-        load(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
+        load_images(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
     )
     assert [len(decoded(batch)) for batch in batches] == [1, 0, 0, 0]
     assert [len(known_ones(batch)) + len(duplicates(batch)) for batch in batches] == [512, 512, 512, 64]
 
 
 def test_only_the_rows_asked_in_the_order_asked() -> None:
-    batches = list(load(source_of(list(range(50))), [40, 3, 17], [SMALL], batch_size=2))
+    batches = list(load_images(source_of(list(range(50))), [40, 3, 17], [SMALL], batch_size=2))
     assert [rows_of(batch) for batch in batches] == [[40, 3], [17]]
     assert [image.pixels[0][0, 0, 0] for batch in batches for image in batch] == [40, 3, 17]
 
 
 def test_no_rows_no_batches() -> None:
-    assert list(load(source_of([1, 2]), [], [SMALL], batch_size=2)) == []
+    assert list(load_images(source_of([1, 2]), [], [SMALL], batch_size=2)) == []
 
 
 def test_duplicates_and_failures() -> None:
     levels = [7, BAD, 7, MISSING, 9, BAD, 9, MISSING, 7]
-    (batch,) = load(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
+    (batch,) = load_images(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
     assert rows_of(batch) == list(range(9))
     assert rows_of(decoded(batch)) == [0, 4]
     assert duplicates(batch) == [
@@ -165,7 +165,7 @@ def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         pipeline.images.loader, "prepare_all", lambda data, wanted: seen.append(data) or prepare(data, wanted)
     )
-    batches = list(load(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
+    batches = list(load_images(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
     assert sorted(seen) == sorted([FILES[5], FILES[6]])
     assert sum(len(duplicates(batch)) for batch in batches) == 58
 
@@ -177,7 +177,7 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(key)
         return key in {digest(1), digest(BAD)}
 
-    (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
+    (batch,) = load_images(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
     assert asked == [digest(level) for level in (1, 2, BAD, 1, 3)]
     assert rows_of(decoded(batch)) == [1, 5]
     assert known_ones(batch) == [(0, digest(1)), (2, digest(BAD)), (3, digest(1))]
@@ -186,13 +186,13 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_batch_without_pixels() -> None:
-    (batch,) = load(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
+    (batch,) = load_images(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
     assert decoded(batch) == []
     assert [row for row, *_ in failures(batch)] == [0, 1]
 
 
 def test_what_follows_the_last_full_batch_comes_too() -> None:
-    batches = list(load(source_of([1, 2, 2, BAD]), range(4), [SMALL], batch_size=2))
+    batches = list(load_images(source_of([1, 2, 2, BAD]), range(4), [SMALL], batch_size=2))
     assert [rows_of(decoded(batch)) for batch in batches] == [[0, 1], []]
     assert [row for row, *_ in duplicates(batches[1])] == [2]
     assert [row for row, *_ in failures(batches[1])] == [3]
@@ -205,7 +205,11 @@ def test_what_follows_the_last_full_batch_comes_too() -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_number_of_workers_changes_nothing(levels: list[int], batch_size: int) -> None:
     one, four = (
-        list(load(source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key: key == digest(3)))
+        list(
+            load_images(
+                source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key: key == digest(3)
+            )
+        )
         for workers in (1, 4)
     )
     assert summary(one) == summary(four)
@@ -225,7 +229,7 @@ def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
     source = open_source(root)
     (root / "a/1.png").unlink()
     (root / "b/2.png").write_bytes(b"")
-    (batch,) = load(source, range(6), [SMALL], batch_size=8)
+    (batch,) = load_images(source, range(6), [SMALL], batch_size=8)
     assert rows_of(decoded(batch)) == [0, 2, 3, 4]
     assert [(row, reason) for row, reason, _ in failures(batch)] == [(1, "no such file"), (5, "empty file")]
 
@@ -253,7 +257,7 @@ def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
     begun: set[int] = set()
     levels = list(range(200))
     window = WINDOW_BATCHES * max(batch_size, workers)
-    with closing(load(source_of(levels, begun.add), range(200), [SMALL], batch_size, workers)) as batches:
+    with closing(load_images(source_of(levels, begun.add), range(200), [SMALL], batch_size, workers)) as batches:
         for number in range(1, 4):
             next(batches)
             ahead = number * batch_size + window
@@ -282,7 +286,9 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    batches = list(load(source_of(list(range(200)), begun.add), range(200), [SMALL], batch_size=64, workers=workers))
+    batches = list(
+        load_images(source_of(list(range(200)), begun.add), range(200), [SMALL], batch_size=64, workers=workers)
+    )
     watcher.join()
     assert found == [limit]
     assert sum(len(decoded(batch)) for batch in batches) == 200
@@ -294,7 +300,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("taken", [0, 1, 3])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_early_close(taken: int, workers: int) -> None:
-    batches = load(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=workers)
+    batches = load_images(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=workers)
     assert len([next(batches) for _ in range(taken)]) == taken
     batches.close()
     assert next(batches, None) is None
@@ -302,7 +308,7 @@ def test_an_early_close(taken: int, workers: int) -> None:
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_the_consumer_is_interrupted(interruption: type[BaseException]) -> None:
-    batches = load(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=2)
+    batches = load_images(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=2)
     next(batches)
     with pytest.raises(interruption):
         batches.throw(interruption())
@@ -318,7 +324,7 @@ def test_control_c_while_waiting() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(load(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
+            list(load_images(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -329,7 +335,7 @@ def test_what_a_reader_raises_reaches_the_consumer(error: BaseException) -> None
         if row == 11:
             raise error
 
-    batches = load(source_of(list(range(40)), fail), range(40), [SMALL], batch_size=1, workers=2)
+    batches = load_images(source_of(list(range(40)), fail), range(40), [SMALL], batch_size=1, workers=2)
     with pytest.raises(type(error)) as caught:
         list(batches)
     assert caught.value is error
@@ -341,7 +347,7 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(pipeline.images.loader, "prepare_all", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
-        list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
+        list(load_images(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
 
 
 def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +355,7 @@ def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch
         raise MemoryError
 
     monkeypatch.setattr(pipeline.images.decode, "_upright", short)
-    (batch,) = load(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
+    (batch,) = load_images(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
     assert [(reason, key) for _, reason, key in failures(batch)] == [
         ("not enough memory", b""),
         ("not an image of a known format", digest(BAD)),
@@ -362,4 +368,4 @@ def test_what_known_raises_reaches_the_consumer() -> None:
         raise LookupError("in known")
 
     with pytest.raises(LookupError, match="in known"):
-        list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2, known=known))
+        list(load_images(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2, known=known))

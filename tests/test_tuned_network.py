@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss
 from features_cache import DONE, open_cache
 from pipeline.backbones.layers import list_layers
 from pipeline.backbones.network_file import TOP_LAYER, TunedModel, describe_network, save_network
-from pipeline.backbones.registry import load, sketch
+from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.taps import tap
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError, ModelFileError
@@ -35,7 +35,7 @@ Photos = Callable[..., Path]
 
 def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0) -> ThawedNetwork:
     """Write a network whose new head is random, and return it."""
-    backbone = load(f"{NET}@random:{seed}", 48)
+    backbone = load_backbone(f"{NET}@random:{seed}", 48)
     network = ThawedNetwork(backbone, freeze, top, 3)
     generator = torch.Generator().manual_seed(seed)
     for item in network.new_head.parameters():
@@ -50,7 +50,7 @@ def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0
 @pytest.mark.parametrize(("top", "freeze"), [("linear", "all"), ("hidden", "layer2"), ("direct", "none")])
 def test_the_backbone_of_a_file_computes_what_the_network_does(tmp_path: Path, top: str, freeze: str) -> None:
     network = saved(tmp_path / "tuned.safetensors", freeze, top)
-    backbone = load(f"{NET}@{tmp_path / 'tuned.safetensors'}")
+    backbone = load_backbone(f"{NET}@{tmp_path / 'tuned.safetensors'}")
     pixels = torch.randint(0, 256, (4, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         scores, features, middle = tap(backbone, ["logits", "penultimate", "layer3"])(pixels)
@@ -77,9 +77,9 @@ def test_another_architecture_or_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tuned.safetensors"
     saved(path)
     with pytest.raises(BackboneError, match=r"holds timm/test_resnet for 48 pixels, not torchvision/resnet18"):
-        load(f"resnet18@{path}")
+        load_backbone(f"resnet18@{path}")
     with pytest.raises(BackboneError, match=r"for 64; use timm/test_resnet@.*, without a size"):
-        load(f"{NET}@{path}", 64)
+        load_backbone(f"{NET}@{path}", 64)
 
 
 def test_what_the_libraries_no_longer_build_is_told_with_their_versions(
@@ -90,7 +90,7 @@ def test_what_the_libraries_no_longer_build_is_told_with_their_versions(
     state = {name: item.numpy() for name, item in network.whole_state().items() if not name.startswith("layer4")}
     save_network(path, describe_network(path), state)
     with pytest.raises(ModelFileError, match=r"missing: layer4.*libraries it was made with: thawline .*torch "):
-        load(f"{NET}@{path}")
+        load_backbone(f"{NET}@{path}")
 
 
 @pytest.mark.parametrize("field", ["scores", "classes", "temperature"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from features_cache import DONE, PENDING, CacheError, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import find_line, split
 from pipeline.engines import engine
 from pipeline.errors import FitError
@@ -37,7 +37,7 @@ Photos = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    return load(NET, 32)
+    return load_backbone(NET, 32)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.errors import FitError
 from pipeline.finetune import finetune
 from pipeline.finetuning import loop
@@ -254,7 +254,7 @@ def test_the_command_records_judges_and_draws(
 
 
 def test_depth_is_the_order_of_computation() -> None:
-    network = ThawedNetwork(load("efficientnet_lite0@random:0", 64), "blocks.5", "linear", CLASSES)
+    network = ThawedNetwork(load_backbone("efficientnet_lite0@random:0", 64), "blocks.5", "linear", CLASSES)
     assert list(depth_groups(network)) == ["blocks.6", "conv_head", "new_head"]
 
 

@@ -20,7 +20,7 @@ class Backbone:
     name : str
         Canonical name with its zoo, such as ``"torchvision/resnet50"``.
     handle : str
-        The shortest name that `pipeline.backbones.registry.load` accepts for it; default weights are left out.
+        The shortest name that `pipeline.backbones.registry.load_backbone` accepts for it; default weights are left out.
     weights : str
         Tag of the pretrained weights, ``"random:SEED"``, or the name of the weights file.
     weights_digest : str

@@ -19,7 +19,7 @@ from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.tuned import tuned_backbone
-from pipeline.backbones.weights import SUFFIXES, build_untouched, fill, read_state_dict, weights_digest
+from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -92,7 +92,7 @@ def list_backbones(pattern: str = "") -> list[BackboneRow]:
     return rows
 
 
-def load(name: str, size: int | None = None) -> Backbone:
+def load_backbone(name: str, size: int | None = None) -> Backbone:
     """Load a network by name.
 
     Parameters
@@ -112,7 +112,7 @@ def load(name: str, size: int | None = None) -> Backbone:
 
     Examples
     --------
-    >>> backbone = load("resnet18@random:0", size=128)
+    >>> backbone = load_backbone("resnet18@random:0", size=128)
     >>> backbone.name, backbone.classifier
     ('torchvision/resnet18', 'fc')
     >>> backbone.preprocessing.size, backbone.preprocessing.resize
@@ -121,7 +121,7 @@ def load(name: str, size: int | None = None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
         side = size or describe_network(weights).scores.preprocessing.size[0]
-        return tuned_backbone(load(f"{zoo_name}/{bare}@random:0", side), Path(weights))
+        return tuned_backbone(load_backbone(f"{zoo_name}/{bare}@random:0", side), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     label, tag = weights, None
@@ -156,12 +156,12 @@ def check_weights(name: str) -> None:
 def sketch(name: str, size: int | None = None) -> Backbone:
     """Return a network whose weights mean nothing, enough to list its layers and shapes; most take no memory.
 
-    Parameters and errors are those of `load`. The weights in `name` are ignored, except those of a saved fine-tuned
+    Parameters and errors are those of `load_backbone`. The weights in `name` are ignored, except those of a saved fine-tuned
     network, because its last layer differs.
     """
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
-        return load(name, size)
+        return load_backbone(name, size)
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
@@ -230,7 +230,7 @@ def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> nn.Module:
     classes = _rows(state.get(key))
     if classes and classes != _rows(module.state_dict().get(key)):
         module = build_untouched(lambda: zoo.build(name, size, classes))
-    fill(module, state, f"{path.name} for {name}")
+    fill_weights(module, state, f"{path.name} for {name}")
     return module
 
 

@@ -40,8 +40,8 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
 
     Examples
     --------
-    >>> from pipeline.backbones.registry import load
-    >>> network = tap(load("resnet18@random:0"), ["layer2", "penultimate"])
+    >>> from pipeline.backbones.registry import load_backbone
+    >>> network = tap(load_backbone("resnet18@random:0"), ["layer2", "penultimate"])
     >>> network.dims
     {'layer2': 128, 'penultimate': 512}
     >>> layer2, penultimate = network(torch.zeros(4, 224, 224, 3, dtype=torch.uint8))

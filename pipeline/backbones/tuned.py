@@ -14,7 +14,7 @@ from pipeline.backbones.taps import INPUT_DIM, small_image
 from pipeline.backbones.thaw_line import top_input
 from pipeline.backbones.top import Top, new_top
 from pipeline.backbones.trace import SHAPE, TENSORS, Traced
-from pipeline.backbones.weights import fill, weights_digest
+from pipeline.backbones.weights import fill_weights, weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 
 
@@ -44,7 +44,7 @@ def tuned_backbone(base: Backbone, path: Path) -> Backbone:
         )
     traced = with_top(base, new_top(base, model.top, len(model.classes)), len(model.classes))
     try:
-        fill(traced.module, {name: torch.from_numpy(item) for name, item in tensors.items()}, path.name)
+        fill_weights(traced.module, {name: torch.from_numpy(item) for name, item in tensors.items()}, path.name)
     except BackboneError as error:
         versions = ", ".join(f"{library} {version}" for library, version in model.versions.items())
         raise ModelFileError(f"{error}; or use the libraries it was made with: {versions}") from error

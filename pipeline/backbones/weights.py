@@ -94,7 +94,7 @@ def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy `state` into `module`; it must hold all tensors of the module in their shapes, and no others.
 
     Two exceptions: auxiliary classifiers that `module` does not have are ignored, and batch counters may be missing.

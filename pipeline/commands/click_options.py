@@ -12,12 +12,12 @@ import click
 from pipeline.options import (
     COMMANDS,
     JSON,
-    Choice,
     File,
     Flag,
     Folder,
     Kind,
     Number,
+    OneOf,
     Option,
     Rate,
     Shots,
@@ -58,7 +58,7 @@ def _click_option(option: Option) -> Callable[[Command], Command]:
 
 def _click_type(kind: Kind) -> Any:
     match kind:
-        case Choice():
+        case OneOf():
             return click.Choice(kind.names)
         case Whole():
             return _WholeOrAuto(kind.min) if kind.auto else click.IntRange(kind.min)

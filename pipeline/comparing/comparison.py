@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
-from pipeline.comparing.plan import Line, Plan
+from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.comparing.records import Failure, JobResult
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
@@ -55,7 +55,7 @@ class Comparison:
             found = find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
             self.features[extraction] = found or self.features[extraction]
 
-    def cache(self, line: Line) -> Path:
+    def cache(self, line: PlanTable) -> Path:
         """Return the cache folder of a line of the plan."""
         return Path(line.values.get("output", (self.folder.cache,))[0])
 
@@ -64,7 +64,7 @@ class Comparison:
         source = self.images[extraction.source].name
         return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
 
-    def finetunes(self) -> dict[Finetune, tuple[Line, str]]:
+    def finetunes(self) -> dict[Finetune, tuple[PlanTable, str]]:
         """Return the fine-tunes, each with its line of the plan and its key."""
         asked = finetunes(self.plan)
         listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}

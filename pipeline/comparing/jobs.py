@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from features_cache import nearest
-from pipeline.comparing.plan import Line, Plan
+from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.extraction.lookup import weights_file_digest
 from pipeline.options import TABLES
 from pipeline.spec import Request
@@ -25,13 +25,13 @@ class Extraction:
     source : str
         One of `Plan.sources`.
     request : Request
-    line : Line
+    line : PlanTable
         The ``[[extract]]`` that asks for it.
     """
 
     source: str
     request: Request
-    line: Line = field(compare=False, hash=False)
+    line: PlanTable = field(compare=False, hash=False)
 
 
 class Fit(NamedTuple):
@@ -135,7 +135,7 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
 
 
 def _resolve(
-    plan: Plan, line: Line, extraction: Extraction, asked: str, aliases: Mapping[str, Sequence[str]]
+    plan: Plan, line: PlanTable, extraction: Extraction, asked: str, aliases: Mapping[str, Sequence[str]]
 ) -> list[str]:
     """Return the layers, or joined layers, that a name in a ``[[fit]]`` stands for."""
     known = dict(aliases) | {name: [name] for names in aliases.values() for name in names}
@@ -152,7 +152,7 @@ def _resolve(
     return ["+".join(names) for names in itertools.product(*(known[part] for part in parts))]
 
 
-def finetunes(plan: Plan) -> list[tuple[Line, Finetune]]:
+def finetunes(plan: Plan) -> list[tuple[PlanTable, Finetune]]:
     """Return the plan's fine-tunes, each with the ``[[finetune]]`` that asks for it.
 
     Raises
@@ -160,7 +160,7 @@ def finetunes(plan: Plan) -> list[tuple[Line, Finetune]]:
     PlanError
         Two ``[[finetune]]`` ask for the same one.
     """
-    found: dict[Finetune, Line] = {}
+    found: dict[Finetune, PlanTable] = {}
     for line in plan.of("finetune"):
         crossed = {
             key: line.values[key]

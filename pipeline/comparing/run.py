@@ -12,7 +12,7 @@ from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.features import Features, depths, find_features, held_features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
-from pipeline.comparing.plan import Line
+from pipeline.comparing.plan import PlanTable
 from pipeline.comparing.records import ExtractionCost, Failure, JobResult
 from pipeline.errors import RunFolderError
 from pipeline.results import ExtractResult, FitResult, Progress
@@ -174,7 +174,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     comparison.notes += report.notes
 
 
-def _finetune(comparison: Comparison, line: Line, block: Mapping[Finetune, str]) -> None:
+def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, str]) -> None:
     from pipeline.finetune import finetune
     from pipeline.options import tune_parameters
 

@@ -53,11 +53,11 @@ class FeatureExtractor:
         files: Sequence[CacheFile] = (),
     ) -> None:
         from pipeline.backbones.layers import resolve_layers
-        from pipeline.backbones.registry import load
+        from pipeline.backbones.registry import load_backbone
 
         first = requests[0]
         self.requests = requests
-        self.backbone: Backbone = load(first.backbone, first.size)
+        self.backbone: Backbone = load_backbone(first.backbone, first.size)
         self.layers = resolve_layers(self.backbone, first.layers)
         self._resolved = _resolved(requests, files, engine, device)
         self._pool, self._batch_size = first.pool, batch_size or self._resolved.batch_size

@@ -17,7 +17,7 @@ import numpy as np
 from features_cache import CacheWriter, Donors
 from pipeline.arrays import BoolArray
 from pipeline.errors import SourceError
-from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load
+from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load_images
 from pipeline.images.sources.registry import ImageSource
 from pipeline.provenance import installed_version
 from pipeline.results import Progress
@@ -169,7 +169,7 @@ def fill(
     total : int
         Images asked for, complete ones included, for `progress`.
     batch_size, workers : int, optional
-        As for `pipeline.images.loader.load`; by default the batch size that suits the device.
+        As for `pipeline.images.loader.load_images`; by default the batch size that suits the device.
     clock : Clock
         Where the time spent waiting for images is noted.
     progress : callable
@@ -184,7 +184,7 @@ def fill(
     def known(digest: bytes) -> bool:
         return all(filler.knows(digest) for filler in fillers)
 
-    with closing(load(images, pending, preprocessings, batch_size, workers, known)) as batches:
+    with closing(load_images(images, pending, preprocessings, batch_size, workers, known)) as batches:
         waited = time.perf_counter()
         for batch in batches:
             clock.spend("decode", waited)

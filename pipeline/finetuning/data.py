@@ -14,7 +14,7 @@ from pipeline.arrays import IntArray
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import INPUT, PENULTIMATE
 from pipeline.backbones.pooling import pooled_dim
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import top_input
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
@@ -74,7 +74,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     """
     recipe = setup.recipe
     resolved = resolve(setup.engine, setup.device, setup.precision)
-    backbone = load(setup.backbone, setup.size)
+    backbone = load_backbone(setup.backbone, setup.size)
     line, read = line_of(backbone, setup.freeze), top_input(backbone)
     pooled = read._replace(layout="vector")
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)

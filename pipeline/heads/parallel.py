@@ -16,7 +16,7 @@ from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.rows import require_finite
 from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.heads.solvers.device import run_one_by_one
-from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare, run_trial
+from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
 from pipeline.results import Progress
 
 MOST_CELLS = 1 << 27
@@ -123,7 +123,7 @@ def _tasks(trials: Sequence[Trial], *, balanced: bool, keep: bool) -> Iterator[A
         table = data.layer.table
         scaling, rotated = head.scaling, head.family.linear and data.layer.dim > len(data.splits.train)
         if (scaling, rotated) not in prepared:
-            prepared[scaling, rotated] = prepare(
+            prepared[scaling, rotated] = prepare_trial(
                 data.layer.features, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed
             )
         yield joblib.delayed(run_trial)(

@@ -86,7 +86,7 @@ class TrialOutcome:
     pipeline: Pipeline | None
 
 
-def prepare(
+def prepare_trial(
     features: Callable[[IntArray], Float32Array],
     labels: IntArray,
     splits: Splits,

@@ -75,7 +75,7 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(
+def load_images(
     source: ImageSource,
     rows: Sequence[int] | np.ndarray,
     preprocessings: Sequence[Preprocessing],
@@ -118,7 +118,7 @@ def load(
 
 
 class _Loading:
-    """What the threads of one `load` share: `load` takes one row from the source to its pixels."""
+    """What the threads of one `load_images` share: `load` takes one row from the source to its pixels."""
 
     def __init__(
         self,

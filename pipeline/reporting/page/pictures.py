@@ -135,7 +135,7 @@ def leaks(file: CacheFile, album: Album) -> Leaks:
     )
 
 
-def lay_out(features: Features, layer: str, predictions: Predictions) -> tuple[NDArray[np.float64], Predictions]:
+def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tuple[NDArray[np.float64], Predictions]:
     """Return positions (n, 2) of at most a thousand test images by t-SNE of their features, and their predictions."""
     file = features.files[layer.split("+")[0]]
     row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}

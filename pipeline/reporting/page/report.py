@@ -35,7 +35,7 @@ from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
-from pipeline.reporting.page.pictures import Album, Confusion, Leaks, lay_out, leaks, worst_confusions
+from pipeline.reporting.page.pictures import Album, Confusion, Leaks, lay_out_map, leaks, worst_confusions
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40
@@ -231,7 +231,7 @@ def _map(score: MethodScore, seen: Seen, predictions: Predictions) -> Chart | No
     features = seen.features.get(score.first.key)
     if features is None or len(predictions.uris) < 5:
         return None
-    positions, shown = lay_out(features, score.method.layer, predictions)
+    positions, shown = lay_out_map(features, score.method.layer, predictions)
     return map_chart(positions, shown, seen.images.classes, score.method.layer)
 
 
