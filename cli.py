@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from features_cache.errors import ThawlineError
+from features_cache import ThawlineError
 from pipeline.commands.cache import cache_group
 from pipeline.commands.compare import compare
 from pipeline.commands.demo import demo
@@ -24,12 +24,13 @@ from pipeline.commands.fit import fit
 from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
 from pipeline.commands.rank import rank
+from pipeline.provenance import installed_version
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
 
 @click.group(context_settings=CONTEXT)
-@click.version_option(package_name="thawline")
+@click.version_option(installed_version("thawline"))
 def thawline() -> None:
     """Turn images into a trained classifier: frozen CNN features, cached once; scikit-learn heads on top."""
 

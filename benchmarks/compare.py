@@ -84,8 +84,8 @@ def measure(plan: Path, run: Path) -> dict[str, Any]:
     whole = time.perf_counter() - started
     provenance = json.loads((run / "run.json").read_text())
     extraction = sum(entry["seconds"] for entry in provenance["extractions"].values())
-    heads = sum(result["seconds"] for result in report.results if result["kind"] == "head")
-    tunes = sum(result["seconds"] for result in report.results if result["kind"] == "finetune")
+    heads = sum(each.result.seconds for each in report.results if each.result.kind == "head")
+    tunes = sum(each.result.seconds for each in report.results if each.result.kind == "finetune")
     cores = joblib.cpu_count()
     busy = extraction + heads / cores + tunes
     return {

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
 from pipeline.engines.engine import build_engine, stream
 from pipeline.engines.select import resolve
@@ -30,7 +30,9 @@ BATCHES = 4
 
 def built(name: str, way: str) -> TorchEngine:
     """Return an engine that will compile, if at all, on its first batch."""
-    engine = build_engine(tap(load(name), ["penultimate"]), resolve("torch" if way == "eager" else "compile", "cpu"), 8)
+    engine = build_engine(
+        tap(load_backbone(name), ["penultimate"]), resolve("torch" if way == "eager" else "compile", "cpu"), 8
+    )
     assert isinstance(engine, TorchEngine)
     if way == "compiled, frozen":
         network = engine._network.requires_grad_(False)
@@ -48,7 +50,7 @@ def seconds(engine: TorchEngine, batches: list[np.ndarray]) -> float:
 
 def measure(name: str, rounds: int) -> list[tuple[str, ...]]:
     """Return a row of the table for each way."""
-    shape = (8, *load(name).preprocessing.size, 3)
+    shape = (8, *load_backbone(name).preprocessing.size, 3)
     batches = [np.random.default_rng(number).integers(0, 256, shape, np.uint8) for number in range(BATCHES)]
     engines = {way: built(name, way) for way in WAYS}
     for engine in engines.values():

@@ -25,7 +25,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torchvision import transforms
 
-from pipeline.images.loader import default_workers, load
+from pipeline.images.loader import default_workers, load_images
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
@@ -68,7 +68,7 @@ def threads_rate(photos: list[bytes], count: int) -> float:
             (Path(folder) / f"{number:05d}.jpg").write_bytes(photos[number % len(photos)] + number.to_bytes(4, "big"))
         source = open_source(folder)
         began = time.perf_counter()
-        done = sum(len(batch.rows) for batch in load(source, range(count), [RULE], 8))
+        done = sum(len(batch) for batch in load_images(source, range(count), [RULE], 8))
         return done / (time.perf_counter() - began)
 
 

@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load as load_backbone
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
 from pipeline.engines.engine import build_engine, stream
 from pipeline.engines.select import resolve
 from pipeline.extract import extract
-from pipeline.images.loader import default_workers, load
+from pipeline.images.loader import default_workers, load_images
 from pipeline.images.sources.registry import open_source
 
 
@@ -70,15 +71,24 @@ class Photos(Dataset[torch.Tensor]):
             return tensor
 
 
-def plain(source: Path, backbone: Backbone, workers: int) -> float:
-    """Return images/s of the plain recipe."""
-    paths = [source / item.uri for item in open_source(source).items]
+@contextmanager
+def without_classifier(backbone: Backbone) -> Iterator[torch.nn.Module]:
+    """Give the network with its classifier taken off, and put that back afterwards."""
     network = backbone.module
     name, _, last = str(backbone.classifier).rpartition(".")
     parent = network.get_submodule(name)
     classifier = getattr(parent, last)
     setattr(parent, last, torch.nn.Identity())
     try:
+        yield network
+    finally:
+        setattr(parent, last, classifier)
+
+
+def plain(source: Path, backbone: Backbone, workers: int) -> float:
+    """Return images/s of the plain recipe."""
+    paths = [source / item.uri for item in open_source(source).items]
+    with without_classifier(backbone) as network:
         loader = DataLoader(Photos(paths, backbone), batch_size=32, num_workers=workers)
         start = time.perf_counter()
         with torch.no_grad():
@@ -86,8 +96,6 @@ def plain(source: Path, backbone: Backbone, workers: int) -> float:
         with tempfile.TemporaryFile() as file:
             np.save(file, features)
         return len(paths) / (time.perf_counter() - start)
-    finally:
-        setattr(parent, last, classifier)
 
 
 def ours(source: Path, backbone: Backbone) -> float:
@@ -100,7 +108,7 @@ def decode_rate(source: Path, backbone: Backbone) -> float:
     """Return images/s of reading and decoding alone."""
     images = open_source(source)
     start = time.perf_counter()
-    count = sum(len(batch.rows) for batch in load(images, range(len(images.items)), [backbone.preprocessing], 8))
+    count = sum(len(batch) for batch in load_images(images, range(len(images.items)), [backbone.preprocessing], 8))
     return count / (time.perf_counter() - start)
 
 

@@ -28,17 +28,16 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.engines.select import Resolved, resolve
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning.inputs import Part, Pictures, Reader
-from pipeline.finetuning.material import gather
-from pipeline.finetuning.network import Network
-from pipeline.finetuning.plan import Plan
-from pipeline.finetuning.precision import train_precision
+from pipeline.finetuning.data import prepare_data
+from pipeline.finetuning.inputs import DecodedImages, InputReader, Subset
+from pipeline.finetuning.loop import standardise, train
+from pipeline.finetuning.network import ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
-from pipeline.finetuning.train import standardise, train
+from pipeline.finetuning.setup import TrainingSetup
 from pipeline.fit import fit
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import silent
@@ -71,35 +70,40 @@ class Photos(Dataset[tuple[torch.Tensor, int]]):
             return self.transform(image.convert("RGB")), label
 
 
-def tutorial(folder: Path, name: str) -> float:
-    """Return images/s of one epoch of a plain loop that trains everything."""
-    backbone, source = load(name), open_source(folder)
-    network = backbone.module.requires_grad_(True).train()
-    loader = DataLoader(Photos(folder, source, backbone), batch_size=BATCH, shuffle=True, drop_last=True)
+def tutorial(folder: Path, name: str, device: str = "cpu", workers: int = 0) -> float:
+    """Return images/s of one epoch of a plain loop that trains everything; on a GPU in bf16."""
+    backbone, source = load_backbone(name), open_source(folder)
+    network, cuda = backbone.module.requires_grad_(True).train().to(device), device != "cpu"
+    photos = Photos(folder, source, backbone)
+    loader = DataLoader(photos, BATCH, shuffle=True, drop_last=True, num_workers=workers, pin_memory=cuda)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     criterion = torch.nn.CrossEntropyLoss()
     began, images = time.perf_counter(), 0
     for inputs, labels in loader:
         optimizer.zero_grad()
-        criterion(network(inputs), labels).backward()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda):
+            loss = criterion(network(inputs.to(device, non_blocking=True)), labels.to(device, non_blocking=True))
+        loss.backward()
         optimizer.step()
         images += len(labels)
+    if cuda:
+        torch.cuda.synchronize(device)
     return images / (time.perf_counter() - began)
 
 
 def epochs_of(
-    backbone: Backbone, reader: Reader, source: ImageSource, freeze: str, precisions: tuple[str, str], count: int
+    backbone: Backbone, reader: InputReader, source: ImageSource, freeze: str, precisions: tuple[str, str], count: int
 ) -> list[dict[str, Any]]:
     """Train on all images and return the history."""
     labels = np.array([item.label for item in source.items])
-    network = Network(backbone, freeze, "linear", len(source.classes))
+    network = ThawedNetwork(backbone, freeze, "linear", len(source.classes))
     network.trunk_precision, network.precision = precisions
-    part = Part(reader, np.arange(len(labels)), labels, BATCH, 0, augmented=False)
-    standardise(network, part, "cpu")
+    rows = Subset(reader, np.arange(len(labels)), labels, BATCH, 0)
+    standardise(network, rows, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "run.pt"
         recipe = Recipe(epochs=count, optimizer="sgd", warmup=0)
-        done = train(network, recipe, 1e-3, part, None, len(source.classes), checkpoint, 0, "cpu", silent, "benchmark")
+        done = train(network, recipe, 1e-3, rows, None, len(source.classes), checkpoint, 0, "cpu", silent, "benchmark")
     return done.history
 
 
@@ -109,15 +113,15 @@ def trunk_rows(folder: Path, name: str, lines: list[str], cache: Path) -> list[d
     source = open_source(folder)
     for precision in dict.fromkeys(("fp32", resolve().precision)):
         for line in lines:
-            plan = Plan(
+            setup = TrainingSetup(
                 folder, name, line, Recipe(), "pretrained", False, False, cache, precision, "float32", None, "auto",
                 "cpu", None, silent, lambda _: None,
             )  # fmt: skip
-            material = gather(plan, [(0, "all")])
-            pictures = Pictures(source, material.backbone.preprocessing, "none")
+            data = prepare_data(setup, [(0, "all")])
+            images = DecodedImages(source, data.backbone.preprocessing, "none")
             both = (precision, "fp32")
-            cached = epochs_of(material.backbone, material.reader, source, line, both, 2)
-            whole = epochs_of(material.backbone, pictures, source, line, both, 2)
+            cached = epochs_of(data.backbone, data.reader, source, line, both, 2)
+            whole = epochs_of(data.backbone, images, source, line, both, 2)
             seconds = [history[-1]["seconds"] for history in (cached, whole)]
             losses = [history[0]["train_loss"] for history in (cached, whole)]
             rows.append(
@@ -166,11 +170,11 @@ def speed_rows(folder: Path, peers: list[str]) -> list[dict[str, Any]]:
     plain = {name: tutorial(folder, name) for name in peers}
     rows = []
     for name in peers:
-        backbone = load(name)
+        backbone = load_backbone(name)
         resolved = Resolved("torch", "cpu", "fp32")
-        precision = train_precision(Network(backbone, "none", "linear", 2), resolved, "auto")
-        pictures = Pictures(source, backbone.preprocessing, "none")
-        history = epochs_of(backbone, pictures, source, "none", ("fp32", precision), 2)
+        precision = train_precision(ThawedNetwork(backbone, "none", "linear", 2), resolved, "auto")
+        images = DecodedImages(source, backbone.preprocessing, "none")
+        history = epochs_of(backbone, images, source, "none", ("fp32", precision), 2)
         ours = len(source.items) / history[-1]["seconds"]
         rows.append(
             {

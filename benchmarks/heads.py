@@ -45,8 +45,8 @@ from features_cache import CacheWriter, Catalog, LayerInfo, Rows
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.fit import fit
 from pipeline.heads.choose import make_fold, scale, search, train_final
+from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import find_head
-from pipeline.heads.solvers.hyperplanes import C_GRID
 
 STAGES = {"b0": 16, "b1": 24, "b2": 40, "b3": 80, "b4": 112, "b5": 192, "b6": 320, "penultimate": 1280}
 FRESH = 2000

@@ -1,8 +1,9 @@
-"""The on-disk store of features: one HDF5 file per source and backbone that survives kills and opens anywhere.
+"""The feature store: one HDF5 file per source and backbone, safe against kills, readable by any HDF5 tool.
 
 ``X, y = open_cache("photos-resnet50-0a1b2c3d.h5").xy("penultimate", "train")`` reads one; FORMAT.md describes it.
 """
 
+from features_cache.atomic import atomic_write
 from features_cache.catalog import Catalog, file_name
 from features_cache.convert import digest_keys
 from features_cache.errors import (
@@ -11,14 +12,17 @@ from features_cache.errors import (
     CacheLockedError,
     DamagedCacheError,
     ThawlineError,
+    explained,
     nearest,
+    nearest_beside,
 )
-from features_cache.export import export
+from features_cache.export import export_features
 from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, UNREADABLE, LayerInfo, Rows
+from features_cache.lock import WriterLock
 from features_cache.prune import drop_redundant, prune, superseded
 from features_cache.reader import CacheFile, open_cache
-from features_cache.verify import Report, repair, verify
+from features_cache.verify import VerifyReport, repair, verify
 from features_cache.writer import CacheWriter
 
 __all__ = [
@@ -34,15 +38,19 @@ __all__ = [
     "DamagedCacheError",
     "Donors",
     "LayerInfo",
-    "Report",
     "Rows",
     "ThawlineError",
+    "VerifyReport",
+    "WriterLock",
+    "atomic_write",
     "digest_keys",
     "drop_redundant",
-    "export",
+    "explained",
+    "export_features",
     "file_name",
     "grow",
     "nearest",
+    "nearest_beside",
     "open_cache",
     "prune",
     "repair",

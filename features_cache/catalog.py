@@ -1,4 +1,4 @@
-"""A folder of cache files as one cache: find the file that holds what is asked for."""
+"""Find the right file in a folder of cache files."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Catalog:
     Attributes
     ----------
     files : list of CacheFile
-        Sorted by name, superseded ones left out.
+        Sorted by name, without superseded files.
     problems : list of CacheError
-        One for each ``.h5`` file of a folder that cannot be used; a single file raises instead.
+        One for each unusable ``.h5`` file of a folder. A single unusable file raises instead.
 
     Raises
     ------
@@ -53,14 +53,14 @@ class Catalog:
                 self.problems.append(error)
         if not self.files:
             why = str(self.problems[0]) if self.problems else "it holds no cache file (.h5)"
-            raise CacheError(f"no cache in {self.path}: {why}; make one with: thawline extract SOURCE -o {self.path}")
+            raise CacheError(f"no cache in {self.path}: {why}; run the extraction with this folder as its output")
 
     def find(
         self, layer: str | None = None, source: str | None = None, backbone: str | None = None, pool: str | None = None
     ) -> CacheFile:
-        """Return the one file that fits everything that is not ``None``.
+        """Return the one file that matches every argument that is not ``None``.
 
-        Files of the same handles that hold `layer` with one fingerprint are equivalent: the one with most finished
+        Files with equal handles and an equal fingerprint for `layer` are equivalent; the one with the most finished
         rows is returned.
 
         Parameters
@@ -73,9 +73,9 @@ class Catalog:
         Raises
         ------
         CacheError
-            No file fits; the message names what exists.
+            No file matches; the message lists what exists.
         AmbiguousCacheError
-            Several fit; the message lists them.
+            Several match; the message lists them.
         """
         fitting = self.fitting(source, backbone, pool)
         if layer is not None:
@@ -89,7 +89,7 @@ class Catalog:
     def fitting(
         self, source: str | None = None, backbone: str | None = None, pool: str | None = None
     ) -> list[CacheFile]:
-        """Return the files that fit everything that is not ``None``, at least one.
+        """Return all files that match every argument that is not ``None``; at least one.
 
         Parameters
         ----------
@@ -101,7 +101,7 @@ class Catalog:
         Raises
         ------
         CacheError
-            No file fits; the message names what exists.
+            No file matches; the message lists what exists.
         """
         fitting = self.files
         for key, wanted in {"source": source, "backbone": backbone, "pool": pool}.items():
@@ -112,19 +112,19 @@ class Catalog:
         return fitting
 
     def is_one_cache(self, files: Sequence[CacheFile]) -> bool:
-        """Tell whether `files` hold layers of one source, backbone and pooling, so that readers see one cache."""
+        """Return whether `files` share source, backbone and pooling, so that they can be read as one cache."""
         return len({tuple(sorted(file.handles.items())) for file in files}) == 1
 
     def ambiguous(self, files: Sequence[CacheFile]) -> AmbiguousCacheError:
-        """Return the error that lists `files` where one was expected, and says how to choose."""
+        """Return the error for several matching `files`: it lists them and says how to choose."""
         shared = sorted(set.intersection(*(set(file.layers) for file in files)))
         choices = {tuple(file.handles.get(key) for key in ("source", "location", "backbone", "pool")) for file in files}
-        told, way = [file.handles for file in files], "narrow it with --source, -b, -l or --pool"
+        told, way = [file.handles for file in files], "name the source, backbone, layer or pooling"
         if shared and len(choices) == 1:
             told = _differences([file.layers[shared[0]].spec for file in files])
             way = "name one of them instead of the folder"
         listed = "; ".join(_described(file, what) for file, what in zip(files, told, strict=True))
-        return AmbiguousCacheError(f"{len(files)} files of {self.path} fit, one was expected; {way}: {listed}")
+        return AmbiguousCacheError(f"{len(files)} files of {self.path} match where one was expected; {way}: {listed}")
 
     def _narrow(
         self, files: Sequence[CacheFile], key: str, wanted: str, offered: Sequence[set[str]]
@@ -137,12 +137,12 @@ class Catalog:
 
 
 def is_superseded(path: Path) -> bool:
-    """Tell by its name whether a file was replaced by a newer one of a changed source."""
+    """Return whether the name marks a file that a newer one, made for a changed source, has replaced."""
     return _SUPERSEDED.fullmatch(path.name) is not None
 
 
 def superseded_files(path: Path) -> dict[int, Path]:
-    """Return the files that `path` has superseded by their number, oldest first; `path` itself need not exist."""
+    """Return the superseded versions of `path` by number, oldest first; `path` itself need not exist."""
     matches = [(other, _SUPERSEDED.fullmatch(other.name)) for other in path.parent.glob("*.superseded-*.h5")]
     return dict(sorted((int(match[2]), other) for other, match in matches if match and match[1] == path.stem))
 
@@ -153,7 +153,7 @@ def _described(file: CacheFile, what: Mapping[str, Any]) -> str:
 
 
 def _differences(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return of each spec what is not the same in all: ``{"precision": "bf16", "preprocessing.size": [224, 224]}``."""
+    """Return, for each spec, the fields in which the specs differ: ``{"precision": "bf16", ...}``."""
     flat = []
     for spec in specs:
         parts = [(key, value if isinstance(value, dict) else {"": value}) for key, value in spec.items()]
@@ -164,14 +164,14 @@ def _differences(specs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def file_name(source: str, backbone: str, key: str) -> str:
-    """Return ``SOURCE-BACKBONE-HASH8.h5`` with only characters that every file system takes.
+    """Return ``SOURCE-BACKBONE-HASH8.h5``, using only characters that every file system accepts.
 
     Parameters
     ----------
     source, backbone : str
-        Handles; what is not a letter, digit, ``.``, ``_``, ``+`` or ``@`` becomes ``_``, and long ones are cut.
+        Handles. Characters other than letters, digits, ``.``, ``_``, ``+`` and ``@`` become ``_``; long names are cut.
     key : str
-        All that tells two files apart; its digest is the HASH8.
+        Identifies the file; HASH8 is its digest.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=4).hexdigest()
     return f"{_safe(source)}-{_safe(backbone)}-{digest}.h5"

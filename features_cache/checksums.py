@@ -1,4 +1,4 @@
-"""CRC-32 of every row: of a feature vector, of what the source says, of what reading the image found."""
+"""Three CRC-32 sums per row: features, source columns (uri, label, split, group), reading result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def crc_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
     Parameters
     ----------
     rows : ndarray, shape (n, ...) or a structured array of shape (n,)
-        The bytes of ``rows[i]``, in C order, are what is summed.
+        Summed row by row, over the bytes in C order.
 
     Returns
     -------
@@ -35,7 +35,7 @@ def crc_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
 def source_crc(
     labels: NDArray[Any], splits: NDArray[Any], groups: NDArray[Any], uris: NDArray[Any]
 ) -> NDArray[np.uint32]:
-    """Return the CRC-32 of each row's label, split, group and uri as stored, in this order; all of shape (n,)."""
+    """Return the CRC-32 of each row's stored label, split, group and uri, in this order; all of shape (n,)."""
     columns = [np.ascontiguousarray(column) for column in (labels, splits, groups, uris)]
     joined = np.empty(len(labels), np.dtype([(f"f{i}", column.dtype) for i, column in enumerate(columns)]))
     for i, column in enumerate(columns):
@@ -44,18 +44,18 @@ def source_crc(
 
 
 def sound_sources(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.bool_]:
-    """Tell for each of the rows whether its label, split, group and uri are what was written; shape (k,)."""
+    """Return, for each row, whether label, split, group and uri match their checksum; shape (k,)."""
     columns = [np.asarray(file.array(f"/rows/{name}")[rows]) for name in ("label", "split", "group", "uri")]
     return np.asarray(source_crc(*columns) == file.array("/rows/source_crc")[rows], bool)
 
 
 def sound_results(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.bool_]:
-    """Tell for each finished row whether what reading its image found is what was written; shape (k,)."""
+    """Return, for each finished row, whether its reading result matches its checksum; shape (k,)."""
     return np.asarray(crc_rows(records_of(file, rows)) == file.array("/rows/result_crc")[rows], bool)
 
 
 def records_of(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.void]:
-    """Return what reading the images of some rows found, as it stands in the file: `layout.RECORD`, shape (k,)."""
+    """Return the stored reading results of some rows: `layout.RECORD`, shape (k,)."""
     found = np.zeros(len(file.states[rows]), RECORD)
     for field in RECORD.names or ():
         found[field] = file.array(f"/rows/{field}")[rows]

@@ -1,4 +1,4 @@
-"""What callers give, as it stands in the file."""
+"""Convert values between Python and their form on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from features_cache.layout import DIGEST_BYTES, DTYPES, REASON_BYTES, RECORD, La
 
 
 def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[np.floating]:
-    """Return `values` in the dtype on disk.
+    """Return `values` in the layer's dtype on disk.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[
     Raises
     ------
     CacheError
-        Another shape came, or a finite value that float16 cannot hold.
+        The shape is wrong, or a finite value is too large for float16.
     """
     if np.shape(values) != (count, layer.dim):
         raise CacheError(f"layer {layer.name}: expected shape {(count, layer.dim)}, got {np.shape(values)}")
@@ -43,13 +43,13 @@ def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[
 def records(
     digests: ArrayLike, sizes: NDArray[np.int64], mtimes_ns: NDArray[np.int64], run: int, reason: str = ""
 ) -> NDArray[np.void]:
-    """Return what reading k images found, an array of `layout.RECORD`; digests of another shape are refused.
+    """Return the reading results of k images as an array of `layout.RECORD`.
 
     Parameters
     ----------
     digests : array_like of uint8, shape (k, 16)
     sizes, mtimes_ns : ndarray of int64, shape (k,)
-        As the source listed them.
+        From the source's listing.
     run : int
     reason : str, default ""
     """
@@ -69,8 +69,8 @@ def _cut(text: str) -> bytes:
 
 
 def digest_keys(digests: NDArray[np.uint8]) -> NDArray[np.bytes_]:
-    """Return digests (n, 16) as keys (n,) to sort and to compare."""
-    # numpy drops trailing zero bytes when it compares; all keys being 16 bytes long, that confuses none
+    """Return digests (n, 16) as keys (n,) that can be sorted and compared."""
+    # numpy ignores trailing zero bytes in comparisons; all keys have 16 bytes, so that does no harm
     return np.ascontiguousarray(digests).view(f"S{DIGEST_BYTES}").reshape(-1)
 
 
@@ -80,7 +80,7 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
     Raises
     ------
     CacheError
-        A value has a zero byte or cannot be written; `what` names it.
+        A value has a zero byte or is not valid Unicode; `what` names it.
     """
     try:
         encoded = [value.encode() for value in values]
@@ -92,7 +92,7 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
 
 
 def decoded_text(raw: NDArray[np.bytes_]) -> NDArray[np.str_]:
-    """Return the inverse of `fixed_text`; damaged bytes are escaped."""
+    """Decode what `fixed_text` encoded; damaged bytes are escaped."""
     if (np.ascontiguousarray(raw).view(np.uint8) < 0x80).all():
         return raw.astype(str)
     return np.char.decode(raw, "utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Make a cache file: HDF5 lays out the structure once, everything after that is raw bytes at known offsets."""
+"""Create a cache file: HDF5 writes the structure once; later writes are raw bytes at known offsets."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from numpy.typing import NDArray
 from features_cache.checksums import source_crc
 from features_cache.convert import fixed_text
 from features_cache.errors import CacheError, explained
-from features_cache.header import LINE_BYTES, first_line, is_name, structure_digest
+from features_cache.header import LINE_BYTES, header_line, is_name, structure_digest
 from features_cache.layout import (
     DTYPES,
     MAGIC,
     SPLITS,
     VERSION,
     ArrayInfo,
+    FileLayout,
     LayerInfo,
-    Plan,
     Rows,
-    plan_arrays,
+    lay_out_arrays,
 )
 from features_cache.rowfile import RowFile
 
-_ATTRIBUTE_LIMIT = 60_000  # HDF5 keeps an attribute of its oldest, most portable format below 64 KiB
+_ATTRIBUTE_LIMIT = 60_000  # attributes of the oldest, most portable HDF5 format must stay below 64 KiB
 
 
 def build_file(
@@ -45,18 +45,18 @@ def build_file(
     handles: Mapping[str, str],
     request: Mapping[str, Any],
 ) -> None:
-    """Write a complete cache file with every row pending, its disk space reserved, synced; replaces `path`.
+    """Write a complete, synced cache file with all rows pending and all disk space reserved; replaces `path`.
 
     Raises
     ------
     CacheError
-        The rows or layers contradict themselves, the disk is too small, or the folder cannot be written.
+        Rows or layers are inconsistent, the disk is too small, or the folder cannot be written.
     """
     columns = _columns(rows, classes)
     _check(rows, classes, layers, handles)
     widths = {name: columns[name].dtype.itemsize for name in ("classes", "uri", "group")}
-    plan = plan_arrays(len(rows), len(classes), widths, layers)
-    _check_space(path, sum(ArrayInfo(0, *place).nbytes for place in plan.values()))
+    layout = lay_out_arrays(len(rows), len(classes), widths, layers)
+    _check_space(path, sum(ArrayInfo(0, *place).nbytes for place in layout.values()))
     table: dict[str, Any] = {
         "id": uuid.uuid4().hex,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -68,9 +68,11 @@ def build_file(
             for x in layers
         ],
     }
-    block = _power_of_two(LINE_BYTES + len(_encode(table, {name: ArrayInfo(1 << 60, *plan[name]) for name in plan})))
+    block = _power_of_two(
+        LINE_BYTES + len(_encode(table, {name: ArrayInfo(1 << 60, *layout[name]) for name in layout}))
+    )
     try:
-        arrays = _lay_out(path, plan, layers, table, block)
+        arrays = _lay_out(path, layout, layers, table, block)
         with explained(path, "write"), RowFile(path) as file:
             _reserve(file, max(array.end for array in arrays.values()))
             for name, column in columns.items():
@@ -83,7 +85,7 @@ def build_file(
 
 
 def _columns(rows: Rows, classes: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Return the arrays that stand in the file from the start, as stored."""
+    """Return the arrays that are written when the file is created, as stored."""
     columns: dict[str, NDArray[Any]] = {
         "classes": fixed_text(classes, "class name"),
         "label": np.asarray(rows.labels, "<i8"),
@@ -95,23 +97,23 @@ def _columns(rows: Rows, classes: Sequence[str]) -> dict[str, NDArray[Any]]:
         "run": np.full(len(rows), -1, "<i4"),
     }
     if {len(column) for name, column in columns.items() if name != "classes"} != {len(rows)}:
-        raise CacheError(f"every column of the rows must have {len(rows)} entries, one for each uri; some have not")
+        raise CacheError(f"every column must have {len(rows)} entries, one per uri; some have another length")
     columns["source_crc"] = source_crc(columns["label"], columns["split"], columns["group"], columns["uri"])
     return columns
 
 
 def _check(rows: Rows, classes: Sequence[str], layers: Sequence[LayerInfo], handles: Mapping[str, str]) -> None:
     if not len(rows):
-        raise CacheError("a cache needs at least one image, none came; check the source")
+        raise CacheError("the source has no images; a cache needs at least one")
     if not layers:
-        raise CacheError("a cache needs at least one layer, none came; name one")
+        raise CacheError("no layer was given; a cache needs at least one")
     if strange := set(rows.splits) - set(SPLITS):
-        raise CacheError(f"a split is one of train, val, test or empty; {sorted(strange)[0]!r} came")
+        raise CacheError(f"unknown split {sorted(strange)[0]!r}; expected train, val, test or none")
     labels = np.asarray(rows.labels)
     if labels.min() < -1 or labels.max() >= len(classes):
-        raise CacheError(f"labels must lie in -1 to {len(classes) - 1}, the class names' range; some do not")
+        raise CacheError(f"labels must lie between -1 and {len(classes) - 1}; some do not")
     if len({layer.name for layer in layers}) != len(layers):
-        raise CacheError("two layers have the same name; ask for each once")
+        raise CacheError("two layers have the same name; request each layer once")
     for layer in layers:
         if not is_name(layer.name) or layer.name in ("", ".", "..") or "/" in layer.name:
             raise CacheError(f"{layer.name!r} cannot name a layer; expected a dotted module name")
@@ -123,18 +125,18 @@ def _check(rows: Rows, classes: Sequence[str], layers: Sequence[LayerInfo], hand
     for value in (*handles.values(), *(layer.fingerprint for layer in layers)):
         if not is_name(value):
             raise CacheError(
-                f"{value!r} cannot name a cache: it has control characters or is not UTF-8; rename the source"
+                f"{value!r} cannot name a cache: it has control characters or is not valid Unicode; rename the source"
             )
 
 
 def _lay_out(
-    path: Path, plan: Plan, layers: Sequence[LayerInfo], table: Mapping[str, Any], block: int
+    path: Path, layout: FileLayout, layers: Sequence[LayerInfo], table: Mapping[str, Any], block: int
 ) -> dict[str, ArrayInfo]:
-    """Let HDF5 write the structure, with a leading metadata block so large that no metadata stands anywhere else."""
+    """Let HDF5 write the structure, with all of its metadata in one leading block."""
     meta_block = 1 << 16
     while True:
         try:
-            arrays = _structure(path, plan, layers, table, block, meta_block)
+            arrays = _structure(path, layout, layers, table, block, meta_block)
         except (OSError, RuntimeError) as error:
             code = re.search(r"errno = (\d+)", str(error))
             with explained(path, "write"):
@@ -146,7 +148,7 @@ def _lay_out(
 
 
 def _structure(
-    path: Path, plan: Plan, layers: Sequence[LayerInfo], table: Mapping[str, Any], block: int, meta_block: int
+    path: Path, layout: FileLayout, layers: Sequence[LayerInfo], table: Mapping[str, Any], block: int, meta_block: int
 ) -> dict[str, ArrayInfo]:
     create = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     create.set_layout(h5py.h5d.CONTIGUOUS)
@@ -158,7 +160,7 @@ def _structure(
     with h5py.File(path, "w", locking=False, **options) as file:
         for group in ("rows", "crc", "features"):
             file.create_group(group)
-        for name, (dtype, shape) in plan.items():
+        for name, (dtype, shape) in layout.items():
             kind = np.dtype(dtype)
             stored = h5py.string_dtype("utf-8", kind.itemsize) if kind.kind == "S" else kind
             space = h5py.h5s.create_simple(shape)
@@ -181,7 +183,7 @@ def _annotate(attributes: Any, key: str, text: str) -> None:
     encoded = text.encode()
     if len(encoded) > _ATTRIBUTE_LIMIT:
         raise CacheError(
-            f"{key} has {len(encoded)} bytes, at most {_ATTRIBUTE_LIMIT} fit; ask for fewer layers at once"
+            f"{key} has {len(encoded)} bytes, at most {_ATTRIBUTE_LIMIT} fit; request fewer layers at once"
         )
     attributes.create(key, encoded, dtype=h5py.string_dtype("utf-8", max(1, len(encoded))))
 
@@ -196,17 +198,17 @@ def _power_of_two(least: int) -> int:
 
 
 def _check_space(path: Path, size: int) -> None:
-    """Refuse before anything is written what cannot fit."""
+    """Refuse a file that does not fit on the disk, before anything is written."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise CacheError(
-            f"cannot write {path}: {size / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free; "
-            "free some space, choose another folder, fewer layers or --store float16"
+            f"cannot write {path}: it needs {size / 1e9:.3g} GB and {free / 1e9:.3g} GB are free; "
+            "free some space, choose another folder, request fewer layers, or store float16"
         )
 
 
 def _reserve(file: RowFile, size: int) -> None:
-    """Make the file `size` bytes long with all its disk space, so that a full disk shows before hours of work."""
+    """Reserve `size` bytes on disk now, so that a full disk shows before hours of work."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.descriptor, 0, size)
     else:
@@ -214,11 +216,11 @@ def _reserve(file: RowFile, size: int) -> None:
 
 
 def _write_user_block(descriptor: int, arrays: Mapping[str, ArrayInfo], table: bytes) -> None:
-    """Write the first line and the table; the digest covers them and all up to the first array that may change."""
+    """Write the first line and the table; the digest covers everything before the first array that may change."""
     checked = arrays["/runs"].offset
     size = max(array.end for array in arrays.values())
-    line = first_line(len(table), checked, size, "0" * 32)
+    line = header_line(len(table), checked, size, "0" * 32)
     os.pwrite(descriptor, line + table, 0)
     head = os.pread(descriptor, checked, 0)
     digest = structure_digest(line, head[len(line) :])
-    os.pwrite(descriptor, first_line(len(table), checked, size, digest), 0)
+    os.pwrite(descriptor, header_line(len(table), checked, size, digest), 0)

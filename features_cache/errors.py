@@ -1,7 +1,7 @@
-"""The error family of the project, and the store's own members of it.
+"""The project's error family, and the errors of the store.
 
-Every error a user can cause is a `ThawlineError` whose message is one line that says what was expected, what
-came, and what to do. The command line prints that line and exits with 1.
+Every error that a user can cause is a `ThawlineError`. Its message is one line: what was expected, what came, what
+to do. The command line prints that line and exits with 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class CacheLockedError(CacheError):
 
 
 class AmbiguousCacheError(CacheError):
-    """Several files or layers fit the selection; the message lists them."""
+    """Several files or layers match the selection; the message lists them."""
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -39,18 +39,18 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     Parameters
     ----------
     name : str
-        What the user wrote.
+        The name that the user gave.
     known : iterable of str
-        What exists.
+        The valid names.
     count : int, default 3
-        How many suggestions to give at most.
+        Maximum number of suggestions.
     """
     close = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def nearest_beside(path: Path) -> str:
-    """Return what `nearest` says of the names that stand where `path` was looked for."""
+    """Return the suggestion of `nearest` among the names in the folder of `path`."""
     try:
         return nearest(path.name, sorted(entry.name for entry in path.parent.iterdir()))
     except OSError:
@@ -59,7 +59,7 @@ def nearest_beside(path: Path) -> str:
 
 @contextmanager
 def explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn an `OSError` of the block into a one-line `CacheError` that says what to do.
+    """Turn an `OSError` in the block into a one-line `CacheError` that says what to do.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def explained(path: Path, doing: str) -> Iterator[None]:
         raise CacheError(f"cannot {doing} {path}: {reason}") from error
 
 
-_AGAIN = "then run the same command again, finished rows are kept"
+_AGAIN = "then run the same command again; finished rows are kept"
 _REMEDIES = {
     errno.ENOSPC: f"the disk is full; free some space, {_AGAIN}",
     errno.EDQUOT: f"the disk quota is used up; free some space, {_AGAIN}",

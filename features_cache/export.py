@@ -1,4 +1,4 @@
-"""Done rows in the formats that other tools read."""
+"""Export finished rows to formats that other tools read."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from features_cache.atomic import atomic_write
 from features_cache.errors import CacheError, explained, nearest
 from features_cache.layout import DONE
 from features_cache.reader import CacheFile
-from features_cache.whole import replacing
 
 COLUMNS = ("uri", "label", "split", "group", "digest")
 
 
-def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
-    """Write the features of one layer, done rows only, in the format that the suffix names.
+def export_features(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
+    """Write the finished rows of one layer; the suffix of `path` chooses the format.
 
-    ``.npy`` is the matrix, with ``NAME.npy.csv`` beside it that describes its rows. ``.parquet`` has the
-    same columns and ``features``, a fixed-size list. ``.safetensors`` has ``features`` and ``labels`` (int64), and the
-    text columns and class names as JSON in its metadata. Texts are empty where there is none; `label` is a class name.
+    ``.npy`` holds the matrix, and ``NAME.npy.csv`` beside it describes its rows. ``.parquet`` has the same columns plus
+    ``features``, a fixed-size list. ``.safetensors`` has ``features`` and ``labels`` (int64), with the text columns and
+    class names as JSON in its metadata. `label` is a class name. Missing texts are empty.
 
     Parameters
     ----------
     cache : CacheFile
-        Where the features are.
+        The file to read.
     layer : str
         Name of one of its layers.
     path : str or Path
-        The file to write; replaced if it exists, complete or not at all.
+        The file to write; an existing one is replaced atomically.
 
     Returns
     -------
@@ -43,8 +43,8 @@ def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
     Raises
     ------
     CacheError
-        No such layer or format, no row is done, more rows than the format takes, a library is missing, or the folder
-        cannot be written.
+        The layer or format is unknown, no row is finished, the format cannot hold so many rows, a library is missing,
+        or the folder cannot be written.
     """
     path = Path(path)
     writers: dict[str, Callable[[Path, NDArray[Any], dict[str, list[str]], CacheFile, NDArray[np.int64]], None]] = {
@@ -65,9 +65,9 @@ def export(cache: CacheFile, layer: str, path: str | Path) -> list[Path]:
     if path.suffix == ".npy":
         beside = path.with_name(f"{path.name}.csv")
         written.append(beside)
-        with explained(beside, "write"), replacing(beside) as draft:
+        with explained(beside, "write"), atomic_write(beside) as draft:
             _csv(draft, columns)
-    with explained(path, "write"), replacing(path) as draft:
+    with explained(path, "write"), atomic_write(path) as draft:
         writers[path.suffix](draft, features, columns, cache, rows)
     return written
 

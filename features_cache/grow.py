@@ -1,4 +1,4 @@
-"""A changed source: a new file that takes over every row it can, while no moment of it loses an old one."""
+"""Rebuild a file for a changed source, carrying over every row that is still valid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK_BYTES = 32 << 20
 
 
 def same_rows(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
-    """Tell whether a source lists exactly the images, labels, splits and groups that `file` was made for."""
+    """Return whether a source lists exactly the images, labels, splits and groups of `file`."""
     if len(rows) != file.n_rows or tuple(classes) != file.classes:
         return False
     texts = {"uri": rows.uris, "split": rows.splits, "group": rows.groups}
@@ -35,12 +35,12 @@ def same_rows(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
 
 
 def match_rows(file: CacheFile, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return which finished rows of `file` stand for which of `rows`: same uri, size and modification time.
+    """Match finished rows of `file` to `rows` by uri, size and modification time.
 
     Returns
     -------
     new, old : ndarray of int64, shape (k,)
-        Row numbers, ascending in `new`.
+        Row numbers in `rows` (ascending) and in `file`.
     """
     finished = np.flatnonzero(~file.pending)
     place = dict(zip(file.uris[finished].tolist(), finished.tolist(), strict=True))
@@ -61,11 +61,11 @@ def grow(
     *,
     carry: bool = True,
 ) -> CacheWriter:
-    """Replace the file at `path` by one for `rows`, and go on writing it.
+    """Replace the file at `path` by one for `rows`, and open it for writing.
 
-    The new file is complete under a temporary name, with all rows that could be taken over, before the old one is
-    renamed to ``STEM.superseded-N.h5`` and the new one takes its place. Until `drop_redundant` or the user removes it,
-    the superseded file serves as a donor.
+    The new file is completed under a temporary name, with all rows that could be carried over. Then the old one is
+    renamed to ``STEM.superseded-N.h5`` and the new one takes its name. The superseded file stays a donor of rows until
+    `drop_redundant` or the user removes it.
 
     Parameters
     ----------
@@ -74,12 +74,12 @@ def grow(
     rows, classes, layers, handles, request
         As for `CacheWriter.create`; the layers must be those of the old file.
     carry : bool, default True
-        Take rows over by uri, size and time. Otherwise every row is pending, and only its bytes can tell it.
+        Carry rows over by uri, size and time. If False, every row is pending until its image has been read.
 
     Raises
     ------
     CacheError, CacheLockedError
-        As `CacheWriter.create`; the old file is untouched then.
+        As `CacheWriter.create`; the old file is then unchanged.
     """
     from features_cache.create import build_file  # h5py
 
@@ -87,7 +87,7 @@ def grow(
     with locking(path) as lock:
         old = open_cache(path)
         if [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
-            raise CacheError(f"{path} holds other layers than those asked for; make a new file for them")
+            raise CacheError(f"{path} holds other layers than the requested ones; make a new file for them")
         temporary = temporary_path(path)
         build_file(temporary, rows, classes, layers, handles, request)
         if carry:
@@ -100,7 +100,7 @@ def grow(
 
 
 def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
-    """Copy finished rows as they stand, those whose checksum does not hold left out, and the table of runs."""
+    """Copy the table of runs and all finished rows whose checksums hold."""
     ledger = Ledger(open_cache(target))
     chunk = max(1, _CHUNK_BYTES // sum(layer.row_bytes for layer in old.layers.values()))
     try:
@@ -123,7 +123,7 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
 
 
 def _set_aside(path: Path) -> None:
-    """Give the old file its superseded name; it keeps the other one too until the new file takes that over."""
+    """Link the old file under its superseded name; it also keeps its own name until the new file replaces it."""
     kept = path.with_name(f"{path.stem}.superseded-{max(superseded_files(path), default=0) + 1}.h5")
     try:
         kept.hardlink_to(path)
@@ -132,14 +132,14 @@ def _set_aside(path: Path) -> None:
 
 
 class Donors:
-    """Every done row in a folder whose features may be given away, by the digest of its image.
+    """The finished rows of a folder whose features can be copied, by the digest of their image.
 
     Parameters
     ----------
     folder : Path
-        Its cache files are looked through, superseded ones too; unusable ones are left out.
+        All of its usable cache files are searched, superseded ones included.
     fingerprints : collection of str
-        A file counts if it has all of these layers.
+        Only files that hold all of these layers count.
     """
 
     def __init__(self, folder: Path, fingerprints: Collection[str]) -> None:
@@ -149,7 +149,7 @@ class Donors:
                 file = open_cache(path)
                 rows = np.flatnonzero(file.states == DONE)
             except CacheError:
-                continue  # `Catalog.problems` names it; it has nothing to give
+                continue  # `Catalog.problems` reports it
             names = {info.fingerprint: name for name, info in file.layers.items()}
             if names.keys() >= set(fingerprints):
                 keys = np.ascontiguousarray(file.digests[rows][:, :8]).view("<u8").reshape(-1)
@@ -162,11 +162,11 @@ class Donors:
     def __getitem__(self, digest: bytes) -> dict[str, NDArray[Any]]:
         features = self.find(digest)
         if features is None:
-            raise CacheError("a cache file changed while rows were taken from it; run the same command again")
+            raise CacheError("a cache file changed while rows were copied from it; run the same command again")
         return features
 
     def find(self, digest: bytes) -> dict[str, NDArray[Any]] | None:
-        """Return the features of an image by layer name, each of shape (dim,), or None where no sound row has them."""
+        """Return an image's features by layer name, each of shape (dim,), or None if no undamaged row has them."""
         key = np.frombuffer(digest[:8], "<u8")[0]
         for file, names, rows, keys in self._files:
             start, stop = np.searchsorted(keys, key, "left"), np.searchsorted(keys, key, "right")

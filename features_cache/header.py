@@ -1,8 +1,8 @@
-"""The user block: read and distrusted here, in plain Python, before anything else looks at the file.
+"""Read and check the user block, in plain Python, before libhdf5 opens the file.
 
 The first line is ``thawline-cache VERSION TABLE CHECKED FILE DIGEST``; behind it stand TABLE bytes of JSON. DIGEST
-covers the first CHECKED bytes (itself left out): the JSON, the structure of HDF5, the class names. Nothing of that
-changes after the file is made, so one damaged bit there is found before the offsets are believed.
+covers the first CHECKED bytes without itself: the JSON, the HDF5 structure, the class names. None of these change after
+the file is created, so one damaged bit is found before any offset is used.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from features_cache.errors import CacheError, DamagedCacheError, explained
-from features_cache.layout import DTYPES, MAGIC, VERSION, ArrayInfo, LayerInfo, plan_arrays
+from features_cache.layout import DTYPES, MAGIC, VERSION, ArrayInfo, LayerInfo, lay_out_arrays
 
 _LINE = re.compile(rb"thawline-cache (\d{1,9}) (\d{1,9}) (\d{1,9}) (\d{1,18}) ([0-9a-f]{32})\n")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 LINE_BYTES = 128
-_LIMIT = 1 << 28  # no honest structure comes near it, and a forged one must not cost minutes of hashing
+_LIMIT = 1 << 28  # far above any real structure; a forged size must not cost minutes of hashing
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Header:
     Parameters
     ----------
     line : bytes
-        The first line; differs between any two files, so it tells whether a path still means the same file.
+        The first line. It differs between any two files, so it identifies the file.
     file_bytes : int
-        Size the file must have.
+        Required size of the file.
     n_rows : int
         Count of images.
     classes : tuple of str
@@ -45,7 +45,7 @@ class Header:
     layers : dict of str to LayerInfo
         In creation order.
     handles, request : dict
-        How users select the file, and what was asked; opaque here.
+        How users select the file, and the request it was made for; opaque here.
     created : str
         Time of creation, ISO 8601.
     arrays : dict of str to ArrayInfo
@@ -63,18 +63,18 @@ class Header:
     arrays: dict[str, ArrayInfo]
 
 
-def first_line(table: int, checked: int, file_bytes: int, digest: str) -> bytes:
+def header_line(table: int, checked: int, file_bytes: int, digest: str) -> bytes:
     """Return the first line of the user block."""
     return MAGIC + f" {VERSION} {table} {checked} {file_bytes} {digest}\n".encode()
 
 
 def structure_digest(line: bytes, rest: bytes) -> str:
-    """Return the blake2b-128 hex digest of the first line up to its digest, and of `rest`, what follows the line."""
+    """Return the blake2b-128 hex digest of the first line up to its digest and of `rest`, the bytes after it."""
     return hashlib.blake2b(line[: line.rindex(b" ") + 1] + rest, digest_size=16).hexdigest()
 
 
 def read_line(path: Path) -> bytes:
-    """Return the first bytes of a file, enough for the first line (it may not be a cache at all)."""
+    """Return the first line of a file, `LINE_BYTES` at most; the file need not be a cache."""
     with path.open("rb") as file:
         return file.readline(LINE_BYTES)
 
@@ -85,19 +85,19 @@ def read_header(path: Path) -> Header:
     Raises
     ------
     CacheError
-        There is no such file, or it cannot be read.
+        The file does not exist or cannot be read.
     DamagedCacheError
-        It is no cache, of another version, cut short, or its structure is not what was written.
+        It is not a cache, has another version, was cut short, or its structure is damaged.
     """
     with explained(path, "open"):
         if not stat.S_ISREG(path.stat().st_mode):
-            raise CacheError(f"cannot open {path}: a cache file was expected, this is no regular file")
+            raise CacheError(f"cannot open {path}: expected a cache file, but this is not a regular file")
         with path.open("rb") as file:
             line = file.readline(LINE_BYTES)
             table_bytes, checked, file_bytes, digest = _parse_line(path, line)
             size = os.fstat(file.fileno()).st_size
             if size != file_bytes:
-                raise _refused(path, f"{file_bytes} bytes were written, {size} are there (cut short or extended)")
+                raise _refused(path, f"it should have {file_bytes} bytes but has {size} (cut short or extended)")
             head = line + file.read(checked - len(line))
     if structure_digest(line, head[len(line) :]) != digest:
         raise _refused(path, "its structure does not match its own digest")
@@ -136,17 +136,17 @@ def _parse_line(path: Path, line: bytes) -> tuple[int, int, int, str]:
 
 
 def _interpret(line: bytes, head: bytes, table_bytes: int, file_bytes: int) -> Header:
-    """Build the header from bytes whose digest is right; they may still be forged, so every value is checked."""
+    """Build the header from bytes with a correct digest; they may still be forged, so every value is checked."""
     table = json.loads(head[len(line) : len(line) + table_bytes])
     layers = [_layer(entry) for entry in _typed(table, "layers", list)]
     arrays = {str(name): _array(entry) for name, entry in _typed(table, "arrays", dict).items()}
     n_rows = _count(table["rows"], 1)
     classes = arrays["/classes"]
     widths = {key: _width(arrays[name]) for key, name in _TEXTS.items()}
-    plan = plan_arrays(n_rows, _count(classes.shape[0], 0), widths, layers)
+    layout = lay_out_arrays(n_rows, _count(classes.shape[0], 0), widths, layers)
     if not layers or len({layer.name for layer in layers}) != len(layers):
         raise ValueError("no layers, or two of one name")
-    if {name: (array.dtype, array.shape) for name, array in arrays.items()} != plan:
+    if {name: (array.dtype, array.shape) for name, array in arrays.items()} != layout:
         raise ValueError("names, types or shapes of the arrays are wrong")
     _check_places(arrays, len(head), file_bytes)
     handles = {str(key): _name(value) for key, value in _typed(table, "handles", dict).items()}
@@ -169,7 +169,7 @@ _TEXTS = {"classes": "/classes", "uri": "/rows/uri", "group": "/rows/group"}
 
 
 def _check_places(arrays: Mapping[str, ArrayInfo], checked: int, file_bytes: int) -> None:
-    """Class names lie in the checked part, all else behind it; nothing overlaps, nothing leaves the file."""
+    """Check that class names lie inside the checked part, other arrays behind it, and that nothing overlaps."""
     end = 0
     for name, array in sorted(arrays.items(), key=lambda item: item[1].offset):
         if name == "/classes":
@@ -210,22 +210,22 @@ def _width(array: ArrayInfo) -> int:
 
 def _count(value: Any, least: int) -> int:
     if type(value) is not int or not least <= value < 1 << 56:
-        raise ValueError("a count or offset is no whole number in range")
+        raise ValueError("a count or offset is not a whole number in range")
     return value
 
 
 def _name(value: Any) -> str:
     if not is_name(value):
-        raise ValueError("a name is no text, or has control characters")
+        raise ValueError("a name is not text or has control characters")
     return str(value)
 
 
 def is_name(value: Any) -> bool:
-    """Tell whether `value` is text that can be written, on one line: no control characters, nothing but Unicode."""
+    """Return whether `value` is one line of valid Unicode text without control characters."""
     return isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value) is None
 
 
 def _typed(table: Mapping[str, Any], key: str, kind: type) -> Any:
     if not isinstance(table[key], kind):
-        raise TypeError(f"{key} is no {kind.__name__}")
+        raise TypeError(f"{key} is not a {kind.__name__}")
     return table[key]

@@ -1,4 +1,4 @@
-"""What a cache file consists of: rows, layers, and the arrays that hold them (FORMAT.md in code)."""
+"""The layout of a cache file: rows, layers and the arrays that hold them (FORMAT.md in code)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAGIC = b"thawline-cache"
 VERSION = 1
 
 PENDING, DONE, UNREADABLE = 0, 1, 2
-"""Row states: not computed yet, features on disk, image cannot be decoded."""
+"""Row states: not computed yet, features on disk, image could not be decoded."""
 
 SPLITS = ("", "train", "val", "test")
 DTYPES = {"float32": "<f4", "float16": "<f2"}
@@ -32,10 +32,10 @@ RECORD = np.dtype(
         ("reason", f"S{REASON_BYTES}"),
     ]
 )
-"""What is known of a row once its image was read; `/rows/result_crc` covers these bytes in this order."""
+"""The reading result of a row; `/rows/result_crc` covers these bytes in this order."""
 
-Plan = dict[str, tuple[str, tuple[int, ...]]]
-"""Array name -> (numpy type string, shape), in the order in which the arrays lie in the file."""
+FileLayout = dict[str, tuple[str, tuple[int, ...]]]
+"""Array name to (numpy type string, shape), in file order."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LayerInfo:
     dtype : str
         ``"float32"`` or ``"float16"``, as stored.
     spec : mapping
-        Everything that changes a value, as JSON; opaque here.
+        Everything that can change a value, as JSON; opaque here.
     fingerprint : str
         Digest of `spec`; equal fingerprints mean interchangeable features.
     """
@@ -70,18 +70,18 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class Rows:
-    """The images of a source, one entry per row in every column.
+    """The images of a source as columns, one entry per image.
 
     Parameters
     ----------
     uris : sequence of str
         POSIX-relative name of each image in its source.
     labels : ndarray of int64, shape (n,)
-        Index into the class names, -1 where there is none.
+        Index into the class names, -1 for none.
     splits : sequence of str
-        One of `SPLITS` each; empty where there is none.
+        One of `SPLITS` each; empty for none.
     groups : sequence of str
-        Rows of one group must not be torn apart by a split; empty where there is none.
+        Rows of one group stay on one side of every split; empty for none.
     sizes, mtimes_ns : ndarray of int64, shape (n,)
         Bytes of the file and its modification time in nanoseconds.
     """
@@ -99,7 +99,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """Where one array lies: byte offset in the file, numpy type string and shape."""
+    """One array of a file: byte offset, numpy type string and shape."""
 
     offset: int
     dtype: str
@@ -117,20 +117,20 @@ class ArrayInfo:
 
     @property
     def end(self) -> int:
-        """Offset of the first byte behind the array."""
+        """Offset of the first byte after the array."""
         return self.offset + self.nbytes
 
 
 def text_width(longest: int) -> int:
     """Return the width in bytes of a text array whose longest entry has `longest` bytes.
 
-    A multiple of eight, so that every array keeps the alignment of the ones that follow it.
+    It is a multiple of eight, so that all following arrays stay aligned.
     """
     return max(8, -(-longest // 8) * 8)
 
 
-def plan_arrays(n_rows: int, n_classes: int, widths: Mapping[str, int], layers: Sequence[LayerInfo]) -> Plan:
-    """Return every array of a file in file order: wide types first, so that each is aligned without a gap.
+def lay_out_arrays(n_rows: int, n_classes: int, widths: Mapping[str, int], layers: Sequence[LayerInfo]) -> FileLayout:
+    """Return all arrays of a file in file order: wide types first, so that all are aligned without gaps.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def plan_arrays(n_rows: int, n_classes: int, widths: Mapping[str, int], layers: 
         In creation order.
     """
     n = (n_rows,)
-    arrays: Plan = {
+    arrays: FileLayout = {
         "/classes": (f"|S{widths['classes']}", (n_classes,)),
         "/runs": (f"|S{RUN_BYTES}", (RUN_SLOTS,)),
         "/rows/label": ("<i8", n),

@@ -1,4 +1,4 @@
-"""The order that makes kills harmless: values first, then a wait for the disk, then the states, then another wait."""
+"""Commit rows so that kills are harmless: write values, sync, write states, sync."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from features_cache.rowfile import RowFile
 
 COMMIT_SECONDS = 1.0
 COMMIT_SHARE = 0.01
-"""Commits come at most once in `COMMIT_SECONDS`, and on a slow disk so rarely that they take this share of the time."""
+"""Commits come at most every `COMMIT_SECONDS`, on a slow disk less often, so that they take this share of the time."""
 HELD_BYTES = 8 << 20
-"""Features wait in memory until there are so many or a commit comes: many small writes cost three times as much."""
+"""Bytes of features that are gathered in memory before a write: many small writes cost three times as much."""
 
 
 class Ledger:
-    """Rows of one file, their states as they will stand after the next commit, and that commit.
+    """Collects finished rows of one file and commits them.
 
     Parameters
     ----------
     cache : CacheFile
-        The file, open for reading; the caller holds its lock.
+        The file; the caller holds its lock.
 
     Attributes
     ----------
     states : ndarray of uint8, shape (n_rows,)
-        As written, committed or not.
+        States including uncommitted ones.
     """
 
     def __init__(self, cache: CacheFile) -> None:
@@ -61,7 +61,7 @@ class Ledger:
     def put(
         self, rows: NDArray[np.int64], stored: Mapping[str, NDArray[Any]], found: NDArray[np.void], state: int
     ) -> None:
-        """Take values of rows that become `state` with the next commit.
+        """Take rows that get `state` with the next commit.
 
         Parameters
         ----------
@@ -70,7 +70,7 @@ class Ledger:
         stored : mapping of str to ndarray, shape (k, dim)
             Per layer, in the stored dtype.
         found : structured ndarray of `layout.RECORD`, shape (k,)
-            What reading the images found.
+            Their reading results.
         state : int
             ``DONE`` or ``UNREADABLE``.
         """
@@ -82,26 +82,26 @@ class Ledger:
             self._flush()
 
     def get(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return rows of an array as stored, shape (k, ...), what was put just now included."""
+        """Return stored rows of an array, uncommitted ones included; shape (k, ...)."""
         self._flush()
         with explained(self._path, "read"):
             return self._file.get(self._arrays[name], rows)
 
     def put_now(self, name: str, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write rows of any array and wait until they are on disk."""
+        """Write and sync rows of any array."""
         with explained(self._path, "write"):
             self._file.put(self._arrays[name], rows, values)
             self._file.sync()
 
     def reopen(self, rows: NDArray[np.int64]) -> None:
-        """Mark finished rows pending, at once, so that they can be put again."""
+        """Mark finished rows pending at once, so that they can be written again."""
         self.put_now("/rows/state", rows, np.full(len(rows), PENDING, np.uint8))
         self.states[rows] = PENDING
 
     def commit(self) -> None:
-        """Wait until all that was put is on disk, then mark those rows.
+        """Sync all rows that were put, then write and sync their states.
 
-        It may be interrupted or fail anywhere and be called again: nothing is forgotten before the last wait is over.
+        It may be interrupted anywhere and called again: rows are forgotten only after the last sync.
 
         Raises
         ------

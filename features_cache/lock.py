@@ -1,4 +1,4 @@
-"""One writer per cache file: an OS lock on a small file beside it, which no kill can leave behind."""
+"""One writer per cache file: an OS lock on a file beside it, which a kill releases."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from features_cache.errors import CacheLockedError, explained
 
 
 class WriterLock:
-    """The right to write `path`, held until `release` or the end of the process.
+    """The exclusive right to write `path`, until `release` or the end of the process.
 
-    The lock file (``NAME.lock``) is removed on release. Whoever opened it just before must not take the removed
-    one for the lock, so an acquired lock counts only while its file is still the one on disk.
+    The lock file (``NAME.lock``) is removed on release. Another process may have opened it just before, so an acquired
+    lock counts only if its file is still the one on disk.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ class WriterLock:
     Raises
     ------
     CacheLockedError
-        Another process holds it; the message names the process.
+        Another process holds the lock; the message names it.
     CacheError
         The lock file cannot be created.
     """
@@ -56,19 +56,19 @@ class WriterLock:
         return held
 
     def release(self) -> None:
-        """Give the lock back and remove its file."""
+        """Release the lock and remove its file."""
         self._path.unlink(missing_ok=True)
         os.close(self._fd)
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name under which `path` is built before it is renamed; the lock of `path` guards it."""
+    """Return the name under which a new `path` is built; the lock of `path` guards it."""
     return path.with_name(f"{path.name}.tmp")
 
 
 @contextmanager
 def locking(path: Path) -> Iterator[WriterLock]:
-    """Lock `path` for whoever the block hands the lock to; an error gives it back and removes what was being built."""
+    """Lock `path`; if the block raises, remove the temporary file and release the lock, else the caller keeps it."""
     lock = WriterLock(path)
     try:
         yield lock

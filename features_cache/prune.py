@@ -1,4 +1,4 @@
-"""Files that a newer one has superseded, and temporary ones that a kill left behind: list them, delete them."""
+"""List and delete superseded files, and temporary files that a kill left behind."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from features_cache.rowfile import sync_folder
 
 
 def superseded(folder: str | Path) -> list[Path]:
-    """Return all in a folder that `prune` may delete, sorted: superseded files, and what a kill left of a new one.
+    """Return the files in a folder that `prune` may delete, sorted: superseded files and leftover temporary ones.
 
-    A superseded file may hold rows that its successor lacks (of images that are gone, or came back under another
-    name); extraction takes rows from it for as long as it is there.
+    A superseded file may hold rows that its successor lacks, of images that were removed or renamed. Extraction reuses
+    such rows as long as the file exists.
 
     Raises
     ------
     CacheError
-        `folder` is none.
+        `folder` is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CacheError(f"{folder} is no folder; name the folder that holds the cache files")
+        raise CacheError(f"{folder} is not a folder; name the folder that holds the cache files")
     return sorted(path for path in folder.glob("*.h5*") if _may_go(path))
 
 
@@ -40,18 +40,18 @@ def _may_go(path: Path) -> bool:
 
 
 def prune(paths: Sequence[Path]) -> int:
-    """Delete files that `superseded` listed; return the bytes set free.
+    """Delete files that `superseded` listed; return the number of freed bytes.
 
     Raises
     ------
     CacheLockedError
-        A file is being written right now; what came before it is deleted.
+        A file is being written; the files before it in the list are deleted.
     CacheError
-        A file is none that may be deleted (then nothing is), or the folder cannot be written.
+        A file may not be deleted (then none is), or the folder cannot be written.
     """
     for path in paths:
         if not _may_go(path):
-            raise CacheError(f"{path} is no superseded file (NAME.superseded-N.h5); only those are pruned")
+            raise CacheError(f"{path} is not a superseded file (NAME.superseded-N.h5); only those can be pruned")
     freed = 0
     for path in paths:
         lock = WriterLock(path.with_suffix("")) if path.suffix == ".tmp" else None
@@ -67,9 +67,9 @@ def prune(paths: Sequence[Path]) -> int:
 
 
 def drop_redundant(path: str | Path) -> list[Path]:
-    """Delete the superseded versions of a file that hold no image (by digest) which it lacks; return what was deleted.
+    """Delete the superseded versions of a file that hold no image which the file lacks; return the deleted paths.
 
-    Versions that are damaged stay until the user prunes them.
+    Images are compared by digest. Damaged versions stay until the user prunes them.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def drop_redundant(path: str | Path) -> list[Path]:
         try:
             redundant = np.isin(_done_digests(open_cache(candidate)), have).all()
         except CacheError:
-            continue  # not usable now, but what is in it is the user's
+            continue  # damaged, but only the user may delete it
         if redundant:
             with explained(candidate, "delete"):
                 candidate.unlink()

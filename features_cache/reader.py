@@ -1,4 +1,4 @@
-"""Open a cache file and read it in place: every column is a memory map, nothing is loaded that is not asked for."""
+"""Open a cache file and read it in place: every column is a memory map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from features_cache.runs import decode_runs
 
 
 def open_cache(path: str | Path) -> CacheFile:
-    """Open one cache file for reading; a writer may be at work on it.
+    """Open one cache file for reading, also while a writer is adding rows.
 
     Parameters
     ----------
@@ -27,19 +27,19 @@ def open_cache(path: str | Path) -> CacheFile:
     Raises
     ------
     CacheError
-        It does not exist or may not be read.
+        It does not exist or cannot be read.
     DamagedCacheError
-        It is no cache of this version, or its structure is damaged. libhdf5 never sees such a file.
+        It is not a cache of this version, or its structure is damaged. libhdf5 never opens such a file.
     """
     path = Path(path)
     return CacheFile(path, read_header(path))
 
 
 class CacheFile:
-    """One cache file, read-only; made by `open_cache`.
+    """One cache file, read-only; `open_cache` makes it.
 
-    Arrays are views of one read-only memory map and therefore show what a writer adds meanwhile. Opening and mapping
-    cost the same for any number of rows.
+    Arrays are views of one read-only memory map, so they show rows that a writer adds later. Opening takes the same
+    time for any number of rows.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ class CacheFile:
     handles : dict of str to str
         How users select the file: ``source``, ``backbone``, ``pool``.
     request : dict
-        What was asked, opaque.
+        The request that the file was made for; opaque here.
     """
 
     def __init__(self, path: Path, header: Header) -> None:
@@ -78,8 +78,8 @@ class CacheFile:
     def array(self, name: str) -> np.memmap[Any, Any]:
         """Return one array of the file, such as ``"/rows/label"``, as a read-only view; FORMAT.md lists them."""
         if name not in self._views:
-            place = self.header.arrays[name]
-            view = self._bytes[place.offset : place.end].view(place.dtype).reshape(place.shape)
+            array = self.header.arrays[name]
+            view = self._bytes[array.offset : array.end].view(array.dtype).reshape(array.shape)
             self._views[name] = cast("np.memmap[Any, Any]", view)  # slices of a memmap stay memmaps
         return self._views[name]
 
@@ -99,12 +99,12 @@ class CacheFile:
         Raises
         ------
         CacheError
-            There is no such layer.
+            The layer is unknown.
         """
         return self.array(f"/features/{self.layer(layer).name}")
 
     def layer(self, name: str) -> LayerInfo:
-        """Return the description of one layer; raises `CacheError` with the nearest names."""
+        """Return the description of one layer; an unknown name raises `CacheError` with the nearest ones."""
         if name not in self.layers:
             raise CacheError(
                 f"{self.path} has no layer {name}; it has {', '.join(self.layers)}{nearest(name, self.layers)}"
@@ -112,7 +112,7 @@ class CacheFile:
         return self.layers[name]
 
     def xy(self, layer: str, split: str | None = None) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Return features and labels of the rows that are done and labelled.
+        """Return features and labels of all rows that are finished and labelled.
 
         Parameters
         ----------
@@ -124,20 +124,20 @@ class CacheFile:
         Returns
         -------
         X : ndarray, shape (k, dim)
-            A view of the file where the rows stand side by side in it, else a copy; stored dtype.
+            In the stored dtype; a view of the file if the rows are contiguous, else a copy.
         y : ndarray of int64, shape (k,)
             Indices into `classes`.
 
         Raises
         ------
         CacheError
-            There is no such layer or no such split.
+            The layer or the split is unknown.
         """
         matrix = self.matrix(layer)
         keep = (self.states == DONE) & (self.labels >= 0)
         if split is not None:
             if split not in SPLITS:
-                raise CacheError(f"a split is one of train, val, test; {split!r} came{nearest(split, SPLITS)}")
+                raise CacheError(f"unknown split {split!r}; expected train, val or test{nearest(split, SPLITS)}")
             keep &= self.array("/rows/split") == split.encode()
         rows = np.flatnonzero(keep)
         if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
@@ -156,9 +156,9 @@ class CacheFile:
 
     @property
     def pending(self) -> NDArray[np.bool_]:
-        """Whether each row is still to be computed; shape (n_rows,).
+        """Whether each row still has to be computed; shape (n_rows,).
 
-        Rows whose image was there and could not be read count, too: rights change and network drives come back.
+        Rows whose image exists but could not be read count as pending: rights change, and network drives come back.
         """
         pending = self.states == PENDING
         unreadable = np.flatnonzero(self.states == UNREADABLE)
@@ -167,7 +167,7 @@ class CacheFile:
 
     @property
     def digests(self) -> NDArray[np.uint8]:
-        """blake2b-128 of each image file's bytes, zero where it was not read; shape (n_rows, 16)."""
+        """blake2b-128 of each image file's bytes, zero if it was not read; shape (n_rows, 16)."""
         return self.array("/rows/digest")
 
     @property
@@ -187,7 +187,7 @@ class CacheFile:
 
     @property
     def reasons(self) -> NDArray[np.str_]:
-        """Why each unreadable row is unreadable, else empty; shape (n_rows,)."""
+        """The reason for each unreadable row, empty for others; shape (n_rows,)."""
         return self._text("/rows/reason")
 
     @cached_property
@@ -215,7 +215,7 @@ class CacheFile:
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, Any]:
-        """The whole file; the first line tells whether the path still means the file that was opened."""
+        """The whole file, after a check that the path still names the file that was opened."""
         with explained(self.path, "read"):
             mapped = np.memmap(str(self.path), np.uint8, "r")
             if len(mapped) != self.header.file_bytes or read_line(self.path) != self.header.line:

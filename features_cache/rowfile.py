@@ -1,4 +1,4 @@
-"""Raw rows of a file at known offsets: whole reads and writes, and the wait until they are on disk."""
+"""Read, write and sync raw rows of a file at known offsets."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class RowFile:
         return self._file.closed
 
     def put(self, array: ArrayInfo, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
-        """Write ``values[i]`` as row ``rows[i]``; rows that follow each other go in one call."""
+        """Write ``values[i]`` as row ``rows[i]``; adjacent rows are written in one call."""
         width = array.row_bytes
         for part in stretches(rows):
             self.write(array.offset + int(rows[part.start]) * width, values[part])
 
     def get(self, array: ArrayInfo, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the rows, shape (k, ...), as stored."""
+        """Return stored rows, shape (k, ...)."""
         width = array.row_bytes
         out = np.empty((len(rows), *array.shape[1:]), array.dtype)
         for part in stretches(rows):
@@ -63,11 +63,11 @@ class RowFile:
             rest, offset = rest[written:], offset + written
 
     def sync(self) -> None:
-        """Wait until all that was written is on disk."""
+        """Wait until all written bytes are on disk."""
         _sync(self.descriptor)
 
     def check_still_there(self) -> None:
-        """Raise `CacheError` if the path no longer means this file: what is written then would be lost."""
+        """Raise `CacheError` if the path no longer names this file, since writes to it would be lost."""
         try:
             there = self.path.stat().st_ino == os.fstat(self.descriptor).st_ino
         except FileNotFoundError:
@@ -87,7 +87,7 @@ class RowFile:
 
 
 def stretches(rows: NDArray[np.int64]) -> Iterator[slice]:
-    """Yield slices of `rows` within which each row number is one more than the one before it."""
+    """Yield slices of `rows` that hold consecutive row numbers."""
     breaks = np.flatnonzero(rows[1:] - rows[:-1] != 1) + 1
     for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
         if stop > start:
@@ -95,7 +95,7 @@ def stretches(rows: NDArray[np.int64]) -> Iterator[slice]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` are on disk."""
+    """Wait until the entries of `folder` are on disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

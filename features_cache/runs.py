@@ -1,4 +1,4 @@
-"""`/runs`: who computed which rows, with what; a ring of fixed-length records."""
+"""The array `/runs`: provenance of each run, in a ring of fixed-length records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from features_cache.layout import RUN_BYTES
 
 
 def encode_run(record: Mapping[str, Any]) -> bytes:
-    """Return the record as one line of JSON and one of its CRC-32 in hex; the longest texts are cut until it fits."""
+    """Return the record as a line of JSON and a line with its CRC-32; the longest texts are cut until it fits."""
     fields = dict(record)
     while len(text := json.dumps(fields).encode()) > RUN_BYTES - 10:
         longest = max((key for key in fields if key != "run"), key=lambda key: len(json.dumps(fields[key])))
@@ -24,7 +24,7 @@ def encode_run(record: Mapping[str, Any]) -> bytes:
 
 
 def decode_run(raw: bytes) -> dict[str, Any] | None:
-    """Return the record, or ``None`` where its checksum or form is wrong."""
+    """Return the record, or ``None`` if its checksum or form is wrong."""
     text, _, crc = raw.partition(b"\n")
     if crc != f"{zlib.crc32(text):08x}".encode():
         return None

@@ -1,4 +1,4 @@
-"""Find damage by row, and mark what is damaged for computing again."""
+"""Find damaged rows, and mark them for computing again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """One row that is not as it should be: its number, its uri, what is wrong, and the layer concerned, if one is."""
+    """One faulty row: its number, its uri, what is wrong, and the layer if one is concerned."""
 
     row: int
     uri: str
@@ -32,7 +32,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class VerifyReport:
     """What `verify` found in one file.
 
     Attributes
@@ -40,15 +40,15 @@ class Report:
     path : Path
         The file.
     line : bytes
-        Its first line, by which `repair` knows that it is still the same file.
+        Its first line, which identifies the file to `repair`.
     rows, done, unreadable, pending : int
         Counts by state.
     bytes_checked : int
         Feature bytes whose checksums were computed.
     damaged : list of Finding
-        Rows whose bytes are not what was written; a row may stand there more than once.
+        Rows whose bytes do not match their checksums; a row may occur more than once.
     changed : list of Finding
-        Rows whose image in the source is another one by now, or gone; only where the source was read.
+        Rows whose image in the source has changed or is gone; only if the source was read.
     damaged_runs : list of int
         Slots of the provenance table that cannot be read.
     """
@@ -66,20 +66,20 @@ class Report:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing in the file is damaged."""
+        """Whether the file is undamaged."""
         return not self.damaged and not self.damaged_runs
 
 
-def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Report:
-    """Check every byte of a file that a checksum covers; a writer may be at work on it.
+def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> VerifyReport:
+    """Check all checksums of a file; a writer may be adding rows meanwhile.
 
     Parameters
     ----------
     path : str or Path
         The file. Its structure is checked first, as on every opening.
     read : callable, optional
-        uri -> bytes of the image; given, each finished row's digest is compared with the source. It may raise
-        `OSError` or a `ThawlineError` for an image that is gone.
+        Maps a uri to the bytes of its image. If given, the digest of each finished row is compared with the source. It
+        may raise `OSError` or a `ThawlineError` for an image that is gone.
 
     Raises
     ------
@@ -87,9 +87,9 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Repo
         As `open_cache` does.
     """
     cache = open_cache(path)
-    states = np.array(cache.states)  # rows that a writer finishes meanwhile are left for the next time
+    states = np.array(cache.states)  # rows that a writer finishes meanwhile are not checked
     done, unreadable, pending = [int(np.count_nonzero(states == state)) for state in (DONE, UNREADABLE, PENDING)]
-    report = Report(cache.path, cache.header.line, cache.n_rows, done, unreadable, pending)
+    report = VerifyReport(cache.path, cache.header.line, cache.n_rows, done, unreadable, pending)
     report.damaged_runs = [
         slot for slot, raw in enumerate(cache.array("/runs").tolist()) if raw and decode_run(raw) is None
     ]
@@ -108,7 +108,7 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Repo
     return report
 
 
-def repair(path: str | Path, report: Report) -> int:
+def repair(path: str | Path, report: VerifyReport) -> int:
     """Mark the damaged rows pending, so that the next extraction computes them; return how many were marked.
 
     Rows whose image changed are not damaged and stay. A damaged name, label, split or group comes right when the next
@@ -143,7 +143,7 @@ def repair(path: str | Path, report: Report) -> int:
 def _damaged_columns(cache: CacheFile, states: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.int64], str]]:
     """Yield row numbers and what is wrong with their columns."""
     labels = cache.labels
-    yield np.flatnonzero(states > UNREADABLE), "its state is none of the known ones"
+    yield np.flatnonzero(states > UNREADABLE), "its state is unknown"
     yield np.flatnonzero((labels < -1) | (labels >= len(cache.classes))), "its label has no class"
     for part in _chunks(cache.n_rows, 256):
         wrong = ~sound_sources(cache, part)
@@ -156,7 +156,7 @@ def _damaged_columns(cache: CacheFile, states: NDArray[np.uint8]) -> Iterator[tu
 
 
 def _damaged_features(
-    cache: CacheFile, layer: LayerInfo, done: NDArray[np.bool_], report: Report
+    cache: CacheFile, layer: LayerInfo, done: NDArray[np.bool_], report: VerifyReport
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the done rows of one layer whose features do not match their checksums."""
     matrix, sums = cache.matrix(layer.name), cache.array(f"/crc/{layer.name}")
@@ -178,4 +178,4 @@ def _compare(digest: bytes, uri: str, read: Callable[[str], bytes]) -> str:
     except (OSError, ThawlineError) as error:
         return f"its image cannot be read: {error}"
     same = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest() == digest
-    return "" if same else "its image in the source is another one now"
+    return "" if same else "its image in the source has changed"

@@ -1,4 +1,4 @@
-"""Write a cache file: features first, the word that they are there last, each on disk before the next begins."""
+"""Write a cache file: features are synced before their rows are marked done."""
 
 from __future__ import annotations
 
@@ -31,18 +31,17 @@ from features_cache.runs import encode_run
 
 
 class CacheWriter:
-    """The one writer of a cache file: a context manager that commits on exit, after an exception too.
+    """The only writer of a cache file: a context manager that commits on exit, also after an exception.
 
-    `create` and `resume` make it. Features go to the file as they come; about once a second `commit` waits until
-    they are on disk and then marks their rows done. A kill loses at most what came since the last commit. Not for
-    use from several threads at once.
+    `create` and `resume` make it. About once a second, `commit` syncs the features written so far and then marks their
+    rows done. A kill loses at most the rows since the last commit. Not thread-safe.
 
     Parameters
     ----------
     path : Path
         The file to write.
     lock : WriterLock
-        Held for the name under which the file is (or is to be) known; released by `close`.
+        The lock of the file's final name; `close` releases it.
     """
 
     def __init__(self, path: Path, lock: WriterLock) -> None:
@@ -65,20 +64,20 @@ class CacheWriter:
         handles: Mapping[str, str],
         request: Mapping[str, Any],
     ) -> CacheWriter:
-        """Make a new file with every row pending; its disk space is reserved at once.
+        """Create a file with all rows pending and all of its disk space reserved.
 
         Parameters
         ----------
         path : str or Path
-            The file to make; missing folders are made too.
+            The file to create; missing folders are created too.
         rows : Rows
             The images of the source.
         classes : sequence of str
             Class names.
         layers : sequence of LayerInfo
-            What is to be stored.
+            The layers to store.
         handles, request : mapping
-            How users select the file, and what they asked; both JSON.
+            How users select the file, and the request it is made for; both JSON.
 
         Raises
         ------
@@ -94,7 +93,7 @@ class CacheWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
         with locking(path) as lock:
             if path.exists():
-                raise CacheError(f"{path} exists already; resume it or choose another name")
+                raise CacheError(f"{path} already exists; resume it or choose another name")
             temporary = temporary_path(path)
             build_file(temporary, rows, classes, layers, handles, request)
             with explained(path, "write"):
@@ -104,14 +103,14 @@ class CacheWriter:
 
     @classmethod
     def resume(cls, path: str | Path) -> CacheWriter:
-        """Go on with an existing file; raises as `create` and `open_cache` do."""
+        """Open an existing file to add rows; raises as `create` and `open_cache` do."""
         path = Path(path)
-        open_cache(path)  # a wrong path or a foreign file gets its own message, and no lock file beside it
+        open_cache(path)  # a wrong path or a foreign file gets its own error, and no lock file
         with locking(path) as lock:
             return cls(path, lock)
 
     def begin_run(self, provenance: Mapping[str, Any]) -> None:
-        """Note who computes the rows that come now.
+        """Record the provenance of the rows that are written from now on.
 
         Parameters
         ----------
@@ -125,11 +124,11 @@ class CacheWriter:
         self._write_run()
 
     def pending(self) -> NDArray[np.int64]:
-        """Return the numbers of the rows that are still to be computed, in order."""
+        """Return the numbers of all pending rows, ascending."""
         return np.flatnonzero(self._ledger.states == PENDING)
 
     def has(self, rows: ArrayLike) -> NDArray[np.bool_]:
-        """Tell for each of `rows` (k,) whether its features are written, committed or not."""
+        """Return for each of `rows` (k,) whether its features are written, committed or not."""
         return np.asarray(self._ledger.states[np.asarray(rows, np.int64)] == DONE, bool)
 
     def write(self, rows: ArrayLike, features: Mapping[str, NDArray[Any]], digests: ArrayLike) -> None:
@@ -138,7 +137,7 @@ class CacheWriter:
         Parameters
         ----------
         rows : array_like of int, shape (k,)
-            Row numbers, each once.
+            Row numbers without repetition.
         features : mapping of str to ndarray of float32, shape (k, dim)
             For every layer of the file.
         digests : array_like of uint8, shape (k, 16)
@@ -147,8 +146,8 @@ class CacheWriter:
         Raises
         ------
         CacheError
-            A value is too large for float16, a row is not pending, layers or shapes are not the file's, or the disk
-            refuses. Rows written before stay.
+            A value is too large for float16, a row is not pending, layers or shapes are wrong, or the disk cannot be
+            written. Rows written before are kept.
         """
         rows = self._pending_rows(rows)
         if features.keys() != self.cache.layers.keys():
@@ -170,7 +169,7 @@ class CacheWriter:
         reason : str
             Short reason, kept with the row (80 bytes).
         digest : bytes or ndarray of uint8, shape (16,), or None
-            Of the bytes that cannot be decoded; ``None`` where there were none: the next writer tries them again.
+            Of the bytes that cannot be decoded; ``None`` if there were none, so that the next writer tries again.
         """
         rows = self._pending_rows([row])
         known = bytes(DIGEST_BYTES) if digest is None else digest
@@ -179,7 +178,7 @@ class CacheWriter:
         self._maybe_commit()
 
     def read(self, layer: str, rows: ArrayLike) -> NDArray[np.float32]:
-        """Return features that are already written, committed or not.
+        """Return features that were written, committed or not.
 
         Parameters
         ----------
@@ -199,17 +198,17 @@ class CacheWriter:
         return self._ledger.get(f"/features/{info.name}", rows).astype(np.float32, copy=False)
 
     def commit(self) -> None:
-        """Wait until all that was written is on disk, then mark those rows; on return a power cut loses none.
+        """Sync all features written so far, then mark their rows done; on return, a power cut loses none of them.
 
         Raises
         ------
         CacheError
-            The disk refuses, or the file was removed or replaced. The rows stay pending in the file.
+            The disk cannot be written, or the file was removed or replaced. The rows stay pending in the file.
         """
         self._ledger.commit()
 
     def close(self) -> None:
-        """Commit, complete the run's record, release the lock; whatever happens, the file is left sound."""
+        """Commit, complete the record of the run, and release the lock."""
         if self._ledger.closed:
             return
         try:
@@ -232,11 +231,11 @@ class CacheWriter:
     def _pending_rows(self, rows: ArrayLike) -> NDArray[np.int64]:
         numbers = np.asarray(rows, np.int64).reshape(-1)
         if len(numbers) and not (numbers.min() >= 0 and numbers.max() < self.cache.n_rows):
-            raise CacheError(f"row numbers run from 0 to {self.cache.n_rows - 1}; another came")
+            raise CacheError(f"a row number is out of range; expected 0 to {self.cache.n_rows - 1}")
         taken = self._ledger.states[numbers] != PENDING
         if taken.any() or len(set(numbers.tolist())) != len(numbers):
             raise CacheError(
-                f"every row is written once while it is pending; {numbers[taken].tolist() or 'a row twice'} came"
+                f"each pending row can be written once; {numbers[taken].tolist() or 'a row was given twice'}"
             )
         return numbers
 

@@ -1,4 +1,4 @@
-"""The demo: handwritten digits, the embedded network, and a picture of where in its depth the strokes live."""
+"""The demo: handwritten digits, the embedded network, and a picture of the depth at which it detects strokes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
 from pipeline.fit import FitReport, fit
-from pipeline.heads.predictions import TestPredictions
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import open_source
-from pipeline.reporting.charts.confusion import confusion_counts, confusion_matrix
-from pipeline.reporting.charts.depth import depth_curve
-from pipeline.reporting.charts.strip import image_strip
+from pipeline.reporting.charts.confusion import confusion_counts, draw_confusion
+from pipeline.reporting.charts.depth import depth_line, draw_depth
+from pipeline.reporting.charts.theme import SCREEN
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 SEEDS = (0, 1, 2)
@@ -29,7 +28,7 @@ MISTAKES = 6
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo found, in numbers, in words, and where it put the files."""
+    """What the demo found, in numbers and in words, and the files it wrote."""
 
     caches: list[ExtractResult]
     results: list[FitResult]
@@ -38,7 +37,7 @@ class DemoReport:
 
 
 def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None) -> DemoReport:
-    """Extract every stage of the embedded network over scikit-learn's digits, fit logistic regression on each, draw.
+    """Extract all stages of the embedded network from scikit-learn's digits, fit logistic regression to each, draw.
 
     Parameters
     ----------
@@ -55,25 +54,23 @@ def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None)
     cache, model, picture = folder / "cache", folder / "digits.skops", folder / "digits.png"
     caches = extract("digits", layers=("stages", "penultimate", "input"), pool="grid2", output=cache, progress=progress)
     report = fit(cache, seeds=SEEDS, save=model, progress=progress)
-    depth = [layer for layer in dict.fromkeys(result.layer for result in report.results) if layer != "input"]
-    accuracy = {layer: _accuracies(report.results, layer) for layer in [*depth, "input"]}
-    _draw(report, depth, accuracy, picture)
+    by_layer: dict[str, list[FitResult]] = {}
+    for result in report.results:
+        by_layer.setdefault(result.layer, []).append(result)
+    means = {layer: float(np.mean([result.accuracy for result in results])) for layer, results in by_layer.items()}
+    raw = means.pop("input")
+    _draw(report, [by_layer[layer] for layer in means], raw, picture)
     files = {"cache": str(cache), "model": str(model), "picture": str(picture)}
-    return DemoReport(caches, report.results, _summary(report, depth, accuracy), files)
+    return DemoReport(caches, report.results, _summary(report, means, raw), files)
 
 
-def _accuracies(results: Sequence[FitResult], layer: str) -> np.ndarray:
-    return np.array([result.accuracy for result in results if result.layer == layer])
-
-
-def _summary(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarray]) -> str:
-    """Say what the curve shows, whatever it shows."""
-    means = {layer: values.mean() for layer, values in accuracy.items()}
-    peak = max(depth, key=lambda layer: means[layer])
-    first, last = depth[0], depth[-1]
+def _summary(report: FitReport, means: dict[str, float], raw: float) -> str:
+    """Say in words what the curve shows, whether or not it has a peak in the middle."""
+    first, *_, last = means
+    peak = max(means, key=means.__getitem__)
     curve = f"Accuracy: {means[first]:.3f} at {first}, {means[peak]:.3f} at {peak}, {means[last]:.3f} at {last}"
-    against = f"raw pixels give {means['input']:.3f}"
-    if peak not in (first, last) and means[peak] > means["input"]:
+    against = f"raw pixels give {raw:.3f}"
+    if peak not in (first, last) and means[peak] > raw:
         lesson = "digits are made of strokes, which the middle of the network detects; its end knows objects instead"
     else:
         lesson = "here the curve has no peak in the middle above the raw pixels"
@@ -86,41 +83,44 @@ def _summary(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.nda
     return f"{curve}; {against}: {lesson}. {model}"
 
 
-def _draw(report: FitReport, depth: Sequence[str], accuracy: dict[str, np.ndarray], path: Path) -> None:
+def _draw(report: FitReport, layers: Sequence[Sequence[FitResult]], raw: float, path: Path) -> None:
     """Draw the curve, the kept model's confusion matrix, and the mistakes it was surest of."""
-    from matplotlib.figure import Figure  # of its own: no display and no global state are touched
+    with SCREEN.figure(14, 7.5) as figure:
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))[0]
+        top, bottom = right.subfigures(2, 1, squeeze=False, height_ratios=(5, 2))[:, 0]
+        _draw_curve(left.subplots(), layers, raw)
 
-    figure = Figure(figsize=(14, 7.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))[0]
-    top, bottom = right.subfigures(2, 1, squeeze=False, height_ratios=(5, 2))[:, 0]
+        kept, predictions = report.results[report.best], report.predictions[report.best]
+        axes = top.subplots()
+        draw_confusion(
+            axes, confusion_counts(predictions.y_true, predictions.y_pred, len(report.classes)), report.classes
+        )
+        axes.set_title(f"{kept.head} on {kept.layer}, seed {kept.seed}: {kept.accuracy:.3f}")
+        _draw_mistakes(bottom, report)
+        figure.savefig(path, dpi=130)
 
-    tests = report.results[0].n_test
-    values = np.array([accuracy[layer] for layer in depth])
-    intervals = np.array([wilson(round(mean * tests), tests) for mean in values.mean(axis=1)])
-    axes = left.subplots()
-    depth_curve(axes, depth, values, intervals, ("raw pixels", float(accuracy["input"].mean())))
+
+def _draw_curve(axes: Axes, layers: Sequence[Sequence[FitResult]], raw: float) -> None:
+    line = depth_line("mean over seeds (dots), 95 % interval", dict(enumerate(layers)))
+    draw_depth(axes, [line], SCREEN, ("raw pixels", raw))
+    axes.set_xticks(line.x, line.names, rotation=30, ha="right")
+    tests = layers[0][0].n_test
     axes.set_title(f"Handwritten digits by depth\nlogistic regression, {len(SEEDS)} seeds of {tests} test images")
-
-    kept, predictions = report.results[report.best], report.predictions[report.best]
-    counts = confusion_counts(predictions.y_true, predictions.y_pred, len(report.classes))
-    axes = top.subplots()
-    confusion_matrix(axes, counts, report.classes)
-    axes.set_title(f"{kept.head} on {kept.layer}, seed {kept.seed}: {kept.accuracy:.3f}")
-    _draw_mistakes(bottom, report, predictions)
-    figure.savefig(path, dpi=130)
+    axes.legend(loc="lower center")
 
 
-def _draw_mistakes(figure: SubFigure, report: FitReport, predictions: TestPredictions) -> None:
-    surest = np.flatnonzero(predictions.y_pred != predictions.y_true)
-    sureness = np.ones(len(predictions.uris)) if predictions.probability is None else predictions.probability
-    surest = surest[np.argsort(-sureness[surest], kind="stable")][:MISTAKES]
+def _draw_mistakes(figure: SubFigure, report: FitReport) -> None:
+    predictions, names = report.predictions[report.best], report.classes
+    wrong = np.flatnonzero(predictions.y_pred != predictions.y_true)
+    confidence = np.ones(len(predictions.uris)) if predictions.probability is None else predictions.probability
+    surest: Sequence[int] = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES].tolist()
     source = open_source("digits")
     items = {item.uri: item for item in source.items}
-    images = [decode(source.read(items[str(predictions.uris[row])])).image for row in surest]
-    names = report.classes
-    titles = [
-        f"{names[predictions.y_true[row]]} called {names[predictions.y_pred[row]]}\np = {sureness[row]:.2f}"
-        for row in surest
-    ]
-    figure.suptitle("Its surest mistakes" if titles else "It made no mistake", fontsize=11)
-    image_strip(figure.subplots(1, max(len(titles), 4)).ravel(), images, titles)
+    panels = figure.subplots(1, max(len(surest), 4)).ravel()
+    for axes in panels:
+        axes.axis("off")
+    for axes, row in zip(panels, surest, strict=False):
+        axes.imshow(decode(source.read(items[str(predictions.uris[row])])).image, cmap="gray")
+        called = f"{names[predictions.y_true[row]]} called {names[predictions.y_pred[row]]}"
+        axes.set_title(f"{called}\np = {confidence[row]:.2f}", fontsize=9)
+    figure.suptitle("Its surest mistakes" if surest else "It made no mistake", fontsize=11)

@@ -1,4 +1,4 @@
-"""Are two sets of images, say training and field photos, of one domain? Frozen features assume it."""
+"""Test whether two sets of images, such as training and field photos, are of one domain, as frozen features assume."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
 
 MOST_ROWS = 1000
-"""Images of each set that are compared; more are drawn by seed."""
+"""Images of each set that are compared; from a larger set so many are drawn by seed."""
 MOST_FOREIGN = 10
 
 
 @dataclass(frozen=True)
 class _Images:
-    """One row an image: equal images of a file count once."""
+    """The distinct images of a file: one row and one key for each."""
 
     file: CacheFile
     rows: IntArray
@@ -40,19 +40,19 @@ def drift(
     pool: str | None = None,
     seed: int = 0,
 ) -> DriftResult:
-    """Test whether a classifier can tell the images of two caches apart, and name those it finds easiest.
+    """Test whether a classifier can tell the images of two caches apart, and name the images it finds easiest.
 
-    Images that stand in both are left out: none of them could be foreign, and none stands on both sides of a fold. Both
-    sets then count alike: as many images of each are drawn as the smaller one has, at most 1,000.
+    Images that are in both caches are left out, because they belong to both sets and would be on both sides of a fold.
+    Of the others, equally many are drawn from each set: as many as the smaller set has, at most 1,000.
 
     Parameters
     ----------
     first, second : str or Path
-        Folders of cache files, or files. Labels are not needed.
+        Folders of cache files, or files. They need no labels.
     layer : str, default "penultimate"
-        Name or alias of a layer that both hold, with the same fingerprint.
+        Name or alias of one layer that both hold, with the same fingerprint.
     backbone, pool : str, optional
-        Select a file where a cache holds several.
+        Select a file if a cache holds several.
     seed : int, default 0
         Draws images, folds and permutations.
 
@@ -61,13 +61,20 @@ def drift(
     CacheError
         If a cache or the layer cannot be found, or several files fit.
     FitError
-        If the features are not comparable, not finite, or there are too few images.
+        If the features are not comparable or not finite, or there are too few images.
+
+    Examples
+    --------
+    ::
+
+        found = drift("training-cache", "field-cache")
+        print(found.accuracy, found.p_value, found.foreign_in_second[0].uri)
     """
     catalogs = [Catalog(path) for path in (first, second)]
     held = [file for catalog in catalogs for file in catalog.fitting(backbone=backbone, pool=pool)]
     layer, *more = stands_for(held, layer)
     if more:
-        raise FitError(f"one layer is compared, and these are several: {', '.join([layer, *more])}; name one with -l")
+        raise FitError(f"expected one layer to compare, got several: {', '.join([layer, *more])}; name one of them")
     files = [_find(catalog, layer, backbone, pool) for catalog in catalogs]
     _require_same_features(files[0], files[1], layer)
     sets = [_distinct(file) for file in files]
@@ -77,15 +84,15 @@ def drift(
     count = min(*map(len, own), MOST_ROWS)
     if count < FOLDS:
         found = " and ".join(f"{len(rows)} in {file.path.name}" for rows, file in zip(own, files, strict=True))
-        raise FitError(f"a comparison takes at least {FOLDS} images of each set that the other lacks, got {found}")
+        raise FitError(f"a comparison needs at least {FOLDS} images of each set that the other lacks, got {found}")
     drawn = [np.sort(rng.choice(rows, count, replace=False)) for rows in own]
     features = [_features(file, layer, rows) for file, rows in zip(files, drawn, strict=True)]
-    found_test = domain_test(features[0], features[1], seed)
-    towards_own = found_test.scores * np.array([[-1.0], [1.0]])
+    tested = domain_test(features[0], features[1], seed)
+    towards_own = tested.scores * np.array([[-1.0], [1.0]])
     foreign = [
         [
-            ForeignImage(str(file.uris[rows[place]]), float(scores[place]))
-            for place in np.argsort(-scores)[:MOST_FOREIGN]
+            ForeignImage(str(file.uris[rows[index]]), float(scores[index]))
+            for index in np.argsort(-scores)[:MOST_FOREIGN]
         ]
         for file, rows, scores in zip(files, drawn, towards_own, strict=True)
     ]
@@ -96,8 +103,8 @@ def drift(
         images=[len(images.rows) for images in sets],
         shared=len(shared),
         compared=count,
-        accuracy=found_test.accuracy,
-        p_value=found_test.p_value,
+        accuracy=tested.accuracy,
+        p_value=tested.p_value,
         foreign_in_first=foreign[0],
         foreign_in_second=foreign[1],
     )
@@ -112,13 +119,13 @@ def _find(catalog: Catalog, layer: str, backbone: str | None, pool: str | None) 
 
 def _require_same_features(first: CacheFile, second: CacheFile, layer: str) -> None:
     if first.path.resolve() == second.path.resolve():
-        raise CacheError(f"two sets of images are compared, but both caches are {first.path}; name two files")
+        raise CacheError(f"expected two sets of images, but both caches are {first.path}; name two files")
     one, other = first.layer(layer), second.layer(layer)
     if one.fingerprint != other.fingerprint:
         differ = [f"{key} {one.spec.get(key)} and {other.spec.get(key)}" for key in _changed(one.spec, other.spec)]
         raise FitError(
-            f"features of {layer} can be compared only if they were made alike, but these differ in "
-            f"{'; '.join(differ) or 'their fingerprints'}; extract one of the sets again with the other's options"
+            f"features of {layer} can be compared only if they were extracted in the same way, but these differ in "
+            f"{'; '.join(differ) or 'their fingerprints'}; extract one of the sets again with the options of the other"
         )
 
 
@@ -128,8 +135,8 @@ def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _distinct(file: CacheFile) -> _Images:
     done = np.flatnonzero(file.states == DONE)
-    keys, places = np.unique(digest_keys(file.digests[done]), return_index=True)
-    return _Images(file, done[places], keys)
+    keys, first = np.unique(digest_keys(file.digests[done]), return_index=True)
+    return _Images(file, done[first], keys)
 
 
 def _features(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32]:

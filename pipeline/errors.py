@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from features_cache.errors import ThawlineError
+from features_cache import ThawlineError
 
 
 class SourceError(ThawlineError):

@@ -1,112 +1,143 @@
-"""A saved model as one ONNX graph: from pixels to labels, with nothing of thawline needed to run it."""
+"""A saved model as one ONNX graph, from pixels to labels, that runs without thawline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import describe, is_network_file
-from pipeline.backbones.registry import load
-from pipeline.backbones.taps import tap
-from pipeline.errors import ModelFileError
-from pipeline.exporting.graph import Classifier, HeadScores
-from pipeline.exporting.program import INPUT, write_program
+from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
+from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.taps import TappedNetwork, tap
+from pipeline.errors import ModelFileError, first_line
 from pipeline.heads.registry import find_head
-from pipeline.heads.saved import SavedModel, check_destination, load_model
+from pipeline.heads.saved import SavedModel, load_model
+from pipeline.model_file import check_destination, writing
+from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, json_fields
 
-
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """What one file becomes: the graph, the backbone in it, and what its metadata and the result say."""
-
-    graph: Classifier
-    backbone: Backbone
-    specs: Sequence[LayerSpec]
-    head: str
-    params: dict[str, Any]
-    classes: Sequence[str]
-    metrics: dict[str, Any]
-    versions: dict[str, str]
+INPUT = "pixels"
+_LARGEST = 2**31 - 1
+"""Bytes of one ONNX file, because its length is a signed 32-bit number."""
 
 
 def export(model: str | Path, path: str | Path) -> ExportResult:
     """Write a model and its backbone as one ONNX file.
 
-    The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images resized and cropped as the file's metadata says;
-    normalisation is part of the graph. It gives ``label``, int64 (n,), ``scores``, float32 (n, K), whose largest is the
-    label, and, where the model has them, ``probabilities``, float32 (n, K), calibrated as `predict` does. Numbers are
-    float32 whatever the model was trained in. The metadata holds JSON: ``classes`` (K names, in the order of the
-    scores), ``preprocessing`` (`pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, temperature,
-    test metrics, versions).
+    The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images, resized and cropped as the metadata says; it
+    normalises them itself. It gives ``label``, int64 (n,); ``scores``, float32 (n, K), whose largest is the label; and,
+    if the model has them, ``probabilities``, float32 (n, K), calibrated as in `pipeline.predict.predict`. It computes
+    in float32, whatever the precision that the model was trained in.
+
+    The metadata has three entries in JSON: ``classes`` (K names, in the order of the scores), ``preprocessing`` (a
+    `pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, temperature, test metrics, versions).
 
     Parameters
     ----------
     model : str or Path
-        A file that ``fit --save`` or ``finetune --save`` wrote.
+        A saved head or fine-tuned network.
     path : str or Path
-        The ``.onnx`` file to write; an existing one is replaced at once or not at all.
+        The ``.onnx`` file to write; an existing file is replaced, and stays as it was after an error.
 
     Raises
     ------
     ModelFileError
-        If the file is no model, its head is not linear, its layers are not of one backbone and pooling, the backbone
-        has other weights by now or cannot be written as ONNX, or the file cannot be written.
+        If the file is no model, its head is not linear, its layers are of several backbones or poolings, the backbone
+        has other weights now or cannot be written as ONNX, or the file cannot be written.
     BackboneError
-        If the backbone cannot be had.
+        If the backbone or its weights do not exist here.
+
+    Examples
+    --------
+    >>> result = export("model.skops", "model.onnx")  # doctest: +SKIP
+    >>> result.inputs, result.outputs  # doctest: +SKIP
+    ({'pixels': [None, 224, 224, 3]}, ['label', 'scores', 'probabilities'])
     """
     if find_spec("onnxscript") is None:
         raise ModelFileError("ONNX files need two more packages: pip install 'thawline[onnx]'")
     path = check_destination(path)
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
-    size = parts.backbone.preprocessing.size
-    write_program(path, parts.graph, _metadata(parts))
+    network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
+    graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)
+    _write(path, _program(graph), _metadata(parts))
     return ExportResult(
         path=str(path),
         backbone=parts.backbone.handle,
         layer="+".join(spec.layer for spec in parts.specs),
         head=parts.head,
         classes=len(parts.classes),
-        inputs={INPUT: [None, *size, 3]},
-        outputs=parts.graph.outputs,
+        inputs={INPUT: [None, *network.size, 3]},
+        outputs=graph.outputs,
         bytes=path.stat().st_size,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What a saved model consists of.
+
+    Parameters
+    ----------
+    model : SavedModel or TunedModel
+    backbone : Backbone
+        Loaded, and the one that the model was trained on.
+    specs : sequence of LayerSpec
+        The layers that are read, in the order in which their features are joined.
+    scores : torch.nn.Module
+        Maps features to scores.
+    has_probabilities : bool
+        Whether the softmax of the scores is a probability.
+    head : str
+        Name of the head, or kind of the top.
+    params : dict
+    classes : sequence of str
+        In the order of the scores.
+    """
+
+    model: SavedModel | TunedModel
+    backbone: Backbone
+    specs: Sequence[LayerSpec]
+    scores: nn.Module
+    has_probabilities: bool
+    head: str
+    params: dict[str, Any]
+    classes: Sequence[str]
 
 
 def _head_parts(saved: SavedModel) -> _Parts:
     specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
     scores = HeadScores(saved, half=specs[0].store == "float16")
     if len({(spec.backbone, spec.weights_digest, spec.pool, spec.preprocessing, spec.store) for spec in specs}) > 1:
-        named = ", ".join(f"{spec.backbone} {spec.layer} ({spec.pool})" for spec in specs)
-        raise ModelFileError(f"a graph takes layers of one backbone and pooling, got {named}; fit one of them")
-    asked = saved.layers[0]["request"]
-    backbone = _backbone(asked["backbone"], asked["size"], specs[0])
-    network = tap(backbone, [spec.layer for spec in specs], specs[0].pool)
-    graph = Classifier(network, scores, saved.temperature, probable=find_head(saved.head).family.probabilities)
+        layers = ", ".join(f"{spec.backbone} {spec.layer} ({spec.pool})" for spec in specs)
+        raise ModelFileError(
+            f"ONNX export needs all layers to be of one backbone and pooling, got {layers}; fit a head on fewer layers"
+        )
+    request = saved.layers[0]["request"]
+    backbone = _backbone(request["backbone"], request["size"], specs[0])
     classes = [saved.classes[number] for number in saved.pipeline.classes_]
-    return _Parts(graph, backbone, specs, saved.head, saved.params, classes, saved.metrics, saved.versions)
+    has_probabilities = find_head(saved.head).family.probabilities
+    return _Parts(saved, backbone, specs, scores, has_probabilities, saved.head, saved.params, classes)
 
 
 def _network_parts(path: str | Path) -> _Parts:
-    model = describe(path)
-    backbone = _backbone(f"{model.scores.backbone}@{path}", None, model.scores)
-    network = tap(backbone, [model.scores.layer], model.scores.pool)
-    graph = Classifier(network, nn.Identity(), model.temperature, probable=True)
-    params = model.metrics["params"]
-    return _Parts(graph, backbone, [model.scores], model.top, params, model.classes, model.metrics, model.versions)
+    """Return the parts of a fine-tuned network, whose layer of class scores is read."""
+    tuned = describe_network(path)
+    backbone = _backbone(f"{tuned.scores.backbone}@{path}", None, tuned.scores)
+    params = tuned.metrics["params"]
+    return _Parts(tuned, backbone, [tuned.scores], nn.Identity(), True, tuned.top, params, tuned.classes)
 
 
 def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
-    """Load a backbone; refuse another one than the model was trained on."""
-    backbone = load(name, size)
+    """Load the backbone that a model was trained on; raise `ModelFileError` if it is another one here."""
+    backbone = load_backbone(name, size)
     if (backbone.weights_digest, backbone.preprocessing) != (spec.weights_digest, spec.preprocessing):
         raise ModelFileError(
             f"{backbone.handle} has other weights or another preprocessing here than when the model was trained; "
@@ -115,14 +146,128 @@ def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
     return backbone
 
 
+class Classifier(nn.Module):
+    """A saved model as one module, in float32.
+
+    Parameters
+    ----------
+    network : TappedNetwork
+        Maps uint8 pixels (n, h, w, 3) to the features of some layers, which are joined to (n, d).
+    scores : torch.nn.Module
+        Maps features (n, d) to scores (n, K), the largest of which is the label.
+    temperature : float or None
+        Calibrates the probabilities; None leaves them as they are.
+    has_probabilities : bool
+        Whether the softmax of the scores is a probability.
+    """
+
+    def __init__(
+        self, network: TappedNetwork, scores: nn.Module, temperature: float | None, *, has_probabilities: bool
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.scores = scores
+        self.temperature = temperature
+        self.outputs = ["label", "scores", *(["probabilities"] if has_probabilities else [])]
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Map uint8 (n, h, w, 3) to labels (n,), scores (n, K) and, if there are any, probabilities (n, K)."""
+        scores = self.scores(torch.cat(self.network(pixels), 1))
+        results = scores.argmax(1), scores, (scores / (self.temperature or 1.0)).softmax(1)
+        return results[: len(self.outputs)]
+
+
+class HeadScores(nn.Module):
+    """Scaling and hyperplanes of a scikit-learn head.
+
+    Parameters
+    ----------
+    saved : SavedModel
+    half : bool
+        Whether the head was trained on features that the cache had rounded to float16.
+
+    Raises
+    ------
+    ModelFileError
+        If the head is not linear.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, saved: SavedModel, *, half: bool) -> None:
+        super().__init__()
+        head = find_head(saved.head)
+        hyperplanes = head.family.hyperplanes(saved.pipeline.named_steps["classifier"])
+        if hyperplanes is None:
+            raise ModelFileError(
+                f"only heads with one hyperplane per class can be exported, and {saved.head} has none; "
+                "fit another, such as logreg"
+            )
+        buffers = hyperplanes._asdict()
+        if head.scaling == "standard":
+            scaler = saved.pipeline.named_steps["scaler"]
+            buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
+        for name, values in buffers.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
+        self.scaling = head.scaling
+        self.half_features = half
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (n, d) to scores (n, K)."""
+        if self.half_features:
+            features = features.half().float()
+        return self._scaled(features) @ self.weights.T + self.bias
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        if self.scaling == "standard":
+            return (features - self.mean) / self.deviation
+        if self.scaling == "l2":
+            length = features.norm(dim=1, keepdim=True)
+            return features / torch.where(length == 0, 1.0, length)
+        return features
+
+
+def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
+    """Return the graph as ONNX, for any number of images."""
+    weight = sum(item.nbytes for item in graph.state_dict().values())
+    if weight > _LARGEST:
+        raise ModelFileError(
+            f"an ONNX file holds at most 2 GiB, and this model has {weight / 2**30:.1f} GiB of weights; "
+            "use a smaller backbone"
+        )
+    try:
+        program = torch.onnx.export(
+            graph,
+            (torch.zeros(2, *graph.network.size, 3, dtype=torch.uint8),),
+            input_names=[INPUT],
+            output_names=graph.outputs,
+            dynamic_shapes={INPUT: {0: torch.export.Dim("n")}},
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # the exporter runs the network's code on symbols, which can raise anything
+        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(error)}") from error
+    return cast("torch.onnx.ONNXProgram", program)
+
+
+def _write(path: Path, program: torch.onnx.ONNXProgram, metadata: Mapping[str, Any]) -> None:
+    """Write an ONNX file with each entry of the metadata as a JSON text."""
+    program.model.metadata_props.update({name: json.dumps(part, ensure_ascii=False) for name, part in metadata.items()})
+    with writing(path) as draft:
+        program.save(draft, external_data=False)
+
+
 def _metadata(parts: _Parts) -> dict[str, Any]:
-    description = {
+    model = {
         "head": parts.head,
         "params": parts.params,
         "layers": [spec.to_json() for spec in parts.specs],
-        "temperature": parts.graph.temperature,
-        "metrics": parts.metrics,
-        "versions": parts.versions | {"torch": version("torch")},
+        "temperature": parts.model.temperature,
+        "metrics": parts.model.metrics,
+        "versions": parts.model.versions | {"torch": installed_version("torch")},
     }
-    preprocessing = json_fields(parts.backbone.preprocessing)
-    return {"classes": parts.classes, "preprocessing": preprocessing, "model": description}
+    return {"classes": parts.classes, "preprocessing": json_fields(parts.backbone.preprocessing), "model": model}

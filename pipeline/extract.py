@@ -1,8 +1,8 @@
 """Stage 1: run frozen backbones over an image source once and keep their layers' features in a cache.
 
-For each backbone: find what the cache already holds, and make room for the rest. Then one stream of the missing images,
-read and decoded once, goes through all networks to their files. A request that a complete cache answers never imports
-torch.
+For each backbone, look up what the cache already holds, and open files for the rest. Then one stream of the missing
+images, each read and decoded once, goes through all networks into their files. A request that a complete cache answers
+never imports torch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from features_cache import DONE, UNREADABLE, CacheError, drop_redundant, open_cache
-from pipeline.extraction.filling import Clock, Filling
-from pipeline.extraction.lookup import files_of, find_answer, rows_of, weights_file_digest
-from pipeline.extraction.opening import Network, Run, Target, check_expected, open_files
-from pipeline.images.loader import load
+from pipeline.extraction.extractor import FeatureExtractor
+from pipeline.extraction.fill import CacheFiller, Clock, fill
+from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
+from pipeline.extraction.open import Destination, check_expected, open_files
 from pipeline.images.sources.registry import open_source
 from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
@@ -69,29 +69,30 @@ def extract(
     pool : str, default "avg"
         One of `pipeline.spec.POOLS`.
     output : str or Path, default "thawline-cache"
-        Folder of cache files; made if missing.
+        Folder of cache files; created if missing.
     precision : {"auto", "fp32", "bf16", "fp16"}
-        ``auto`` keeps the precision of a file that is being continued, else takes bf16 where the hardware has it.
+        ``auto`` keeps the precision of a file that is continued; for a new file it is bf16 if the hardware computes it,
+        else fp32.
     store : {"float32", "float16"}
         Dtype on disk.
     size : int, optional
         Side of the square network input, pixels; the backbone's own by default.
     engine, device : str, default "auto"
-        What computes; changes no value beyond rounding.
+        What computes the features; they differ by rounding only.
     batch_size, workers : int, optional
-        Images in one forward pass, and decoding threads; chosen for the machine by default.
+        Images in one forward pass, and images decoded at once; chosen for the machine by default.
     on_error : {"skip", "stop"}
         Whether an image that cannot be decoded becomes an unreadable row or ends the run.
     rehash : bool, default False
         Read every file again instead of trusting size and modification time.
     augment : str, default "none"
-        What views are made of, see `pipeline.images.augment`.
+        How views differ from the plain image, see `pipeline.images.augment`.
     views : sequence of int, optional
-        Numbers of augmented views that are cached instead of the plain images, a file for each.
+        Numbers of the augmented views to cache instead of the plain images, each in its own file.
     only : collection of str, optional
         Uris of the images to compute; the others stay pending, and a later call may ask for them. By default all.
     expect : sequence of LayerSpec, optional
-        Refuse to compute anything but these, precision aside.
+        Features that a saved model needs: raise if others would be computed, precision aside.
     progress : callable, optional
         Called after every batch.
 
@@ -103,84 +104,66 @@ def extract(
     Raises
     ------
     ThawlineError
-        The source, a backbone, a layer or the cache cannot be had; what was computed stays in the cache.
+        The source, a backbone, a layer or the cache is not available; what was computed stays in the cache.
+
+    Examples
+    --------
+    >>> from tempfile import mkdtemp
+    >>> from features_cache import open_cache
+    >>> (result,) = extract("digits", layers=["blocks.1"], pool="grid2", size=32, output=mkdtemp())
+    >>> result.layers, result.done, result.unreadable
+    ({'blocks.1': 96}, 1797, 0)
+    >>> X, y = open_cache(result.path).xy("blocks.1")
+    >>> X.shape
+    (1797, 96)
     """
     if Path(output).is_file():
         raise CacheError(f"{output} is a file; name the folder that is to hold the cache's files")
     images = open_source(source)
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
-    target = Target(images, rows, asked)
-    files = files_of(images, Path(output))
-    found: dict[str, list[Path | Filling]] = {}
+    destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
+    found: dict[str, list[Path | CacheFiller]] = {}
+    extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
+    for name in dict.fromkeys(backbones):
+        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
+        requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
+        found[name], missing = [], []
+        for request in requests:
+            complete = destination.find_complete(request)
+            if complete is None:
+                missing.append(request)
+                continue
+            check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
+            found[name] += [file.path for file in dict.fromkeys(complete.values())]
+        if missing:
+            extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
+            extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
     clock = Clock()
     with ExitStack() as writers:
-        run = Run(Path(output), engine, device, batch_size, on_error, rehash, clock, writers)
-        networks: dict[tuple[str, str], tuple[str, Network]] = {}
-        for name in dict.fromkeys(backbones):
-            plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
-            requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
-            found[name], missing = [], []
-            for request in requests:
-                answer = None if rehash else find_answer(files, request)
-                if answer is None or not all(map(target.is_met, answer.values())):
-                    missing.append(request)
+        for name, extractor in extractors.values():  # every network is loaded before the first file is created
+            for opened in open_files(destination, extractor, expect):
+                if isinstance(opened, Path):
+                    found[name].append(opened)
                     continue
-                specs = (LayerSpec.from_json(file.layers[layer].spec) for layer, file in answer.items())
-                check_expected(specs, expect)
-                found[name] += [file.path for file in dict.fromkeys(answer.values())]
-            if missing:
-                network = Network(missing, files, run)
-                networks.setdefault(network.identity, (name, network))  # one network may be asked for by two names
-        for name, network in networks.values():  # all are there before the first file is made
-            found[name] += open_files(target, network, files, run, expect)
-        items = list(dict.fromkeys(chain.from_iterable(found.values())))
-        fillings = [item for item in items if isinstance(item, Filling)]
-        seconds = _fill(target, fillings, batch_size, workers, clock, progress or silent) if fillings else 0.0
-    for filling in fillings:
-        drop_redundant(filling.writer.cache.path)
-    return [_result(item, images.notes, seconds, clock) for item in items]
+                writers.enter_context(opened)
+                computing = extractor.engine(tuple(opened.cache.layers))
+                found[name].append(CacheFiller(opened, computing, asked, on_error, clock))
+        parts = list(dict.fromkeys(chain.from_iterable(found.values())))
+        fillers = [part for part in parts if isinstance(part, CacheFiller)]
+        began = time.perf_counter()
+        if fillers:
+            fill(images, fillers, int(asked.sum()), batch_size, workers, clock, progress or silent)
+        seconds = time.perf_counter() - began
+    for filler in fillers:
+        drop_redundant(filler.writer.cache.path)
+    return [_result(part, images.notes, seconds, clock) for part in parts]
 
 
-def _fill(
-    target: Target,
-    fillings: Sequence[Filling],
-    batch_size: int | None,
-    workers: int | None,
-    clock: Clock,
-    progress: Progress,
-) -> float:
-    """Stream the rows that any file lacks through one decode into all files; return the seconds it took."""
-    began = time.perf_counter()
-    shared = {filling.preprocessing.geometry: filling.preprocessing for filling in fillings}
-    place = {geometry: number for number, geometry in enumerate(shared)}
-    pending = np.flatnonzero(np.any([filling.pending for filling in fillings], axis=0))
-    total = int(target.asked.sum())
-    handled = total - len(pending)
-    text = ", ".join(dict.fromkeys(filling.writer.cache.handles["backbone"] for filling in fillings))
-    batch_size = batch_size or fillings[0].engine.resolved.batch_size
-
-    def known(digest: bytes) -> bool:
-        return all(filling.knows(digest) for filling in fillings)
-
-    batches = load(target.images, pending, list(shared.values()), batch_size, workers, known)
-    waited = time.perf_counter()
-    for batch in batches:
-        clock.spend("decode", waited)
-        for filling in fillings:
-            filling.feed(batch, batch.pixels[place[filling.preprocessing.geometry]])
-        handled += len(batch.rows) + len(batch.duplicates) + len(batch.known) + len(batch.failures)
-        progress(handled, total, text, f"bound by {clock.bound}")
-        waited = time.perf_counter()
-    for filling in fillings:
-        filling.drain()
-    return time.perf_counter() - began
-
-
-def _result(item: Path | Filling, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
-    filling = item if isinstance(item, Filling) else None
-    file = open_cache(item.writer.cache.path if isinstance(item, Filling) else item)
-    computed = filling.computed if filling else 0
+def _result(part: Path | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
+    filler = part if isinstance(part, CacheFiller) else None
+    file = open_cache(part.writer.cache.path if isinstance(part, CacheFiller) else part)
+    computed = filler.computed if filler else 0
     done = int((file.states == DONE).sum())
     return ExtractResult(
         path=str(file.path),
@@ -193,8 +176,8 @@ def _result(item: Path | Filling, notes: list[str], seconds: float, clock: Clock
         computed=computed,
         precision=next(iter(file.layers.values())).spec["precision"],
         engine=file.runs[-1]["engine"] if file.runs else "none",
-        seconds=seconds if filling else 0.0,
+        seconds=seconds if filler else 0.0,
         images_per_second=computed / seconds if computed else 0.0,
         bound=clock.bound if computed else None,
-        notes=notes + (filling.engine.notes if filling else []),
+        notes=notes + (filler.engine.notes if filler else []),
     )

@@ -1,7 +1,6 @@
-"""Stage 3: train the top of a network above its thaw line, on the very splits that `fit` uses, to compare the two.
+"""Stage 3: fine-tune a network above its thaw line, on the same splits as `fit`, so that the two can be compared.
 
-What is frozen runs once: where images are not augmented, the activations at the line come from the cache, and only
-what is above the line trains.
+The frozen trunk runs only once: where images are not augmented, its activations come from the cache.
 """
 
 from __future__ import annotations
@@ -12,21 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from pipeline.evaluation.comparisons import compare_models, tell_ties
+from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
+from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
-from pipeline.heads.grid import preference
-from pipeline.heads.predictions import TestPredictions, scores
-from pipeline.results import ExtractResult, FinetuneResult, Progress, silent, to_json
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, LayerSpec
+from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL
 
 if TYPE_CHECKING:
-    from pipeline.finetuning.material import Material
-    from pipeline.finetuning.network import Network
-    from pipeline.finetuning.plan import Plan
-    from pipeline.finetuning.recipe import Recipe
-    from pipeline.finetuning.run import Run
+    from pipeline.finetuning.data import TrainingData
+    from pipeline.finetuning.run import TrainingRun
+    from pipeline.finetuning.setup import TrainingSetup
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,23 +30,23 @@ class FinetuneReport:
     Parameters
     ----------
     results : list of FinetuneResult
-    predictions : list of TestPredictions
+    predictions : list of Predictions
         One for each result.
     notes : list of str
         What a user should know, a sentence each.
     classes : tuple of str
         Class names by number.
     best : int
-        Place in `results` of the model that is kept: that of most shots, of these the one of best validation accuracy,
-        the first on a tie.
+        Index in `results` of the network that is saved: the one with the most shots; ties go to the higher validation
+        accuracy, then to the first.
     saved : Path or None
         The model file.
     extracted : list of list of ExtractResult
-        The cache files that what is frozen was extracted into, or was in already; of each call of `extract`.
+        The results of each call of `pipeline.extract.extract`: the cache files that training read.
     """
 
     results: list[FinetuneResult]
-    predictions: list[TestPredictions]
+    predictions: list[Predictions]
     notes: list[str]
     classes: tuple[str, ...]
     best: int
@@ -91,138 +85,140 @@ def finetune(
     backbone : str, default "efficientnet_lite0"
         ``NAME`` or ``NAME@WEIGHTS``.
     freeze : str, default "all"
-        ``"all"`` trains a new top alone, ``"none"`` everything, a layer what is above it.
+        The last layer that is frozen; ``"all"`` trains only the new top, ``"none"`` everything.
     seeds : sequence of int, default (0,)
-        Draw the splits that the source does not give, the shots, the order of batches, and random weights.
+        Each draws the splits that the source does not give, the shots, the order of batches, and random weights.
     shots : sequence of int or "all", default ("all",)
-        Training images of each class; there is no early stopping then, for validation images would be more shots.
+        Training images of each class. With a number there are no validation images, since these would be more shots,
+        and so no early stopping.
     output : str or Path, default "thawline-cache"
-        Folder of cache files; what it does not hold yet, and checkpoints, go to ``finetune`` in it.
+        Cache folder. Layers that it lacks, and checkpoints, are written to the folder ``finetune`` in it.
     init : {"pretrained", "random"}
         ``random`` trains from scratch.
     head_first : bool, default False
         Train the new top on frozen features first, then everything above the line (LP-FT; Kumar et al. 2022).
     watch : {"gradients"}, optional
         Record the norms of each thawed layer's gradients, steps and weights, and its dead units, in the history of the
-        results (see `pipeline.finetuning.watch.Watch`), and say in the notes where they are bad.
+        results (see `pipeline.finetuning.watch.GradientWatch`), and add a note where they look bad.
     save : str or Path, optional
-        Write the network that was trained on most shots here, of several the one of best validation accuracy.
+        Write the network that was trained with the most shots to this file; ties go to the higher validation accuracy.
     precision : {"auto", "fp32", "bf16"}
-        Below the line as for extraction; above it ``auto`` is bf16 where that trains faster.
+        Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
     store, size, engine, device, workers
         As for extraction.
     progress : callable, optional
-        ``progress(done, total, text, how it goes)``.
+        ``progress(done, total, text, latest losses)``.
     say : callable, optional
-        Called beforehand with what the user should know by then: the disk space that activations will take.
+        Called at once with what the user should know before training, such as the disk space that activations take;
+        by default this goes to the notes.
     **training
         Fields of `pipeline.finetuning.recipe.Recipe`: ``lr``, ``layer_decay``, ``lr_at``, ``epochs``, ``patience``,
         ``optimizer``, ``weight_decay``, ``schedule``, ``warmup``, ``batch_size``, ``label_smoothing``,
         ``class_weights``, ``augment``, ``views``, ``clip``, ``top``.
 
+    Returns
+    -------
+    FinetuneReport
+
     Raises
     ------
     FitError
-        If an option or the rows do not allow it, or the loss is not finite before the first epoch is over.
+        If an option is wrong, the rows cannot be split, or the loss is not finite before the first epoch is over.
     BackboneError
-        If the line cannot be drawn there; the message says where it can.
+        If the thaw line cannot be drawn there; the message says where it can.
     ThawlineError
         Whatever extraction raises.
     """
-    from pipeline.finetuning.material import gather
-    from pipeline.finetuning.plan import Plan
+    from pipeline.finetuning.data import prepare_data
     from pipeline.finetuning.recipe import check_start, make_recipe
-    from pipeline.finetuning.run import run
+    from pipeline.finetuning.run import run_training
+    from pipeline.finetuning.saved import save_finetuned
+    from pipeline.finetuning.setup import TrainingSetup
+    from pipeline.model_file import check_destination
 
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
     check_draws(seeds, shots)
-    destination = None
-    if save is not None:
-        from pipeline.heads.saved import check_destination
-
-        destination = check_destination(save)
+    destination = None if save is None else check_destination(save)
     notes: list[str] = []
-    plan = Plan(
+    setup = TrainingSetup(
         source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,
         engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     results: list[FinetuneResult] = []
-    predictions: list[TestPredictions] = []
-    best, kept = 0, None
-    for seed in dict.fromkeys(seeds):
-        if not results or init == "random":
-            named = f"{backbone}@random:{seed}" if init == "random" else backbone
-            draws = list(itertools.product([seed] if init == "random" else seeds, shots))
-            material = gather(replace(plan, backbone=named), draws)
-            notes += material.table.notes
-        for count in dict.fromkeys(shots):
-            came = run(material, plan, seed, count)
-            notes += [*came.splits.notes, *came.trained.notes]
-            if count == "all" and not len(came.splits.val):
-                notes.append("without validation images training goes through all epochs and keeps the last weights")
-            predictions.append(_predictions(came, material))
-            results.append(_result(came, predictions[-1], material, plan, seed, count))
-            ranks = [preference(one.shots, one.validation_accuracy, place) for place, one in enumerate(results)]
-            if ranks[-1] == max(ranks):
-                best, kept = len(results) - 1, came.network if destination else None
-            del came  # its optimizer and its pictures, which would stay until the next run is over
-    p_values = compare_models([said.uris for said in predictions], [said.right for said in predictions])
-    results = [replace(one, p_vs_best=p) for one, p in zip(results, p_values, strict=True)]
-    if destination is not None and kept is not None:
-        _save(destination, kept, material, recipe, results[best])
-    notes = list(dict.fromkeys([*notes, *tell_ties(p_values)]))
-    return FinetuneReport(results, predictions, notes, material.table.classes, best, destination, plan.extracted)
+    predictions: list[Predictions] = []
+    best, best_network = 0, None
+    seeds, shots = list(dict.fromkeys(seeds)), list(dict.fromkeys(shots))
+    for same_weights in [[seed] for seed in seeds] if init == "random" else [seeds]:
+        initial = f"{backbone}@random:{same_weights[0]}" if init == "random" else backbone
+        draws = list(itertools.product(same_weights, shots))
+        data = prepare_data(replace(setup, backbone=initial), draws)
+        notes += data.table.notes
+        for seed, count in draws:
+            run = run_training(data, setup, seed, count)
+            notes += _notes(run, count)
+            predictions.append(_predictions(run, data))
+            results.append(_result(run, predictions[-1], data, setup, seed, count))
+            best = _best(results)
+            if destination is not None and best == len(results) - 1:
+                best_network = run.network
+            del run  # frees its network before the next run
+    p_values = compare_models([one.uris for one in predictions], [one.right for one in predictions])
+    results = [replace(result, p_vs_best=p) for result, p in zip(results, p_values, strict=True)]
+    if destination is not None and best_network is not None:
+        save_finetuned(destination, best_network, data.backbone, data.table.classes, results[best])
+    notes = list(dict.fromkeys([*notes, *tie_notes(p_values)]))
+    return FinetuneReport(results, predictions, notes, data.table.classes, best, destination, setup.extracted)
 
 
-def _predictions(came: Run, material: Material) -> TestPredictions:
-    table, test = material.table, came.splits.test
-    y_true, y_pred = table.labels[test], came.probabilities.argmax(1)
-    temperatures = None if came.temperature is None else np.full(len(test), came.temperature)
-    folds = np.zeros(len(test), np.int64)
-    return TestPredictions(
-        table.uris[test], table.groups[test], folds, y_true, y_pred, came.probabilities, temperatures
-    )
+def _best(results: Sequence[FinetuneResult]) -> int:
+    """Return the index of the result whose network is saved."""
+    ranks = [preference(result.shots, result.validation_accuracy, index) for index, result in enumerate(results)]
+    return ranks.index(max(ranks))
+
+
+def _notes(run: TrainingRun, shots: int | str) -> list[str]:
+    notes = [*run.splits.notes, *run.trained.notes]
+    if shots == "all" and not len(run.splits.val):
+        notes.append("without validation images training goes through all epochs and keeps the last weights")
+    return notes
+
+
+def _predictions(run: TrainingRun, data: TrainingData) -> Predictions:
+    labels = run.probabilities.argmax(1)
+    return collect_predictions(data.table, [run.splits.test], [labels], [run.probabilities], [run.temperature])
 
 
 def _result(
-    came: Run, said: TestPredictions, material: Material, plan: Plan, seed: int, shots: int | str
+    run: TrainingRun,
+    predictions: Predictions,
+    data: TrainingData,
+    setup: TrainingSetup,
+    seed: int,
+    shots: int | str,
 ) -> FinetuneResult:
-    table, splits, trained = material.table, came.splits, came.trained
-    how = {"init": plan.init, "head_first": plan.head_first}
-    how |= {"precision": came.precision, "best_epoch": trained.best_epoch}
+    table, splits, trained = data.table, run.splits, run.trained
+    params = setup.recipe.to_json() | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
+    params |= {"precision": run.precision, "best_epoch": trained.best_epoch}
     return FinetuneResult(
         kind="finetune",
-        backbone=material.backbone.handle,
+        backbone=data.backbone.handle,
         layer=DEFAULT_LAYER,
         pool=DEFAULT_POOL,
-        head=plan.recipe.top,
-        params=plan.recipe.to_json() | {"lr": plan.rate} | how,
+        head=setup.recipe.top,
+        params=params,
         seed=seed,
         shots=shots,
         n_train=len(splits.train),
         n_val=len(splits.val),
         n_pool=len(table.labels) - len(splits.test),
-        **scores(said, len(table.classes)),
-        seconds=came.seconds,
+        **measure(predictions, len(table.classes)),
+        seconds=run.seconds,
         converged=not trained.diverged,
-        balanced=plan.recipe.class_weights,
+        balanced=setup.recipe.class_weights,
         validation_accuracy=trained.valid_accuracy,
-        freeze=plan.freeze,
+        freeze=setup.freeze,
         epochs=len(trained.history),
-        trainable_parameters=sum(item.numel() for item in came.network.parameters() if item.requires_grad),
+        trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),
         history=trained.history,
     )
-
-
-def _save(path: Path, network: Network, material: Material, recipe: Recipe, result: FinetuneResult) -> None:
-    from pipeline.backbones.network_file import HEAD, TunedModel, save_network
-    from pipeline.backbones.weights import weights_digest
-    from pipeline.finetuning.precision import scores_precision
-
-    backbone, state = material.backbone, network.cpu().whole_state()
-    precision = scores_precision(network)
-    digest = weights_digest(state)
-    spec = LayerSpec(backbone.name, digest, HEAD, DEFAULT_POOL, backbone.preprocessing, precision)
-    model = TunedModel(spec, recipe.top, material.table.classes, result.temperature, to_json(result), {})
-    save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})

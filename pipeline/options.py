@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.spec import (
     DEFAULT_BACKBONE,

@@ -1,8 +1,7 @@
-"""Use a saved model: the same layers of the same backbone over new images, then its head.
+"""Use a saved model: extract the layers that it reads from new images, then run its head.
 
-A fine-tuned network is a backbone, too, whose class scores are the layer to read.
-
-The features go through a cache like any others, so a long prediction that was stopped goes on from there.
+A fine-tuned network is a backbone whose class scores are the layer to read. The features go through a cache like any
+others, so a long prediction that was stopped continues where it was.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from features_cache import DONE, CacheFile, open_cache
-from pipeline.backbones.network_file import TunedModel, describe, is_network_file
+from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.errors import EngineError, resumable
 from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
@@ -27,10 +26,11 @@ from pipeline.results import Prediction, Progress
 from pipeline.spec import LayerSpec
 
 WORTH_KEEPING = 1000
-"""Sources with more images than this go through a cache that stays, even when none was named: `KEPT`."""
-KEPT = "thawline-predictions"
-"""Not where ``extract`` puts its files: a second source there would make the next ``fit`` ambiguous."""
+"""Features of more images than this are kept in `KEPT_FOLDER` if no folder was named."""
+KEPT_FOLDER = "thawline-predictions"
+"""Not the default folder of extraction: a second source there would make the next ``fit`` ambiguous."""
 CHUNK = 4096
+"""Rows that the model predicts at once."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ def predict(
     Parameters
     ----------
     model : str or Path
-        What ``fit --save`` or ``finetune --save`` wrote.
+        A file that `pipeline.fit` or `pipeline.finetune` saved.
     source : str or Path
-        Anything `pipeline.extract.extract` takes; labels it may have are ignored.
+        Anything `pipeline.extract.extract` takes. Labels are ignored.
     output : str or Path, optional
-        Folder of cache files to go through. By default a temporary one, or ``thawline-predictions`` for sources of more
-        than 1,000 images.
+        Folder of cache files for the features. By default a temporary one, or ``thawline-predictions`` for sources of
+        more than 1,000 images.
     engine, device : str, default "auto"
         As for extraction.
     progress : callable, optional
@@ -69,9 +69,15 @@ def predict(
     Raises
     ------
     ModelFileError
-        The file is no model of ours, or its backbone resolves to other features than the head was trained on.
+        The file is no model of ours, or its backbone gives other features here than the head was trained on.
     ThawlineError
-        Whatever extraction raises.
+        As for extraction.
+
+    Examples
+    --------
+    >>> report = predict("model.skops", "new-photos")  # doctest: +SKIP
+    >>> report.predictions[0]  # doctest: +SKIP
+    Prediction(uri='a.jpg', label='night', probability=0.98, state='done', reason='')
     """
     used, layers = _load(model)
     notes: list[str] = []
@@ -99,7 +105,7 @@ def predict(
 
 
 class _Layer(NamedTuple):
-    """What a model reads: the backbone and input size to ask for, and what they must resolve to."""
+    """A layer that a model reads: the backbone and input size to ask for, and the features that must come of it."""
 
     backbone: str
     size: int | None
@@ -107,9 +113,9 @@ class _Layer(NamedTuple):
 
 
 def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
-    """Return a model and the layers that it reads; a fine-tuned network's last step reads its own class scores."""
+    """Return a model and the layers that it reads; of a fine-tuned network, these are its own class scores."""
     if is_network_file(path):
-        tuned = describe(path)
+        tuned = describe_network(path)
         return tuned, [_Layer(f"{tuned.scores.backbone}@{path}", None, tuned.scores)]
     saved = load_model(path)
     asked = [(layer["request"], LayerSpec.from_json(layer["spec"])) for layer in saved.layers]
@@ -126,7 +132,7 @@ def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
 
 
 def _available_precision(wanted: str, engine: str, device: str, notes: list[str]) -> str:
-    """Return the precision of a layer of the model, or fp32, and note it, where this machine does not have it."""
+    """Return the precision of a layer of the model, or fp32, with a note, if this machine does not compute it."""
     from pipeline.engines.select import resolve
 
     try:
@@ -142,8 +148,10 @@ def _available_precision(wanted: str, engine: str, device: str, notes: list[str]
 @contextmanager
 def _cache_folder(source: str | Path, output: str | Path | None, notes: list[str]) -> Iterator[Path]:
     if output is None and len(open_source(source).items) > WORTH_KEEPING:
-        output = KEPT
-        notes.append(f"the features of these images are kept in {KEPT}, which may be deleted; -o names another folder")
+        output = KEPT_FOLDER
+        notes.append(
+            f"the features of these images are kept in {KEPT_FOLDER}; delete it, or set output to another folder"
+        )
     if output is not None:
         with resumable():
             yield Path(output)
@@ -164,7 +172,7 @@ def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Se
         chunk = rows[start : start + CHUNK]
         parts = [file.matrix(spec.layer)[chunk].astype(np.float32) for file, spec in zip(files, specs, strict=True)]
         labels, probabilities = model.predict(np.concatenate(parts, axis=1))
-        for place, row in enumerate(chunk):
-            probability = None if probabilities is None else float(probabilities[place])
-            predictions[row] = Prediction(predictions[row].uri, model.classes[labels[place]], probability, "done")
+        for index, row in enumerate(chunk):
+            probability = None if probabilities is None else float(probabilities[index])
+            predictions[row] = Prediction(predictions[row].uri, model.classes[labels[index]], probability, "done")
     return predictions

@@ -1,4 +1,4 @@
-"""Order cached layers and backbones by how well they promise to suit the classes, before any head is trained."""
+"""Rank cached layers and backbones by how well they suit the classes, without training a head."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from pipeline.diagnostics.transfer_scores import h_score, leep, logme
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.rows import Layer, require_finite, select
+from pipeline.evaluation.split_layers import split_layers
 from pipeline.fit import fit
-from pipeline.heads.grid import cut_layers
 from pipeline.results import Agreement, LayerScore, Progress
 
 MOST_ROWS = 4096
-"""Training rows that are looked at where some layer is wider than this; the work grows with the cube of the smaller."""
+"""Number of training rows that are scored if some layer is wider than this. Time grows with the cube of the smaller."""
 _FEWEST = 3
+"""Layers that an agreement needs at least."""
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """Layers in order, what their order agrees with, and what a user should know.
+    """The ranking, how well it agrees with test accuracy, and what a user should know.
 
     Parameters
     ----------
     ranking : list of LayerScore
         Largest LogME first.
     agreement : list of Agreement
-        One for each score that at least three fitted layers have; empty where nothing was fitted.
+        One for each score that at least three fitted layers have; empty if nothing was fitted.
     notes : list of str
     """
 
@@ -55,43 +56,50 @@ def rank(
 ) -> RankReport:
     """Score every cached layer of one source by LogME and H-score, and cached logits by LEEP.
 
-    Scores are of training rows alone: neither validation nor test rows are looked at.
+    Only training rows are scored; validation and test rows are not looked at.
 
     Parameters
     ----------
     cache : str, Path or Catalog
-        A folder of cache files, or one file. Layers of several backbones and poolings are ranked together.
+        A folder of cache files, or one file. Layers of all backbones and pools are ranked together.
     source, backbone, pool : str, optional
-        Look only at these.
+        Rank only these.
     seed : int, default 0
         Draws the splits that the source does not give, as in `fit`.
     fitted : bool, default False
-        Fit logistic regression on every layer, too, and tell how the scores agree with its test accuracies.
+        Also fit logistic regression on every layer, and compare the scores with its test accuracy.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
     Raises
     ------
     CacheError
-        If nothing fits, or files of several sources do.
+        If no file fits, or files of several sources do.
     FitError
-        If the rows have no labels, or too few.
+        If the rows have no labels, or there are too few.
+
+    Examples
+    --------
+    ::
+
+        for score in rank("cache", pool="avg").ranking:
+            print(score.layer, score.logme)
     """
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
     layers = [layer for file in files for layer in select(Catalog(file.path))]
-    cuts = cut_layers(layers, [seed], ["all"], None, drop_leaks=False)
-    limited = any(min(cut.layer.dim, len(cut.splits.train)) > MOST_ROWS for cut in cuts)
+    split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
+    limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)
     scores, notes = [], []
-    for done, cut in enumerate(cuts):
-        require_finite(cut.layer)
-        rows = _drawn(cut.splits.train, cut.layer.table.labels, seed) if limited else cut.splits.train
-        scores.append(_score(cut.layer, rows))
-        notes += [*cut.layer.table.notes, *cut.splits.notes]
+    for done, each in enumerate(split, 1):
+        require_finite(each.layer)
+        rows = _draw(each.splits.train, each.layer.table.labels, seed) if limited else each.splits.train
+        scores.append(_score(each.layer, rows))
+        notes += [*each.layer.table.notes, *each.splits.notes]
         if progress is not None:
-            progress(done + 1, len(cuts), "score")
+            progress(done, len(split), "score")
     if limited:
-        notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed, evenly over the classes")
+        notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
     if fitted:
         accuracies = [
             result.accuracy
@@ -104,7 +112,7 @@ def rank(
 
 
 def agreements(scores: Sequence[LayerScore]) -> list[Agreement]:
-    """Compare the order by each score with that by accuracy, where at least three layers have both."""
+    """Compare the order by each score with the order by accuracy, if at least three layers have both."""
     found = []
     for name in ("logme", "h_score", "leep"):
         pairs = [(getattr(score, name), score.accuracy) for score in scores if getattr(score, name) is not None]
@@ -121,14 +129,14 @@ def _of_one_source(catalog: Catalog, files: Sequence[CacheFile]) -> Sequence[Cac
     if len(sources) > 1:
         names, locations = zip(*sources, strict=True)
         raise AmbiguousCacheError(
-            f"{catalog.path} holds {len(sources)} sources, whose layers cannot be compared; name one with --source: "
+            f"{catalog.path} holds {len(sources)} sources, whose layers cannot be compared; name one source: "
             f"{', '.join(names if len(set(names)) == len(names) else locations)}"
         )
     return files
 
 
-def _drawn(train: IntArray, labels: IntArray, seed: int) -> IntArray:
-    """Draw at most `MOST_ROWS` training rows, each class by its share."""
+def _draw(train: IntArray, labels: IntArray, seed: int) -> IntArray:
+    """Draw at most `MOST_ROWS` training rows, stratified by class."""
     parts = -(-len(train) // MOST_ROWS)
     if parts == 1:
         return train
@@ -142,7 +150,7 @@ def _score(layer: Layer, rows: IntArray) -> LayerScore:
     features = layer.features(rows)
     file, info = layer.parts[0]
     are_logits = info.name in file.request.get("aliases", {}).get("logits", ())
-    with threadpool_limits(1):  # two threads wait for each other longer than they work
+    with threadpool_limits(1):  # two threads would mostly wait for each other
         scores = logme(features, labels), h_score(features, labels)
     return LayerScore(
         backbone=layer.handle("backbone"),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+
+R = TypeVar("R")
 
 
 class Progress(Protocol):
@@ -32,6 +37,70 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def from_json(kind: type[R], document: object, where: str = "") -> R:
+    """Return the record that `to_json` wrote.
+
+    Parameters
+    ----------
+    kind : type
+        A dataclass. Fields whose key is absent take their default; unknown keys are ignored.
+    document : dict
+        Parsed JSON.
+    where : str, optional
+        Name of the key that holds the document, for messages.
+
+    Raises
+    ------
+    ValueError
+        A key without a default is absent, or a value is not of its field's type.
+
+    Examples
+    --------
+    >>> from_json(Agreement, {"score": "logme", "layers": 3, "kendall_tau": 1, "spearman_rho": "high"})
+    Traceback (most recent call last):
+    ValueError: expected 'spearman_rho' to be float, got 'high'
+    """
+    if not isinstance(document, Mapping):
+        raise ValueError(f"expected {f'{where!r} to be ' if where else ''}a JSON object, got {document!r:.40}")
+    types, values = _types(kind), {}  # type: ignore[arg-type]
+    for one in fields(kind):  # type: ignore[arg-type]
+        if one.name in document:
+            values[one.name] = _checked(types[one.name], document[one.name], one.name)
+        elif one.default is MISSING and one.default_factory is MISSING:
+            raise ValueError(f"the key '{one.name}' is missing")
+    return kind(**values)
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    """Return a JSON value as a field's type holds it: lists as tuples and objects as records where it says so."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or (kind is float and type(value) is int):
+        return value
+    if is_dataclass(kind):
+        return value if isinstance(value, kind) else from_json(kind, value, where)  # type: ignore[arg-type]
+    if origin is dict and isinstance(value, dict):
+        return {key: _checked(inner[1], one, f"{where}.{key}") for key, one in value.items()}
+    if origin is list and isinstance(value, list):
+        return [_checked(inner[0], one, where) for one in value]
+    if origin is tuple and isinstance(value, list) and len(value) == len(inner):
+        return tuple(_checked(one, item, where) for one, item in zip(inner, value, strict=True))
+    if origin is UnionType:
+        for choice in inner:
+            try:
+                return _checked(choice, value, where)
+            except ValueError:
+                continue
+    elif type(value) is kind:
+        return value
+    name = kind.__name__ if isinstance(kind, type) and origin is None else kind
+    raise ValueError(f"expected '{where}' to be {name}, got {value!r:.40}")
 
 
 @dataclass(frozen=True)

@@ -1,51 +1,49 @@
-"""A frozen backbone as a scikit-learn transformer, for pipelines and cross-validation: images in, features out.
-
-make_pipeline(ImageFeatures(), StandardScaler(), LogisticRegression()).fit(paths, labels)
-"""
+"""A frozen backbone as a scikit-learn transformer, for pipelines and cross-validation: images in, features out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import closing
+from functools import lru_cache, partial
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from sklearn.base import BaseEstimator, TransformerMixin
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.extraction.extractor import FeatureExtractor
+from pipeline.images.ahead import map_ahead
 from pipeline.images.decode import from_pillow
+from pipeline.images.loader import MIN_READERS, default_workers
 from pipeline.images.resize import prepare, resize_and_crop
 from pipeline.images.sources.items import read_file
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, Preprocessing
-
-if TYPE_CHECKING:
-    from pipeline.engines.engine import Engine
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, Preprocessing, Request
 
 AnyImage = str | PathLike[str] | Image.Image | np.ndarray
 KEPT = 4
-"""Networks that stay loaded in a process: those used last."""
+"""Networks that stay loaded in a process: those used most recently."""
 
 _RUNNING = Lock()
-"""Held while a network runs: threads share them, and those tapped by hooks bear only one pass at a time."""
+"""Held while a network runs: threads share networks, and one that is tapped by hooks runs one pass at a time."""
 
 
 class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Turn images into the features of a frozen network.
 
-    Nothing is learned: `fit` only checks, and `transform` works without it. The network is loaded on first use, is
-    shared by all transformers of the same parameters in a process, clones included, and is no part of a pickle.
+    Nothing is learned: `fit` only checks, and `transform` works without it. The network is loaded on first use. All
+    transformers with the same parameters in a process share it, clones included, and a pickle does not contain it.
 
     Parameters
     ----------
     backbone : str, default "efficientnet_lite0"
-        As for `pipeline.backbones.registry.load`.
+        As for `pipeline.backbones.registry.load_backbone`.
     layer : str, default "penultimate"
-        A layer or an alias; several joined by ``+`` and all of ``stages`` are put side by side.
+        A layer or an alias. The features of several, joined by ``+``, and of all ``stages`` are put side by side.
     pool : str, default "avg"
         One of `pipeline.spec.POOLS`.
     precision : str, default "auto"
@@ -58,7 +56,18 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     Attributes
     ----------
     n_features_out_ : int
-        Features an image; set by `fit`.
+        Features of an image; set by `fit`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> images = [np.zeros((40, 60, 3), np.uint8), np.full((40, 60), 255, np.uint8)]
+    >>> ImageFeatures(layer="blocks.1", size=32).fit_transform(images).shape
+    (2, 24)
+
+    In a pipeline, with `paths` of photos and their `labels`::
+
+        make_pipeline(ImageFeatures(), StandardScaler(), LogisticRegression()).fit(paths, labels)
     """
 
     def __init__(
@@ -80,22 +89,22 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         self.device = device
 
     def fit(self, X: Sequence[AnyImage], y: Any = None) -> ImageFeatures:
-        """Check the parameters, by loading the network, and the kinds of images in `X`; decode nothing.
+        """Check the parameters by loading the network, and the types of the images in `X`; decode nothing.
 
         Parameters
         ----------
         X : sequence
-            Paths, Pillow images of any mode, or uint8 arrays of shape (h, w, 3) or (h, w); mixed as you like.
+            Paths, Pillow images of any mode, and uint8 arrays of shape (h, w, 3) or (h, w), in any mixture.
         y : ignored
-            Labels, which change nothing.
+            For pipelines, which pass labels.
 
         Raises
         ------
         ThawlineError
-            If the network, a layer, the precision or the device cannot be had, or `X` holds something else.
+            The network, a layer, the precision or the device is not available, or `X` holds something else.
         """
         _checked(X)
-        self.n_features_out_ = sum(self._extractor().dims.values())
+        self.n_features_out_ = sum(_dims(self._extractor()).values())
         return self
 
     def transform(self, X: Sequence[AnyImage]) -> np.ndarray:
@@ -104,7 +113,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Raises
         ------
         UnreadableImageError
-            Naming the first image that cannot be decoded.
+            An image cannot be decoded; the message names the first one.
         ThawlineError
             As in `fit`.
         """
@@ -112,20 +121,27 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
         images = _checked(X)
         extractor = self._extractor()
-        parts = [np.empty((0, sum(extractor.dims.values())), np.float32)]
+        parts = [np.empty((0, sum(_dims(extractor).values())), np.float32)]
+        decode = partial(_pixels, preprocessing=extractor.backbone.preprocessing)
         with _RUNNING:
-            for features in stream(extractor.engine, _batches(images, extractor)):
-                parts.append(np.concatenate(features, axis=1))
+            engine = extractor.engine(extractor.layers)
+            size = engine.resolved.batch_size
+            ahead = map_ahead(decode, enumerate(images), default_workers() + MIN_READERS, depth=size)
+            with closing(ahead) as pixels:
+                for features in stream(engine, _batches(pixels, size)):
+                    parts.append(np.concatenate(features, axis=1))
         return np.concatenate(parts)
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Return ``LAYER_0``, ``LAYER_1``, … as an array of objects; `input_features` is ignored."""
-        dims = self._extractor().dims
-        return np.array([f"{layer}_{place}" for layer, dim in dims.items() for place in range(dim)], dtype=object)
+        """Return ``LAYER_0``, ``LAYER_1``, … as an object array; `input_features` is ignored."""
+        return np.array(
+            [f"{layer}_{index}" for layer, dim in _dims(self._extractor()).items() for index in range(dim)],
+            dtype=object,
+        )
 
-    def _extractor(self) -> _Extractor:
-        name = self.backbone
-        return _load(name, _stamp(name), self.layer, self.pool, self.precision, self.size, self.engine, self.device)
+    def _extractor(self) -> FeatureExtractor:
+        request = Request(self.backbone, tuple(self.layer.split("+")), self.pool, self.precision, size=self.size)
+        return _load(request, self.engine, self.device, _stamp(self.backbone))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -137,47 +153,32 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
 
-class _Extractor(NamedTuple):
-    """A network ready to run, what its images must become, and the length of each layer's features."""
-
-    engine: Engine
-    preprocessing: Preprocessing
-    dims: dict[str, int]
-
-
 def _stamp(backbone: str) -> int | None:
-    """Return when the weights file in a backbone's name was written: the same name may hold other weights later."""
+    """Return when the weights file in ``NAME@FILE`` was last written: the same name may hold other weights later."""
     path = Path(backbone.partition("@")[2])
     return path.stat().st_mtime_ns if path.is_file() else None
 
 
 @lru_cache(maxsize=KEPT)
-def _load(
-    name: str, stamp: int | None, layer: str, pool: str, precision: str, size: int | None, engine: str, device: str
-) -> _Extractor:
-    from pipeline.backbones.registry import load
-    from pipeline.backbones.taps import tap
-    from pipeline.engines.engine import build_engine
-    from pipeline.engines.select import resolve
+def _load(request: Request, engine: str, device: str, stamp: int | None) -> FeatureExtractor:
+    return FeatureExtractor([request], engine, device)
 
-    resolved = resolve(engine, device, precision)
-    backbone = load(name, size)
-    network = tap(backbone, layer.split("+"), pool)
-    built = build_engine(network, resolved, resolved.batch_size)
-    return _Extractor(built, backbone.preprocessing, network.dims)
+
+def _dims(extractor: FeatureExtractor) -> dict[str, int]:
+    return extractor.tapped(extractor.layers).dims
 
 
 def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
-    """Return `X` as a list whose items are of a kind that can be an image."""
+    """Return `X` as a list, after checking the types of its items."""
     expected = "paths, Pillow images or uint8 arrays of shape (h, w, 3) or (h, w)"
     if isinstance(X, str | PathLike | Image.Image):
         raise SourceError(f"expected a list of {expected}, not a single {type(X).__name__}: put it in a list")
     images = list(X)
-    for place, image in enumerate(images):
+    for index, image in enumerate(images):
         if not (isinstance(image, str | PathLike | Image.Image) or _is_pixels(image)):
             is_array = isinstance(image, np.ndarray)
             kind = f"{image.dtype} array of shape {image.shape}" if is_array else type(image).__name__
-            raise SourceError(f"expected {expected}, but item {place} is a {kind}")
+            raise SourceError(f"expected {expected}, but item {index} is a {kind}")
     return images
 
 
@@ -187,32 +188,20 @@ def _is_pixels(image: Any) -> bool:
     return image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
 
 
-def _batches(images: list[AnyImage], extractor: _Extractor) -> Iterator[np.ndarray]:
-    """Decode in threads, one batch ahead of the one that is being computed."""
-    threads = ThreadPoolExecutor()
-    ahead: list[Future[np.ndarray]] = []
-    try:
-        size = extractor.engine.resolved.batch_size
-        for start in range(0, len(images), size):
-            current = ahead
-            chunk = enumerate(images[start : start + size], start)
-            ahead = [threads.submit(_pixels, image, place, extractor.preprocessing) for place, image in chunk]
-            if current:
-                yield np.stack([future.result() for future in current])
-        if ahead:
-            yield np.stack([future.result() for future in ahead])
-    finally:
-        threads.shutdown(cancel_futures=True)
+def _batches(pixels: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    while batch := list(islice(pixels, size)):
+        yield np.stack(batch)
 
 
-def _pixels(image: AnyImage, place: int, preprocessing: Preprocessing) -> np.ndarray:
-    """Return the network's input, uint8 (h, w, 3), for item `place`."""
+def _pixels(numbered: tuple[int, AnyImage], preprocessing: Preprocessing) -> np.ndarray:
+    """Return the network's input, uint8 (h, w, 3), for an item and its index."""
+    index, image = numbered
     try:
         if isinstance(image, str | PathLike):
             return prepare(read_file(Path(image)), preprocessing)
         picture = from_pillow(Image.fromarray(image) if isinstance(image, np.ndarray) else image)
         return resize_and_crop(picture, preprocessing)
-    except Exception as error:  # a Pillow image from a file decodes here, and damaged ones raise nearly anything
+    except Exception as error:  # Pillow images decode here, and damaged ones raise nearly anything
         name = f" ({image})" if isinstance(image, str | PathLike) else ""
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnreadableImageError(f"item {place}{name} cannot be used as an image: {reason}") from error
+        raise UnreadableImageError(f"item {index}{name} cannot be used as an image: {reason}") from error

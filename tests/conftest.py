@@ -22,6 +22,15 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep converted models out of the user's cache folder."""
@@ -34,8 +43,8 @@ def own_user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def write_photos() -> Callable[..., Path]:
     """Write a folder of class folders: noisy pictures whose colour tells the class."""
 
-    def write(root: Path, classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8) -> Path:
-        generator = np.random.default_rng(7)
+    def write(root: Path, classes: tuple[str, ...] = ("blue", "green", "red"), each: int = 8, seed: int = 7) -> Path:
+        generator = np.random.default_rng(seed)
         for number, class_name in enumerate(classes):
             (root / class_name).mkdir(parents=True)
             for index in range(each):

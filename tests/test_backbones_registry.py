@@ -13,7 +13,7 @@ from timm.models import create_model, get_pretrained_cfg
 from torchvision.transforms import CenterCrop, Resize
 
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
-from pipeline.backbones.registry import list_backbones, load, sketch
+from pipeline.backbones.registry import list_backbones, load_backbone, sketch
 from pipeline.errors import BackboneError
 
 TINY = "timm/test_resnet"  # 0.5 million parameters
@@ -49,7 +49,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, handle: str, weights: str) -> None:
-    backbone = load(asked)
+    backbone = load_backbone(asked)
     assert (backbone.name, backbone.handle, backbone.weights) == (name, handle, weights)
 
 
@@ -69,12 +69,12 @@ def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, ha
             "botnet50ts_256",
             "there are no pretrained weights for botnet50ts_256; use botnet50ts_256@FILE.safetensors or",
         ),
-        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border'"),
+        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border', but only square images"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(asked: str, message: str) -> None:
     with pytest.raises(BackboneError, match=message) as caught:
-        load(asked)
+        load_backbone(asked)
     assert "\n" not in str(caught.value)
 
 
@@ -93,7 +93,7 @@ def test_the_list_tells_which_weights_are_here(offline: Path) -> None:
     }
     assert [row.name for row in list_backbones("embedded/*")] == [f"efficientnet_lite{number}" for number in range(3)]
     assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm"}
-    with pytest.raises(BackboneError, match="no backbone fits 'resnext500'; did you mean"):
+    with pytest.raises(BackboneError, match="no backbone matches 'resnext500'; did you mean"):
         list_backbones("resnext500")
 
 
@@ -104,14 +104,14 @@ def test_random_weights_are_reproducible_and_leave_the_callers_generator_alone()
     torch.manual_seed(7)
     expected = torch.rand(4)
     torch.manual_seed(7)
-    digests = [load(f"{TINY}@random:{seed}").weights_digest for seed in (0, 1, 0)]
-    load("efficientnet_lite0")
+    digests = [load_backbone(f"{TINY}@random:{seed}").weights_digest for seed in (0, 1, 0)]
+    load_backbone("efficientnet_lite0")
     assert torch.equal(torch.rand(4), expected)
     assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_backbone_is_frozen() -> None:
-    module = load(f"{TINY}@random:0").module
+    module = load_backbone(f"{TINY}@random:0").module
     assert not any(part.training for part in module.modules())
     assert not any(item.requires_grad for item in module.parameters())
 
@@ -154,7 +154,7 @@ def test_weights_bring_their_own_preprocessing() -> None:
     [("resnet18@random:0", 112, 128), ("efficientnet_lite0", 256, 293), (f"{TINY}@random:0", 64, 67)],
 )
 def test_size_scales_the_resize_with_it(name: str, size: int, resize: int) -> None:
-    backbone = load(name, size=size)
+    backbone = load_backbone(name, size=size)
     assert backbone.preprocessing.size == (size, size)
     assert backbone.preprocessing.resize == resize
 
@@ -189,7 +189,7 @@ def tiny_state(classes: int = 1000) -> dict[str, torch.Tensor]:
 def test_a_file_of_weights(tmp_path: Path, suffix: str) -> None:
     state = tiny_state()
     path = save(state, tmp_path / f"mine{suffix}")
-    backbone = load(f"{TINY}@{path}")
+    backbone = load_backbone(f"{TINY}@{path}")
     assert backbone.weights == path.name
     assert backbone.handle == f"test_resnet@{path.name}"
     assert all(torch.equal(item, state[name]) for name, item in backbone.module.state_dict().items())
@@ -208,7 +208,7 @@ def test_a_file_of_weights(tmp_path: Path, suffix: str) -> None:
 )
 def test_wrapped_state_dicts_are_understood(tmp_path: Path, wrap: object) -> None:
     state = tiny_state()
-    backbone = load(f"{TINY}@{save(wrap(state), tmp_path / 'mine.pth')}")
+    backbone = load_backbone(f"{TINY}@{save(wrap(state), tmp_path / 'mine.pth')}")
     assert torch.equal(backbone.module.state_dict()["conv1.0.weight"], state["conv1.0.weight"])
 
 
@@ -219,13 +219,13 @@ def test_the_classifier_takes_the_files_number_of_classes(tmp_path: Path, name: 
         "torchvision/squeezenet1_1": lambda: torchvision.models.squeezenet1_1(num_classes=7),
         "efficientnet_lite0": lambda: create_model("tf_efficientnet_lite0", num_classes=7),
     }[name]()
-    backbone = load(f"{name}@{save(plain.state_dict(), tmp_path / 'seven.safetensors')}")
+    backbone = load_backbone(f"{name}@{save(plain.state_dict(), tmp_path / 'seven.safetensors')}")
     assert backbone.module.get_submodule(backbone.classifier).weight.shape[0] == 7
 
 
 def test_auxiliary_heads_in_a_file_are_left_out(tmp_path: Path) -> None:
     plain = torchvision.models.googlenet(aux_logits=True, init_weights=False)
-    backbone = load(f"googlenet@{save(plain.state_dict(), tmp_path / 'mine.safetensors')}")
+    backbone = load_backbone(f"googlenet@{save(plain.state_dict(), tmp_path / 'mine.safetensors')}")
     assert not any(name.startswith("aux") for name in backbone.module.state_dict())
 
 
@@ -237,7 +237,7 @@ def test_without_network_and_weights_one_line_names_the_ways_out(offline: Path, 
     with pytest.raises(
         BackboneError, match=r"no weights for .*: not on this machine, and the download failed"
     ) as caught:
-        load(name)
+        load_backbone(name)
     bare = name.partition("@")[0].rpartition("/")[2]
     assert f"or use efficientnet_lite0, {bare}@FILE.safetensors or {bare}@random:0" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -256,7 +256,7 @@ def test_weights_in_torch_hubs_cache_need_no_network(
     plain = torchvision.models.get_model(name, weights=None, **options)
     (offline / "checkpoints").mkdir()
     torch.save(plain.state_dict(), offline / "checkpoints" / file)
-    backbone = load(name)
+    backbone = load_backbone(name)
     assert (backbone.weights, backbone.handle) == ("IMAGENET1K_V1", name)
     assert torch.equal(backbone.module.fc.weight, plain.fc.weight)
     assert not getattr(backbone.module, "transform_input", False)
@@ -271,7 +271,7 @@ def test_weights_in_the_hubs_cache_need_no_network(offline: Path) -> None:
     (repository / "refs" / "main").write_text("abc")
     save(state, repository / "snapshots" / "abc" / "model.safetensors")
     assert list_backbones("timm/test_resnet")[0].local == ("r160_in1k",)
-    backbone = load("test_resnet")
+    backbone = load_backbone("test_resnet")
     assert (backbone.weights, backbone.handle) == ("r160_in1k", "test_resnet")
     assert torch.equal(backbone.module.fc.weight, state["fc.weight"])
 
@@ -280,4 +280,4 @@ def test_a_broken_file_in_the_cache_is_one_line(offline: Path) -> None:
     (offline / "checkpoints").mkdir()
     (offline / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"half a downlo")
     with pytest.raises(BackboneError, match="no weights for resnet18"):
-        load("resnet18")
+        load_backbone("resnet18")

@@ -10,19 +10,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.weights import read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 
 
 def state(seed: int = 3) -> dict[str, Tensor]:
-    return {key: item.clone() for key, item in load(f"resnet18@random:{seed}").module.state_dict().items()}
+    return {key: item.clone() for key, item in load_backbone(f"resnet18@random:{seed}").module.state_dict().items()}
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     halves = {key: item.half() if item.is_floating_point() else item for key, item in state().items()}
     safetensors.torch.save_file(halves, path := tmp_path / "half.safetensors")
-    module = load(f"resnet18@{path}").module
+    module = load_backbone(f"resnet18@{path}").module
     assert {item.dtype for item in module.parameters()} == {torch.float32}
     assert torch.equal(module.conv1.weight, halves["conv1.weight"].float())
 
@@ -34,7 +34,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     given["conv1.weight"] = torch.ones(64, 1, 7, 7)
     torch.save(given, path := tmp_path / "odd.pth")
     with pytest.raises(BackboneError) as caught:
-        load(f"resnet18@{path}")
+        load_backbone(f"resnet18@{path}")
     message = str(caught.value)
     assert "odd.pth for resnet18 does not fit" in message
     assert "missing: layer1.0.conv1.weight" in message
@@ -60,7 +60,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path: Path, sav
     else:
         path.write_bytes(pickle.dumps(content))
     with pytest.raises(BackboneError, match=r"evil\.pth"):
-        load(f"resnet18@{path}")
+        load_backbone(f"resnet18@{path}")
     assert not trace.exists()
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from features_cache import CacheError, CacheFile, CacheWriter, LayerInfo, Rows, export, open_cache
+from features_cache import CacheError, CacheFile, CacheWriter, LayerInfo, Rows, export_features, open_cache
 
 N, DONE_ROWS = 7, [1, 2, 4, 6]
 LAYERS = [LayerInfo("a", 5, "float32", {}, "f"), LayerInfo("b.c", 3, "float16", {}, "g")]
@@ -47,7 +47,7 @@ def test_npy_has_the_done_rows_and_a_csv_beside_it(tmp_path: Path, layer: str, d
     file = make(tmp_path / "a.h5", done)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.csv").write_text("the user's own")
-    written = export(file, layer, tmp_path / "out" / "x.npy")
+    written = export_features(file, layer, tmp_path / "out" / "x.npy")
     assert written == [tmp_path / "out" / "x.npy", tmp_path / "out" / "x.npy.csv"]
     features = np.load(written[0], allow_pickle=False)
     assert features.dtype == file.layers[layer].dtype
@@ -61,7 +61,7 @@ def test_npy_has_the_done_rows_and_a_csv_beside_it(tmp_path: Path, layer: str, d
 @pytest.mark.parametrize("layer", ["a", "b.c"])
 def test_parquet_has_all_in_one_table(tmp_path: Path, layer: str) -> None:
     file = make(tmp_path / "a.h5", DONE_ROWS)
-    (path,) = export(file, layer, tmp_path / "x.parquet")
+    (path,) = export_features(file, layer, tmp_path / "x.parquet")
     read = pq.read_table(path)
     kind = pa.float32() if layer == "a" else pa.float16()
     assert read.schema.field("features").type == pa.list_(kind, file.layers[layer].dim)
@@ -73,7 +73,7 @@ def test_parquet_has_all_in_one_table(tmp_path: Path, layer: str) -> None:
 @pytest.mark.parametrize("layer", ["a", "b.c"])
 def test_safetensors_has_features_labels_and_names(tmp_path: Path, layer: str) -> None:
     file = make(tmp_path / "a.h5", DONE_ROWS)
-    (path,) = export(file, layer, tmp_path / "x.safetensors")
+    (path,) = export_features(file, layer, tmp_path / "x.safetensors")
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "others may read it, as the umask has it"
     with safe_open(path, "numpy") as read:
@@ -95,9 +95,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path, m
     }
     for (layer, name), message in cases.items():
         with pytest.raises(CacheError, match=message):
-            export(file, layer, tmp_path / name)
+            export_features(file, layer, tmp_path / name)
     with pytest.raises(CacheError, match="no finished row"):
-        export(make(tmp_path / "b.h5", []), "a", tmp_path / "x.npy")
+        export_features(make(tmp_path / "b.h5", []), "a", tmp_path / "x.npy")
     for module, name, hint in (
         ("pyarrow", "x.parquet", r"thawline\[parquet\]"),
         ("safetensors.numpy", "x.safetensors", "pip"),
@@ -105,17 +105,17 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path, m
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
             with pytest.raises(CacheError, match=hint):
-                export(file, "a", tmp_path / name)
+                export_features(file, "a", tmp_path / name)
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["features_cache.export"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]}
+            sys.modules["features_cache.export_features"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]}
         )  # the header's limit
         with pytest.raises(CacheError, match=r"header too large; \.npy and \.parquet take any number"):
-            export(file, "a", tmp_path / "x.safetensors")
+            export_features(file, "a", tmp_path / "x.safetensors")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.h5", "b.h5"]
 
 
 def test_an_existing_export_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "x.npy").write_bytes(b"old")
-    export(make(tmp_path / "a.h5", DONE_ROWS), "a", tmp_path / "x.npy")
+    export_features(make(tmp_path / "a.h5", DONE_ROWS), "a", tmp_path / "x.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), expected("a", DONE_ROWS))

@@ -109,7 +109,7 @@ except CacheError as error:
 """
 
 
-@pytest.mark.parametrize(("count", "expected"), [(9000, "GB are needed"), (4000, "full: No space left|complete")])
+@pytest.mark.parametrize(("count", "expected"), [(9000, "GB are free"), (4000, "full: No space left|complete")])
 def test_a_real_disk_that_is_full_shows_before_anything_is_computed(tmp_path: Path, count: int, expected: str) -> None:
     inside = f"{tmp_path}/a.h5 {count} {tmp_path}/filler"
     mount = f"mount -t tmpfs -o size=3m none {tmp_path} && exec {sys.executable} -c '{DISK}' {inside}"
@@ -286,9 +286,9 @@ WRONG_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another HDF5 file": (plain_hdf5, "HDF5 file of something else"),
     "first line only": (lambda path: path.write_bytes(b"thawline-cache x\n"), "first line is damaged"),
     "a forged size": (lambda path: path.write_bytes(FORGED_LINE), "contradict each other"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "no regular file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
     "nothing": (lambda path: path.unlink(), "no such file"),
-    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "no regular file"),
+    "a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
 }
 
 

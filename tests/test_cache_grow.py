@@ -318,7 +318,7 @@ def test_prune_deletes_superseded_and_unfinished_files_only(tmp_path: Path) -> N
     old = superseded(tmp_path)
     assert names(old) == ["a.superseded-1.h5", "b.h5.tmp"]
     sizes = [file.stat().st_size for file in old]
-    with pytest.raises(CacheError, match="no superseded file"):
+    with pytest.raises(CacheError, match="is not a superseded file"):
         prune([*old, path])
     with CacheWriter.create(tmp_path / "b.h5", rows_of(BASE), ["x", "y"], LAYERS, {}, {}):
         (tmp_path / "b.h5.tmp").write_bytes(b"left by a kill")
@@ -345,7 +345,7 @@ def test_find_narrows_names_what_exists_and_lists_what_is_ambiguous(tmp_path: Pa
         catalog.find("c")
     with pytest.raises(CacheError, match="no pool max; it has avg"):
         catalog.find("a", pool="max")
-    with pytest.raises(AmbiguousCacheError, match=r"2 files of .* fit.*r\.h5 \(.*resnet50.*v\.h5"):
+    with pytest.raises(AmbiguousCacheError, match=r"2 files of .* match.*r\.h5 \(.*resnet50.*v\.h5"):
         catalog.find("a")
     assert Catalog(tmp_path / "r.h5").find("a").path.name == "r.h5"
     (tmp_path / "empty").mkdir()

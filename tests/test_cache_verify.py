@@ -141,7 +141,7 @@ def test_images_that_changed_or_went_are_named_and_are_no_damage(path: Path) -> 
     assert report.sound
     assert [(finding.row, finding.uri) for finding in report.changed] == [(3, "3.png"), (5, "5.png"), (9, "9.png")]
     assert "3.png is gone" in report.changed[0].what
-    assert "another one now" in report.changed[2].what
+    assert "in the source has changed" in report.changed[2].what
     assert repair(path, report) == 0
     assert verify(path, IMAGES.__getitem__).changed == []
 

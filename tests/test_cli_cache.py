@@ -75,7 +75,7 @@ def test_show_tells_all_about_one_file(thawline: Thawline, cache: Path) -> None:
     assert text.count("weights_digest") == 1, "what all layers share is said once"
     assert "mean 0.5 0.5 0.5" in text
     assert "twin[red].png (test) = train/blue/twin.png" in text, "names are no markup"
-    thawline("cache", "show", cache).assert_one_line("layers layer1", "layers input", "-l")
+    thawline("cache", "show", cache).assert_one_line("layers layer1", "layers input", "name the source")
 
 
 def test_show_reads_the_reasons_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +123,11 @@ def test_verify_against_the_source_names_changed_and_missing_images(
     (photos / "train" / "red" / "1.png").unlink()
     found = thawline("cache", "verify", cache, "--source", photos)
     assert found.returncode == 1
-    assert "train/red/0.png: its image in the source is another one now" in found.stdout
+    assert "train/red/0.png: its image in the source has changed" in found.stdout
     assert "train/red/1.png: its image cannot be read: it is no longer in the source" in found.stdout
-    thawline("cache", "verify", cache, "--source", make_photos(name="other")).assert_one_line("no file of", "cache ls")
+    thawline("cache", "verify", cache, "--source", make_photos(name="other")).assert_one_line(
+        "no file of", "its sources are"
+    )
 
 
 def test_export_writes_the_finished_rows(thawline: Thawline, cache: Path, tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ def test_export_writes_the_finished_rows(thawline: Thawline, cache: Path, tmp_pa
     assert len(rows) == 32
     assert "train/red/broken.png" not in [row["uri"] for row in rows]
     thawline("cache", "export", cache, tmp_path / "out.txt", "-l", "input").assert_one_line(".parquet", ".txt")
-    thawline("cache", "export", cache, tmp_path / "out.npy").assert_one_line("-l")
+    thawline("cache", "export", cache, tmp_path / "out.npy").assert_one_line("name the source, backbone, layer")
 
 
 def test_prune_asks_before_it_deletes_what_was_superseded(
@@ -172,6 +174,6 @@ def test_two_sources_of_one_name_are_told_apart_by_location(
 ) -> None:
     other = make_photos(each=3, name="elsewhere/photos")
     assert thawline("extract", other, *NETWORK, "-l", "input", "-o", cache).returncode == 0
-    thawline("cache", "show", cache, "-l", "input").assert_one_line(str(photos), str(other), "--source")
+    thawline("cache", "show", cache, "-l", "input").assert_one_line(str(photos), str(other), "name the source")
     rows = thawline("cache", "show", cache, "-l", "input", "--source", other, "--json").json["summary"]["rows"]
     assert rows == 9

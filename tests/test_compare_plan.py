@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline.backbones.registry import sketch
 from pipeline.compare import compare, dry_run
 from pipeline.comparing.jobs import Extraction, Fit, extractions, finetunes, fits, rectangles
-from pipeline.comparing.plan import Line, find_line, read_plan
+from pipeline.comparing.plan import PlanTable, line_number, read_plan
 from pipeline.demo import demo
 from pipeline.drift import drift
 from pipeline.errors import PlanError
@@ -337,13 +337,13 @@ def test_the_same_layer_of_two_extracts_is_a_duplicate(tmp_path: Path) -> None:
 
 def test_lines_are_found_by_table_and_word() -> None:
     text = 'a = 1\n[[fit]]\nhead = "x"\n[[fit]]\nheads = 1\nhead = "head" # x\n'
-    assert find_line(text, "fit", 0, "head") == 3
-    assert find_line(text, "fit", 1, "head") == 6, "a part of a word is no word"
-    assert find_line(text, "fit", 1, "x") == 4, "comments do not count, and the header is the fallback"
-    assert find_line(text, "", 0, "a") == 1
+    assert line_number(text, "fit", 0, "head") == 3
+    assert line_number(text, "fit", 1, "head") == 6, "a part of a word is no word"
+    assert line_number(text, "fit", 1, "x") == 4, "comments do not count, and the header is the fallback"
+    assert line_number(text, "", 0, "a") == 1
 
 
-EXTRACTION = Extraction("digits", Request("a", ("b",)), Line("extract", 0, {}))
+EXTRACTION = Extraction("digits", Request("a", ("b",)), PlanTable("extract", 0, {}))
 
 
 @given(

@@ -20,25 +20,27 @@ from scipy.stats import binomtest
 
 from features_cache import CacheLockedError
 from pipeline.compare import CompareReport, compare, dry_run
-from pipeline.comparing import work
+from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import Judged, RunFolder
-from pipeline.comparing.methods import boards
+from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import compare_scores
 from pipeline.comparing.plan import read_plan
+from pipeline.comparing.records import ExtractionCost, JobResult, RunInfo
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
+from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
+from pipeline.reporting.charts.cost import pareto
 from pipeline.reporting.charts.reliability import reliability
-from pipeline.reporting.page.method_charts import pareto
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
-from pipeline.reporting.page.pictures import lay_out
+from pipeline.reporting.page.pictures import lay_out_map
 from pipeline.reporting.terminal import progress
-from pipeline.results import silent, to_json
+from pipeline.results import FinetuneResult, silent, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Thawline = Callable[..., Any]
@@ -95,7 +97,7 @@ def test_a_run_holds_what_fit_returns(finished: CompareReport, photos: Path) -> 
     run = photos.parent / "run"
     assert (finished.computed, finished.reused, finished.failures) == (16, 0, [])
     records = lines_of(run)
-    assert finished.results == records
+    assert [result.to_json() for result in finished.results] == records
 
     alone = fit(run / "cache", heads=["logreg", "centroid"], seeds=[0, 1], shots=[2, "all"], jobs=1)
     same = ("backbone", "layer", "head", "seed", "shots", "n_train", "n_val", "n_test", "accuracy", "macro_f1")
@@ -143,7 +145,7 @@ def test_after_a_kill_only_the_rest_is_done(plan: Path, run: Path) -> None:
 
 def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.jsonl").write_text('{"key": "a"}\nnonsense\n')
+    (tmp_path / "run" / "results.jsonl").write_text(f"{json.dumps(record('a').to_json())}\nnonsense\n")
     with pytest.raises(RunFolderError, match="line 2"):
         compare(plan, tmp_path / "run")
 
@@ -151,23 +153,83 @@ def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_damage_and_do_not_shift_what_is_cut_off(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     results.write_bytes(b'{"key": "\xff"}\n{"key": "to')
-    with pytest.raises(RunFolderError, match="line 1: expected a result"), RunFolder(tmp_path).claim():
+    with pytest.raises(RunFolderError, match="line 1 is damaged: expected JSON"), RunFolder(tmp_path).claim():
         pass
-    results.write_text('{"key": "ä"}\n{"key": "to')
+    line = json.dumps(record("ä").to_json(), ensure_ascii=False) + "\n"
+    results.write_text(line + '{"key": "to')
     with RunFolder(tmp_path).claim():
-        assert results.read_text() == '{"key": "ä"}\n'
+        assert results.read_text() == line
+
+
+GONE = object()
+
+
+def id_of(value: object) -> str:
+    return "missing" if value is GONE else repr(value)
+
+
+def with_key(document: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    return {name: old for name, old in document.items() if name != key} | ({} if value is GONE else {key: value})
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    """The message of a `RunFolderError`, or an empty one."""
+    try:
+        call()
+    except RunFolderError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["head", "finetune"])
+@pytest.mark.parametrize("value", [GONE, None, "word", 1.5, True, [], {}, [[]]], ids=id_of)
+def test_a_damaged_key_of_a_result_is_one_error_or_does_no_harm(kind: str, value: Any, tmp_path: Path) -> None:
+    tuned = {"kind": "finetune", "freeze": "all", "epochs": 3, "options": {"lr": 0.1}}
+    whole = record("x", **(tuned if kind == "finetune" else {"size": [32, 32], "depth": 1})).to_json()
+    refused = set()
+    for key in whole:
+        (tmp_path / "results.jsonl").write_text(json.dumps(with_key(whole, key, value)) + "\n")
+        if message := error_of(lambda: RunFolder(tmp_path)):
+            assert f"{tmp_path / 'results.jsonl'} line 1 is damaged: " in message
+            assert f"'{key}'" in message
+            refused.add(key)
+            continue
+        (board,) = leaderboards(RunFolder(tmp_path).results.values())
+        found = answer(board, lambda _: said(np.ones(20, bool)), {})
+        assert found.headline.startswith("Best here")
+    assert {"kind", "accuracy", "n_test"} <= refused, "no value here can stand for these"
+    if value is GONE:
+        added = {"n_classes", "precision", "store", "size", "drop_leaks", "depth", "options", "freeze", "epochs"}
+        assert not refused & (added | {"n_pool", "balanced", "history"}), "old run folders lack these"
+
+
+@pytest.mark.parametrize("value", [GONE, None, "word", 1.5, [], {}, [[]]], ids=id_of)
+def test_a_damaged_key_of_run_json_is_one_error_or_does_no_harm(value: Any, run: Path) -> None:
+    whole = json.loads((run / "run.json").read_text())
+    for key in whole:
+        (run / "run.json").write_text(json.dumps(with_key(whole, key, value)))
+        message = error_of(lambda: extraction_seconds(RunFolder(run).read_info()))
+        if value is not GONE and not isinstance(value, type(whole[key])):
+            assert f"{run / 'run.json'} is damaged: expected '{key}' to be" in message
+        else:
+            assert message == "" or value == [[]]
+
+
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(record("x").to_json() | {"carbon": 1}) + "\n")
+    assert RunFolder(tmp_path).results == {"x": record("x")}
 
 
 def test_damaged_predictions_are_named(tmp_path: Path) -> None:
-    said = Judged(np.array(["a"]), np.array([0]), np.array([1]), None)
+    said = Predictions(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
     with folder.claim():
-        folder.append({"key": "one"}, said)
-    assert not folder.judged("one").right.any()
+        folder.append(record("one"), said)
+    assert not folder.predictions("one").right.any()
     file = tmp_path / "predictions" / "one.npz"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(RunFolderError, match=r"one\.npz is damaged; remove it"):
-        folder.judged("one")
+        folder.predictions("one")
 
 
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
@@ -205,8 +267,8 @@ def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
     tunes = read_plan(tmp_path / "tunes.toml")
     sources = open_sources(tunes)
     listed: list[Any] = []
-    monkeypatch.setattr(work, "listing_digest", lambda images: listed.append(images) or "digest")
-    jobs = work.Work(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    monkeypatch.setattr(comparison, "listing_digest", lambda images: listed.append(images) or "digest")
+    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
     assert len({key for _, key in jobs.values()}) == 3
     assert listed == list(sources.values())
 
@@ -271,7 +333,7 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
     report = compare(plan, run, progress=lambda *call: told.append(call[:2]) if call[2] == "all jobs" else None)
     assert (report.computed, report.reused, len(report.failures)) == (4, 0, 4)
     assert told == [(done, 8) for done in (5, 6, 7, 8)], "what failed counts on both sides"
-    assert {record["source"] for record in report.results} == {"others"}
+    assert {one.source for one in report.results} == {"others"}
 
 
 def test_features_that_are_there_under_another_request_are_used_once(plan: Path, photos: Path, tmp_path: Path) -> None:
@@ -287,9 +349,9 @@ def test_features_that_are_there_under_another_request_are_used_once(plan: Path,
 def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 
-    def watched(features: Features, layer: str, judged: Judged) -> Any:
+    def watched(features: Features, layer: str, judged: Predictions) -> Any:
         drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
-        return lay_out(features, layer, judged)
+        return lay_out_map(features, layer, judged)
 
     monkeypatch.setattr("pipeline.reporting.page.report.lay_out", watched)
     tables = """
@@ -308,11 +370,11 @@ head = "centroid"
 """
     plan.write_text(plan.read_text().partition("seed")[0] + tables)
     report = compare(plan, tmp_path / "run")
-    best = boards(report.results)[0].best("head")
+    best = leaderboards(report.results)[0].best("head")
     assert best is not None
-    assert drawn == [best.first["size"]]
-    depth = {record["layer"]: record["depth"] for record in report.results if record["layer"] != "input"}
-    assert sorted(depth, key=depth.__getitem__) == ["layer1", "layer4", "penultimate"]
+    assert [tuple(size) for size in drawn] == [best.method.size]
+    deep = sorted((one.depth or 0, one.result.layer) for one in report.results if one.result.layer != "input")
+    assert list(dict.fromkeys(layer for _, layer in deep)) == ["layer1", "layer4", "penultimate"]
 
 
 def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +393,7 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
         calls.append((seeds, shots, options["freeze"], options["backbone"]))
         made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots, jobs=1)
         return Report(
-            [replace(result, kind="finetune") for result in made.results],
+            [FinetuneResult(**vars(result) | tuned) for result in made.results],
             made.predictions,
             made.notes,
             made.classes,
@@ -340,14 +402,12 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
-    tuned = {"freeze": "all", "validation_accuracy": 0.6}
-    known = "pipeline.comparing.run.to_json"
-    monkeypatch.setattr(known, lambda result: to_json(result) | (tuned if result.kind == "finetune" else {}))
+    tuned = {"kind": "finetune", "freeze": "all", "validation_accuracy": 0.6}
     plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "test_resnet@random:0"\nsize = 32\nseed = 0\n')
     report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
-    records = [record for record in report.results if record["kind"] == "finetune"]
-    assert [record["options"]["epochs"] for record in records] == [Recipe.epochs] * 2
+    tunes = [one for one in report.results if one.result.kind == "finetune"]
+    assert [one.options["epochs"] for one in tunes] == [Recipe.epochs] * 2
     assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
 
 
@@ -367,7 +427,7 @@ def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> Non
         'size = 32\n[[fit]]\nhead = "centroid"\n'
     )
     report = compare(plan, tmp_path / "run")
-    assert [record["source"] for record in report.results] == [str(photos), str(second)]
+    assert [one.source for one in report.results] == [str(photos), str(second)]
     page = Path(report.files["report"]).read_text()
     assert str(second) in page
     assert page.count("<h1>") == 1
@@ -380,28 +440,34 @@ def test_against_another_run_names_what_changed(
     same = compare(plan, run, against=one).against
     assert same is not None
     assert (same.compared, same.changed) == (8, [])
-    assert "0 of 8 methods changed" in thawline("compare", plan, "-o", run, "--against", one).stdout
+    assert "0 of 8 methods changed by more than noise" in thawline("compare", plan, "-o", run, "--against", one).stdout
     thawline("compare", plan, "-o", run, "--against", photos.parent / "rnu").assert_one_line("rnu", "run")
 
 
-def record(key: str, seed: int = 0, **changes: Any) -> dict[str, Any]:
+def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
+    """A result as a line of results.jsonl holds it, with changes."""
     known = {
         "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg", "head": "logreg",
-        "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2, "accuracy": 0.5,
-        "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
+        "params": {}, "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2,
+        "accuracy": 0.5, "accuracy_ci95": [0.3, 0.7], "mean_per_class_accuracy": 0.5, "macro_f1": 0.5,
+        "log_loss": None, "ece": None, "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
     }  # fmt: skip
-    return {**known, **changes}
+    return JobResult.from_json({**known, **changes})
 
 
-def said(right: np.ndarray, first: int = 0) -> Judged:
+def names_of(records: list[JobResult]) -> list[str]:
+    return list(dict.fromkeys(score.name for score in leaderboards(records)[0].scores.values()))
+
+
+def said(right: np.ndarray, first: int = 0) -> Predictions:
     uris = np.array([f"{number}.png" for number in range(first, first + len(right))])
     truth = np.zeros(len(right), np.int64)
-    return Judged(uris, truth, np.where(right, 0, 1), None)
+    return Predictions(uris, truth, np.where(right, 0, 1), None)
 
 
 def test_one_test_set_is_judged_by_mcnemar() -> None:
     a, b = np.arange(20) < 15, np.arange(20) % 2 == 0
-    board = boards([record("x", accuracy=0.75), record("y", head="knn", accuracy=0.5)])[0]
+    board = leaderboards([record("x", accuracy=0.75), record("y", head="knn", accuracy=0.5)])[0]
     first, second = board.scores.values()
     paired = compare_scores(first, second, {"x": said(a), "y": said(b)}.__getitem__)
     assert paired is not None
@@ -411,7 +477,7 @@ def test_one_test_set_is_judged_by_mcnemar() -> None:
 
 
 def test_images_that_only_one_run_has_do_not_count() -> None:
-    board = boards([record("x", accuracy=1.0)])[0]
+    board = leaderboards([record("x", accuracy=1.0)])[0]
     (score,) = board.scores.values()
     paired = compare_scores(
         score, score, lambda _: said(np.ones(20, bool)), lambda _: said(np.arange(20) < 10, first=10)
@@ -426,7 +492,7 @@ def test_five_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
     lead = [0.1, 0.15, 0.1, 0.15, 0.1]
     records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + lead[seed] * (head == "knn"), n_train=10,
                       n_val=0, n_pool=80) for head in ("logreg", "knn") for seed in range(5)]  # fmt: skip
-    first, second = boards(records)[0].scores.values()
+    first, second = leaderboards(records)[0].scores.values()
     paired = compare_scores(second, first, lambda key: said(np.ones(20, bool), first=20 * int(key[-1])))
     assert paired is not None
     assert "5 seeds" in paired.test
@@ -438,7 +504,7 @@ def test_five_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
 def test_seeds_that_cannot_be_judged_leave_the_first_one_to_mcnemar(seeds: int) -> None:
     records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn"))
                for head in ("logreg", "knn") for seed in range(seeds)]  # fmt: skip
-    first, second = boards(records)[0].scores.values()
+    first, second = leaderboards(records)[0].scores.values()
     right = {"k": np.arange(20) < 14, "l": np.arange(20) >= 6 - 2}
     paired = compare_scores(second, first, lambda key: said(right[key[0]], first=20 * int(key[-1])))
     assert paired is not None
@@ -452,13 +518,13 @@ def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int,
     extra = {"kind": "finetune", "freeze": "none", "options": {}, "seconds": 60.0}
     records += [record(f"t{shots}", shots=shots, accuracy=value, **extra) for shots, value in tuned.items()]
     judged = {"f": said(np.arange(20) < right[0]), "t": said(np.arange(20) < right[1])}
-    return answer(boards(records)[0], lambda key: judged[key[0]], {("photos", "a"): 2.0})
+    return answer(leaderboards(records)[0], lambda key: judged[key[0]], {("photos", "a"): 2.0})
 
 
 def test_the_answer_says_whether_the_difference_is_real() -> None:
     level = verdict({5: 0.5, "all": 0.9}, {5: 0.4, "all": 0.95}, (18, 19))
     assert level.headline == "Freeze: fine-tuning is not measurably better here, and takes 20 times as long"
-    assert "cannot be told from chance" in " ".join(level.sentences)
+    assert "which may be chance" in " ".join(level.sentences)
     assert "50.0 % frozen and 40.0 % fine-tuned; from all labels on fine-tuning is ahead" in level.sentences[-1]
 
     better = verdict({5: 0.5, "all": 0.5}, {5: 0.6, "all": 1.0}, (10, 20))
@@ -474,47 +540,55 @@ def test_fewer_labels_are_compared_where_fine_tuning_had_no_more() -> None:
     assert found.headline == "Fine-tune: it is 50.0 points better here"
     assert "at 5 labels a class" in found.sentences[0]
     assert "no number of labels in common" in verdict({"all": 0.9}, {5: 1.0}, (10, 20)).sentences[-1]
-    assert "No fine-tuning stands beside it" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
+    assert "Nothing was fine-tuned" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
 
 
 @pytest.mark.parametrize(("freeze", "expected"), [("none", 1.0), ("all", 3.0), ("layer1", 3.0), (None, 3.0)])
 def test_whatever_freezes_pays_for_the_extraction(freeze: str | None, expected: float) -> None:
     kind = {} if freeze is None else {"kind": "finetune", "freeze": freeze, "options": {}}
-    (score,) = boards([record("x", **kind)])[0].scores.values()
-    noted = {"backbone": "a", "rows": 20, "computed": 10}
-    entries = {
-        "small.h5": {"source": "photos", "seconds": 0.1, **noted},
-        "large.h5": {"source": "photos", "seconds": 1.0, **noted},
-        "other.h5": {"source": "drawings", "seconds": 100.0, **noted},
+    (score,) = leaderboards([record("x", **kind)])[0].scores.values()
+    costs = {
+        "small.h5": ExtractionCost(10, 0.1, "photos", "a", rows=20),
+        "large.h5": ExtractionCost(10, 1.0, "photos", "a", rows=20),
+        "other.h5": ExtractionCost(10, 100.0, "drawings", "a", rows=20),
     }
-    assert seconds(score, extraction_seconds({"extractions": entries})) == expected
+    assert seconds(score, extraction_seconds(RunInfo(extractions=costs))) == expected
 
 
 def test_methods_are_chosen_by_validation_not_by_test() -> None:
-    board = boards(
+    board = leaderboards(
         [record("x", layer="b", accuracy=0.9, validation_accuracy=0.6), record("y", layer="c", validation_accuracy=0.8)]
     )[0]
     best = board.best("head")
     assert best is not None
-    assert best.method == "logreg on c"
+    assert best.name == "logreg on c"
 
 
 def test_an_option_that_only_one_method_has_tells_them_apart() -> None:
     tuned = {"kind": "finetune", "freeze": "all"}
     records = [record("x", options={"lr": 0.1}, **tuned), record("y", options={"lr": 0.1, "views": 4}, **tuned)]
-    names = [method for method, _ in boards(records)[0].scores]
-    assert names == ["new top trained by backprop", "new top trained by backprop, views 4"]
+    assert names_of(records) == ["new top trained by backprop", "new top trained by backprop, views 4"]
 
 
 def test_heads_that_differ_in_how_they_are_tested_have_names_of_their_own() -> None:
     records = [record("x"), record("y", cv=3), record("z", cv=5), record("w", drop_leaks=True)]
     names = ["logreg on b", "logreg on b, 3-fold", "logreg on b, 5-fold", "logreg on b, leaks dropped"]
-    assert boards(records)[0].methods == names
+    assert names_of(records) == names
+
+
+def test_methods_are_told_apart_by_what_was_trained_not_by_their_names() -> None:
+    seeds = leaderboards([record("x"), record("y", seed=1), record("z", layer="b on c")])[0]
+    assert [len(score.by_seed) for score in seeds.scores.values()] == [2, 1]
+    assert [score.method.layer for score in seeds.scores.values()] == ["b", "b on c"]
+    tuned = {"kind": "finetune", "freeze": "all"}
+    rates = [record("x", options={"lr": 1}, **tuned), record("y", options={"lr": 2}, **tuned)]
+    first, second = leaderboards(rates)[0].methods
+    assert first != second
+    assert first == replace(second, options=first.options)
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:
-    plain = boards([record("x"), record("y", layer="c")])[0]
-    assert plain.methods == ["logreg on b", "logreg on c"]
+    assert names_of([record("x"), record("y", layer="c")]) == ["logreg on b", "logreg on c"]
     tune = {"kind": "finetune", "freeze": "blocks.4"}
     records = [
         record("x"),
@@ -522,7 +596,7 @@ def test_names_say_what_differs_and_nothing_else() -> None:
         record("t", **tune, options={"lr": 0.1, "epochs": 3}),
         record("u", **tune, options={"lr": 0.2, "epochs": 3}),
     ]
-    assert boards(records)[0].methods == [
+    assert names_of(records) == [
         "logreg on b, a, avg",
         "logreg on b, z, max",
         "fine-tuned above blocks.4, lr 0.1, a",
@@ -545,7 +619,7 @@ def test_reliability_counts_every_row_once() -> None:
 
 def test_calibration_tells_the_error_of_what_predict_tells_and_the_one_before() -> None:
     mended = record("x", ece=0.25, ece_calibrated=0.0625)
-    board = boards(
+    board = leaderboards(
         [mended, record("y", layer="c", ece=0.125, ece_calibrated=None), record("z", head="ridge", ece=None)]
     )[0]
     truth = said(np.arange(20) < 15)
@@ -561,10 +635,10 @@ def test_calibration_tells_the_error_of_what_predict_tells_and_the_one_before() 
 
 
 def test_the_hardest_class_comes_first() -> None:
-    (score,) = boards([record("x")])[0].scores.values()
+    (score,) = leaderboards([record("x")])[0].scores.values()
     truth = np.repeat([0, 1, 3], 10)
     found = np.where(np.arange(30) % 10 < np.repeat([9, 4, 7], 10), truth, 2)
-    judged = Judged(np.array([f"{number}.png" for number in range(30)]), truth, found, None)
+    judged = Predictions(np.array([f"{number}.png" for number in range(30)]), truth, found, None)
     chart = class_chart([score], {"x": judged}, ("a", "b", "c", "d"))
     assert chart is not None
     assert chart.rows == [("b", 10, "40.0 %"), ("d", 10, "70.0 %"), ("a", 10, "90.0 %")]

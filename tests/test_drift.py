@@ -117,7 +117,7 @@ def test_the_most_foreign_images_are_named_first(write: Callable[..., Path]) -> 
 def test_what_cannot_be_compared_is_refused(write: Callable[..., Path]) -> None:
     first, second = sets(20, 4, 0.0)
     one = write("one", first, np.arange(20))
-    with pytest.raises(FitError, match="made alike, but these differ in precision fp32 and bf16"):
+    with pytest.raises(FitError, match="extracted in the same way, but these differ in precision fp32 and bf16"):
         drift(one, write("other", second, np.arange(20, 40), "g", "bf16"), "top")
     with pytest.raises(CacheError, match=r"both caches are .*one.h5"):
         drift(one, one, "top")

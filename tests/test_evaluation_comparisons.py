@@ -6,7 +6,7 @@ from statsmodels.stats.contingency_tables import mcnemar as oracle_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from pipeline.evaluation.comparisons import compare_models, compare_over_splits, holm, tell_ties
+from pipeline.evaluation.comparisons import compare_models, compare_over_splits, holm, tie_notes
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
 
 NAMES = np.array([f"{i}.png" for i in range(200)])
@@ -36,7 +36,7 @@ def test_each_model_is_compared_with_the_best_of_its_own_test_rows() -> None:
     found = compare_models([NAMES, NAMES, NAMES, other], right)
     expected = holm([mcnemar(right[1], right[0]), mcnemar(right[1], right[2])])
     assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1]), None]
-    assert tell_ties(found) == [
+    assert tie_notes(found) == [
         "1 of 2 other results are not distinguishable from the best on the same test images "
         "(McNemar's exact test, Holm's correction, 5 %)"
     ]
@@ -44,7 +44,7 @@ def test_each_model_is_compared_with_the_best_of_its_own_test_rows() -> None:
 
 def test_a_single_result_is_compared_with_nothing() -> None:
     assert compare_models([NAMES], answers(0.5)) == [None]
-    assert tell_ties([None]) == []
+    assert tie_notes([None]) == []
 
 
 def test_equal_models_are_not_distinguishable() -> None:

@@ -82,18 +82,18 @@ def test_shots_are_drawn_from_the_other_folds() -> None:
 
 def test_a_class_of_one_row_is_said_to_be_unlearnable_in_its_fold() -> None:
     notes = {note for split in crossed([0, 1] * 10 + [2]) for note in split.notes}
-    assert notes == {"without a training row, so that each test row counts as an error: class cat"}
+    assert notes == {"without a training row, so each of its test rows counts as an error: class cat"}
 
 
 @pytest.mark.parametrize(
     ("labels", "arguments", "message"),
     [
-        ([0, 1, 0, 1], {"count": 5}, r"cannot cut 5 folds of 4 rows \(4 that may part\).*ask for fewer"),
-        ([0, 1] * 10, {"groups": ["a"] * 10 + ["b"] * 10}, r"5 folds of 20 rows \(2 that may part\)"),
+        ([0, 1, 0, 1], {"count": 5}, "cannot make 5 folds of 4 rows in 4 independent groups.*use fewer folds"),
+        ([0, 1] * 10, {"groups": ["a"] * 10 + ["b"] * 10}, "5 folds of 20 rows in 2 independent groups"),
         ([0] * 20, {}, "two classes outside"),
         ([0, 1] * 10, {"count": 1}, "at least 2"),
         ([-1] * 20, {}, "no row has a label"),
-        ([0, 1] * 10, {"given": np.array(["train"] * 15 + ["test"] * 5)}, "5 rows are given as test; leave --cv out"),
+        ([0, 1] * 10, {"given": np.array(["train"] * 15 + ["test"] * 5)}, "5 rows are given as test; fit without cv"),
     ],
 )
 def test_what_cannot_be_cross_validated_is_refused(labels: list[int], arguments: dict[str, Any], message: str) -> None:

@@ -90,7 +90,7 @@ def test_two_groups_give_a_test_set_rather_than_none() -> None:
     found = split([0, 1] * 10, groups=["a"] * 12 + ["b"] * 8)
     assert found.test.tolist() == list(range(12, 20))
     assert found.val.tolist() == []
-    assert any("choices are made inside train" in note for note in found.notes)
+    assert any("parameters are chosen inside train" in note for note in found.notes)
 
 
 def test_given_splits_are_used_as_they_are() -> None:
@@ -120,7 +120,7 @@ def test_a_missing_test_is_cut_from_train_and_the_given_val_stays_val() -> None:
 def test_rows_without_a_split_train_where_others_have_one() -> None:
     found = split([0, 1] * 20, [""] * 30 + ["test"] * 10)
     assert found.test.tolist() == list(range(30, 40))
-    assert "30 rows have no split while others have one: they are used for training" in found.notes
+    assert "30 rows have no split while others have one; they are used for training" in found.notes
 
 
 def test_unlabelled_rows_are_in_no_part() -> None:
@@ -135,8 +135,8 @@ def test_leaks_across_given_splits_are_counted_named_and_paired() -> None:
     images = [10, 11, 12, 13, 14, 11, 14, 10]
     found = split([0, 1] * 4, names, images=images, uris=[f"img{i}" for i in range(8)])
     assert sorted(found.leaks) == [(5, 1), (6, 4), (7, 0)]
-    assert "2 test images also stand in train or val: img6 = img4, img7 = img0" in found.notes
-    assert "1 val images also stand in train: img5 = img1" in found.notes
+    assert "2 test images are also in train or val: img6 = img4, img7 = img0" in found.notes
+    assert "1 val images are also in train: img5 = img1" in found.notes
 
 
 def test_groups_torn_by_given_splits_are_told() -> None:
@@ -166,7 +166,7 @@ def test_classes_missing_from_a_part_are_named() -> None:
     labels = [0, 1, 2, 0, 1, 2, 0, 1, 3]
     names = ["train"] * 6 + ["test"] * 3
     notes = split(labels, names, classes=["ape", "bee", "cat", "dog"]).notes
-    assert "without a training row, so that each test row counts as an error: class dog" in notes
+    assert "without a training row, so each of its test rows counts as an error: class dog" in notes
     assert "without a row in test: class cat" in notes
 
 
@@ -181,7 +181,7 @@ def test_a_class_that_val_brings_is_learnt_before_test() -> None:
         ([-1, -1], None, "no row has a label"),
         ([0] * 20, None, "at least two classes among the training rows, found only class ape"),
         ([0, 1] * 3, ["test"] * 6, "every labelled row is given as val or test"),
-        ([0, 1, 0, 1], None, "no test set can be cut from 4 training rows"),
+        ([0, 1, 0, 1], None, "cannot draw a test set from 4 training rows"),
     ],
 )
 def test_what_cannot_be_split_is_refused(labels: list[int], names: list[str] | None, message: str) -> None:
@@ -202,10 +202,10 @@ def test_leaks_may_be_dropped_from_test_and_shots_do_not_change_what_is_dropped(
         found = split(labels, names, images=images, drop_leaks=True, shots=shots)
         assert found.test.tolist() == [11, 13, 14, 15]
         assert found.leaks == []
-        assert "2 of 6 test images repeat training images and were taken out of test" in found.notes
+        assert "2 of 6 test images repeat training images and were left out" in found.notes
     assert split(labels, names, drop_leaks=True).test.tolist() == list(range(10, 16))
 
 
 def test_a_test_of_nothing_but_leaks_is_refused() -> None:
-    with pytest.raises(FitError, match="every one of the 2 test images repeats a training image"):
+    with pytest.raises(FitError, match="all 2 test images repeat training images"):
         split([0, 1] * 4, ["train"] * 6 + ["test"] * 2, images=[0, 1, 2, 3, 4, 5, 0, 1], drop_leaks=True)

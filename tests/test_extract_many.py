@@ -110,7 +110,7 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
 ) -> None:
     photos = make_photos(classes=("one",), each=9)
     (photos / "one" / "7.png").write_bytes(b"no image")
-    with pytest.raises(SourceError, match=r"one/7.png.*--on-error skip"):
+    with pytest.raises(SourceError, match=r"one/7.png.*or set on-error to skip"):
         extract(photos, [ONE, OTHER], output=tmp_path / "cache", batch_size=2, on_error="stop", **OPTIONS)
     files = [open_cache(path) for path in (tmp_path / "cache").glob("*.h5")]
     assert len(files) == 2
@@ -145,7 +145,7 @@ def test_a_cache_begun_in_a_precision_that_is_not_here_says_how_to_go_on(
     monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)
     assert [result.precision for result in extract(photos, [ONE], **options)] == ["bf16"]
     monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: False)
-    with pytest.raises(EngineError, match=r"are bf16, which cpu does not compute here; .*--precision fp32"):
+    with pytest.raises(EngineError, match=r"are bf16, which cpu does not compute here; .*with precision fp32"):
         extract(photos, [ONE], **(options | {"layers": ["layer1"]}))
 
 
@@ -159,7 +159,7 @@ def test_layers_are_found_by_name_and_by_alias_however_they_were_asked_for(
         return {result.path for result in extract(photos, [ONE], output=cache, **OPTIONS | {"layers": layers})}
 
     first, second = paths(names[:3]), paths(["fc", "layer4"])
-    monkeypatch.setattr("pipeline.extract.Network", None)  # no network is needed to look these up
+    monkeypatch.setattr("pipeline.extract.FeatureExtractor", None)  # no network is needed to look these up
     assert paths(["stages"]) == first | second
     assert paths(["logits"]) == second
     assert [layer.name for layer in select(Catalog(cache), ["stages", "logits"])] == [*names, "fc"]

@@ -15,20 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from features_cache import CacheError, whole
-from pipeline.backbones.registry import load
-from pipeline.backbones.thaw_line import find_line, lines, read_place, split
+from features_cache import CacheError, atomic
+from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.thaw_line import find_line, possible_lines, split
 from pipeline.errors import BackboneError, FitError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning import keeper, material
-from pipeline.finetuning import train as train_module
+from pipeline.finetuning import checkpoint, data, loop, run
 from pipeline.finetuning.groups import parameter_groups
-from pipeline.finetuning.inputs import Part, Pictures, batch_count
-from pipeline.finetuning.net import Net, class_weights
-from pipeline.finetuning.network import Network
+from pipeline.finetuning.inputs import DecodedImages, Subset, batch_count
+from pipeline.finetuning.loop import Trained, class_weights, train
+from pipeline.finetuning.network import ThawedNetwork
 from pipeline.finetuning.recipe import Recipe, make_recipe
-from pipeline.finetuning.train import Trained, train
 from pipeline.fit import fit
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import open_source
@@ -41,7 +39,7 @@ Photos = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    return load(NET, 32)
+    return load_backbone(NET, 32)
 
 
 def tune(photos: Path, output: Path, **options: Any) -> Any:
@@ -52,14 +50,16 @@ def losses(report: Any, place: int = 0) -> list[float]:
     return [epoch["train_loss"] for epoch in report.results[place].history]
 
 
-def train_on_pixels(photos: Path, backbone: Any, freeze: str, path: Path, recipe: Recipe) -> tuple[Network, Trained]:
+def train_on_pixels(
+    photos: Path, backbone: Any, freeze: str, path: Path, recipe: Recipe
+) -> tuple[ThawedNetwork, Trained]:
     source = open_source(photos)
     rows = np.arange(len(source.items))
     labels = np.array([item.label for item in source.items])
-    part = Part(Pictures(source, backbone.preprocessing, "none"), rows, labels, recipe.batch_size, 0, augmented=False)
-    network = Network(backbone, freeze, "linear", 3)
+    subset = Subset(DecodedImages(source, backbone.preprocessing, "none"), rows, labels, recipe.batch_size, 0)
+    network = ThawedNetwork(backbone, freeze, "linear", 3)
     silent = lambda *call: None  # noqa: E731
-    return network, train(network, recipe, 1e-3, part, None, 3, path, 0, "cpu", silent, "test")
+    return network, train(network, recipe, 1e-3, subset, None, 3, path, 0, "cpu", silent, "test")
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,9 @@ def train_on_pixels(photos: Path, backbone: Any, freeze: str, path: Path, recipe
     ],
 )
 def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
-    loaded = load(name, 64)
+    loaded = load_backbone(name, 64)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    trunk, body = split(loaded.traced, find_line(loaded, line).node, read_place(loaded).node)
+    trunk, body = split(loaded, find_line(loaded, line))
     assert trunk is not None
     classify = loaded.module.get_submodule(str(loaded.classifier))
     with torch.inference_mode():
@@ -83,10 +83,10 @@ def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
 
 
 def test_only_layers_that_every_path_crosses_can_be_the_line(backbone: Any) -> None:
-    known = lines(backbone)
+    known = possible_lines(backbone)
     assert {"layer1", "layer2", "layer3", "layer4"} <= set(known)
     assert "layer2.0.conv1" not in known
-    with pytest.raises(BackboneError, match=r"paths jump over it.*layer1"):
+    with pytest.raises(BackboneError, match=r"some paths bypass it.*layer1"):
         find_line(backbone, "layer2.0.conv1")
     with pytest.raises(BackboneError, match="did you mean layer3"):
         find_line(backbone, "layr3")
@@ -106,7 +106,7 @@ def test_what_is_frozen_stays_bit_identical_and_the_rest_learns(
 
 
 def test_the_trunk_stays_frozen_whatever_is_called(backbone: Any) -> None:
-    network = Network(backbone, "layer2", "linear", 2).train()
+    network = ThawedNetwork(backbone, "layer2", "linear", 2).train()
     assert network.trunk is not None
     assert not any(part.training for part in network.trunk.modules())
     assert all(part.training for part in network.body.modules())
@@ -117,9 +117,9 @@ def test_the_trunk_stays_frozen_whatever_is_called(backbone: Any) -> None:
 def test_cached_activations_train_like_the_whole_network(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
     report = tune(photos, tmp_path / "cached", seeds=[3], epochs=1)
-    reader = Pictures(open_source(photos), load(TINY, 32).preprocessing, "none")
+    reader = DecodedImages(open_source(photos), load_backbone(TINY, 32).preprocessing, "none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(material, "Activations", lambda *_: reader)
+        patch.setattr(data, "CachedActivations", lambda *_: reader)
         whole = tune(photos, tmp_path / "whole", seeds=[3], epochs=1)
     assert losses(whole) == pytest.approx(losses(report), rel=1e-4)
     assert whole.results[0].history[0]["valid_loss"] == pytest.approx(
@@ -177,7 +177,7 @@ def test_early_stopping_keeps_the_weights_of_the_best_epoch(make_photos: Photos,
     best = int(np.argmin(valid)) + 1
     assert result.params["best_epoch"] == best
     assert result.epochs == len(valid) == min(best + 2, 12)
-    state = keeper.read_checkpoint(next((tmp_path / "finetune").glob("*.pt")))
+    state = checkpoint.read_checkpoint(next((tmp_path / "finetune").glob("*.pt")))
     assert state is not None
     assert (state["finished"], state["best_epoch"]) == (True, best)
 
@@ -185,7 +185,7 @@ def test_early_stopping_keeps_the_weights_of_the_best_epoch(make_photos: Photos,
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     photos = make_photos()
     options = {"epochs": 4, "optimizer": "sgd", "schedule": "plateau"}
     expected = tune(photos, tmp_path / "whole", **options)
@@ -206,19 +206,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 def test_a_run_killed_at_its_early_stop_trains_no_epoch_more(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeper, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     photos, options = make_photos(), {"epochs": 12, "patience": 1, "lr": 0.02, "warmup": 0}
     expected = tune(photos, tmp_path / "whole", **options)
     assert expected.results[0].epochs < 12
-    save = keeper.Keeper.save
 
-    def killed(self: keeper.Keeper, net: Any, **how: bool) -> None:
-        if how.get("finished"):
+    def killed(path: Path, state: dict[str, Any]) -> None:
+        if state["finished"]:
             raise KeyboardInterrupt
-        save(self, net, **how)
+        checkpoint.write_checkpoint(path, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(keeper.Keeper, "save", killed)
+        patch.setattr(loop, "write_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             tune(photos, tmp_path / "cut", **options)
     assert losses(tune(photos, tmp_path / "cut", **options)) == losses(expected)
@@ -227,18 +226,39 @@ def test_a_run_killed_at_its_early_stop_trains_no_epoch_more(
 def test_a_run_that_is_over_leaves_no_memory_taken_to_the_next(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nets: weakref.WeakSet[Net] = weakref.WeakSet()
-    make = train_module.make_net
+    networks: weakref.WeakSet[ThawedNetwork] = weakref.WeakSet()
+    optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
-    def watched(*given: Any) -> Net:
-        net = make(*given)
-        nets.add(net)
-        return net
+    def counting(make: Callable[..., Any], instances: weakref.WeakSet[Any]) -> Callable[..., Any]:
+        def made(*given: Any) -> Any:
+            instances.add(one := make(*given))
+            return one
 
-    monkeypatch.setattr(train_module, "make_net", watched)
-    alive: list[int] = []
-    tune(make_photos(), tmp_path, seeds=[0, 1], epochs=1, progress=lambda *_: alive.append(len(nets)))
-    assert max(alive) == 1
+        return made
+
+    counted = {(run, "ThawedNetwork"): networks, (loop, "make_optimizer"): optimizers}
+    for (module, name), instances in counted.items():
+        monkeypatch.setattr(module, name, counting(getattr(module, name), instances))
+    alive: list[tuple[int, int]] = []
+    tune(
+        make_photos(),
+        tmp_path,
+        seeds=[0, 1],
+        epochs=1,
+        progress=lambda *_: alive.append((len(networks), len(optimizers))),
+    )
+    assert max(alive) == (1, 1)
+
+
+def test_a_checkpoint_with_the_history_of_skorch_is_still_read(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    expected = tune(photos, tmp_path)
+    (path,) = (tmp_path / "finetune").glob("*.pt")
+    state = torch.load(path, weights_only=True)
+    for epoch in state["history"]:
+        epoch |= {"dur": epoch.pop("seconds"), "train_loss_best": True, "train_batch_count": 2}
+    checkpoint.write_checkpoint(path, state)
+    assert tune(photos, tmp_path).results[0].history == expected.results[0].history, "and it is not trained again"
 
 
 def test_a_full_disk_costs_the_checkpoint_alone(
@@ -250,7 +270,7 @@ def test_a_full_disk_costs_the_checkpoint_alone(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(whole.os, "fsync", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     report = tune(photos, tmp_path, seeds=[5])
     assert any("without a checkpoint" in note and "disk is full" in note for note in report.notes)
     assert report.results[0].epochs == 2
@@ -259,15 +279,15 @@ def test_a_full_disk_costs_the_checkpoint_alone(
 def test_a_checkpoint_that_cannot_take_its_place_is_no_reason_to_stop_either(tmp_path: Path) -> None:
     (tmp_path / "a.pt").mkdir()
     with pytest.raises(CacheError, match="cannot write the checkpoint"):
-        keeper.write_checkpoint(tmp_path / "a.pt", {})
+        checkpoint.write_checkpoint(tmp_path / "a.pt", {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
 
 
 @pytest.mark.parametrize(
     ("how", "parts"),
     [
-        ({"lr": 1e30, "batch_size": 2}, r"step \d+ of epoch 1, first in \w+.*lower --lr"),
-        ({"lr": 1e38, "batch_size": 32, "epochs": 1}, r"validation loss became nan in epoch 1.*lower --lr"),
+        ({"lr": 1e30, "batch_size": 2}, r"step \d+ of epoch 1, first in \w+.*lower learning rate"),
+        ({"lr": 1e38, "batch_size": 32, "epochs": 1}, r"validation loss became nan in epoch 1.*lower learning rate"),
     ],
 )
 def test_a_loss_that_is_no_number_is_an_error(make_photos: Photos, tmp_path: Path, how: Any, parts: str) -> None:
@@ -280,7 +300,7 @@ def test_a_loss_that_is_no_number_is_an_error(make_photos: Photos, tmp_path: Pat
 @pytest.mark.parametrize(("below", "above"), [("bf16", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
 def test_each_side_of_the_line_has_its_own_precision(backbone: Any, below: str, above: str) -> None:
     pixels = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    network = Network(backbone, "layer2", "linear", 3)
+    network = ThawedNetwork(backbone, "layer2", "linear", 3)
     with torch.inference_mode():
         exact, _ = network.features(pixels)
         network.trunk_precision, network.precision = below, above
@@ -294,6 +314,13 @@ def test_each_side_of_the_line_has_its_own_precision(backbone: Any, below: str, 
 def test_other_tops_learn_colours(make_photos: Photos, tmp_path: Path, top: str) -> None:
     report = tune(make_photos(each=12), tmp_path, freeze="all", top=top, epochs=15, patience=15, lr=0.01)
     assert report.results[0].accuracy > 0.8
+
+
+def test_the_seed_draws_a_hidden_layer_too(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    reports = [tune(photos, tmp_path / name, freeze="all", top="hidden", epochs=1, seeds=[3]) for name in ("a", "b")]
+    assert losses(reports[0]) == losses(reports[1])
+    np.testing.assert_array_equal(*(report.predictions[0].probabilities for report in reports))
 
 
 def test_head_first_and_augmentation_run_together(make_photos: Photos, tmp_path: Path) -> None:
@@ -311,7 +338,7 @@ def test_a_view_is_a_function_of_its_number_and_the_image(make_photos: Photos, b
 
 
 def test_rates_fall_by_depth_and_can_be_given_by_layer(backbone: Any) -> None:
-    network = Network(backbone, "layer2", "linear", 3)
+    network = ThawedNetwork(backbone, "layer2", "linear", 3)
     groups = parameter_groups(network, 1.0, 0.5, [("layer3.0", 0.1)], 0.01)
     rates = {id(item): group["lr"] for group in groups for item in group["params"]}
     found = {name: rates[id(item)] for name, item in network.named_parameters() if id(item) in rates}
@@ -365,7 +392,7 @@ def test_a_recipe_that_cannot_be_is_refused(option: dict[str, Any], parts: str) 
     ("arguments", "parts"),
     [
         (("--freeze", "layer9"), ("layer9", "layer4")),
-        (("--freeze", "layer2.0.conv1"), ("paths jump over it", "layer2")),
+        (("--freeze", "layer2.0.conv1"), ("some paths bypass it", "layer2")),
         (("--freeze", "layer3", "--batch-size", "1"), ("batches of one", "--batch-size 2")),
         (("--init", "random"), ("init random", "without weights")),
         (("--head-first",), ("head-first",)),

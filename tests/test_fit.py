@@ -24,10 +24,10 @@ from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
 from pipeline.evaluation.metrics import expected_calibration_error, log_loss
 from pipeline.fit import fit
-from pipeline.heads import grid as schedule
+from pipeline.heads import parallel
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.saved import load_model
-from pipeline.heads.trial import Outcome
+from pipeline.heads.trial import TrialOutcome
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,13 +126,13 @@ def test_one_result_a_cell_in_the_order_layers_heads_seeds_shots(make_cache: Mak
 
 
 def test_what_was_said_of_test_rows_is_held_once(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes: weakref.WeakSet[Outcome] = weakref.WeakSet()
+    outcomes: weakref.WeakSet[TrialOutcome] = weakref.WeakSet()
 
-    def noted(outcome: Outcome, **changes: Any) -> Outcome:
+    def noted(outcome: TrialOutcome, **changes: Any) -> TrialOutcome:
         outcomes.add(changed := replace(outcome, **changes))
         return changed
 
-    monkeypatch.setattr(schedule, "replace", noted)
+    monkeypatch.setattr(parallel, "replace", noted)
     alive: list[int] = []
     fit(make_cache(), ["low"], seeds=[0, 1], cv=3, jobs=1, on_result=lambda *_: alive.append(len(outcomes)))
     assert alive == [3, 3], "the predictions of a result's folds, and of no other result"
@@ -285,7 +285,7 @@ def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, know
     (result,) = report.results
     assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 1.0}, None, 60, 0)
     assert result.accuracy > 0.9
-    assert "logreg: nothing could be validated, as with one row (or group) a class, so C=1 is taken" in report.notes
+    assert "logreg: nothing could be validated, as with one row (or group) per class, so C=1 is used" in report.notes
     assert not any("drawn as val" in note for note in report.notes)
 
 
@@ -315,7 +315,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg: nothing could be validated, as with one row (or group) a class, so C=1 is taken"
+    fixed = "logreg: nothing could be validated, as with one row (or group) per class, so C=1 is used"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 
@@ -403,11 +403,11 @@ def test_a_class_of_test_that_was_never_trained_counts_as_wrong(make_cache: Make
         assert result.accuracy <= 20 / 30
         assert result.log_loss is None or result.log_loss == np.inf
     assert to_json(report.results[0])["log_loss"] is None
-    assert any("each test row counts as an error: class cat" in note for note in report.notes)
+    assert any("each of its test rows counts as an error: class cat" in note for note in report.notes)
 
 
 def test_seeds_that_change_nothing_are_told(make_cache: Make) -> None:
-    note = "all splits are given, so that 2 seeds give the same results: one is enough"
+    note = "all splits are given, so 2 seeds give the same results; one seed is enough"
     given = make_cache(splits=["train"] * 60 + ["val"] * 15 + ["test"] * 15)
     assert note in fit(given, ["low"], ["centroid"], seeds=[0, 1], jobs=1).notes
     assert note not in fit(given, ["low"], ["centroid"], seeds=[0]).notes
@@ -435,17 +435,17 @@ def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> 
     ("arguments", "error", "message"),
     [
         ({"heads": ["logrg"]}, FitError, "did you mean logreg"),
-        ({"heads": []}, FitError, "at least one of heads"),
+        ({"heads": []}, FitError, "expected at least one head, got none"),
         ({"layers": ["tip"]}, CacheError, "did you mean top"),
         ({"layers": ["low+tip"]}, CacheError, "did you mean top"),
-        ({"seeds": [-1]}, FitError, "whole number from 0 on, got -1"),
-        ({"shots": [0]}, FitError, "positive number of images per class or 'all', got 0"),
+        ({"seeds": [-1]}, FitError, "expected a seed of 0 or more, got -1"),
+        ({"shots": [0]}, FitError, "positive number of images per class, or 'all', got 0"),
         ({"shots": ["some"]}, FitError, "got 'some'"),
         ({"backbone": "nit"}, CacheError, "did you mean net"),
         ({"save": "nowhere/m.skops"}, ModelFileError, "no folder nowhere"),
-        ({"save": "m.skops", "cv": 3}, FitError, "fit without --cv to save one"),
-        ({"cv": 91}, FitError, "cannot cut 91 folds of 90 rows"),
-        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "knn cannot weigh its training rows; leave it"),
+        ({"save": "m.skops", "cv": 3}, FitError, "use either cv or save"),
+        ({"cv": 91}, FitError, "cannot make 91 folds of 90 rows"),
+        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "knn cannot weight its training rows"),
     ],
 )
 def test_wrong_choices_are_refused_before_anything_is_fitted(
@@ -460,7 +460,7 @@ def test_wrong_choices_are_refused_before_anything_is_fitted(
 
 def test_a_kernel_of_too_many_rows_is_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(FAMILIES["rbf_svm"]), "most_rows", 50)
-    with pytest.raises(FitError, match="at most 50 training rows, got 72; take linear_svm"):
+    with pytest.raises(FitError, match="at most 50 of them, got 72; use linear_svm"):
         fit(make_cache(), heads=["logreg", "rbf_svm"])
 
 
@@ -493,7 +493,8 @@ def test_cross_validation_predicts_every_row_once_by_models_that_did_not_see_it(
     for result, found in zip(report.results, report.predictions, strict=True):
         assert found.uris.tolist() == [f"{i:03d}.png" for i in range(90)]
         assert found.y_true.tolist() == labels.tolist()
-        assert len({(group, fold) for group, fold in zip(found.groups, found.folds, strict=True)}) == 30
+        assert found.folds is not None
+        assert len(set(zip(groups, found.folds.tolist(), strict=True))) == 30
         assert result.accuracy == pytest.approx((found.y_pred == labels).mean())
         assert found.accuracies().mean() == pytest.approx(result.accuracy)
     assert report.predictions[2].probabilities is not None
@@ -598,9 +599,9 @@ def test_a_class_of_one_row_is_fitted_and_told(make_cache: Make, head: str) -> N
 
 def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_cache(dims={"top": 200})
-    monkeypatch.setattr(schedule, "MOST_CELLS", 500)
+    monkeypatch.setattr(parallel, "MOST_CELLS", 500)
     for head in ("logreg", "linear_svm"):
-        with pytest.raises(FitError, match=f"{head} for 3 classes would need a table of .* GiB; take centroid"):
+        with pytest.raises(FitError, match=f"{head} for 3 classes would need a table of .* GiB; use centroid"):
             fit(path, heads=[head])
     assert fit(path, heads=["centroid"]).results
 

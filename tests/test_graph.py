@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.registry import load, sketch
-from pipeline.backbones.taps import describe, resolve_layers, tap
-from pipeline.backbones.trace import cut_nodes, hooked
+from pipeline.backbones.hooks import hooked
+from pipeline.backbones.layers import list_layers, resolve_layers
+from pipeline.backbones.registry import load_backbone, sketch
+from pipeline.backbones.subgraph import cut_nodes
+from pipeline.backbones.taps import tap
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
 
@@ -29,7 +31,7 @@ def wrap(module: nn.Module, classifier: str | None = None, side: int = SIDE) -> 
 
 @pytest.fixture(scope="module")
 def resnet() -> Backbone:
-    return load("resnet18@random:0", size=SIDE)
+    return load_backbone("resnet18@random:0", size=SIDE)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +195,7 @@ def test_what_is_asked_resolves_in_order_without_duplicates(resnet: Backbone) ->
         (["stage"], r"did you mean stages"),
         (["layer3", "layer9"], "no layer 'layer9'"),
         ([""], "no layer ''"),
-        ([], "no layer was asked for: name one, such as penultimate"),
+        ([], "no layer was asked for; name one, such as penultimate"),
     ],
 )
 def test_unknown_layers_name_the_nearest(resnet: Backbone, layers: list[str], message: str) -> None:
@@ -229,11 +231,11 @@ class Pair(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("strip", "layer strip of net has the shape 4x2x6: expected cxhxw, .*; layers that work: conv"),
-        ("pair", "layer pair of net gives no tensor with a row an image; layers that work: conv"),
-        ("idle", "layer idle of net gives no tensor with a row an image"),
-        ("logits", "net has no classifier that 'logits' could go by; layers that work: conv"),
-        ("penultimate", "net has no classifier that 'penultimate' could go by"),
+        ("strip", "layer strip of net has the shape 4x2x6, expected cxhxw, .*; layers that work: conv"),
+        ("pair", "layer pair of net does not give one tensor with a row for each image; layers that work: conv"),
+        ("idle", "layer idle of net does not give one tensor with a row for each image"),
+        ("logits", "net has no classifier, which 'logits' refers to; layers that work: conv"),
+        ("penultimate", "net has no classifier, which 'penultimate' refers to"),
         ("stages", "net has no stages that end in maps; layers that work: conv"),
     ],
 )
@@ -308,13 +310,13 @@ def test_nodes_that_every_path_crosses(name: str, count: int) -> None:
 def test_shapes_without_weights_are_the_real_ones(name: str) -> None:
     backbone = sketch(name, size=SIDE if name == "resnet18" else None)
     assert {item.device.type for item in backbone.module.parameters()} == {"meta"}
-    real = load(f"{name}@random:0", size=SIDE if name == "resnet18" else None)
+    real = load_backbone(f"{name}@random:0", size=SIDE if name == "resnet18" else None)
     side = real.preprocessing.size[0]
     outputs = hook_outputs(real.module, torch.zeros(2, side, side, 3, dtype=torch.uint8))
     # timm has its batch norms computed in one step: what stands inside them is out of reach.
     whole = [name for name, part in real.module.named_modules() if isinstance(part, BatchNormAct2d)]
     outputs = {name: item for name, item in outputs.items() if not any(name.startswith(f"{norm}.") for norm in whole)}
-    rows = {row.name: row for row in describe(backbone)}
+    rows = {row.name: row for row in list_layers(backbone)}
     assert {name: rows[name].shape for name in outputs} == {name: item.shape[1:] for name, item in outputs.items()}
     assert rows["input"] == ("input", (3, side, side), ("input",))
 
@@ -351,7 +353,7 @@ def test_untraceable_networks_are_tapped_with_hooks(pixels: Tensor) -> None:
     torch.testing.assert_close(logits, outputs["fc"])
     torch.testing.assert_close(conv, outputs["conv"].mean((2, 3)))
     torch.testing.assert_close(penultimate, outputs["act"].mean((2, 3)))
-    assert [row.name for row in describe(backbone)] == ["input", "conv", "act", "fc"]
+    assert [row.name for row in list_layers(backbone)] == ["input", "conv", "act", "fc"]
     with pytest.raises(BackboneError, match="no layer 'con'; did you mean conv"):
         tap(backbone, ["con"])
 
@@ -371,7 +373,7 @@ def test_hooks_are_always_taken_off(pixels: Tensor, fails: bool) -> None:
 
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_maxvit", "timm/test_resnet"])
 def test_other_families_give_their_own_output(name: str) -> None:
-    backbone = load(f"{name}@random:0")
+    backbone = load_backbone(f"{name}@random:0")
     nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifier).weight, std=0.1)
     side = backbone.preprocessing.size[0]
     pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)

@@ -17,8 +17,8 @@ from pipeline.errors import FitError
 from pipeline.heads import linear_svm, logreg
 from pipeline.heads.choose import Fold, balanced_weights, make_fold, scale, search, train_final
 from pipeline.heads.family import Family, Fitted, Params, Step
+from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import FAMILIES, Head, find_head
-from pipeline.heads.solvers.hyperplanes import C_GRID
 from pipeline.heads.solvers.spectrum import find_spectrum
 
 
@@ -184,6 +184,25 @@ def test_every_head_learns_labels_with_gaps_and_sees_constant_features(name: str
     assert choice.score == 1
     assert (fitted.estimator.predict(scaled.held) == y[1::2]).all()
     assert fitted.estimator.classes_.tolist() == list(labels)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("labels", [(3, 7), (0, 4, 9)])
+def test_hyperplanes_give_the_labels_of_the_estimator(name: str, labels: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat(labels, 20).astype(np.int64)
+    rows = rng.standard_normal((len(y), 6)).astype(np.float32)
+    rows += 2 * rng.standard_normal((len(labels), 6)).astype(np.float32)[np.searchsorted(labels, y)]
+    fresh = 2 * rng.standard_normal((200, 6)).astype(np.float32)
+    family = find_head(name).family
+    estimator = family.fit(family.fixed, rows, y).estimator
+    found = family.hyperplanes(estimator)
+    if found is None:
+        assert not family.linear
+        return
+    assert (found.weights.shape, found.bias.shape) == ((len(labels), 6), (len(labels),))
+    scores = fresh @ found.weights.T + found.bias
+    assert (estimator.classes_[scores.argmax(axis=1)] == estimator.predict(fresh)).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

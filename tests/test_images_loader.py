@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from io import BytesIO
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import pipeline.images.decode
-import pipeline.images.decode_ahead
+import pipeline.images.loader
 from pipeline.errors import UnreadableImageError
-from pipeline.images.decode_ahead import MIN_READERS, WINDOW_BATCHES
-from pipeline.images.loader import Batch, default_workers, load
+from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load_images
 from pipeline.images.sources.items import ImageSource, Item
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
@@ -76,17 +76,30 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def summary(batches: list[Batch]) -> list[object]:
+def decoded(batch: list[LoadedImage]) -> list[LoadedImage]:
+    return [image for image in batch if image.pixels is not None]
+
+
+def rows_of(batch: list[LoadedImage]) -> list[int]:
+    return [image.row for image in batch]
+
+
+def duplicates(batch: list[LoadedImage]) -> list[tuple[int, int, bytes]]:
+    return [(image.row, image.duplicate_of, image.digest) for image in batch if image.duplicate_of is not None]
+
+
+def failures(batch: list[LoadedImage]) -> list[tuple[int, str, bytes]]:
+    return [(image.row, image.failure, image.digest) for image in batch if image.failure is not None]
+
+
+def known_ones(batch: list[LoadedImage]) -> list[tuple[int, bytes]]:
+    return [(image.row, image.digest) for image in batch if image.known]
+
+
+def summary(batches: list[list[LoadedImage]]) -> list[object]:
     return [
-        (
-            b.rows.tolist(),
-            b.pixels[0].tobytes(),
-            b.digests.tobytes(),
-            b.duplicates,
-            b.failures,
-            b.known,
-        )
-        for b in batches
+        [(i.row, i.digest, i.pixels and i.pixels[0].tobytes(), i.duplicate_of, i.failure, i.known) for i in batch]
+        for batch in batches
     ]
 
 
@@ -96,63 +109,65 @@ def summary(batches: list[Batch]) -> list[object]:
 @pytest.mark.parametrize("workers", [1, 4])
 def test_full_batches_in_order(workers: int) -> None:
     levels = list(range(10, 33))
-    batches = list(load(source_of(levels), np.arange(23), [SMALL], batch_size=5, workers=workers))
-    assert [len(batch.rows) for batch in batches] == [5, 5, 5, 5, 3]
-    assert np.concatenate([batch.rows for batch in batches]).tolist() == list(range(23))
-    for batch in batches:
-        assert batch.rows.dtype == np.int64
-        assert batch.pixels[0].dtype == batch.digests.dtype == np.uint8
-        assert batch.pixels[0].shape == (len(batch.rows), 4, 5, 3)
-        np.testing.assert_array_equal(batch.pixels[0], np.zeros((1, 4, 5, 3)) + (batch.rows + 10)[:, None, None, None])
-        assert [bytes(row) for row in batch.digests] == [digest(levels[row]) for row in batch.rows]
+    batches = list(load_images(source_of(levels), np.arange(23), [SMALL], batch_size=5, workers=workers))
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
+    images = [image for batch in batches for image in batch]
+    assert rows_of(images) == list(range(23))
+    for image in images:
+        (pixels,) = image.pixels
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, np.full((4, 5, 3), levels[image.row]))
+        assert image.digest == digest(levels[image.row])
+        assert (image.duplicate_of, image.failure, image.known) == (None, None, False)
 
 
 def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
     levels = [7, *range(20, 20 + 100), *[7] * 1500]
     batches = list(
-        load(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
+        load_images(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
     )
-    assert [len(batch.rows) for batch in batches] == [1, 0, 0, 0]
-    assert [len(batch.known) + len(batch.duplicates) for batch in batches] == [512, 512, 512, 64]
+    assert [len(decoded(batch)) for batch in batches] == [1, 0, 0, 0]
+    assert [len(known_ones(batch)) + len(duplicates(batch)) for batch in batches] == [512, 512, 512, 64]
 
 
 def test_only_the_rows_asked_in_the_order_asked() -> None:
-    batches = list(load(source_of(list(range(50))), [40, 3, 17], [SMALL], batch_size=2))
-    assert [batch.rows.tolist() for batch in batches] == [[40, 3], [17]]
-    assert [batch.pixels[0][0, 0, 0, 0] for batch in batches] == [40, 17]
+    batches = list(load_images(source_of(list(range(50))), [40, 3, 17], [SMALL], batch_size=2))
+    assert [rows_of(batch) for batch in batches] == [[40, 3], [17]]
+    assert [image.pixels[0][0, 0, 0] for batch in batches for image in batch] == [40, 3, 17]
 
 
 def test_no_rows_no_batches() -> None:
-    assert list(load(source_of([1, 2]), [], [SMALL], batch_size=2)) == []
+    assert list(load_images(source_of([1, 2]), [], [SMALL], batch_size=2)) == []
 
 
 def test_duplicates_and_failures() -> None:
     levels = [7, BAD, 7, MISSING, 9, BAD, 9, MISSING, 7]
-    (batch,) = load(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
-    assert batch.rows.tolist() == [0, 4]
-    assert batch.duplicates == [
+    (batch,) = load_images(source_of(levels), range(9), [SMALL], batch_size=4, workers=3)
+    assert rows_of(batch) == list(range(9))
+    assert rows_of(decoded(batch)) == [0, 4]
+    assert duplicates(batch) == [
         (2, 0, digest(7)),
         (6, 4, digest(9)),
         (8, 0, digest(7)),
     ]
     reason = "not an image of a known format"
-    assert batch.failures == [
+    assert failures(batch) == [
         (1, reason, digest(BAD)),
-        (3, "no such file", None),
+        (3, "no such file", b""),
         (5, reason, digest(BAD)),
-        (7, "no such file", None),
+        (7, "no such file", b""),
     ]
 
 
 def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    prepare = pipeline.images.decode_ahead.prepare_all
+    seen = []
+    prepare = pipeline.images.loader.prepare_all
     monkeypatch.setattr(
-        pipeline.images.decode_ahead, "prepare_all", lambda data, wanted: decoded.append(data) or prepare(data, wanted)
+        pipeline.images.loader, "prepare_all", lambda data, wanted: seen.append(data) or prepare(data, wanted)
     )
-    batches = list(load(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
-    assert sorted(decoded) == sorted([FILES[5], FILES[6]])
-    assert sum(len(batch.duplicates) for batch in batches) == 58
+    batches = list(load_images(source_of([5, 6] * 30), range(60), [SMALL], batch_size=1, workers=4))
+    assert sorted(seen) == sorted([FILES[5], FILES[6]])
+    assert sum(len(duplicates(batch)) for batch in batches) == 58
 
 
 def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,27 +177,25 @@ def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(key)
         return key in {digest(1), digest(BAD)}
 
-    (batch,) = load(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
+    (batch,) = load_images(source_of([1, 2, BAD, 1, 2, 3]), range(6), [SMALL], batch_size=9, workers=2, known=known)
     assert asked == [digest(level) for level in (1, 2, BAD, 1, 3)]
-    assert batch.rows.tolist() == [1, 5]
-    assert batch.known == [(0, digest(1)), (2, digest(BAD)), (3, digest(1))]
-    assert batch.duplicates == [(4, 1, digest(2))]
-    assert batch.failures == []
+    assert rows_of(decoded(batch)) == [1, 5]
+    assert known_ones(batch) == [(0, digest(1)), (2, digest(BAD)), (3, digest(1))]
+    assert duplicates(batch) == [(4, 1, digest(2))]
+    assert failures(batch) == []
 
 
 def test_a_batch_without_pixels() -> None:
-    (batch,) = load(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
-    assert batch.rows.shape == (0,)
-    assert batch.pixels[0].shape == (0, 4, 5, 3)
-    assert batch.digests.shape == (0, 16)
-    assert [failure.row for failure in batch.failures] == [0, 1]
+    (batch,) = load_images(source_of([BAD, MISSING]), range(2), [SMALL], batch_size=2)
+    assert decoded(batch) == []
+    assert [row for row, *_ in failures(batch)] == [0, 1]
 
 
 def test_what_follows_the_last_full_batch_comes_too() -> None:
-    batches = list(load(source_of([1, 2, 2, BAD]), range(4), [SMALL], batch_size=2))
-    assert [batch.rows.tolist() for batch in batches] == [[0, 1], []]
-    assert [duplicate.row for duplicate in batches[1].duplicates] == [2]
-    assert [failure.row for failure in batches[1].failures] == [3]
+    batches = list(load_images(source_of([1, 2, 2, BAD]), range(4), [SMALL], batch_size=2))
+    assert [rows_of(decoded(batch)) for batch in batches] == [[0, 1], []]
+    assert [row for row, *_ in duplicates(batches[1])] == [2]
+    assert [row for row, *_ in failures(batches[1])] == [3]
 
 
 @given(
@@ -192,17 +205,23 @@ def test_what_follows_the_last_full_batch_comes_too() -> None:
 @settings(max_examples=25, deadline=None)
 def test_the_number_of_workers_changes_nothing(levels: list[int], batch_size: int) -> None:
     one, four = (
-        list(load(source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key: key == digest(3)))
+        list(
+            load_images(
+                source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key: key == digest(3)
+            )
+        )
         for workers in (1, 4)
     )
     assert summary(one) == summary(four)
-    assert all(len(batch.rows) == batch_size for batch in one[:-1])
+    assert all(len(decoded(batch)) == batch_size for batch in one[:-1])
     seen: list[int] = []
-    for batch in one:
-        seen += [*batch.rows.tolist(), *(row[0] for row in [*batch.duplicates, *batch.failures, *batch.known])]
-        assert all(duplicate.of in seen for duplicate in batch.duplicates)
-    assert sorted(seen) == list(range(len(levels)))
-    assert all(first < second for batch in one for first, second in pairwise(batch.rows))
+    for image in chain.from_iterable(one):
+        assert (image.pixels is not None) + (image.duplicate_of is not None) + (image.failure is not None) == (
+            not image.known
+        )
+        assert image.duplicate_of is None or image.duplicate_of in seen
+        seen.append(image.row)
+    assert seen == list(range(len(levels)))
 
 
 def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
@@ -210,14 +229,24 @@ def test_a_file_that_vanishes(make_photos: Callable[..., Path]) -> None:
     source = open_source(root)
     (root / "a/1.png").unlink()
     (root / "b/2.png").write_bytes(b"")
-    (batch,) = load(source, range(6), [SMALL], batch_size=8)
-    assert batch.rows.tolist() == [0, 2, 3, 4]
-    assert [(failure.row, failure.reason) for failure in batch.failures] == [(1, "no such file"), (5, "empty file")]
+    (batch,) = load_images(source, range(6), [SMALL], batch_size=8)
+    assert rows_of(decoded(batch)) == [0, 2, 3, 4]
+    assert [(row, reason) for row, reason, _ in failures(batch)] == [(1, "no such file"), (5, "empty file")]
 
 
 def test_workers_follow_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.process_cpu_count", lambda: 3, raising=False)
     assert default_workers() == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to cores")
+def test_a_process_that_is_bound_to_one_core_decodes_with_one_thread() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        assert default_workers() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 # -- Bounded memory ----------------------------------------------------------------------------------------------------
@@ -228,7 +257,7 @@ def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
     begun: set[int] = set()
     levels = list(range(200))
     window = WINDOW_BATCHES * max(batch_size, workers)
-    with closing(load(source_of(levels, begun.add), range(200), [SMALL], batch_size, workers)) as batches:
+    with closing(load_images(source_of(levels, begun.add), range(200), [SMALL], batch_size, workers)) as batches:
         for number in range(1, 4):
             next(batches)
             ahead = number * batch_size + window
@@ -241,12 +270,12 @@ def test_threads_run_ahead_but_not_far(batch_size: int, workers: int) -> None:
 def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     monkeypatch.setattr(
-        pipeline.images.decode_ahead,
+        pipeline.images.loader,
         "prepare_all",
         lambda data, wanted: (go.wait(20) and np.zeros((4, 5, 3), np.uint8),),
     )
     begun: set[int] = set()
-    limit = max(MIN_READERS, workers) + 2 * workers  # in readers' hands, waiting, in decoders' hands
+    limit = max(MIN_READERS, workers) + workers
     found: list[int] = []
 
     def watch() -> None:
@@ -257,10 +286,12 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    batches = list(load(source_of(list(range(200)), begun.add), range(200), [SMALL], batch_size=64, workers=workers))
+    batches = list(
+        load_images(source_of(list(range(200)), begun.add), range(200), [SMALL], batch_size=64, workers=workers)
+    )
     watcher.join()
     assert found == [limit]
-    assert sum(len(batch.rows) for batch in batches) == 200
+    assert sum(len(decoded(batch)) for batch in batches) == 200
 
 
 # -- Endings: `no_thread_is_left` checks each --------------------------------------------------------------------------
@@ -269,7 +300,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("taken", [0, 1, 3])
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_early_close(taken: int, workers: int) -> None:
-    batches = load(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=workers)
+    batches = load_images(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=workers)
     assert len([next(batches) for _ in range(taken)]) == taken
     batches.close()
     assert next(batches, None) is None
@@ -277,7 +308,7 @@ def test_an_early_close(taken: int, workers: int) -> None:
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
 def test_the_consumer_is_interrupted(interruption: type[BaseException]) -> None:
-    batches = load(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=2)
+    batches = load_images(source_of(list(range(200))), range(200), [SMALL], batch_size=4, workers=2)
     next(batches)
     with pytest.raises(interruption):
         batches.throw(interruption())
@@ -293,7 +324,7 @@ def test_control_c_while_waiting() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
     try:
         with pytest.raises(KeyboardInterrupt):
-            list(load(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
+            list(load_images(source_of(list(range(30)), interrupt), range(30), [SMALL], batch_size=2, workers=2))
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -304,7 +335,7 @@ def test_what_a_reader_raises_reaches_the_consumer(error: BaseException) -> None
         if row == 11:
             raise error
 
-    batches = load(source_of(list(range(40)), fail), range(40), [SMALL], batch_size=1, workers=2)
+    batches = load_images(source_of(list(range(40)), fail), range(40), [SMALL], batch_size=1, workers=2)
     with pytest.raises(type(error)) as caught:
         list(batches)
     assert caught.value is error
@@ -314,9 +345,9 @@ def test_what_a_decoder_raises_reaches_the_consumer(monkeypatch: pytest.MonkeyPa
     def prepare(data: bytes, wanted: Preprocessing) -> np.ndarray:
         raise ZeroDivisionError("in a decoder")
 
-    monkeypatch.setattr(pipeline.images.decode_ahead, "prepare_all", prepare)
+    monkeypatch.setattr(pipeline.images.loader, "prepare_all", prepare)
     with pytest.raises(ZeroDivisionError, match="in a decoder"):
-        list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
+        list(load_images(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2))
 
 
 def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,11 +355,11 @@ def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch
         raise MemoryError
 
     monkeypatch.setattr(pipeline.images.decode, "_upright", short)
-    (batch,) = load(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
-    assert [(failure.reason, failure.digest) for failure in batch.failures] == [
-        ("not enough memory", None),
+    (batch,) = load_images(source_of([7, BAD, 7]), range(3), [SMALL], batch_size=3)
+    assert [(reason, key) for _, reason, key in failures(batch)] == [
+        ("not enough memory", b""),
         ("not an image of a known format", digest(BAD)),
-        ("not enough memory", None),
+        ("not enough memory", b""),
     ]
 
 
@@ -337,4 +368,4 @@ def test_what_known_raises_reaches_the_consumer() -> None:
         raise LookupError("in known")
 
     with pytest.raises(LookupError, match="in known"):
-        list(load(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2, known=known))
+        list(load_images(source_of(list(range(40))), range(40), [SMALL], batch_size=3, workers=2, known=known))

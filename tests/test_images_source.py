@@ -11,6 +11,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.errors import SourceError
+from pipeline.images.sources import registry
+from pipeline.images.sources.items import ImageSource, Item, build_source
 from pipeline.images.sources.registry import open_source
 
 
@@ -82,3 +84,20 @@ def test_only_that_word_means_the_digits(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match="did you mean digits"):
         open_source(word)
+
+
+def test_another_kind_of_source_is_one_opener_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_list(path: Path) -> ImageSource | None:
+        if path.suffix != ".list":
+            return None
+        names = path.read_text().split()
+        return build_source(path.stem, path.as_posix(), [(Item(name), name[0]) for name in names], lambda _: b"bytes")
+
+    monkeypatch.setitem(registry._PATHS, "a .list", open_list)
+    (tmp_path / "my.list").write_text("b2 a1")
+    source = open_source(tmp_path / "my.list")
+    assert source.classes == ("a", "b")
+    assert [(item.uri, item.label) for item in source.items] == [("a1", 0), ("b2", 1)]
+    (tmp_path / "none.list").write_text("")
+    with pytest.raises(SourceError, match="expected at least one image"):
+        open_source(tmp_path / "none.list")

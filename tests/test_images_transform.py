@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from pipeline.images import resize as transform
 from pipeline.images.decode import from_pillow
-from pipeline.images.resize import jpeg_floor, prepare, resize_and_crop, resized_size
+from pipeline.images.resize import jpeg_floor, prepare, prepare_all, resize_and_crop, resized_size
 from pipeline.spec import Preprocessing
 
 HALF = (0.5, 0.5, 0.5)
@@ -185,3 +186,19 @@ def test_reduced_photos_stay_close(orientation: int) -> None:
     difference = np.abs(prepare(file.getvalue(), wanted).astype(int) - full)
     assert difference.mean() < 1
     assert difference.max() < 12
+
+
+def test_networks_of_equal_geometry_share_one_decode_and_one_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = BytesIO()
+    photo(300, 200).save(buffer, "JPEG")
+    wanted = [preprocessing(64, (56, 56)), preprocessing(96, (80, 80)), preprocessing(64, (56, 56))]
+    wanted[2] = replace(wanted[2], mean=(0.1, 0.2, 0.3))
+    expected = [prepare(buffer.getvalue(), one) for one in wanted]
+    calls = []
+    for name in ("decode", "resize_and_crop"):
+        plain = getattr(transform, name)
+        monkeypatch.setattr(transform, name, lambda *args, name=name, plain=plain: calls.append(name) or plain(*args))
+    found = prepare_all(buffer.getvalue(), wanted)
+    assert sorted(calls) == ["decode", "decode", "resize_and_crop", "resize_and_crop"]
+    for pixels, one in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(pixels, one)

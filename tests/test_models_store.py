@@ -17,8 +17,9 @@ from pipeline.evaluation.calibration import tempered
 from pipeline.heads import saved as store
 from pipeline.heads.choose import scale, search
 from pipeline.heads.registry import FAMILIES, SCALINGS, find_head
-from pipeline.heads.saved import SavedModel, check_destination, current_versions, load_model, save_model
+from pipeline.heads.saved import FORMAT, SavedModel, load_model, save_model
 from pipeline.heads.trial import Prepared, run_trial
+from pipeline.model_file import check_destination
 
 SPEC = {"backbone": "zoo/net", "layer": "top", "pool": "avg"}
 LAYER = {
@@ -46,7 +47,7 @@ def trained(name: str = "logreg", **changes: Any) -> SavedModel:
         "classes": ("ape", "bee", "çat"),
         "temperature": 2.0,
         "metrics": {"accuracy": 1.0, "log_loss": None},
-        "versions": current_versions(),
+        "versions": FORMAT.versions(),
     }
     return SavedModel(**(fields | changes))
 
@@ -59,7 +60,7 @@ def rewrite(path: Path, *, drop: bool = False, **changes: Any) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
-        description["digest"] = store._digest(archive, description)
+        description["digest"] = FORMAT.digest(description, store._content(archive))
         if not drop:
             archive.writestr("thawline.json", json.dumps(description))
 
@@ -113,7 +114,7 @@ def test_saving_replaces_a_file_at_once_and_leaves_nothing_else(
 
 
 def test_places_that_cannot_take_a_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match="is a folder"):
+    with pytest.raises(ModelFileError, match="which is a folder; name a file in it"):
         check_destination(tmp_path)
     with pytest.raises(ModelFileError, match="no folder"):
         check_destination(tmp_path / "no" / "m.skops")
@@ -175,8 +176,8 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "has model format 2, expected 1"),
-        ({"version": None}, "has model format None, expected 1"),
+        ({"version": 2}, "has thawline-model format 2, expected 1"),
+        ({"version": None}, "has thawline-model format None, expected 1"),
         ({"format": "other"}, "no model of thawline"),
         ({"drop": True}, "no model of thawline"),
         ({"layers": "top"}, "does not say its layers"),
@@ -245,7 +246,7 @@ def test_nothing_of_a_forged_file_is_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "m.skops"
     forge(path, Pipeline([("classifier", Harmful())]))
-    with pytest.raises(ModelFileError, match=r"types that no saved head has, and was not loaded: .*Harmful"):
+    with pytest.raises(ModelFileError, match=r"was not loaded: it holds types that no saved head has: .*Harmful"):
         load_model(path)
     assert not (tmp_path / "trace").exists()
 

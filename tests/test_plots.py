@@ -12,10 +12,12 @@ from threadpoolctl import threadpool_limits
 from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
 from pipeline.reporting.charts.confusion import confusion_figure
-from pipeline.reporting.charts.curves import MOST_LINES, budget_figure, depth_figure
+from pipeline.reporting.charts.depth import draw_depth
 from pipeline.reporting.charts.embedding import embedding_figure
+from pipeline.reporting.charts.fit_pictures import depth_figure, labels_figure, save
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.style import LONGEST, save, short
+from pipeline.reporting.charts.theme import LONGEST, MOST_LINES, SCREEN, Line, Theme, short
+from pipeline.reporting.page.svg import PAGE
 from pipeline.results import FitResult
 
 
@@ -89,7 +91,7 @@ def test_budget_curve_goes_through_means_and_its_band_over_seeds() -> None:
         for shots, pair in values.items()
         for seed, value in enumerate(pair)
     ]
-    axes = budget_figure(results, n_classes=2).axes[0]
+    axes = labels_figure(results, n_classes=2).axes[0]
     np.testing.assert_allclose(axes.lines[0].get_xdata(), [5, 20, 50])
     np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.45, 0.7, 0.9])
     band = axes.collections[0].get_paths()[0].vertices
@@ -99,8 +101,8 @@ def test_budget_curve_goes_through_means_and_its_band_over_seeds() -> None:
 
 def test_of_many_lines_the_best_are_drawn() -> None:
     results = [result(f"layer{k}", k / 40, shots=shots) for k in range(30) for shots in (1, "all")]
-    axes = budget_figure(results, 2).axes[0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"layer{k}" for k in range(22, 30)]
+    axes = labels_figure(results, 2).axes[0]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [f"layer{k}" for k in range(22, 30)]
     assert len(axes.lines) == MOST_LINES
 
 
@@ -114,7 +116,7 @@ def test_reliability_shows_accuracy_by_confidence() -> None:
     assert "calibration error 0.075" in axes[0].get_legend().get_texts()[1].get_text()
 
 
-@pytest.mark.parametrize(("k", "n", "legend"), [(2, 6, 3), (24, 120, 25), (100, 200, 12)])
+@pytest.mark.parametrize(("k", "n", "legend"), [(2, 6, 3), (30, 150, 31), (100, 200, 12)])
 def test_the_map_colours_what_can_be_told_apart(k: int, n: int, legend: int) -> None:
     y, found, names = predictions(k, n)
     y[:k] = np.arange(k)
@@ -124,19 +126,39 @@ def test_the_map_colours_what_can_be_told_apart(k: int, n: int, legend: int) -> 
     pca, tsne = figure.axes
     assert len(figure.legends[0].get_texts()) == legend
     for axes in (pca, tsne):
-        points = sum(len(drawn.get_offsets()) for drawn in axes.collections if drawn.get_label() != "labelled wrongly")
+        points = sum(len(drawn.get_offsets()) for drawn in axes.collections if drawn.get_label() != "mistakes")
         assert points == n
         looks = {(str(drawn.get_facecolor()), drawn.get_paths()[0].vertices.tobytes()) for drawn in axes.collections}
         assert len(looks) == legend, "no two classes look the same"
 
 
-def test_names_are_shortened_in_the_middle_and_are_no_formulas() -> None:
+def test_long_names_are_shortened_in_the_middle() -> None:
     assert short("cat") == "cat"
     long = short("a" * 50 + "z" * 50)
     assert len(long) == LONGEST
     assert long.startswith("aaa")
     assert long.endswith("zzz")
-    assert short("US$ and $") == r"US\$ and \$"
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path: Path) -> None:
+    y = np.array([0, 1])
+    _, svg = save(confusion_figure(y, y, ["US$_1$", "cat"]), tmp_path, "m")
+    assert "US$_1$</text>" in svg.read_text()
+
+
+@pytest.mark.parametrize(("theme", "peak"), [(SCREEN, "b 0.900"), (PAGE, "b 90.0")])
+def test_the_peak_of_a_depth_curve_is_named(theme: Theme, peak: str) -> None:
+    seeds = [(0.5,), (0.8, 1.0), (0.7,)]
+    line = Line("logreg", [0, 1, 2], [0.5, 0.9, 0.7], [(0.4, 0.6), (0.8, 0.95), (0.6, 0.8)], ["a", "b", "c"], seeds)
+    with theme.figure(4, 3) as figure:
+        alone, beside = figure.subplots(1, 2)
+        draw_depth(alone, [line], theme, ("raw pixels", 0.25))
+        draw_depth(beside, [line, line], theme)
+    (text,) = alone.texts
+    assert (text.get_text(), text.xy) == (peak, (1, 1.0)), "above the interval and every seed"
+    labels = alone.get_legend_handles_labels()[1]
+    assert labels == [f"raw pixels {theme.share(0.25)}", "logreg"]
+    assert beside.get_legend_handles_labels()[1] == [f"logreg: {peak}"] * 2
 
 
 def test_the_command_draws_what_there_is_to_show(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pipeline.backbones.pooling import Pool, layout_of, pooled_dim
+from pipeline.backbones.pooling import POOLINGS, Pool, layout_of, pooled_dim
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS
 
@@ -31,6 +31,10 @@ ORACLES = {
 MAPS = st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 8)).flatmap(
     lambda size: arrays(np.float32, (size[0], size[1], size[2], size[2]), elements=st.floats(-8, 8, width=32))
 )
+
+
+def test_the_names_known_without_torch_are_those_of_the_table() -> None:
+    assert tuple(POOLINGS) == POOLS
 
 
 @pytest.mark.parametrize("pool", POOLS)

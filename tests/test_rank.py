@@ -92,14 +92,14 @@ def test_wide_layers_are_scored_on_fewer_rows_all_alike(cache: Path, monkeypatch
 
 def test_sources_are_not_mixed(cache: Path, make_photos: Callable[..., Path]) -> None:
     extract(make_photos(name="others"), [NETWORK], ["layer1"], output=cache, **HOW)
-    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*--source: others, photos"):
+    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*name one source: others, photos"):
         rank(cache)
     with pytest.raises(CacheError, match=r"no source photo; it has .*; did you mean photos"):
         rank(cache, source="photo")
     location = next(file.handles["location"] for file in Catalog(cache).files if file.handles["source"] == "photos")
     assert rank(cache, source=location).ranking == rank(cache, source="photos").ranking, "as fit has it"
     extract(make_photos(name="else/photos"), [NETWORK], ["layer1"], output=cache, precision="fp32", size=32)
-    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*--source: /.*photos, /.*photos"):
+    with pytest.raises(AmbiguousCacheError, match=r"2 sources.*name one source: /.*photos, /.*photos"):
         rank(cache, source="photos")
 
 
@@ -115,5 +115,5 @@ def test_the_commands(cache: Path, thawline: Callable[..., object], make_photos:
     found = thawline("drift", first, others, "-l", "layer1", "--json").json
     assert (found["shared"], found["compared"], len(found["foreign_in_second"])) == (8, 12, 10)
     assert 0 < found["p_value"] <= 1
-    assert "a held-out classifier" in thawline("drift", first, others, "-l", "layer1").stdout
+    assert "tells held-out images of the two sets apart" in thawline("drift", first, others, "-l", "layer1").stdout
     thawline("drift", cache, others, "-l", "layer1").assert_one_line("2 files", "name one of the files")

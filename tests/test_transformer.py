@@ -88,12 +88,12 @@ def test_parameters_changed_later_count() -> None:
 def test_a_weights_file_written_again_is_read_again(tmp_path: Path) -> None:
     import torch
 
-    from pipeline.backbones.registry import load
+    from pipeline.backbones.registry import load_backbone
 
     path = tmp_path / "weights.pth"
     results = []
     for seed in (0, 1):
-        torch.save(load(f"efficientnet_lite0@random:{seed}").module.state_dict(), path)
+        torch.save(load_backbone(f"efficientnet_lite0@random:{seed}").module.state_dict(), path)
         results.append(ImageFeatures(f"efficientnet_lite0@{path}", **TORCH).transform(pictures(1)))
     assert not np.allclose(results[0], results[1])
 

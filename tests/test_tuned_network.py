@@ -16,15 +16,15 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import log_loss
 
 from features_cache import DONE, open_cache
-from pipeline.backbones.network_file import HEAD, TunedModel, save_network
-from pipeline.backbones.network_file import describe as describe_file
-from pipeline.backbones.registry import load, sketch
-from pipeline.backbones.taps import describe, tap
+from pipeline.backbones.layers import list_layers
+from pipeline.backbones.network_file import TOP_LAYER, TunedModel, describe_network, save_network
+from pipeline.backbones.registry import load_backbone, sketch
+from pipeline.backbones.taps import tap
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning.network import Network
+from pipeline.finetuning.network import ThawedNetwork
 from pipeline.predict import predict
 from pipeline.spec import LayerSpec
 
@@ -33,16 +33,16 @@ TUNE: dict[str, Any] = {"size": 48, "engine": "torch", "device": "cpu", "precisi
 Photos = Callable[..., Path]
 
 
-def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0) -> Network:
+def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0) -> ThawedNetwork:
     """Write a network whose new head is random, and return it."""
-    backbone = load(f"{NET}@random:{seed}", 48)
-    network = Network(backbone, freeze, top, 3)
+    backbone = load_backbone(f"{NET}@random:{seed}", 48)
+    network = ThawedNetwork(backbone, freeze, top, 3)
     generator = torch.Generator().manual_seed(seed)
     for item in network.new_head.parameters():
         item.data.normal_(0, 0.1, generator=generator)
     state = network.whole_state()
-    scores = LayerSpec(NET, weights_digest(state), HEAD, "avg", backbone.preprocessing, "fp32")
-    model = TunedModel(scores, top, ("blue", "green", "red"), 2.0, {}, {})
+    scores = LayerSpec(NET, weights_digest(state), TOP_LAYER, "avg", backbone.preprocessing, "fp32")
+    model = TunedModel(scores, top, ("blue", "green", "red"), 2.0, {})
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})
     return network
 
@@ -50,13 +50,13 @@ def saved(path: Path, freeze: str = "layer2", top: str = "linear", seed: int = 0
 @pytest.mark.parametrize(("top", "freeze"), [("linear", "all"), ("hidden", "layer2"), ("direct", "none")])
 def test_the_backbone_of_a_file_computes_what_the_network_does(tmp_path: Path, top: str, freeze: str) -> None:
     network = saved(tmp_path / "tuned.safetensors", freeze, top)
-    backbone = load(f"{NET}@{tmp_path / 'tuned.safetensors'}")
+    backbone = load_backbone(f"{NET}@{tmp_path / 'tuned.safetensors'}")
     pixels = torch.randint(0, 256, (4, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         scores, features, middle = tap(backbone, ["logits", "penultimate", "layer3"])(pixels)
         expected = network(pixels)
         read, _ = network.features(pixels)
-    assert backbone.weights_digest == describe_file(tmp_path / "tuned.safetensors").scores.weights_digest
+    assert backbone.weights_digest == describe_network(tmp_path / "tuned.safetensors").scores.weights_digest
     assert (backbone.handle, backbone.preprocessing.size) == ("test_resnet@tuned.safetensors", (48, 48))
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(features, read, rtol=0, atol=1e-5)
@@ -65,11 +65,11 @@ def test_the_backbone_of_a_file_computes_what_the_network_does(tmp_path: Path, t
 
 def test_it_has_the_layers_of_its_backbone_and_a_new_head(tmp_path: Path) -> None:
     saved(tmp_path / "tuned.safetensors")
-    known = {row.name for row in describe(sketch(f"{NET}@random:0", 48))}
-    found = {row.name: row for row in describe(sketch(f"{NET}@{tmp_path / 'tuned.safetensors'}"))}
-    assert set(found) == known - {"fc"} | {HEAD}
-    assert found[HEAD].shape == (3,)
-    assert found[HEAD].aliases == ("logits",)
+    known = {row.name for row in list_layers(sketch(f"{NET}@random:0", 48))}
+    found = {row.name: row for row in list_layers(sketch(f"{NET}@{tmp_path / 'tuned.safetensors'}"))}
+    assert set(found) == known - {"fc"} | {TOP_LAYER}
+    assert found[TOP_LAYER].shape == (3,)
+    assert found[TOP_LAYER].aliases == ("logits",)
     assert "stages" in found["layer2"].aliases
 
 
@@ -77,9 +77,9 @@ def test_another_architecture_or_size_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tuned.safetensors"
     saved(path)
     with pytest.raises(BackboneError, match=r"holds timm/test_resnet for 48 pixels, not torchvision/resnet18"):
-        load(f"resnet18@{path}")
-    with pytest.raises(BackboneError, match="for 64; name timm/test_resnet@"):
-        load(f"{NET}@{path}", 64)
+        load_backbone(f"resnet18@{path}")
+    with pytest.raises(BackboneError, match=r"for 64; use timm/test_resnet@.*, without a size"):
+        load_backbone(f"{NET}@{path}", 64)
 
 
 def test_what_the_libraries_no_longer_build_is_told_with_their_versions(
@@ -88,9 +88,9 @@ def test_what_the_libraries_no_longer_build_is_told_with_their_versions(
     path = tmp_path / "tuned.safetensors"
     network = saved(path)
     state = {name: item.numpy() for name, item in network.whole_state().items() if not name.startswith("layer4")}
-    save_network(path, describe_file(path), state)
+    save_network(path, describe_network(path), state)
     with pytest.raises(ModelFileError, match=r"missing: layer4.*libraries it was made with: thawline .*torch "):
-        load(f"{NET}@{path}")
+        load_backbone(f"{NET}@{path}")
 
 
 @pytest.mark.parametrize("field", ["scores", "classes", "temperature"])
@@ -151,7 +151,7 @@ def test_probabilities_are_calibrated_on_the_validation_images(make_photos: Phot
     result = finetune(table, f"{NET}@random:0", freeze="layer2", epochs=2, output=tmp_path / "a", save=model, **TUNE)
     (one,) = result.results
     (done,) = extract(table, [f"{NET}@{model}"], ["logits"], output=tmp_path / "b", precision="fp32", engine="torch")
-    scores = np.array(open_cache(done.path).matrix(HEAD), np.float64)
+    scores = np.array(open_cache(done.path).matrix(TOP_LAYER), np.float64)
     labels = np.repeat(range(3), 12)
     held, test = np.array(splits) == "val", np.array(splits) == "test"
 
@@ -164,7 +164,7 @@ def test_probabilities_are_calibrated_on_the_validation_images(make_photos: Phot
     temperature = float(np.exp(minimize(cross_entropy, [0.0], method="Nelder-Mead", options={"xatol": 1e-6}).x[0]))
     assert one.temperature == pytest.approx(temperature, rel=1e-2)
     assert one.temperature != pytest.approx(1, rel=1e-2)
-    assert describe_file(model).temperature == one.temperature
+    assert describe_network(model).temperature == one.temperature
     before, after = (softmax(scores[test] / by, axis=1) for by in (1.0, one.temperature))
     assert one.log_loss == pytest.approx(log_loss(labels[test], before), rel=1e-3)
     assert one.log_loss_calibrated == pytest.approx(log_loss(labels[test], after), rel=1e-3)
@@ -183,4 +183,4 @@ def test_without_validation_images_there_is_no_temperature(make_photos: Photos, 
     assert report.results[0].temperature is None
     assert report.results[0].log_loss_calibrated is None
     assert report.predictions[0].calibrated is None
-    assert describe_file(model).temperature is None
+    assert describe_network(model).temperature is None

@@ -14,15 +14,15 @@ from PIL import Image
 
 from features_cache import DONE, PENDING, CacheError, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
-from pipeline.backbones.registry import load
-from pipeline.backbones.thaw_line import find_line, read_place, split
+from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.thaw_line import find_line, split
 from pipeline.engines import engine
 from pipeline.errors import FitError
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning import material
-from pipeline.finetuning.inputs import Pictures
+from pipeline.finetuning import data
+from pipeline.finetuning.inputs import DecodedImages
 from pipeline.finetuning.recipe import check_start, make_recipe
 from pipeline.images import resize as transform
 from pipeline.images.resize import prepare, prepare_all
@@ -37,7 +37,7 @@ Photos = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def backbone() -> Any:
-    return load(NET, 32)
+    return load_backbone(NET, 32)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_view_in_the_cache_is_what_torch_gives_of_the_augmented_image(
 ) -> None:
     photos = make_photos(each=4)
     results = extract(photos, [NET], [LINE], "flatten", tmp_path, augment=AUGMENT, views=[0, 3], **HOW)
-    trunk, _ = split(backbone.traced, find_line(backbone, LINE).node, read_place(backbone).node)
+    trunk, _ = split(backbone, find_line(backbone, LINE))
     mean, std = (
         torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.preprocessing.mean, backbone.preprocessing.std)
     )
@@ -126,13 +126,13 @@ def test_cached_views_train_like_the_same_views_decoded(make_photos: Photos, tmp
     cached = tune(photos, tmp_path / "cached", freeze=freeze, seeds=[1])
     shown = []
 
-    class Repeated(Pictures):
+    class Repeated(DecodedImages):
         def read(self, rows: IntArray, view: int | None) -> Any:
             shown.append(view)
             return super().read(rows, None if view is None else view % 2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(material, "Pictures", Repeated)
+        patch.setattr(data, "DecodedImages", Repeated)
         decoded = tune(photos, tmp_path / "decoded", freeze=freeze, seeds=[1], views=None)
     assert losses(cached) == pytest.approx(losses(decoded), rel=1e-3)
     turns = [view % 2 for view in dict.fromkeys(shown) if view is not None]
@@ -206,7 +206,7 @@ def test_what_training_leaves_behind_is_not_in_the_way_of_others(
 ) -> None:
     photos = make_photos()
     tune(photos, tmp_path, freeze="all", epochs=1, views=None, augment="none")
-    with pytest.raises(CacheError, match="thawline extract SOURCE"):
+    with pytest.raises(CacheError, match="run the extraction"):
         Catalog(tmp_path)
     extract(photos, [NET], ["penultimate", LINE], output=tmp_path, **HOW)
     tune(photos, tmp_path, epochs=1)

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skorch.callbacks import GradientNormClipping
 from torch import Tensor, nn
 
-from pipeline.backbones.registry import load
+from pipeline.backbones.registry import load_backbone
 from pipeline.errors import FitError
 from pipeline.finetune import finetune
-from pipeline.finetuning import keeper
+from pipeline.finetuning import loop
+from pipeline.finetuning.checkpoint import read_checkpoint
 from pipeline.finetuning.groups import depth_groups
 from pipeline.finetuning.health import judge
-from pipeline.finetuning.inputs import Part
-from pipeline.finetuning.net import Net
-from pipeline.finetuning.network import Network
-from pipeline.finetuning.watch import Watch
+from pipeline.finetuning.inputs import Subset
+from pipeline.finetuning.loop import take_step
+from pipeline.finetuning.network import ThawedNetwork
+from pipeline.finetuning.watch import GradientWatch
 from pipeline.results import to_json
 
 NET = "timm/test_resnet@random:0"
@@ -58,31 +58,22 @@ class Rows:
         return (self.x[torch.from_numpy(rows)],)
 
 
-def part() -> Part:
+def subset() -> Subset:
     x = torch.randn(60, WIDTH, generator=torch.Generator().manual_seed(1))
     labels = np.arange(60) % CLASSES
     x[:, :CLASSES] += 2 * torch.eye(CLASSES)[torch.from_numpy(labels)]
-    return Part(Rows(x), np.arange(60), labels, 20, 0, augmented=False)
+    return Subset(Rows(x), np.arange(60), labels, 20, 0)
 
 
 def watched(toy: Toy, lr: float, epochs: int = 3, clip: float = 1e9, decay: float = 0.0) -> list[dict[str, Any]]:
-    net = Net(
-        toy,
-        groups=[{"params": list(toy.parameters())}],
-        seed=0,
-        criterion=nn.CrossEntropyLoss,
-        optimizer=torch.optim.SGD,
-        optimizer__weight_decay=decay,
-        lr=lr,
-        classes=list(range(CLASSES)),
-        train_split=None,
-        callbacks=[Watch(), GradientNormClipping(clip)],
-        callbacks__print_log=None,
-        verbose=0,
-    ).initialize()
-    net.notify("on_train_begin", X=None, y=None)
-    net.fit_loop(part(), epochs=epochs)
-    return list(net.history)
+    optimizer = torch.optim.SGD(toy.parameters(), lr, weight_decay=decay)
+    watch, rows = GradientWatch(toy), subset()
+    history = []
+    for epoch in range(epochs):
+        for inputs, labels in rows.batches(epoch):
+            take_step(toy, inputs, labels, nn.CrossEntropyLoss(), optimizer, clip, watch)
+        history.append({"gradients": watch.end_epoch()})
+    return history
 
 
 def test_the_record_is_what_a_plain_loop_measures() -> None:
@@ -97,11 +88,11 @@ def test_the_record_is_what_a_plain_loop_measures() -> None:
     def norm(tensors: Iterator[Tensor] | list[Tensor]) -> float:
         return float(np.sqrt(sum(float((item.detach().double() ** 2).sum()) for item in tensors)))
 
-    batches = part()
-    for epoch in history:
+    rows = subset()
+    for number, epoch in enumerate(history):
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in layers}
         active = {"0": torch.zeros(WIDTH, dtype=torch.bool), "2": torch.zeros(WIDTH, dtype=torch.bool)}
-        for (x,), y in batches:
+        for (x,), y in rows.batches(number):
             before = copy.deepcopy(layers)
             optimizer.zero_grad()
             hidden = plain.body[:2](x)
@@ -193,7 +184,7 @@ def tune(photos: Path, output: Path, **options: Any) -> Any:
 
 def best(output: Path) -> dict[str, Tensor]:
     (path,) = (output / "finetune").glob("*.pt")
-    state = keeper.read_checkpoint(path)
+    state = read_checkpoint(path)
     assert state is not None
     return state["best"]
 
@@ -209,7 +200,7 @@ def test_watching_changes_nothing_and_a_killed_run_has_the_whole_record(
     assert not any("gradients" in epoch for epoch in plain.results[0].history)
     json.dumps(to_json(seen.results[0]), allow_nan=False)
 
-    monkeypatch.setattr(keeper, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
 
     def stop(done: int, total: int, text: str, state: str = "") -> None:
         if "epoch 2" in state:
@@ -263,7 +254,7 @@ def test_the_command_records_judges_and_draws(
 
 
 def test_depth_is_the_order_of_computation() -> None:
-    network = Network(load("efficientnet_lite0@random:0", 64), "blocks.5", "linear", CLASSES)
+    network = ThawedNetwork(load_backbone("efficientnet_lite0@random:0", 64), "blocks.5", "linear", CLASSES)
     assert list(depth_groups(network)) == ["blocks.6", "conv_head", "new_head"]
 
 

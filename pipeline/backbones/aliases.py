@@ -1,4 +1,8 @@
-"""Rules that find, in a traced network, what the aliases stand for. Nothing is computed here."""
+"""Rules that find what the aliases ``penultimate`` and ``stages`` stand for in a traced network.
+
+timm's own `feature_info` is not used: it adds the stems of ResNets (``act1``), leaves out the stages of EfficientNets
+that keep the resolution, does not exist for torchvision's networks, and caches of ``stages`` would be computed anew.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,18 @@ from timm.layers import SelectAdaptivePool2d
 from torch import fx, nn
 
 from pipeline.backbones.pooling import layout_of
-from pipeline.backbones.trace import SHAPE, Traced, cut_nodes
+from pipeline.backbones.subgraph import cut_nodes
+from pipeline.backbones.trace import SHAPE, Traced
 
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 _BLOCK_LAYERS = 2
-"""Fewer layers of weights than this make a stem, a head or a transition, not a block."""
+"""A module with fewer weight layers than this is a stem, a head or a transition, not a block."""
 
 
 def classifier_input(traced: Traced) -> fx.Node | None:
-    """Return the node that the classifier reads, or the network's output where the graph has no classifier."""
+    """Return the node that the classifier reads, or the network's output where the network has no classifier."""
     if traced.graph is None:
         return None
     reader = traced.nodes.get(traced.classifier or "") or traced.graph.output_node()
@@ -27,9 +32,9 @@ def classifier_input(traced: Traced) -> fx.Node | None:
 
 
 def last_map(traced: Traced) -> fx.Node | None:
-    """Return the map that is merely pooled and flattened into what the classifier reads, or None if there is more."""
+    """Return the map that becomes the classifier's input by pooling and flattening alone; None if there is none."""
     vector = node = classifier_input(traced)
-    while node is not None and _grid(node) is None:
+    while node is not None and _side(node) is None:
         read = node.args[0] if node.args and _only_pools(node, traced.module) else None
         node = read if isinstance(read, fx.Node) else None
     if node is None or vector is None or vector.meta[SHAPE][0] != _channels(node):
@@ -37,8 +42,8 @@ def last_map(traced: Traced) -> fx.Node | None:
     return node
 
 
-def _grid(node: fx.Node) -> int | None:
-    """Return the side of the map that `node` gives, or None if that is no map of more than one place."""
+def _side(node: fx.Node) -> int | None:
+    """Return the side of the map that `node` gives; None if that is no map, or a map of 1 x 1."""
     shape = node.meta.get(SHAPE, ())
     if layout_of(shape) in ("map", "map_last") and shape[1] > 1:
         return int(shape[1])
@@ -58,16 +63,18 @@ def _only_pools(node: fx.Node, module: nn.Module) -> bool:
 
 
 def stages(traced: Traced) -> tuple[str, ...]:
-    """Return the names of the stages' ends, in order; empty where fewer than two are crossed by every path.
+    """Return the names of the layers that end a stage, in order of computation.
 
     A stage ends with the last block before the resolution changes, and where a sequence of blocks ends and the number
-    of channels changes; in a network without blocks (VGG, AlexNet) with the last layer before the resolution changes.
-    A stage is called by the outermost module around its end that gives maps as large and holds no other stage's end.
-    Networks whose weights mostly come after the last of these maps have none.
+    of channels changes. In a network without blocks (VGG, AlexNet) it ends with the last layer before the resolution
+    changes. Only layers that every path crosses count. The name of a stage is that of the outermost module around its
+    end that gives maps of the same size and holds no other stage's end.
+
+    The result is empty if fewer than two stages are found, and if most weight layers come after the last of them.
     """
     if traced.graph is None:
         return ()
-    names: dict[fx.Node, list[str]] = {node: [] for node in cut_nodes(traced.graph) if _grid(node) is not None}
+    names: dict[fx.Node, list[str]] = {node: [] for node in cut_nodes(traced.graph) if _side(node) is not None}
     for name, node in traced.nodes.items():
         if node in names:
             names[node].append(name)
@@ -80,10 +87,10 @@ def stages(traced: Traced) -> tuple[str, ...]:
 
 
 def _is_late(end: fx.Node, traced: Traced) -> bool:
-    """Tell whether most layers of weights stand before `end`; where most come after, the maps are only a stem."""
+    """Tell whether at least half of the weight layers come before `end`; otherwise the maps are only a stem."""
     order = list(end.graph.nodes)
-    layers = [place for place, node in enumerate(order) if _has_weights(node, traced)]
-    return sum(place <= order.index(end) for place in layers) * 2 >= len(layers)
+    weighted = [index for index, node in enumerate(order) if _has_weights(node, traced)]
+    return sum(index <= order.index(end) for index in weighted) * 2 >= len(weighted)
 
 
 def _has_weights(node: fx.Node, traced: Traced) -> bool:
@@ -91,7 +98,7 @@ def _has_weights(node: fx.Node, traced: Traced) -> bool:
 
 
 def _blocks(traced: Traced, names: dict[fx.Node, list[str]]) -> list[fx.Node]:
-    """Return the nodes that are the output of a block: of an outermost module that is not itself several blocks."""
+    """Return the output nodes of the blocks: of the outermost modules that do not consist of several blocks."""
     modules = dict(traced.module.named_modules())
     heavy = {name for crossed in names.values() for name in crossed if name in modules and _is_heavy(modules[name])}
     split = {name for name in heavy if _is_split(name, heavy)}
@@ -100,14 +107,14 @@ def _blocks(traced: Traced, names: dict[fx.Node, list[str]]) -> list[fx.Node]:
 
 
 def _is_heavy(module: nn.Module) -> bool:
-    """Tell a possible block from a stem, a head or a transition: several layers of weights, not merely in a row."""
+    """Tell whether a module may be a block: it has several weight layers, and is not just a flat sequence of layers."""
     if isinstance(module, nn.Sequential) and not any(list(child.children()) for child in module):
         return False
     return sum(isinstance(part, _WEIGHTS) for part in module.modules()) >= _BLOCK_LAYERS
 
 
 def _is_split(name: str, heavy: set[str]) -> bool:
-    """Tell whether two of the `heavy` modules inside `name` stand side by side."""
+    """Tell whether the module `name` holds two of the `heavy` modules, neither of them inside the other."""
     inside = sorted(other for other in heavy if other.startswith(f"{name}."))
     return any(not inner.startswith(f"{outer}.") for outer, inner in pairwise(inside))
 
@@ -117,7 +124,7 @@ def _block_ends(traced: Traced, names: dict[fx.Node, list[str]], blocks: list[fx
     return [
         node
         for node, after in pairwise(blocks)
-        if _grid(node) != _grid(after)
+        if _side(node) != _side(after)
         or (
             _channels(node) != _channels(after)
             and any(isinstance(modules.get(name), nn.Sequential) for name in names[node])
@@ -127,24 +134,24 @@ def _block_ends(traced: Traced, names: dict[fx.Node, list[str]], blocks: list[fx
 
 def _resolution_ends(traced: Traced, named: list[fx.Node]) -> list[fx.Node]:
     ends = []
-    weighty = False
-    for place, node in enumerate(named):
-        weighty |= _has_weights(node, traced)
-        if place + 1 == len(named) or _grid(node) != _grid(named[place + 1]):
-            ends += [node] if weighty else []
-            weighty = False
+    weighted = False
+    for index, node in enumerate(named):
+        weighted |= _has_weights(node, traced)
+        if index + 1 == len(named) or _side(node) != _side(named[index + 1]):
+            ends += [node] if weighted else []
+            weighted = False
     return ends
 
 
 def _outermost(node: fx.Node, ends: list[fx.Node], names: dict[fx.Node, list[str]], traced: Traced) -> str:
-    """Return the outermost name of `node`, or of a module around it that gives a map as large and has no other end."""
+    """Return the outermost module around `node` that gives maps of the same size and holds no other stage's end."""
     others = [name for end in ends if end is not node for name in names[end]]
     around = {name.rsplit(".", depth)[0] for name in names[node] for depth in range(name.count(".") + 1)}
     fitting = [
         name
         for name in around
         if traced.nodes.get(name) in names
-        and (_grid(traced.nodes[name]), _channels(traced.nodes[name])) == (_grid(node), _channels(node))
+        and (_side(traced.nodes[name]), _channels(traced.nodes[name])) == (_side(node), _channels(node))
         and not any(other.startswith(f"{name}.") for other in others)
     ]
     return min(fitting, key=lambda name: name.count(".")) if fitting else names[node][0]

@@ -1,4 +1,4 @@
-"""What every part below works on: a frozen network with all that is needed to run and to name it."""
+"""A backbone: a frozen network with its name, weights digest and preprocessing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pipeline.spec import Preprocessing
 
 @dataclass(eq=False)
 class Backbone:
-    """A frozen network with all that is needed to run and to name it.
+    """A frozen network with everything that is needed to run and to identify it.
 
     Parameters
     ----------
     name : str
         Canonical name with its zoo, such as ``"torchvision/resnet50"``.
     handle : str
-        The shortest name a user may write for it; without weights where they are the default.
+        The shortest name that `pipeline.backbones.registry.load_backbone` accepts for it; default weights are left out.
     weights : str
         Tag of the pretrained weights, ``"random:SEED"``, or the name of the weights file.
     weights_digest : str
@@ -28,9 +28,9 @@ class Backbone:
     module : torch.nn.Module
         In eval mode, float32, without gradients.
     preprocessing : Preprocessing
-        How an image becomes the input.
+        How an image becomes the network's input.
     classifier : str or None
-        Dotted name of the classifier; None where the network has none.
+        Dotted name of the classifier; None if the network has none.
     """
 
     name: str
@@ -43,5 +43,5 @@ class Backbone:
 
     @cached_property
     def traced(self) -> Traced:
-        """The network's graph with all names and shapes, traced on first use."""
+        """The network's graph with the names and shapes of its layers; traced on first use."""
         return trace(self.module, self.preprocessing.size, self.classifier, self.handle)

@@ -1,16 +1,14 @@
-"""A fine-tuned network as one file: safetensors, with its description as JSON in the header.
+"""Saved fine-tuned networks: a safetensors file with its description as JSON in the header.
 
-Nothing in the file is executed, and no download is needed to use it: it holds every weight, the frozen ones too. The
-network is ``NAME@FILE`` wherever a backbone is named; its class scores are its layer `HEAD`. Nothing here needs torch.
+Nothing in the file is executed, and using it needs no download: it holds all weights, the frozen ones too. The network
+is ``NAME@FILE`` wherever a backbone is named; its class scores are its layer `TOP_LAYER`. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +18,48 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy.special import softmax
 
-from features_cache.whole import replacing
-from pipeline.errors import ModelFileError
-from pipeline.spec import LayerSpec, canonical_json
+from pipeline.model_file import ModelFormat, reading, writing
+from pipeline.spec import LayerSpec
 
-FORMAT = "thawline-network"
-VERSION = 2
-HEAD = "new_head"
-"""Name of the layer that stands where the old classifier was."""
+FORMAT = ModelFormat(
+    name="thawline-network",
+    version=2,
+    fields={
+        "scores": dict,
+        "top": str,
+        "classes": list,
+        "temperature": float | None,
+        "metrics": dict,
+        "versions": dict,
+    },
+    libraries=("thawline", "torch", "torchvision", "timm"),
+    remedy="fine-tune and save it again",
+)
+TOP_LAYER = "new_head"
+"""Name of the layer that takes the place of the old classifier."""
 _KEY = "thawline"
-_FIELDS: dict[str, Any] = {
-    "scores": dict,
-    "top": str,
-    "classes": list,
-    "temperature": float | None,
-    "metrics": dict,
-    "versions": dict,
-}
-_LIBRARIES = ("thawline", "torch", "torchvision", "timm")
 
 Tensors = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class TunedModel:
-    """What a file says about its network.
+    """The description of a fine-tuned network.
 
     Parameters
     ----------
     scores : LayerSpec
-        Of the class scores: backbone, digest of all weights, preprocessing, and the precision to compute in.
+        The layer of the class scores: backbone, digest of all weights, preprocessing, and the precision to compute in.
     top : str
-        What replaced the classifier, see `pipeline.backbones.top.make_top`.
+        Kind of the new classifier, see `pipeline.backbones.top.new_top`.
     classes : tuple of str
         Class names by number, K of them.
     temperature : float or None
-        What calibrates its probabilities, see `pipeline.evaluation.calibration`; ``None`` leaves them as they are.
+        Calibrates the probabilities, see `pipeline.evaluation.calibration`; ``None`` leaves them as they are.
     metrics : dict
         The `FinetuneResult` of the network, as JSON.
     versions : dict of str to str
-        Libraries it was made with; filled in where it is saved.
+        Libraries it was made with; `save_network` fills them in.
     """
 
     scores: LayerSpec
@@ -67,81 +67,69 @@ class TunedModel:
     classes: tuple[str, ...]
     temperature: float | None
     metrics: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
 
     def predict(self, scores: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return labels (n,), numbers of `classes`, and their calibrated probabilities (n,) for class scores (n, K)."""
+        """Return labels (n,), indices into `classes`, and their calibrated probabilities (n,) for scores (n, K)."""
         probabilities = np.asarray(softmax(scores.astype(np.float64) / (self.temperature or 1.0), axis=1))
         return scores.argmax(axis=1), probabilities.max(axis=1)
 
 
 def is_network_file(path: str | Path) -> bool:
-    """Tell by its header whether a file holds a fine-tuned network of ours, whole or not."""
+    """Tell whether the header of a file says that it is a fine-tuned network of thawline, even a damaged one."""
     try:
         return _KEY in _header(Path(path))
     except (OSError, safetensors.SafetensorError):
         return False
 
 
-def describe(path: str | Path) -> TunedModel:
-    """Read the description of a fine-tuned network, and not its weights.
+def describe_network(path: str | Path) -> TunedModel:
+    """Read the description of a fine-tuned network, but not its weights.
 
     Raises
     ------
     ModelFileError
-        If the file is missing, damaged, not of thawline, or of another version.
+        If the file is missing, damaged, not a model of thawline, or of another version.
     """
     path = Path(path)
-    return _model(path, _described(path))
+    return _model(path, _read_description(path))
 
 
 def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
-    """Write a network, in place of what stands at `path`, as a whole or not at all.
+    """Write a network to `path`; an existing file is replaced, and stays as it was after an error.
 
     Parameters
     ----------
     path : Path
     model : TunedModel
     tensors : mapping of str to array
-        All weights up to what the old classifier read, by their names in the backbone, and those in `HEAD`.
+        All weights up to what the old classifier read, by their names in the backbone, and those in `TOP_LAYER`.
 
     Raises
     ------
     ModelFileError
         If the file cannot be written.
     """
-    description: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        **{name: getattr(model, name) for name in _FIELDS},
-        "scores": model.scores.to_json(),
-        "classes": list(model.classes),
-        "versions": {name: version(name) for name in _LIBRARIES},
-    }
-    description["digest"] = _digest(description, tensors)
-    try:
-        with replacing(path) as draft:
-            safetensors.numpy.save_file(dict(tensors), draft, {_KEY: json.dumps(description, allow_nan=False)})
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelFileError(f"cannot write the model {path}: {getattr(error, 'strerror', None) or error}") from error
+    fields = {name: getattr(model, name) for name in FORMAT.fields}
+    fields |= {"scores": model.scores.to_json(), "classes": list(model.classes)}
+    description = FORMAT.describe(fields, _content(tensors))
+    with writing(path) as draft:
+        safetensors.numpy.save_file(dict(tensors), draft, {_KEY: json.dumps(description, allow_nan=False)})
 
 
-def read_network(path: Path) -> tuple[TunedModel, dict[str, NDArray[Any]]]:
-    """Read a fine-tuned network and check its digest.
+def load_network(path: Path) -> tuple[TunedModel, dict[str, NDArray[Any]]]:
+    """Read the description and the weights of a fine-tuned network.
 
     Raises
     ------
     ModelFileError
-        As `describe`, and if description or weights were changed.
+        As `describe_network`, and if description or weights were changed after they were saved.
     """
-    described = _described(path)
-    try:
+    description = _read_description(path)
+    with reading(path):
         tensors = safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ModelFileError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    if described.get("digest") != _digest(described, tensors):
-        raise ModelFileError(f"{path} was changed after it was saved (digests differ); fine-tune and save it again")
-    return _model(path, described), tensors
+    FORMAT.check_digest(path, description, _content(tensors))
+    return _model(path, description), tensors
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -149,40 +137,24 @@ def _header(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """Return the description of a file of this version."""
-    try:
-        described = json.loads(_header(path).get(_KEY, "{}"))
-    except OSError as error:
-        raise ModelFileError(f"cannot read the model {path}: {error.strerror or error}") from error
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ModelFileError(f"{path} is damaged or no model file: {' '.join(str(error).split())}") from error
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
-        raise ModelFileError(f"{path} is no model of thawline; expected a file written by: thawline finetune --save")
-    if described.get("version") != VERSION:
-        raise ModelFileError(
-            f"{path} has network format {described.get('version')}, expected {VERSION}; fine-tune and save it again"
-        )
-    return described
+def _read_description(path: Path) -> dict[str, Any]:
+    """Return the description, once format and version are checked."""
+    with reading(path):
+        description = json.loads(_header(path).get(_KEY, "null"))
+    return FORMAT.check(path, description)
 
 
-def _model(path: Path, described: Mapping[str, Any]) -> TunedModel:
-    wrong = [name for name, kind in _FIELDS.items() if not isinstance(described.get(name, ...), kind)]
+def _model(path: Path, description: Mapping[str, Any]) -> TunedModel:
+    fields = FORMAT.read_fields(path, description)
     try:
-        scores = LayerSpec.from_json(described["scores"])
-    except (KeyError, TypeError, AttributeError):  # not what `to_json` gives
-        wrong = ["scores"]
-    if wrong:
-        raise ModelFileError(f"{path} does not say its {', '.join(wrong)}; fine-tune and save it again")
-    fields = {name: described[name] for name in _FIELDS}
+        scores = LayerSpec.from_json(fields["scores"])
+    except (KeyError, TypeError, AttributeError) as error:  # not what `to_json` gives
+        raise FORMAT.lacks(path, "scores") from error
     return TunedModel(**fields | {"scores": scores, "classes": tuple(fields["classes"])})
 
 
-def _digest(described: Mapping[str, Any], tensors: Tensors) -> str:
-    """Return a digest over the description but for its own digest, and over names, shapes and bytes of all tensors."""
-    rest = {key: value for key, value in described.items() if key != "digest"}
-    digest = hashlib.blake2b(canonical_json(rest).encode(), digest_size=16)
+def _content(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """Yield what the digest covers besides the description: name, dtype, shape and bytes of every tensor."""
     for name, item in sorted(tensors.items()):
-        digest.update(f"{name}|{item.dtype}|{item.shape}|".encode())
-        digest.update(np.ascontiguousarray(item).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        yield f"{name}|{item.dtype}|{item.shape}|".encode()
+        yield np.ascontiguousarray(item).reshape(-1).view(np.uint8).data

@@ -1,4 +1,4 @@
-"""One registry over all zoos: ``[ZOO/]NAME[@WEIGHTS]`` in, a loaded `Backbone` out."""
+"""The backbones of all zoos by name: ``[ZOO/]NAME[@WEIGHTS]`` in, a loaded `Backbone` out."""
 
 from __future__ import annotations
 
@@ -12,49 +12,53 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import describe, is_network_file
+from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.tuned import tuned_backbone
-from pipeline.backbones.weights import SUFFIXES, build_untouched, fill, read_state_dict, weights_digest
+from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
 
 class Zoo(Protocol):
-    """What a module must offer to be a zoo; `tags` come default first, and `size` is None for the network's own."""
+    """The functions that a module must have to be a zoo; it becomes one by an entry in `ZOOS`.
+
+    A `size` of None stands for the network's own input size.
+    """
 
     def names(self) -> list[str]:
         """Return the names of all networks."""
 
     def tags(self, name: str) -> tuple[str, ...]:
-        """Return the tags of the pretrained weights."""
+        """Return the tags of the pretrained weights, the default first."""
 
     def cached(self, name: str, tag: str) -> bool:
-        """Tell whether these weights need no network connection."""
+        """Tell whether these weights are on this machine."""
 
     def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
-        """Return the network without pretrained weights, with its own number of classes where none is given."""
+        """Return the network without pretrained weights; it has its own number of classes if `classes` is None."""
 
     def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module:
         """Return the network with these weights, or raise `BackboneError`."""
 
     def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
-        """Return what these weights expect of an image; None stands for the default tag."""
+        """Return how these weights expect images to be prepared; None stands for the default tag."""
 
     def classifier(self, name: str, module: nn.Module) -> str | None:
-        """Return the dotted name of the classifier in a network that was built here."""
+        """Return the dotted name of the classifier of a network that this zoo built; None if it has none."""
 
 
 ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
-"""In the order in which a bare name is looked for."""
+"""In the order in which a name without a zoo is looked for."""
+RANDOM = "random"
 
 
 class BackboneRow(NamedTuple):
-    """One line of `list_backbones`: `local` are those of the `weights` that need no network connection."""
+    """One line of `list_backbones`; `local` are those of the `weights` that are on this machine."""
 
     name: str
     zoo: str
@@ -63,17 +67,17 @@ class BackboneRow(NamedTuple):
 
 
 def list_backbones(pattern: str = "") -> list[BackboneRow]:
-    """Return the networks whose name fits `pattern`, in the order of the zoos, then by name.
+    """Return the networks whose names match `pattern`, in the order of the zoos, then by name.
 
     Parameters
     ----------
     pattern : str, default ""
-        A part of the name, or a shell pattern such as ``"resnet*"``; it may name the zoo (``"timm/vit*"``).
+        A part of the name, or a shell pattern such as ``"resnet*"``; it may start with the zoo (``"timm/vit*"``).
 
     Raises
     ------
     BackboneError
-        If nothing fits.
+        If no name matches.
     """
     shell = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     rows = []
@@ -84,44 +88,53 @@ def list_backbones(pattern: str = "") -> list[BackboneRow]:
                 local = tuple(tag for tag in tags if zoo.cached(name, tag))
                 rows.append(BackboneRow(_short(zoo_name, name), zoo_name, tags, local))
     if not rows:
-        raise BackboneError(f"no backbone fits '{pattern}'{nearest(pattern, _owners())}")
+        raise BackboneError(f"no backbone matches '{pattern}'{nearest(pattern, _owners())}")
     return rows
 
 
-def load(name: str, size: int | None = None) -> Backbone:
+def load_backbone(name: str, size: int | None = None) -> Backbone:
     """Load a network by name.
 
     Parameters
     ----------
     name : str
-        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file, which may be
-        what ``finetune --save`` wrote: the network then has the classes it was fine-tuned to.
+        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. If the file is a
+        saved fine-tuned network, the result has the classes that it was fine-tuned to.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
 
     Raises
     ------
     BackboneError
-        If the name, the weights or the size cannot be had.
+        If the name, the weights or the size do not exist.
     ModelFileError
         If a fine-tuned network's file is damaged or does not fit the libraries here.
+
+    Examples
+    --------
+    >>> backbone = load_backbone("resnet18@random:0", size=128)
+    >>> backbone.name, backbone.classifier
+    ('torchvision/resnet18', 'fc')
+    >>> backbone.preprocessing.size, backbone.preprocessing.resize
+    ((128, 128), 146)
     """
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
-        side = size or describe(weights).scores.preprocessing.size[0]
-        return tuned_backbone(load(f"{zoo_name}/{bare}@random:0", side), Path(weights))
+        side = size or describe_network(weights).scores.preprocessing.size[0]
+        return tuned_backbone(load_backbone(f"{zoo_name}/{bare}@random:0", side), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
-    from_tag = not weights.startswith("random") and not weights.endswith(SUFFIXES)
-    label = _tag(bare, weights, tags) if from_tag else weights
-    preprocessing = _resized(zoo.preprocessing(bare, label if from_tag else None), size)
-    if from_tag:
-        module = build_untouched(lambda: zoo.pretrained(bare, label, size))
-    elif label.startswith("random"):
-        module = build_untouched(lambda: zoo.build(bare, size, None), _seed(label))
+    label, tag = weights, None
+    if not (weights.startswith(RANDOM) or weights.endswith(SUFFIXES)):
+        label = tag = _tag(bare, weights, tags)
+    preprocessing = _resized(zoo.preprocessing(bare, tag), size)
+    if tag is not None:
+        module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
+    elif weights.startswith(RANDOM):
+        module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
     else:
-        module = _from_file(zoo, bare, Path(label), size)
-        label = Path(label).name
+        module = _from_file(zoo, bare, Path(weights), size)
+        label = Path(weights).name
     module = module.eval().requires_grad_(False).float()
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
     digest, classifier = weights_digest(module.state_dict()), zoo.classifier(bare, module)
@@ -129,26 +142,26 @@ def load(name: str, size: int | None = None) -> Backbone:
 
 
 def check_weights(name: str) -> None:
-    """Raise `BackboneError` unless `name` means a network and weights that exist, without loading either."""
+    """Raise `BackboneError` unless the network and the weights of `name` exist; nothing is loaded."""
     zoo_name, bare, weights = _parse(name)
     if weights.endswith(SUFFIXES):
         if not Path(weights).is_file():
             raise BackboneError(f"{name}: expected a weights file, found nothing at {weights}")
-    elif weights.startswith("random"):
+    elif weights.startswith(RANDOM):
         _seed(weights)
     else:
         _tag(bare, weights, ZOOS[zoo_name].tags(bare))
 
 
 def sketch(name: str, size: int | None = None) -> Backbone:
-    """Return a network without meaningful weights, mostly on torch's meta device: all that layers and shapes need.
+    """Return a network whose weights mean nothing, enough to list its layers and shapes; most take no memory.
 
-    Parameters and errors are those of `load`; the weights in `name` are ignored, unless they are a fine-tuned network,
-    whose last layer is another.
+    Parameters and errors are those of `load_backbone`. The weights in `name` are ignored, except those of a saved fine-tuned
+    network, because its last layer differs.
     """
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
-        return load(name, size)
+        return load_backbone(name, size)
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
@@ -163,13 +176,13 @@ def sketch(name: str, size: int | None = None) -> Backbone:
         with torch.device("meta"):
             sketched = backbone(build_untouched(build))
         _ = sketched.traced
-    except (NotImplementedError, RuntimeError, BackboneError):  # a few networks look at values when built or run
+    except (NotImplementedError, RuntimeError, BackboneError):  # a few networks look at values, which meta has none of
         return backbone(build_untouched(build))
     return sketched
 
 
 def _parse(text: str) -> tuple[str, str, str]:
-    """Return zoo, bare name and weights ('' for the default)."""
+    """Return the zoo, the name within it, and the weights ('' for the default)."""
     name, _, weights = text.partition("@")
     zoo_name, slash, bare = name.rpartition("/")
     if slash and zoo_name not in ZOOS:
@@ -182,7 +195,7 @@ def _parse(text: str) -> tuple[str, str, str]:
 
 @cache
 def _owners() -> dict[str, str]:
-    """Return each bare name with the zoo that it means."""
+    """Return for each name the zoo that it stands for when none is given."""
     return {name: zoo_name for zoo_name, zoo in reversed(ZOOS.items()) for name in zoo.names()}
 
 
@@ -210,14 +223,14 @@ def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
 
 
 def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> nn.Module:
-    """Return the network filled from `path`, its classifier made for the file's number of classes."""
+    """Return the network with the weights in `path`, and with as many classes as they have."""
     state = read_state_dict(path)
     module = build_untouched(lambda: zoo.build(name, size, None))
     key = f"{zoo.classifier(name, module)}.weight"
     classes = _rows(state.get(key))
     if classes and classes != _rows(module.state_dict().get(key)):
         module = build_untouched(lambda: zoo.build(name, size, classes))
-    fill(module, state, f"{path.name} for {name}")
+    fill_weights(module, state, f"{path.name} for {name}")
     return module
 
 
@@ -226,7 +239,7 @@ def _rows(tensor: Tensor | None) -> int:
 
 
 def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
-    """Return `own` for another input size; resize and crop keep their proportion."""
+    """Return `own` for another input size, with resize and crop in the same proportion."""
     if size is None:
         return own
     if size < 1:

@@ -1,143 +1,54 @@
-"""Layers by name, and the tap: a network that runs from pixels to the features of some layers and no further."""
+"""The tap: a network that runs from pixels to the features of some layers, and no further."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from features_cache.errors import nearest
-from pipeline.backbones.aliases import classifier_input, last_map, stages
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.hooks import HookedBody
-from pipeline.backbones.pooling import Layout, Pool, check_pool, layout_of, pooled_dim
-from pipeline.backbones.trace import SHAPE, Shape, Traced, tapped_graph
-from pipeline.errors import BackboneError
+from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, find_tap, resolve_layers
+from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
+from pipeline.backbones.subgraph import build_module, nodes_between
+from pipeline.backbones.trace import Traced
 from pipeline.spec import Preprocessing, fingerprint_of
 
-INPUT = "input"
-PENULTIMATE = "penultimate"
-STAGES = "stages"
-LOGITS = "logits"
-ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 INPUT_SIDE = 32
 INPUT_DIM = 3 * INPUT_SIDE**2
 
 
-class LayerRow(NamedTuple):
-    """One line of `describe`: the shape is without the batch axis; `aliases` are those that lead here."""
-
-    name: str
-    shape: tuple[int, ...]
-    aliases: tuple[str, ...]
-
-
-def describe(backbone: Backbone) -> list[LayerRow]:
-    """Return ``input`` and all layers of a network in order of computation, with their shapes and aliases."""
-    traced = backbone.traced
-    aliases: dict[str | None, list[str]] = {name: [STAGES] for name in stages(traced)}
-    aliases.setdefault(traced.classifier, []).append(LOGITS)
-    read = classifier_input(traced)
-    outermost = [name for name, node in traced.nodes.items() if node is read][-1:]
-    for name in outermost:
-        aliases.setdefault(name, []).append(PENULTIMATE)
-    rows = [LayerRow(name, shape, tuple(aliases.get(name, ()))) for name, shape in traced.shapes.items()]
-    return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
-
-
-def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]:
-    """Turn what was asked into layer names: order kept, duplicates dropped, ``stages`` and ``logits`` by their modules.
+def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedNetwork:
+    """Return the network from uint8 pixels to the pooled features of `layers`; it computes nothing past the last one.
 
     Parameters
     ----------
     backbone : Backbone
-        A loaded or sketched network.
+        A loaded network; the result shares its weights.
     layers : sequence of str
-        Dotted names, or ``penultimate``, ``stages``, ``logits``, ``input``. The aliases win over modules so called.
+        As for `resolve_layers`.
+    pool : str, default "avg"
+        One of `pipeline.spec.POOLS`.
 
     Raises
     ------
     BackboneError
-        If a layer does not exist, or has no features to give.
+        If a layer or the pooling does not exist.
+
+    Examples
+    --------
+    >>> from pipeline.backbones.registry import load_backbone
+    >>> network = tap(load_backbone("resnet18@random:0"), ["layer2", "penultimate"])
+    >>> network.dims
+    {'layer2': 128, 'penultimate': 512}
+    >>> layer2, penultimate = network(torch.zeros(4, 224, 224, 3, dtype=torch.uint8))
+    >>> penultimate.shape
+    torch.Size([4, 512])
     """
-    if not layers:
-        raise BackboneError(f"no layer was asked for: name one, such as {PENULTIMATE}")
-    resolved: list[str] = []
-    for layer in layers:
-        resolved += [layer] if layer == INPUT else _resolve(backbone, layer)
-    return tuple(dict.fromkeys(resolved))
-
-
-def resolved_aliases(backbone: Backbone) -> dict[str, list[str]]:
-    """Return the layer names that each alias stands for; aliases for which the network has nothing are left out."""
-    found = {}
-    for alias in ALIASES:
-        with suppress(BackboneError):
-            found[alias] = list(resolve_layers(backbone, [alias]))
-    return found
-
-
-def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
-    traced, handle = backbone.traced, backbone.handle
-    if layer == STAGES:
-        found = stages(traced)
-        if not found:
-            raise BackboneError(f"{handle} has no stages that end in maps; {_suggestion(traced)}")
-        return found
-    name = traced.classifier if layer == LOGITS else layer
-    if name is not None and _find(traced, name) is not None:
-        return (name,)
-    if layer in (LOGITS, PENULTIMATE):
-        raise BackboneError(f"{handle} has no classifier that '{layer}' could go by; {_suggestion(traced)}")
-    if layer in traced.shapes:
-        shape = "x".join(map(str, traced.shapes[layer]))
-        raise BackboneError(
-            f"layer {layer} of {handle} has the shape {shape}: expected cxhxw, tokens x d or d; {_suggestion(traced)}"
-        )
-    if layer and layer in dict(traced.module.named_modules()):
-        raise BackboneError(f"layer {layer} of {handle} gives no tensor with a row an image; {_suggestion(traced)}")
-    raise BackboneError(
-        f"{handle} has no layer '{layer}'{nearest(layer, [*ALIASES, *traced.shapes])}; "
-        f"`thawline layers {handle}` lists them all"
-    )
-
-
-def _suggestion(traced: Traced) -> str:
-    """Return layers that work, for an error's end."""
-    known = [name for name in traced.shapes if _find(traced, name) is not None]
-    outer = [name for name in known if name.count(".") <= 1] or known
-    return f"layers that work: {', '.join(outer[:: max(1, len(outer) // 4)][:5])}"
-
-
-class _Tap(NamedTuple):
-    """What to pool for a layer: a node of the graph, or, in a network that cannot be traced, a module's name."""
-
-    source: fx.Node | str
-    shape: Shape
-    layout: Layout
-
-
-def _find(traced: Traced, layer: str, pool: str = "avg") -> _Tap | None:
-    """Return the tap for `layer`, or None if there is nothing that could be pooled.
-
-    With the plain average, ``penultimate`` is what the classifier reads; otherwise the map that is pooled into that.
-    """
-    source: fx.Node | str | None = layer if traced.graph is None else traced.nodes.get(layer)
-    if layer == PENULTIMATE:
-        source = traced.classifier
-        if traced.graph is not None:
-            source = (last_map(traced) if pool != "avg" else None) or classifier_input(traced)
-    if isinstance(source, fx.Node):
-        shape = source.meta.get(SHAPE)
-    else:
-        shape = traced.read if layer == PENULTIMATE else traced.shapes.get(layer)
-    layout = layout_of(shape) if shape is not None else None
-    return _Tap(source, shape, layout) if source and shape and layout else None
+    return TappedNetwork(backbone, resolve_layers(backbone, layers), pool)
 
 
 class TappedNetwork(nn.Module):
@@ -157,15 +68,15 @@ class TappedNetwork(nn.Module):
     name : str
         The backbone's handle.
     identity : str
-        Digest of all that tells this network from another: weights, layers, pooling, preprocessing.
+        Digest of everything that changes what the network computes: weights, layers, pooling, preprocessing.
     size : tuple of int
         Height and width of the pixels.
     layers : tuple of str
-        The layers, in the order of the results.
+        The layers in the order of the results.
     dims : dict of str to int
         Length of each layer's features, in the same order.
     body : torch.nn.Module or None
-        What maps normalised images to features; None where only ``input`` is tapped.
+        Maps normalised images to features; None where only ``input`` is tapped.
     """
 
     scale: Tensor
@@ -174,7 +85,7 @@ class TappedNetwork(nn.Module):
     def __init__(self, backbone: Backbone, layers: tuple[str, ...], pool: str) -> None:
         super().__init__()
         check_pool(pool)
-        found = {layer: _find(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
+        found = {layer: find_tap(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
         taps = {layer: item for layer, item in found.items() if item is not None}
         self.name, self.size = backbone.handle, backbone.preprocessing.size
         preprocessing = asdict(backbone.preprocessing)
@@ -191,7 +102,7 @@ class TappedNetwork(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> TappedNetwork:
-        """Stay in eval mode: a frozen network has no other."""
+        """Stay in eval mode, the only mode of a frozen network."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -202,7 +113,7 @@ class TappedNetwork(nn.Module):
 
 
 def normalisation(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
-    """Return scale and shift, (1, 3, 1, 1) float32, that make a network's input of pixels from 0 to 255."""
+    """Return scale and shift, float32 (1, 3, 1, 1), that turn pixels from 0 to 255 into a network's input."""
     mean, std = (
         torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std)
     )
@@ -210,34 +121,30 @@ def normalisation(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
 
 
 def small_image(x: Tensor) -> Tensor:
-    """Return what `INPUT` stands for: normalised images (n, 3, h, w) area-averaged and flattened, (n, 3072) float32."""
+    """Return the layer `INPUT`: normalised images (n, 3, h, w), averaged to 32 x 32 and flattened to (n, 3072)."""
     with torch.autocast(x.device.type, enabled=False):
         return adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1)
 
 
-def _body(traced: Traced, taps: dict[str, _Tap], pool: str) -> nn.Module:
+def _body(traced: Traced, taps: Mapping[str, Tap], pool: str) -> nn.Module:
     pools = [Pool(pool, item.layout) for item in taps.values()]
     nodes = [item.source for item in taps.values() if isinstance(item.source, fx.Node)]
     if nodes:
-        return tapped_graph(traced, nodes, pools)
+        return _tapped_graph(traced, nodes, pools)
     return HookedBody(traced.module, [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()], pools)
 
 
-def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedNetwork:
-    """Return the network that maps uint8 pixels to the pooled features of `layers`, and computes nothing beyond.
+def _tapped_graph(traced: Traced, sources: Sequence[fx.Node], pools: Sequence[Pool]) -> fx.GraphModule:
+    """Return the part of the network that `sources` need, with each of them pooled.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded network; the result shares its weights.
-    layers : sequence of str
-        As for `resolve_layers`.
-    pool : str, default "avg"
-        One of `pipeline.spec.POOLS`.
-
-    Raises
-    ------
-    BackboneError
-        If a layer or the pooling does not exist.
+    A pool stands right behind its source, so that nothing done in place later on can change what it reads.
     """
-    return TappedNetwork(backbone, resolve_layers(backbone, layers), pool)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    results: dict[int, fx.Node] = {}
+    for node in nodes_between(None, set(sources)) or ():
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        for index in [index for index, source in enumerate(sources) if source is node]:
+            results[index] = graph.call_module(f"tap_{index}", (copies[node],))
+    graph.output(tuple(results[index] for index in range(len(sources))))
+    return build_module(graph, traced, {f"tap_{index}": pool for index, pool in enumerate(pools)})

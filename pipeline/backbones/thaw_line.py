@@ -1,4 +1,4 @@
-"""The thaw line in a traced network: where it may be drawn, and the networks on both its sides."""
+"""The thaw line in a traced network: which layers it may follow, and the networks below and above it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from typing import NamedTuple
 
 from torch import fx
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.backbones.aliases import classifier_input
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of
-from pipeline.backbones.trace import SHAPE, Shape, Traced, cut_nodes, nodes_between
+from pipeline.backbones.subgraph import cut_nodes, nodes_between
+from pipeline.backbones.trace import SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
 
 
-class Place(NamedTuple):
-    """A node of the graph and how to read what it gives: shape without the batch axis, and layout."""
+class LayerNode(NamedTuple):
+    """A layer's node in the graph, and its activations: shape without the batch axis, and layout."""
 
     node: fx.Node
     shape: Shape
     layout: Layout
 
 
-def read_place(backbone: Backbone) -> Place:
-    """Return what the classifier reads: where the old top comes off.
+def top_input(backbone: Backbone) -> LayerNode:
+    """Return what a new top reads: the layer that the old classifier read.
 
     Raises
     ------
@@ -32,73 +33,78 @@ def read_place(backbone: Backbone) -> Place:
     """
     if backbone.traced.graph is None:
         raise BackboneError(
-            f"{backbone.handle} cannot be traced, so no line can be drawn in it and it cannot be fine-tuned; "
-            "fit heads on its features, or take another network"
+            f"{backbone.handle} cannot be fine-tuned, because its graph cannot be traced; "
+            "fit heads on its features, or use another network"
         )
-    place = _place(classifier_input(backbone.traced))
-    if place is None:
-        raise BackboneError(f"the classifier of {backbone.handle} reads nothing a new top could read; take another")
-    return place
+    found = _layer_node(classifier_input(backbone.traced))
+    if found is None:
+        raise BackboneError(
+            f"{backbone.handle} cannot be fine-tuned, because its classifier reads no map, tokens or vector; "
+            "use another network"
+        )
+    return found
 
 
-def lines(backbone: Backbone) -> dict[str, Place]:
-    """Return the layers that the thaw line may follow, in order of computation.
+def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
+    """Return the layers that the thaw line may follow, by name, in order of computation.
 
     Every path from the image to the classifier crosses such a layer, nothing above it needs anything else from below,
-    and its activations are a map or a vector, which a cache can hold. Where modules give the same activations, the
-    names of all of them are there.
+    and its activations are a map or a vector, which a cache can hold. Several names may stand for the same node.
     """
-    traced, read = backbone.traced, read_place(backbone)
-    order = {node: number for number, node in enumerate(read.node.graph.nodes)}
-    legal: dict[fx.Node, Place] = {}
+    traced, read = backbone.traced, top_input(backbone)
+    position = {node: index for index, node in enumerate(read.node.graph.nodes)}
+    possible: dict[fx.Node, LayerNode] = {}
     for node in cut_nodes(read.node.graph):
-        place = _place(node)
-        if place is not None and place.layout != "tokens" and order[node] <= order[read.node]:
+        line = _layer_node(node)
+        if line is not None and line.layout != "tokens" and position[node] <= position[read.node]:
             above = nodes_between(node, [read.node])
-            if above is not None and not _shares_weights(traced, order, above):
-                legal[node] = place
-    return {name: legal[node] for name, node in traced.nodes.items() if node in legal}
+            if above is not None and not _shares_weights(traced, above):
+                possible[node] = line
+    return {name: possible[node] for name, node in traced.nodes.items() if node in possible}
 
 
-def find_line(backbone: Backbone, name: str) -> Place:
-    """Return the place of the thaw line after layer `name`.
+def find_line(backbone: Backbone, name: str) -> LayerNode:
+    """Return the node that the thaw line follows when everything up to layer `name` is frozen.
 
     Raises
     ------
     BackboneError
-        If there is no such layer, or paths jump over it; the message says which layers can be the line.
+        If there is no such layer, or paths bypass it; the message says which layers the line can follow.
     """
-    legal = lines(backbone)
-    if name in legal:
-        return legal[name]
+    possible = possible_lines(backbone)
+    if name in possible:
+        return possible[name]
     known = name in backbone.traced.shapes
-    why = "paths jump over it or through it" if known else f"there is no such layer{nearest(name, legal)}"
+    why = "some paths bypass it" if known else f"there is no such layer{nearest(name, possible)}"
     raise BackboneError(
-        f"the thaw line of {backbone.handle} cannot follow '{name}': {why}; it can follow {_listed(list(legal))}"
+        f"the thaw line of {backbone.handle} cannot follow '{name}': {why}; it can follow {_listed(list(possible))}"
     )
 
 
-def split(traced: Traced, line: fx.Node | None, read: fx.Node) -> tuple[fx.GraphModule | None, fx.GraphModule]:
-    """Return the networks from the image to `line`, and from `line` (or the image) to `read`.
+def split(backbone: Backbone, line: LayerNode | None) -> tuple[fx.GraphModule | None, fx.GraphModule]:
+    """Return the trunk, from the image to `line`, and the thawed part, from there to what the top reads.
 
-    Both share their weights with the network, under the same names; composed they compute what it computes.
+    Without a line the trunk is None, and the thawed part starts at the image. Both share their weights with the
+    backbone, under the same names; one after the other they compute what it computes.
     """
+    traced, read = backbone.traced, top_input(backbone)
     if line is None:
-        return None, _between(traced, None, read)
-    return _between(traced, None, line), _between(traced, line, read)
+        return None, _between(traced, None, read.node)
+    return _between(traced, None, line.node), _between(traced, line.node, read.node)
 
 
-def _place(node: fx.Node | None) -> Place | None:
+def _layer_node(node: fx.Node | None) -> LayerNode | None:
     shape = None if node is None else node.meta.get(SHAPE)
     layout = None if shape is None else layout_of(shape)
-    return None if node is None or shape is None or layout is None else Place(node, shape, layout)
+    return None if node is None or shape is None or layout is None else LayerNode(node, shape, layout)
 
 
-def _shares_weights(traced: Traced, order: dict[fx.Node, int], above: list[fx.Node]) -> bool:
-    """Tell whether a module or tensor with weights is used on both sides of a line."""
-    upper = {str(node.target) for node in above if _has_weights(traced, node)}
+def _shares_weights(traced: Traced, above: list[fx.Node]) -> bool:
+    """Tell whether a module or tensor with weights is used both in `above` and elsewhere in the network."""
     inside = set(above)
-    return any(str(node.target) in upper for node in order if node not in inside and _has_weights(traced, node))
+    upper = {str(node.target) for node in above if _has_weights(traced, node)}
+    others = (node for node in above[0].graph.nodes if node not in inside) if above else ()
+    return any(str(node.target) in upper for node in others if _has_weights(traced, node))
 
 
 def _has_weights(traced: Traced, node: fx.Node) -> bool:
@@ -116,11 +122,11 @@ def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphMod
     for node in nodes_between(start, [end]) or ():
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[end])
-    return fx.GraphModule(traced.module, graph)  # its modules stand in the order of the graph
+    return fx.GraphModule(traced.module, graph)  # given the whole module, it keeps the order of the graph
 
 
 def _listed(names: list[str], most: int = 12) -> str:
-    """Return the outermost names, evenly thinned to `most`."""
+    """Return the outermost names, joined; an even choice of them if there are more than `most`."""
     outer = [name for name in names if name.count(".") <= 1] or names
     step = -(-len(outer) // most)
     return ", ".join(outer[::step]) + (f" and others ({len(names)} in all)" if len(outer[::step]) < len(names) else "")

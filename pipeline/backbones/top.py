@@ -1,17 +1,23 @@
-"""What replaces a network's classifier: linear, with a hidden layer, or with direct connections from the image."""
+"""The top: the new classifier, linear, with a hidden layer, or with direct connections from the image."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.pooling import Pool, pooled_dim
+from pipeline.backbones.taps import INPUT_DIM
+from pipeline.backbones.thaw_line import top_input
+from pipeline.spec import DEFAULT_POOL
+
 HIDDEN = 256
 _FLOOR = 1e-3
-"""Variances count as at least this share of their mean over all features: a nearly constant one is not blown up."""
+"""Share of the mean variance of all features that is added to each, so that nearly constant ones are not blown up."""
 
 
 class Standardise(nn.Module):
-    """Shift and scale every feature by numbers that training does not change; one that does nothing, at first.
+    """Shift and scale every feature by numbers that training does not change; until they are set, it does nothing.
 
     Parameters
     ----------
@@ -28,7 +34,7 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(features))
 
     def set_from(self, features: Tensor) -> None:
-        """Make these features (n, d) have mean 0 and variance 1 afterwards."""
+        """Choose the numbers that give these features (n, d) mean 0 and variance 1."""
         variance = features.var(0, unbiased=False)
         floor = _FLOOR * variance.mean()
         self.mean.copy_(features.mean(0))
@@ -40,18 +46,18 @@ class Standardise(nn.Module):
 
 
 class Top(nn.Module):
-    """Pool, standardise, and classify; the last layer starts from zero, so that all classes are equally likely.
+    """Pool, standardise and classify; the last layer starts at zero, so that all classes are equally likely.
 
     Parameters
     ----------
     pool : torch.nn.Module
-        Makes features (n, d) of what the old classifier read.
+        Maps what the old classifier read to features (n, d).
     features : int
         d.
     layers : torch.nn.Module
-        From standardised features to logits.
+        Maps standardised features to logits.
     image : int
-        Length of the small image that a linear layer of its own reads; 0 for none.
+        Length of the small image, which a second linear layer reads; 0 for none.
     classes : int
         Number of logits.
     """
@@ -66,16 +72,16 @@ class Top(nn.Module):
 
     @property
     def reads_image(self) -> bool:
-        """Whether the small image is needed."""
+        """Whether `forward` needs the small image."""
         return self.direct is not None
 
     def pooled(self, activations: Tensor) -> Tensor:
-        """Map what the classifier read, pooled already (n, d) or not (n, ...), to float32 features (n, d)."""
+        """Map what the classifier read, already pooled (n, d) or not (n, ...), to float32 features (n, d)."""
         features: Tensor = activations.float() if activations.ndim == 2 else self.pool(activations)
         return features
 
     def forward(self, activations: Tensor, image: Tensor | None = None) -> Tensor:
-        """Map what `pooled` takes and the small image (n, 3072) to logits (n, k), in float32 whatever surrounds it."""
+        """Map what `pooled` takes and the small image (n, 3072) to logits (n, k), in float32 even under autocast."""
         with torch.autocast(activations.device.type, enabled=False):
             logits: Tensor = self.layers(self.standardise(self.pooled(activations)))
             if self.direct is not None and self.standardise_image is not None:
@@ -83,28 +89,36 @@ class Top(nn.Module):
             return logits
 
     def set_scales(self, features: Tensor, image: Tensor | None) -> None:
-        """Standardise by these features (n, d) and small images (n, 3072) from now on."""
+        """Standardise with the means and variances of these features (n, d) and small images (n, 3072)."""
         self.standardise.set_from(features)
         if image is not None and self.standardise_image is not None:
             self.standardise_image.set_from(image)
 
 
-def make_top(kind: str, pool: nn.Module, features: int, image: int, classes: int) -> Top:
-    """Return a new top.
+def new_top(backbone: Backbone, kind: str, classes: int) -> Top:
+    """Return a new top of a kind, to replace the classifier of `backbone`.
 
     Parameters
     ----------
+    backbone : Backbone
+        A loaded or sketched network.
     kind : str
-        ``"linear"``, ``"hidden"`` or ``"direct"``.
-    pool : torch.nn.Module
-        Makes features of activations.
-    features, image, classes : int
-        Lengths of features, of the small image, and of the logits.
+        ``"linear"``, ``"hidden"`` (one hidden layer) or ``"direct"`` (linear, and linear from the small image).
+    classes : int
+        Number of logits.
+
+    Raises
+    ------
+    BackboneError
+        If the network cannot be traced, or its classifier reads no map, tokens or vector.
     """
+    read = top_input(backbone)
+    pool, features = Pool(DEFAULT_POOL, read.layout), pooled_dim(read.shape, read.layout, DEFAULT_POOL)
     if kind == "hidden":
         hidden = nn.Linear(features, HIDDEN)
         return Top(pool, features, nn.Sequential(hidden, nn.ReLU(), _zero(nn.Linear(HIDDEN, classes))), 0, classes)
-    return Top(pool, features, _zero(nn.Linear(features, classes)), image if kind == "direct" else 0, classes)
+    image = INPUT_DIM if kind == "direct" else 0
+    return Top(pool, features, _zero(nn.Linear(features, classes)), image, classes)
 
 
 def _zero(layer: nn.Linear) -> nn.Linear:

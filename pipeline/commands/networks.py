@@ -32,11 +32,11 @@ def backbones(pattern: str, as_json: bool) -> None:
 @options_of("layers")
 def layers(backbone: str, size: int | None, as_json: bool) -> None:
     """List the layers of BACKBONE with shapes and aliases."""
+    from pipeline.backbones.layers import list_layers
     from pipeline.backbones.registry import sketch
-    from pipeline.backbones.taps import describe
     from pipeline.reporting.terminal.tables import rows_table
 
-    found = describe(sketch(backbone, size))
+    found = list_layers(sketch(backbone, size))
     if as_json:
         print_json({"layers": [row._asdict() for row in found]})
         return

@@ -17,7 +17,7 @@ from pipeline.commands.output import print_json, print_table, say_all, with_prog
 @options_of("predict")
 def predict(model: str, source: str, csv: Path | None, as_json: bool, **options: Any) -> None:
     """Label the images of SOURCE with a saved MODEL."""
-    from pipeline.heads.saved import check_destination
+    from pipeline.model_file import check_destination
     from pipeline.predict import predict as run
     from pipeline.predict import write_csv
     from pipeline.reporting.terminal.tables import count_table, prediction_table

@@ -1,4 +1,4 @@
-"""Two runs side by side: what changed beyond noise."""
+"""Two runs compared: which methods changed by more than noise."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.comparing.folder import RunFolder
-from pipeline.comparing.methods import Score, boards
+from pipeline.comparing.methods import Method, MethodScore, leaderboards
 from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.evaluation.comparisons import holm
 
 
 @dataclass(frozen=True)
 class Change:
-    """One method in both runs.
+    """A method whose accuracy differs between two runs.
 
     Parameters
     ----------
     source, method : str
+        Names of the source and of the method.
     shots : int or "all"
     before, now : float
         Mean accuracies.
@@ -38,16 +39,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Against:
-    """Another run compared with this one.
+    """Comparison of this run with another one.
 
     Parameters
     ----------
     compared : int
-        Methods that both runs have.
+        Number of methods that both runs have.
     changed : sequence of Change
-        Those that differ beyond noise, the largest difference first.
+        Those that differ by more than noise, the largest difference first.
     only_before, only_now : sequence of str
-        Methods that one run alone has.
+        Methods that only one of the runs has.
     """
 
     compared: int
@@ -57,34 +58,29 @@ class Against:
 
 
 def compare_runs(before: RunFolder, now: RunFolder) -> Against:
-    """Compare all methods that two runs share, image by image."""
+    """Compare all methods that two runs share on the test images that they share."""
     old, new = _scores(before, now), _scores(now, before)
-    tested = []
-    for place in old:
-        if place in new:
-            paired = compare_scores(new[place], old[place], now.judged, before.judged)
-            if paired is not None:
-                tested.append((place, paired))
+    tests = {key: compare_scores(new[key], old[key], now.predictions, before.predictions) for key in old if key in new}
+    tested = [(key, paired) for key, paired in tests.items() if paired is not None]
     adjusted = holm([paired.p for _, paired in tested])
     changes = [
-        Change(*place, old[place].accuracy, new[place].accuracy, paired.difference, p)
-        for (place, paired), p in zip(tested, adjusted, strict=True)
+        Change(key[0], new[key].name, key[2], old[key].accuracy, new[key].accuracy, paired.difference, p)
+        for (key, paired), p in zip(tested, adjusted, strict=True)
         if p < LEVEL
     ]
     return Against(
         len(tested),
         sorted(changes, key=lambda change: -abs(change.difference)),
-        [_text(place) for place in old if place not in new],
-        [_text(place) for place in new if place not in old],
+        [_text(key[0], score) for key, score in old.items() if key not in new],
+        [_text(key[0], score) for key, score in new.items() if key not in old],
     )
 
 
-def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, str, int | str], Score]:
-    """Return a run's scores by source, method and shots, named as they are beside another run."""
-    found = boards(run.records.values(), other.records.values())
-    return {(board.source, *place): score for board in found for place, score in board.scores.items()}
+def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, Method, int | str], MethodScore]:
+    """Return a run's scores by source, method and shots, with names that tell apart the methods of both runs."""
+    found = leaderboards(run.results.values(), other.results.values())
+    return {(board.source, *key): score for board in found for key, score in board.scores.items()}
 
 
-def _text(place: tuple[str, str, int | str]) -> str:
-    source, method, shots = place
-    return f"{method}, shots {shots}, {source}"
+def _text(source: str, score: MethodScore) -> str:
+    return f"{score.name}, shots {score.shots}, {source}"

@@ -1,54 +1,54 @@
-"""Freeze or fine-tune? The answer in sentences, each from the results and their intervals."""
+"""Freeze or fine-tune? The answer in sentences, from the results and their intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.comparing.folder import Judged, Record
-from pipeline.comparing.methods import FINETUNE, HEAD, Board, Score, best_of, is_validated
-from pipeline.comparing.paired import LEVEL, Paired, compare_scores
+from pipeline.comparing.methods import Leaderboard, MethodScore, best_of, is_validated
+from pipeline.comparing.paired import LEVEL, Paired, ReadPredictions, compare_scores
+from pipeline.comparing.records import FINETUNE, HEAD, RunInfo
 
-Judge = Callable[[str], Judged]
-Costs = Mapping[tuple[str, str], float]
+ExtractionTimes = Mapping[tuple[str, str], float]
 """Seconds that the extraction of all images takes, by source and backbone."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one board shows.
+    """What the results on one source show.
 
     Parameters
     ----------
     headline : str
         A few words.
     sentences : list of str
-    frozen, tuned, runner_up : Score or None
-        The best of each kind by validation, and, where nothing was fine-tuned, the best frozen one of another backbone
-        or head.
+    frozen, tuned : MethodScore or None
+        The best head and the best fine-tuning by validation accuracy.
+    runner_up : MethodScore or None
+        If there is nothing of the other kind to compare with: the best method of another backbone or head.
     paired : Paired or None
-        Of `tuned` (or the runner-up) against `frozen`: how much better, and whether that is real.
+        `tuned` (or the runner-up) against `frozen`: how much better it is, and whether that is real.
     facts : list of (str, str, str)
         The few numbers that stand out: label, number, what it is.
     """
 
     headline: str
     sentences: list[str]
-    frozen: Score | None
-    tuned: Score | None
-    runner_up: Score | None
+    frozen: MethodScore | None
+    tuned: MethodScore | None
+    runner_up: MethodScore | None
     paired: Paired | None
     facts: list[tuple[str, str, str]]
 
 
-def answer(board: Board, judged: Judge, extraction: Costs) -> Answer:
-    """Say what a board shows.
+def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTimes) -> Answer:
+    """Say what the results on one source show.
 
     Parameters
     ----------
-    board : Board
-    judged : callable
-        What a model said about its test images, by key.
+    board : Leaderboard
+    read : callable
+        Reads what a model predicted on its test images, by key.
     extraction : dict of (str, str) to float
         Seconds it takes to extract all images, by source and backbone.
     """
@@ -56,25 +56,37 @@ def answer(board: Board, judged: Judge, extraction: Costs) -> Answer:
     at = shared[-1] if shared else board.shots[-1]
     frozen, tuned = board.best(HEAD, at), board.best(FINETUNE, at)
     if frozen and tuned:
-        return _both(board, frozen, tuned, judged, extraction)
+        return _compare_both(board, frozen, tuned, read, extraction)
     best = frozen or tuned or next(iter(board.scores.values()))
-    both = {score.first["kind"] for score in board.scores.values()} == {HEAD, FINETUNE}
-    sentences = [_praise("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
+    sentences = [_describe("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
     rival = _rival(board, best)
-    paired = compare_scores(rival, best, judged) if rival else None
+    paired = compare_scores(rival, best, read) if rival else None
     if rival and paired:
-        sentences.append(f"Next comes {rival.method} with {percent(rival.accuracy)}: {_doubt(paired)}.")
-    sentences += _labels_alone(board, best)
-    if both:
+        sentences.append(f"The runner-up is {rival.name} with {percent(rival.accuracy)}: {_verdict(paired)}.")
+    sentences += _fewer_labels(board, best)
+    if {score.method.kind for score in board.scores.values()} == {HEAD, FINETUNE}:
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
-        sentences.append("No fine-tuning stands beside it; a [[finetune]] in the plan would tell what that adds.")
-    return Answer(f"Best here: {best.method}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
+        sentences.append("Nothing was fine-tuned; add a [[finetune]] to the plan to see what that would gain.")
+    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
 
 
-def seconds(score: Score, extraction: Costs) -> float:
-    """Return what a method costs: its training, and, where something is frozen, one run of that over all images."""
+def seconds(score: MethodScore, extraction: ExtractionTimes) -> float:
+    """Return what a method costs: training, and one extraction of all images unless the whole network is trained."""
     return (score.mean("seconds") or 0.0) + _extraction_of(score, extraction)
+
+
+def extraction_seconds(info: RunInfo) -> dict[tuple[str, str], float]:
+    """Return how long the extraction of all images takes, by source and backbone, from what a run folder noted.
+
+    If a backbone was extracted at several sizes or with several poolings, the longest extraction counts.
+    """
+    found: dict[tuple[str, str], float] = {}
+    for cost in info.extractions.values():
+        if cost.computed:
+            key = cost.source, cost.backbone
+            found[key] = max(cost.seconds / cost.computed * cost.rows, found.get(key, 0.0))
+    return found
 
 
 def percent(share: float) -> str:
@@ -83,13 +95,13 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """Return a difference of shares in points, with its sign."""
+    """Return a difference of shares in percentage points, with its sign."""
     text = f"{100 * difference:+.1f}"
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
 def duration(value: float) -> str:
-    """Return seconds as a reader would say them."""
+    """Return seconds as text: 7.5 is ``7.5 s``, 300 is ``5 min``, 7200 is ``2.0 h``."""
     if value < 90:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
@@ -100,27 +112,29 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _both(board: Board, frozen: Score, tuned: Score, judged: Judge, extraction: Costs) -> Answer:
-    paired = compare_scores(tuned, frozen, judged)
+def _compare_both(
+    board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read: ReadPredictions, extraction: ExtractionTimes
+) -> Answer:
+    paired = compare_scores(tuned, frozen, read)
     costs = seconds(frozen, extraction), seconds(tuned, extraction)
-    few = f"They are compared at {_labels(frozen.shots)}, the most that both were given."
-    sentences = [few] if frozen.shots != board.shots[-1] else []
+    fewer = f"They are compared at {_labels(frozen.shots)}, the largest number that both were trained on."
+    sentences = [fewer] if frozen.shots != board.shots[-1] else []
     sentences += [
-        _praise("The best frozen head", frozen, board, extraction),
-        _praise("The best fine-tuning", tuned, board, extraction),
+        _describe("The best frozen head", frozen, board, extraction),
+        _describe("The best fine-tuning", tuned, board, extraction),
     ]
     if paired is None:
-        headline = "The two were not tried on the same images"
+        headline = "The two cannot be compared: they share no test images"
     else:
-        sentences.append(f"Fine-tuning against freezing: {_doubt(paired)}.")
+        sentences.append(f"Fine-tuning against freezing: {_verdict(paired)}.")
         headline = _headline(paired, costs)
     sentences += _crossing(board, frozen, tuned)
     return Answer(headline, sentences, frozen, tuned, None, paired, _facts(frozen, tuned, paired))
 
 
-def _extraction_of(score: Score, extraction: Costs) -> float:
-    first = score.first
-    return 0.0 if first.get("freeze") == "none" else extraction.get((first["source"], first["backbone"]), 0.0)
+def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:
+    whole = score.method.freeze == "none"
+    return 0.0 if whole else extraction.get((score.first.source, score.method.backbone), 0.0)
 
 
 def _headline(paired: Paired, costs: tuple[float, float]) -> str:
@@ -128,46 +142,42 @@ def _headline(paired: Paired, costs: tuple[float, float]) -> str:
         ratio = costs[1] / max(costs[0], 1e-9)
         if ratio >= 1.5:
             return f"Freeze: fine-tuning is not measurably better here, and takes {ratio:.0f} times as long"
-        return "Either: no difference that these test images could show"
+        return "Either: these test images show no difference"
     gap = f"{abs(100 * paired.difference):.1f} points"
     return f"Fine-tune: it is {gap} better here" if paired.difference > 0 else f"Freeze: it is {gap} better here"
 
 
-def _praise(what: str, score: Score, board: Board, extraction: Costs) -> str:
+def _describe(what: str, score: MethodScore, board: Leaderboard, extraction: ExtractionTimes) -> str:
     low, high = score.interval
-    rivals = board.at(score.shots, score.first["kind"])
-    how = "by validation accuracy" if is_validated(rivals) else "by test accuracy, which flatters it a little"
+    rivals = board.at(score.shots, score.method.kind)
+    how = "by validation accuracy" if is_validated(rivals) else "by test accuracy, so this is slightly optimistic"
     chosen = f" (chosen from {len(rivals)} {how})" if len(rivals) > 1 else ""
-    seeds = f" (mean of {len(score.records)} seeds)" if len(score.records) > 1 else ""
+    seeds = f" (mean of {len(score.by_seed)} seeds)" if len(score.by_seed) > 1 else ""
     cost = duration(seconds(score, extraction))
-    spent = f"{cost} of training"
-    if _extraction_of(score, extraction):
-        spent = f"{cost}, the extraction of all images included"
+    spent = f"{cost}, including the extraction of all images" if _extraction_of(score, extraction) else cost
     return (
-        f"{what}, {score.method}{chosen}, got {percent(score.accuracy)} of {score.first['n_test']} test images "
-        f"right{seeds}, 95 % interval {100 * low:.1f}–{percent(high)}, for {spent}."
+        f"{what}, {score.name}{chosen}, classified {percent(score.accuracy)} of {score.n_test} test images "
+        f"correctly{seeds}, 95 % interval {100 * low:.1f}–{percent(high)}; it took {spent}."
     )
 
 
-def _doubt(paired: Paired) -> str:
+def _verdict(paired: Paired) -> str:
     gap = f"{points(paired.difference)} points"
     if paired.p < LEVEL:
         return f"{gap}, a real difference ({paired.test}, {p_text(paired.p)})"
-    return f"{gap}, which cannot be told from chance ({paired.test}, {p_text(paired.p)})"
+    return f"{gap}, which may be chance ({paired.test}, {p_text(paired.p)})"
 
 
-def _rival(board: Board, best: Score) -> Score | None:
-    """Return the best of another backbone or head; another layer of the same is hardly a rival."""
-    own = (best.first["backbone"], best.first["head"], best.first.get("freeze"))
-    others = [
-        score
-        for score in board.at(best.shots)
-        if (score.first["backbone"], score.first["head"], score.first.get("freeze")) != own
-    ]
-    return best_of(others)
+def _rival(board: Leaderboard, best: MethodScore) -> MethodScore | None:
+    """Return the best method of another backbone, head or thaw line; another layer is hardly a rival."""
+
+    def kin(score: MethodScore) -> tuple[str, str, str]:
+        return score.method.backbone, score.method.head, score.method.freeze
+
+    return best_of([score for score in board.at(best.shots) if kin(score) != kin(best)])
 
 
-def _crossing(board: Board, frozen: Score, tuned: Score) -> list[str]:
+def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore) -> list[str]:
     """Say from how many labels a class on fine-tuning is ahead."""
     pairs = [
         (shots, board.scores[frozen.method, shots].accuracy, board.scores[tuned.method, shots].accuracy)
@@ -181,17 +191,17 @@ def _crossing(board: Board, frozen: Score, tuned: Score) -> list[str]:
     if all(ahead):
         return [f"{fewest}; fine-tuning is ahead at every number of labels."]
     if not any(ahead):
-        return [f"{fewest}; the frozen head is ahead, or level, at every number of labels."]
+        return [f"{fewest}; the frozen head is ahead or level at every number of labels."]
     turn = ahead.index(True) if not ahead[0] else ahead.index(False)
     if any(now != ahead[turn] for now in ahead[turn:]):
-        return [f"{fewest}; after that the lead changes more than once, which is what noise looks like."]
+        return [f"{fewest}; with more labels the lead changes more than once, as it would by chance."]
     leader = "fine-tuning" if ahead[turn] else "the frozen head"
     return [f"{fewest}; from {_labels(pairs[turn][0])} on {leader} is ahead."]
 
 
-def _labels_alone(board: Board, best: Score) -> list[str]:
-    few = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
-    told = [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in few]
+def _fewer_labels(board: Leaderboard, best: MethodScore) -> list[str]:
+    fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
+    told = [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]
     return [f"With fewer labels it reaches {', '.join(told)}."] if told else []
 
 
@@ -199,29 +209,15 @@ def _labels(shots: int | str) -> str:
     return "all labels" if shots == "all" else f"{shots} label{'s' if shots != 1 else ''} a class"
 
 
-def _facts(first: Score, second: Score | None, paired: Paired | None) -> list[tuple[str, str, str]]:
+def _facts(first: MethodScore, second: MethodScore | None, paired: Paired | None) -> list[tuple[str, str, str]]:
     """Return the `Answer.facts` of one or two methods."""
     found = []
     for score in (first, second):
         if score is not None:
             low, high = score.interval
-            kind = "frozen" if score.first["kind"] == HEAD else "fine-tuned"
-            found.append((kind, percent(score.accuracy), f"{score.method}; {100 * low:.1f}–{100 * high:.1f}"))
+            kind = "frozen" if score.method.is_frozen else "fine-tuned"
+            found.append((kind, percent(score.accuracy), f"{score.name}; {100 * low:.1f}–{100 * high:.1f}"))
     if paired is not None:
-        verdict = "real" if paired.p < LEVEL else "not told from chance"
+        verdict = "real" if paired.p < LEVEL else "may be chance"
         found.append(("difference, points", points(paired.difference), f"{verdict}, {p_text(paired.p)}"))
-    return found
-
-
-def extraction_seconds(run: Record) -> dict[tuple[str, str], float]:
-    """Return how long the extraction of all images takes by source and backbone, from what a run noted.
-
-    Of several sizes or poolings, each of which is an extraction, the longest counts.
-    """
-    found: dict[tuple[str, str], float] = {}
-    for entry in run.get("extractions", {}).values():
-        if entry["computed"]:
-            whole = entry["seconds"] / entry["computed"] * entry["rows"]
-            place = entry["source"], entry["backbone"]
-            found[place] = max(whole, found.get(place, 0.0))
     return found

@@ -11,7 +11,7 @@ from typing import Any
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
-from pipeline.comparing.plan import Line, Plan
+from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.options import tune_parameters
 
@@ -60,8 +60,9 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
     PlanError
         The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
     """
+    from pipeline.backbones.layers import resolve_layers
     from pipeline.backbones.registry import check_weights, sketch
-    from pipeline.backbones.taps import resolve_layers, tap
+    from pipeline.backbones.taps import tap
     from pipeline.engines.select import resolve
 
     request, line = extraction.request, extraction.line
@@ -85,7 +86,7 @@ def check_finetunes(plan: Plan) -> None:
         _check_finetune(plan, line, dict(options))
 
 
-def _check_finetune(plan: Plan, line: Line, options: dict[str, Any]) -> None:
+def _check_finetune(plan: Plan, line: PlanTable, options: dict[str, Any]) -> None:
     from pipeline.backbones.registry import check_weights, sketch
     from pipeline.backbones.thaw_line import find_line
     from pipeline.engines.select import resolve
@@ -112,13 +113,13 @@ def _check_finetune(plan: Plan, line: Line, options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def errors_at(plan: Plan, line: Line | None, text: str = "") -> Iterator[None]:
+def errors_at(plan: Plan, line: PlanTable | None, text: str = "") -> Iterator[None]:
     """Turn an error of ours in the block into a `PlanError` that names the line of `text` in a table.
 
     Parameters
     ----------
     plan : Plan
-    line : Line or None
+    line : PlanTable or None
         The table; None for the part above all tables.
     text : str
         A key or a value in it; by default the error names the line of the table's header.

@@ -25,15 +25,6 @@ DECODED = 250
 """Photos that one core decodes per second."""
 START = 3.0
 """Seconds to load a network."""
-SECONDS_A_VALUE = {
-    "logreg": 1.2e-6,
-    "linear_svm": 1.5e-5,
-    "rbf_svm": 3e-6,
-    "knn": 2e-8,
-    "centroid": 1e-8,
-    "ridge": 1e-7,
-}
-"""Seconds of a fit, its search included, by training rows times features."""
 TRAINED_SHARE = {"all": 0.01, "none": 1.0}
 """Share of a network's operations that each epoch repeats, by thaw line; 0.5 for any other line."""
 BACKWARD = 3
@@ -71,7 +62,7 @@ def plan_extraction(extraction: Extraction, found: Features, images: ImageSource
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
     if found.complete:
         return Planned(job, True, 0.0, 0)
-    measured = extraction_seconds(folder.read_json("run.json")).get((images.name, asked.backbone))
+    measured = extraction_seconds(folder.read_info()).get((images.name, asked.backbone))
     flops, speed = operations(asked.backbone, asked.size), _speed()
     n_images, cores = len(images.items), os.cpu_count() or 1
     guess = START + n_images * (flops / speed + 1 / (DECODED * cores))
@@ -80,14 +71,15 @@ def plan_extraction(extraction: Extraction, found: Features, images: ImageSource
 
 def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
     """Guess what a fit takes, from others with the same head and number of labels where there are some."""
-    family = fit.head.partition("/")[0]
+    from pipeline.heads.registry import find_head
+
     alike = [
-        record["seconds"]
-        for record in folder.records.values()
-        if (record["head"], record["shots"]) == (fit.head, fit.shots)
+        job.result.seconds
+        for job in folder.results.values()
+        if (job.result.head, job.result.shots) == (fit.head, fit.shots)
     ]
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
-    guess = SECONDS_A_VALUE[family] * _rows(images, fit.shots) * dim
+    guess = find_head(fit.head).family.cost * _rows(images, fit.shots) * dim
     return Planned(str(fit), done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 
@@ -118,15 +110,16 @@ def _rows(images: ImageSource, shots: int | str) -> int:
 @cache
 def count_values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
     """Return the number of activations of one image at a thaw line, and the number of thawed weights."""
+    from pipeline.backbones.layers import PENULTIMATE
     from pipeline.backbones.registry import sketch
-    from pipeline.backbones.taps import PENULTIMATE, tap
-    from pipeline.finetuning.network import ALL, Network, line_of
+    from pipeline.backbones.taps import tap
+    from pipeline.finetuning.network import ALL, ThawedNetwork, line_of
 
     network = sketch(backbone, size)
     line = line_of(network, freeze)
     at_line = 0 if line is None else math.prod(line.shape)
     frozen = tap(network, [PENULTIMATE]).dims[PENULTIMATE] if freeze == ALL else at_line
-    return frozen, sum(item.numel() for item in Network(network, freeze, top, n_classes).thawed_state().values())
+    return frozen, sum(item.numel() for item in ThawedNetwork(network, freeze, top, n_classes).thawed_state().values())
 
 
 @cache

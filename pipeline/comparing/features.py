@@ -1,19 +1,18 @@
-"""What an extraction stands for: its layers by name and, once they are cached, the files that hold them."""
+"""The features of an extraction: its layers and, once they are cached, the files that hold them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from features_cache import CacheFile, Catalog, open_cache
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import TRAINING_RULES, Request, fingerprint_of
+from pipeline.invalidation import stage_key
+from pipeline.spec import Request, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Features:
     Parameters
     ----------
     aliases : dict of str to sequence of str
-        What each layer that was asked for stands for.
+        The layers that each name in the request stands for.
     dims : dict of str to int
-        Features of each layer.
+        Number of features of each layer.
     files : dict of str to CacheFile
-        Which file holds which layer; empty before anything is extracted.
+        The file that holds each layer; empty before the extraction.
     complete : bool
-        Whether every image is in these files, done or unreadable.
+        Whether no image is pending in these files.
     """
 
     aliases: Mapping[str, Sequence[str]]
@@ -38,7 +37,7 @@ class Features:
     complete: bool
 
     def catalog(self) -> Catalog:
-        """Return these files alone as a catalog, in which every layer is unique."""
+        """Return a catalog of these files alone, in which every layer is unique."""
         files = list(dict.fromkeys(self.files.values()))
         catalog = Catalog(files[0].path)
         catalog.files = files
@@ -46,7 +45,7 @@ class Features:
 
 
 def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> Features | None:
-    """Look up in a cache what was extracted before; None where some layer is not there. Computes nothing."""
+    """Return what a cache holds of an extraction, None if a layer is missing. Computes nothing."""
     files = files_of(images, cache)
     answer = find_answer(files, extraction.request)
     if answer is None:
@@ -59,69 +58,58 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
 
 
 def held_features(known: Features, paths: Iterable[str]) -> Features:
-    """Return `known` with its layers in the files that an extraction returned, whatever request they were made for."""
+    """Return `known` with the files that an extraction returned, even if these were made for another request."""
     holders = {name: file for file in map(open_cache, paths) for name in file.layers}
     return replace(known, files={name: holders[name] for name in known.dims}, complete=True)
 
 
 @cache
 def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
-    """Return the place of each layer in the order of computation, from the image upwards."""
+    """Return the index of each layer in the order of computation, from the image upwards."""
+    from pipeline.backbones.layers import LOGITS, PENULTIMATE, list_layers
     from pipeline.backbones.registry import sketch
-    from pipeline.backbones.taps import LOGITS, PENULTIMATE, describe
 
-    rows = describe(sketch(request.backbone, request.size))
+    rows = list_layers(sketch(request.backbone, request.size))
     below = [row.name for row in rows if LOGITS not in row.aliases]
     order = [*below, PENULTIMATE, *(row.name for row in rows)]
-    return {name: place for place, name in enumerate(sorted(layers, key=order.index))}
+    return {name: index for index, name in enumerate(sorted(layers, key=order.index))}
 
 
 def fit_key(fit: Fit, features: Features, source: str) -> str:
-    """Return a digest of all that a fit's result depends on, and of the name of its source."""
-    parts = [features.files[name] for name in fit.layer.split("+")]
-    names = zip(fit.layer.split("+"), parts, strict=True)
-    return fingerprint_of(
-        {
-            "kind": "head",
-            "source": source,
-            "rules": _rules(),
-            "rows": [_rows_digest(file) for file in dict.fromkeys(parts)],
-            "layers": [file.layers[name].fingerprint for name, file in names],
-            "head": fit.head.removesuffix("/standard"),
-            "options": fit.options,
-            "seed": fit.seed,
-            "shots": fit.shots,
-        }
+    """Return the `stage_key` of a fit on the source of this name."""
+    names = fit.layer.split("+")
+    files = [features.files[name] for name in names]
+    return stage_key(
+        "head",
+        source=source,
+        rows=[_rows_digest(file) for file in dict.fromkeys(files)],
+        layers=[file.layers[name].fingerprint for name, file in zip(names, files, strict=True)],
+        head=fit.head.removesuffix("/standard"),
+        options=fit.options,
+        seed=fit.seed,
+        shots=fit.shots,
     )
 
 
 def listing_digest(images: ImageSource) -> str:
-    """Return a digest of what a source lists, by which images count with their size and time."""
+    """Return a digest of a source's classes and items; an image counts by its name, size and time of change."""
     return fingerprint_of([images.classes, images.items])
 
 
 def finetune_key(job: Finetune, source: str, listing: str) -> str:
-    """Return a digest of all that a fine-tune's result depends on, its source's `listing_digest` among it."""
-    return fingerprint_of(
-        {
-            "kind": "finetune",
-            "source": source,
-            "rules": [*_rules(), version("torch")],
-            "rows": listing,
-            "options": job.options,
-            "weights": weights_file_digest(str(dict(job.options)["backbone"])),
-            "seed": job.seed,
-            "shots": job.shots,
-        }
+    """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`."""
+    return stage_key(
+        "finetune",
+        source=source,
+        rows=listing,
+        options=job.options,
+        weights=weights_file_digest(str(dict(job.options)["backbone"])),
+        seed=job.seed,
+        shots=job.shots,
     )
 
 
-@cache
-def _rules() -> list[Any]:
-    return [TRAINING_RULES, version("thawline"), version("scikit-learn")]
-
-
-@cache  # one file stands for hundreds of fits
+@cache  # hundreds of fits share a file
 def _rows_digest(file: CacheFile) -> str:
     columns = [file.uris, file.labels, file.splits, file.groups, file.digests, file.states]
     return fingerprint_of([file.classes, *(column.tolist() for column in columns)])

@@ -1,6 +1,6 @@
-"""A run folder: what was planned, what came of every job, and what each model said about each test image.
+"""A run folder: the plan, the result of every job, and every model's predictions on its test images.
 
-`results.jsonl` only ever grows by whole, synced lines; everything else is replaced as a whole.
+`results.jsonl` grows by whole, synced lines; every other file is replaced as a whole.
 """
 
 from __future__ import annotations
@@ -9,44 +9,18 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from features_cache import nearest
-from features_cache.lock import WriterLock
-from features_cache.whole import replacing
+from features_cache import WriterLock, atomic_write, nearest
+from pipeline.comparing.records import JobResult, RunInfo
 from pipeline.errors import RunFolderError
-
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """What one model said about each test image, as kept.
-
-    Parameters
-    ----------
-    uris : (n,) str
-    y_true, y_pred : (n,) int64
-    probability : (n,) float32 or None
-        That of the predicted class.
-    """
-
-    uris: NDArray[np.str_]
-    y_true: NDArray[np.int64]
-    y_pred: NDArray[np.int64]
-    probability: NDArray[np.float32] | None
-
-    @property
-    def right(self) -> NDArray[np.bool_]:
-        """Whether each image was labelled right, (n,)."""
-        return np.asarray(self.y_true == self.y_pred)
+from pipeline.evaluation.predictions import Predictions
+from pipeline.results import from_json, to_json
 
 
 class RunFolder:
@@ -59,21 +33,21 @@ class RunFolder:
 
     Attributes
     ----------
-    records : dict of str to dict
+    results : dict of str to JobResult
         Finished results by key, in the order in which they finished.
 
     Raises
     ------
     RunFolderError
-        `results.jsonl` is damaged before its last line, or cannot be read.
+        `results.jsonl` cannot be read, or a line other than a torn last one holds no result.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.results = self.path / "results.jsonl"
         self.cache = self.path / "cache"
         self.report = self.path / "report.html"
-        self.records: dict[str, Record] = {}
+        self.results: dict[str, JobResult] = {}
+        self._lines = self.path / "results.jsonl"
         with _explained(self.path, "read"):
             self._load()
 
@@ -83,7 +57,7 @@ class RunFolder:
         with _explained(self.path, "write"):
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "predictions").mkdir(exist_ok=True)
-        lock = WriterLock(self.results)
+        lock = WriterLock(self._lines)
         try:
             with _explained(self.path, "read"):
                 self._load(mend=True)
@@ -92,34 +66,36 @@ class RunFolder:
             lock.release()
 
     def has(self, key: str) -> bool:
-        """Tell whether a job is finished, its predictions included."""
-        return key in self.records and self._predictions(key).exists()
+        """Tell whether a job is finished and its predictions are there."""
+        return key in self.results and self._predictions_file(key).exists()
 
-    def append(self, record: Record, judged: Judged) -> None:
+    def append(self, result: JobResult, predictions: Predictions) -> None:
         """Keep a finished result; on return it is on disk."""
+        columns: dict[str, Any] = {"uris": predictions.uris, "y_true": predictions.y_true, "y_pred": predictions.y_pred}
+        if predictions.probability is not None:
+            columns["probability"] = predictions.probability.astype(np.float32)
         with _explained(self.path, "write"):
-            columns = {name: value for name, value in vars(judged).items() if value is not None}
-            with replacing(self._predictions(record["key"])) as draft:
+            with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
-            _append(self.results, [record])
-        self.records[record["key"]] = record
+            _append(self._lines, [result])
+        self.results[result.key] = JobResult.from_json(result.to_json())  # as a later run reads it
 
     def keep_only(self, keys: Iterable[str]) -> None:
         """Move results of jobs that the plan no longer has, or whose images changed, to `superseded.jsonl`."""
         wanted = set(keys)
-        stale = [record for key, record in self.records.items() if key not in wanted]
+        stale = [result for key, result in self.results.items() if key not in wanted]
         if stale:
             with _explained(self.path, "write"):
                 _append(self.path / "superseded.jsonl", stale)
-            self.records = {key: record for key, record in self.records.items() if key in wanted}
-            self.write("results.jsonl", _lines(self.records.values()))
+            self.results = {key: result for key, result in self.results.items() if key in wanted}
+            self.write("results.jsonl", _to_lines(self.results.values()))
 
-    def judged(self, key: str) -> Judged:
-        """Return what a finished model said about its test images; raises `RunFolderError` where that is damaged."""
-        file = self._predictions(key)
+    def predictions(self, key: str) -> Predictions:
+        """Return what a finished model predicted on its test images; raises `RunFolderError` if that is damaged."""
+        file = self._predictions_file(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
-                return Judged(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
         except RunFolderError:
             raise
         except Exception as error:  # damaged bytes make numpy's reader raise nearly anything
@@ -127,52 +103,58 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file of the folder as a whole."""
-        with _explained(self.path, "write"), replacing(self.path / name) as draft:
+        with _explained(self.path, "write"), atomic_write(self.path / name) as draft:
             draft.write_bytes(text.encode("utf-8", "surrogateescape"))
 
-    def read_json(self, name: str) -> Record:
-        """Return a JSON document of the folder, an empty one where there is none."""
-        with _explained(self.path, "read"):
-            file = self.path / name
-            try:
-                document: Record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            except ValueError:
-                raise RunFolderError(f"{file}: expected JSON, found something else; remove the file") from None
-        return document
+    def read_info(self) -> RunInfo:
+        """Return what `run.json` holds, the defaults if there is no such file.
 
-    def write_json(self, name: str, document: Record) -> None:
-        """Replace a JSON document of the folder."""
-        self.write(name, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        Raises
+        ------
+        RunFolderError
+            The file is damaged.
+        """
+        file = self.path / "run.json"
+        with _explained(self.path, "read"):
+            content = file.read_bytes() if file.exists() else b"{}"
+        try:
+            return from_json(RunInfo, _parse(content))
+        except ValueError as error:
+            raise RunFolderError(f"{file} is damaged: {error}; remove the file") from None
+
+    def write_info(self, info: RunInfo) -> None:
+        """Replace `run.json`."""
+        self.write("run.json", json.dumps(to_json(info), indent=1, ensure_ascii=False) + "\n")
 
     def write_csv(self) -> None:
-        """Write `results.csv`: the records, one column a key, lists and dictionaries as JSON."""
-        columns = list(dict.fromkeys(key for record in self.records.values() for key in record))
+        """Write `results.csv`: a row for each result, a column for each key, lists and dictionaries as JSON."""
+        documents = [result.to_json() for result in self.results.values()]
+        columns = list(dict.fromkeys(key for document in documents for key in document))
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(columns)
-        for record in self.records.values():
-            table.writerow([_cell(record.get(column)) for column in columns])
+        for document in documents:
+            table.writerow([_cell(document.get(column)) for column in columns])
         self.write("results.csv", text.getvalue())
 
-    def _predictions(self, key: str) -> Path:
+    def _predictions_file(self, key: str) -> Path:
         return self.path / "predictions" / f"{key}.npz"
 
     def _load(self, *, mend: bool = False) -> None:
-        """Read the results; what a kill left of a last line is passed over, and cut off where we may write."""
-        self.records = {}
-        content = self.results.read_bytes() if self.results.exists() else b""
+        """Read the results; a last line torn by a kill is passed over, and cut off if `mend`."""
+        self.results = {}
+        content = self._lines.read_bytes() if self._lines.exists() else b""
         whole, _, torn = content.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
+                result = JobResult.from_json(_parse(line))
+            except ValueError as error:
                 raise RunFolderError(
-                    f"{self.results} line {number}: expected a result as JSON, found something else; "
-                    "remove the line to have its job run again"
+                    f"{self._lines} line {number} is damaged: {error}; remove the line to have its job run again"
                 ) from None
+            self.results[result.key] = result
         if torn and mend:
-            os.truncate(self.results, len(content) - len(torn))
+            os.truncate(self._lines, len(content) - len(torn))
 
 
 def open_finished(path: str | Path) -> RunFolder:
@@ -181,29 +163,41 @@ def open_finished(path: str | Path) -> RunFolder:
     Raises
     ------
     RunFolderError
-        There is none.
+        There are none.
     """
     folder = RunFolder(path)
-    if not folder.records:
+    if not folder.results:
         near = nearest(folder.path.name, [other.name for other in folder.path.parent.glob("*/")])
-        raise RunFolderError(f"{path}: expected the folder of a run with a results.jsonl, found no result{near}")
+        raise RunFolderError(f"{path}: expected a run folder with results in results.jsonl, found none{near}")
     return folder
 
 
-def _append(path: Path, records: Iterable[Record]) -> None:
+def _append(path: Path, results: Iterable[JobResult]) -> None:
     """Add lines to a file; on return they are on disk."""
     with path.open("a", encoding="utf-8") as log:
-        log.write(_lines(records))
+        log.write(_to_lines(results))
         log.flush()
         os.fsync(log.fileno())
 
 
-def _lines(records: Iterable[Record]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+def _to_lines(results: Iterable[JobResult]) -> str:
+    return "".join(json.dumps(one.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for one in results)
+
+
+def _parse(content: bytes) -> Any:
+    """Return strict JSON; raises `ValueError` also for NaN and infinities, which we never write."""
+    try:
+        return json.loads(content, parse_constant=_refuse)
+    except ValueError:
+        raise ValueError("expected JSON, found something else") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list) else value
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From a plan to its jobs: what is extracted, fitted and fine-tuned, each once."""
+"""From a plan to its jobs: every extraction, fit and fine-tune once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from features_cache import nearest
-from pipeline.comparing.plan import Line, Plan
+from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.extraction.lookup import weights_file_digest
 from pipeline.options import TABLES
 from pipeline.spec import Request
@@ -23,20 +23,22 @@ class Extraction:
     Parameters
     ----------
     source : str
-        As in `Plan.sources`.
+        One of `Plan.sources`.
     request : Request
-        What is asked of the backbone.
-    line : Line
-        Where the plan asks for it.
+    line : PlanTable
+        The ``[[extract]]`` that asks for it.
     """
 
     source: str
     request: Request
-    line: Line = field(compare=False, hash=False)
+    line: PlanTable = field(compare=False, hash=False)
 
 
 class Fit(NamedTuple):
-    """One head on one layer (or a join ``A+B``) with one seed and number of shots; `options` are those of `fit`."""
+    """One head on one layer (or joined layers ``A+B``) with one seed and number of shots.
+
+    `options` are further parameters of `pipeline.fit.fit`.
+    """
 
     extraction: Extraction
     layer: str
@@ -51,7 +53,10 @@ class Fit(NamedTuple):
 
 
 class Finetune(NamedTuple):
-    """One network trained on one source with one seed and number of shots; `options` are those that are crossed."""
+    """One network trained on one source with one seed and number of shots.
+
+    `options` are all options of ``[[finetune]]`` that may take a list of values, by their names in the plan.
+    """
 
     source: str
     options: tuple[tuple[str, Any], ...]
@@ -69,12 +74,12 @@ Job = Fit | Finetune
 
 
 def extractions(plan: Plan) -> list[Extraction]:
-    """Return what has to be extracted, in the plan's order.
+    """Return the plan's extractions, in its order.
 
     Raises
     ------
     PlanError
-        Two lines ask for the same layer of the same thing.
+        Two ``[[extract]]`` ask for the same layer.
     """
     found: list[Extraction] = []
     for line in plan.of("extract"):
@@ -104,12 +109,12 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
     plan : Plan
     extraction : Extraction
     aliases : dict of str to sequence of str
-        What each layer that was asked for stands for in this backbone.
+        The layers of this backbone that each name in the extraction's request stands for.
 
     Raises
     ------
     PlanError
-        A ``[[fit]]`` names a layer that is not extracted, or two ask for the same fit.
+        A ``[[fit]]`` names a layer that is not extracted, or two ``[[fit]]`` ask for the same fit.
     """
     seen = set()
     for line in plan.of("fit"):
@@ -130,16 +135,16 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
 
 
 def _resolve(
-    plan: Plan, line: Line, extraction: Extraction, asked: str, aliases: Mapping[str, Sequence[str]]
+    plan: Plan, line: PlanTable, extraction: Extraction, asked: str, aliases: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Return the layers, or joins of layers, that a ``[[fit]]`` means by one name."""
+    """Return the layers, or joined layers, that a name in a ``[[fit]]`` stands for."""
     known = dict(aliases) | {name: [name] for names in aliases.values() for name in names}
     parts = asked.split("+")
     for part in parts:
         if part not in known:
             raise plan.error(
                 f"[[fit]] asks for layer '{part}', which is not extracted from {extraction.request.backbone}; "
-                f"[[extract]] line has {', '.join(aliases)}{nearest(part, known)}",
+                f"its [[extract]] has {', '.join(aliases)}{nearest(part, known)}",
                 "fit",
                 line.place,
                 asked,
@@ -147,15 +152,15 @@ def _resolve(
     return ["+".join(names) for names in itertools.product(*(known[part] for part in parts))]
 
 
-def finetunes(plan: Plan) -> list[tuple[Line, Finetune]]:
-    """Return the fine-tunes with the lines that ask for them.
+def finetunes(plan: Plan) -> list[tuple[PlanTable, Finetune]]:
+    """Return the plan's fine-tunes, each with the ``[[finetune]]`` that asks for it.
 
     Raises
     ------
     PlanError
-        Two lines ask for the same one.
+        Two ``[[finetune]]`` ask for the same one.
     """
-    found: dict[Finetune, Line] = {}
+    found: dict[Finetune, PlanTable] = {}
     for line in plan.of("finetune"):
         crossed = {
             key: line.values[key]
@@ -174,9 +179,9 @@ def finetunes(plan: Plan) -> list[tuple[Line, Finetune]]:
 
 
 def rectangles(fits: Sequence[Fit]) -> list[list[Fit]]:
-    """Gather fits of one extraction into calls of `fit`, each a full product of layers, heads, seeds and shots.
+    """Group fits of one extraction into calls of `fit`, each a full product of layers, heads, seeds and shots.
 
-    Every group comes in the order in which `pipeline.fit.fit` returns its results.
+    The fits of a group are in the order in which `pipeline.fit.fit` returns its results.
     """
     blocks: dict[tuple[Any, ...], tuple[list[Any], ...]] = {
         tuple(job[1:]): tuple([value] for value in job[1:]) for job in fits
@@ -184,7 +189,7 @@ def rectangles(fits: Sequence[Fit]) -> list[list[Fit]]:
     for axis in (3, 2, 1, 0):  # options stay apart
         merged: dict[tuple[Any, ...], tuple[list[Any], ...]] = {}
         for block in blocks.values():
-            others = tuple(tuple(values) for place, values in enumerate(block) if place != axis)
+            others = tuple(tuple(values) for index, values in enumerate(block) if index != axis)
             if others in merged:
                 merged[others][axis].extend(block[axis])
             else:

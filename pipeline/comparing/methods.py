@@ -7,78 +7,158 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.comparing.folder import Record
+from pipeline.comparing.records import HEAD, JobResult, OptionValue
 from pipeline.evaluation.intervals import wilson
+from pipeline.options import TABLES
+from pipeline.results import FinetuneResult
 
-HEAD, FINETUNE = "head", "finetune"
-_NAMES = ("backbone", "size", "precision", "store")
-_WORDS = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
 _SETTINGS = ("size", "precision", "store")
+_EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What was trained and how: two results are of one method if they differ in source, shots or seed alone.
+
+    Parameters
+    ----------
+    kind : str
+        ``"head"`` or ``"finetune"``.
+    backbone : str
+    head : str
+        Name of the head; of a fine-tune, that of its top.
+    layer : str
+        Layer that a head was fitted on; ``""`` for a fine-tune.
+    freeze : str
+        Up to where a fine-tune was frozen; ``""`` for a head.
+    pool : str
+    size, precision, store : (int, int), str, str or None
+        Of a head's features; None for a fine-tune and in old run folders.
+    balanced, cv, drop_leaks : bool, int or None, bool
+        As in `pipeline.fit.fit`.
+    options : tuple of (str, value)
+        All other options of a fine-tune.
+
+    Examples
+    --------
+    >>> method = Method("head", "resnet18", "logreg", layer="layer4")
+    >>> method_names([method])[method]
+    'logreg on layer4'
+    """
+
+    kind: str
+    backbone: str
+    head: str
+    layer: str = ""
+    freeze: str = ""
+    pool: str = ""
+    size: tuple[int, int] | None = None
+    precision: str | None = None
+    store: str | None = None
+    balanced: bool = False
+    cv: int | None = None
+    drop_leaks: bool = False
+    options: tuple[tuple[str, OptionValue], ...] = ()
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a head was fitted on frozen features."""
+        return self.kind == HEAD
+
+    @property
+    def group(self) -> str:
+        """Backbone and head in words, without the layer."""
+        return f"{self.backbone}, {self.head if self.is_frozen else 'fine-tuned'}"
+
+
+def method_of(job: JobResult) -> Method:
+    """Return the method of a result."""
+    result = job.result
+    freeze = result.freeze if isinstance(result, FinetuneResult) else ""
+    return Method(
+        kind=result.kind,
+        backbone=result.backbone,
+        head=result.head,
+        layer="" if freeze else result.layer,
+        freeze=freeze,
+        pool=result.pool,
+        size=job.size,
+        precision=job.precision,
+        store=job.store,
+        balanced=result.balanced,
+        cv=result.cv,
+        drop_leaks=job.drop_leaks,
+        options=tuple(sorted(job.options.items())),
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class Score:
+class MethodScore:
     """One method at one number of labels, over its seeds.
 
     Parameters
     ----------
-    method : str
-        Its name, unique in a run.
+    method : Method
+    name : str
+        The method's name, unique in a run.
     shots : int or "all"
-    records : dict of int to dict
-        Results by seed.
+    by_seed : dict of int to JobResult
     """
 
-    method: str
+    method: Method
+    name: str
     shots: int | str
-    records: Mapping[int, Record]
+    by_seed: Mapping[int, JobResult]
 
     @property
-    def first(self) -> Record:
-        """The record of the first seed."""
-        return self.records[min(self.records)]
+    def first(self) -> JobResult:
+        """The result of the first seed."""
+        return self.by_seed[min(self.by_seed)]
+
+    @property
+    def n_test(self) -> int:
+        """Number of test images of the first seed."""
+        return self.first.result.n_test
 
     @property
     def accuracy(self) -> float:
-        """Mean over seeds."""
+        """Mean accuracy over seeds."""
         return fmean(self.accuracies)
 
     @property
     def accuracies(self) -> list[float]:
-        """Of each seed."""
-        return [record["accuracy"] for record in self.records.values()]
+        """Accuracy of each seed."""
+        return [job.result.accuracy for job in self.by_seed.values()]
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the mean, on the test images of one seed."""
-        n = self.first["n_test"]
-        return wilson(round(self.accuracy * n), n)
+        """Wilson's 95 % interval of the mean accuracy, for the number of test images of one seed."""
+        return wilson(round(self.accuracy * self.n_test), self.n_test)
 
     @property
     def validation(self) -> float | None:
         """Mean validation accuracy; None where nothing was validated."""
         return self.mean("validation_accuracy")
 
-    def mean(self, key: str) -> float | None:
-        """Return the mean of a number over seeds; None if one lacks it."""
-        values = [record.get(key) for record in self.records.values()]
-        numbers = [value for value in values if value is not None]
-        return fmean(numbers) if len(numbers) == len(values) else None
+    def mean(self, name: str) -> float | None:
+        """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""
+        values = [getattr(job.result, name) for job in self.by_seed.values()]
+        return None if any(value is None for value in values) else fmean(values)
 
 
 @dataclass(frozen=True, eq=False)
-class Board:
-    """All scores on one source.
+class Leaderboard:
+    """All methods on one source.
 
     Parameters
     ----------
     source : str
-    scores : dict of (str, int or "all") to Score
-        By method and shots.
+    scores : dict of (Method, int or "all") to MethodScore
+        By method and shots, in the order of the results.
     """
 
     source: str
-    scores: Mapping[tuple[str, int | str], Score]
+    scores: Mapping[tuple[Method, int | str], MethodScore]
 
     @property
     def shots(self) -> list[int | str]:
@@ -86,32 +166,30 @@ class Board:
         return sorted({shots for _, shots in self.scores}, key=shots_order)
 
     @property
-    def methods(self) -> list[str]:
-        """Names in the order of the results."""
+    def methods(self) -> list[Method]:
+        """Methods in the order of the results."""
         return list(dict.fromkeys(method for method, _ in self.scores))
 
-    def at(self, shots: int | str, kind: str | None = None) -> list[Score]:
-        """Return the scores with so many labels, perhaps of one kind of method alone."""
+    def at(self, shots: int | str, kind: str | None = None) -> list[MethodScore]:
+        """Return the scores with this number of labels, of one kind of method if `kind` is given."""
         found = [score for (_, count), score in self.scores.items() if count == shots]
-        return [score for score in found if kind in (None, score.first["kind"])]
+        return [score for score in found if kind in (None, score.method.kind)]
 
-    def best(self, kind: str, shots: int | str | None = None) -> Score | None:
-        """Return the method of this kind with the best validation accuracy, the first on a tie.
-
-        Test accuracy decides only where some method has no validation accuracy.
-        """
+    def best(self, kind: str, shots: int | str | None = None) -> MethodScore | None:
+        """Return the best method of this kind, see `best_of`; by default at the largest number of labels."""
         return best_of(self.at(self.shots[-1] if shots is None else shots, kind))
 
 
-def best_of(scores: Sequence[Score]) -> Score | None:
-    """Return the best by validation accuracy (by test accuracy where one lacks it), the first on a tie."""
+def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
+    """Return the score with the best validation accuracy (test accuracy if one lacks it); ties go to the first."""
     if not scores:
         return None
-    return max(scores, key=lambda s: s.validation if is_validated(scores) else s.accuracy)  # type: ignore[arg-type, return-value]
+    validated = is_validated(scores)
+    return max(scores, key=lambda score: (score.validation if validated else score.accuracy) or 0.0)
 
 
-def is_validated(scores: Sequence[Score]) -> bool:
-    """Tell whether all have a validation accuracy to choose by."""
+def is_validated(scores: Sequence[MethodScore]) -> bool:
+    """Tell whether all scores have a validation accuracy to choose by."""
     return all(score.validation is not None for score in scores)
 
 
@@ -120,52 +198,64 @@ def shots_order(shots: int | str) -> tuple[bool, int]:
     return (True, 0) if isinstance(shots, str) else (False, shots)
 
 
-def boards(records: Iterable[Record], beside: Iterable[Record] = ()) -> list[Board]:
-    """Gather records by source, method and shots; names say what differs among them and those of another run."""
-    records = list(records)
-    every = [*records, *beside]
-    varying = [key for key in (*_NAMES, *_WORDS, "pool") if _varies(key, every)]
-    options = _varying_options(every)
-    grouped: dict[str, dict[tuple[str, int | str], dict[int, Record]]] = {}
-    for record in records:
-        method = name_of(record, varying, options)
-        group = grouped.setdefault(record["source"], {}).setdefault((method, record["shots"]), {})
-        group[record["seed"]] = record
+def leaderboards(results: Iterable[JobResult], beside: Iterable[JobResult] = ()) -> list[Leaderboard]:
+    """Gather results by source, method and shots.
+
+    Parameters
+    ----------
+    results : iterable of JobResult
+    beside : iterable of JobResult, optional
+        Results of another run, which the names tell apart, too.
+    """
+    results = list(results)
+    names = method_names(method_of(job) for job in (*results, *beside))
+    grouped: dict[str, dict[tuple[Method, int | str], dict[int, JobResult]]] = {}
+    for job in results:
+        on_source = grouped.setdefault(job.source, {})
+        on_source.setdefault((method_of(job), job.result.shots), {})[job.result.seed] = job
     return [
-        Board(source, {(method, shots): Score(method, shots, group) for (method, shots), group in scores.items()})
-        for source, scores in grouped.items()
+        Leaderboard(
+            source, {key: MethodScore(key[0], names[key[0]], key[1], by_seed) for key, by_seed in found.items()}
+        )
+        for source, found in grouped.items()
     ]
 
 
-def name_of(record: Record, varying: Sequence[str] = ("backbone",), options: Sequence[str] = ()) -> str:
-    """Return a method's name: what was trained, and what else tells it apart."""
-    if record["kind"] == HEAD:
-        parts = [f"{record['head']} on {record['layer']}"]
+def method_names(methods: Iterable[Method]) -> dict[Method, str]:
+    """Return a name for each method, which says what was trained and what else tells it apart from the others."""
+    methods = list(dict.fromkeys(methods))
+    varying = {name for name in ("backbone", *_SETTINGS, *_EVALUATION, "pool") if _varies(name, methods)}
+    tuned = [dict(method.options) for method in methods if not method.is_frozen]
+    keys = dict.fromkeys(key for key in (*TABLES["finetune"], *sorted({key for one in tuned for key in one})))
+    varying_options = [key for key in keys if len({options.get(key) for options in tuned}) > 1]
+    return {method: _name(method, varying, varying_options) for method in methods}
+
+
+def _name(method: Method, varying: set[str], varying_options: Sequence[str]) -> str:
+    if method.is_frozen:
+        parts = [f"{method.head} on {method.layer}"]
     else:
-        freeze = record["freeze"]
         words = {"all": "new top trained by backprop", "none": "whole network fine-tuned"}
-        parts = [words.get(freeze, f"fine-tuned above {freeze}")]
-        parts += [f"{key} {record['options'][key]}" for key in options if key in record["options"]]
-    parts += [_text(record[key]) for key in varying if key in _NAMES and record.get(key) is not None]
-    parts += [word.format(record[key]) for key, word in _WORDS.items() if key in varying and record.get(key)]
-    if "pool" in varying and record["kind"] == HEAD:
-        parts.append(record["pool"])
+        options = dict(method.options)
+        parts = [words.get(method.freeze, f"fine-tuned above {method.freeze}")]
+        parts += [f"{key} {options[key]}" for key in varying_options if key in options]
+    shown = {name: getattr(method, name) for name in ("backbone", *_SETTINGS, *_EVALUATION) if name in varying}
+    parts += [_EVALUATION.get(name, "{}").format(_text(value)) for name, value in shown.items() if value]
+    if "pool" in varying and method.is_frozen:
+        parts.append(method.pool)
     return ", ".join(parts)
 
 
-def _varies(key: str, records: Sequence[Record]) -> bool:
-    """Tell whether a key tells methods apart; what follows from kind and backbone does so only within one of them."""
-    values: dict[tuple[str, ...], set[str]] = {}
-    for record in records:
-        among = (record["kind"], record["backbone"]) if key in _SETTINGS else ()
-        values.setdefault(among, set()).add(_text(record.get(key)))
-    return any(len(found) > 1 for found in values.values())
+def _varies(name: str, methods: Sequence[Method]) -> bool:
+    """Tell whether a field tells methods apart.
 
-
-def _varying_options(records: Sequence[Record]) -> list[str]:
-    tuned = [record["options"] for record in records if "options" in record]
-    keys = dict.fromkeys(key for options in tuned for key in options)
-    return [key for key in keys if len({_text(options.get(key)) for options in tuned}) > 1]
+    Settings follow from kind and backbone unless the user chose them, so they count only if they vary within these.
+    """
+    found: dict[tuple[str, ...], set[object]] = {}
+    for method in methods:
+        among = (method.kind, method.backbone) if name in _SETTINGS else ()
+        found.setdefault(among, set()).add(getattr(method, name))
+    return any(len(values) > 1 for values in found.values())
 
 
 def _text(value: object) -> str:

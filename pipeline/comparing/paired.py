@@ -1,4 +1,4 @@
-"""Is a difference between two methods real? Both are asked about the same images."""
+"""Is a difference between two methods real? Paired tests on the same test images."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.comparing.folder import Judged
-from pipeline.comparing.methods import Score
+from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
+from pipeline.evaluation.predictions import Predictions
 
 LEVEL = 0.05
+
+ReadPredictions = Callable[[str], Predictions]
+"""Returns what a model predicted on its test images, by the key of its result."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two methods compared.
+    """A paired test of two methods.
 
     Parameters
     ----------
     difference : float
-        Accuracy of the first minus that of the second, on what `test` names.
+        Accuracy of the first minus that of the second, on the seeds or images that `test` names.
     p : float
-        Two-sided.
+        Two-sided p-value.
     test : str
-        Which test, on what, in words.
+        Name of the test and what it was made on, in words.
     """
 
     difference: float
@@ -35,38 +38,39 @@ class Paired:
 
 
 def compare_scores(
-    a: Score, b: Score, judged: Callable[[str], Judged], judged_b: Callable[[str], Judged] | None = None
+    a: MethodScore, b: MethodScore, read: ReadPredictions, read_b: ReadPredictions | None = None
 ) -> Paired | None:
-    """Compare two methods on what they share.
+    """Compare two methods on the seeds and test images that they share.
 
-    Where at least five seeds draw their own test images, the corrected resampled t-test over seeds is used; otherwise,
-    and where all seeds show the same difference, McNemar's exact test on the images of the first seed.
+    The corrected resampled t-test is used if there are at least five seeds and each draws its own test images.
+    Otherwise, and if all seeds show the same difference, McNemar's exact test is made on the images of the first seed.
 
     Parameters
     ----------
-    a, b : Score
-    judged : callable
-        Returns what a model said about its test images, by the key of its record.
-    judged_b : callable, optional
-        The same for the records of `b`, where these are of another run.
+    a, b : MethodScore
+    read : callable
+        Reads the predictions of a result of `a`.
+    read_b : callable, optional
+        Reads those of `b` if that is of another run.
 
     Returns
     -------
     Paired or None
-        None where the two share no seed, or no test image.
+        None if the two share no seed or no test image.
     """
-    judged_b = judged_b or judged
-    seeds = sorted(set(a.records) & set(b.records))
+    read_b = read_b or read
+    seeds = sorted(set(a.by_seed) & set(b.by_seed))
     if not seeds:
         return None
-    said = {seed: (judged(a.records[seed]["key"]), judged_b(b.records[seed]["key"])) for seed in seeds}
-    first, second = said[seeds[0]]
-    drawn = any(not np.array_equal(first.uris, other.uris) for other, _ in said.values())
+    predictions = {seed: (read(a.by_seed[seed].key), read_b(b.by_seed[seed].key)) for seed in seeds}
+    first, second = predictions[seeds[0]]
+    drawn = any(not np.array_equal(first.uris, other.uris) for other, _ in predictions.values())
     if drawn and len(seeds) >= FEWEST_SPLITS:
-        differences = np.array([a.records[seed]["accuracy"] - b.records[seed]["accuracy"] for seed in seeds])
-        record = a.records[seeds[0]]
-        pool = record.get("n_pool", record["n_train"] + record["n_val"])  # runs of before do not say it
-        _, p = corrected_t_test(differences, pool, record["n_test"])
+        pairs = [(a.by_seed[seed].result, b.by_seed[seed].result) for seed in seeds]
+        differences = np.array([one.accuracy - other.accuracy for one, other in pairs])
+        result = pairs[0][0]
+        pool = result.n_pool or result.n_train + result.n_val  # old run folders lack n_pool
+        _, p = corrected_t_test(differences, pool, result.n_test)
         if not math.isnan(p):
             return Paired(float(differences.mean()), p, f"corrected resampled t-test over {len(seeds)} seeds")
     _, left, right = np.intersect1d(first.uris, second.uris, assume_unique=True, return_indices=True)

@@ -15,7 +15,7 @@ from pipeline.options import TABLES, Option, shared_keys
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class PlanTable:
     """One ``[[table]]`` of a plan, with defaults filled in.
 
     Parameters
@@ -50,7 +50,7 @@ class Plan:
         The file's content.
     sources : tuple of str
         Absolute paths, or ``"digits"``.
-    lines : tuple of Line
+    lines : tuple of PlanTable
         First all extract tables, then all fit tables, then all finetune tables.
     meaning : dict
         The parsed TOML document; plans with equal documents are the same plan.
@@ -59,16 +59,16 @@ class Plan:
     path: Path
     text: str
     sources: tuple[str, ...]
-    lines: tuple[Line, ...]
+    lines: tuple[PlanTable, ...]
     meaning: dict[str, Any]
 
-    def of(self, table: str) -> list[Line]:
+    def of(self, table: str) -> list[PlanTable]:
         """Return all tables of one name."""
         return [line for line in self.lines if line.table == table]
 
     def error(self, message: str, table: str = "", place: int = 0, text: str = "") -> PlanError:
         """Return an error that names the file and the line of `text` in a table (or above all tables)."""
-        return PlanError(f"{self.path.name} line {find_line(self.text, table, place, text)}: {message}")
+        return PlanError(f"{self.path.name} line {line_number(self.text, table, place, text)}: {message}")
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -97,7 +97,7 @@ def read_plan(path: str | Path) -> Plan:
     return _build(Plan(path, text, (), (), document))
 
 
-def find_line(text: str, table: str = "", place: int = 0, wanted: str = "") -> int:
+def line_number(text: str, table: str = "", place: int = 0, wanted: str = "") -> int:
     r"""Return the number of the first line of a table that holds `wanted`, or of the table's header if none does.
 
     Parameters
@@ -118,7 +118,7 @@ def find_line(text: str, table: str = "", place: int = 0, wanted: str = "") -> i
 
     Examples
     --------
-    >>> find_line('source = "digits"\n[[fit]]\nhead = "ridge"', "fit", 0, "ridge")
+    >>> line_number('source = "digits"\n[[fit]]\nhead = "ridge"', "fit", 0, "ridge")
     3
     """
     lines = text.splitlines() or [""]
@@ -150,7 +150,7 @@ def _build(plan: Plan) -> Plan:
                 if option.default is not None and key != "output"
             }
             above = {key: values for key, values in common.items() if key in options}
-            lines.append(Line(table, place, _rooted(plan, defaults | above | own)))
+            lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
     sources = tuple(_path(plan, source) for source in common["source"])
     return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
@@ -197,7 +197,7 @@ def _path(plan: Plan, source: str) -> str:
     return source if source == "digits" and not path.exists() else str(path)
 
 
-def _require_work(plan: Plan, lines: list[Line]) -> None:
+def _require_work(plan: Plan, lines: list[PlanTable]) -> None:
     tables = {line.table for line in lines}
     if "fit" in tables and "extract" not in tables:
         raise plan.error("[[fit]] has no features to train on; add an [[extract]]", "fit")

@@ -1,1 +1,1 @@
-"""What cached features tell before a head is trained: which layer suits the classes, whether two sets are alike."""
+"""Statistics of cached features that need no head: how well a layer suits the classes, whether two sets are alike."""

@@ -1,7 +1,7 @@
-"""Can a linear classifier tell two sets of rows apart? A classifier two-sample test (Lopez-Paz & Oquab 2017).
+"""A classifier two-sample test: can a linear classifier tell two sets of rows apart (Lopez-Paz & Oquab 2017)?
 
 The classifier is ridge regression on labels of -1 and 1. Its held-out scores are a fixed matrix times the labels, so
-one decomposition a fold serves the labels and all permutations of them.
+one decomposition per fold serves the labels and all their permutations.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pipeline.arrays import Float32Array, Float64Array
 FOLDS = 5
 PERMUTATIONS = 999
 RIDGE = 1.0
-"""Penalty in units of a row's mean squared length."""
+"""Penalty in units of the mean squared length of a row."""
 
 
 class DomainTest(NamedTuple):
-    """What the classifier found.
+    """The result of a domain test.
 
     Parameters
     ----------
     accuracy : float
-        On held-out rows; a half is a guess, for both sets have as many rows.
+        On held-out rows. Guessing gives 0.5, because both sets have equally many rows.
     p_value : float
-        Share of permutations of the set labels, this one included, that give at least this accuracy.
+        Proportion of permutations of the set labels, the true one included, that give at least this accuracy.
     scores : (2, m) float64
-        Of each set's rows, when held out: below 0 towards the first set, above towards the second.
+        Of the held-out rows of each set: below 0 towards the first set, above 0 towards the second.
     """
 
     accuracy: float
@@ -42,25 +42,31 @@ def domain_test(
 ) -> DomainTest:
     """Test whether two sets of rows are of one distribution.
 
-    Labels are permuted inside each fold, in which both sets have as many rows. If the sets are of one distribution, all
-    these labellings are equally likely, so the p-value is exact whatever the number of rows and features.
+    Labels are permuted inside each fold, where both sets have equally many rows. If the sets are of one distribution,
+    all these permutations are equally likely, so the p-value is exact for any number of rows and features.
 
     Parameters
     ----------
     first, second : (m, d) float32
-        As many rows of each, at least two. No row of one set may be a copy of another.
+        Equally many rows of each, at least two. No row may be a copy of another.
     seed : int, default 0
         Draws folds and permutations.
     permutations : int, default 999
-        The smallest p-value is one over one more.
+        The smallest possible p-value is ``1 / (permutations + 1)``.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> rows, others = (rng.normal(mean, 1, (20, 3)).astype(np.float32) for mean in (0, 3))
+    >>> domain_test(rows, others).p_value
+    0.001
     """
     rng = np.random.default_rng(seed)
     m = len(first)
     products = _products(np.vstack([first, second]))
     folds = np.concatenate([rng.permutation(np.arange(m) % FOLDS) for _ in range(2)])
-    labels = np.repeat(np.array([[-1.0], [1.0]]), m, axis=0) * np.ones(
-        permutations + 1
-    )  # the first column is the truth
+    truth = np.repeat(np.array([[-1.0], [1.0]]), m, axis=0)
+    labels = truth * np.ones(permutations + 1)  # the first column stays the truth
     for fold in range(FOLDS):
         rows = np.flatnonzero(folds == fold)
         labels[rows, 1:] = rng.permuted(labels[rows, 1:], axis=0)

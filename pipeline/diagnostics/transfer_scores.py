@@ -1,4 +1,4 @@
-"""How well features suit classes, without training: LogME, H-score and LEEP; more is better in all three."""
+"""How well features suit classes, without training: LogME, H-score and LEEP. Higher is better for all three."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from scipy.special import log_softmax, logsumexp
 from pipeline.arrays import Float64Array, FloatArray, IntArray
 
 _RATIOS = np.linspace(-14, 14, 57)
-"""Decimal logarithms at which the evidence is looked at first, relative to the mean squared singular value."""
+"""Grid of the first search: decimal logarithms of the precision ratio, relative to the mean squared singular value."""
 
 
 class Projection(NamedTuple):
-    """Class indicators seen from the features' singular vectors.
+    """Class indicators projected on the singular vectors of the features.
 
     Parameters
     ----------
     squares : (r,) float64
-        Squared singular values of the rows, r their rank.
+        Squared singular values of the rows; r is their rank.
     shares : (r, K) float64
-        Squared inner products of the left singular vectors with each class's 0-1 indicator.
+        Squared inner products of the left singular vectors with the 0-1 indicator of each class.
     sizes : (K,) float64
-        Rows of each class.
+        Number of rows of each class.
     """
 
     squares: Float64Array
@@ -34,13 +34,13 @@ class Projection(NamedTuple):
 
 
 def project(features: FloatArray, labels: IntArray) -> Projection:
-    """Decompose the smaller of the two products of the rows with themselves, in float64.
+    """Project class indicators by an eigendecomposition of the smaller Gram matrix, in float64.
 
     Parameters
     ----------
     features : (n, d) float
     labels : (n,) int64
-        Classes without a row are left out.
+        Class numbers; classes without a row are ignored.
     """
     rows = features.astype(np.float64)
     _, codes = np.unique(labels, return_inverse=True)
@@ -56,20 +56,21 @@ def project(features: FloatArray, labels: IntArray) -> Projection:
 
 
 def logme(features: FloatArray, labels: IntArray) -> float:
-    """Return the largest log evidence a row of a Bayesian linear regression on class indicators (You et al. 2021).
+    """Return the maximum log evidence per row of a Bayesian linear regression on class indicators (You et al. 2021).
 
-    The mean over classes of ``max over a, b of log p(y | F, a, b) / n``, where weights are normal with precision a and
-    noise with precision b. For a given ratio of the two the best b is known, so one number is searched a class.
+    This is the mean over classes of ``max over a, b of log p(y | F, a, b) / n``, where weights are normal with
+    precision a and noise with precision b. The best b for a given ratio of the two is known, so the search is over one
+    number per class.
 
     Parameters
     ----------
     features : (n, d) float
-        As they are cached, neither centred nor scaled.
+        As cached, neither centred nor scaled.
     labels : (n,) int64
     """
     found = project(features, labels)
     n = len(labels)
-    rest = np.maximum(found.sizes - found.shares.sum(axis=0), 0.0)  # of |y|², outside of the rows' span
+    rest = np.maximum(found.sizes - found.shares.sum(axis=0), 0.0)  # the part of |y|² outside the span of the rows
     if not found.squares.size:
         return float(np.mean([_evidence(n, size, 0.0) for size in found.sizes]))
     unit = found.squares.mean()
@@ -92,16 +93,16 @@ def logme(features: FloatArray, labels: IntArray) -> float:
 
 
 def _evidence(n: int, left: float, log_determinant: float) -> float:
-    """Log evidence under the best noise precision, where the covariance's quadratic form is `left`."""
+    """Return the log evidence at the best noise precision, for a quadratic form of the covariance equal to `left`."""
     left = max(left, n * np.finfo(np.float64).eps)  # an exact fit would make the evidence infinite
     return float(-0.5 * (n * np.log(2 * np.pi * left / n) + n + log_determinant))
 
 
 def h_score(features: FloatArray, labels: IntArray) -> float:
-    """Return the share of the features' variance that lies between classes, summed over directions: 0 to K - 1.
+    """Return the proportion of the features' variance between classes, summed over directions: 0 to K - 1.
 
-    The H-score of Bao et al. (2019) with the covariance shrunk as by Ledoit and Wolf (2004), after Ibrahim et al.
-    (2022): the plain one is K - 1 for any features where they are as many as the rows.
+    This is the H-score of Bao et al. (2019) with the covariance shrunk as by Ledoit and Wolf (2004), after Ibrahim et
+    al. (2022). The plain score is K - 1 for any features if there are as many of them as rows.
 
     Parameters
     ----------
@@ -121,7 +122,7 @@ def h_score(features: FloatArray, labels: IntArray) -> float:
 
 
 def _ledoit_wolf(centred: Float64Array, variances: Float64Array) -> float:
-    """Return how far to shrink the covariance of rows (n, d) with these non-zero eigenvalues towards a sphere."""
+    """Return the shrinkage (0 to 1) for the covariance of rows (n, d) with these non-zero eigenvalues."""
     n, d = centred.shape
     square = float(np.square(variances).sum())
     distance = square - variances.sum() ** 2 / d
@@ -131,14 +132,14 @@ def _ledoit_wolf(centred: Float64Array, variances: Float64Array) -> float:
 
 
 def leep(logits: FloatArray, labels: IntArray) -> float:
-    """Return the mean log likelihood of the labels under the empirical classifier of Nguyen et al. (2020).
+    """Return the mean log-likelihood of the labels under the empirical classifier of Nguyen et al. (2020).
 
-    It predicts a label from the source network's own classes by how often the two went together.
+    The classifier predicts a label from the classes of the source network, by how often the two occur together.
 
     Parameters
     ----------
     logits : (n, Z) float
-        Of the source network's classes.
+        Logits of the Z classes of the source network.
     labels : (n,) int64
     """
     log_source = log_softmax(logits.astype(np.float64), axis=1)  # (n, Z)

@@ -11,7 +11,6 @@ import numpy as np
 
 from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.memory import keep_freed_memory
-from pipeline.engines.openvino_engine import OpenVinoEngine
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import first_line
@@ -53,8 +52,8 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
     network : TappedNetwork
         As `pipeline.backbones.taps.tap` returns it; it is not changed.
     resolved : Resolved
-        As `pipeline.engines.select.resolve` returns it. A network that OpenVINO cannot convert runs on torch, and the
-        engine's `notes` say so.
+        As `pipeline.engines.select.resolve` returns it. Where OpenVINO is not installed, or cannot convert the network,
+        torch runs it, and the engine's `notes` say so.
     batch_size : int
         Images in the largest batch that will come.
     """
@@ -62,6 +61,8 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
     if resolved.engine != "openvino":
         return TorchEngine(network, resolved, batch_size)
     try:
+        from pipeline.engines.openvino_engine import OpenVinoEngine  # late, since a machine with a GPU may not have it
+
         return OpenVinoEngine(network, resolved, batch_size)
     except Exception as error:  # conversion fails in as many ways as there are networks
         engine = TorchEngine(network, replace(resolved, engine="torch"), batch_size)

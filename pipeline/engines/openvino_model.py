@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import openvino
@@ -17,7 +16,7 @@ from platformdirs import user_cache_path
 from torch.export.decomp_utils import CustomDecompTable
 
 from pipeline.backbones.taps import TappedNetwork
-from pipeline.spec import fingerprint_of
+from pipeline.invalidation import stage_key
 
 _DIGEST = "digest"
 
@@ -33,9 +32,8 @@ def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, 
     Exception
         Whatever torch's export and OpenVINO's frontend raise for a network that they do not understand.
     """
-    versions = [version(name) for name in ("thawline", "torch", "torchvision", "timm", "openvino")]
     folder = user_cache_path("thawline") / "openvino"
-    place = folder / fingerprint_of([network.identity, batch_size, versions])
+    place = folder / stage_key("converted model", network=network.identity, batch_size=batch_size)
     model = _kept(place)
     if model is not None:
         return model, []

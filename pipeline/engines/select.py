@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import EngineError
 from pipeline.spec import ENGINES, PRECISIONS
 
 BATCH_SIZES = {"cpu": 8, "cuda": 128}
-"""Images a batch where none are asked for; on a CPU, small batches stay in its cache (8 measured best)."""
+"""Images in a batch by default. On a CPU small batches stay in its cache (8 measured best); 128 on CUDA is not measured
+yet."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     ----------
     engine : str, default "auto"
         ``"openvino"`` (CPUs only), ``"torch"``, ``"compile"`` (torch, compiled first, which takes a while), or
-        ``"auto"``: OpenVINO on a CPU, torch on CUDA.
+        ``"auto"``: OpenVINO on a CPU (torch, with a note, where it is not installed), torch on CUDA.
     device : str, default "auto"
         ``"cpu"``, ``"cuda"``, ``"cuda:INDEX"`` or ``"auto"``: CUDA where there is a device.
     precision : str, default "auto"
@@ -75,7 +78,9 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
     elif not computes(found, precision):
         raise EngineError(f"this machine's {found} does not compute {precision}; use fp32 (or auto)")
     if engine == "openvino" and found != "cpu":
-        raise EngineError(f"the engine openvino runs on a CPU, not on {found}; use --device cpu, or the engine torch")
+        raise EngineError(f"engine 'openvino' runs on a CPU, not on {found}; use device 'cpu' or engine 'torch'")
+    if engine == "openvino" and find_spec("openvino") is None:
+        raise EngineError("engine 'openvino' needs the package openvino; install it, or use engine 'torch'")
     if engine == "auto":
         engine = "openvino" if found == "cpu" else "torch"
     return Resolved(engine, found, precision)
@@ -83,6 +88,9 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
 
 def find_device(device: str) -> str:
     """Return the device that is meant: ``auto`` is CUDA where there is one.
+
+    ``cuda`` is the first device that this process sees, and ``cuda:INDEX`` counts among those: with
+    ``CUDA_VISIBLE_DEVICES=3`` there is ``cuda:0`` alone.
 
     Raises
     ------
@@ -98,7 +106,9 @@ def find_device(device: str) -> str:
         raise EngineError(f"unknown device '{device}'; expected cpu, cuda, cuda:INDEX or auto")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
-        raise EngineError(f"no device {device}: torch sees {count} CUDA devices here; use cpu (or auto)")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        among = "" if visible is None else f" (CUDA_VISIBLE_DEVICES is '{visible}', and they are counted from 0)"
+        raise EngineError(f"no device {device}: CUDA devices that torch sees here: {count}{among}; use cpu (or auto)")
     return device
 
 
@@ -114,4 +124,5 @@ def has_bf16(device: str) -> bool:
     if device == "cpu":
         # torch's own queries, the ones that its compiler relies on.
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    major, _ = torch.cuda.get_device_capability(device)  # torch.cuda.is_bf16_supported asks only the current device
+    return major >= 8

@@ -1,8 +1,9 @@
-"""The torch engine: channels last, batch norms folded, autocast; on CUDA, copies that never make the host wait."""
+"""The torch engine: channels last, batch norms folded, autocast; on CUDA the host waits only for finished features."""
 
 from __future__ import annotations
 
 import copy
+import traceback
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from pipeline.backbones.taps import TappedNetwork
+from pipeline.engines.float32 import exact_float32
 from pipeline.engines.fold import folded
 from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
@@ -19,7 +21,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Running(NamedTuple):
-    """Parts of a batch, their features on the way to the host; each complete when `done` has happened."""
+    """Parts of a batch; the features of a part have reached the host when its event has happened."""
 
     parts: list[tuple[list[Tensor], torch.cuda.Event | None]]
     images: int
@@ -49,7 +51,7 @@ class TorchEngine:
         self.resolved = resolved
         self.ahead = 0 if resolved.device_kind == "cpu" else 1
         self.notes: list[str] = []
-        self._batch_size = self._limit = batch_size
+        self._limit = batch_size
         own = copy.deepcopy(network)
         if isinstance(own.body, fx.GraphModule):
             own.body = folded(own.body)
@@ -62,50 +64,54 @@ class TorchEngine:
         if not len(pixels):
             return _Running([([torch.empty(0, dim) for dim in self._dims], None)], 0)
         parts = []
-        place = 0
-        while place < len(pixels):
-            part = pixels[place : place + self._limit]
+        started = 0
+        while started < len(pixels):
+            part = pixels[started : started + self._limit]
             try:
                 parts.append(self._compute(part))
-                place += len(part)
+                started += len(part)
             except torch.OutOfMemoryError as error:
-                self._shrink(len(part), error)
+                self._halve(len(part), error)
         return _Running(parts, len(pixels))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Map uint8 (k, h, w, 3) on the device to a float32 (k, d) for each layer there, without waiting for it."""
+        kind, dtype = self.resolved.device_kind, _DTYPES.get(self.resolved.precision)
+        autocast = torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None)
+        with torch.inference_mode(), autocast, exact_float32():
+            if self.resolved.engine != "compile":
+                return list(self._call(images))
+            try:
+                return list(self._call(images))
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise EngineError(
+                    f"torch cannot compile {self._network.name} ({first_line(error)}): is there a C++ compiler? "
+                    "Use engine 'torch'"
+                ) from error
 
     def _compute(self, pixels: np.ndarray) -> tuple[list[Tensor], torch.cuda.Event | None]:
         if self.resolved.engine == "compile":
             pixels = padded(pixels, self._limit)  # another shape would be compiled again
         images = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-        kind, dtype = self.resolved.device_kind, _DTYPES.get(self.resolved.precision)
-        with torch.inference_mode(), torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None):
-            if kind == "cpu":
-                return self._features(images), None
-            features = self._features(images.pin_memory().to(self.resolved.device, non_blocking=True))
-            hosts = [torch.empty(item.shape, dtype=item.dtype, pin_memory=True) for item in features]
-            for host, item in zip(hosts, features, strict=True):
-                host.copy_(item, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(self.resolved.device))
-            return hosts, done
+        if self.resolved.device_kind == "cpu":
+            return self.features(images), None
+        # torch reuses pinned memory only after the copies from and to it are done
+        features = self.features(images.pin_memory().to(self.resolved.device, non_blocking=True))
+        hosts = [torch.empty(item.shape, dtype=item.dtype, pin_memory=True) for item in features]
+        for host, item in zip(hosts, features, strict=True):
+            host.copy_(item, non_blocking=True)
+        done = torch.cuda.Event(blocking=True)  # waiting for it leaves the core to the threads that decode
+        done.record(torch.cuda.current_stream(self.resolved.device))
+        return hosts, done
 
-    def _features(self, images: Tensor) -> list[Tensor]:
-        try:
-            return list(self._call(images))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise EngineError(
-                f"torch cannot compile {self._network.name} ({first_line(error)}): is there a C++ compiler? "
-                "Use --engine torch"
-            ) from error
-
-    def _shrink(self, count: int, error: torch.OutOfMemoryError) -> None:
+    def _halve(self, count: int, error: torch.OutOfMemoryError) -> None:
         """Halve the batches after one of `count` images did not fit."""
+        device = self.resolved.device
         if count == 1:
-            device = self.resolved.device
             raise EngineError(
-                f"{device} has no memory for one image of {self._network.name}; use --device cpu"
+                f"{device} has no memory for one image of {self._network.name}; use device 'cpu'"
             ) from error
         self._limit = count // 2
-        self.notes.append(
-            f"batches of {count} images do not fit into {self.resolved.device}: {self._limit} from then on"
-        )
+        self.notes.append(f"batches of {count} images do not fit into {device}: {self._limit} from then on")
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the batch that failed
         torch.cuda.empty_cache()

@@ -1,1 +1,1 @@
-"""Which rows train, which rows judge, and what the judgement is worth."""
+"""Which rows train and which test, how good predictions are, and how certain that is."""

@@ -1,8 +1,8 @@
-"""Mend over- and under-confident probabilities by one number, a temperature (Guo et al. 2017).
+"""Correct over- and under-confident probabilities by one number, a temperature (Guo et al. 2017).
 
-It divides the logarithms of the probabilities, so labels stay as they are. It is fitted to Platt's smoothed targets
-(Platt 1999): of n rows the truth gets ``(n + 1) / (n + 2)`` and the other classes share the rest, so that held-out rows
-which happen to be all right do not make a model certain.
+It divides the logarithms of the probabilities, so labels do not change. It is fitted to Platt's smoothed targets (Platt
+1999): with n rows the true class gets ``(n + 1) / (n + 2)`` and the other classes share the rest. So a model that
+happens to be right on every held-out row is not made certain.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from scipy.special import log_softmax, softmax
 from pipeline.arrays import Float64Array, IntArray
 
 SMALLEST = float(np.finfo(np.float64).eps)
-"""What a probability of zero counts as: k-NN gives such."""
-_RANGE = 14.0  # natural logarithm of the largest temperature, and of one over the smallest
+"""Smaller probabilities count as this: k-nearest neighbours gives zeros."""
+_RANGE = 14.0  # temperatures are searched from exp(-14) to exp(14)
 
 
 def fit_temperature(probabilities: Float64Array, y: IntArray) -> float:
-    """Return the temperature of least cross-entropy to the smoothed targets.
+    """Return the temperature that minimises the cross-entropy to the smoothed targets.
 
     Parameters
     ----------
     probabilities : (n, K) float64
-        Of rows that were not trained on; n at least 1, K at least 2.
+        Of rows that were not used in training; n at least 1, K at least 2.
     y : (n,) int64
-        The true columns.
+        Columns of the true classes.
     """
     n, k = probabilities.shape
     scores = _log(probabilities)
@@ -37,7 +37,7 @@ def fit_temperature(probabilities: Float64Array, y: IntArray) -> float:
         logs = np.asarray(log_softmax(scores * np.exp(-log_temperature), axis=1))
         return float(-np.vdot(target, logs) / n)
 
-    # convex in one over the temperature, so there is one minimum in its logarithm too
+    # convex in 1 / temperature, so there is a single minimum in its logarithm too
     found = minimize_scalar(cross_entropy, bounds=(-_RANGE, _RANGE), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
 
@@ -49,7 +49,7 @@ def tempered(probabilities: Float64Array, temperature: float | Float64Array) -> 
     ----------
     probabilities : (n, K) float64
     temperature : float or (n, 1) float64
-        1 changes nothing, more makes less certain.
+        1 changes nothing; larger values make probabilities less certain.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Cross-validation: folds that keep classes even and linked rows together, and the splits made of them."""
+"""Cross-validation: stratified folds that keep linked rows together, and the splits made of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import join_units
-from pipeline.evaluation.splits import Splits, check_parts, draw, hold_val, labelled_rows
+from pipeline.evaluation.splits import MISSED, Splits, check_parts, draw_shots, hold_out_val, labelled_rows
 
 
 def stratified_folds(labels: IntArray, units: IntArray, count: int, seed: int) -> list[tuple[IntArray, IntArray]]:
-    """Cut rows into folds, each class spread as evenly over them as rows that stay together allow.
+    """Cut rows into folds, each class spread over them as evenly as possible if linked rows stay together.
+
+    Scikit-learn's `StratifiedGroupKFold` would draw other folds, so that earlier results could not be reproduced.
 
     Parameters
     ----------
@@ -23,7 +25,7 @@ def stratified_folds(labels: IntArray, units: IntArray, count: int, seed: int) -
     units : (n,) int64
         Rows of equal number stay together.
     count : int
-        Number of folds wanted. Fewer come back where leaving a fold out would leave a single class.
+        Number of folds. A fold is left out of the result if the rows outside it are of a single class.
     seed : int
         Draws the folds.
 
@@ -37,9 +39,9 @@ def stratified_folds(labels: IntArray, units: IntArray, count: int, seed: int) -
     order = rng.permutation(len(labels))
     order = order[np.argsort(units[order], kind="stable")]
     sets = np.split(order, np.flatnonzero(np.diff(units[order])) + 1)
-    sets = sorted((sets[place] for place in rng.permutation(len(sets))), key=len, reverse=True)  # the big ones first
+    sets = sorted((sets[index] for index in rng.permutation(len(sets))), key=len, reverse=True)  # large ones first
     share = 1 / np.bincount(codes)
-    filled = np.zeros((count, len(share)))  # the share of each class that each fold has
+    filled = np.zeros((count, len(share)))  # the share of each class in each fold
     sizes = np.zeros(count, np.int64)
     fold = np.empty(len(labels), np.int64)
     for rows in sets:
@@ -62,34 +64,36 @@ def cross_splits(
     shots: int | str = "all",
     classes: Sequence[str] = (),
 ) -> list[Splits]:
-    """Let every labelled row be test once: one split a fold, its val (or its shots) taken from the other folds.
+    """Make every labelled row a test row once: one split per fold, with val (or shots) drawn from the other folds.
 
     Parameters
     ----------
     labels, given, groups, digests, seed, shots, classes
-        As for `pipeline.evaluation.splits.make_splits`; a given val has no part of its own here.
+        As for `pipeline.evaluation.splits.make_splits`; a given val split is ignored.
     count : int
         Number of folds.
 
     Raises
     ------
     FitError
-        If the source gives a test split, or its rows do not make so many folds.
+        If the source gives a test split, or its rows do not allow so many folds.
     """
     rows = labelled_rows(labels)
     given_test = int((given[rows] == "test").sum())
     if given_test:
         raise FitError(
             f"cross-validation is for sources without a test split, but {given_test} rows are given as test; "
-            "leave --cv out to train on the others and measure on them"
+            "fit without cv to test on them"
         )
     units = join_units(groups, digests)
-    apart = len(np.unique(units[rows]))
-    folds = stratified_folds(labels[rows], units[rows], count, seed) if 1 < count <= apart else []
-    if len(folds) < count or count < 2:
+    if count < 2:
+        raise FitError(f"cross-validation needs at least 2 folds, got {count}")
+    n_units = len(np.unique(units[rows]))
+    folds = stratified_folds(labels[rows], units[rows], count, seed) if count <= n_units else []
+    if len(folds) < count:
         raise FitError(
-            f"cannot cut {count} folds of {len(rows)} rows ({apart} that may part): each needs a row, "
-            "and two classes outside of it; ask for fewer, at least 2"
+            f"cannot make {count} folds of {len(rows)} rows in {n_units} independent groups: every fold needs a group, "
+            "and two classes outside it; use fewer folds"
         )
     rng = np.random.default_rng(seed)
     return [_split(rows[rest], rows[held], labels, units, rng, shots, classes) for rest, held in folds]
@@ -106,9 +110,9 @@ def _split(
 ) -> Splits:
     notes: list[str] = []
     if shots == "all":
-        train, val = hold_val(train, labels, units, rng)
+        train, val = hold_out_val(train, labels, units, rng)
     else:
-        train, val = draw(train, labels, int(shots), rng, notes, classes), train[:0]
-    # what a single fold's val or test lacks is no news
-    notes += [note for note in check_parts(train, val, test, labels, classes) if "counts as an error" in note]
+        train, val = draw_shots(train, labels, int(shots), rng, notes, classes), train[:0]
+    # that a fold's val or test lacks a class is not worth a note
+    notes += [note for note in check_parts(train, val, test, labels, classes) if note.startswith(MISSED)]
     return Splits(train, val, test, notes, [], units)

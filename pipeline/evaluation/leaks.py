@@ -1,4 +1,4 @@
-"""What must not stand on both sides of a split: rows of one group, and images of equal bytes."""
+"""What must not be on both sides of a split: rows of one group, and images of equal bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_NAMED = 5
 
 
 def join_units(groups: StrArray, digests: NDArray[np.uint8]) -> IntArray:
-    """Number the sets of rows that must stay on one side: linked by a group or by equal bytes, in any chain.
+    """Number the sets of rows that must stay together: linked by a group or by equal bytes, directly or in a chain.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def join_units(groups: StrArray, digests: NDArray[np.uint8]) -> IntArray:
     Returns
     -------
     (n,) int64
-        Equal numbers stay together.
+        Rows of equal number must stay together.
     """
     _, images = np.unique(digest_keys(digests), return_inverse=True)
     names, named = np.unique(groups, return_inverse=True)
@@ -58,23 +58,23 @@ def find_leaks(train: IntArray, val: IntArray, test: IntArray, digests: NDArray[
     pairs: list[tuple[int, int]] = []
     for held, before in ((test, np.concatenate([train, val])), (val, train)):
         known, first = np.unique(keys[before], return_index=True)
-        place = np.minimum(np.searchsorted(known, keys[held]), len(known) - 1)
-        hits = np.flatnonzero(known[place] == keys[held])
-        pairs += [(int(held[i]), int(before[first[place[i]]])) for i in hits]
+        nearest = np.minimum(np.searchsorted(known, keys[held]), len(known) - 1)
+        hits = np.flatnonzero(known[nearest] == keys[held])
+        pairs += [(int(held[i]), int(before[first[nearest[i]]])) for i in hits]
     return pairs
 
 
-def tell_leaks(leaks: list[tuple[int, int]], test: IntArray, uris: Sequence[str]) -> list[str]:
-    """Say in a sentence for test and one for val how many images they share with what was learnt from, and which.
+def leak_notes(leaks: list[tuple[int, int]], test: IntArray, uris: Sequence[str]) -> list[str]:
+    """Return one note for test and one for val on how many of their images are also in an earlier part, and which.
 
     Parameters
     ----------
     leaks : list of (int, int)
-        What `find_leaks` found.
+        Of `find_leaks`.
     test : (k,) int64
         Row numbers.
     uris : sequence of str
-        Names of all rows; without them, row numbers are named.
+        Names of all rows; if empty, the notes give row numbers.
     """
     in_test = set(test.tolist())
     sides = {"test": [pair for pair in leaks if pair[0] in in_test], "val": [p for p in leaks if p[0] not in in_test]}
@@ -84,23 +84,23 @@ def tell_leaks(leaks: list[tuple[int, int]], test: IntArray, uris: Sequence[str]
         if pairs:
             named = [" = ".join(str(uris[i]) if len(uris) else f"row {i}" for i in pair) for pair in pairs[:MOST_NAMED]]
             rest = f" and {len(pairs) - len(named)} more" if len(pairs) > len(named) else ""
-            notes.append(f"{len(pairs)} {side} images also stand in {before[side]}: {', '.join(named)}{rest}")
+            notes.append(f"{len(pairs)} {side} images are also in {before[side]}: {', '.join(named)}{rest}")
     return notes
 
 
-def tell_groups(train: IntArray, val: IntArray, test: IntArray, groups: StrArray) -> list[str]:
-    """Say how many groups the given splits tear apart, so that test holds rows of groups that were learnt from."""
-    torn = np.intersect1d(groups[np.concatenate([train, val])], groups[test])
-    count = int((torn != "").sum())
+def group_notes(train: IntArray, val: IntArray, test: IntArray, groups: StrArray) -> list[str]:
+    """Return a note on how many groups the given splits divide between test and the other parts."""
+    divided = np.intersect1d(groups[np.concatenate([train, val])], groups[test])
+    count = int((divided != "").sum())
     return [f"{count} groups have rows in test and in train or val"] if count else []
 
 
-def tell_clusters(groups: StrArray) -> list[str]:
-    """Say that intervals are too narrow where test rows (n,) come in groups, as photos of a few people do."""
+def cluster_notes(groups: StrArray) -> list[str]:
+    """Return a note that intervals are too narrow if test rows (n,) come in groups, such as photos of a few people."""
     names, counts = np.unique(groups[groups != ""], return_counts=True)
     if not (counts > 1).any():
         return []
     return [
-        f"{counts.sum()} test rows come from {len(names)} groups: intervals and tests take rows for independent, and "
-        "claim too much where those of a group are alike"
+        f"{counts.sum()} test rows come from {len(names)} groups: intervals and tests assume independent rows, so they "
+        "claim too much if rows of a group are alike"
     ]

@@ -1,6 +1,10 @@
-"""How good predictions are: everything but log-loss and ECE is read off three counts a class.
+"""How good predictions are.
 
-These counts and what is read off them take leading axes, so that a bootstrap computes a thousand at once.
+All metrics but log-loss and ECE follow from three counts per class. The counts take leading axes, so that a bootstrap
+computes a thousand samples at once; scikit-learn's functions take one sample at a time. Its `log_loss` would also hide
+a probability of zero, and its `balanced_accuracy_score` warns about predicted classes without a row.
+
+To add a metric, compute it in `evaluate`, and add it to `Metrics` and to `pipeline.results.FitResult`.
 """
 
 from __future__ import annotations
@@ -16,14 +20,14 @@ ECE_BINS = 15
 
 
 class Counts(NamedTuple):
-    """Rows of each class, K classes; all (..., K) int64.
+    """Numbers of rows of each of K classes.
 
     Parameters
     ----------
     true, predicted : (..., K) int64
-        How often it is the true label, and how often the predicted one.
+        Rows whose true label it is, and rows for which it was predicted.
     right : (..., K) int64
-        How often both.
+        Rows for which both hold.
     """
 
     true: IntArray
@@ -33,18 +37,18 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one set of predictions scores; shares between 0 and 1, log-loss in nats.
+    """Metrics of one set of predictions, between 0 and 1 except for log-loss, which is in nats.
 
     Parameters
     ----------
     accuracy : float
-        Share of rows predicted right.
+        Proportion of rows predicted right.
     mean_per_class_accuracy : float
-        Mean recall over the classes present among the true labels.
+        Mean recall over the classes that occur among the true labels.
     macro_f1 : float
-        Mean F1 over the classes present among the true labels or the predictions.
+        Mean F1 over the classes that occur among the true labels or the predictions.
     log_loss, ece : float or None
-        ``None`` without probabilities; log-loss is infinite where a true label was given no probability at all.
+        None without probabilities. Log-loss is infinite if a true label has probability 0.
     """
 
     accuracy: float
@@ -55,7 +59,7 @@ class Metrics:
 
 
 def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: Float64Array | None = None) -> Metrics:
-    """Score predictions.
+    """Compute the metrics of predictions.
 
     Parameters
     ----------
@@ -65,6 +69,12 @@ def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: 
         Number of classes, K.
     probabilities : (n, K) float64, optional
         Rows that sum to one.
+
+    Examples
+    --------
+    >>> found = evaluate(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 0]), n_classes=2)
+    >>> found.accuracy, found.mean_per_class_accuracy
+    (0.75, 0.75)
     """
     counts = count(y_true, y_pred, n_classes)
     return Metrics(
@@ -84,25 +94,25 @@ def count(y_true: IntArray, y_pred: IntArray, n_classes: int) -> Counts:
     y_true, y_pred : (..., n) int64
         Class numbers below `n_classes`.
     """
-    hits = np.where(y_true == y_pred, y_true, n_classes)  # misses go to a class of their own, dropped below
+    hits = np.where(y_true == y_pred, y_true, n_classes)  # misses go to an extra class, dropped below
     return Counts(_tally(y_true, n_classes), _tally(y_pred, n_classes), _tally(hits, n_classes + 1)[..., :n_classes])
 
 
 def mean_per_class_accuracy(counts: Counts) -> Float64Array:
     """Return the mean recall over classes that occur among the true labels: (...) of counts (..., K)."""
-    recall = counts.right / np.maximum(counts.true, 1)  # without rows there is no right answer: 0, and not counted
+    recall = counts.right / np.maximum(counts.true, 1)  # 0 for a class without rows, which is not counted
     return np.asarray(recall.sum(axis=-1) / (counts.true > 0).sum(axis=-1))
 
 
 def macro_f1(counts: Counts) -> Float64Array:
-    """Return the mean F1 over classes that are true or predicted at least once: (...) of counts (..., K)."""
+    """Return the mean F1 over classes that occur among true labels or predictions: (...) of counts (..., K)."""
     touched = counts.true + counts.predicted  # 2 tp + fp + fn
     f1 = 2 * counts.right / np.maximum(touched, 1)
     return np.asarray(f1.sum(axis=-1) / (touched > 0).sum(axis=-1))
 
 
 def log_loss(y_true: IntArray, probabilities: Float64Array) -> float:
-    """Return the mean negative log of the true label's probability, in nats; infinite if one of them is 0.
+    """Return the mean negative logarithm of the true labels' probabilities, in nats; infinite if one of them is 0.
 
     Parameters
     ----------
@@ -121,15 +131,15 @@ def expected_calibration_error(y_true: IntArray, probabilities: Float64Array, bi
     ----------
     y_true : (n,) int64
     probabilities : (n, K) float64
-        The largest of a row is its confidence, the class it belongs to its prediction.
+        The largest of a row is its confidence, and its class the prediction.
     bins : int, default 15
         Bin b holds the confidences in ``((b - 1) / bins, b / bins]``.
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == y_true
     edges = np.linspace(0, 1, bins + 1)[1:-1]
-    place = np.searchsorted(edges, confidence, side="left")
-    gap = np.bincount(place, weights=confidence - right, minlength=bins)
+    bin_of_row = np.searchsorted(edges, confidence, side="left")
+    gap = np.bincount(bin_of_row, weights=confidence - right, minlength=bins)
     return float(np.abs(gap).sum() / len(y_true))
 
 

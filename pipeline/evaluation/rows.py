@@ -1,4 +1,4 @@
-"""From a catalog of cache files to the layers and labelled rows that a head can be trained on."""
+"""From a catalog of cache files to layers and labelled rows to train a head on."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Table:
     Parameters
     ----------
     files : tuple of CacheFile
-        One, or several where a layer is joined across files.
+        One, or several if a layer is joined across files.
     rows : tuple of (n,) int64
-        The rows' numbers in each file.
+        Numbers of the rows in each file.
     notes : tuple of str
-        What was left out.
+        On rows that were left out.
     """
 
     files: tuple[CacheFile, ...]
@@ -66,11 +66,11 @@ class Layer:
         return sum(info.dim for _, info in self.parts)
 
     def handle(self, key: str) -> str:
-        """Return a handle (``"backbone"``, ``"pool"``) of the files, joined with ``+`` where they differ."""
+        """Return a handle (``"backbone"``, ``"pool"``) of the files, joined with ``+`` if they differ."""
         return "+".join(dict.fromkeys(file.handles.get(key, "") for file, _ in self.parts))
 
     def features(self, index: IntArray) -> NDArray[np.float32]:
-        """Read the features of the table's rows `index` (k,): a fresh (k, dim) float32."""
+        """Read the features of the rows `index` (k,) of the table into a new array (k, dim) of float32."""
         out = np.empty((len(index), self.dim), np.float32)
         start = 0
         for file, info in self.parts:
@@ -80,7 +80,7 @@ class Layer:
         return out
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what rebuilds the parts' extractors, in order: spec, fingerprint, dim and request."""
+        """Return what a saved model needs to extract each part again, in order: spec, fingerprint, dim and request."""
         described = []
         for file, info in self.parts:
             asked = {key: value for key, value in file.request.items() if key != "layers"}
@@ -109,8 +109,8 @@ def select(
     catalog : Catalog
         A folder of cache files, or one of them.
     layers : sequence of str, optional
-        Names, or the aliases by which they were extracted (``stages``); ``A+B`` joins. By default every layer of the
-        files that fit, which must be of one source, backbone and pooling.
+        Names, or the aliases by which they were extracted (``stages``); ``A+B`` joins two. By default every layer of
+        the files that fit, which must be of one source, backbone and pool.
     source, backbone, pool : str, optional
         Handles that narrow the files.
 
@@ -136,7 +136,7 @@ def select(
 
 
 def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | None) -> list[str]:
-    """Return layer names, each once: all that `files` hold, or what was asked, aliases resolved."""
+    """Return the layer names asked for, with aliases resolved and none twice; by default all of `files`."""
     if asked is None:
         if not catalog.is_one_cache(files):
             raise catalog.ambiguous(files)
@@ -146,19 +146,19 @@ def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | 
 
 
 def stands_for(files: Sequence[CacheFile], name: str) -> Sequence[str]:
-    """Return the layers that a name or alias (``stages``) stands for in `files`; one that they do not know stays."""
+    """Return the layers that a name or alias (``stages``) stands for in `files`; an unknown name is returned as is."""
     if any(name in file.layers for file in files):
         return [name]
     return next((file.request["aliases"][name] for file in files if name in file.request.get("aliases", {})), [name])
 
 
 def require_finite(layer: Layer) -> None:
-    """Read the layer once and refuse rows that hold NaN or infinite features.
+    """Read the whole layer and refuse rows with NaN or infinite features.
 
     Raises
     ------
     FitError
-        Naming the layer, how many rows, and the first of them.
+        Names the layer, the number of such rows, and the first of them.
     """
     bad: list[int] = []
     for start in range(0, len(layer.table.labels), _CHUNK):
@@ -170,10 +170,10 @@ def require_finite(layer: Layer) -> None:
 
 
 def not_finite(layer: str, bad: NDArray[np.str_], count: int) -> FitError:
-    """Return the error that the `bad` ones of `count` images, at least one, have NaN or infinite features."""
+    """Return the error that the `bad` ones of `count` images have NaN or infinite features."""
     return FitError(
         f"layer {layer} has NaN or infinite features in {len(bad)} of {count} rows, first {bad[0]}; "
-        "extract again with --precision fp32 or --store float32"
+        "extract again with precision fp32, or store float32"
     )
 
 
@@ -211,10 +211,10 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
 
 
 def _in_both(first: CacheFile, rows: list[IntArray], other: CacheFile) -> list[IntArray]:
-    """Keep the rows that `other` holds too, with the same bytes, and add their numbers there."""
+    """Keep the rows that `other` holds too, with the same bytes, and append their numbers in `other`."""
     done = np.flatnonzero(other.states == DONE)
-    place = dict(zip(_keys(other, done), done.tolist(), strict=True))
-    found = np.array([place.get(key, -1) for key in _keys(first, rows[0])], np.int64)
+    row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
+    found = np.array([row_of.get(key, -1) for key in _keys(first, rows[0])], np.int64)
     return [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
 
 

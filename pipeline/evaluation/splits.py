@@ -1,7 +1,7 @@
-"""Which rows train, which choose, which judge: given splits are used, missing ones are cut.
+"""Which rows are train, val and test: given splits are used, missing ones are drawn.
 
-What is cut is stratified by class and drawn by a seed: 20 % of each class for test, 20 % of the rest for val. Rows of
-one group, and rows of equal bytes, stay on one side.
+They are stratified by class and drawn by a seed: 20 % of each class for test, 20 % of the rest for val. Rows of one
+group, and rows of equal bytes, stay together.
 """
 
 from __future__ import annotations
@@ -14,25 +14,27 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
-from pipeline.evaluation.leaks import MOST_NAMED, find_leaks, join_units, tell_groups, tell_leaks
+from pipeline.evaluation.leaks import MOST_NAMED, find_leaks, group_notes, join_units, leak_notes
 
 HELD_OUT = 0.2
+MISSED = "without a training row"
+"""How the note on test rows of unknown classes begins."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Row numbers of each part, sorted, and what a user should know about them.
+    """Sorted row numbers of each part, and what a user should know about them.
 
     Parameters
     ----------
     train, val, test : (n,) int64
-        `val` is empty where C is chosen by folds inside train (few shots, or classes too small to cut a val from).
+        `val` is empty if parameters are chosen on folds inside train (with shots, or if classes are too small).
     notes : list of str
-        One sentence each.
+        A sentence each.
     leaks : list of (int, int)
-        Row of test (or val) that repeats the bytes of a row of train or val (or train): ``(repeated, original)``.
+        Rows of test or val whose bytes equal those of an earlier part: ``(repeated, original)``.
     units : (all rows,) int64
-        Rows of equal number belong together, by their group or their bytes.
+        Rows of equal number are linked, by their group or their bytes.
     """
 
     train: IntArray
@@ -55,31 +57,31 @@ def make_splits(
     *,
     drop_leaks: bool = False,
 ) -> Splits:
-    """Sort labelled rows into train, val and test.
+    """Divide labelled rows into train, val and test.
 
     Parameters
     ----------
     labels : (n,) int64
         Class numbers; rows of label -1 are left out.
     given : (n,) str
-        ``"train"``, ``"val"``, ``"test"`` or ``""``; where any row has a split, rows without one are training rows.
+        ``"train"``, ``"val"``, ``"test"`` or ``""``; if any row has a split, rows without one are training rows.
     groups : (n,) str
         Rows of one group stay together; ``""`` is no group.
     digests : (n, 16) uint8
         Digests of the images' bytes; equal ones stay together.
     seed : int
-        Draws the cuts and the shots.
+        Draws what is not given, and the shots.
     shots : int or "all", default "all"
-        How many training rows of each class to keep; val is then empty and the given one is not used.
+        How many training rows of each class to keep; val is then empty, and a given one is not used.
     classes, uris : sequences of str, optional
-        Names of classes and rows, for the notes.
+        Names of classes and rows for the notes.
     drop_leaks : bool, default False
-        Take rows out of a given test that repeat the bytes of training rows (of all, whatever the shots).
+        Leave out test rows whose bytes equal those of a training row (of any, whatever the shots).
 
     Raises
     ------
     FitError
-        If a part that a fit needs would be empty, or fewer than two classes are left to train on.
+        If train or test would be empty, or train has fewer than two classes.
     """
     rows = labelled_rows(labels)
     units = join_units(groups, digests)
@@ -89,25 +91,25 @@ def make_splits(
     if drop_leaks:
         test = _without_leaks(train, val, test, digests, notes)
     if shots != "all":
-        train = draw(train, labels, int(shots), rng, notes, classes)
+        train = draw_shots(train, labels, int(shots), rng, notes, classes)
         val = val[:0]
     notes += check_parts(train, val, test, labels, classes)
     leaks = find_leaks(train, val, test, digests)
-    notes += tell_leaks(leaks, test, uris) + tell_groups(train, val, test, groups)
+    notes += leak_notes(leaks, test, uris) + group_notes(train, val, test, groups)
     return Splits(train, val, test, notes, leaks, units)
 
 
 def check_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> None:
-    """Raise `FitError` unless there are seeds from 0 on, and shots that are positive or ``"all"``."""
-    for name, values in (("seeds", seeds), ("shots", shots)):
+    """Raise `FitError` unless there are seeds, none of them negative, and shots, each positive or ``"all"``."""
+    for name, values in (("seed", seeds), ("number of shots", shots)):
         if not values:
-            raise FitError(f"fitting needs at least one of {name}, got none")
+            raise FitError(f"expected at least one {name}, got none")
     for seed in seeds:
         if seed < 0:
-            raise FitError(f"a seed is a whole number from 0 on, got {seed}")
+            raise FitError(f"expected a seed of 0 or more, got {seed}")
     for count in shots:
         if count != "all" and (isinstance(count, str) or count < 1):
-            raise FitError(f"shots are a positive number of images per class or 'all', got {count!r}")
+            raise FitError(f"expected shots to be a positive number of images per class, or 'all', got {count!r}")
 
 
 def labelled_rows(labels: IntArray) -> IntArray:
@@ -120,7 +122,7 @@ def labelled_rows(labels: IntArray) -> IntArray:
     """
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
-        raise FitError("fitting needs labelled rows, but no row has a label; put the images into a folder per class")
+        raise FitError("no row has a label; put the images into one folder per class")
     return rows
 
 
@@ -136,25 +138,25 @@ def _assign(
     parts = {name: rows[given[rows] == name] for name in ("train", "val", "test", "")}
     train, val, test, free = parts.values()
     if free.size and free.size < rows.size:
-        notes.append(f"{free.size} rows have no split while others have one: they are used for training")
+        notes.append(f"{free.size} rows have no split while others have one; they are used for training")
     train = np.sort(np.concatenate([train, free]))
     if not train.size:
-        raise FitError("fitting needs training rows, but every labelled row is given as val or test; add a train split")
+        raise FitError("every labelled row is given as val or test; add a train split")
     if not test.size:
         notes.append("no test split given: 20 % of the training rows of each class were drawn as test set, by seed")
         count = train.size
-        train, test = cut(train, labels, units, rng)
+        train, test = hold_out(train, labels, units, rng)
         if not test.size or not train.size:
             raise FitError(
-                f"no test set can be cut from {count} training rows: at least one class needs 3 images "
+                f"cannot draw a test set from {count} training rows: at least one class needs 3 images "
                 "that are not of one group; add images, or give a test split"
             )
     if not val.size and cut_val:
-        train, val = hold_val(train, labels, units, rng)
+        train, val = hold_out_val(train, labels, units, rng)
         notes.append(
             "no val split given: 20 % of the training rows of each class were drawn as val set, by seed"
             if val.size
-            else "too few training rows (or groups) for a val set: choices are made inside train"
+            else "too few training rows (or groups) for a val set: parameters are chosen inside train"
         )
     return train, val, test
 
@@ -166,14 +168,14 @@ def _without_leaks(
     leaking = [row for row, _ in find_leaks(train, val, test, digests) if row in in_test]
     kept = np.setdiff1d(test, leaking)
     if not kept.size:
-        raise FitError(f"every one of the {test.size} test images repeats a training image; give other test images")
+        raise FitError(f"all {test.size} test images repeat training images; give other test images")
     if leaking:
-        notes.append(f"{len(leaking)} of {test.size} test images repeat training images and were taken out of test")
+        notes.append(f"{len(leaking)} of {test.size} test images repeat training images and were left out")
     return kept
 
 
-def cut(rows: IntArray, labels: IntArray, units: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-    """Hold out `HELD_OUT` of each class, whole units only: the big ones first, single rows fill what is missing."""
+def hold_out(rows: IntArray, labels: IntArray, units: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+    """Hold out `HELD_OUT` of each class in whole units: large ones first, then single rows for what is missing."""
     rows = rng.permutation(rows)
     _, unit, sizes = np.unique(units[rows], return_inverse=True, return_counts=True)
     if len(sizes) == 1:
@@ -193,19 +195,21 @@ def cut(rows: IntArray, labels: IntArray, units: IntArray, rng: np.random.Genera
     singles = np.flatnonzero(sizes[unit] == 1)
     held[singles[_rank_in_class(labels[rows[singles]]) < missing[labels[rows[singles]]]]] = True
     if not held.any() and sets and missing.any():
-        held[min(sets, key=len)] = True  # every unit is larger than its share: the smallest is the least bad
+        held[min(sets, key=len)] = True  # every unit is too large: the smallest does least harm
     return np.sort(rows[~held]), np.sort(rows[held])
 
 
-def hold_val(train: IntArray, labels: IntArray, units: IntArray, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
-    """Hold out a val set, or nothing where it would leave one class, or be of classes that it takes away whole."""
-    rest, val = cut(train, labels, units, rng)
+def hold_out_val(
+    train: IntArray, labels: IntArray, units: IntArray, rng: np.random.Generator
+) -> tuple[IntArray, IntArray]:
+    """Hold out a val set; none if it would leave a single class, or hold no class that is left to train on."""
+    rest, val = hold_out(train, labels, units, rng)
     learnt = np.unique(labels[rest])
     return (rest, val) if len(learnt) > 1 and np.isin(labels[val], learnt).any() else (train, val[:0])
 
 
 def _rank_in_class(labels: IntArray) -> IntArray:
-    """Return for each position how many earlier ones have the same label."""
+    """Count for each row the earlier rows of the same label."""
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], labels[order])
     rank = np.empty(len(labels), np.int64)
@@ -213,7 +217,7 @@ def _rank_in_class(labels: IntArray) -> IntArray:
     return rank
 
 
-def draw(
+def draw_shots(
     train: IntArray, labels: IntArray, shots: int, rng: np.random.Generator, notes: list[str], classes: Sequence[str]
 ) -> IntArray:
     """Keep `shots` training rows of each class, or all it has."""
@@ -226,7 +230,7 @@ def draw(
 
 
 def check_parts(train: IntArray, val: IntArray, test: IntArray, labels: IntArray, classes: Sequence[str]) -> list[str]:
-    """Refuse training rows of one class; return notes on classes that a part lacks.
+    """Refuse training rows of a single class; return notes on classes that a part lacks.
 
     Raises
     ------
@@ -236,12 +240,10 @@ def check_parts(train: IntArray, val: IntArray, test: IntArray, labels: IntArray
     notes = []
     learnt = np.unique(labels[train])
     if len(learnt) < 2:
-        raise FitError(
-            f"fitting needs at least two classes among the training rows, found only {_names(learnt, classes)}"
-        )
+        raise FitError(f"expected at least two classes among the training rows, found only {_names(learnt, classes)}")
     unseen = np.setdiff1d(labels[test], labels[np.concatenate([train, val])])
     if unseen.size:
-        notes.append(f"without a training row, so that each test row counts as an error: {_names(unseen, classes)}")
+        notes.append(f"{MISSED}, so each of its test rows counts as an error: {_names(unseen, classes)}")
     for name, part in (("val", val), ("test", test)):
         absent = np.setdiff1d(learnt, labels[part])
         if part.size and absent.size:

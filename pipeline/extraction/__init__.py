@@ -1,1 +1,1 @@
-"""Stage 1 in parts: what the cache holds, files made and filled, a cache looked into."""
+"""Extraction in parts: look up what the cache holds, open files for the rest, fill them; and inspect a cache."""

@@ -1,4 +1,4 @@
-"""A cache from outside: what its files hold, whether they are sound, and what stands twice in them."""
+"""Inspect a cache: what its files hold, whether they are undamaged, and which images they hold twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from features_cache import (
     CacheError,
     CacheFile,
     Catalog,
-    Report,
+    VerifyReport,
     digest_keys,
     repair,
     superseded,
@@ -30,9 +30,9 @@ from pipeline.images.sources.registry import open_source
 
 @dataclass(frozen=True)
 class FileSummary:
-    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the file's size.
+    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the size of the file.
 
-    `view` is the augmentation and number of a file of augmented views, ``""`` for plain images.
+    `view` names augmentation and number if the file holds an augmented view; it is ``""`` for plain images.
     """
 
     path: str
@@ -54,7 +54,7 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class Listing:
-    """A cache folder: its files, those that cannot be used and why, and those that a newer one has superseded."""
+    """A cache folder: its files, why others are unusable, and which files are superseded."""
 
     files: list[FileSummary]
     problems: list[str]
@@ -63,7 +63,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class FileDetails:
-    """All that ``cache show`` tells of one file.
+    """Everything that ``cache show`` prints about one file.
 
     Attributes
     ----------
@@ -73,13 +73,13 @@ class FileDetails:
     specs : dict of str to dict
         Layer name to its `LayerSpec` as JSON, with the fingerprint.
     request : dict
-        What was asked.
+        The request that the file was made for.
     runs : list of dict
-        Who computed, when, with what; oldest first.
+        Provenance of each run, oldest first.
     unreadable : list of dict
         ``uri`` and ``reason`` of each.
     duplicates : list of dict
-        Each set of equal images: ``uris``, ``splits``, ``labels``, and whether it lies ``across`` splits.
+        Each set of byte-equal images: ``uris``, ``splits``, ``labels``, and whether it lies ``across`` splits.
     """
 
     summary: FileSummary
@@ -92,12 +92,12 @@ class FileDetails:
 
 
 def list_files(cache: str | Path) -> Listing:
-    """Return what a cache folder holds.
+    """List the files of a cache folder.
 
     Raises
     ------
     CacheError
-        There is no usable file in it.
+        The folder has no usable file.
     """
     catalog = Catalog(cache)
     folder = catalog.path if catalog.path.is_dir() else catalog.path.parent
@@ -106,7 +106,7 @@ def list_files(cache: str | Path) -> Listing:
 
 
 def summarize(file: CacheFile) -> FileSummary:
-    """Return one line about `file`."""
+    """Return the summary of `file`."""
     done, unreadable, pending = (int(np.count_nonzero(file.states == state)) for state in (DONE, UNREADABLE, PENDING))
     status = file.path.stat()
     first = next(iter(file.layers.values()))
@@ -130,7 +130,7 @@ def summarize(file: CacheFile) -> FileSummary:
 
 
 def detail(file: CacheFile) -> FileDetails:
-    """Return all that can be told of `file`."""
+    """Return all details of `file`."""
     unreadable = np.flatnonzero(file.states == UNREADABLE)
     return FileDetails(
         summarize(file),
@@ -147,20 +147,20 @@ def detail(file: CacheFile) -> FileDetails:
 
 
 def only_layer(file: CacheFile) -> str:
-    """Return the layer of a file that has one.
+    """Return the only layer of a file.
 
     Raises
     ------
     AmbiguousCacheError
-        It has several.
+        The file has several layers.
     """
     if len(file.layers) > 1:
-        raise AmbiguousCacheError(f"{file.path} has the layers {', '.join(file.layers)}; name one with -l")
+        raise AmbiguousCacheError(f"{file.path} has the layers {', '.join(file.layers)}; name one of them")
     return next(iter(file.layers))
 
 
-def to_record(report: Report) -> dict[str, Any]:
-    """Return what `check` found in one file as JSON-ready keys."""
+def to_record(report: VerifyReport) -> dict[str, Any]:
+    """Return the findings about one file as JSON-ready keys."""
     names = ("rows", "done", "unreadable", "pending", "bytes_checked", "damaged_runs", "sound")
     findings = {
         "damaged": [asdict(finding) for finding in report.damaged],
@@ -197,7 +197,7 @@ def check(
     source: str | Path | None = None,
     mend: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[list[Report], list[str]]:
+) -> tuple[list[VerifyReport], list[str]]:
     """Verify every file of a cache.
 
     Parameters
@@ -205,23 +205,23 @@ def check(
     cache : str or Path
         A folder of cache files, or one of them.
     source : str or Path, optional
-        The image source: each row's digest is then compared with its image; files of other sources are left out.
+        The image source. If given, each row's digest is compared with its image; files of other sources are skipped.
     mend : bool, default False
-        Mark damaged rows pending, so that the next extraction computes them.
+        Mark damaged rows pending, so that the next extraction computes them again.
     progress : callable, optional
-        Called as ``progress(files done, files in all, text)``.
+        Called as ``progress(files done, files in total, text)``.
 
     Returns
     -------
-    reports : list of Report
+    reports : list of VerifyReport
         One for each file that could be opened.
     problems : list of str
-        Why other files could not.
+        Why other files could not be opened.
 
     Raises
     ------
     CacheError
-        There is no usable file, or none of `source`.
+        The cache has no usable file, or none of `source`.
     """
     catalog = Catalog(cache)
     files, read = catalog.files, None
@@ -230,7 +230,8 @@ def check(
         items = {item.uri: item for item in images.items}
         files = [file for file in files if file.handles.get("location") == images.location]
         if not files:
-            raise CacheError(f"{catalog.path} has no file of {images.location}; `thawline cache ls` names its sources")
+            known = ", ".join(sorted({file.handles.get("location", "") for file in catalog.files}))
+            raise CacheError(f"{catalog.path} has no file of {images.location}; its sources are {known}")
 
         def read(uri: str) -> bytes:
             if uri not in items:

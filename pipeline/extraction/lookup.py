@@ -1,4 +1,4 @@
-"""What a cache folder already holds of a request: pure look-ups, made before anything heavy is imported."""
+"""What a cache folder already holds of a request: looked up before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.spec import DECODE_POLICY, LayerSpec, Request
 
 
 def rows_of(images: ImageSource) -> Rows:
-    """Return the images of a source as columns, a row each."""
+    """Return the images of a source as columns of a cache file."""
     items = images.items
     return Rows(
         uris=[item.uri for item in items],
@@ -30,15 +30,15 @@ def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
     """Return the cache files in `folder` that hold images of this source."""
     try:
         files = Catalog(folder).files
-    except CacheError:  # nothing usable there yet; a damaged file of the very same name is refused when it is its turn
+    except CacheError:  # nothing usable yet; a damaged file of the name that is needed is refused later
         return []
     return [file for file in files if file.handles.get("location") == images.location]
 
 
 def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:
-    """Return the file that holds each layer of `request`, or None when some layer of the very same request is in none.
+    """Return the file that holds each layer of `request`, or None if any layer is in no file of the same request.
 
-    Aliases are looked up in what they resolved to when the file was made, so that no network is needed.
+    Files record what aliases stood for when they were made, so no network is needed.
     """
     alike = _alike(files, request)
     found: dict[str, CacheFile] = {}
@@ -54,14 +54,14 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
     return found
 
 
-def continued_precision(files: Sequence[CacheFile], request: Request) -> str | None:
-    """Return the precision of a file of the same request, so that ``auto`` goes on as it began."""
+def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
+    """Return the precision of a file of the same request, with which ``auto`` continues."""
     specs = [info.spec for file in _alike(files, request) for info in file.layers.values()]
     return specs[0]["precision"] if specs else None
 
 
 def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
-    """Return the files of the same request, layers aside, whose images were decoded by today's rules."""
+    """Return the files of the same request, apart from its layers, whose images were decoded by the present rules."""
     asked = request.to_json()
     del asked["layers"]
     return [
@@ -73,17 +73,17 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
 
 
 def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
-    """Return the file of this source that has (room for) exactly these features."""
+    """Return the file that was made for exactly these features, filled or not."""
     return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
 
 
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:
-    """Tell whether `file` was made for exactly these rows and none, or none of those `asked` (n,) bool, is pending."""
+    """Tell whether `file` has exactly these rows and none is pending, or none of `asked`, (n,) bool."""
     return same_rows(file, rows, classes) and not (file.pending if asked is None else file.pending & asked).any()
 
 
 def weights_file_digest(backbone: str) -> str | None:
-    """Return the digest of the weights file that `backbone` names, if it names one that exists."""
+    """Return the blake2b-128 digest of the weights file in ``NAME@FILE``; None if there is no such file."""
     path = Path(backbone.partition("@")[2])
     if not path.is_file():
         return None

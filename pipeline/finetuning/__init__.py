@@ -1,1 +1,1 @@
-"""Training the top of a network above its thaw line: network, data, groups of rates, loop, checkpoints, model file."""
+"""Fine-tuning: recipe, data, network, training loop with checkpoints and gradient watch, and the saved file."""

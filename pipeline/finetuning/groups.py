@@ -1,4 +1,4 @@
-"""Which weights learn how fast: layers grouped by depth, each group a constant factor slower than the one above."""
+"""How fast each layer learns: layers are grouped by depth, and each group is slower than the one above it."""
 
 from __future__ import annotations
 
@@ -7,67 +7,64 @@ from typing import Any
 
 from torch import nn
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.network_file import TOP_LAYER
 from pipeline.errors import FitError
-from pipeline.finetuning.network import Network, layer_name
+from pipeline.finetuning.network import ThawedNetwork, layer_name
 from pipeline.options import TOPS
 
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 
 
-def depth_groups(network: Network) -> dict[str, list[str]]:
+def depth_groups(network: ThawedNetwork) -> dict[str, list[str]]:
     """Group the thawed parameters by depth, from the line upwards.
 
-    A group is a block: a child of a sequence of blocks (``blocks.5``, ``layer4.1``), or an outermost module. What has
-    no convolution and no linear layer of its own, such as a norm, belongs to what comes before it.
+    A group is a block: a child of a sequence of blocks (``blocks.5``, ``layer4.1``), or an outermost module. A module
+    without a convolution or a linear layer, such as a norm, belongs to the group before it.
 
     Returns
     -------
     dict of str to list of str
-        Name of the group, that of its first module, to parameter names; the last is the new head.
+        Names of parameters by group. A group has the name of its first module; the last group is the new top.
     """
     modules = dict(network.body.named_modules())
     groups: dict[str, list[str]] = {}
-    home: dict[str, str] = {}
+    group_of: dict[str, str] = {}
     for name, _ in network.body.named_parameters():
-        block = _block(name, modules)
-        if block not in home:
-            heavy = any(isinstance(part, _WEIGHTS) for part in _module(modules, block).modules())
-            home[block] = block if heavy or not groups else next(reversed(groups))
-        groups.setdefault(home[block], []).append(f"body.{name}")
-    groups[HEAD] = [f"{HEAD}.{name}" for name, _ in network.new_head.named_parameters()]
+        block = _block(name)
+        if block not in group_of:
+            module = modules.get(block, nn.Identity())  # a bare parameter of the network has no module
+            has_weights = any(isinstance(part, _WEIGHTS) for part in module.modules())
+            group_of[block] = block if has_weights or not groups else next(reversed(groups))
+        groups.setdefault(group_of[block], []).append(f"body.{name}")
+    groups[TOP_LAYER] = [f"{TOP_LAYER}.{name}" for name, _ in network.new_head.named_parameters()]
     return groups
 
 
-def _block(parameter: str, modules: dict[str, nn.Module]) -> str:
-    """Return the outermost module of a parameter, or that module's numbered child."""
+def _block(parameter: str) -> str:
+    """Return the outermost module of a parameter, or that module's child if the child has a number."""
     parts = parameter.split(".")
     numbered = len(parts) > 2 and parts[1].isdigit()
     return ".".join(parts[:2]) if numbered else parts[0]
 
 
-def _module(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    return modules.get(name, nn.Identity())  # a bare parameter of the network has no module
-
-
 def parameter_groups(
-    network: Network, rate: float, layer_decay: float, rates_at: Sequence[tuple[str, float]], weight_decay: float
+    network: ThawedNetwork, rate: float, layer_decay: float, rates_at: Sequence[tuple[str, float]], weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Return groups for an optimizer, and for timm's schedulers, which read ``lr_scale``.
+    """Return the optimizer's parameter groups; timm's schedulers read their ``lr_scale``.
 
     Parameters
     ----------
-    network : Network
+    network : ThawedNetwork
     rate : float
-        Of the head.
+        Learning rate of the new top.
     layer_decay : float
         Factor from one group of layers to the one below it.
     rates_at : sequence of (str, float)
-        Layer and learning rate, instead of what the decay gives; the last that fits counts.
+        Layers with a learning rate of their own instead of what the decay gives; the last that matches counts.
     weight_decay : float
-        Not for biases and norms.
+        Not applied to biases and norms.
 
     Raises
     ------
@@ -79,14 +76,14 @@ def parameter_groups(
     names = [name for members in groups.values() for name in members]
     depths = {name: depth for depth, members in enumerate(reversed(groups.values())) for name in members}
     scales = {name: layer_decay ** depths[name] for name in names}
-    for layer, own in rates_at:
+    for layer, own_rate in rates_at:
         inside = [name for name in names if _is_inside(layer_name(name), layer)]
         if not inside:
             raise FitError(
-                f"no thawed layer '{layer}' to give a learning rate{nearest(layer, groups)}; "
+                f"there is no thawed layer '{layer}' to give a learning rate to{nearest(layer, groups)}; "
                 f"thawed are {', '.join(groups)}"
             )
-        scales |= dict.fromkeys(inside, own / rate)
+        scales |= dict.fromkeys(inside, own_rate / rate)
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name in names:
         decay = weight_decay if parameters[name].ndim > 1 else 0.0
@@ -98,9 +95,9 @@ def parameter_groups(
 
 
 def check_rates(backbone: Backbone, freeze: str, rates_at: Sequence[tuple[str, float]]) -> None:
-    """Raise `FitError` unless every layer of `rates_at` is thawed; a sketch of the backbone will do."""
-    parameter_groups(Network(backbone, freeze, TOPS[0], 2), 1.0, 1.0, rates_at, 0.0)
+    """Raise `FitError` unless every layer of `rates_at` is thawed; a backbone without weights is enough."""
+    parameter_groups(ThawedNetwork(backbone, freeze, TOPS[0], 2), 1.0, 1.0, rates_at, 0.0)
 
 
-def _is_inside(layer: str, around: str) -> bool:
-    return layer == around or layer.startswith(f"{around}.")
+def _is_inside(layer: str, outer: str) -> bool:
+    return layer == outer or layer.startswith(f"{outer}.")

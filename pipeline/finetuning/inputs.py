@@ -1,4 +1,4 @@
-"""What training reads: activations from a cache, or pictures decoded as they are needed; in batches, one ahead."""
+"""What training reads: activations from a cache, or images decoded as they are needed; in batches, one read ahead."""
 
 from __future__ import annotations
 
@@ -8,86 +8,83 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from features_cache import CacheFile
-from pipeline.arrays import IntArray
-from pipeline.backbones.taps import INPUT
-from pipeline.backbones.thaw_line import Place
+from pipeline.arrays import Float32Array, IntArray
+from pipeline.backbones.layers import INPUT
+from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.loader import default_workers
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import Preprocessing
 
-Input = tuple[Tensor, ...]
-"""What a `Network` takes: pixels, or activations and perhaps the small image."""
-_STEP = 32
+Inputs = tuple[Tensor, ...]
+"""The arguments of `ThawedNetwork.forward`: pixels, or activations and, for a ``direct`` top, the small image."""
+_SAMPLE_BATCH = 32
 _KEPT_BYTES = 1 << 30
-"""Pictures without augmentation are decoded once and kept, where all of them take no more memory than this."""
+"""Plain images are decoded once and kept in memory, as many as fit into this."""
 
 
-class Reader(Protocol):
-    """Gives the input for some rows of the source; `view` numbers augmented views, None is the plain image."""
+class InputReader(Protocol):
+    """Reads the inputs of some rows."""
 
-    def read(self, rows: IntArray, view: int | None) -> Input:
-        """Return the input for `rows` (k,)."""
+    def read(self, rows: IntArray, view: int | None) -> Inputs:
+        """Return the inputs of `rows` (k,): of the plain images, or of the augmented view of number `view`."""
 
 
-class Activations:
-    """Activations at the thaw line, straight from the cache's memory map.
+class CachedActivations:
+    """Activations at the thaw line, read from the cache's memory map; there are no views.
 
     Parameters
     ----------
     file : CacheFile
         Holds the layer.
     layer : str
-        Its name.
     place : Place
-        Shape and layout of its activations.
+        Shape and layout of the layer's activations.
     image : CacheFile or None
-        Holds the small image (``input``) of the same rows, where the top reads it.
+        Holds the small image (``input``) of the same rows, if the top reads it.
     """
 
-    def __init__(self, file: CacheFile, layer: str, place: Place, image: CacheFile | None) -> None:
+    def __init__(self, file: CacheFile, layer: str, place: LayerNode, image: CacheFile | None) -> None:
         self.file, self.layer, self.place, self.image = file, layer, place, image
 
-    def read(self, rows: IntArray, view: int | None) -> Input:
-        """Return float32 activations (k, ...) in the shape of the line, and the small image (k, 3072) if asked for."""
-        activations = unflattened(_rows(self.file, self.layer, rows), self.place)
+    def read(self, rows: IntArray, view: int | None = None) -> Inputs:
+        """Return float32 activations (k, ...) in the line's shape, and the small images (k, 3072) if there are any."""
+        activations = unflattened(_features(self.file, self.layer, rows), self.place)
         if self.image is None:
             return (activations,)
-        return activations, torch.from_numpy(_rows(self.image, INPUT, rows))
+        return activations, torch.from_numpy(_features(self.image, INPUT, rows))
 
 
-class Views:
-    """Plain images as one reader has them, augmented views of them as others do.
+class CachedViews:
+    """Activations of plain images and of a few augmented views of them.
 
     Parameters
     ----------
-    plain : Reader
-    views : sequence of Reader
-        The view that is asked for counts through them, again and again: every image shows all of them equally often.
+    plain : CachedActivations
+    views : sequence of CachedActivations
+        Used in turn, so that training shows all of them equally often.
     """
 
-    def __init__(self, plain: Reader, views: Sequence[Reader]) -> None:
+    def __init__(self, plain: CachedActivations, views: Sequence[CachedActivations]) -> None:
         self.plain, self.views = plain, views
 
-    def read(self, rows: IntArray, view: int | None) -> Input:
-        """Return what the reader of this view gives."""
-        return (self.plain if view is None else self.views[view % len(self.views)]).read(rows, None)
+    def read(self, rows: IntArray, view: int | None) -> Inputs:
+        """Return the activations of the plain images, or of view number `view` modulo the number of views."""
+        return (self.plain if view is None else self.views[view % len(self.views)]).read(rows)
 
 
-def _rows(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32]:
+def _features(file: CacheFile, layer: str, rows: IntArray) -> Float32Array:
     return file.matrix(layer)[rows].astype(np.float32, copy=False)
 
 
-def unflattened(flat: NDArray[np.float32], place: Place) -> Tensor:
+def unflattened(flat: Float32Array, place: LayerNode) -> Tensor:
     """Undo the pooling ``flatten``: (k, d) to (k, *shape), maps channels-last in memory.
 
-    All in numpy: torch would start OpenMP threads for the thread that reads ahead, in the way of those that train.
+    This is all numpy: torch would start OpenMP threads for the thread that reads ahead, and slow down the training.
     """
     if place.layout == "vector":
         return torch.from_numpy(flat)
@@ -98,8 +95,8 @@ def unflattened(flat: NDArray[np.float32], place: Place) -> Tensor:
     return torch.from_numpy(maps.transpose(0, 3, 1, 2))
 
 
-class Pictures:
-    """Decoded pictures, each view decoded anew.
+class DecodedImages:
+    """Pixels of the source's images; every view is decoded anew.
 
     Parameters
     ----------
@@ -107,9 +104,9 @@ class Pictures:
     preprocessing : Preprocessing
         Of plain images.
     augment : str
-        What views are made of, see `pipeline.images.augment`; ``"none"`` for plain images only.
+        How views differ from the plain image, see `pipeline.images.augment`.
     workers : int, optional
-        Decoding threads; one for each core by default.
+        Decoding threads; by default one for each core.
     """
 
     def __init__(
@@ -119,98 +116,104 @@ class Pictures:
         self._pool = ThreadPoolExecutor(workers or default_workers())
         height, width = preprocessing.size
         self._kept: dict[int, np.ndarray] = {}
-        self._most = _KEPT_BYTES // (height * width * 3)
+        self._most_kept = _KEPT_BYTES // (height * width * 3)
 
-    def read(self, rows: IntArray, view: int | None) -> Input:
+    def read(self, rows: IntArray, view: int | None) -> Inputs:
         """Return uint8 pixels (k, h, w, 3).
 
         Raises
         ------
         SourceError
-            An image that could be read a moment ago cannot be any more.
+            If an image that was readable during extraction is not any more.
         """
         if view is None:
-            return (torch.from_numpy(np.stack(list(self._pool.map(self._plain, rows.tolist())))),)
-        spec = self._preprocessing.viewed(self._augment, view)
-        return (torch.from_numpy(np.stack(list(self._pool.map(lambda row: self._decode(row, spec), rows.tolist())))),)
+            pixels = self._pool.map(self._plain, rows.tolist())
+        else:
+            spec = self._preprocessing.viewed(self._augment, view)
+            pixels = self._pool.map(lambda row: self._decode(row, spec), rows.tolist())
+        return (torch.from_numpy(np.stack(list(pixels))),)
 
     def _plain(self, row: int) -> np.ndarray:
-        if row not in self._kept:
+        pixels = self._kept.get(row)
+        if pixels is None:
             pixels = self._decode(row, self._preprocessing)
-            if len(self._kept) >= self._most:
-                return pixels
-            self._kept[row] = pixels
-        return self._kept[row]
+            if len(self._kept) < self._most_kept:
+                self._kept[row] = pixels
+        return pixels
 
     def _decode(self, row: int, preprocessing: Preprocessing) -> np.ndarray:
         item = self._source.items[row]
         try:
             return prepare(self._source.read(item), preprocessing)
         except UnreadableImageError as error:
-            raise SourceError(
-                f"{item.uri} changed while it was trained on: {error}; run the same command again"
-            ) from error
+            raise SourceError(f"{item.uri} changed during training: {error}; run the same command again") from error
 
 
-class Part(Dataset[Tensor]):
-    """Rows of one split with their labels, as batches; iterating it again gives the next epoch.
+class Subset:
+    """The rows of one split, with their labels, read in batches.
 
     Parameters
     ----------
-    reader : Reader
+    reader : InputReader
     rows, labels : (n,) int64
         Row numbers in the reader, and class numbers.
     batch_size : int
-        Batches are evened out, so some hold one more.
+        See `batch_count`.
     seed : int or None
         Shuffles every epoch in its own way; None keeps the order.
     augmented : bool
-        Whether each epoch reads another view.
-
-    Attributes
-    ----------
-    epoch : int
-        Number of the epoch that iterating gives next, from 0.
+        Whether each epoch reads another view instead of the plain images.
     """
 
     def __init__(
-        self, reader: Reader, rows: IntArray, labels: IntArray, batch_size: int, seed: int | None, *, augmented: bool
+        self,
+        reader: InputReader,
+        rows: IntArray,
+        labels: IntArray,
+        batch_size: int,
+        seed: int | None = None,
+        *,
+        augmented: bool = False,
     ) -> None:
         self.reader, self.rows, self.labels, self.seed, self.augmented = reader, rows, labels, seed, augmented
-        self.count = batch_count(len(rows), batch_size)
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.n_batches = batch_count(len(rows), batch_size)
 
     @property
-    def smallest(self) -> int:
+    def smallest_batch(self) -> int:
         """Rows of the smallest batch."""
-        return len(self.rows) // self.count
+        return len(self.rows) // self.n_batches
 
-    def take(self, most: int) -> Part:
-        """Return at most `most` of these rows, evenly chosen, plain and in order."""
+    def sample(self, most: int) -> Subset:
+        """Return at most `most` of these rows, evenly spaced, plain and in order."""
         chosen = np.linspace(0, len(self.rows) - 1, min(most, len(self.rows))).astype(np.int64)
-        return Part(self.reader, self.rows[chosen], self.labels[chosen], _STEP, None, augmented=False)
+        return Subset(self.reader, self.rows[chosen], self.labels[chosen], _SAMPLE_BATCH)
 
-    def __iter__(self) -> Iterator[tuple[Input, Tensor]]:
-        """Yield inputs and labels, the next batch being read meanwhile."""
+    def batches(self, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
+        """Yield inputs and labels (k,) of each batch of an epoch, counted from 0, while the next batch is read."""
         order = np.arange(len(self.rows))
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(order)
-        view = None if not self.augmented else (self.seed or 0) * 100_000 + self.epoch
-        self.epoch += 1
-        batches = np.array_split(order, self.count)
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.reader.read, self.rows[batches[0]], view)
-            for number, batch in enumerate(batches):
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        view = (self.seed or 0) * 100_000 + epoch if self.augmented else None
+        batches = np.array_split(order, self.n_batches)
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(self.reader.read, self.rows[batches[0]], view)
+            for batch, following in zip(batches, [*batches[1:], None], strict=True):
                 inputs = coming.result()
-                if number + 1 < len(batches):
-                    coming = ahead.submit(self.reader.read, self.rows[batches[number + 1]], view)
+                if following is not None:
+                    coming = thread.submit(self.reader.read, self.rows[following], view)
                 yield inputs, torch.from_numpy(self.labels[batch])
 
 
 def batch_count(rows: int, batch_size: int) -> int:
-    """Return how many even batches `rows` make: of `batch_size` at most, but of one row only if that is asked for."""
+    """Return how many batches `rows` make if they are evened out, so that their sizes differ by one at most.
+
+    No batch is larger than `batch_size`, except that three rows are one batch where `batch_size` is 2: a batch has one
+    row only if `batch_size` is 1.
+
+    Examples
+    --------
+    >>> batch_count(33, 32)  # 17 and 16 rows, not 32 and 1
+    2
+    """
     count = max(1, -(-rows // batch_size))
     return count if batch_size == 1 or rows // count > 1 else max(1, rows // 2)

@@ -1,4 +1,4 @@
-"""The network that is trained: a frozen trunk below the thaw line, a thawed top, and a new head for the target."""
+"""The network that is fine-tuned: a frozen trunk up to the thaw line, a thawed part above it, and a new top."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import HEAD
+from pipeline.backbones.network_file import TOP_LAYER
 from pipeline.backbones.taps import normalisation, small_image
-from pipeline.backbones.thaw_line import Place, find_line, read_place, split
-from pipeline.backbones.tuned import new_top
+from pipeline.backbones.thaw_line import LayerNode, find_line, split, top_input
+from pipeline.backbones.top import new_top
+from pipeline.engines.select import Resolved, has_bf16
 
 ALL = "all"
 NOTHING = "none"
-"""Where the thaw line is drawn, besides after a layer: above everything, or below everything."""
+"""Values of `freeze` besides a layer: everything but the new top is frozen, or nothing is."""
 
 
-class Network(nn.Module):
-    """From pixels, or from activations at the thaw line, to logits.
+class ThawedNetwork(nn.Module):
+    """Maps pixels, or activations at the thaw line, to logits.
 
-    What lies below the line stays in eval mode and gets no gradient, whatever is called on the network.
+    The trunk stays in eval mode and gets no gradients, whatever is called on the network.
 
     Parameters
     ----------
     backbone : Backbone
-        A loaded network; the result shares its frozen weights, and trains copies of the others.
+        A loaded network. Its frozen weights are shared; the thawed part is a copy.
     freeze : str
-        ``"all"``, ``"none"``, or the layer up to which (itself too) everything is frozen.
+        ``"all"``, ``"none"``, or the last layer that is frozen.
     top : str
         One of `pipeline.options.TOPS`.
     classes : int
@@ -38,30 +39,30 @@ class Network(nn.Module):
 
     Attributes
     ----------
-    line : Place or None
+    line : LayerNode or None
         Where the trunk ends; None where nothing is frozen.
     trunk_precision, precision : str
-        ``"fp32"`` or ``"bf16"`` (by autocast), below and above the line. The new head always computes in float32.
+        ``"fp32"`` or ``"bf16"`` (by autocast), of the trunk and of the thawed part. The new top always computes in
+        float32.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, backbone: Backbone, freeze: str, top: str, classes: int) -> None:
+    def __init__(self, backbone: Backbone, freeze: str, top: str, n_classes: int) -> None:
         super().__init__()
-        read = read_place(backbone)
         self.line = line_of(backbone, freeze)
-        trunk, body = split(backbone.traced, self.line.node if self.line else None, read.node)
+        trunk, body = split(backbone, self.line)
         self.trunk = trunk
         self.body = copy.deepcopy(body).requires_grad_(True)
-        self.new_head = new_top(backbone, top, classes)
+        self.new_head = new_top(backbone, top, n_classes)
         self.trunk_precision = self.precision = "fp32"
         scale, shift = normalisation(backbone.preprocessing)
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         self.eval()
 
-    def train(self, mode: bool = True) -> Network:
+    def train(self, mode: bool = True) -> ThawedNetwork:
         """Set the mode of what is thawed; the trunk stays in eval mode."""
         super().train(mode)
         if self.trunk is not None:
@@ -71,14 +72,14 @@ class Network(nn.Module):
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         """Map uint8 pixels (n, h, w, 3), or activations at the line with `image` (n, 3072), to float32 logits (n, k).
 
-        `image`, the pixels area-averaged to 32x32, is only read by a ``direct`` top.
+        `image` holds the pixels averaged down to 32x32; only a ``direct`` top reads it.
         """
         features, image = self.features(x, image)
         logits: Tensor = self.new_head(features, image)
         return logits
 
     def features(self, x: Tensor, image: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return what the new head reads of the same input: pooled features (n, d), float32, and the small image."""
+        """Return what the new top reads of the same inputs: pooled features (n, d), float32, and the small image."""
         if x.dtype == torch.uint8:
             x, image = self.below(x)
         with _autocast(x, self.precision):
@@ -95,33 +96,54 @@ class Network(nn.Module):
             return self.trunk(x).float(), image
 
     def thawed_state(self) -> dict[str, Tensor]:
-        """Return the tensors that training may change, by name; views, not copies."""
+        """Return the tensors that training may change, by name; they are views, not copies."""
         return {name: item for name, item in self.state_dict().items() if not name.startswith("trunk.")}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """Return all weights by the names that a `pipeline.backbones.tuned.grafted` network has for them."""
+        """Return all weights by the names that a `pipeline.backbones.tuned.with_top` network has for them."""
         state = {**self.body.state_dict(), **(self.trunk.state_dict() if self.trunk is not None else {})}
-        return state | {f"{HEAD}.{name}": item for name, item in self.new_head.state_dict().items()}
+        return state | {f"{TOP_LAYER}.{name}": item for name, item in self.new_head.state_dict().items()}
 
     def load_thawed(self, state: dict[str, Tensor]) -> None:
-        """Set the tensors that `thawed_state` names."""
+        """Set the tensors that `thawed_state` returns."""
         own = self.thawed_state()
         if state.keys() != own.keys():
             raise KeyError(f"expected the tensors {sorted(own)}, got {sorted(state)}")
         self.load_state_dict(state, strict=False)
 
 
-def line_of(backbone: Backbone, freeze: str) -> Place | None:
+def line_of(backbone: Backbone, freeze: str) -> LayerNode | None:
     """Return where the trunk ends for ``all``, ``none`` or a layer; raises `BackboneError` where it cannot."""
     if freeze == NOTHING:
         return None
-    return read_place(backbone) if freeze == ALL else find_line(backbone, freeze)
+    return top_input(backbone) if freeze == ALL else find_line(backbone, freeze)
 
 
 def layer_name(parameter: str) -> str:
-    """Return the dotted name, as in the backbone, of the layer that holds a parameter of a `Network`."""
+    """Return the name, as in the backbone, of the layer that holds a parameter of a `ThawedNetwork`.
+
+    Examples
+    --------
+    >>> layer_name("body.blocks.6.0.conv_pw.weight"), layer_name("new_head.layers.bias")
+    ('blocks.6.0.conv_pw', 'new_head.layers')
+    """
     part, _, name = parameter.partition(".")
     return (name if part in ("trunk", "body") else parameter).rpartition(".")[0]
+
+
+def train_precision(network: ThawedNetwork, resolved: Resolved, asked: str) -> str:
+    """Return the precision in which the thawed part trains: ``"fp32"`` or ``"bf16"``.
+
+    ``auto`` is bf16 where the hardware computes it and training is faster in it. On a CPU, depthwise convolutions
+    train slower in bf16 (all of EfficientNet-Lite0: 20 images/s instead of 25) and other convolutions faster
+    (ResNet-18: more than twice as fast).
+    """
+    if asked != "auto":
+        return resolved.precision
+    convolutions = [module for module in network.body.modules() if isinstance(module, nn.Conv2d)]
+    depthwise = any(module.groups == module.in_channels > 1 for module in convolutions)
+    pays = resolved.device_kind != "cpu" or (bool(convolutions) and not depthwise)
+    return "bf16" if pays and has_bf16(resolved.device) else "fp32"
 
 
 def _autocast(x: Tensor, precision: str) -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.options import FINETUNE, RECIPE, check_options
 from pipeline.spec import NO_AUGMENT, json_fields

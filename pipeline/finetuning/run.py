@@ -1,145 +1,166 @@
-"""One run: a seed and a number of shots, from the split to the test images' labels."""
+"""One run: a seed and a number of shots, from the split to the probabilities of the test images."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from features_cache.errors import explained
-from pipeline.arrays import IntArray
+from features_cache import explained
+from pipeline.arrays import Float64Array, IntArray
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
-from pipeline.finetuning.inputs import Part, Reader
-from pipeline.finetuning.material import Material, splits_of
-from pipeline.finetuning.network import ALL, Network
-from pipeline.finetuning.plan import Plan
-from pipeline.finetuning.precision import train_precision
+from pipeline.finetuning.data import TrainingData, splits_of
+from pipeline.finetuning.inputs import InputReader, Subset
+from pipeline.finetuning.loop import Trained, predict_probabilities, standardise, train
+from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
-from pipeline.finetuning.train import Trained, standardise, train
-from pipeline.spec import DECODE_POLICY, NO_AUGMENT, TRAINING_RULES, fingerprint_of
+from pipeline.finetuning.setup import TrainingSetup
+from pipeline.invalidation import stage_key
+from pipeline.spec import NO_AUGMENT
 
-HEAD_EPOCHS = 10
-"""Epochs of the new top alone, at most, where it trains first."""
+TOP_EPOCHS = 10
+"""Most epochs in which the new top trains alone, if it trains first."""
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """What came of a run.
+class TrainingRun:
+    """The outcome of `run_training`.
 
     Parameters
     ----------
     splits : Splits
-    network : Network
+    network : ThawedNetwork
         With the best weights, in eval mode.
     trained : Trained
-    probabilities : (n, K) float64
-        Of test rows, as the network gives them.
+    probabilities : (n, k) float64
+        Of the test rows, as the network gives them, without calibration.
     temperature : float or None
-        What calibrates them, fitted on validation rows; None without any.
+        Fitted on the validation rows to calibrate the probabilities; None without validation rows.
     seconds : float
-        Of training, those before a checkpoint included, and of calibration and test.
+        For training (with the epochs that came from a checkpoint), calibration and test.
     precision : str
-        In which what is thawed was trained.
+        In which the thawed part was trained.
     """
 
     splits: Splits
-    network: Network
+    network: ThawedNetwork
     trained: Trained
-    probabilities: NDArray[np.float64]
+    probabilities: Float64Array
     temperature: float | None
     seconds: float
     precision: str
 
 
-def run(material: Material, plan: Plan, seed: int, shots: int | str) -> Run:
-    """Split as `fit` does, train on train, stop by val, label test.
+def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str) -> TrainingRun:
+    """Split as `fit` does, train on train, stop early by val, and predict test.
 
     Raises
     ------
     FitError
-        If the rows do not allow it, or the loss is not finite.
+        If the rows cannot be split, or the loss is not finite.
     CacheError
-        If a checkpoint is damaged, or their folder cannot be made.
+        If a checkpoint is damaged, or the folder of checkpoints cannot be made.
     """
     began = time.perf_counter()
-    n_classes = len(material.table.classes)
-    table, recipe, device = material.table, plan.recipe, material.resolved.device
+    recipe, table, backbone, device = setup.recipe, data.table, data.backbone, data.resolved.device
+    n_classes = len(table.classes)
+    name = f"{backbone.handle}, freeze {setup.freeze}, seed {seed}, shots {shots}"
     splits = splits_of(table, seed, shots)
-    network = Network(material.backbone, plan.freeze, recipe.top, n_classes)
-    network.trunk_precision = material.trunk_precision
-    network.precision = train_precision(network, material.resolved, plan.precision)
-    name = f"{material.backbone.handle}, freeze {plan.freeze}, seed {seed}, shots {shots}"
-    key: list[Any] = [TRAINING_RULES, DECODE_POLICY, version("thawline"), version("torch")]
-    key += [plan.freeze, recipe.to_json(), plan.rate, network.precision, material.trunk_precision, plan.store]
-    key += [material.backbone.name, material.backbone.weights_digest, asdict(material.backbone.preprocessing)]
-    key += [device, seed, n_classes, _digest(table, splits)]
-    with explained(plan.folder, "make the folder of checkpoints"):
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    part, valid, test = _parts(material.reader, table, splits, recipe, seed)
-    earlier = 0.0
-    if material.features is None:
-        standardise(network, part, device)
+    rows, val, test = _subsets(data.reader, table, splits, recipe, seed)
+    torch.manual_seed(seed)  # draws the weights of a hidden layer in the new top
+    network = ThawedNetwork(backbone, setup.freeze, recipe.top, n_classes)
+    network.trunk_precision = data.trunk_precision
+    network.precision = train_precision(network, data.resolved, setup.precision)
+    inputs = _inputs(data, setup, seed, splits, network.precision)
+    with explained(setup.folder, "make the folder of checkpoints"):
+        setup.folder.mkdir(parents=True, exist_ok=True)
+    top_seconds = 0.0
+    if data.features is None:
+        standardise(network, rows, device)
     else:
-        head = Network(material.backbone, ALL, recipe.top, n_classes)
-        parts = _parts(material.features, table, splits, replace(recipe, augment=NO_AUGMENT), seed)
-        earlier = _train_head(head, n_classes, parts, plan, key, seed, device, name)
-        network.new_head.load_state_dict(head.new_head.state_dict())
-        key = [*key, "head first"]
-    if plan.watch:
-        key = [*key, "watch"]  # what was trained without has no record
-    checkpoint = plan.folder / f"{fingerprint_of(key)}.pt"
+        top_seconds = _train_top(network, data.features, data, setup, splits, inputs, seed, name)
+    key = stage_key("checkpoint", part="network", head_first=setup.head_first, watch=setup.watch, **inputs)
+    checkpoint = setup.folder / f"{key}.pt"
     trained = train(
-        network, recipe, plan.rate, part, valid, n_classes, checkpoint, seed, device, plan.progress, name,
-        watch=plan.watch,
+        network, recipe, setup.rate, rows, val, n_classes, checkpoint, seed, device, setup.progress, name,
+        watch=setup.watch,
     )  # fmt: skip
-    temperature = None if valid is None else fit_temperature(trained.net.predict_part(valid), valid.labels)
-    probabilities = trained.net.predict_part(test)
-    seconds = time.perf_counter() - began + earlier + trained.earlier
-    return Run(splits, network.eval(), trained, probabilities, temperature, seconds, network.precision)
+    temperature = None
+    if val is not None:
+        temperature = fit_temperature(predict_probabilities(network, val, device), val.labels)
+    probabilities = predict_probabilities(network, test, device)
+    seconds = time.perf_counter() - began + top_seconds + trained.resumed_seconds
+    return TrainingRun(splits, network, trained, probabilities, temperature, seconds, network.precision)
 
 
-def _parts(reader: Reader, table: Table, splits: Splits, recipe: Recipe, seed: int) -> tuple[Part, Part | None, Part]:
-    """Return train, val (None where it is empty) and test."""
+def _subsets(
+    reader: InputReader, table: Table, splits: Splits, recipe: Recipe, seed: int
+) -> tuple[Subset, Subset | None, Subset]:
+    """Return train, val (None if it is empty) and test."""
     rows, size = table.rows[0], recipe.batch_size
 
-    def part(index: IntArray, order: int | None, *, augmented: bool = False) -> Part:
-        return Part(reader, rows[index], table.labels[index], size, order, augmented=augmented)
+    def subset(index: IntArray, order: int | None, *, augmented: bool = False) -> Subset:
+        return Subset(reader, rows[index], table.labels[index], size, order, augmented=augmented)
 
-    train_part = part(splits.train, seed, augmented=recipe.augment != NO_AUGMENT)
-    return train_part, part(splits.val, None) if len(splits.val) else None, part(splits.test, None)
+    train_rows = subset(splits.train, seed, augmented=recipe.augment != NO_AUGMENT)
+    return train_rows, subset(splits.val, None) if len(splits.val) else None, subset(splits.test, None)
 
 
-def _train_head(
-    head: Network,
-    classes: int,
-    parts: tuple[Part, Part | None, Part],
-    plan: Plan,
-    key: Sequence[Any],
+def _train_top(
+    network: ThawedNetwork,
+    features: InputReader,
+    data: TrainingData,
+    setup: TrainingSetup,
+    splits: Splits,
+    inputs: Mapping[str, Any],
     seed: int,
-    device: str,
     name: str,
 ) -> float:
-    """Train the new top alone on frozen features; return the seconds of epochs that came from a checkpoint."""
-    part, valid, _ = parts
-    standardise(head, part, device)
-    recipe = replace(plan.recipe, epochs=min(plan.recipe.epochs, HEAD_EPOCHS), layer_decay=1.0, lr_at=())
-    checkpoint = plan.folder / f"{fingerprint_of([*key, 'head'])}.pt"
+    """Train the new top of `network` alone on frozen features; return the seconds of epochs from a checkpoint."""
+    n_classes, device = len(data.table.classes), data.resolved.device
+    epochs = min(setup.recipe.epochs, TOP_EPOCHS)
+    recipe = replace(setup.recipe, epochs=epochs, layer_decay=1.0, lr_at=(), augment=NO_AUGMENT)
+    rows, val, _ = _subsets(features, data.table, splits, recipe, seed)
+    top_only = ThawedNetwork(data.backbone, ALL, recipe.top, n_classes)
+    standardise(top_only, rows, device)
+    checkpoint = setup.folder / f"{stage_key('checkpoint', part='new top', **inputs)}.pt"
     rate = recipe.rate(new_only=True)
     name = f"{name}, head"
-    return train(head, recipe, rate, part, valid, classes, checkpoint, seed, device, plan.progress, name).earlier
+    trained = train(top_only, recipe, rate, rows, val, n_classes, checkpoint, seed, device, setup.progress, name)
+    network.new_head.load_state_dict(top_only.new_head.state_dict())
+    return trained.resumed_seconds
+
+
+def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits, precision: str) -> dict[str, Any]:
+    """Return everything that the weights of a run depend on, apart from code; it names the checkpoint."""
+    backbone, table = data.backbone, data.table
+    return {
+        "freeze": setup.freeze,
+        "recipe": setup.recipe.to_json(),
+        "rate": setup.rate,
+        "precision": precision,
+        "trunk_precision": data.trunk_precision,
+        "store": setup.store,
+        "backbone": backbone.name,
+        "weights": backbone.weights_digest,
+        "preprocessing": asdict(backbone.preprocessing),
+        "device": data.resolved.device,
+        "seed": seed,
+        "n_classes": len(table.classes),
+        "rows": _digest(table, splits),
+    }
 
 
 def _digest(table: Table, splits: Splits) -> str:
-    """Return a digest of the images that train and choose, and of their labels."""
+    """Return a digest of the train and val images, and of their labels."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (splits.train, splits.val):
-        digest.update(np.ascontiguousarray(table.digests[part]).tobytes() + table.labels[part].tobytes() + b"|")
+    for index in (splits.train, splits.val):
+        digest.update(np.ascontiguousarray(table.digests[index]).tobytes() + table.labels[index].tobytes() + b"|")
     return digest.hexdigest()

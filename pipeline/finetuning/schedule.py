@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from skorch.callbacks import Callback
 from timm.scheduler import CosineLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -12,55 +11,55 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.finetuning.recipe import Recipe
 
 
-class Schedule(Callback):  # type: ignore[misc]
-    """Sets the rate of every parameter group before each step.
+class Schedule:
+    """Sets the learning rate of every parameter group.
 
     Parameters
     ----------
+    optimizer : Optimizer
+        Its groups have ``initial_lr`` and ``lr_scale``, see `pipeline.finetuning.groups.parameter_groups`.
     recipe : Recipe
     steps : int
-        Steps an epoch.
-    validated : bool
-        Whether there is a validation loss; the training loss tells plateaus otherwise.
+        Steps in an epoch.
     """
 
-    def __init__(self, recipe: Recipe, steps: int, *, validated: bool) -> None:
-        self.recipe, self.steps = recipe, steps
-        self.monitor = "valid_loss" if validated else "train_loss"
-
-    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
-        """Make the scheduler for the net's optimizer, which may be in the middle of a run."""
-        total = self.steps * self.recipe.epochs
-        self.step_ = len(net.history) * self.steps
-        self.warmup_ = min(self.steps * self.recipe.warmup, total // 2)
-        optimizer: Optimizer = net.optimizer_
-        if self.recipe.schedule == "cosine":  # of one step more than there are: a last step at 0 would be wasted
-            self.cosine_ = CosineLRScheduler(optimizer, total + 1, warmup_t=self.warmup_, t_in_epochs=False)
+    def __init__(self, optimizer: Optimizer, recipe: Recipe, steps: int) -> None:
+        self.optimizer, self.steps = optimizer, steps
+        self.step = 0
+        total = steps * recipe.epochs
+        self.warmup = min(steps * recipe.warmup, total // 2)
+        self.cosine: CosineLRScheduler | None = None
+        self.plateau: ReduceLROnPlateau | None = None
+        if recipe.schedule == "cosine":  # over one step more than there are: a last step at rate 0 would be wasted
+            self.cosine = CosineLRScheduler(optimizer, total + 1, warmup_t=self.warmup, t_in_epochs=False)
         else:
-            self.plateau_ = ReduceLROnPlateau(optimizer, factor=0.1, patience=max(self.recipe.patience // 2, 1) - 1)
+            self.plateau = ReduceLROnPlateau(optimizer, factor=0.1, patience=max(recipe.patience // 2, 1) - 1)
 
-    def on_batch_begin(self, net: Any, training: bool = False, **kwargs: Any) -> None:
-        """Set the rates of the coming step."""
-        if not training:
-            return
-        self.step_ += 1
-        if self.recipe.schedule == "cosine":
-            self.cosine_.step_update(self.step_)
-        elif self.step_ <= self.warmup_:
-            for group in net.optimizer_.param_groups:
-                group["lr"] = group["initial_lr"] * group["lr_scale"] * self.step_ / self.warmup_
+    @property
+    def highest_rate(self) -> float:
+        """Learning rate of the fastest group at present."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
-    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        """Record the highest rate, and cut the rates where the loss stands still."""
-        net.history.record("lr", max(group["lr"] for group in net.optimizer_.param_groups))
-        if self.recipe.schedule == "plateau" and self.step_ > self.warmup_:
-            self.plateau_.step(net.history[-1, self.monitor])
+    def before_step(self) -> None:
+        """Set the rates for the coming step."""
+        self.step += 1
+        if self.cosine is not None:
+            self.cosine.step_update(self.step)
+        elif self.step <= self.warmup:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * group["lr_scale"] * self.step / self.warmup
+
+    def after_epoch(self, loss: float) -> None:
+        """Cut the rates if `loss`, the validation loss where there is one, has stopped falling."""
+        if self.plateau is not None and self.step > self.warmup:
+            self.plateau.step(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must keep: a cosine is a function of the step alone."""
-        return {} if self.recipe.schedule == "cosine" else dict(self.plateau_.state_dict())
+        """Return what a checkpoint must keep: nothing for a cosine, which depends on the step alone."""
+        return {} if self.plateau is None else dict(self.plateau.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`, after `on_train_begin`."""
-        if state:
-            self.plateau_.load_state_dict(state)
+    def resume(self, epochs: int, state: dict[str, Any]) -> None:
+        """Go on after `epochs` epochs, from what `state_dict` returned then."""
+        self.step = epochs * self.steps
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Choose a head's parameters on held-out rows, then train it on all of them; and the rows it needs for both."""
+"""Scale rows, choose a head's parameters on held-out rows, and train the final head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.heads.solvers.span import Span, find_span
 
 @dataclass(frozen=True)
 class Scaled:
-    """Rows scaled by what is known of the training rows alone.
+    """Rows scaled by statistics of the training rows alone.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class Scaled:
     scaler : StandardScaler, Normalizer or None
         Fitted on the training rows.
     span : Span or None
-        Of the training rows, where a linear head is to be trained and it is narrower than d.
+        Of the training rows, if it was asked for and is narrower than d.
     """
 
     train: Float32Array
@@ -40,7 +40,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Fold:
-    """Rows to try candidates on, as narrow as they can be, and their labels."""
+    """Rows to try candidates on, in their span if there is one, and their labels."""
 
     train: Float32Array
     y: IntArray
@@ -50,19 +50,19 @@ class Fold:
 
 @dataclass(frozen=True)
 class Choice:
-    """The parameters to use.
+    """The chosen parameters.
 
     Parameters
     ----------
     params : dict
     score : float
-        Accuracy on the held-out rows of all folds, the mean over classes if balanced; NaN for fixed parameters.
+        Accuracy on the held-out rows of all folds, averaged over classes if balanced; NaN for fixed parameters.
     temperature : float or None
-        What calibrates the chosen candidate's probabilities of these rows.
+        Calibrates the probabilities of the chosen candidate; fitted on these rows.
     unconverged : int
-        Candidates whose solver hit its iteration limit on some fold.
+        Number of candidates whose solver hit its iteration limit on some fold.
     tried : int
-        Candidates fitted.
+        Number of candidates.
     """
 
     params: Params
@@ -73,48 +73,50 @@ class Choice:
 
 
 def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool) -> Scaled:
-    """Scale `train` (n, d) and `held` (m, d) in place by what `train` shows, and find the span if `rotated` is asked.
+    """Scale `train` (n, d) and `held` (m, d) in place, by statistics of `train`.
 
     Parameters
     ----------
     scaling : str
         One of `pipeline.heads.registry.SCALINGS`.
+    rotated : bool
+        Whether to find the span of `train`.
     """
     scaler = {"standard": StandardScaler, "l2": Normalizer, "none": lambda copy: None}[scaling](copy=False)
     if scaler is not None:
         train = scaler.fit_transform(train)
         held = scaler.transform(held)
-        scaler.set_params(copy=True)  # from now on it meets rows of others
+        scaler.set_params(copy=True)  # later rows belong to the caller
     return Scaled(train, held, scaler, find_span(train) if rotated else None)
 
 
 def make_fold(scaled: Scaled, y: IntArray, y_held: IntArray) -> Fold:
-    """Return the rows for a search: in their span where there is one, which drops the wide ones."""
+    """Return the rows for a search, in their span if there is one; the wide rows can then be freed."""
     if scaled.span is None:
         return Fold(scaled.train, y, scaled.held, y_held)
     return Fold(scaled.span.rotated, y, scaled.span.rotate(scaled.train, scaled.held), y_held)
 
 
 def balanced_weights(y: IntArray) -> Float32Array:
-    """Return weights (n,) by which every class of `y` (n,) counts alike, their mean 1."""
+    """Return weights (n,) of mean 1 that give every class of `y` (n,) the same total."""
     classes, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
     return np.asarray(len(y) / (len(classes) * counts)[codes], np.float32)
 
 
 def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choice:
-    """Choose by accuracy on the held-out rows.
+    """Choose parameters by accuracy on the held-out rows.
 
-    Of equals, the one of lower log-loss counts: where the held-out rows are few or easy, many candidates get all right,
-    and the most regularised of them learnt least. Heads without probabilities take the most regularised all the same.
+    Ties go to the lower log-loss: if the held-out rows are few or easy, many candidates get all of them right, and the
+    most regularised of these has learnt least. Without probabilities, ties go to the most regularised candidate.
 
     Parameters
     ----------
     head : Head
     folds : sequence of Fold
-        One for a val split, several for cross-validation, none where nothing can be validated. A fixed rule holds then,
-        and where no candidate predicts a held-out row right.
+        One for a val split, several for cross-validation, none if nothing can be validated. The family's fixed
+        parameters are taken if there is none, or if no candidate predicts any held-out row right.
     balanced : bool, default False
-        Every class counts alike, in training and in the accuracy.
+        Whether every class counts alike, in training and in the accuracy.
     """
     family = head.family
     if not folds:
@@ -130,46 +132,47 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     chosen: tuple[Step, ...] = ()
     for number, steps in enumerate(zip(*paths, strict=True)):
         right = np.concatenate([step.predicted for step in steps]) == truth
-        score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # so that equals tie
+        score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # rounded so that equals tie
         unconverged += not all(step.converged for step in steps)
         if score < most:
             continue
         loss = _log_loss(steps, folds, held_weights)
         if score > most or loss < least:
             best, most, least, chosen = number, score, loss, steps
-    if most <= 0:  # as where the held-out rows are all of classes that were not trained on
+    if most <= 0:  # e.g. all held-out rows are of classes without a training row
         return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
     held = [step.probabilities for step in chosen]
     return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
 
 
-def tell_choices(head: Head, choices: Sequence[Choice]) -> list[str]:
-    """Return what a user should know of how one head's parameters were chosen, a sentence each."""
+def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
+    """Return what a user should know about how the parameters of one head were chosen."""
     notes = []
     missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
     if missed:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
     if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
         fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
-        why = "nothing could be validated, as with one row (or group) a class"
-        notes.append(f"{head.name}: {why}, so {fixed} is taken")
+        why = "nothing could be validated, as with one row (or group) per class"
+        notes.append(f"{head.name}: {why}, so {fixed} is used")
     return notes
 
 
 def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Array) -> float:
-    """Return the summed log-loss of the held-out rows whose class was trained on; 0 for heads without probabilities."""
-    told = []
+    """Return the summed log-loss of held-out rows whose class has training rows; 0 without probabilities."""
+    parts = []
     for step, fold in zip(steps, folds, strict=True):
         if step.probabilities is None:
             return 0.0
         learnt = np.unique(fold.y)
-        places = np.searchsorted(learnt, fold.y_held).clip(max=len(learnt) - 1)
-        told.append(np.where(learnt[places] == fold.y_held, step.probabilities[np.arange(len(places)), places], 1.0))
-    return float(-weights @ np.log(np.maximum(np.concatenate(told), np.finfo(np.float64).eps)))
+        columns = np.searchsorted(learnt, fold.y_held).clip(max=len(learnt) - 1)
+        given = step.probabilities[np.arange(len(columns)), columns]
+        parts.append(np.where(learnt[columns] == fold.y_held, given, 1.0))
+    return float(-weights @ np.log(np.maximum(np.concatenate(parts), np.finfo(np.float64).eps)))
 
 
 def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
-    """Calibrate on the held-out rows of all folds whose class was trained on."""
+    """Fit a temperature on the held-out rows of all folds whose class has training rows."""
     classes = np.unique(np.concatenate([fold.y for fold in folds]))
     parts, truths = [], []
     for probabilities, fold in zip(held, folds, strict=True):
@@ -186,12 +189,12 @@ def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequen
 
 
 def train_final(head: Head, params: Params, scaled: Scaled, y: IntArray, *, balanced: bool = False) -> Fitted:
-    """Train on all rows, in their span where there is one, and give the weights back to the features.
+    """Train on all rows, in their span if there is one, and convert the weights back to the features.
 
     Returns
     -------
     Fitted
-        Its estimator takes rows of scaled features (k, d).
+        Its estimator takes scaled features (k, d).
     """
     weight = balanced_weights(y) if balanced else None
     if scaled.span is None:

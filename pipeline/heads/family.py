@@ -1,4 +1,4 @@
-"""What every family of heads offers: candidates, their path over a fold, and a final fit."""
+"""What every family of heads offers: candidates, a path over them on one fold, and a final fit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.arrays import Float32Array, IntArray
+from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 Params = dict[str, Any]
+Weights = Float32Array | None
+"""Of the training rows, (n,); None if all weigh the same."""
 
 
 class Step(NamedTuple):
@@ -22,7 +25,7 @@ class Step(NamedTuple):
     predicted : (m,) int64
         Labels of the held-out rows.
     converged : bool
-        The solver stopped by its tolerance, not by its iteration limit.
+        Whether the solver stopped by its tolerance rather than by its iteration limit.
     probabilities : (m, K) float, optional
         Of the K classes of the training rows, for families that have them.
     """
@@ -33,7 +36,7 @@ class Step(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """A trained scikit-learn classifier, the parameters it ended up with, and whether its solver converged."""
+    """A trained scikit-learn classifier, its final parameters, and whether its solver converged."""
 
     estimator: Any
     params: Params
@@ -41,20 +44,25 @@ class Fitted(NamedTuple):
 
 
 class Family(ABC):
-    """One kind of head; an object that keeps nothing of its fits.
+    """One kind of head. An object of it keeps nothing of its fits.
+
+    To add a head, write a subclass in a file of its own and enter it in `pipeline.heads.registry`.
 
     Attributes
     ----------
     linear : bool
-        Whether the trained head is one hyperplane a class: such heads may be trained on rows rotated onto their span.
+        Whether the trained head has one hyperplane per class. Such heads may be trained on rows rotated onto their row
+        space.
     probabilities : bool
-        Whether the estimator's `predict_proba` means probabilities.
+        Whether the estimator's `predict_proba` returns probabilities.
     weighted : bool
-        Whether training rows may weigh differently.
+        Whether training rows may have different weights, which balancing the classes takes.
     fixed : dict
-        Parameters where nothing is left to validate on, as with one row a class.
+        Parameters to use if nothing can be validated, as with one row per class.
     most_rows : int or None
-        Above so many training rows the head is refused.
+        The head is refused on more training rows than this.
+    cost : float
+        Seconds of a fit with its search, per training row and feature, for the time estimates of `compare`.
     device : str or None
         Where it trains on torch tensors, one fit after another; None for numpy arrays, several fits at a time.
     """
@@ -64,6 +72,7 @@ class Family(ABC):
     weighted: ClassVar[bool] = False
     fixed: ClassVar[Params] = {}
     most_rows: ClassVar[int | None] = None
+    cost: ClassVar[float] = 1e-6
     device: str | None = None
 
     @abstractmethod
@@ -72,15 +81,18 @@ class Family(ABC):
 
     @abstractmethod
     def path(
-        self,
-        grid: Sequence[Params],
-        train: Float32Array,
-        y: IntArray,
-        held: Float32Array,
-        weight: Float32Array | None = None,
+        self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
-        """Fit the candidates in order on `train` (n, d), `y` and `weight` (n,), and predict `held` (m, d) with each."""
+        """Fit the candidates in order on `train` (n, d) and `y` (n,), and predict `held` (m, d) with each."""
 
     @abstractmethod
-    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
-        """Train the final classifier on `train` (n, d), `y` and `weight` (n,)."""
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
+        """Train the final classifier on `train` (n, d) and `y` (n,)."""
+
+    def on_device(self, device: str) -> Family:
+        """Return this family trained on torch tensors on `device`; unchanged if it only takes numpy arrays."""
+        return self
+
+    def hyperplanes(self, estimator: Any) -> Hyperplanes | None:
+        """Return a trained `estimator` as one hyperplane per class; None if it has none."""
+        return None

@@ -1,9 +1,9 @@
 """Linear SVM, fast enough for a path of 45 values of C.
 
 liblinear cannot start from a neighbour's solution and slows down with C. Its objective is smooth and strictly convex,
-so the same optimum is found here by L-BFGS over all classes at once, warm-started upwards in C. What makes features
-slow is that their spread differs by orders of magnitude from one principal axis to the next; along these axes, in units
-of the objective's own curvature, ten steps do the work of a hundred.
+so L-BFGS over all classes at once, warm-started upwards in C, finds the same optimum. L-BFGS alone is slow because the
+spread of features differs by orders of magnitude between principal axes. Along these axes, in units of the objective's
+own curvature, ten steps do the work of a hundred.
 """
 
 from __future__ import annotations
@@ -15,36 +15,34 @@ from scipy.optimize import minimize
 from sklearn.svm import LinearSVC
 
 from pipeline.arrays import Float32Array, Float64Array, IntArray
-from pipeline.heads.family import Fitted, Params, Step
-from pipeline.heads.solvers.hyperplanes import OverC, choose, one_against_rest
+from pipeline.heads.family import Fitted, Params, Step, Weights
+from pipeline.heads.linear import LinearFamily
+from pipeline.heads.solvers.hyperplanes import best_classes, one_against_rest
 
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-5
 """On the gradient in units of curvature, relative to the objective."""
 
 
-class LinearSvm(OverC):
+class LinearSvm(LinearFamily):
     """Scikit-learn's `LinearSVC`: squared hinge loss, one class against the rest, penalised intercept."""
 
+    cost = 1.5e-5
+
     def path(
-        self,
-        grid: Sequence[Params],
-        train: Float32Array,
-        y: IntArray,
-        held: Float32Array,
-        weight: Float32Array | None = None,
+        self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
-        """Yield a `Step` for each candidate, each started where the last one ended."""
+        """Yield a `Step` for each candidate; each starts from the optimum of the one before."""
         classes, signs = one_against_rest(y)
         rows, axes, spread = _principal(train)
         held_rows = _with_ones(held) @ axes
         weights = np.zeros((signs.shape[1], rows.shape[1]))
         for params in grid:
             weights, converged = _squared_hinge(rows, signs, _costs(params, weight), weights, spread)
-            yield Step(choose(classes, held_rows @ weights.T.astype(np.float32)), converged)
+            yield Step(best_classes(classes, held_rows @ weights.T.astype(np.float32)), converged)
 
-    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
-        """Train from zero and hand the optimum to a `LinearSVC`."""
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
+        """Train from zero and store the optimum in a `LinearSVC`."""
         classes, signs = one_against_rest(y)
         rows, axes, spread = _principal(train)
         start = np.zeros((signs.shape[1], rows.shape[1]))
@@ -60,14 +58,14 @@ def _with_ones(rows: Float32Array) -> Float32Array:
     return np.hstack([rows, np.ones((len(rows), 1), np.float32)])
 
 
-def _costs(params: Params, weight: Float32Array | None) -> Float32Array:
-    """Return C of each row: (n, 1), or (1, 1) where all weigh the same."""
+def _costs(params: Params, weight: Weights) -> Float32Array:
+    """Return C of each row: (n, 1), or (1, 1) if all weigh the same."""
     ones = np.ones(1, np.float32) if weight is None else weight
     return np.asarray(params["C"] * ones[:, None], np.float32)
 
 
 def _principal(train: Float32Array) -> tuple[Float32Array, Float32Array, Float64Array]:
-    """Return rows with a one added, along their principal axes (n, r); these (d + 1, r); squared spreads (r,)."""
+    """Return rows with a one appended, along their principal axes (n, r); the axes (d + 1, r); squared spreads (r,)."""
     rows = _with_ones(train)
     spread, axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))
     turned = axes.astype(np.float32)
@@ -77,7 +75,7 @@ def _principal(train: Float32Array) -> tuple[Float32Array, Float32Array, Float64
 def _squared_hinge(
     rows: Float32Array, signs: Float32Array, costs: Float32Array, start: Float64Array, spread: Float64Array
 ) -> tuple[Float64Array, bool]:
-    """Minimise ``|w|² / 2 + Σ costs max(0, 1 - s x·w)²`` over all columns of `signs`; weights (K, r), converged."""
+    """Minimise ``|w|² / 2 + Σ costs max(0, 1 - s x·w)²`` for each column of `signs`; weights (K, r), converged."""
 
     def slack(weights: Float64Array) -> Float32Array:
         return np.asarray(np.maximum(1 - signs * (rows @ weights.T.astype(np.float32)), 0))
@@ -106,5 +104,5 @@ def _squared_hinge(
         weights = found.x.reshape(unit.shape) * unit
         if found.nit >= MOST_ITERATIONS:
             return weights, False
-        if found.fun > 0.5:  # where much was gained, the tolerance was relative to too large a value
+        if found.fun > 0.5:  # otherwise the tolerance was relative to a much too large value: go on
             return weights, True

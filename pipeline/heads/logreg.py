@@ -1,8 +1,8 @@
 """Logistic regression, fast enough for a path of 45 values of C.
 
-The objective is that of scikit-learn's `LogisticRegression`, whose own solver, started from a neighbour's solution,
-goes through the rows five times as often: it takes no account of how unevenly features spread, and its sums in float32
-leave its line search groping about the optimum. Here products with rows are float32, sums over them float64.
+The objective is that of scikit-learn's `LogisticRegression`. Its own solver, even if started from a neighbour's
+solution, makes five times as many passes over the rows: it ignores how unevenly features spread, and with sums in
+float32 its line search does not settle near the optimum. Here products with rows are float32, sums over them float64.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression
 
 from pipeline.arrays import Float32Array, Float64Array, IntArray
-from pipeline.heads.family import Fitted, Params, Step
+from pipeline.heads.family import Family, Fitted, Params, Step, Weights
+from pipeline.heads.linear import LinearFamily
 from pipeline.heads.solvers.device import DeviceRows
-from pipeline.heads.solvers.hyperplanes import OverC
 from pipeline.heads.solvers.spectrum import find_spectrum
 
-Rows = Float32Array | DeviceRows
+Matrix = Float32Array | DeviceRows
 
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-9
-"""About what the mean loss may still lose: half the square of its gradient in units of curvature. The final fit takes
-that relative to a loss below 1, for where all rows are told apart there is little of it left."""
+"""About how much the mean loss may still fall: half the square of its gradient in units of curvature. The final fit
+takes this relative to a loss below 1, because the loss is tiny once the classes are separated."""
 
 
-class Logreg(OverC):
-    """Multinomial logistic regression with an l2 penalty; of two classes, the usual one of a single hyperplane.
+class Logreg(LinearFamily):
+    """Multinomial logistic regression with an l2 penalty; with a single hyperplane for two classes.
 
     Parameters
     ----------
     device : str, optional
-        Where products with rows are computed; on numpy arrays by default.
+        Where torch computes products with rows; by default numpy does.
     """
 
     probabilities = True
+    cost = 1.2e-6
 
     def __init__(self, device: str | None = None) -> None:
         self.device = device
 
+    def on_device(self, device: str) -> Family:
+        """Return this family with products computed on `device`."""
+        return Logreg(device)
+
     def path(
-        self,
-        grid: Sequence[Params],
-        train: Float32Array,
-        y: IntArray,
-        held: Float32Array,
-        weight: Float32Array | None = None,
+        self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
-        loss, held_rows = Loss(train, y, weight, self.device), place(held, self.device)
+        loss, held_rows = Loss(train, y, weight, self.device), _on(self.device, held)
         for weights, _, converged in follow(loss, [params["C"] for params in grid], relative=False):
             scores = loss.scores(held_rows, weights)
             yield Step(loss.classes[scores.argmax(axis=1)], converged, softmax(scores, axis=1))
 
-    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
-        """Train, in decades of C above 1, and hand the optimum to a `LogisticRegression`.
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
+        """Train and store the optimum in a `LogisticRegression`.
 
-        There a start from the class shares ends far from the optimum: the loss is nearly flat once all rows are told
-        apart.
+        For C above 1 this goes up in factors of ten. Starting from the class shares would end far from the optimum,
+        because the loss is nearly flat once the classes are separated.
         """
         loss = Loss(train, y, weight, self.device)
         weights, steps, converged = deque(follow(loss, _decades(params["C"]), relative=True), maxlen=1).pop()
@@ -72,29 +72,29 @@ class Logreg(OverC):
         return Fitted(model, params, converged)
 
 
-def place(rows: Float32Array, device: str | None) -> Rows:
-    """Return `rows` (n, d) on `device`, or as they are for None."""
+def _on(device: str | None, rows: Float32Array) -> Matrix:
+    """Return `rows` (n, d) on `device`, unchanged if that is None."""
     return rows if device is None else DeviceRows(rows, device)
 
 
 class Loss:
     """The mean cross-entropy of rows under a linear model, and its penalised optimum.
 
-    Weights are (k, d + 1), of k classes, or of the second alone where there are two. Their last column is the intercept
-    of centred rows, which hardly depends on the others.
+    Weights are (k, d + 1) for k classes, or (1, d + 1) for the second of two. The last column is the intercept for
+    centred rows, which hardly depends on the other columns.
 
     Parameters
     ----------
     rows : (n, d) float32
     y : (n,) int64
-    weight : (n,) float32, optional
-        Of rows.
-    device : str, optional
+    weight : (n,) float32 or None
+        Of the rows.
+    device : str or None
         Where the rows go.
     """
 
-    def __init__(self, rows: Float32Array, y: IntArray, weight: Float32Array | None, device: str | None) -> None:
-        self.rows, self.dim = place(rows, device), rows.shape[1]
+    def __init__(self, rows: Float32Array, y: IntArray, weight: Weights, device: str | None) -> None:
+        self.rows, self.dim = _on(device, rows), rows.shape[1]
         self.classes, self.codes = np.unique(y, return_inverse=True)
         weights = np.ones(len(y)) if weight is None else weight.astype(np.float64)
         self.total = float(weights.sum())
@@ -108,10 +108,10 @@ class Loss:
         return np.hstack([np.zeros((len(intercepts), self.dim)), intercepts[:, None]])
 
     def hyperplanes(self, weights: Float64Array) -> tuple[Float64Array, Float64Array]:
-        """Return coefficients (k, d) and intercepts (k,) for rows as they are."""
+        """Return coefficients (k, d) and intercepts (k,) for rows that are not centred."""
         return weights[:, :-1].copy(), weights[:, -1] - weights[:, :-1] @ self.spectrum.mean
 
-    def scores(self, rows: Rows, weights: Float64Array) -> Float64Array:
+    def scores(self, rows: Matrix, weights: Float64Array) -> Float64Array:
         """Return the scores (m, K) of `rows` (m, d)."""
         coefficients, intercepts = self.hyperplanes(weights)
         scores = (rows @ coefficients.T.astype(np.float32)).astype(np.float64) + intercepts
@@ -134,7 +134,7 @@ class Loss:
         return value, np.hstack([by_coefficients + penalty * weights[:, :-1], by_intercepts[:, None]])
 
     def minimise(self, c: float, start: Float64Array, *, relative: bool) -> tuple[Float64Array, int, bool]:
-        """Return the optimal weights for C = `c`, the steps taken from `start`, and whether these sufficed."""
+        """Return the optimal weights for C = `c`, the number of steps from `start`, and whether it converged."""
         penalty = 1 / (c * self.total)
         logs = log_softmax(self.scores(self.rows, start), axis=1)
         doubt = 1 - np.sum(np.exp(2 * logs), axis=1)
@@ -154,10 +154,10 @@ class Loss:
 
 
 def follow(loss: Loss, values: Sequence[float], *, relative: bool) -> Iterator[tuple[Float64Array, int, bool]]:
-    """Minimise for one value of C after the other, each from where the line through the last two optima leads.
+    """Minimise for one value of C after another; each starts on the line through the last two optima.
 
-    Along an evenly spaced logarithm of C weights change steadily, so this halves the steps that starting where the last
-    one ended takes (a predictor-corrector path; Allgower and Georg 1990).
+    With C evenly spaced in the logarithm, weights change steadily, so this takes half the steps of a start from the
+    last optimum (a predictor-corrector path; Allgower and Georg 1990).
     """
     weights, before = loss.start(), None
     for c in values:
@@ -168,6 +168,6 @@ def follow(loss: Loss, values: Sequence[float], *, relative: bool) -> Iterator[t
 
 
 def _decades(c: float) -> list[float]:
-    """Return `c` alone up to 1, and above it every value a factor of ten apart from there up to it."""
+    """Return `c` alone if it is at most 1, otherwise values that rise to it by factors of ten."""
     below = max(math.ceil(math.log10(c)), 0)
     return [c / 10**power for power in range(below, -1, -1)]

@@ -1,15 +1,17 @@
-"""The heads there are, by the names users write."""
+"""All heads, by the names that users write."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from features_cache import nearest
 from pipeline.errors import FitError
+from pipeline.heads.centroid import Centroid
 from pipeline.heads.family import Family
-from pipeline.heads.instance import Centroid, Knn, RbfSvm
+from pipeline.heads.knn import Knn
 from pipeline.heads.linear_svm import LinearSvm
 from pipeline.heads.logreg import Logreg
+from pipeline.heads.rbf_svm import RbfSvm
 from pipeline.heads.ridge import Ridge
 
 FAMILIES: dict[str, Family] = {
@@ -30,9 +32,9 @@ class Head:
     Parameters
     ----------
     name : str
-        As in results: ``"logreg"``, or ``"logreg/l2"`` where the scaling is not the standard one.
+        As in results: ``"logreg"``, or ``"logreg/l2"`` if the scaling is not the standard one.
     family : Family
-        How candidates are searched and the final one is trained.
+        How candidates are searched and the final classifier is trained.
     scaling : str
         ``"standard"`` (each feature to mean 0 and variance 1), ``"l2"`` (each row to length 1) or ``"none"``.
     """
@@ -43,12 +45,19 @@ class Head:
 
 
 def find_head(name: str) -> Head:
-    """Return the head that `name` stands for: ``FAMILY`` or ``FAMILY/SCALING``.
+    """Return the head called `name`: ``FAMILY`` or ``FAMILY/SCALING``.
 
     Raises
     ------
     FitError
         If there is no such family or scaling.
+
+    Examples
+    --------
+    >>> find_head("knn/l2").scaling
+    'l2'
+    >>> find_head("logreg/standard").name
+    'logreg'
     """
     family, slash, scaling = name.partition("/")
     if family not in FAMILIES:
@@ -57,8 +66,3 @@ def find_head(name: str) -> Head:
         raise FitError(f"no scaling named {scaling!r}; there are {', '.join(SCALINGS)}{nearest(scaling, SCALINGS)}")
     plain = scaling in ("", "standard")
     return Head(family if plain else name, FAMILIES[family], "standard" if plain else scaling)
-
-
-def on_device(head: Head, device: str) -> Head:
-    """Return `head` trained on torch tensors on `device`, or as it is where its family knows numpy arrays alone."""
-    return replace(head, family=Logreg(device)) if isinstance(head.family, Logreg) else head

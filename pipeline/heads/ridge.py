@@ -1,4 +1,4 @@
-"""Ridge: least squares on labels of -1 and 1, one hyperplane a class."""
+"""Ridge: least squares on labels of -1 and 1, one hyperplane per class."""
 
 from __future__ import annotations
 
@@ -9,28 +9,23 @@ import numpy as np
 from sklearn.linear_model import RidgeClassifier
 
 from pipeline.arrays import Float32Array, IntArray
-from pipeline.heads.family import Family, Fitted, Params, Step
-from pipeline.heads.solvers.hyperplanes import C_GRID, choose, one_against_rest
+from pipeline.heads.family import Fitted, Params, Step, Weights
+from pipeline.heads.linear import C_GRID, LinearFamily
+from pipeline.heads.solvers.hyperplanes import best_classes, one_against_rest
 
 
-class Ridge(Family):
-    """Ridge with an l2 penalty; alpha is 1 / C, all candidates from one decomposition."""
+class Ridge(LinearFamily):
+    """Scikit-learn's `RidgeClassifier`; alpha is 1 / C, and one decomposition serves all candidates."""
 
-    linear = True
-    weighted = True
     fixed: ClassVar[Params] = {"alpha": 1.0}
+    cost = 1e-7
 
     def grid(self, n_rows: int) -> Sequence[Params]:
         """Return 45 values of alpha from 1e6 down to 1e-5."""
         return [{"alpha": 1 / c} for c in C_GRID]
 
     def path(
-        self,
-        grid: Sequence[Params],
-        train: Float32Array,
-        y: IntArray,
-        held: Float32Array,
-        weight: Float32Array | None = None,
+        self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         classes, signs = one_against_rest(y)
@@ -44,9 +39,9 @@ class Ridge(Family):
         unseen = (held - mean) @ axes
         for params in grid:
             weights = target / (values + params["alpha"])[:, None]
-            yield Step(choose(classes, unseen @ weights + middle), converged=True)
+            yield Step(best_classes(classes, unseen @ weights + middle), converged=True)
 
-    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Float32Array | None = None) -> Fitted:
-        """Train a `RidgeClassifier`, by singular values: small alphas on wide rows are too much for Cholesky."""
+    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
+        """Train a `RidgeClassifier` by singular values, for Cholesky fails on wide rows with a small alpha."""
         model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)

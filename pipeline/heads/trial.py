@@ -1,7 +1,7 @@
-"""One head on one layer and split, from raw features to its score on test: the unit that runs in parallel.
+"""One head on one split of a layer, from raw features to test predictions: the unit that runs in parallel.
 
-`prepare` runs in the parent, once for all heads that want the same rows, and `run_trial` in a worker, to which joblib
-hands the arrays as memory maps.
+`prepare` runs in the parent process, once for all heads that need the same rows. `run_trial` runs in a worker, to which
+joblib passes the arrays as memory maps.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.evaluation.folds import stratified_folds
+from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.evaluation.splits import Splits
 from pipeline.heads.choose import Choice, Fold, Scaled, make_fold, scale, search, train_final
 from pipeline.heads.family import Params
@@ -25,16 +27,23 @@ from pipeline.heads.registry import Head
 MOST_FOLDS = 5
 
 
+class Trial(NamedTuple):
+    """One head to train on one split of a layer."""
+
+    data: SplitLayer
+    head: Head
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Scaled rows of one layer and split.
+    """Scaled rows of one split of a layer.
 
     Parameters
     ----------
     folds : tuple of Fold
         To choose parameters on.
     final : Scaled
-        Train and val rows, and test rows held out.
+        Train and val rows to train on, test rows held out.
     y : (n,) int64
         Labels of train and val.
     seconds : float
@@ -48,24 +57,24 @@ class Prepared:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """What came of a trial.
+class TrialOutcome:
+    """The choice, test predictions and model of one trial.
 
     Parameters
     ----------
     choice : Choice
     params : dict
-        Of the final model.
+        Parameters of the final model.
     converged : bool
         Whether the final model's solver stopped by its tolerance.
     y_pred : (m,) int64
-        On test.
+        Labels of the test rows.
     probabilities : (m, K) float64 or None
-        Of all classes, where the head has probabilities.
+        Of all classes; None for heads without probabilities.
     seconds : float
-        Of preparing (all of it, also where other heads shared it), search, final training and test.
+        For preparation (all of it, even if other heads shared it), search, final training and test.
     pipeline : Pipeline or None
-        Scaler and classifier, where asked for.
+        Scaler and classifier, if asked for.
     """
 
     choice: Choice
@@ -77,7 +86,7 @@ class Outcome:
     pipeline: Pipeline | None
 
 
-def prepare(
+def prepare_trial(
     features: Callable[[IntArray], Float32Array],
     labels: IntArray,
     splits: Splits,
@@ -86,7 +95,7 @@ def prepare(
     rotated: bool,
     seed: int,
 ) -> Prepared:
-    """Read, scale and rotate the rows of a split.
+    """Read and scale the rows of a split.
 
     Parameters
     ----------
@@ -95,12 +104,12 @@ def prepare(
     labels : (n,) int64
         Of all rows.
     splits : Splits
-        Without a val part, parameters are chosen on stratified folds of train: five, or as many as the largest class
-        has rows; on none where there is one row a class. Groups and equal images stay on one side.
+        If val is empty, parameters are chosen on stratified folds of train: five, or as many as the largest class has
+        rows, or none if every class has one row. Groups and equal images stay together.
     scaling : str
         One of `pipeline.heads.registry.SCALINGS`.
     rotated : bool
-        Whether rows may be rotated onto their span.
+        Whether to rotate wide rows onto their span.
     seed : int
         Draws the folds.
     """
@@ -120,7 +129,7 @@ def prepare(
     return Prepared(folds, final, labels[known], time.perf_counter() - began)
 
 
-def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> Outcome:
+def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> TrialOutcome:
     """Choose parameters, train on train and val, predict test; on one BLAS thread.
 
     Parameters
@@ -132,7 +141,7 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, kee
     balanced : bool
         Whether every class counts alike.
     keep : bool
-        Whether to hand back the model.
+        Whether to return the model.
     """
     began = time.perf_counter()
     with threadpool_limits(1):
@@ -143,7 +152,7 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, kee
         if head.family.probabilities:
             probabilities = np.zeros((len(y_pred), n_classes))
             probabilities[:, estimator.classes_] = estimator.predict_proba(rows.final.held)
-    return Outcome(
+    return TrialOutcome(
         choice,
         params,
         converged,

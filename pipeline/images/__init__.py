@@ -1,1 +1,1 @@
-"""Images: sources list them, decoding gives upright RGB, one resize gives the network's pixels, a loader feeds both."""
+"""Images: sources list and read them, decode and resize make them the network's input, the loader runs it all ahead."""

@@ -1,6 +1,6 @@
-"""Augmented views: a random part of a picture, mirrored, in other colours; the same for the same image and view.
+"""Augmented views: a random crop of a picture, mirrored, in other colours.
 
-A view is drawn by its number and the image's bytes alone, so that it can be cached, and computed again anywhere.
+A view depends on its number and the image's bytes alone, so that it can be cached, and computed again anywhere.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.spec import NO_AUGMENT, View
 
 AUGMENTS = ("crop", "flip", "colour")
 AREA = (0.35, 1.0)
-"""Least and greatest share of the picture that a crop shows."""
+"""Smallest and largest share of the picture that a crop shows."""
 ASPECT = (3 / 4, 4 / 3)
-"""Least and greatest width of a crop relative to its height."""
+"""Smallest and largest width of a crop, relative to its height."""
 STRENGTH = 0.3
 """Brightness, contrast and saturation are multiplied by 1 - STRENGTH to 1 + STRENGTH."""
 
@@ -43,7 +43,7 @@ def parse_augment(text: str) -> tuple[str, ...]:
 
 
 def view_generator(view: View, data: bytes) -> np.random.Generator:
-    """Return the generator that draws this view of the image file with these bytes."""
+    """Return the random generator for this view of the image file with these bytes."""
     digest = hashlib.blake2b(data, digest_size=16).digest()
     return np.random.default_rng([view.view, int.from_bytes(digest, "big")])
 
@@ -63,7 +63,7 @@ def random_box(
 
 
 def changed(image: Image.Image, parts: tuple[str, ...], generator: np.random.Generator) -> Image.Image:
-    """Return `image` mirrored (every other time) and in other colours, as far as `parts` asks for it."""
+    """Return `image`, mirrored half of the time and in other colours, as far as `parts` asks for it."""
     if "flip" in parts and generator.random() < 0.5:
         image = ImageOps.mirror(image)
     if "colour" in parts:

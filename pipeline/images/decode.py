@@ -1,14 +1,14 @@
-"""One rule for every kind of image file: encoded bytes become an upright RGB picture, or a short reason why not.
+"""One set of rules for all image files: bytes become an upright RGB picture, or raise an error with a short reason.
 
-Formats: JPEG, PNG, WebP, TIFF, GIF, BMP and PNM, told apart by their first bytes, whatever the file is called.
+Formats: JPEG, PNG, WebP, TIFF, GIF, BMP and PNM, recognised by their first bytes, whatever the file is called.
 
 - EXIF orientation is applied; colour profiles are not.
 - Grey, palette, CMYK, YCbCr and bilevel become RGB as Pillow converts them.
-- Transparent pixels are laid over white.
-- Of an animation or a stack of pages, the first.
+- Transparent pixels are blended with white.
+- Only the first frame of an animation, or page of a stack, is read.
 - 16 bits a channel are scaled to 8: 65,535 is white. Wider integers outside that range, and floats, see `_to_8_bit`.
-- JPEGs may be decoded at 1/2, 1/4 or 1/8 (libjpeg's reduced DCT), never below the `floor` that the caller sets.
-- More than `PIXEL_LIMIT` pixels are refused by the header alone.
+- JPEGs may be decoded at 1/2, 1/4 or 1/8 (libjpeg's reduced DCT), but not below the `floor` that the caller sets.
+- Images of more than `PIXEL_LIMIT` pixels are refused before they are decoded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pipeline.errors import UnreadableImageError
 
 PIXEL_LIMIT = 178_956_970
-"""Width times height above which an image is taken for a decompression bomb: where Pillow, too, refuses."""
+"""Width times height above which an image is taken for a decompression bomb; Pillow has the same limit."""
 
 REASON_LENGTH = 80
 
@@ -57,11 +57,11 @@ _TURNS = {
     7: (Image.Transpose.TRANSVERSE, True, True, True),
     8: (Image.Transpose.ROTATE_90, True, False, True),
 }
-"""EXIF orientation: how to set it upright; as axes swapped first, then x flipped, then y flipped."""
+"""EXIF orientation: the transpose that undoes it, and whether that swaps the axes, then flips x, then flips y."""
 
 
 class Picture(NamedTuple):
-    """An upright RGB image, perhaps reduced, with what it shows of the full one.
+    """An upright RGB image, perhaps reduced, and which part of it shows the full image.
 
     Attributes
     ----------
@@ -70,8 +70,8 @@ class Picture(NamedTuple):
     size : tuple of int
         Width and height of the full image, in its pixels.
     box : tuple of float
-        Left, top, right and bottom, in pixels of `image`, of what the full image covers: all of it, but for a reduced
-        decode whose last pixels are cut short (4,001 pixels at 1/4 are 1,000.25).
+        Left, top, right and bottom of the part, in pixels of `image`. It is all of `image`, except after a reduced
+        decode whose last pixels are only partly covered (4,001 pixels at 1/4 are 1,000.25).
     """
 
     image: Image.Image
@@ -87,14 +87,14 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
     data : bytes
         The whole file.
     floor : int, optional
-        Pixels below which a reduced JPEG decode may not bring the shorter side; by default it decodes in full.
+        Least length of the shorter side, in pixels, after a reduced JPEG decode; by default nothing is reduced.
 
     Raises
     ------
     UnreadableImageError
-        Empty, of no known format, truncated, damaged, or over `PIXEL_LIMIT`.
+        The bytes are empty, of no known format, truncated, damaged, or of more than `PIXEL_LIMIT` pixels.
     MemoryError
-        It cannot be decoded now.
+        There is not enough memory to decode them now.
     """
     if not data:
         raise UnreadableImageError("empty file")
@@ -102,32 +102,32 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
     if reader is None:
         raise UnreadableImageError("not an image of a known format")
     try:
-        # The format's own class, because `Image.open` would warn about sizes that are allowed here.
+        # `Image.open` would warn about sizes that are allowed here; the format's own class does not.
         image = reader(BytesIO(data))
         size = image.size
         if size[0] * size[1] > PIXEL_LIMIT:
             raise UnreadableImageError(f"{size[0]}x{size[1]} pixels, more than {PIXEL_LIMIT}")
         reduced = image.draft(None, (floor, floor)) if floor is not None else None
         return _upright(image, size, reduced[1][2:] if reduced is not None else size)
-    except (UnreadableImageError, MemoryError):  # short memory is no fault of the image
+    except (UnreadableImageError, MemoryError):  # lack of memory is not the image's fault
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise UnreadableImageError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    """Return one short line; what is not Pillow's own message tells more by its type."""
+    """Return one short line: Pillow's message, or the type of an error that is not Pillow's own."""
     message = " ".join(str(error).split()) if isinstance(error, OSError | SyntaxError | ValueError) else ""
     return f"cannot be decoded: {message or type(error).__name__}"[:REASON_LENGTH]
 
 
 def from_pillow(image: Image.Image) -> Picture:
-    """Return a Pillow image of any mode as `decode` would have given it; `image` stays as it is."""
+    """Return a Pillow image of any mode as `decode` returns a file; `image` is not changed."""
     return _upright(image, image.size, image.size)
 
 
 def _upright(image: Image.Image, size: tuple[int, int], covered: tuple[float, float]) -> Picture:
-    """Return `image`, whose top left `covered` pixels show a full image of `size`, upright and as RGB."""
+    """Return upright RGB, given which pixels at the top left of `image` are `covered` by the full image of `size`."""
     image.load()
     rgb = to_rgb(image)
     turn = _TURNS.get(_orientation(image))
@@ -144,7 +144,7 @@ def _upright(image: Image.Image, size: tuple[int, int], covered: tuple[float, fl
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; 1 (upright) where there is none or it is damaged, which leaves the pixels sound."""
+    """Return the EXIF orientation; 1 (upright) if there is none or it is damaged: the pixels are sound all the same."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -153,12 +153,12 @@ def _orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` as RGB by the rules above, orientation aside."""
+    """Return `image` as RGB by the rules above, without turning it."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
         grey = _to_8_bit(np.asarray(image))
-        if "transparency" in image.info:  # a 16-bit PNG's one transparent level, which Pillow leaves to us
+        if "transparency" in image.info:  # the one transparent level of a 16-bit PNG, which Pillow does not apply
             grey[np.asarray(image) == image.info["transparency"]] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
@@ -170,9 +170,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Scale grey levels wider than 8 bits to uint8, of the same shape.
 
-    White is 65,535 for integers within 0 to 65,535, and for floats the least of 1, 255 and 65,535 that holds them all.
-    Other values have no stated white: their least becomes black and their greatest white, or all black if they are
-    equal. Non-finite floats count as 0.
+    White is 65,535 for integers from 0 to 65,535, and for non-negative floats the first of 1, 255 and 65,535 that none
+    exceeds. In all other cases the least value becomes black and the greatest white; equal values become black.
+    Non-finite floats count as 0.
     """
     values_are_integers = np.issubdtype(values.dtype, np.integer)
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,57 +1,71 @@
-"""Images as batches, in order, prepared by threads ahead of whoever asks.
+"""Images of a source in batches, in order, read and decoded by threads ahead of whoever asks.
 
-    rows ─▶ readers: read, hash ─▶ in row order: seen before? ─▶ decoders: decode, resize ─▶ in row order: batches
+    row ─▶ read, hash ─▶ in row order: seen before? ─▶ decode, resize ─▶ in row order: batches
 
-Each thread holds the bytes of one file; a few more wait between the two stages, however large a batch is. Finished
-images wait in a window of a few batches.
+A thread takes a row all the way, so it holds the bytes of one file at a time. Finished images wait in a window of a few
+batches.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from threading import Condition, Semaphore
 
 import numpy as np
 
-from pipeline.images.decode_ahead import Stages
-from pipeline.images.outcomes import Decoded, Duplicate, Failure, Known, Outcome
+from pipeline.errors import UnreadableImageError
+from pipeline.images.ahead import map_ahead
+from pipeline.images.resize import prepare_all
 from pipeline.images.sources.items import ImageSource
 from pipeline.spec import Preprocessing
 
+DIGEST_SIZE = 16
+
+MIN_READERS = 4
+"""Reading waits for disks and networks rather than for the CPU, so even one core gets a few readers."""
+
+WINDOW_BATCHES = 4
+"""How many batches the threads may run ahead of the consumer."""
+
 MOST_OTHERS = 512
-"""Rows without an image in a batch: so many that are known already are written, and reported, together."""
-
-__all__ = ["Batch", "Duplicate", "Failure", "Known", "default_workers", "load"]
+"""Images without pixels in a batch: with this many, a batch is yielded even if it is not full."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Decoded images, and what was found about rows that need no decoding.
+@dataclass(frozen=True, eq=False)
+class LoadedImage:
+    """One image after loading: its pixels, or why it has none.
 
     Attributes
     ----------
-    rows : np.ndarray
-        (k,) int64, ascending in the order asked.
-    pixels : tuple of np.ndarray
-        (k, h, w, 3) uint8 for each preprocessing; k is the batch size but where many rows need no decoding, and for
-        the last batch: there it may be less, even 0.
-    digests : np.ndarray
-        (k, 16) uint8, blake2b-128 of each file's bytes.
-    duplicates : list of Duplicate
-        Rows equal to one in this batch or an earlier one.
-    failures : list of Failure
-        Rows that could not be read or decoded.
-    known : list of Known
-        Rows whose digest the caller knows already.
+    row : int
+        Index into the source's items.
+    digest : bytes
+        blake2b-128 of the file's bytes; empty if it could not be read, or not be decoded for lack of memory: another
+        attempt may succeed.
+    pixels : tuple of np.ndarray, optional
+        uint8 (h, w, 3) for each preprocessing; None if the image was not decoded.
+    duplicate_of : int, optional
+        An earlier row with the same bytes, which was decoded.
+    failure : str, optional
+        Why the image cannot be read or decoded, in a few words.
+
+    An image with none of the last three is known: the caller said so of its digest.
     """
 
-    rows: np.ndarray
-    pixels: tuple[np.ndarray, ...]
-    digests: np.ndarray
-    duplicates: list[Duplicate] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    known: list[Known] = field(default_factory=list)
+    row: int
+    digest: bytes = b""
+    pixels: tuple[np.ndarray, ...] | None = None
+    duplicate_of: int | None = None
+    failure: str | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the caller has the features of this image already."""
+        return self.pixels is None and self.duplicate_of is None and self.failure is None
 
 
 def default_workers() -> int:
@@ -61,75 +75,124 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(
+def load_images(
     source: ImageSource,
     rows: Sequence[int] | np.ndarray,
     preprocessings: Sequence[Preprocessing],
     batch_size: int,
     workers: int | None = None,
     known: Callable[[bytes], bool] | None = None,
-) -> Iterator[Batch]:
-    """Yield the images of `rows` as batches, strictly in order.
+) -> Generator[list[LoadedImage], None, None]:
+    """Yield the images of `rows` in batches, strictly in order.
 
-    Of rows with equal bytes only the first is decoded; the later ones are duplicates of it, or failures like it.
+    Of rows with equal bytes only the first is decoded; the later ones are duplicates of it, or fail like it.
 
     Parameters
     ----------
     source : ImageSource
         Where the images are.
     rows : sequence of int
-        Positions in ``source.items``.
+        Indices into ``source.items``.
     preprocessings : sequence of Preprocessing
-        What the networks expect, those of equal geometry only once; a file is read once for all.
+        What the networks expect. A file is read once for all of them.
     batch_size : int
-        Images in a batch; at least 1.
+        Decoded images in a batch; at least 1.
     workers : int, optional
-        Decoding threads; by default one for each core that this process may use.
+        Images that are decoded at once; by default one for each core that this process may use.
     known : callable, optional
-        Says of a digest (16 bytes) that its features exist already; such rows are not decoded. Called by one thread at
-        a time, in row order, for each row that could be read and is no duplicate.
+        Tells whether the features of an image exist already, by its digest (16 bytes); such images are not decoded. It
+        is called by one thread at a time, in row order, for each row that could be read and is no duplicate.
 
     Yields
     ------
-    Batch
-        With `batch_size` images, but for the last and where `MOST_OTHERS` rows without any have gathered. A duplicate
-        comes with its original or after it.
+    list of LoadedImage
+        `batch_size` decoded images and what lies between them; fewer decoded ones in the last batch, and in a batch
+        that reaches `MOST_OTHERS` images without pixels. A duplicate comes after its original.
     """
-    numbers = [int(row) for row in rows]
-    stages = Stages(source, numbers, preprocessings, workers or default_workers(), batch_size, known)
-    try:
-        yield from _batches(stages.outcomes(), preprocessings, batch_size)
-    finally:
-        stages.stop()
+    workers = workers or default_workers()
+    loading = _Loading(source, preprocessings, workers, known)
+    window = WINDOW_BATCHES * max(batch_size, workers)
+    numbered = enumerate(int(row) for row in rows)
+    with closing(map_ahead(loading.load, numbered, max(MIN_READERS, workers) + workers, window)) as images:
+        yield from _batches(_with_failed_duplicates(images), batch_size)
 
 
-def _batches(outcomes: Iterator[Outcome], preprocessings: Sequence[Preprocessing], batch_size: int) -> Iterator[Batch]:
-    decoded: list[Decoded] = []
-    others: list[Duplicate | Failure | Known] = []
-    for outcome in outcomes:
-        if isinstance(outcome, Decoded):
-            decoded.append(outcome)
-        else:
-            others.append(outcome)
-        if len(decoded) == batch_size or len(others) == MOST_OTHERS:
-            yield _batch(decoded, others, preprocessings)
-            decoded, others = [], []
-    if decoded or others:
-        yield _batch(decoded, others, preprocessings)
+class _Loading:
+    """What the threads of one `load_images` share: `load` takes one row from the source to its pixels."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        preprocessings: Sequence[Preprocessing],
+        workers: int,
+        known: Callable[[bytes], bool] | None,
+    ) -> None:
+        self._source, self._preprocessings, self._known = source, preprocessings, known
+        self._decoding = Semaphore(workers)
+        self._changed = Condition()
+        self._next = 0  # the position whose turn it is
+        self._first: dict[bytes, int] = {}  # digest to the first row that has it
+
+    def load(self, numbered: tuple[int, int]) -> LoadedImage:
+        """Load the image of one ``(position, row)``; positions must be begun in order."""
+        position, row = numbered
+        try:
+            data = self._source.read(self._source.items[row])
+            digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
+        except UnreadableImageError as error:
+            with self._turn(position):
+                return LoadedImage(row, failure=str(error))
+        except BaseException:
+            with self._turn(position):  # those behind it wait for theirs
+                raise
+        with self._turn(position):
+            if digest in self._first:
+                return LoadedImage(row, digest, duplicate_of=self._first[digest])
+            if self._known is not None and self._known(digest):
+                return LoadedImage(row, digest)
+            self._first[digest] = row
+        with self._decoding:
+            return self._decode(row, digest, data)
+
+    @contextmanager
+    def _turn(self, position: int) -> Iterator[None]:
+        """Wait until every earlier position has had its turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == position)
+            try:
+                yield
+            finally:
+                self._next += 1
+                self._changed.notify_all()
+
+    def _decode(self, row: int, digest: bytes, data: bytes) -> LoadedImage:
+        try:
+            return LoadedImage(row, digest, prepare_all(data, self._preprocessings))
+        except UnreadableImageError as error:
+            return LoadedImage(row, digest, failure=str(error))
+        except MemoryError:
+            return LoadedImage(row, failure="not enough memory")
 
 
-def _batch(
-    decoded: list[Decoded], others: list[Duplicate | Failure | Known], preprocessings: Sequence[Preprocessing]
-) -> Batch:
-    pixels = tuple(np.empty((len(decoded), *wanted.size, 3), np.uint8) for wanted in preprocessings)
-    for number, image in enumerate(decoded):
-        for place, prepared in enumerate(image.pixels):
-            pixels[place][number] = prepared
-    return Batch(
-        rows=np.array([image.row for image in decoded], np.int64),
-        pixels=pixels,
-        digests=np.frombuffer(b"".join(image.digest for image in decoded), np.uint8).reshape(-1, 16),
-        duplicates=[other for other in others if isinstance(other, Duplicate)],
-        failures=[other for other in others if isinstance(other, Failure)],
-        known=[other for other in others if isinstance(other, Known)],
-    )
+def _with_failed_duplicates(images: Iterable[LoadedImage]) -> Iterator[LoadedImage]:
+    """Let duplicates of an image that failed fail like it."""
+    failed: dict[int, LoadedImage] = {}
+    for image in images:
+        if image.failure is not None:
+            failed[image.row] = image
+        elif image.duplicate_of is not None and image.duplicate_of in failed:
+            image = replace(failed[image.duplicate_of], row=image.row)
+        yield image
+
+
+def _batches(images: Iterable[LoadedImage], batch_size: int) -> Iterator[list[LoadedImage]]:
+    batch: list[LoadedImage] = []
+    decoded = 0
+    for image in images:
+        batch.append(image)
+        decoded += image.pixels is not None
+        if decoded == batch_size or len(batch) - decoded == MOST_OTHERS:
+            yield batch
+            batch, decoded = [], 0
+    if batch:
+        yield batch

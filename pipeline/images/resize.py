@@ -1,10 +1,11 @@
 """A picture becomes the network's input: torchvision's `Resize` and `CenterCrop`, antialiased, in uint8.
 
-torch's own uint8 resize, which is the same arithmetic as Pillow's within 2 grey levels and several times as fast, does
-the two usual filters. Pillow does the others, the fractional boxes of reduced JPEGs, and pictures so long and thin that
-the whole would be many times the crop, as one resize of what the crop keeps: there the box is torchvision's integer
-resized size and crop offset mapped back to the picture (a fractional one would shift everything), and the columns come
-first, as they do in the whole picture.
+torch's own uint8 resize does the two usual filters: it computes the same as Pillow within 2 grey levels, several times
+as fast. Pillow does the rest: other filters, the fractional boxes of reduced JPEGs, and pictures so long and thin that
+the whole resized picture would be many times the crop. There one resize makes only what the crop keeps. Its box is
+torchvision's integer resized size and crop offset mapped back to the picture (a fractional offset would shift
+everything), and its width is resized first, as in the whole picture.
+
 Scaling to floats and normalising happen later, on the device.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -31,14 +32,14 @@ _FILTERS = {
 _TORCH_FILTERS = ("bilinear", "bicubic")
 
 _WHOLE_LIMIT = 16
-"""Times the pixels of the crop that a resized picture may have to be resized whole."""
+"""A picture is resized whole if that gives at most this many times the pixels of the crop."""
 
 _REACH = 3
-"""Rows, in those of the output, that the widest filter (Lanczos) reads beyond the box."""
+"""Rows of the output that the widest filter (Lanczos) reads beyond the box."""
 
 
-class Span(NamedTuple):
-    """One axis of the crop: pixels ``start`` to ``stop`` of the output show `low` to `high` of the picture's box."""
+class CropAxis(NamedTuple):
+    """One axis of a crop: pixels `start` to `stop` of the output show `low` to `high` of the picture, in its pixels."""
 
     start: int
     stop: int
@@ -58,9 +59,19 @@ def prepare(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
 
 
 def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> tuple[np.ndarray, ...]:
-    """Return what `prepare` gives for each of `preprocessings`, decoded once for those that bear the same reduction."""
-    pictures = {floor: decode(data, floor) for floor in {jpeg_floor(wanted) for wanted in preprocessings}}
-    return tuple(_prepared(pictures[jpeg_floor(wanted)], wanted, data) for wanted in preprocessings)
+    """Return what `prepare` gives for each of `preprocessings`.
+
+    The bytes are decoded once for each JPEG reduction, and preprocessings of equal geometry share one array.
+    """
+    pictures: dict[int, Picture] = {}
+    prepared: dict[tuple[Any, ...], np.ndarray] = {}
+    for preprocessing in preprocessings:
+        if preprocessing.geometry not in prepared:
+            floor = jpeg_floor(preprocessing)
+            if floor not in pictures:
+                pictures[floor] = decode(data, floor)
+            prepared[preprocessing.geometry] = _prepared(pictures[floor], preprocessing, data)
+    return tuple(prepared[preprocessing.geometry] for preprocessing in preprocessings)
 
 
 def _prepared(picture: Picture, preprocessing: Preprocessing, data: bytes) -> np.ndarray:
@@ -70,7 +81,7 @@ def _prepared(picture: Picture, preprocessing: Preprocessing, data: bytes) -> np
 
 
 def _augmented(picture: Picture, view: View, generator: np.random.Generator) -> np.ndarray:
-    """Return an augmented view; a random crop takes the place of resize and centre crop."""
+    """Return an augmented view; a random crop replaces resize and centre crop."""
     parts = parse_augment(view.augment)
     if "crop" in parts:
         box = random_box(picture.box, generator)
@@ -82,7 +93,7 @@ def _augmented(picture: Picture, view: View, generator: np.random.Generator) -> 
 
 
 def jpeg_floor(preprocessing: Preprocessing) -> int:
-    """Return the pixels below which a reduced JPEG decode may not go: twice the resize size of the shorter side."""
+    """Return the least length of the shorter side, in pixels, after a reduced JPEG decode: twice that of the resize."""
     resize = preprocessing.resize
     return 2 * (resize if isinstance(resize, int) else max(resize))
 
@@ -90,14 +101,14 @@ def jpeg_floor(preprocessing: Preprocessing) -> int:
 def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> np.ndarray:
     """Resize a picture, crop its centre, and return uint8 pixels of shape (height, width, 3).
 
-    An integer resize sets the shorter side and keeps the aspect ratio, a pair squashes. Where the resized picture is
-    smaller than the crop it stands in the middle on black, as with torchvision's `CenterCrop`.
+    An integer resize sets the shorter side and keeps the aspect ratio; a pair sets both sides. If the resized picture
+    is smaller than the crop, it is centred on black, as by torchvision's `CenterCrop`.
     """
     (height, width), (full_width, full_height) = preprocessing.size, picture.size
     resized_height, resized_width = resized_size(full_height, full_width, preprocessing.resize)
     left, top, right, bottom = picture.box
-    x = _span(left, right, resized_width, width)
-    y = _span(top, bottom, resized_height, height)
+    x = _crop_axis(left, right, resized_width, width)
+    y = _crop_axis(top, bottom, resized_height, height)
     small = resized_height * resized_width <= _WHOLE_LIMIT * height * width
     if small and preprocessing.interpolation in _TORCH_FILTERS and picture.box == (0, 0, *picture.image.size):
         whole = _resize_whole(picture.image, (resized_height, resized_width), preprocessing.interpolation)
@@ -117,8 +128,8 @@ def _resize_whole(image: Image.Image, size: tuple[int, int], filter_name: str) -
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
-def _centre(resized: np.ndarray, x: Span, y: Span, size: tuple[int, int]) -> np.ndarray:
-    """Cut the centre out of a resized picture that is too large, or put one that is too small on black, by axis."""
+def _centre(resized: np.ndarray, x: CropAxis, y: CropAxis, size: tuple[int, int]) -> np.ndarray:
+    """Along each axis, cut out the centre of a resized picture that is too large, or centre a small one on black."""
     top, left = (max(round((length - crop) / 2), 0) for length, crop in zip(resized.shape[:2], size, strict=True))
     part = resized[top : top + y.stop - y.start, left : left + x.stop - x.start]
     if part.shape[:2] == size:
@@ -131,10 +142,10 @@ def _centre(resized: np.ndarray, x: Span, y: Span, size: tuple[int, int]) -> np.
 def _resize(
     image: Image.Image, size: tuple[int, int], resampling: Image.Resampling, box: tuple[float, float, float, float]
 ) -> Image.Image:
-    """Return the part of `image` in `box` at `size`, the width resized before the height.
+    """Return the part of `image` in `box`, resized to `size`: the width first, then the height.
 
-    Between the two passes values are rounded and clipped, so their order shows at edges: by 34 levels with Lanczos.
-    Left to itself Pillow may take the other order for a part than for the whole.
+    Values are rounded and clipped between the two passes, so their order matters at edges: up to 34 levels with
+    Lanczos. By itself, Pillow may choose another order for a part than for the whole.
     """
     left, top, right, bottom = box
     if box == (0, 0, *image.size):
@@ -155,11 +166,11 @@ def resized_size(height: int, width: int, resize: int | tuple[int, int]) -> tupl
     return resize, int(resize * width / height)
 
 
-def _span(low: float, high: float, resized: int, crop: int) -> Span:
+def _crop_axis(low: float, high: float, resized: int, crop: int) -> CropAxis:
     """Return the centre `crop` of an axis that maps ``low`` to ``high`` onto `resized` pixels."""
     if crop > resized:
         start = (crop - resized) // 2
-        return Span(start, start + resized, low, high)
+        return CropAxis(start, start + resized, low, high)
     offset = round((resized - crop) / 2)  # halves to even, as torchvision
     scale = (high - low) / resized
-    return Span(0, crop, low + offset * scale, low + (offset + crop) * scale)
+    return CropAxis(0, crop, low + offset * scale, low + (offset + crop) * scale)

@@ -1,1 +1,1 @@
-"""The numerical work under the heads: row spaces, curvature, scores of hyperplanes, rows on a device."""
+"""The numerical work under the heads: row spans, curvature, hyperplanes, rows on a device."""

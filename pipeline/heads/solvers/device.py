@@ -1,4 +1,4 @@
-"""Training rows on a device: they go there once, and each product with them comes back."""
+"""Training rows on a device: they are copied there once, and only products with them come back."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from pipeline.arrays import Float32Array
 from pipeline.errors import FitError
 
-Outcome = TypeVar("Outcome")
-Task = tuple[Callable[..., Outcome], tuple[Any, ...], dict[str, Any]]
-"""As `joblib.delayed` makes them."""
+T = TypeVar("T")
+Task = tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]
+"""A call as `joblib.delayed` stores it."""
 
 
 class DeviceRows:
-    """A matrix on a device, multiplied from either side by float32 numpy arrays, as a numpy matrix would be.
+    """A matrix on a device that float32 numpy arrays multiply from either side, like a numpy matrix.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ class DeviceRows:
         As torch names it.
     """
 
-    __array_ufunc__ = None  # numpy leaves products to this class
+    __array_ufunc__ = None  # makes numpy leave products to this class
 
     def __init__(self, rows: Float32Array, device: str) -> None:
         import torch
@@ -43,19 +43,19 @@ class DeviceRows:
         return self._torch.from_numpy(array).to(self._rows.device)
 
 
-def run_one_by_one(tasks: Iterable[Task[Outcome]]) -> Iterator[Outcome]:
-    """Yield what each task returns.
+def run_one_by_one(tasks: Iterable[Task[T]]) -> Iterator[T]:
+    """Run each task when its result is asked for, and yield the result.
 
     Raises
     ------
     FitError
-        If the device has no memory for the rows of a task.
+        If the rows of a task do not fit into the memory of the device.
     """
     for function, arguments, options in tasks:
         import torch
 
         try:
-            outcome = function(*arguments, **options)
+            result = function(*arguments, **options)
         except torch.OutOfMemoryError as error:
-            raise FitError("the device has no memory for the rows of a fit; use --device cpu") from error
-        yield outcome
+            raise FitError("the rows of a fit do not fit into the memory of the device; use device 'cpu'") from error
+        yield result

@@ -1,33 +1,45 @@
-"""What heads of one hyperplane a class share: the grid of C, labels as signs, and signs as labels.
-
-Regularisation is searched on the grid of Kornblith et al. (2019, "Do better ImageNet models transfer better?"): 45
-values of C from 1e-6 to 1e5, evenly spaced in the logarithm.
-"""
+"""One hyperplane per class: labels as signs, signs as labels, and the scores of a trained head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from pipeline.arrays import Float32Array, IntArray
-from pipeline.heads.family import Family, Params
-
-C_GRID = tuple(float(c) for c in np.logspace(-6, 5, 45))
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 
 
-class OverC(Family):
-    """A linear head whose one parameter is C."""
+class Hyperplanes(NamedTuple):
+    """A trained head as one matrix. Scores of scaled features x (d,) are ``weights @ x + bias``; the largest wins.
 
-    linear = True
-    weighted = True
-    fixed: ClassVar[Params] = {"C": 1.0}
+    Parameters
+    ----------
+    weights : (K, d) float64
+    bias : (K,) float64
+        In the order of the estimator's ``classes_``.
+    """
 
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return the 45 values of C."""
-        return [{"C": c} for c in C_GRID]
+    weights: Float64Array
+    bias: Float64Array
+
+
+def of_each_class(coefficients: ArrayLike, intercepts: ArrayLike) -> Hyperplanes:
+    """Return the hyperplanes of a scikit-learn estimator, one per class also for two classes.
+
+    The first of two classes then scores 0 and the second what scikit-learn calls the decision function, so that the
+    softmax of the scores is the probability of a logistic regression for any number of classes.
+
+    Parameters
+    ----------
+    coefficients : (K, d) or (1, d) float
+    intercepts : (K,) or (1,) float
+    """
+    weights = np.atleast_2d(np.asarray(coefficients, np.float64))
+    bias = np.atleast_1d(np.asarray(intercepts, np.float64))
+    if len(weights) == 1:
+        weights, bias = np.vstack([0 * weights, weights]), np.append(0.0, bias)
+    return Hyperplanes(weights, bias)
 
 
 def one_against_rest(y: IntArray) -> tuple[IntArray, Float32Array]:
@@ -37,7 +49,7 @@ def one_against_rest(y: IntArray) -> tuple[IntArray, Float32Array]:
     return classes, np.where(y[:, None] == columns, np.float32(1), np.float32(-1))
 
 
-def choose(classes: IntArray, scores: NDArray[np.floating[Any]]) -> IntArray:
-    """Return the class of the largest score of each row (m, K), by the sign where there is one column."""
+def best_classes(classes: IntArray, scores: NDArray[np.floating[Any]]) -> IntArray:
+    """Return the class of the largest score of each row (m, K), or by the sign if there is a single column."""
     best = (scores[:, 0] > 0).astype(np.int64) if scores.shape[1] == 1 else scores.argmax(axis=1)
     return cast("IntArray", classes[best])

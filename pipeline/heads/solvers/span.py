@@ -1,8 +1,7 @@
-"""Rotate wide rows onto the space they span, so that n rows of d > n features become n rows of at most n.
+"""Rotate wide rows onto their span, so that n rows of d > n features become n rows of at most n.
 
-A head with an l2 penalty has weights that are a combination of its training rows, so nothing is lost: scores are the
-same whether weights live among the features or in an orthonormal basis of the span. Squared distances to rows outside
-of the span are not kept, which is why only linear heads may be trained this way.
+The weights of a linear head with an l2 penalty are a combination of its training rows, so its scores are the same in an
+orthonormal basis of the span. Distances to rows outside the span change, so other heads cannot be trained this way.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ _COLUMNS = 4096
 
 @dataclass(frozen=True)
 class Span:
-    """An orthonormal basis of the rows' span: `triangle`⁻¹ times the rows numbered `basis`.
+    """An orthonormal basis of the span of rows: `triangle`⁻¹ times the rows with the numbers `basis`.
 
     Parameters
     ----------
     rotated : (n, r) float32
         The rows in that basis.
     basis : (r,) int64
-        Rows that span all others, r their rank.
+        Numbers of r linearly independent rows, r the rank.
     triangle : (r, r) float64
         These rows in that basis; lower triangular.
     """
@@ -37,18 +36,18 @@ class Span:
     triangle: Float64Array
 
     def rotate(self, rows: Float32Array, others: Float32Array) -> Float32Array:
-        """Return the part of `others` (m, d) that lies in the span of `rows` (n, d): (m, r) float32."""
+        """Return the projection of `others` (m, d) onto the span of `rows` (n, d): (m, r) float32."""
         products = _products(rows[self.basis], others)
         return np.asarray(solve_triangular(self.triangle, products, lower=True).T, np.float32)
 
     def unrotate(self, rows: Float32Array, weights: Float64Array) -> Float64Array:
-        """Return weights (K, r) of rotated rows as weights (K, d) of the features of `rows` (n, d)."""
+        """Return weights (K, r) for rotated rows as weights (K, d) for the features of `rows` (n, d)."""
         shares = solve_triangular(self.triangle, weights.T, lower=True, trans="T")
         return np.asarray(shares.T @ rows[self.basis])
 
 
 def find_span(rows: Float32Array) -> Span | None:
-    """Return the rows' span by pivoted Cholesky of their Gram matrix in float64 (Higham 1990).
+    """Return the span of rows, by pivoted Cholesky of their Gram matrix in float64 (Higham 1990).
 
     Parameters
     ----------
@@ -57,7 +56,7 @@ def find_span(rows: Float32Array) -> Span | None:
     Returns
     -------
     Span or None
-        ``None`` where it would not be narrower than the features, or all rows are zero.
+        None if it is no narrower than the features, or all rows are zero.
     """
     n, d = rows.shape
     if d <= n or not rows.any():
@@ -71,7 +70,7 @@ def find_span(rows: Float32Array) -> Span | None:
 
 
 def _products(rows: Float32Array, others: Float32Array) -> Float64Array:
-    """Return all inner products (n, m) in float64, without a float64 copy of everything."""
+    """Return all inner products (n, m) in float64, converting a block of columns at a time."""
     total = np.zeros((len(rows), len(others)))
     for start in range(0, rows.shape[1], _COLUMNS):
         left = rows[:, start : start + _COLUMNS].astype(np.float64)

@@ -1,7 +1,7 @@
 """The directions along which rows spread most, and units of curvature along them.
 
-Features of a network spread by orders of magnitude more along some directions than along others, and the loss of a
-linear head curves accordingly, which costs L-BFGS hundreds of steps. Measured in units of that curvature, tens do.
+The features of a network spread by orders of magnitude more along some directions than along others. So does the
+curvature of a linear head's loss, which costs L-BFGS hundreds of steps. In units of that curvature it takes tens.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _ROWS = 4096
 
 @dataclass(frozen=True)
 class Units:
-    """A change of variables for coefficients, with an intercept in the last column; symmetric.
+    """A symmetric change of variables for weights whose last column is the intercept.
 
     Parameters
     ----------
     axes : (r, d) float64
         Orthonormal directions.
     along : (r,) float64
-        The units of coefficients along them.
+        Units of the coefficients along them.
     rest : float
-        The unit of what is orthogonal to all of them.
+        Unit of the coefficients orthogonal to all of them.
     intercept : float
-        The unit of intercepts.
+        Unit of the intercepts.
     """
 
     axes: Float64Array
@@ -40,28 +40,28 @@ class Units:
     intercept: float
 
     def apply(self, weights: Float64Array) -> Float64Array:
-        """Return `weights` (k, d + 1), given in these units, in those of the features."""
+        """Convert `weights` (k, d + 1) from these units to those of the features."""
         given = weights[:, :-1]
         coefficients = self.rest * given + ((self.along - self.rest) * (given @ self.axes.T)) @ self.axes
         return np.hstack([coefficients, self.intercept * weights[:, -1:]])
 
     def inverse(self) -> Units:
-        """Return the way back."""
+        """Return the units that convert in the other direction."""
         return Units(self.axes, 1 / self.along, 1 / self.rest, 1 / self.intercept)
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Where rows spread most.
+    """The directions along which rows spread most, approximately.
 
     Parameters
     ----------
     mean : (d,) float64
-        About the mean of the rows.
+        Mean of the rows.
     axes : (r, d) float64
-        About the leading principal axes.
+        Leading principal axes.
     spread : (r,) float64
-        About the variances along them, falling.
+        Variances along them, the largest first.
     """
 
     mean: Float64Array
@@ -69,16 +69,16 @@ class Spectrum:
     spread: Float64Array
 
     def units(self, curvature: float, penalty: float) -> Units:
-        """Return units in which a loss that curves so much for each unit of variance, and its penalty, curve by 1."""
+        """Return units in which a loss with this curvature per unit of variance, plus its penalty, has curvature 1."""
         along = 1 / np.sqrt(curvature * self.spread + penalty)
         return Units(self.axes, along, float(along[-1]), 1 / math.sqrt(curvature + penalty))
 
 
 def find_spectrum(rows: Float32Array) -> Spectrum:
-    """Return the spectrum of `rows` (n, d), of at most some thousand of them, evenly chosen.
+    """Estimate the spectrum of `rows` (n, d) from at most 4,096 of them, evenly spaced.
 
-    What it is used for is exact whatever it finds, only slower where that is far off. Of a few features it takes half
-    the directions, for float32 does not tell the last ones from rounding.
+    A poor estimate makes the optimisation slower, not less exact. If rows or features are few, only half as many
+    directions are computed, because in float32 the last ones are rounding noise.
     """
     sample = rows[:: -(-len(rows) // _ROWS)]
     mean = sample.mean(axis=0, dtype=np.float64)

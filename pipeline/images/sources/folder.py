@@ -1,21 +1,22 @@
-"""Folders of images: walk them once, then let the paths alone say what is a split and what a class."""
+"""Folders of images: one walk lists the files, and their paths alone say what is a split and what is a class."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
 
 from pipeline.errors import SourceError
 from pipeline.images.sources.items import (
+    FOREIGN_SUFFIXES,
     IMAGE_SUFFIXES,
-    MISSING_SIZE,
-    Entry,
     ImageSource,
     Item,
     build_source,
+    is_file_of,
     read_file,
 )
 
@@ -28,58 +29,42 @@ SPLIT_WORDS = {
     "test": "test",
     "testing": "test",
 }
-"""What folders, manifests and shard names may call a split, in lower case, and what it is called here."""
+"""What folders, manifests and shard names call a split, in lower case, and its name here."""
 
 
-class Found(NamedTuple):
-    """A file as the walk saw it: POSIX path relative to the root, bytes, modification time in nanoseconds."""
-
-    uri: str
-    size: int
-    mtime_ns: int
-
-
-class FileReader:
-    """Reads items whose uri is a path relative to `root`, or an absolute one."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def __call__(self, item: Item) -> bytes:
-        """Return the file's bytes; see `read_file` for what it raises."""
-        return read_file(self.root / item.uri)
-
-
-def open_folder(root: Path, files: Iterable[Found]) -> ImageSource:
-    """Return the images of a folder, labelled by its class folders where it has any.
-
-    Parameters
-    ----------
-    root : Path
-        Absolute.
-    files : iterable of Found
-        The images that `walk` found under `root`.
-    """
-    files = list(files)
-    places = place([found.uri for found in files], root)
-    entries = [
-        Entry(found.uri, label, split, "", found.size, found.mtime_ns)
-        for found, (split, label) in zip(files, places, strict=True)
+def open_folder(path: Path) -> ImageSource | None:
+    """Return the images under a folder, labelled by its class folders if it has any; None if `path` is no folder."""
+    if not path.is_dir():
+        return None
+    files, passed_over = walk(path, IMAGE_SUFFIXES)
+    labelled = [
+        (item._replace(split=split), label)
+        for item, (split, label) in zip(files, splits_and_classes([item.uri for item in files], path), strict=True)
     ]
-    return build_source(root.name or "root", root.as_posix(), entries, FileReader(root))
+    source = build_source(path.name or "root", path.as_posix(), labelled, lambda item: read_file(path / item.uri))
+    return replace(source, passed_over=passed_over)
 
 
-def place(uris: list[str], root: Path) -> list[tuple[str, str]]:
+def open_image(path: Path) -> ImageSource | None:
+    """Return one image, without a label; None if `path` is no image file."""
+    if not is_file_of(path, IMAGE_SUFFIXES):
+        return None
+    status = path.stat()
+    item = Item(path.name, size=status.st_size, mtime_ns=status.st_mtime_ns)
+    return build_source(path.stem, path.as_posix(), [(item, "")], lambda item: read_file(path.parent / item.uri))
+
+
+def splits_and_classes(uris: list[str], root: Path) -> list[tuple[str, str]]:
     """Return the split and the class name that each path implies, ``""`` for none.
 
-    A path is ``[SPLIT/][CLASS/…/]FILE``. Folders called by a split's name are splits, unless they stand among others
-    and hold images directly: then they are classes (a `train` beside a `bus`). Images beside class folders have no
-    class, and a folder without images is none.
+    A path is ``[SPLIT/][CLASS/…/]FILE``. Folders that have a split's name are splits, unless they have other folders
+    beside them and hold images directly: then they are classes (a `train` beside a `bus`). Images beside class folders
+    have no class, and a folder without images is no class.
 
     Raises
     ------
     SourceError
-        Split folders with class folders inside stand beside other folders.
+        Split folders that contain class folders have other folders beside them.
     """
     parts = [uri.split("/") for uri in uris]
     tops = {path[0] for path in parts if len(path) > 1}
@@ -91,44 +76,60 @@ def place(uris: list[str], root: Path) -> list[tuple[str, str]]:
                 f"beside {', '.join(sorted(tops - splits)[:5])}: move or rename one kind"
             )
         splits = set()
-    placed = []
+    found = []
     for path in parts:
         split = SPLIT_WORDS[path[0].lower()] if path[0] in splits and len(path) > 1 else ""
         below = path[1:] if split else path
-        placed.append((split, below[0] if len(below) > 1 else ""))
-    return placed
+        found.append((split, below[0] if len(below) > 1 else ""))
+    return found
 
 
-def suffix_of(name: str) -> str:
-    """Return a file name's ending with its dot, in lower case; pathlib's takes longer than the walk."""
-    return name[name.rfind(".") :].lower()
+def walk(root: Path, suffixes: Collection[str]) -> tuple[list[Item], dict[str, int]]:
+    """Return the files under `root` that end in one of `suffixes`, in no order, without split or class.
 
+    Hidden names are left out. Links to files and folders are followed, but a link to a folder that contains it is not.
+    A link that leads nowhere is kept as a missing file, which cannot be read later.
 
-def walk(root: Path, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Iterator[Found]:
-    """Yield the files under `root` with one of `suffixes`, in no order; hidden names are passed over.
-
-    Links are followed, to files and to folders; a folder that is its own ancestor, by way of a link, is not entered
-    again. A link that leads nowhere is kept (size -1): reading it will tell.
+    Returns
+    -------
+    files : list of Item
+    passed_over : dict of str to int
+        How many other files there are of each ending in `FOREIGN_SUFFIXES`.
 
     Raises
     ------
     SourceError
         A folder cannot be listed.
     """
+    files: list[Item] = []
+    passed_over: Counter[str] = Counter()
+    for uri, entry in _entries(root):
+        suffix = uri[uri.rfind(".") :].lower()  # pathlib's suffix takes longer than the walk
+        if suffix not in suffixes and suffix not in FOREIGN_SUFFIXES:
+            continue
+        item = _item(uri, entry)
+        if item is None:
+            continue
+        if suffix in suffixes:
+            files.append(item)
+        else:
+            passed_over[suffix] += 1
+    return files, dict(passed_over)
+
+
+def _entries(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield all that is no folder under `root`, with its path relative to `root`."""
     above = frozenset(_identity(folder) for folder in (root, *root.resolve().parents))
     pending = [("", root, above)]
     while pending:
         prefix, folder, ancestors = pending.pop()
         for entry in _listing(folder):
-            name = entry.name
-            if name.startswith("."):
+            if entry.name.startswith("."):
                 continue
-            if _is_folder(entry):
-                identity = _identity(Path(entry.path))
-                if identity not in ancestors:
-                    pending.append((f"{prefix}{name}/", Path(entry.path), ancestors | {identity}))
-            elif suffix_of(name) in suffixes:
-                yield from _found(entry, prefix + name)
+            if not _is_folder(entry):
+                yield prefix + entry.name, entry
+            elif (identity := _identity(Path(entry.path))) not in ancestors:
+                pending.append((f"{prefix}{entry.name}/", Path(entry.path), ancestors | {identity}))
 
 
 def _listing(folder: Path) -> list[os.DirEntry[str]]:
@@ -150,15 +151,14 @@ def _identity(folder: Path) -> tuple[int, int]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself is no folder; as a file it is an unreadable image
+    except OSError:  # a link to itself: not a folder, so an image that cannot be read
         return False
 
 
-def _found(entry: os.DirEntry[str], uri: str) -> Iterator[Found]:
+def _item(uri: str, entry: os.DirEntry[str]) -> Item | None:
+    """Return a listed file; None for what is no regular file, such as a socket."""
     try:
         status = entry.stat()
     except OSError:
-        yield Found(uri, MISSING_SIZE, 0)
-        return
-    if S_ISREG(status.st_mode):
-        yield Found(uri, status.st_size, status.st_mtime_ns)
+        return Item(uri)
+    return Item(uri, size=status.st_size, mtime_ns=status.st_mtime_ns) if S_ISREG(status.st_mode) else None

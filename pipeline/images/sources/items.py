@@ -1,8 +1,8 @@
-"""What a source is: named, ordered items, class names, and a way to read an item's bytes."""
+"""What a source is: a name, ordered items, class names, and a way to read an item's bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -14,16 +14,16 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
     | {".dib", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
-"""Endings, in lower case, by which folders and shards recognise an image."""
+"""Endings, in lower case, by which an image is recognised in a folder or a shard."""
 
 FOREIGN_SUFFIXES = frozenset(
     {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".tga", ".exr"}
     | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"}
 )
-"""Endings, in lower case, of what is a picture to a person and is not read here: it is passed over, and counted."""
+"""Endings, in lower case, of pictures that are not read here: they are passed over, and counted."""
 
 MISSING_SIZE = -1
-"""The size of an item whose file was not there when the source was listed; its time is 0."""
+"""The size of an item whose file was missing when the source was listed."""
 
 
 class Item(NamedTuple):
@@ -40,28 +40,17 @@ class Item(NamedTuple):
     group : str
         What must stay on one side of a split (a person, a scene); ``""`` for none.
     size : int
-        Bytes when listed; -1 where the file was missing.
+        Bytes when listed; -1 if the file was missing.
     mtime_ns : int
-        Modification time when listed, in nanoseconds; 0 where the file was missing.
+        Modification time when listed, in nanoseconds; 0 if the file was missing.
     """
 
     uri: str
-    label: int
-    split: str
-    group: str
-    size: int
-    mtime_ns: int
-
-
-class Entry(NamedTuple):
-    """An item whose label is still a name (``""`` for none); attributes as in `Item`."""
-
-    uri: str
-    label: str
-    split: str
-    group: str
-    size: int
-    mtime_ns: int
+    label: int = -1
+    split: str = ""
+    group: str = ""
+    size: int = MISSING_SIZE
+    mtime_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,13 +64,13 @@ class ImageSource:
     location : str
         Absolute POSIX path, or ``"digits"``.
     classes : tuple of str
-        Class names in plain text order (so ``"10"`` stands before ``"9"``).
+        Class names in plain text order, so ``"10"`` comes before ``"9"``.
     items : list of Item
         Sorted by uri.
     reader : callable
-        Gives an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
+        Returns an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
     passed_over : dict of str to int
-        How many pictures of each ending in `FOREIGN_SUFFIXES` stand beside the images.
+        How many pictures lie beside the images, by their endings from `FOREIGN_SUFFIXES`.
     """
 
     name: str
@@ -97,7 +86,7 @@ class ImageSource:
         if not self.passed_over:
             return []
         counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.passed_over.items()))
-        return [f"{counts} passed over, for thawline does not read them: save them as .jpg or .png"]
+        return [f"{counts} passed over because thawline cannot read them: save them as .jpg or .png"]
 
     def read(self, item: Item) -> bytes:
         """Return the encoded bytes of `item`.
@@ -110,22 +99,33 @@ class ImageSource:
         return self.reader(item)
 
 
-def build_source(name: str, location: str, entries: Iterable[Entry], reader: Callable[[Item], bytes]) -> ImageSource:
-    """Return a source: entries sorted by uri, label names numbered in plain text order.
+def build_source(
+    name: str, location: str, labelled: Iterable[tuple[Item, str]], reader: Callable[[Item], bytes]
+) -> ImageSource:
+    """Return a source: its items sorted by uri, its classes numbered in plain text order.
+
+    Parameters
+    ----------
+    name, location : str
+        As in `ImageSource`.
+    labelled : iterable of (Item, str)
+        Items without a label, each with the name of its class (``""`` for none).
+    reader : callable
+        As in `ImageSource`.
 
     Raises
     ------
     SourceError
-        A name, label or group, or the location, is not valid UTF-8 or holds a NUL, which a cache could not store.
+        The location, a name, a label or a group is not valid UTF-8 or holds a NUL, which a cache cannot store.
     """
-    ordered = sorted(entries)
-    for text in (location, *(text for entry in ordered for text in (entry.uri, entry.label, entry.group))):
+    ordered = sorted(labelled)
+    for text in (location, *(text for item, label in ordered for text in (item.uri, label, item.group))):
         if not _can_be_stored(text):
             where = ascii(location)[1:-1]
             raise SourceError(f"{where}: expected names in UTF-8 without NUL, found {text!a}: rename it")
-    classes = tuple(sorted({entry.label for entry in ordered} - {""}))
+    classes = tuple(sorted({label for _, label in ordered} - {""}))
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
-    items = [Item(entry.uri, numbers[entry.label], *entry[2:]) for entry in ordered]
+    items = [item._replace(label=numbers[label]) for item, label in ordered]
     return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader)
 
 
@@ -137,6 +137,11 @@ def _can_be_stored(text: str) -> bool:
     return "\0" not in text
 
 
+def is_file_of(path: Path, suffixes: Collection[str]) -> bool:
+    """Tell whether `path` is a regular file, or a link to one, whose ending is one of `suffixes` (in lower case)."""
+    return path.suffix.lower() in suffixes and path.is_file()
+
+
 def read_file(path: Path) -> bytes:
     """Return the bytes of a regular file.
 
@@ -146,7 +151,7 @@ def read_file(path: Path) -> bytes:
         With a short reason: no such file, permission denied, not a regular file.
     """
     try:
-        if not S_ISREG(path.stat().st_mode):  # opening a named pipe would wait for ever
+        if not S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
             raise UnreadableImageError("not a regular file")
         return path.read_bytes()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Manifests: a table with a row for each image, as ``.csv`` or ``.parquet``."""
+"""Manifests: tables with a row for each image, as ``.csv`` or ``.parquet``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,37 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
-from features_cache.errors import nearest
+from features_cache import nearest
 from pipeline.errors import SourceError
-from pipeline.images.sources.folder import SPLIT_WORDS, FileReader
-from pipeline.images.sources.items import MISSING_SIZE, Entry, ImageSource, build_source
+from pipeline.images.sources.folder import SPLIT_WORDS
+from pipeline.images.sources.items import ImageSource, Item, build_source, is_file_of, read_file
 
 COLUMNS = ("path", "label", "split", "group")
-"""The columns that mean something; only the first is required, others are ignored."""
+"""The columns that are read. Only the first is required; all others are ignored."""
 
 MESSAGE_LENGTH = 120
 
 
-def open_csv(path: Path) -> ImageSource:
-    """Return the images that a comma-separated UTF-8 table lists.
+def open_manifest(path: Path) -> ImageSource | None:
+    """Return the images that a comma-separated UTF-8 table or a Parquet table lists; None if `path` is neither.
 
-    Paths are relative to the manifest. A row whose file cannot be read is kept: it becomes an unreadable row.
+    Paths are relative to the manifest. A row whose file cannot be read is kept: it becomes an unreadable row. Numbers
+    and nulls of a Parquet table become text.
 
     Raises
     ------
     SourceError
-        Not UTF-8, not a table, no ``path`` column, an unknown split, or the same path twice.
+        It is not UTF-8, not a table, has no ``path`` column, an unknown split or the same path twice, or pyarrow, which
+        reads Parquet, is not installed.
     """
+    if is_file_of(path, {".csv"}):
+        return _open_csv(path)
+    if is_file_of(path, {".parquet"}):
+        return _open_parquet(path)
+    return None
+
+
+def _open_csv(path: Path) -> ImageSource:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -46,14 +56,7 @@ def open_csv(path: Path) -> ImageSource:
     return _open_table(path, _columns(path, table[0][1] if table else []), table[1:])
 
 
-def open_parquet(path: Path) -> ImageSource:
-    """Return the images that a Parquet table lists; rules as in `open_csv`, numbers and nulls become text.
-
-    Raises
-    ------
-    SourceError
-        As in `open_csv`, or pyarrow is not installed.
-    """
+def _open_parquet(path: Path) -> ImageSource:
     try:
         import pyarrow as pa  # late: an optional dependency
         import pyarrow.parquet as pq
@@ -71,7 +74,7 @@ def open_parquet(path: Path) -> ImageSource:
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:
-    """Return what the columns mean: their names in lower case."""
+    """Return the names of the columns in lower case, after checking them."""
     names = [name.strip().lower() for name in header]
     if "path" not in names:
         found = shorten(", ".join(header), MESSAGE_LENGTH) if header else "an empty file"
@@ -82,14 +85,15 @@ def _columns(path: Path, header: list[str]) -> list[str]:
 
 
 def _open_table(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> ImageSource:
-    """Return the source of a parsed table; `rows` carry the number by which the user finds them."""
+    """Return the source of a parsed table; each of `rows` comes with its number in the file, for messages."""
     if not rows:
         raise SourceError(f"{path}: expected at least one row below the header, found none")
-    entries = list(_entries(path, names, rows))
-    return build_source(f"{path.parent.name}-{path.stem}", path.as_posix(), entries, FileReader(path.parent))
+    name = f"{path.parent.name}-{path.stem}"
+    labelled = _labelled(path, names, rows)
+    return build_source(name, path.as_posix(), labelled, lambda item: read_file(path.parent / item.uri))
 
 
-def _entries(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> Iterator[Entry]:
+def _labelled(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> Iterator[tuple[Item, str]]:
     seen: dict[str, int] = {}
     for number, row in rows:
         if len(row) != len(names):
@@ -102,7 +106,8 @@ def _entries(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]
             raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {seen[uri]} and {number}")
         seen[uri] = number
         split = _split(path, number, cells.get("split", ""))
-        yield Entry(uri, cells.get("label", ""), split, cells.get("group", ""), *_size_and_time(path.parent / uri))
+        item = _item(path.parent, uri)._replace(split=split, group=cells.get("group", ""))
+        yield item, cells.get("label", "")
 
 
 def _split(path: Path, number: int, word: str) -> str:
@@ -112,15 +117,15 @@ def _split(path: Path, number: int, word: str) -> str:
     return SPLIT_WORDS[word.lower()] if word else ""
 
 
-def _size_and_time(file: Path) -> tuple[int, int]:
+def _item(folder: Path, uri: str) -> Item:
     try:
-        status = file.stat()
-    except (OSError, ValueError):  # reading it will tell
-        return MISSING_SIZE, 0
-    return status.st_size, status.st_mtime_ns
+        status = (folder / uri).stat()
+    except (OSError, ValueError):  # reading it will tell why
+        return Item(uri)
+    return Item(uri, size=status.st_size, mtime_ns=status.st_mtime_ns)
 
 
 def _text(value: object) -> str:
-    if value is None or value != value:  # NaN: how data frames write a missing number
+    if value is None or value != value:  # NaN, a missing number in a data frame
         return ""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -1,23 +1,32 @@
-"""One door to every kind of image source: a folder, a file, a manifest, shards, or the word ``digits``."""
+"""All kinds of image sources: a folder, an image, a manifest, shards, or a word such as ``digits``."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
-from features_cache.errors import nearest, nearest_beside
+from features_cache import nearest, nearest_beside
 from pipeline.errors import SourceError
-from pipeline.images.sources.digits import DIGITS, open_digits
-from pipeline.images.sources.folder import FileReader, open_folder, suffix_of, walk
-from pipeline.images.sources.items import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, Entry, ImageSource, Item, build_source
-from pipeline.images.sources.manifest import open_csv, open_parquet
-from pipeline.images.sources.shards import SHARD_SUFFIX, open_shards
+from pipeline.images.sources.digits import open_digits
+from pipeline.images.sources.folder import open_folder, open_image
+from pipeline.images.sources.items import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, ImageSource, Item
+from pipeline.images.sources.manifest import open_manifest
+from pipeline.images.sources.shards import open_shards
 
 __all__ = ["ImageSource", "Item", "open_source"]
 
-EXPECTED = "a folder of images or of .tar shards, an image, a .csv or .parquet manifest, a .tar shard, or 'digits'"
+_PATHS: dict[str, Callable[[Path], ImageSource | None]] = {
+    "a folder of images": open_folder,
+    "an image": open_image,
+    "a .csv or .parquet manifest": open_manifest,
+    "a .tar shard or a folder of them": open_shards,
+}
+"""What a path may lead to. An opener returns None for a path of another kind; the first to find an image decides."""
+
+_WORDS: dict[str, Callable[[], ImageSource]] = {"digits": open_digits}
+"""Sources that have a name instead of a path."""
+
+_EXPECTED = f"{', '.join(_PATHS)}, or {', '.join(map(repr, _WORDS))}"
 
 
 def open_source(path: str | Path) -> ImageSource:
@@ -27,71 +36,54 @@ def open_source(path: str | Path) -> ImageSource:
     ----------
     path : str or Path
         A folder of class folders (optionally under split folders), a flat folder, one image, a ``.csv`` or
-        ``.parquet`` manifest, a ``.tar`` shard or a folder of them, or the word ``digits`` (where no such path exists).
+        ``.parquet`` manifest, a ``.tar`` shard or a folder of them, or the word ``digits`` (if no such path exists).
 
     Returns
     -------
     ImageSource
-        Its items sorted by uri.
+        Its items are sorted by uri.
 
     Raises
     ------
     SourceError
-        Nothing there, nothing in it, or something in it contradicts itself.
+        There is nothing at `path`, no image in it, or something in it contradicts itself.
+
+    Examples
+    --------
+    >>> source = open_source("digits")
+    >>> len(source.items), source.classes[:3]
+    (1797, ('0', '1', '2'))
+    >>> source.items[0].uri
+    'digits/0000'
     """
     where = Path(path)
     try:
         exists = where.exists()
     except (OSError, ValueError) as error:  # a name too long, a NUL, no permission on the way
-        raise SourceError(f"{str(path)!r}: expected {EXPECTED}: {error}") from None
+        raise SourceError(f"{str(path)!r}: expected {_EXPECTED}: {error}") from None
     if exists:
-        source = _open_existing(_canonical(where))
-    elif str(path) == DIGITS:
-        source = open_digits()
-    else:
-        raise SourceError(f"{path}: expected {EXPECTED}, found nothing there{_suggestion(where)}")
-    if not source.items:
-        found = "; ".join(["found none", *source.notes])
-        raise SourceError(f"{path}: expected at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), {found}")
-    return source
+        return _open_path(_absolute(where))
+    if str(path) in _WORDS:
+        return _WORDS[str(path)]()
+    suggestion = nearest_beside(where) or nearest(where.name, _WORDS)
+    raise SourceError(f"{path}: expected {_EXPECTED}, found nothing there{suggestion}")
 
 
-def _canonical(path: Path) -> Path:
-    """Return the absolute path with its last name as the user wrote it, a link or not."""
+def _absolute(path: Path) -> Path:
+    """Return the absolute path; its last name stays as the user wrote it, even if it is a link."""
     return path.resolve() if path.name in {"", ".."} else path.parent.resolve() / path.name
 
 
-def _open_existing(path: Path) -> ImageSource:
-    if path.is_dir():
-        return _open_folder_or_shards(path)
-    openers: dict[str, Callable[[Path], ImageSource]] = {
-        ".csv": open_csv,
-        ".parquet": open_parquet,
-        SHARD_SUFFIX: lambda shard: open_shards(shard, [shard]),
-        **dict.fromkeys(IMAGE_SUFFIXES, _open_image),
-    }
-    opener = openers.get(path.suffix.lower())
-    if opener is None or not path.is_file():
+def _open_path(path: Path) -> ImageSource:
+    notes: list[str] | None = None
+    for opener in _PATHS.values():
+        source = opener(path)
+        if source is not None and source.items:
+            return source
+        if source is not None:
+            notes = notes or source.notes
+    if notes is None:
         remedy = "; save it as .jpg or .png" if path.suffix.lower() in FOREIGN_SUFFIXES else ""
-        raise SourceError(f"{path}: expected {EXPECTED}, found another kind of file{remedy}")
-    return opener(path)
-
-
-def _open_folder_or_shards(folder: Path) -> ImageSource:
-    """Return the images in a folder; one without any may hold shards instead."""
-    found = list(walk(folder, IMAGE_SUFFIXES | FOREIGN_SUFFIXES))
-    endings = Counter(suffix_of(file.uri) for file in found)
-    images = [file for file in found if suffix_of(file.uri) in IMAGE_SUFFIXES]
-    shards = [] if images else sorted(walk(folder, frozenset({SHARD_SUFFIX})))
-    source = open_shards(folder, [folder / shard.uri for shard in shards]) if shards else open_folder(folder, images)
-    return replace(source, passed_over={name: count for name, count in endings.items() if name in FOREIGN_SUFFIXES})
-
-
-def _open_image(path: Path) -> ImageSource:
-    status = path.stat()
-    entry = Entry(path.name, "", "", "", status.st_size, status.st_mtime_ns)
-    return build_source(path.stem, path.as_posix(), [entry], FileReader(path.parent))
-
-
-def _suggestion(missing: Path) -> str:
-    return nearest_beside(missing) or nearest(missing.name, [DIGITS])
+        raise SourceError(f"{path}: expected {_EXPECTED}, found another kind of file{remedy}")
+    found = "; ".join(["found none", *notes])
+    raise SourceError(f"{path}: expected at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), {found}")

@@ -7,21 +7,22 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.sources.folder import SPLIT_WORDS
-from pipeline.images.sources.items import IMAGE_SUFFIXES, Entry, ImageSource, Item, build_source
+from pipeline.images.sources.folder import SPLIT_WORDS, walk
+from pipeline.images.sources.items import IMAGE_SUFFIXES, ImageSource, Item, build_source, is_file_of
 
 SHARD_SUFFIX = ".tar"
 
 LABEL_LIMIT = 1 << 20
-"""Bytes that a ``.cls`` or ``.json`` member may have; more is no label."""
+"""Most bytes of a ``.cls`` or ``.json`` member that holds a label."""
 
 
 class Extent(NamedTuple):
-    """Where a member's bytes stand: shard, offset and size in bytes, and the shard's own size and time when listed."""
+    """Where a member's bytes are: shard, offset and size in bytes, and the shard's own size and time when listed."""
 
     shard: Path
     offset: int
@@ -30,77 +31,50 @@ class Extent(NamedTuple):
     shard_mtime_ns: int
 
 
-class ShardReader:
-    """Reads members straight from their place in an uncompressed shard."""
-
-    def __init__(self, extents: dict[str, Extent]) -> None:
-        self.extents = extents
-
-    def __call__(self, item: Item) -> bytes:
-        """Return the member's bytes; `UnreadableImageError` if the shard is gone or is not the one that was listed."""
-        extent = self.extents[item.uri]
-        try:
-            with extent.shard.open("rb") as file:
-                status = extent.shard.stat()
-                if (status.st_size, status.st_mtime_ns) != (extent.shard_size, extent.shard_mtime_ns):
-                    raise UnreadableImageError("the shard changed after it was listed")
-                file.seek(extent.offset)
-                data = file.read(extent.size)
-        except FileNotFoundError:
-            raise UnreadableImageError("no such shard") from None
-        except PermissionError:
-            raise UnreadableImageError("permission denied") from None
-        except OSError as error:
-            raise UnreadableImageError(f"cannot be read: {error.strerror}") from None
-        if len(data) != extent.size:
-            raise UnreadableImageError("the shard changed after it was listed")
-        return data
-
-
-def open_shards(location: Path, shards: list[Path]) -> ImageSource:
-    """Return the images in the shards.
+def open_shards(path: Path) -> ImageSource | None:
+    """Return the images in an uncompressed ``.tar`` shard, or in all shards under a folder; None if there is none.
 
     The label is the text of the sample's ``.cls`` member, else ``"label"`` in its ``.json`` member. The split is the
-    one split word in the shard's path (``train-000.tar``, ``set-validation-01.tar``, ``test/7.tar``); none where there
-    is no such word or there are two. Links, hidden members and members that climb out of the shard are passed over.
-
-    Parameters
-    ----------
-    location : Path
-        Absolute: a folder, or the only shard. Uris are ``shard/member`` with the shard's path relative to the folder.
-    shards : list of Path
-        Uncompressed tar files.
+    one split word in the shard's path (``train-000.tar``, ``set-validation-01.tar``, ``test/7.tar``); there is none if
+    the path has no such word, or two. Links, hidden members and members whose name leads out of the shard are ignored.
+    Uris are ``shard/member``, with the shard's path relative to the folder.
 
     Raises
     ------
     SourceError
-        A shard is damaged, or a label is no text or number.
+        A shard is damaged, or a label is neither text nor a number.
     """
-    alone = shards == [location]
-    root = location.parent if alone else location
-    entries: list[Entry] = []
+    passed_over: dict[str, int] = {}
+    if path.is_dir():
+        root, name = path, path.name
+        shards, passed_over = walk(path, {SHARD_SUFFIX})
+    elif is_file_of(path, {SHARD_SUFFIX}):
+        root, name = path.parent, path.stem
+        shards = [Item(path.name)]
+    else:
+        return None
+    labelled: list[tuple[Item, str]] = []
     extents: dict[str, Extent] = {}
-    for shard in shards:
-        prefix = shard.relative_to(root).as_posix()
-        split = split_in(prefix)
-        images, labels = _read_shard(shard)
+    for shard in sorted(shards):
+        split = split_in(shard.uri)
+        images, labels = _read_shard(root / shard.uri)
         for member, extent in images.items():
-            uri = f"{prefix}/{member}"
-            extents[uri] = extent
-            entries.append(Entry(uri, labels.get(_sample(member), ""), split, "", extent.size, extent.shard_mtime_ns))
-    name = location.stem if alone else location.name
-    return build_source(name, location.as_posix(), entries, ShardReader(extents))
+            item = Item(f"{shard.uri}/{member}", split=split, size=extent.size, mtime_ns=extent.shard_mtime_ns)
+            extents[item.uri] = extent
+            labelled.append((item, labels.get(_sample(member), "")))
+    source = build_source(name, path.as_posix(), labelled, lambda item: _read(extents[item.uri]))
+    return replace(source, passed_over=passed_over)
 
 
 def split_in(path: str) -> str:
-    """Return the split that a shard's path names, ``""`` if none or several."""
+    """Return the split that a shard's path names, ``""`` for none or several."""
     words = re.split(r"[^a-z]+", path.lower())
     splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else ""
 
 
 def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str]]:
-    """Return the shard's images by member name and its labels by sample; of a name that occurs twice, the last."""
+    """Return the shard's images by member name and its labels by sample; of equal names the last counts."""
     status = shard.stat()
     images: dict[str, Extent] = {}
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
@@ -114,18 +88,44 @@ def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str]]:
                     labels[_sample(member)][suffix] = _label(shard, archive, info, suffix)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise SourceError(
-            f"{shard}: expected an uncompressed tar file, found a damaged one or another: {error}"
+            f"{shard}: expected an uncompressed tar file, found a damaged or another file: {error}"
         ) from None
     return images, {sample: found.get(".cls") or found.get(".json", "") for sample, found in labels.items()}
 
 
 def _plain_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Yield regular members: no link, no hidden name, none whose name climbs out of the shard."""
+    """Yield the regular members, without links, hidden names, and names that lead out of the shard."""
     for info in archive:
         parts = [part for part in info.name.split("/") if part not in {"", "."}]
         inside = parts and not info.name.startswith("/") and not any(part.startswith(".") for part in parts)
         if inside and info.isreg() and not info.issparse():
             yield "/".join(parts), info
+
+
+def _read(extent: Extent) -> bytes:
+    """Return a member's bytes, straight from the shard.
+
+    Raises
+    ------
+    UnreadableImageError
+        The shard is gone, cannot be read, or changed after it was listed.
+    """
+    try:
+        with extent.shard.open("rb") as file:
+            status = extent.shard.stat()
+            if (status.st_size, status.st_mtime_ns) != (extent.shard_size, extent.shard_mtime_ns):
+                raise UnreadableImageError("the shard changed after it was listed")
+            file.seek(extent.offset)
+            data = file.read(extent.size)
+    except FileNotFoundError:
+        raise UnreadableImageError("no such shard") from None
+    except PermissionError:
+        raise UnreadableImageError("permission denied") from None
+    except OSError as error:
+        raise UnreadableImageError(f"cannot be read: {error.strerror}") from None
+    if len(data) != extent.size:
+        raise UnreadableImageError("the shard changed after it was listed")
+    return data
 
 
 def _sample(member: str) -> str:
@@ -134,7 +134,7 @@ def _sample(member: str) -> str:
 
 
 def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> str:
-    """Return the label that a ``.cls`` or ``.json`` member holds, ``""`` where the latter has none."""
+    """Return the label in a ``.cls`` or ``.json`` member; ``""`` if the latter has none."""
     file = archive.extractfile(info)
     data = file.read(LABEL_LIMIT + 1) if file is not None else b""
     expected = f"{shard}: expected a label (number or text) in {info.name}"

@@ -1,1 +1,1 @@
-"""Pictures of results: functions that draw on given axes, and others that return a whole matplotlib Figure."""
+"""One module for each kind of chart, drawn on given axes from plain arrays in the theme of a file or of the page."""

@@ -1,57 +1,71 @@
-"""One curve of accuracy over depth, its peak named: the picture of the demo."""
+"""Accuracy over the layers of a network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
-from pipeline.reporting.charts.style import ACCENT, INK, QUIET, tidy
+from pipeline.evaluation.intervals import wilson
+from pipeline.reporting.charts.theme import MARKERS, Line, Theme, short
+from pipeline.results import FitResult
 
 
-def depth_curve(
-    axes: Axes,
-    layers: Sequence[str],
-    accuracies: NDArray[np.float64],
-    intervals: NDArray[np.float64],
-    baseline: tuple[str, float] | None = None,
-) -> None:
-    """Draw accuracy against depth.
+def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
+    """Return the line through the mean accuracies over seeds, with Wilson's intervals for one seed's test images.
+
+    `results` has by position, from left to right, those of one layer, one for each seed.
+    """
+    seeds = [[result.accuracy for result in group] for group in results.values()]
+    means = [float(np.mean(accuracies)) for accuracies in seeds]
+    tests = [group[0].n_test for group in results.values()]
+    intervals = [wilson(round(mean * n), n) for mean, n in zip(means, tests, strict=True)]
+    return Line(label, list(results), means, intervals, [group[0].layer for group in results.values()], seeds)
+
+
+def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[str, float] | None = None) -> None:
+    """Draw accuracy against depth with intervals, and name the layer at each line's peak.
+
+    A single line has its peak named beside the point, and a dot for each seed. Several lines have their peaks named in
+    the legend, and are shifted sideways a little, so that their intervals do not hide each other. Ticks and legend are
+    left to the caller.
 
     Parameters
     ----------
     axes : Axes
-        Where to draw.
-    layers : sequence of str
-        Names from the image upwards, k of them.
-    accuracies : ndarray of float64, shape (k, seeds)
-        Every seed's accuracy; the line goes through their means.
-    intervals : ndarray of float64, shape (k, 2)
-        Lower and upper ends, drawn as bars.
-    baseline : tuple of str and float, optional
+    lines : sequence of Line
+        At most 8; their points are layers, from the image upwards.
+    theme : Theme
+    baseline : (str, float), optional
         Name and accuracy of a horizontal line to compare with.
     """
-    places = np.arange(len(layers))
-    means = accuracies.mean(axis=1)
-    best = int(means.argmax())
-    axes.vlines(places, intervals[:, 0], intervals[:, 1], color=QUIET, linewidth=5, alpha=0.45, label="95 % interval")
-    axes.plot(places, means, color=INK, linewidth=2, marker="o", label="mean over seeds")
-    axes.plot(np.repeat(places, accuracies.shape[1]), accuracies.ravel(), ".", color=INK, alpha=0.5, markersize=5)
-    axes.plot(places[best], means[best], "o", color=ACCENT, markersize=10, zorder=3)
-    axes.annotate(
-        f"{layers[best]}  {means[best]:.3f}",
-        (places[best], max(intervals[best, 1], accuracies[best].max())),
-        (0, 8),
-        textcoords="offset points",
-        color=ACCENT,
-        weight="bold",
-        ha="center",
-    )
+    alone = len(lines) == 1
+    gap = min((float(np.diff(line.x).min()) for line in lines if len(line.x) > 1), default=1.0)
+    for number, line in enumerate(lines):
+        color, marker = theme.series[number], MARKERS[number]
+        y = np.asarray(line.y)
+        x = np.asarray(line.x) + 0.5 * gap * (number - (len(lines) - 1) / 2) / len(lines)
+        errors = np.abs(np.array(line.intervals).T - y)
+        peak = int(y.argmax())
+        peak_text = f"{short(line.names[peak])} {theme.share(y[peak])}"
+        peak_color = theme.accent if alone else color
+        label = line.label if alone else f"{line.label}: {peak_text}"
+        axes.errorbar(
+            x, y, errors, color=color, marker=marker, markersize=5, capsize=3, linewidth=1.8, elinewidth=1.2,
+            label=label,
+        )  # fmt: skip
+        axes.plot(x[peak], y[peak], marker, color=peak_color, markersize=9, zorder=3)
+        if alone:
+            for position, values in zip(x, line.seeds, strict=False):
+                axes.plot(np.full(len(values), position), values, ".", color=theme.ink, alpha=0.5, zorder=3)
+            top = max([line.intervals[peak][1], *(line.seeds[peak] if line.seeds else ())])
+            axes.annotate(
+                peak_text, (x[peak], top), (0, 8), textcoords="offset points", color=peak_color, weight="bold",
+                ha="center",
+            )  # fmt: skip
     if baseline:
-        axes.axhline(baseline[1], color=QUIET, linestyle="--", label=f"{baseline[0]}  {baseline[1]:.3f}")
-    axes.set_xticks(places, layers, rotation=30, ha="right")
-    axes.set_ylabel("test accuracy")
-    tidy(axes)
-    axes.legend(frameon=False, loc="lower center")
+        label = f"{baseline[0]} {theme.share(baseline[1])}"
+        axes.axhline(baseline[1], color=theme.quiet, linestyle="--", linewidth=1.2, label=label)
+    theme.show_shares(axes.yaxis, "test accuracy")
+    axes.margins(y=0.12)

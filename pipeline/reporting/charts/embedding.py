@@ -1,59 +1,25 @@
-"""A map of the features in two dimensions."""
+"""Features in two dimensions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from pipeline.arrays import Float32Array, Float64Array, IntArray
-from pipeline.reporting.charts.style import COLOURS, INK, MARKERS, QUIET, new_figure, short
+from pipeline.reporting.charts.theme import MARKERS, SCREEN, Theme, short
 
-MOST_COLOURED = 24
-"""Classes that are told apart by colour and sign; of more, ten are."""
-FEW = 10
+MOST_COLOURED = 30
+"""Up to so many classes have a colour and mark each; of more, the ten that are confused most."""
+MOST_CONFUSED = 10
 _FEATURES = 50
 _PERPLEXITY = 30.0
-
-
-def embedding_figure(
-    features: Float32Array, y_true: IntArray, y_pred: IntArray, classes: Sequence[str], title: str = ""
-) -> Figure:
-    """Return maps of test images by PCA and by t-SNE (van der Maaten & Hinton 2008), wrongly labelled ones ringed.
-
-    Of more than 24 classes, the ten that are mixed up most have colours and rings, and the others are grey.
-
-    Parameters
-    ----------
-    features : (n, d) float32
-        At least 5 rows.
-    y_true, y_pred : (n,) int64
-        Class numbers; colours show the true ones.
-    classes : sequence of str
-        Names by number.
-    title : str, default ""
-    """
-    shown = _shown(y_true, y_pred, len(classes))
-    figure = new_figure(13, 5.6)
-    components, share = principal_components(features)
-    maps = {f"PCA ({share:.0%} of the variance)": components[:, :2], "t-SNE": neighbour_map(components)}
-    for axes, (name, places) in zip(figure.subplots(1, 2), maps.items(), strict=True):
-        _scatter(axes, places, y_true, y_pred != y_true, [(number, short(classes[number])) for number in shown])
-        axes.set_title(name)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    columns = 1 if len(names) <= 26 else 2
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9, ncols=columns)
-    if title:
-        figure.suptitle(title)
-    return figure
 
 
 def principal_components(features: Float32Array) -> tuple[Float64Array, float]:
@@ -66,44 +32,85 @@ def principal_components(features: Float32Array) -> tuple[Float64Array, float]:
 
 
 def neighbour_map(components: Float64Array) -> Float64Array:
-    """Return places (n, 2) by t-SNE, which keeps neighbours together, begun at the first two of `components` (n, k)."""
-    begin = components[:, :2] / max(components[:, 0].std(), 1e-12) * 1e-4
+    """Return positions (n, 2) by t-SNE, which keeps neighbours together; it starts at the first two components."""
+    start = components[:, :2] / max(components[:, 0].std(), 1e-12) * 1e-4
     perplexity = min(_PERPLEXITY, (len(components) - 1) / 3)
-    with threadpool_limits(1):  # more threads wait for one another on rows this few
-        return np.asarray(TSNE(perplexity=perplexity, init=begin, random_state=0).fit_transform(components))
+    with threadpool_limits(1):  # with so few rows, more threads only wait for one another
+        return np.asarray(TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(components))
 
 
-def _shown(y_true: IntArray, y_pred: IntArray, n_classes: int) -> list[int]:
+def draw_embedding(
+    axes: Axes, positions: Float64Array, y_true: IntArray, y_pred: IntArray, classes: Sequence[str], theme: Theme
+) -> None:
+    """Draw images where their features lie, coloured by class, and ring the mistakes.
+
+    With more than 30 classes, the ten that are confused most have colours and rings, and all others are grey. The
+    legend is left to the caller.
+
+    Parameters
+    ----------
+    axes : Axes
+    positions : (n, 2) float64
+    y_true, y_pred : (n,) int64
+        Class numbers; colours show the true ones.
+    classes : sequence of str
+        Names by number.
+    theme : Theme
+    """
+    shown = shown_classes(y_true, y_pred, len(classes))
+    rest = ~np.isin(y_true, shown)
+    x, y = positions.T
+    if rest.any():
+        axes.scatter(x[rest], y[rest], s=10, color=theme.quiet, alpha=0.45, linewidths=0, label="other classes")
+    for index, number in enumerate(shown):
+        turn, color = divmod(index, len(theme.series))
+        marker = MARKERS[(index + turn) % len(MARKERS)]
+        own, label = y_true == number, short(classes[number])
+        axes.scatter(
+            x[own], y[own], s=20, color=theme.series[color], marker=marker, alpha=0.8, linewidths=0, label=label
+        )
+    ringed = (y_true != y_pred) & ~rest  # rings on everything would hide the map
+    if ringed.any():
+        axes.scatter(
+            x[ringed], y[ringed], s=55, facecolors="none", edgecolors=theme.ink, linewidths=0.9, label="mistakes"
+        )
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(True)
+
+
+def shown_classes(y_true: IntArray, y_pred: IntArray, n_classes: int) -> list[int]:
+    """Return the numbers of the classes that have a colour."""
     if n_classes <= MOST_COLOURED:
         return list(range(n_classes))
     wrong = y_true != y_pred
     errors = np.bincount(y_true[wrong], minlength=n_classes) + np.bincount(y_pred[wrong], minlength=n_classes)
-    return sorted(np.argsort(-errors, kind="stable")[:FEW].tolist())
+    return sorted(np.argsort(-errors, kind="stable")[:MOST_CONFUSED].tolist())
 
 
-def _scatter(
-    axes: Axes, places: Float64Array, y: IntArray, wrong: NDArray[np.bool_], shown: Sequence[tuple[int, str]]
-) -> None:
-    rest = ~np.isin(y, [number for number, _ in shown])
-    ringed = wrong & ~rest  # rings on everything would hide it all
-    if rest.any():
-        axes.scatter(
-            places[rest, 0], places[rest, 1], s=10, color=QUIET, alpha=0.45, linewidths=0, label="other classes"
-        )
-    for place, (number, name) in enumerate(shown):
-        marker, color = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)], COLOURS[place % len(COLOURS)]
-        axes.scatter(
-            places[y == number, 0],
-            places[y == number, 1],
-            s=22,
-            color=color,
-            marker=marker,
-            alpha=0.8,
-            linewidths=0,
-            label=name,
-        )
-    if ringed.any():
-        ring: dict[str, Any] = {"s": 55, "facecolors": "none", "edgecolors": INK, "linewidths": 0.9}
-        axes.scatter(places[ringed, 0], places[ringed, 1], label="labelled wrongly", **ring)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_color(QUIET)
+def embedding_figure(
+    features: Float32Array, y_true: IntArray, y_pred: IntArray, classes: Sequence[str], title: str = ""
+) -> Figure:
+    """Return maps of test images by PCA and by t-SNE (van der Maaten & Hinton 2008).
+
+    Parameters
+    ----------
+    features : (n, d) float32
+        At least 5 rows.
+    y_true, y_pred : (n,) int64
+        Class numbers; colours show the true ones.
+    classes : sequence of str
+        Names by number.
+    title : str, default ""
+    """
+    components, share = principal_components(features)
+    maps = {f"PCA ({share:.0%} of the variance)": components[:, :2], "t-SNE": neighbour_map(components)}
+    with SCREEN.figure(13, 5.6) as figure:
+        for axes, (name, positions) in zip(figure.subplots(1, 2), maps.items(), strict=True):
+            draw_embedding(axes, positions, y_true, y_pred, classes, SCREEN)
+            axes.set_title(name)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        columns = 1 if len(names) <= 26 else 2
+        figure.legend(handles, names, loc="outside right center", fontsize=9, ncols=columns)
+        figure.suptitle(title)
+    return figure

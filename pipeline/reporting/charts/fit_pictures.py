@@ -1,33 +1,38 @@
-"""All pictures that a fit has something to show for, as PNG and SVG."""
+"""The pictures of a fit, as PNG and SVG files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 from pipeline.evaluation.rows import Layer
 from pipeline.fit import FitReport
 from pipeline.reporting.charts.confusion import confusion_figure
-from pipeline.reporting.charts.curves import budget_figure, depth_figure
+from pipeline.reporting.charts.depth import depth_line, draw_depth
 from pipeline.reporting.charts.embedding import embedding_figure
+from pipeline.reporting.charts.labels import draw_labels
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.style import save
+from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, Line, short
+from pipeline.results import FitResult
 
 MOST_MAPPED = 1500
-"""Test images on the map; t-SNE of more takes long, and shows less."""
+"""Test images on the map; with more, t-SNE takes long and the map shows less."""
 _FEWEST_MAPPED = 5
 
 
 def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
-    """Draw the results, and the kept model's predictions.
+    """Draw the results, and the predictions of the best one.
 
     Parameters
     ----------
     report : FitReport
         What `fit` returned.
     layer : Layer
-        That of the kept result.
+        The layer of the best result.
     folder : Path
         Exists; files of the same names are replaced.
 
@@ -43,7 +48,7 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
     if len({result.layer for result in report.results}) > 1:
         paths += save(depth_figure(report.results), folder, "depth")
     if len({result.shots for result in report.results}) > 1:
-        paths += save(budget_figure(report.results, len(report.classes)), folder, "budget")
+        paths += save(labels_figure(report.results, len(report.classes)), folder, "budget")
     if predictions.probabilities is not None:
         compared = {"as trained": predictions.probabilities}
         if predictions.calibrated is not None:
@@ -58,3 +63,101 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
         mapped = embedding_figure(layer.features(rows), *columns, report.classes, f"{kept.layer}: test images")
         paths += save(mapped, folder, "embedding")
     return paths
+
+
+def depth_figure(results: Sequence[FitResult]) -> Figure:
+    """Return accuracy over layers, a line for each head and number of shots, with 95 % intervals.
+
+    Intervals are Wilson's around the mean over seeds, for the test images of one seed.
+
+    Parameters
+    ----------
+    results : sequence of FitResult
+        Of one backbone; layers stand in their order here, the image itself first.
+    """
+    layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
+    lines = []
+    for label, members in _grouped(results, lambda result: (result.head, result.shots)).items():
+        groups = {x: [result for result in members if result.layer == layer] for x, layer in enumerate(layers)}
+        lines.append(depth_line(label, {x: group for x, group in groups.items() if group}))
+    dots = ", dots are seeds" if len(lines) == 1 and len({result.seed for result in results}) > 1 else ""
+    with SCREEN.figure(max(8, 0.6 * len(layers) + 4), 4.6) as figure:
+        axes = figure.subplots()
+        draw_depth(axes, lines, SCREEN)
+        axes.set_xticks(np.arange(len(layers)), [short(layer, 28) for layer in layers], rotation=30, ha="right")
+        axes.set_title(f"Accuracy by layer, with 95 % intervals{dots}\n{_subject(results)}")
+        _add_legend(figure, lines)
+    return figure
+
+
+def labels_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
+    """Return accuracy over the number of training images a class, a line for each layer and head.
+
+    The line goes through the means over seeds, the band from the lowest to the highest seed.
+
+    Parameters
+    ----------
+    results : sequence of FitResult
+        With different numbers of shots; ``"all"`` stands at the mean number of images a class.
+    n_classes : int
+    """
+
+    def position(result: FitResult) -> float:
+        return (result.n_train + result.n_val) / n_classes if result.shots == "all" else float(result.shots)
+
+    lines = []
+    for label, members in _grouped(results, lambda result: (result.layer, result.head)).items():
+        shots = sorted({r.shots for r in members}, key=lambda count: np.inf if count == "all" else count)
+        groups = [[r for r in members if r.shots == count] for count in shots]
+        positions = [float(np.mean([position(r) for r in group])) for group in groups]
+        spans = [(min(r.accuracy for r in group), max(r.accuracy for r in group)) for group in groups]
+        lines.append(Line(label, positions, [_mean(group) for group in groups], spans))
+    seeds = len({result.seed for result in results})
+    band = f", band over {seeds} seeds" if seeds > 1 else ""
+    with SCREEN.figure(7.2, 4.6) as figure:
+        axes = figure.subplots()
+        draw_labels(axes, lines, {position(result): str(result.shots) for result in results}, SCREEN)
+        axes.set_title(f"Accuracy by number of labels{band}\n{_subject(results)}")
+        _add_legend(figure, lines)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write ``NAME.png`` and ``NAME.svg``, and return their paths."""
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    with rc_context(SCREEN.style):
+        for path in paths:
+            figure.savefig(path, dpi=150)
+    return paths
+
+
+def _grouped(
+    results: Sequence[FitResult], key: Callable[[FitResult], Sequence[Hashable]]
+) -> dict[str, list[FitResult]]:
+    """Group results by those parts of `key` that differ, and keep the groups whose best results are highest."""
+    keys = [key(result) for result in results]
+    differ = [index for index in range(len(keys[0])) if len({k[index] for k in keys}) > 1]
+    groups: dict[str, list[FitResult]] = {}
+    for result, found in zip(results, keys, strict=True):
+        label = ", ".join(_part_text(found[index]) for index in differ or [len(found) - 1])
+        groups.setdefault(label, []).append(result)
+    kept = sorted(groups, key=lambda label: -max(r.accuracy for r in groups[label]))[:MOST_LINES]
+    return {label: members for label, members in groups.items() if label in kept}
+
+
+def _part_text(part: Hashable) -> str:
+    return f"{part} shots" if isinstance(part, int) else ("all labels" if part == "all" else short(str(part), 40))
+
+
+def _mean(group: Sequence[FitResult]) -> float:
+    return float(np.mean([result.accuracy for result in group]))
+
+
+def _subject(results: Sequence[FitResult]) -> str:
+    """Return backbone and pooling for a title's second line."""
+    return ", ".join(dict.fromkeys(f"{r.backbone}, {r.pool} pooling" for r in results))
+
+
+def _add_legend(figure: Figure, lines: Sequence[Line]) -> None:
+    if len(lines) > 1:
+        figure.legend(loc="outside right center")

@@ -1,57 +1,25 @@
-"""Is a model right as often as it says?"""
+"""Is a model right as often as its probabilities say?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray
 from pipeline.evaluation.intervals import wilson
 from pipeline.evaluation.metrics import expected_calibration_error
-from pipeline.reporting.charts.style import COLOURS, MARKERS, QUIET, new_figure, tidy
+from pipeline.reporting.charts.theme import MARKERS, SCREEN, Theme
 
 BINS = 10
+Bins = tuple[Float64Array, Float64Array, IntArray]
+"""What `reliability` returns."""
+_CONFIDENCE = "confidence: the largest probability"
 
 
-def reliability_figure(y_true: NDArray[np.int64], probabilities: Mapping[str, NDArray[np.float64]]) -> Figure:
-    """Return accuracy over confidence, and below it how many test images have which confidence.
-
-    Parameters
-    ----------
-    y_true : (n,) int64
-        Class numbers.
-    probabilities : mapping of str to (n, K) float64
-        One or more sets to compare, by name, such as before and after calibration.
-    """
-    figure = new_figure(5.6, 6.2)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.plot([0, 1], [0, 1], color=QUIET, linestyle="--", label="right as often as sure")
-    edges = np.linspace(0, 1, BINS + 1)
-    for number, (name, values) in enumerate(probabilities.items()):
-        confidence, right = values.max(axis=1), values.argmax(axis=1) == y_true
-        x, y, counts = reliability(confidence, right)
-        filled = counts[counts > 0]
-        low, high = np.array([wilson(round(share * n), n) for share, n in zip(y, filled, strict=True)]).T
-        error = expected_calibration_error(y_true, values)
-        color, marker = COLOURS[number], MARKERS[number]
-        label = f"{name}: calibration error {error:.3f}"
-        top.errorbar(x, y, (y - low, high - y), color=color, marker=marker, capsize=3, alpha=0.85, label=label)
-        width = 1 / BINS / len(probabilities)
-        bottom.bar(edges[:-1] + width * number, counts, width * 0.9, align="edge", color=color)
-    top.set(ylabel="accuracy", ylim=(-0.02, 1.02), title="Reliability on test images, with 95 % intervals")
-    bottom.set(xlabel="confidence: the largest probability", ylabel="images", xlim=(0, 1.02))
-    top.legend(frameon=False, loc="lower right")
-    tidy(top)
-    tidy(bottom)
-    return figure
-
-
-def reliability(
-    confidence: NDArray[np.floating[Any]], right: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+def reliability(confidence: FloatArray, right: BoolArray) -> Bins:
     """Sort rows (n,) into ten bins of confidence, of equal width and closed above as those of the calibration error.
 
     Returns
@@ -61,10 +29,53 @@ def reliability(
     counts : (10,) int64
         Rows of each bin.
     """
-    place = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
-    counts = np.bincount(place, minlength=BINS)
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
+    counts = np.bincount(bins, minlength=BINS)
     filled = counts > 0
     means = [
-        np.bincount(place, weights=values, minlength=BINS)[filled] / counts[filled] for values in (confidence, right)
+        np.bincount(bins, weights=values, minlength=BINS)[filled] / counts[filled] for values in (confidence, right)
     ]
     return means[0], means[1], counts
+
+
+def draw_reliability(axes: Axes, models: Mapping[str, Bins], theme: Theme) -> None:
+    """Draw accuracy against confidence with 95 % intervals (Wilson), a line for each model by label.
+
+    The legend is left to the caller.
+    """
+    axes.plot([0, 1], [0, 1], color=theme.quiet, linestyle="--", linewidth=1, label="right as often as sure")
+    for number, (label, (confidence, accuracy, counts)) in enumerate(models.items()):
+        filled = counts[counts > 0]
+        ends = np.array([wilson(round(share * n), n) for share, n in zip(accuracy, filled, strict=True)])
+        axes.errorbar(
+            confidence, accuracy, np.abs(ends.T - accuracy), color=theme.series[number], marker=MARKERS[number],
+            markersize=5, linewidth=1.8, elinewidth=1, capsize=3, alpha=0.85, label=label,
+        )  # fmt: skip
+    axes.set(xlabel=_CONFIDENCE, ylabel="accuracy", xlim=(0, 1.02), ylim=(-0.02, 1.02))
+
+
+def reliability_figure(y_true: IntArray, probabilities: Mapping[str, Float64Array]) -> Figure:
+    """Return accuracy over confidence, and below it how many test images have which confidence.
+
+    Parameters
+    ----------
+    y_true : (n,) int64
+        Class numbers.
+    probabilities : mapping of str to (n, K) float64
+        One or more sets to compare, by name, such as before and after calibration.
+    """
+    models = {}
+    for name, values in probabilities.items():
+        label = f"{name}: calibration error {expected_calibration_error(y_true, values):.3f}"
+        models[label] = reliability(values.max(axis=1), values.argmax(axis=1) == y_true)
+    with SCREEN.figure(5.6, 6.2) as figure:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        draw_reliability(top, models, SCREEN)
+        top.set(xlabel="", title="Reliability on test images, with 95 % intervals")
+        top.legend(loc="best")
+        width = 1 / BINS / len(models)
+        for number, (_, _, counts) in enumerate(models.values()):
+            left = np.arange(BINS) / BINS + width * number
+            bottom.bar(left, counts, width * 0.9, align="edge", color=SCREEN.series[number])
+        bottom.set(xlabel=_CONFIDENCE, ylabel="images")
+    return figure

@@ -1,119 +1,103 @@
-"""Charts of the few methods that are looked at closely, from what they said about each test image."""
+"""The page's charts of the few methods that are looked at closely, from what they said about each test image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pipeline.arrays import Float64Array
 from pipeline.comparing.answer import percent
-from pipeline.comparing.folder import Judged
-from pipeline.comparing.methods import Score
-from pipeline.reporting.charts.reliability import reliability
-from pipeline.reporting.page.method_charts import MOST_LINES, Chart
-from pipeline.reporting.page.svg import GRID, INK, MARKERS, QUIET, SERIES, legend_above, themed, to_svg
+from pipeline.comparing.methods import MethodScore
+from pipeline.evaluation.predictions import Predictions
+from pipeline.reporting.charts.classes import draw_recalls
+from pipeline.reporting.charts.embedding import draw_embedding, shown_classes
+from pipeline.reporting.charts.reliability import draw_reliability, reliability
+from pipeline.reporting.charts.theme import MOST_LINES
+from pipeline.reporting.page.method_charts import HEIGHT, WIDTH, Chart
+from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
 
-MOST_BARS = 20
+MOST_CLASSES = 20
 
 
-def class_chart(scores: Sequence[Score], judged: Mapping[str, Judged], classes: Sequence[str]) -> Chart | None:
-    """Share of each class that is found, a mark for each method; of many classes the hardest; None without any."""
+def class_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predictions], classes: Sequence[str]) -> Chart:
+    """Return the recall of each class, a mark for each method; of many classes, the hardest."""
     found = {}
     for score in scores:
-        said = judged[score.first["key"]]
+        said = predictions[score.first.key]
         totals = np.bincount(said.y_true, minlength=len(classes))
         right = np.bincount(said.y_true[said.right], minlength=len(classes))
-        found[score.method] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
-    worst = np.argsort(-next(iter(found.values())), kind="stable")
-    worst = worst[totals[worst] > 0][-MOST_BARS:]
-    with themed(5.4, max(2.6, 0.9 + 0.2 * len(worst))) as (figure, axes):
-        places = np.arange(len(worst))
-        for number, (method, recall) in enumerate(found.items()):
-            axes.plot(
-                recall[worst], places, MARKERS[number], color=SERIES[number], markersize=7, label=method, alpha=0.9
-            )
-        low = min(float(np.nanmin(recall[worst])) for recall in found.values())
-        axes.hlines(places, low - 0.02, 1, color=GRID, linewidth=1, zorder=0)
-        axes.set_yticks(places, [classes[number][:24] for number in worst])
-        axes.grid(visible=False)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
-        axes.set_xlabel("share of the class that is found (recall), %")
-        legend_above(figure)
+        found[score.name] = np.where(totals > 0, right / np.maximum(totals, 1), np.nan)
+    easiest_first = np.argsort(-next(iter(found.values())), kind="stable")
+    hardest = easiest_first[totals[easiest_first] > 0][-MOST_CLASSES:]
+    with PAGE.figure(WIDTH, max(2.6, 0.9 + 0.2 * len(hardest))) as figure:
+        recalls = {method: recall[hardest] for method, recall in found.items()}
+        draw_recalls(figure.subplots(), recalls, [classes[number] for number in hardest], PAGE)
+        add_legend(figure)
         svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
-    shown = list(found.items())
     rows = [
-        (classes[number], int(totals[number]), *("–" if np.isnan(r[number]) else percent(r[number]) for _, r in shown))
-        for number in worst[::-1]
+        (
+            classes[number],
+            int(totals[number]),
+            *("–" if np.isnan(recall[number]) else percent(recall[number]) for recall in found.values()),
+        )
+        for number in hardest[::-1]
     ]
-    caption = (
-        "The hardest on top." if len(worst) == (totals > 0).sum() else f"The {len(worst)} hardest of {len(classes)}."
-    )
+    every = len(hardest) == (totals > 0).sum()
+    caption = "The hardest class is on top." if every else f"The {len(hardest)} hardest of {len(classes)} classes."
     return Chart("Which classes are hard?", caption, svg, ("class", "test images", *found), rows)
 
 
-def calibration_chart(scores: Sequence[Score], judged: Mapping[str, Judged]) -> Chart | None:
-    """How often a method is right when it is so sure; None where no method gives probabilities.
+def calibration_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predictions]) -> Chart | None:
+    """Return how often a method is right at each confidence; None if no method gives probabilities.
 
-    Probabilities are those that `predict` tells: calibrated where that could be done.
+    Probabilities are those that `predict` returns: calibrated where that was possible.
     """
-    rows = []
-    drawn = 0
-    with themed(5.4, 3.5) as (figure, axes):
-        axes.plot([0, 1], [0, 1], color=QUIET, linestyle="--", linewidth=1, label="as sure as right")
-        for score in scores[:MOST_LINES]:
-            said = judged[score.first["key"]]
-            if said.probability is None:
-                continue
-            sure, right, counts = reliability(said.probability, said.right)
-            axes.plot(
-                sure, right, color=SERIES[drawn], marker=MARKERS[drawn], markersize=5, linewidth=1.8,
-                label=f"{score.method}: {_errors(score)}",
-            )  # fmt: skip
-            rows += [
-                (score.method, percent(s), percent(r), int(c))
-                for s, r, c in zip(sure, right, counts[counts > 0], strict=True)
-            ]
-            drawn += 1
-        if not drawn:
-            return None
-        axes.set_xlabel("mean probability of the predicted class")
-        axes.set_ylabel("share that is right")
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
-        legend_above(figure)
-        svg = to_svg(
-            figure, "Share of right answers against predicted probability; the numbers are in the table below."
-        )
-    caption = "Ten groups of test images by probability. Below the dashed line a model is surer than it is right."
-    return Chart("Can its probabilities be trusted?", caption, svg, ("method", "sure", "right", "images"), rows)
+    models, rows = {}, []
+    for score in scores[:MOST_LINES]:
+        said = predictions[score.first.key]
+        if said.probability is None:
+            continue
+        confidence, accuracy, counts = reliability(said.probability, said.right)
+        models[f"{score.name}: {_errors(score)}"] = confidence, accuracy, counts
+        rows += [
+            (score.name, percent(c), percent(a), int(n))
+            for c, a, n in zip(confidence, accuracy, counts[counts > 0], strict=True)
+        ]
+    if not models:
+        return None
+    with PAGE.figure(WIDTH, HEIGHT) as figure:
+        draw_reliability(figure.subplots(), models, PAGE)
+        add_legend(figure)
+        svg = to_svg(figure, "Accuracy against confidence; the numbers are in the table below.")
+    caption = (
+        "Test images in ten groups by confidence, with 95 % intervals. Below the dashed line, a model is surer than "
+        "it should be."
+    )
+    columns = ("method", "confidence", "accuracy", "images")
+    return Chart("Can its probabilities be trusted?", caption, svg, columns, rows)
 
 
-def map_chart(places: NDArray[np.float64], said: Judged, classes: Sequence[str], layer: str) -> Chart:
-    """Test images as t-SNE lays out their features, (n, 2), coloured by class, mistakes ringed."""
+def map_chart(positions: Float64Array, said: Predictions, classes: Sequence[str], layer: str) -> Chart:
+    """Return test images where t-SNE puts their features, (n, 2), coloured by class, with mistakes ringed."""
     counts = np.bincount(said.y_true, minlength=len(classes))
-    rows = []
-    with themed(5.4, 4.2) as (figure, axes):
-        for number in range(len(classes)):
-            own = said.y_true == number
-            color = SERIES[number % MOST_LINES]
-            marker = MARKERS[(number // MOST_LINES + number) % len(MARKERS)]
-            axes.scatter(places[own, 0], places[own, 1], s=16, color=color, marker=marker, alpha=0.8, linewidths=0)
-            if counts[number] and len(classes) <= 30:
-                axes.annotate(classes[number], np.median(places[own], axis=0), weight="bold", fontsize=10, ha="center")
-            wrong = int((own & ~said.right).sum())
-            rows.append((classes[number], int(counts[number]), wrong))
-        axes.scatter(
-            places[~said.right, 0], places[~said.right, 1], s=52, facecolors="none", edgecolors=INK, linewidths=1
-        )
-        axes.set(xticks=[], yticks=[])
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
+    mistakes = np.bincount(said.y_true[~said.right], minlength=len(classes))
+    named = [number for number in shown_classes(said.y_true, said.y_pred, len(classes)) if counts[number]]
+    with PAGE.figure(WIDTH, 4.2) as figure:
+        axes = figure.subplots()
+        draw_embedding(axes, positions, said.y_true, said.y_pred, classes, PAGE)
+        for number in named:
+            middle = np.median(positions[said.y_true == number], axis=0)
+            axes.annotate(classes[number], middle, weight="bold", fontsize=10, ha="center")
         svg = to_svg(figure, f"Map of the test images by their features at {layer}; mistakes are ringed.")
-    caption = f"t-SNE of the features at {layer}: near images look alike to the network. Rings are mistakes."
-    return Chart("What does the network see as alike?", caption, svg, ("class", "test images", "mistakes"), rows)
+    rows = [(name, int(counts[number]), int(mistakes[number])) for number, name in enumerate(classes)]
+    caption = f"t-SNE of the features at {layer}: images that look alike to the network are close. Rings are mistakes."
+    if len(named) < np.count_nonzero(counts):
+        caption += f" The {len(named)} classes that are confused most are coloured."
+    return Chart("Which images look alike to the network?", caption, svg, ("class", "test images", "mistakes"), rows)
 
 
-def _errors(score: Score) -> str:
+def _errors(score: MethodScore) -> str:
     """Return the calibration error, before and after calibration where there was one."""
-    before, after = score.first["ece"], score.first.get("ece_calibrated")
+    before, after = score.first.result.ece, score.first.result.ece_calibrated
     return f"error {before:.3f}" if after is None else f"error {after:.3f}, uncalibrated {before:.3f}"

@@ -1,4 +1,4 @@
-"""What the report shows of the images themselves: mistakes, duplicates across splits, and where features lie."""
+"""What the report shows of the images: mistakes, duplicates across splits, and a map of their features."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from features_cache import CacheFile
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import Judged
 from pipeline.errors import UnreadableImageError
 from pipeline.evaluation.leaks import find_leaks
+from pipeline.evaluation.predictions import Predictions
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.embedding import neighbour_map, principal_components
@@ -30,19 +30,39 @@ MOST_POINTS = 1000
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One image, small: a data address (``""`` where it cannot be read any more), its name, and what is said of it."""
+    """A small picture of one image.
+
+    Parameters
+    ----------
+    data : str
+        Data URL; ``""`` if the image cannot be read any more.
+    uri : str
+        Name of the image.
+    note : str
+        Text below the name.
+    """
 
     data: str
     uri: str
-    said: str
+    note: str
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class taken for another: how often, of how many, and some of the images, the surest mistakes first."""
+    """A class mistaken for another.
+
+    Parameters
+    ----------
+    true, predicted : str
+        Names of the classes.
+    count, total : int
+        How many images of the true class were mistaken, of how many.
+    images : sequence of Thumbnail
+        Some of them, the most confident mistakes first.
+    """
 
     true: str
-    called: str
+    predicted: str
     count: int
     total: int
     images: Sequence[Thumbnail]
@@ -50,32 +70,32 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Images that stand on both sides of a split: how many, and some pairs."""
+    """Images of test or val that are also in training: how many, and some pairs."""
 
     count: int
     pairs: Sequence[tuple[Thumbnail, Thumbnail]]
 
 
 class Album:
-    """Thumbnails of one source, each read once."""
+    """Makes thumbnails of one source's images, each once."""
 
     def __init__(self, images: ImageSource) -> None:
         self._images = images
         self._items = {item.uri: item for item in images.items}
         self._made: dict[str, str] = {}
 
-    def thumbnail(self, uri: str, said: str = "") -> Thumbnail:
-        """Return a thumbnail of one image."""
+    def thumbnail(self, uri: str, note: str = "") -> Thumbnail:
+        """Return a thumbnail of an image."""
         if uri not in self._made:
             self._made[uri] = self._encode(uri)
-        return Thumbnail(self._made[uri], uri, said)
+        return Thumbnail(self._made[uri], uri, note)
 
     def _encode(self, uri: str) -> str:
         if uri not in self._items:
             return ""
         try:
             image = decode(self._images.read(self._items[uri]), floor=2 * SIDE).image
-        except UnreadableImageError:  # it was there when it was extracted; the page says that it is gone
+        except UnreadableImageError:  # it was readable when it was extracted; the page says that it is not any more
             return ""
         image.thumbnail((SIDE, SIDE))
         stream = io.BytesIO()
@@ -83,27 +103,29 @@ class Album:
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def worst_confusions(said: Judged, classes: Sequence[str], album: Album) -> list[Confusion]:
-    """Return the pairs of classes that are confused most often."""
-    wrong = np.flatnonzero(~said.right)
-    pairs = Counter(zip(said.y_true[wrong].tolist(), said.y_pred[wrong].tolist(), strict=True))
+def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[Confusion]:
+    """Return the pairs of classes that are mistaken most often."""
+    wrong = np.flatnonzero(~predictions.right)
+    pairs = Counter(zip(predictions.y_true[wrong].tolist(), predictions.y_pred[wrong].tolist(), strict=True))
     found = []
-    for (true, called), count in pairs.most_common(MOST_PAIRS):
-        rows = wrong[(said.y_true[wrong] == true) & (said.y_pred[wrong] == called)]
-        if said.probability is not None:
-            rows = rows[np.argsort(-said.probability[rows], kind="stable")]
-        images = [album.thumbnail(str(said.uris[row]), _surety(said, int(row))) for row in rows[:MOST_EACH]]
-        total = int((said.y_true == true).sum())
-        found.append(Confusion(classes[true], classes[called], count, total, images))
+    for (true, predicted), count in pairs.most_common(MOST_PAIRS):
+        rows = wrong[(predictions.y_true[wrong] == true) & (predictions.y_pred[wrong] == predicted)]
+        if predictions.probability is not None:
+            rows = rows[np.argsort(-predictions.probability[rows], kind="stable")]
+        images = [
+            album.thumbnail(str(predictions.uris[row]), _confidence(predictions, int(row))) for row in rows[:MOST_EACH]
+        ]
+        total = int((predictions.y_true == true).sum())
+        found.append(Confusion(classes[true], classes[predicted], count, total, images))
     return found
 
 
 def leaks(file: CacheFile, album: Album) -> Leaks:
-    """Return the images that stand, byte for byte, both in a given test (or val) split and in what is learnt from."""
+    """Return the images of the source's own test (or val) split that are also in training, byte for byte."""
     usable = (file.states == 1) & (file.labels >= 0)
     sides = {name: np.flatnonzero(usable & (file.splits == name)) for name in ("train", "val", "test")}
     if not any(len(sides[name]) for name in ("val", "test")):
-        return Leaks(0, [])  # what is cut by seed keeps equal images on one side
+        return Leaks(0, [])  # splits drawn by seed keep equal images together
     sides["train"] = np.flatnonzero(usable & ((file.splits == "train") | (file.splits == "")))
     found = find_leaks(sides["train"], sides["val"], sides["test"], np.asarray(file.digests))
     names = [(str(file.uris[a]), file.splits[a], str(file.uris[b]), file.splits[b]) for a, b in found[:MOST_LEAKS]]
@@ -113,20 +135,20 @@ def leaks(file: CacheFile, album: Album) -> Leaks:
     )
 
 
-def lay_out(features: Features, layer: str, said: Judged) -> tuple[NDArray[np.float64], Judged]:
-    """Return places (n, 2) of at most a thousand test images by t-SNE of their features, and these images."""
+def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tuple[NDArray[np.float64], Predictions]:
+    """Return positions (n, 2) of at most a thousand test images by t-SNE of their features, and their predictions."""
     file = features.files[layer.split("+")[0]]
     row_of = {uri: row for row, uri in enumerate(file.uris.tolist())}
-    kept = np.sort(np.random.default_rng(0).permutation(len(said.uris))[:MOST_POINTS])
-    rows = [row_of[uri] for uri in said.uris[kept].tolist()]
+    kept = np.sort(np.random.default_rng(0).permutation(len(predictions.uris))[:MOST_POINTS])
+    rows = [row_of[uri] for uri in predictions.uris[kept].tolist()]
     matrix = np.concatenate(
         [np.asarray(features.files[name].matrix(name)[rows], np.float32) for name in layer.split("+")], axis=1
     )
-    probability = None if said.probability is None else said.probability[kept]
-    return neighbour_map(principal_components(matrix)[0]), Judged(
-        said.uris[kept], said.y_true[kept], said.y_pred[kept], probability
+    probability = None if predictions.probability is None else predictions.probability[kept]
+    return neighbour_map(principal_components(matrix)[0]), Predictions(
+        predictions.uris[kept], predictions.y_true[kept], predictions.y_pred[kept], probability
     )
 
 
-def _surety(said: Judged, row: int) -> str:
-    return "" if said.probability is None else f"p = {said.probability[row]:.2f}"
+def _confidence(predictions: Predictions, row: int) -> str:
+    return "" if predictions.probability is None else f"p = {predictions.probability[row]:.2f}"

@@ -1,5 +1,5 @@
 "use strict";
-// Sorting by a click on a column's button, filtering by words and by the menus above the table.
+// The results table: click a column's button to sort; the search field and the menus filter.
 const table = document.getElementById("results");
 const body = table.tBodies[0];
 const rows = Array.from(body.rows);
@@ -13,7 +13,7 @@ function value(row, column) {
 }
 
 function compare(a, b) {
-  const missing = (a === "") - (b === ""); // what is not known stays last, whatever the direction
+  const missing = (a === "") - (b === ""); // unknown values stay last in both directions
   if (missing) return { missing };
   const numbers = [Number(a), Number(b)];
   return { order: numbers.some(Number.isNaN) ? a.localeCompare(b) : numbers[0] - numbers[1] };

@@ -1,4 +1,4 @@
-"""The report of a comparison: one page that opens anywhere and loads nothing."""
+"""The report of a comparison: one HTML page that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from features_cache import UNREADABLE, CacheFile
 from pipeline.comparing.answer import (
     Answer,
-    Costs,
+    ExtractionTimes,
     answer,
     duration,
     extraction_seconds,
@@ -24,39 +24,48 @@ from pipeline.comparing.answer import (
     seconds,
 )
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import Judged, RunFolder
-from pipeline.comparing.methods import HEAD, Board, Score, boards, shots_order
+from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards, shots_order
 from pipeline.comparing.paired import LEVEL, compare_scores
+from pipeline.comparing.records import RunInfo
 from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
+from pipeline.evaluation.predictions import Predictions
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
-from pipeline.reporting.page.pictures import Album, Confusion, Leaks, lay_out, leaks, worst_confusions
+from pipeline.reporting.page.pictures import Album, Confusion, Leaks, lay_out_map, leaks, worst_confusions
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40
-"""More classes than this make a confusion matrix that nobody reads: then the pairs and the classes are listed alone."""
+"""With more classes than this the confusion matrix would be unreadable and is left out."""
 MOST_UNREADABLE = 200
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What belongs to one source: its images, and the features that each head was fitted on, by the head's key."""
+    """A source's images, and the features that each head was fitted on, by the key of its result."""
 
     images: ImageSource
     features: dict[str, Features]
 
     @property
     def files(self) -> list[CacheFile]:
-        """All files of these features."""
+        """All cache files of these features."""
         return list(dict.fromkeys(file for features in self.features.values() for file in features.files.values()))
 
 
 @dataclass(frozen=True)
 class Differences:
-    """All pairs of the leading methods: names, and for each row and column the difference in words, or None."""
+    """Paired tests of the leading methods.
+
+    Parameters
+    ----------
+    names : sequence of str
+    cells : sequence of rows
+        Row's minus column's accuracy: points, p-value, and whether it is real; None if the two were not compared.
+    """
 
     names: Sequence[str]
     cells: Sequence[Sequence[tuple[str, str, bool] | None]]
@@ -64,7 +73,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Model:
-    """One method looked at closely: per class, matrix, mistakes."""
+    """One method in detail: its classes, the confusion matrix, the mistakes."""
 
     title: str
     rows: Sequence[tuple[str, int, str, str, str, float]]
@@ -75,7 +84,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Chapter:
-    """All that the page says about one source."""
+    """The page's part on one source."""
 
     source: str
     anchor: str
@@ -94,15 +103,15 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     Parameters
     ----------
     folder : RunFolder
-        Of a run with at least one result.
+        A run with at least one result.
     plan_text : str
-        The plan as it was run.
+        The plan's TOML.
     seen : dict of str to Seen
-        By source name.
+        By name of the source.
     """
-    run = folder.read_json("run.json")
-    extraction = extraction_seconds(run)
-    found = boards(folder.records.values())
+    info = folder.read_info()
+    extraction = extraction_seconds(info)
+    found = leaderboards(folder.results.values())
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
@@ -116,25 +125,25 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
         chapters=chapters,
         table=_table(found, extraction),
         several=len(found) > 1,
-        run=run,
-        costs=_costs(run),
+        info=info,
+        costs=_costs(info),
         plan=plan_text,
-        cells=len(folder.records),
+        n_results=len(folder.results),
         percent=percent,
         duration=duration,
     )
 
 
-def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extraction: Costs) -> Chapter:
+def _chapter(number: int, board: Leaderboard, seen: Seen, folder: RunFolder, extraction: ExtractionTimes) -> Chapter:
     album = Album(seen.images)
-    verdict = answer(board, folder.judged, extraction)
+    verdict = answer(board, folder.predictions, extraction)
     classes = seen.images.classes
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
-    said = {score.first["key"]: folder.judged(score.first["key"]) for score in chosen}
+    predictions = {score.first.key: folder.predictions(score.first.key) for score in chosen}
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
-    charts += [class_chart(chosen, said, classes), calibration_chart(chosen, said)]
+    charts += [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
     if verdict.frozen is not None:
-        charts.append(_map(verdict.frozen, seen, said[verdict.frozen.first["key"]]))
+        charts.append(_map(verdict.frozen, seen, predictions[verdict.frozen.first.key]))
     unreadable = _unreadable(seen.files)
     return Chapter(
         board.source,
@@ -142,55 +151,51 @@ def _chapter(number: int, board: Board, seen: Seen, folder: RunFolder, extractio
         verdict,
         [chart for chart in charts if chart is not None],
         _differences(board, folder),
-        [_model(score, said[score.first["key"]], classes, album) for score in chosen],
+        [_model(score, predictions[score.first.key], classes, album) for score in chosen],
         leaks(seen.files[0], album) if seen.files else None,
         unreadable[:MOST_UNREADABLE],
         len(unreadable),
     )
 
 
-def _table(found: Sequence[Board], extraction: Costs) -> list[dict[str, Any]]:
-    """Return one row for each method and number of labels, the most accurate first."""
+def _table(found: Sequence[Leaderboard], extraction: ExtractionTimes) -> list[dict[str, Any]]:
+    """Return a row for each method and number of labels, the most accurate first."""
     scores = [(board.source, score) for board in found for score in board.scores.values()]
     scores.sort(key=lambda pair: (shots_order(pair[1].shots), pair[1].accuracy), reverse=True)
     rows = []
     for source, score in scores:
         low, high = score.interval
-        first = score.first
         rows.append(
             {
                 "source": source,
-                "kind": "frozen" if first["kind"] == HEAD else "fine-tuned",
-                "backbone": first["backbone"],
-                "layer": first["layer"] if first["kind"] == HEAD else first["freeze"],
-                "head": first["head"],
-                "method": score.method,
+                "kind": "frozen" if score.method.is_frozen else "fine-tuned",
+                "method": score.name,
                 "shots": score.shots,
-                "seeds": len(score.records),
+                "seeds": len(score.by_seed),
                 "accuracy": score.accuracy,
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
                 "per_class": score.mean("mean_per_class_accuracy"),
                 "f1": score.mean("macro_f1"),
-                "log_loss": _told(score, "log_loss"),
-                "ece": _told(score, "ece"),
+                "log_loss": _calibrated(score, "log_loss"),
+                "ece": _calibrated(score, "ece"),
                 "seconds": seconds(score, extraction),
-                "converged": all(record["converged"] for record in score.records.values()),
+                "converged": all(job.result.converged for job in score.by_seed.values()),
             }
         )
     return rows
 
 
-def _told(score: Score, key: str) -> float | None:
-    """Return a number about the probabilities that `predict` tells: calibrated, where that could be done."""
+def _calibrated(score: MethodScore, key: str) -> float | None:
+    """Return a measure of the probabilities that `predict` gives, which are calibrated if that was possible."""
     calibrated = score.mean(f"{key}_calibrated")
     return score.mean(key) if calibrated is None else calibrated
 
 
-def _differences(board: Board, folder: RunFolder) -> Differences | None:
+def _differences(board: Leaderboard, folder: RunFolder) -> Differences | None:
     scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
     scores.sort(key=lambda score: -score.accuracy)
     pairs = list(combinations(range(len(scores)), 2))
-    tested = [compare_scores(scores[a], scores[b], folder.judged) for a, b in pairs]
+    tested = [compare_scores(scores[a], scores[b], folder.predictions) for a, b in pairs]
     known = [(pair, test) for pair, test in zip(pairs, tested, strict=True) if test is not None]
     if not known:
         return None
@@ -199,11 +204,11 @@ def _differences(board: Board, folder: RunFolder) -> Differences | None:
     for ((a, b), test), p in zip(known, adjusted, strict=True):
         for row, column, sign in ((a, b, 1), (b, a, -1)):
             cells[row][column] = (points(sign * test.difference), p_text(p), p < LEVEL)
-    return Differences([score.method for score in scores], cells)
+    return Differences([score.name for score in scores], cells)
 
 
-def _model(score: Score, said: Judged, classes: Sequence[str], album: Album) -> Model:
-    counts = count(said.y_true, said.y_pred, len(classes))
+def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str], album: Album) -> Model:
+    counts = count(predictions.y_true, predictions.y_pred, len(classes))
     rows = []
     for number, name in enumerate(classes):
         true, predicted, right = (int(column[number]) for column in counts)
@@ -213,17 +218,21 @@ def _model(score: Score, said: Judged, classes: Sequence[str], album: Album) -> 
         f1 = percent(2 * right / (true + predicted)) if true + predicted else "–"
         rows.append((name, true, shown, precision, f1, recall))
     rows.sort(key=lambda row: row[5])
-    matrix = confusion_counts(said.y_true, said.y_pred, len(classes)).tolist() if len(classes) <= MOST_CLASSES else []
-    seed = f", seed {score.first['seed']}" if len(score.records) > 1 else ""
-    return Model(f"{score.method}{seed}", rows, classes, matrix, worst_confusions(said, classes, album))
+    matrix = (
+        confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist()
+        if len(classes) <= MOST_CLASSES
+        else []
+    )
+    seed = f", seed {score.first.result.seed}" if len(score.by_seed) > 1 else ""
+    return Model(f"{score.name}{seed}", rows, classes, matrix, worst_confusions(predictions, classes, album))
 
 
-def _map(score: Score, seen: Seen, said: Judged) -> Chart | None:
-    features = seen.features.get(score.first["key"])
-    if features is None or len(said.uris) < 5:
+def _map(score: MethodScore, seen: Seen, predictions: Predictions) -> Chart | None:
+    features = seen.features.get(score.first.key)
+    if features is None or len(predictions.uris) < 5:
         return None
-    places, shown = lay_out(features, score.first["layer"], said)
-    return map_chart(places, shown, seen.images.classes, score.first["layer"])
+    positions, shown = lay_out_map(features, score.method.layer, predictions)
+    return map_chart(positions, shown, seen.images.classes, score.method.layer)
 
 
 def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
@@ -234,15 +243,10 @@ def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
-def _costs(run: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
+def _costs(info: RunInfo) -> list[tuple[str, int, str, str]]:
     """Return what each extraction took: backbone, images computed, time and rate."""
     return [
-        (
-            entry["backbone"],
-            entry["computed"],
-            duration(entry["seconds"]),
-            f"{entry['computed'] / entry['seconds']:.0f}",
-        )
-        for entry in run["extractions"].values()
-        if entry["computed"]
+        (cost.backbone, cost.computed, duration(cost.seconds), f"{cost.computed / cost.seconds:.0f}")
+        for cost in info.extractions.values()
+        if cost.computed and cost.seconds
     ]

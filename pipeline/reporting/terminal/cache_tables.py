@@ -1,4 +1,4 @@
-"""Terminal views of a cache: its files, one file in detail, what a check found."""
+"""Terminal tables of a cache: its files, one file in detail, what a check found."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from features_cache import Report
+from features_cache import VerifyReport
 from pipeline.extraction.inspection import FileDetails, FileSummary
-from pipeline.reporting.terminal.tables import facts_table, layers_text, rows_table
+from pipeline.reporting.terminal.tables import facts_table, layers_text, rows_table, shortened
 
 MOST_NAMED = 20
 
@@ -53,7 +53,7 @@ def _age(changed: str) -> str:
 
 
 def details_view(details: FileDetails) -> Group:
-    """One file, a part under a heading each; long lists are cut, ``--json`` has them whole."""
+    """One file in parts with a heading each; long lists are cut, and ``--json`` has all of them."""
     summary = details.summary
     facts = [
         ("source", f"{summary.source} ({summary.location})"),
@@ -82,7 +82,7 @@ def _part(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 def _specs(details: FileDetails) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Return what all layers' specs share, and a row for each layer, which ends with the rest where there is any."""
+    """Return what the specs of all layers share, and a row for each layer that ends with what is its own, if any."""
     first, *others = details.specs.values()
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     shared = {key: value for key, value in shared.items() if key not in ("layer", "fingerprint")}
@@ -117,41 +117,33 @@ def _twins(twins: dict[str, Any]) -> tuple[str, str]:
     return "yes" if twins["across"] else "no", " = ".join(named)
 
 
-def verify_table(reports: Iterable[Report]) -> Table:
+def verify_table(reports: Iterable[VerifyReport]) -> Table:
     """One row for each file that was checked."""
+    rows = []
+    for report in reports:
+        done, size = f"{report.done}/{report.rows}", f"{report.bytes_checked / 1e6:.1f}"
+        findings = (len({finding.row for finding in report.damaged}), len(report.changed))
+        rows.append((str(report.path), done, str(report.unreadable), str(report.pending), size, *map(str, findings)))
     columns = ("file", "done", "unreadable", "pending", "checked MB", "damaged rows", "changed images")
-    return rows_table(
-        columns,
-        [
-            (
-                str(report.path),
-                f"{report.done}/{report.rows}",
-                str(report.unreadable),
-                str(report.pending),
-                f"{report.bytes_checked / 1e6:.1f}",
-                str(len({finding.row for finding in report.damaged})),
-                str(len(report.changed)),
-            )
-            for report in reports
-        ],
-    )
+    return rows_table(columns, rows)
 
 
-def finding_lines(reports: Iterable[Report], repaired: bool) -> list[str]:
-    """Name the rows that are damaged or changed, at most `MOST_NAMED` a file, and say what to do."""
+def finding_lines(reports: Iterable[VerifyReport], repaired: bool) -> list[str]:
+    """Name at most `MOST_NAMED` damaged or changed rows of each file, and say what to do."""
     lines = []
     for report in reports:
-        found = [*report.damaged, *report.changed]
-        lines += [f"{report.path.name} row {one.row}, {one.uri}: {one.what}" for one in found[:MOST_NAMED]]
-        lines += [f"… and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else []
+        found = [
+            f"{report.path.name} row {one.row}, {one.uri}: {one.what}" for one in (*report.damaged, *report.changed)
+        ]
+        lines += shortened(found, MOST_NAMED)
         if report.damaged_runs:
-            lines.append(f"{report.path.name}: {len(report.damaged_runs)} records of who computed what are damaged")
+            lines.append(f"{report.path.name}: {len(report.damaged_runs)} records of extract runs are damaged")
         if not report.sound:
             lines.append(
-                "damaged rows are pending now: run the same extract command again"
+                "damaged rows are pending now; compute them again with the same extract command"
                 if repaired
-                else "mark damaged rows for computing again with: thawline cache verify --repair"
+                else "mark damaged rows as pending with: thawline cache verify --repair"
             )
         if report.changed:
-            lines.append("changed images are computed again by: thawline extract … --rehash")
+            lines.append("compute changed images again with: thawline extract … --rehash")
     return lines

@@ -9,17 +9,17 @@ from rich.table import Table
 from pipeline.comparing.against import Against
 from pipeline.comparing.answer import duration, percent, points
 from pipeline.comparing.estimate import Planned
-from pipeline.comparing.folder import Record
-from pipeline.comparing.methods import boards
+from pipeline.comparing.methods import leaderboards
+from pipeline.comparing.records import JobResult
 from pipeline.reporting.terminal.tables import rows_table
 
 MOST_ROWS = 12
 
 
-def score_table(records: Sequence[Record]) -> Table:
-    """The best methods of each source and number of labels, means over seeds."""
+def score_table(results: Sequence[JobResult]) -> Table:
+    """Return the best methods of each source and number of labels, means over seeds."""
     rows = []
-    for board in boards(records):
+    for board in leaderboards(results):
         for shots in reversed(board.shots):
             scores = sorted(board.at(shots), key=lambda score: -score.accuracy)
             most = MOST_ROWS if shots == board.shots[-1] else 3
@@ -27,14 +27,14 @@ def score_table(records: Sequence[Record]) -> Table:
                 low, high = score.interval
                 interval = f"{100 * low:.1f}–{100 * high:.1f}"
                 seconds = duration(score.mean("seconds") or 0.0)
-                rows.append((board.source, str(shots), score.method, percent(score.accuracy), interval, seconds))
+                rows.append((board.source, str(shots), score.name, percent(score.accuracy), interval, seconds))
             if len(scores) > most:
                 rows.append(("", "", f"… and {len(scores) - most} more", "", "", ""))
     return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "training"), rows)
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
-    """One row for each job."""
+    """Return one row for each job."""
     rows = [
         (job.job, "done" if job.done else f"about {duration(job.seconds)}", size_text(job.bytes)) for job in planned
     ]
@@ -42,17 +42,17 @@ def plan_table(planned: Sequence[Planned]) -> Table:
 
 
 def plan_line(planned: Sequence[Planned]) -> str:
-    """All jobs in a sentence."""
+    """Return how many jobs there are, and what is left to do."""
     left = [job for job in planned if not job.done]
     seconds, size = sum(job.seconds for job in left), size_text(sum(job.bytes for job in left)) or "0 MB"
     return f"{len(planned)} jobs, {len(planned) - len(left)} of them done; about {duration(seconds)} and {size} to go"
 
 
 def against_lines(against: Against | None) -> list[str]:
-    """What changed since another run, a line each."""
+    """Return what changed since another run, in lines."""
     if against is None:
         return []
-    lines = [f"against the other run: {len(against.changed)} of {against.compared} methods changed beyond noise"]
+    lines = [f"against the other run: {len(against.changed)} of {against.compared} methods changed by more than noise"]
     for change in against.changed:
         gap = f"{points(change.difference)} points"
         lines.append(f"  {change.method}, shots {change.shots}, {change.source}: {gap} (p = {change.p:.2g})")
@@ -64,7 +64,7 @@ def against_lines(against: Against | None) -> list[str]:
 
 
 def size_text(size: int) -> str:
-    """Bytes as people say them, nothing for none."""
+    """Return a number of bytes as text, ``""`` for 0."""
     if not size:
         return ""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(size / 1e6, 0.1):.1f} MB"

@@ -11,14 +11,14 @@ from pipeline.reporting.terminal.tables import rows_table
 from pipeline.results import Agreement, DriftResult, LayerScore
 
 LEVEL = 0.05
-"""The p-value up to which two sets are said to differ."""
+"""Up to this p-value, two sets are said to differ."""
 _SCORES = {"logme": "LogME", "h_score": "H-score", "leep": "LEEP"}
 
 
 def rank_table(ranking: Sequence[LayerScore]) -> Table:
-    """One row for each layer in order; columns that are empty or everywhere the same are left out."""
+    """One row for each layer, the best first; columns that are empty or say the same everywhere are left out."""
     columns = {
-        "": [str(place) for place in range(1, len(ranking) + 1)],
+        "": [str(rank) for rank in range(1, len(ranking) + 1)],
         "backbone": [score.backbone for score in ranking],
         "pool": [score.pool for score in ranking],
         "layer": [score.layer for score in ranking],
@@ -35,27 +35,27 @@ def rank_table(ranking: Sequence[LayerScore]) -> Table:
 
 
 def agreement_lines(agreement: Sequence[Agreement]) -> list[str]:
-    """Say of each score how its order agrees with the fitted one."""
+    """Say how well the order by each score agrees with the order by test accuracy."""
     return [
-        f"{_SCORES[found.score]} orders {found.layers} layers as their test accuracies do to the degree of "
+        f"{_SCORES[found.score]} against test accuracy over {found.layers} layers: "
         f"Kendall's tau {found.kendall_tau:.2f}, Spearman's rho {found.spearman_rho:.2f}"
         for found in agreement
     ]
 
 
 def drift_lines(result: DriftResult) -> list[str]:
-    """Say whether the sets can be told apart, and on how many images that rests."""
-    shared = f"; {result.shared} stand in both and are left out" if result.shared else ""
+    """Say whether the two sets differ, and how many images were compared."""
+    shared = f"; {result.shared} are in both sets and left out" if result.shared else ""
     verdict = (
-        "the two sets are not of one domain"
+        "the two sets differ"
         if result.p_value <= LEVEL
-        else "no sign that the two sets differ; the images below are no more foreign than chance makes them"
+        else "no sign that the two sets differ; the images below look no more foreign than by chance"
     )
     return [
-        f"{result.images[0]} and {result.images[1]} images{shared}; {result.compared} of each are compared on "
+        f"{result.images[0]} and {result.images[1]} images{shared}; {result.compared} of each set compared on "
         f"{result.layer}",
-        f"a held-out classifier tells them apart with an accuracy of {result.accuracy:.3f} (0.5 is a guess), "
-        f"p = {result.p_value:.3g}: {verdict}",
+        f"a classifier tells held-out images of the two sets apart with an accuracy of {result.accuracy:.3f} "
+        f"(0.5 is a guess), p = {result.p_value:.3g}: {verdict}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""A progress bar on stderr for whatever stage runs."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from rich.text import Text
 from pipeline.results import Progress
 
 WIDE = 120
-"""Letters of a terminal from which on the bar may be long: elsewhere what is done counts more."""
+"""In a terminal of at least so many characters, bars are long; a narrower one needs the room for numbers."""
 
 
 class _Rate(ProgressColumn):
-    """How many a second, once that is known."""
+    """Items per second, once that is known."""
 
     def render(self, task: Task) -> Text:
-        """Return the rate, but not of the first second, whose batches come all at once."""
+        """Return the rate, but none in the first second, when batches come all at once."""
         known = task.speed and (task.finished_time or task.elapsed or 0) > 1
         return Text(f"{task.speed:.0f}/s" if known else "")
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Yield a function that draws one bar for each different `text`; the next one takes the place of full ones.
+    """Yield a function that draws one bar for each different `text`; a new bar replaces those that are full.
 
-    Nothing is drawn where stderr is not a terminal, so logs stay readable.
+    Nothing is drawn if stderr is not a terminal, so that logs stay readable.
     """
     console = Console(stderr=True)
     columns = (
@@ -53,7 +53,7 @@ def progress_bar() -> Iterator[Progress]:
 
         def report(done: int, total: int, text: str, state: str = "") -> None:
             if text not in bars:
-                for task in drawing.tasks:  # full bars make room: only what fits on the screen is drawn
+                for task in drawing.tasks:  # rich draws only what fits on the screen
                     drawing.update(task.id, visible=not task.finished)
                 bars[text] = drawing.add_task(text, total=total, state="")
             drawing.update(bars[text], completed=done, total=total, state=state)

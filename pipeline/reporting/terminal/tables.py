@@ -1,4 +1,4 @@
-"""Terminal tables of what the stages return."""
+"""What a table on the terminal looks like, and those of the stages' results."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from pipeline.results import ExtractResult, FinetuneResult, FitResult, Predictio
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
     """One row for each cache file."""
-    table = _table("cache", "backbone", "layers", "rows", "reused", "computed", "unreadable", "precision", "images/s")
+    rows = []
     for result in results:
         layers = layers_text(result.layers)
         counts = (result.rows, result.reused, result.computed, result.unreadable)
         rate = f"{result.images_per_second:.0f}" if result.computed else "-"
-        table.add_row(result.path, result.backbone, layers, *map(str, counts), result.precision, rate)
-    return table
+        rows.append((result.path, result.backbone, layers, *map(str, counts), result.precision, rate))
+    columns = ("cache", "backbone", "layers", "rows", "reused", "computed", "unreadable", "precision", "images/s")
+    return rows_table(columns, rows)
 
 
 def layers_text(layers: Mapping[str, int], most: int = 3) -> str:
-    """Name layers with their dims, of many the first and the last."""
+    """Name layers with their dims; of more than `most`, the first and the last."""
     named = [f"{name} ({dim})" for name, dim in layers.items()]
     return ", ".join(named) if len(named) <= most else f"{len(named)}: {named[0]} … {named[-1]}"
 
 
 def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[str]:
-    """Name the unreadable images of each file and why, at most `most` of them."""
+    """Name at most `most` unreadable images of each file, and say why they are."""
     lines = []
     for result in results:
         if not result.unreadable:
@@ -38,15 +39,13 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
         file = open_cache(result.path)
         rows = np.flatnonzero(file.states == UNREADABLE)
         lines.append(f"{len(rows)} of {result.rows} images are unreadable and were left out:")
-        lines += [f"  {file.uris[row]}: {file.reasons[row]}" for row in rows[:most]]
-        if len(rows) > most:
-            lines.append(f"  … and {len(rows) - most} more")
+        lines += [f"  {line}" for line in shortened([f"{file.uris[row]}: {file.reasons[row]}" for row in rows], most)]
     return lines
 
 
 def fit_table(results: Sequence[FitResult]) -> Table:
-    """One row for each head, the best accuracy in bold; what is the same in every row stands in the title instead."""
-    columns: dict[str, list[str]] = {
+    """One row for each result, the most accurate in bold; values that all rows share are in the title instead."""
+    settings = {
         "backbone": [result.backbone for result in results],
         "pool": [result.pool for result in results],
         "layer": [result.layer for result in results],
@@ -55,10 +54,47 @@ def fit_table(results: Sequence[FitResult]) -> Table:
         "shots": [str(result.shots) for result in results],
         "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
-        "chosen": [_params(result) for result in results],
+    }
+    measured = {"chosen": [_params(result) for result in results], **_measured(results)}
+    return _compared(settings, measured, [result.accuracy for result in results])
+
+
+def finetune_table(results: Sequence[FinetuneResult]) -> Table:
+    """One row for each run, the most accurate in bold; values that all rows share are in the title instead."""
+    settings = {
+        "freeze": [result.freeze for result in results],
+        "seed": [str(result.seed) for result in results],
+        "shots": [str(result.shots) for result in results],
+        "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
+        "trained weights": [f"{result.trainable_parameters:,}" for result in results],
+    }
+    measured = {
+        "epochs": [str(result.epochs) + ("" if result.converged else " (diverged)") for result in results],
+        "kept": [str(result.params["best_epoch"]) for result in results],
         **_measured(results),
     }
-    return _compared(columns, list(columns).index("chosen"), [result.accuracy for result in results])
+    one = results[0]
+    title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
+    return _compared(settings, measured, [result.accuracy for result in results], title)
+
+
+def seeds_table(summary: Sequence[SeedSummary]) -> Table:
+    """One row for each head over its seeds: an interval for other test rows, and the spread over the seeds' draws."""
+    settings = {
+        "backbone": [row.backbone for row in summary],
+        "pool": [row.pool for row in summary],
+        "layer": [row.layer for row in summary],
+        "head": [row.head for row in summary],
+        "shots": [str(row.shots) for row in summary],
+    }
+    measured = {
+        "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
+        "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
+        "sd over seeds": [f"{row.accuracy_sd:.3f}" for row in summary],
+        "lowest–highest seed": [f"{row.accuracy_min:.3f}–{row.accuracy_max:.3f}" for row in summary],
+        "p vs best": [_p_value(row.p_vs_best) for row in summary],
+    }
+    return _compared(settings, measured, [row.accuracy_mean for row in summary], f"over {summary[0].seeds} seeds")
 
 
 def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
@@ -73,50 +109,17 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
     }
 
 
-def _compared(columns: dict[str, list[str]], until: int, accuracies: list[float], *title: str) -> Table:
-    """Put what is the same in every row, of the first `until` columns, into the title, and the best row in bold."""
-    fixed = [name for name in list(columns)[:until] if len(set(columns[name])) == 1 and columns[name][0] != "-"]
-    heading = ", ".join([*title, *(f"{name} {columns.pop(name)[0]}" for name in fixed)])
-    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    table = _table(*shown, title=heading)
-    for accuracy, *cells in zip(accuracies, *shown.values(), strict=True):
-        table.add_row(*cells, style="bold" if accuracy == max(accuracies) else "")
-    return table
-
-
-def finetune_table(results: Sequence[FinetuneResult]) -> Table:
-    """One row for each run, the best accuracy in bold; what is the same in every row stands in the title instead."""
-    columns: dict[str, list[str]] = {
-        "freeze": [result.freeze for result in results],
-        "seed": [str(result.seed) for result in results],
-        "shots": [str(result.shots) for result in results],
-        "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
-        "trained weights": [f"{result.trainable_parameters:,}" for result in results],
-        "epochs": [str(result.epochs) + ("" if result.converged else " (diverged)") for result in results],
-        "kept": [str(result.params["best_epoch"]) for result in results],
-        **_measured(results),
+def _compared(
+    settings: dict[str, list[str]], measured: dict[str, list[str]], accuracies: Sequence[float], *title: str
+) -> Table:
+    """Return a table of results, the most accurate in bold; settings that all share are in the title instead."""
+    shared = [name for name, cells in settings.items() if len(set(cells)) == 1 and cells[0] != "-"]
+    heading = ", ".join([*title, *(f"{name} {settings[name][0]}" for name in shared)])
+    columns = {
+        name: cells for name, cells in (settings | measured).items() if name not in shared and set(cells) != {"-"}
     }
-    one = results[0]
-    title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
-    return _compared(columns, list(columns).index("epochs"), [result.accuracy for result in results], title)
-
-
-def seeds_table(summary: Sequence[SeedSummary]) -> Table:
-    """One row for each head over its seeds: what other test rows might give, beside what other draws gave."""
-    columns: dict[str, list[str]] = {
-        "backbone": [row.backbone for row in summary],
-        "pool": [row.pool for row in summary],
-        "layer": [row.layer for row in summary],
-        "head": [row.head for row in summary],
-        "shots": [str(row.shots) for row in summary],
-        "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
-        "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
-        "sd over seeds": [f"{row.accuracy_sd:.3f}" for row in summary],
-        "lowest–highest seed": [f"{row.accuracy_min:.3f}–{row.accuracy_max:.3f}" for row in summary],
-        "p vs best": [_p_value(row.p_vs_best) for row in summary],
-    }
-    means = [row.accuracy_mean for row in summary]
-    return _compared(columns, list(columns).index("mean accuracy"), means, f"over {summary[0].seeds} seeds")
+    best = [accuracy == max(accuracies) for accuracy in accuracies]
+    return rows_table(columns, zip(*columns.values(), strict=True), heading, best)
 
 
 def _p_value(p: float | None) -> str:
@@ -140,34 +143,35 @@ def _params(result: FitResult) -> str:
 
 def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table:
     """The first `most` predictions; `count_table` sums up the rest."""
-    table = _table("image", "label", "probability")
+    rows = []
     for prediction in predictions[:most]:
         shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
-        table.add_row(prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown)
+        rows.append((prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown))
     if len(predictions) > most:
-        table.add_row(f"… and {len(predictions) - most} more; --csv has all", "", "")
-    return table
+        rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
+    return rows_table(("image", "label", "probability"), rows)
 
 
 def count_table(predictions: Iterable[Prediction]) -> Table:
     """How many images got each label."""
-    table = _table("label", "images")
     counts = Counter(prediction.label or "(unreadable)" for prediction in predictions)
-    for label, count in counts.most_common():
-        table.add_row(label, str(count))
-    return table
+    return rows_table(("label", "images"), [(label, str(count)) for label, count in counts.most_common()])
 
 
-def rows_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Plain rows under `columns`."""
-    table = _table(*columns)
-    for row in rows:
-        table.add_row(*row)
+def rows_table(
+    columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = "", bold: Sequence[bool] | None = None
+) -> Table:
+    """Rows of text under headings, some of them perhaps in bold."""
+    table = Table(box=None, header_style="bold", pad_edge=False, title=title or None, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for index, row in enumerate(rows):
+        table.add_row(*row, style="bold" if bold and bold[index] else "")
     return table
 
 
 def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
-    """What is said of one thing, a line each."""
+    """Names and values of one thing, a line each, without headings."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -176,8 +180,6 @@ def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def _table(*columns: str, title: str = "") -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, title=title or None, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def shortened(lines: Sequence[str], most: int) -> list[str]:
+    """Return the first `most` lines, and a line that says how many more there are."""
+    return [*lines[:most], *([f"… and {len(lines) - most} more"] if len(lines) > most else [])]

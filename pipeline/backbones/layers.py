@@ -1,0 +1,149 @@
+"""Layers by name: listing them, resolving what the user asked for, and finding where to tap each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NamedTuple
+
+from torch import fx
+
+from features_cache import nearest
+from pipeline.backbones.aliases import classifier_input, last_map, stages
+from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.pooling import Layout, layout_of
+from pipeline.backbones.trace import SHAPE, Shape, Traced
+from pipeline.errors import BackboneError
+
+INPUT = "input"
+PENULTIMATE = "penultimate"
+STAGES = "stages"
+LOGITS = "logits"
+ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
+
+
+class LayerRow(NamedTuple):
+    """One line of `list_layers`: the shape has no batch axis; `aliases` are the other names of the layer."""
+
+    name: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...]
+
+
+def list_layers(backbone: Backbone) -> list[LayerRow]:
+    """Return ``input`` and all layers of a network in order of computation, with their shapes and aliases.
+
+    Examples
+    --------
+    >>> from pipeline.backbones.registry import sketch
+    >>> list_layers(sketch("resnet18"))[-1]
+    LayerRow(name='fc', shape=(1000,), aliases=('logits',))
+    """
+    traced = backbone.traced
+    aliases: dict[str | None, list[str]] = {name: [STAGES] for name in stages(traced)}
+    aliases.setdefault(traced.classifier, []).append(LOGITS)
+    read = classifier_input(traced)
+    outermost = [name for name, node in traced.nodes.items() if node is read][-1:]
+    for name in outermost:
+        aliases.setdefault(name, []).append(PENULTIMATE)
+    rows = [LayerRow(name, shape, tuple(aliases.get(name, ()))) for name, shape in traced.shapes.items()]
+    return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
+
+
+def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]:
+    """Replace ``stages`` and ``logits`` by the layers they stand for, and drop duplicates; the order is kept.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        A loaded or sketched network.
+    layers : sequence of str
+        Dotted names, or ``penultimate``, ``stages``, ``logits``, ``input``; these win over modules of the same name.
+
+    Raises
+    ------
+    BackboneError
+        If a layer does not exist, or its activations cannot be pooled.
+
+    Examples
+    --------
+    >>> from pipeline.backbones.registry import sketch
+    >>> resolve_layers(sketch("resnet18"), ["stages", "logits", "layer4"])
+    ('layer1', 'layer2', 'layer3', 'layer4', 'fc')
+    """
+    if not layers:
+        raise BackboneError(f"no layer was asked for; name one, such as {PENULTIMATE}")
+    resolved: list[str] = []
+    for layer in layers:
+        resolved += [layer] if layer == INPUT else _resolve(backbone, layer)
+    return tuple(dict.fromkeys(resolved))
+
+
+def resolved_aliases(backbone: Backbone) -> dict[str, list[str]]:
+    """Return the layers that each alias stands for, without the aliases that this network does not have."""
+    found = {}
+    for alias in ALIASES:
+        with suppress(BackboneError):
+            found[alias] = list(resolve_layers(backbone, [alias]))
+    return found
+
+
+def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
+    traced, handle = backbone.traced, backbone.handle
+    if layer == STAGES:
+        found = stages(traced)
+        if not found:
+            raise BackboneError(f"{handle} has no stages that end in maps; {_suggestion(traced)}")
+        return found
+    name = traced.classifier if layer == LOGITS else layer
+    if name is not None and find_tap(traced, name) is not None:
+        return (name,)
+    if layer in (LOGITS, PENULTIMATE):
+        raise BackboneError(f"{handle} has no classifier, which '{layer}' refers to; {_suggestion(traced)}")
+    if layer in traced.shapes:
+        shape = "x".join(map(str, traced.shapes[layer]))
+        raise BackboneError(
+            f"layer {layer} of {handle} has the shape {shape}, expected cxhxw, tokens x d or d; {_suggestion(traced)}"
+        )
+    if layer and layer in dict(traced.module.named_modules()):
+        raise BackboneError(
+            f"layer {layer} of {handle} does not give one tensor with a row for each image; {_suggestion(traced)}"
+        )
+    raise BackboneError(
+        f"{handle} has no layer '{layer}'{nearest(layer, [*ALIASES, *traced.shapes])}; "
+        f"`thawline layers {handle}` lists them all"
+    )
+
+
+def _suggestion(traced: Traced) -> str:
+    """Return a few layers that work, for the end of an error message."""
+    known = [name for name in traced.shapes if find_tap(traced, name) is not None]
+    outer = [name for name in known if name.count(".") <= 1] or known
+    return f"layers that work: {', '.join(outer[:: max(1, len(outer) // 4)][:5])}"
+
+
+class Tap(NamedTuple):
+    """What to pool for a layer: a node of the graph or, in a network that cannot be traced, a module's name."""
+
+    source: fx.Node | str
+    shape: Shape
+    layout: Layout
+
+
+def find_tap(traced: Traced, layer: str, pool: str = "avg") -> Tap | None:
+    """Return where to tap `layer`, or None if it does not exist or its activations cannot be pooled.
+
+    With the pooling ``avg``, ``penultimate`` is what the classifier reads; with others it is the map that the network
+    itself averages into that, if there is one.
+    """
+    source: fx.Node | str | None = layer if traced.graph is None else traced.nodes.get(layer)
+    if layer == PENULTIMATE:
+        source = traced.classifier
+        if traced.graph is not None:
+            source = (last_map(traced) if pool != "avg" else None) or classifier_input(traced)
+    if isinstance(source, fx.Node):
+        shape = source.meta.get(SHAPE)
+    else:
+        shape = traced.read if layer == PENULTIMATE else traced.shapes.get(layer)
+    layout = layout_of(shape) if shape is not None else None
+    return Tap(source, shape, layout) if source and shape and layout else None

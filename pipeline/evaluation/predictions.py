@@ -1,0 +1,109 @@
+"""What models predicted on their test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray, StrArray
+from pipeline.evaluation.calibration import tempered
+from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
+from pipeline.evaluation.rows import Table
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What one model, or the models of a cross-validation, predicted on each test row.
+
+    A run folder keeps the first four columns alone.
+
+    Parameters
+    ----------
+    uris : (n,) str
+        Names of the images.
+    y_true, y_pred : (n,) int64
+        Class numbers.
+    probability : (n,) float or None
+        Probability of `y_pred`, calibrated if possible; None for heads without probabilities.
+    probabilities : (n, K) float64, optional
+        Of all classes, as the head gives them.
+    temperatures : (n,) float64, optional
+        Calibrate the probabilities of each row, see `pipeline.evaluation.calibration`.
+    folds : (n,) int64, optional
+        The fold of each row in a cross-validation.
+    """
+
+    uris: StrArray
+    y_true: IntArray
+    y_pred: IntArray
+    probability: FloatArray | None
+    probabilities: Float64Array | None = None
+    temperatures: Float64Array | None = None
+    folds: IntArray | None = None
+
+    @property
+    def right(self) -> BoolArray:
+        """Whether each row was predicted right (n,)."""
+        return np.asarray(self.y_pred == self.y_true)
+
+    @property
+    def calibrated(self) -> Float64Array | None:
+        """Probabilities (n, K) after calibration; None without probabilities or temperatures."""
+        if self.probabilities is None or self.temperatures is None:
+            return None
+        return tempered(self.probabilities, self.temperatures[:, None])
+
+    def accuracies(self) -> Float64Array:
+        """Return the accuracy on each fold (k,), a single one without cross-validation."""
+        folds = np.zeros(len(self.right), np.int64) if self.folds is None else self.folds
+        return np.asarray(np.bincount(folds, weights=self.right) / np.bincount(folds))
+
+
+def collect_predictions(
+    table: Table,
+    tests: Sequence[IntArray],
+    y_pred: Sequence[IntArray],
+    probabilities: Sequence[Float64Array | None],
+    temperatures: Sequence[float | None],
+) -> Predictions:
+    """Put the predictions of all folds together, in the order of the rows in the table.
+
+    Parameters
+    ----------
+    table : Table
+    tests : sequence of (m,) int64
+        Row numbers of each fold's test rows; a single array without cross-validation.
+    y_pred, probabilities, temperatures : sequences
+        For each fold the predicted classes (m,), the probabilities (m, K) of all classes, and what calibrates these.
+    """
+    rows = np.concatenate(tests)
+    order = np.argsort(rows)
+    rows, labels = rows[order], np.concatenate(y_pred)[order]
+    sizes = [len(test) for test in tests]
+    given = [one for one in probabilities if one is not None]
+    told = [one for one in temperatures if one is not None]
+    of_all = np.concatenate(given)[order] if given else None
+    of_rows = np.repeat(told, sizes)[order] if len(told) == len(tests) else None
+    folds = np.repeat(np.arange(len(tests)), sizes)[order] if len(tests) > 1 else None
+    found = Predictions(table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds)
+    calibrated = found.calibrated
+    sure = of_all if calibrated is None else calibrated
+    return found if sure is None else replace(found, probability=sure[np.arange(len(labels)), labels])
+
+
+def measure(predictions: Predictions, n_classes: int) -> dict[str, Any]:
+    """Return the keys of a `FitResult` that measure predictions over `n_classes`."""
+    calibrated, temperatures = predictions.calibrated, predictions.temperatures
+    y_true, right = predictions.y_true, predictions.right
+    return {
+        "n_test": len(y_true),
+        "accuracy_ci95": wilson(int(right.sum()), len(right)),
+        **asdict(evaluate(y_true, predictions.y_pred, n_classes, predictions.probabilities)),
+        "temperature": None if temperatures is None else float(np.median(temperatures)),
+        "log_loss_calibrated": None if calibrated is None else log_loss(y_true, calibrated),
+        "ece_calibrated": None if calibrated is None else expected_calibration_error(y_true, calibrated),
+    }

@@ -1,0 +1,57 @@
+"""Layers crossed with the splits of their rows: the data of every head that is trained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.evaluation.folds import cross_splits
+from pipeline.evaluation.rows import Layer
+from pipeline.evaluation.splits import Splits, make_splits
+
+
+@dataclass(frozen=True, eq=False)
+class SplitLayer:
+    """One layer and one split of its rows; a cross-validation has one for each fold."""
+
+    layer: Layer
+    seed: int
+    shots: int | str
+    splits: Splits
+
+
+def split_layers(
+    layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[int | str], cv: int | None, *, drop_leaks: bool
+) -> list[SplitLayer]:
+    """Split the rows of each layer; layers of the same files share their splits.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+    seeds, shots : sequences
+        Crossed with the layers.
+    cv : int or None
+        Number of folds, which follow each other in the result.
+    drop_leaks : bool
+        Whether to leave out test rows that repeat training rows.
+
+    Raises
+    ------
+    FitError
+        If the rows do not allow the splits.
+    """
+    made: dict[tuple[int, int, int | str], list[Splits]] = {}
+    found = []
+    for layer, seed, count in itertools.product(layers, seeds, shots):
+        table = layer.table
+        key = (id(table), seed, count)
+        if key not in made:
+            columns = (table.labels, table.splits, table.groups, table.digests)
+            if cv is None:
+                uris = table.uris.tolist()
+                made[key] = [make_splits(*columns, seed, count, table.classes, uris, drop_leaks=drop_leaks)]
+            else:
+                made[key] = cross_splits(*columns, seed, cv, count, table.classes)
+        found += [SplitLayer(layer, seed, count, splits) for splits in made[key]]
+    return found

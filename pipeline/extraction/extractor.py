@@ -1,0 +1,116 @@
+"""A backbone made ready to give the features of some layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from features_cache import CacheFile
+from pipeline.errors import EngineError
+from pipeline.extraction.lookup import begun_precision
+from pipeline.spec import LayerSpec, Request
+
+if TYPE_CHECKING:
+    from pipeline.backbones.backbone import Backbone
+    from pipeline.backbones.taps import TappedNetwork
+    from pipeline.engines.engine import Engine
+    from pipeline.engines.select import Resolved
+
+
+class FeatureExtractor:
+    """A backbone for the layers of a request, and its engines by the layers that they give, each made once.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        Of one backbone; they differ only in the view, so that one engine serves all.
+    engine, device : str, default "auto"
+        As for `pipeline.engines.select.resolve`.
+    batch_size : int, optional
+        Images in the largest batch that will come; by default what suits the device.
+    files : sequence of CacheFile
+        The cache files of the source: precision ``auto`` continues with that of a file of the same requests.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        The names that the requested layers and aliases stand for.
+
+    Raises
+    ------
+    BackboneError, EngineError
+        The network, its weights, a layer or the engine is not available.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        engine: str = "auto",
+        device: str = "auto",
+        batch_size: int | None = None,
+        files: Sequence[CacheFile] = (),
+    ) -> None:
+        from pipeline.backbones.layers import resolve_layers
+        from pipeline.backbones.registry import load_backbone
+
+        first = requests[0]
+        self.requests = requests
+        self.backbone: Backbone = load_backbone(first.backbone, first.size)
+        self.layers = resolve_layers(self.backbone, first.layers)
+        self._resolved = _resolved(requests, files, engine, device)
+        self._pool, self._batch_size = first.pool, batch_size or self._resolved.batch_size
+        self._tapped: dict[tuple[str, ...], TappedNetwork] = {}
+        self._engines: dict[tuple[str, ...], Engine] = {}
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The same for all names of a network: its canonical name and the digest of its weights."""
+        return self.backbone.name, self.backbone.weights_digest
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """What `layers` and all aliases stand for, so that later requests are looked up without the network."""
+        from pipeline.backbones.layers import resolved_aliases
+
+        return {name: [name] for name in self.layers} | resolved_aliases(self.backbone)
+
+    def spec(self, layer: str, request: Request) -> LayerSpec:
+        """Return what exactly produces the features of one of `layers`, for one of `requests`."""
+        backbone = self.backbone
+        preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
+        precision = self._resolved.precision
+        return LayerSpec(
+            backbone.name, backbone.weights_digest, layer, request.pool, preprocessing, precision, request.store
+        )
+
+    def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
+        """Return the network from pixels to the features of `layers`."""
+        from pipeline.backbones.taps import tap
+
+        if layers not in self._tapped:
+            self._tapped[layers] = tap(self.backbone, layers, self._pool)
+        return self._tapped[layers]
+
+    def engine(self, layers: tuple[str, ...]) -> Engine:
+        """Return what computes the features of `layers`."""
+        from pipeline.engines.engine import build_engine
+
+        if layers not in self._engines:
+            self._engines[layers] = build_engine(self.tapped(layers), self._resolved, self._batch_size)
+        return self._engines[layers]
+
+
+def _resolved(requests: Sequence[Request], files: Sequence[CacheFile], engine: str, device: str) -> Resolved:
+    """Return how to compute; ``auto`` continues with the precision of a file of the same requests."""
+    from pipeline.engines.select import computes, resolve
+
+    resolved = resolve(engine, device, requests[0].precision)
+    begun = next(filter(None, (begun_precision(files, request) for request in requests)), resolved.precision)
+    if not computes(resolved.device, begun):
+        raise EngineError(
+            f"the cache files of this request are {begun}, which {resolved.device} does not compute here; "
+            "begin new ones with precision fp32"
+        )
+    return replace(resolved, precision=begun)

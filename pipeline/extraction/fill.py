@@ -1,0 +1,209 @@
+"""Cache files being filled: batches of images in, features of their pending rows out, an engine in between."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from features_cache import CacheWriter, Donors
+from pipeline.arrays import BoolArray
+from pipeline.errors import SourceError
+from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load_images
+from pipeline.images.sources.registry import ImageSource
+from pipeline.provenance import installed_version
+from pipeline.results import Progress
+from pipeline.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from pipeline.engines.engine import Engine, Running
+    from pipeline.engines.select import Resolved
+
+
+@dataclass
+class Clock:
+    """Seconds that the loop over batches waited for each part. The parts overlap, so the longest wait is the bound."""
+
+    decode: float = 0.0
+    model: float = 0.0
+    disk: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        """What was waited for most: ``"decode"`` (which includes reading), ``"model"`` or ``"disk"``."""
+        return max(vars(self), key=lambda name: float(vars(self)[name]))
+
+    def spend(self, part: str, since: float) -> None:
+        """Add the time from `since` (of `time.perf_counter`) until now."""
+        setattr(self, part, getattr(self, part) + time.perf_counter() - since)
+
+
+class CacheFiller:
+    """A cache file, its engine, and the batches on their way between them.
+
+    Parameters
+    ----------
+    writer : CacheWriter
+        Open; whoever opened it closes it.
+    engine : Engine
+        Gives the features of the file's layers, in their order.
+    asked : (n,) bool
+        Rows that may be computed; the others stay as they are.
+    on_error : {"skip", "stop"}
+        Whether an image that cannot be decoded becomes an unreadable row or ends the run.
+    clock : Clock
+        Where time is noted.
+
+    Attributes
+    ----------
+    preprocessing : Preprocessing
+        What the engine's network expects.
+    pending : np.ndarray
+        (n,) bool, the rows asked for that were pending at the start.
+    computed : int
+        Rows whose features were computed and written so far.
+    """
+
+    def __init__(self, writer: CacheWriter, engine: Engine, asked: BoolArray, on_error: str, clock: Clock) -> None:
+        writer.begin_run(_provenance(engine.resolved))
+        self.writer, self.engine, self._on_error, self._clock = writer, engine, on_error, clock
+        layers = writer.cache.layers
+        self.preprocessing = LayerSpec.from_json(next(iter(layers.values())).spec).preprocessing
+        self.pending = np.zeros(writer.cache.n_rows, bool)
+        self.pending[writer.pending()] = True
+        self.pending &= asked
+        self.computed = 0
+        folder: Path = writer.cache.path.parent
+        self._donors = Donors(folder, {info.fingerprint for info in layers.values()})
+        self._running: deque[tuple[list[LoadedImage], Running]] = deque()
+
+    def knows(self, digest: bytes) -> bool:
+        """Tell whether the features of an image exist already, in any file of the folder."""
+        return digest in self._donors
+
+    def feed(self, batch: list[LoadedImage], index: int) -> None:
+        """Start on the pending rows of a batch; `index` is that of this file's preprocessing among the pixels."""
+        began = time.perf_counter()
+        pending = [image for image in batch if self.pending[image.row]]
+        pixels = [image.pixels[index] for image in pending if image.pixels is not None]
+        running = self.engine.start(np.array(pixels, np.uint8).reshape(-1, *self.preprocessing.size, 3))
+        self._running.append((pending, running))
+        self._clock.spend("model", began)
+        if len(self._running) > self.engine.ahead:
+            self._collect()
+
+    def drain(self) -> None:
+        """Finish all that was started."""
+        while self._running:
+            self._collect()
+
+    def _collect(self) -> None:
+        began = time.perf_counter()
+        images, running = self._running.popleft()
+        arrays = running.arrays()
+        self._clock.spend("model", began)
+        began = time.perf_counter()
+        computed = [image for image in images if image.pixels is not None]
+        self._write(computed, dict(zip(self.writer.cache.layers, arrays, strict=True)))
+        self.computed += len(computed)
+        self._write_copies(images)
+        self._write_failures(images)
+        self._clock.spend("disk", began)
+
+    def _write(self, images: Sequence[LoadedImage], features: dict[str, np.ndarray]) -> None:
+        digests = np.frombuffer(b"".join(image.digest for image in images), np.uint8).reshape(-1, DIGEST_SIZE)
+        self.writer.write([image.row for image in images], features, digests)
+
+    def _write_copies(self, images: Sequence[LoadedImage]) -> None:
+        """Write the rows whose features exist already: computed earlier in this run, or in any file of the folder."""
+        duplicates = [
+            (image, image.duplicate_of)
+            for image in images
+            if image.duplicate_of is not None and self.writer.has([image.duplicate_of])[0]
+        ]
+        known = [image for image in images if image.known]
+        if not duplicates and not known:
+            return
+        originals = [row for _, row in duplicates]
+        donors = [self._donors[image.digest] for image in known]
+        features = {
+            name: np.concatenate([self.writer.read(name, originals), *(donor[name][None] for donor in donors)])
+            for name in self.writer.cache.layers
+        }
+        self._write([*(image for image, _ in duplicates), *known], features)
+
+    def _write_failures(self, images: Sequence[LoadedImage]) -> None:
+        for image in images:
+            if image.failure is None:
+                continue
+            if self._on_error == "stop":
+                uri = self.writer.cache.uris[image.row]
+                raise SourceError(f"{uri}: {image.failure}; repair or remove it, or set on-error to skip")
+            self.writer.fail(image.row, image.failure, image.digest or None)
+
+
+def fill(
+    images: ImageSource,
+    fillers: Sequence[CacheFiller],
+    total: int,
+    batch_size: int | None,
+    workers: int | None,
+    clock: Clock,
+    progress: Progress,
+) -> None:
+    """Read and decode the images that any file lacks once, and run them through all networks into all files.
+
+    Parameters
+    ----------
+    images : ImageSource
+    fillers : sequence of CacheFiller
+        At least one.
+    total : int
+        Images asked for, complete ones included, for `progress`.
+    batch_size, workers : int, optional
+        As for `pipeline.images.loader.load_images`; by default the batch size that suits the device.
+    clock : Clock
+        Where the time spent waiting for images is noted.
+    progress : callable
+        Called after every batch.
+    """
+    pending = np.flatnonzero(np.any([filler.pending for filler in fillers], axis=0))
+    handled = total - len(pending)
+    text = ", ".join(dict.fromkeys(filler.writer.cache.handles["backbone"] for filler in fillers))
+    preprocessings = [filler.preprocessing for filler in fillers]
+    batch_size = batch_size or fillers[0].engine.resolved.batch_size
+
+    def known(digest: bytes) -> bool:
+        return all(filler.knows(digest) for filler in fillers)
+
+    with closing(load_images(images, pending, preprocessings, batch_size, workers, known)) as batches:
+        waited = time.perf_counter()
+        for batch in batches:
+            clock.spend("decode", waited)
+            for index, filler in enumerate(fillers):
+                filler.feed(batch, index)
+            handled += len(batch)
+            progress(handled, total, text, f"bound by {clock.bound}")
+            waited = time.perf_counter()
+    for filler in fillers:
+        filler.drain()
+
+
+def _provenance(resolved: Resolved) -> dict[str, Any]:
+    names = ("thawline", "torch", "torchvision", "timm", "numpy", "pillow", "openvino")
+    return {
+        "engine": resolved.engine,
+        "device": resolved.device,
+        "precision": resolved.precision,
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "versions": {name: installed_version(name) for name in names},
+    }

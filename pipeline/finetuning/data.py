@@ -1,0 +1,200 @@
+"""What the runs of a call train on: the loaded backbone, the labelled rows, and where their inputs come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features_cache import DONE, CacheFile, Catalog, open_cache
+from pipeline.arrays import IntArray
+from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.layers import INPUT, PENULTIMATE
+from pipeline.backbones.pooling import pooled_dim
+from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.thaw_line import top_input
+from pipeline.engines.select import Resolved, resolve
+from pipeline.errors import FitError
+from pipeline.evaluation.rows import Table, select
+from pipeline.evaluation.splits import Splits, make_splits
+from pipeline.extract import extract
+from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
+from pipeline.finetuning.inputs import CachedActivations, CachedViews, DecodedImages, InputReader
+from pipeline.finetuning.network import ALL, line_of
+from pipeline.finetuning.setup import TrainingSetup
+from pipeline.images.sources.registry import open_source
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
+
+FLAT = "flatten"
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """A loaded backbone, and the rows that it is trained and tested on.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    resolved : Resolved
+        Device and precision.
+    table : Table
+        Labelled rows that could be read.
+    reader : InputReader
+        Gives the network's inputs.
+    features : InputReader or None
+        Gives the new top's inputs, if the top is trained first.
+    trunk_precision : str
+        Precision in which the trunk computes, or computed the cached activations.
+    """
+
+    backbone: Backbone
+    resolved: Resolved
+    table: Table
+    reader: InputReader
+    features: InputReader | None
+    trunk_precision: str
+
+
+def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -> TrainingData:
+    """Load the backbone, and extract what stays the same during training.
+
+    Parameters
+    ----------
+    setup : TrainingSetup
+    draws : sequence of (int, int or str)
+        Seeds and shots of the runs to come; views are extracted of the images that train in any of them.
+
+    Raises
+    ------
+    ThawlineError
+        Whatever loading and extraction raise, and, if views are asked for, splitting.
+    """
+    recipe = setup.recipe
+    resolved = resolve(setup.engine, setup.device, setup.precision)
+    backbone = load_backbone(setup.backbone, setup.size)
+    line, read = line_of(backbone, setup.freeze), top_input(backbone)
+    pooled = read._replace(layout="vector")
+    cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
+    image = _extract_plain(setup, INPUT) if recipe.top == "direct" and (cached or setup.head_first) else None
+    features = _extract_plain(setup, PENULTIMATE) if setup.head_first else None
+    top_reader = None if features is None else CachedActivations(features, PENULTIMATE, pooled, image)
+    if line is None or not cached:
+        listing = features or image or _extract_plain(setup, INPUT)
+        images = DecodedImages(open_source(setup.source), backbone.preprocessing, recipe.augment, setup.workers)
+        return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
+    if setup.freeze == ALL:
+        layer, pool, place, dim = PENULTIMATE, DEFAULT_POOL, pooled, pooled_dim(read.shape, read.layout, DEFAULT_POOL)
+    else:
+        layer, pool, place, dim = setup.freeze, FLAT, line, int(np.prod(line.shape))
+    if setup.freeze != ALL or recipe.views is not None:
+        _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
+    file = _extract_plain(setup, layer, pool)
+    table = _table([one for one in (file, features, image) if one is not None])
+    plain = CachedActivations(file, layer, place, image)
+    reader = plain if recipe.views is None else CachedViews(plain, _extract_views(setup, draws, table, plain))
+    return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
+
+
+def splits_of(table: Table, seed: int, shots: int | str) -> Splits:
+    """Split `table` into train, val and test as `fit` does; raises `FitError` if it cannot be split."""
+    columns = (table.labels, table.splits, table.groups, table.digests)
+    return make_splits(*columns, seed, shots, table.classes, table.uris.tolist())
+
+
+def _extract_plain(setup: TrainingSetup, layer: str, pool: str = DEFAULT_POOL) -> CacheFile:
+    """Return the file that holds `layer` of the plain images."""
+    (file,) = _extract(setup, layer, pool, _folder(setup, layer, pool), setup.precision)
+    return file
+
+
+def _extract_views(
+    setup: TrainingSetup, draws: Sequence[tuple[int, int | str]], table: Table, plain: CachedActivations
+) -> list[CachedActivations]:
+    """Return the augmented views of `plain`, extracted for all images that train in any of the `draws`."""
+    training = [splits_of(table, seed, shots).train for seed, shots in draws]
+    index = np.unique(np.concatenate(training))
+    rows, uris = table.rows[0][index], set(table.uris[index].tolist())
+
+    def views(file: CacheFile, layer: str) -> list[CacheFile]:
+        spec = file.layers[layer].spec
+        augmented = {"augment": setup.recipe.augment, "views": range(setup.recipe.views or 0), "only": uris}
+        found = _extract(setup, layer, spec["pool"], setup.folder, spec["precision"], **augmented)
+        for view in found:
+            _require_rows(view, file, rows)
+        return sorted(found, key=lambda view: view.layers[layer].spec["preprocessing"]["view"])
+
+    files = views(plain.file, plain.layer)
+    images = [None] * len(files) if plain.image is None else views(plain.image, INPUT)
+    pairs = zip(files, images, strict=True)
+    return [CachedActivations(file, plain.layer, plain.place, image) for file, image in pairs]
+
+
+def _extract(
+    setup: TrainingSetup, layer: str, pool: str, folder: Path, precision: str, **augmented: Any
+) -> list[CacheFile]:
+    results = extract(
+        setup.source,
+        [setup.backbone],
+        [layer],
+        pool,
+        folder,
+        precision=precision,
+        store=setup.store,
+        size=setup.size,
+        engine=setup.engine,
+        device=setup.device,
+        workers=setup.workers,
+        progress=setup.progress,
+        **augmented,
+    )
+    setup.extracted.append(results)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        setup.say(note)
+    return [open_cache(result.path) for result in results]
+
+
+def _folder(setup: TrainingSetup, layer: str, pool: str) -> Path:
+    """Return the user's cache folder if it holds `layer` of all images already, else the folder of training."""
+    images = open_source(setup.source)
+    answer, rows = find_answer(files_of(images, setup.output), _request(setup, layer, pool)), rows_of(images)
+    held = answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values())
+    return setup.output if held else setup.folder
+
+
+def _request(setup: TrainingSetup, layer: str, pool: str) -> Request:
+    digest = weights_file_digest(setup.backbone)
+    return Request(setup.backbone, (layer,), pool, setup.precision, setup.store, setup.size, digest)
+
+
+def _announce_size(setup: TrainingSetup, plain: Request, dim: int, precision: str) -> None:
+    """Say how much disk space the activations will take that have no file yet; views are asked for in `precision`."""
+    images = open_source(setup.source)
+    files = [*files_of(images, setup.output), *files_of(images, setup.folder)]
+    numbers = range(setup.recipe.views or 0)
+    views = [replace(plain, precision=precision, augment=setup.recipe.augment, view=number) for number in numbers]
+    missing = sum(find_answer(files, request) is None for request in (plain, *views))
+    if missing:
+        rows, text = len(images.items), f", plain and in {len(views)} augmented views," if views else ""
+        size = rows * dim * np.dtype(setup.store).itemsize * missing
+        setup.say(
+            f"activations at {plain.layers[0]} of {rows} images{text} take {size / 1e6:,.0f} MB in {setup.folder}"
+        )
+
+
+def _table(files: Sequence[CacheFile]) -> Table:
+    """Return the labelled rows of the first file; raises `FitError` if another file lacks any of them."""
+    table = select(Catalog(files[0].path), [next(iter(files[0].layers))])[0].table
+    for file in files[1:]:
+        _require_rows(file, files[0], table.rows[0])
+    return table
+
+
+def _require_rows(file: CacheFile, first: CacheFile, rows: IntArray) -> None:
+    """Raise `FitError` unless `file` lists the same images as `first`, and has features of `rows` (k,)."""
+    if not (np.array_equal(file.uris, first.uris) and (file.states[rows] == DONE).all()):
+        raise FitError(
+            f"{file.path.name} lacks images of {first.path.name}: the source changed; run the same command again"
+        )

@@ -1,0 +1,390 @@
+"""The training loop of one run: from a network and its rows to the network with its best weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import SGD, AdamW, Optimizer
+
+from features_cache import CacheError, ThawlineError
+from pipeline.arrays import Float64Array, IntArray
+from pipeline.backbones.hooks import hooked
+from pipeline.engines.memory import keep_freed_memory
+from pipeline.errors import FitError
+from pipeline.finetuning.checkpoint import read_checkpoint, write_checkpoint
+from pipeline.finetuning.groups import parameter_groups
+from pipeline.finetuning.health import judge
+from pipeline.finetuning.inputs import Inputs, Subset
+from pipeline.finetuning.network import ThawedNetwork, layer_name
+from pipeline.finetuning.recipe import Recipe
+from pipeline.finetuning.schedule import Schedule
+from pipeline.finetuning.watch import GradientWatch
+from pipeline.results import Progress
+
+MOMENTUM = 0.9
+SCALED_BY = 512
+"""The new top's standardisation is measured on this many training images at most."""
+SAVE_EVERY_S = 5.0
+"""Least time between two checkpoints, so that short epochs do not spend their time on writing."""
+
+Epoch = dict[str, Any]
+"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss``, ``valid_loss``, ``valid_acc``, ``lr``, ``seconds``,
+and ``gradients`` (see `pipeline.finetuning.watch.GradientWatch`) where they are watched."""
+
+
+class DivergedError(ThawlineError):
+    """The loss is no longer a finite number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """The outcome of `train`; the best weights are in the network.
+
+    Parameters
+    ----------
+    history : list of dict
+        One `Epoch` for each epoch.
+    best_epoch : int
+        The epoch whose weights were kept, from 1.
+    diverged : bool
+        Whether training ended because the loss was not finite.
+    resumed_seconds : float
+        Seconds that the epochs took that came from a checkpoint.
+    notes : list of str
+        What a user should know, a sentence each.
+    """
+
+    history: list[Epoch]
+    best_epoch: int
+    diverged: bool
+    resumed_seconds: float
+    notes: list[str]
+
+    @property
+    def valid_accuracy(self) -> float | None:
+        """Validation accuracy at the best epoch; None without validation images."""
+        return self.history[self.best_epoch - 1].get("valid_acc")
+
+
+def train(
+    network: ThawedNetwork,
+    recipe: Recipe,
+    rate: float,
+    rows: Subset,
+    val: Subset | None,
+    n_classes: int,
+    checkpoint: Path,
+    seed: int,
+    device: str,
+    progress: Progress,
+    name: str,
+    *,
+    watch: bool = False,
+) -> Trained:
+    """Train what is thawed; go on from `checkpoint` if the file exists.
+
+    Parameters
+    ----------
+    network : ThawedNetwork
+        Ends with its best weights.
+    recipe : Recipe
+    rate : float
+        Learning rate of the new top.
+    rows : Subset
+        Training rows.
+    val : Subset or None
+        Validation rows. Without any there is no early stopping, and the last weights are the best.
+    n_classes : int
+    checkpoint : Path
+        Written while training and at its end.
+    seed : int
+        Draws dropout.
+    device : str
+    progress : callable
+        ``progress(steps done, steps in all, name, latest losses)``.
+    name : str
+        What progress and notes call this run.
+    watch : bool, default False
+        Whether to record gradients and judge them.
+
+    Raises
+    ------
+    FitError
+        If the loss is not finite before the first epoch is over, or a batch norm would get batches of one image.
+    CacheError
+        If the checkpoint is damaged.
+    """
+    keep_freed_memory()
+    if rows.smallest_batch == 1:
+        _refuse_batches_of_one(network)
+    trainer = _Trainer(network, recipe, rate, rows, val, n_classes, seed, device, watch=watch)
+    trainer.restore(read_checkpoint(checkpoint))
+    resumed_seconds = sum(epoch["seconds"] for epoch in trainer.history)
+    total = recipe.epochs * rows.n_batches
+    notes: list[str] = []
+
+    def tell(epoch: int, step: int) -> None:
+        done = (epoch - 1) * rows.n_batches + step
+        progress(done, total, name, _progress_text(epoch, recipe.epochs, trainer.history))
+
+    def save() -> None:
+        try:
+            write_checkpoint(checkpoint, trainer.state())
+        except CacheError as error:  # training goes on: only a kill would lose something
+            note = f"training went on without a checkpoint: {error}"
+            if note not in notes:
+                notes.append(note)
+
+    saved_at = time.monotonic()
+    while not trainer.finished:
+        try:
+            trainer.add(trainer.next_epoch(tell))
+        except DivergedError as error:
+            advice = "use a lower learning rate, or clip the gradient to norm 1"
+            if trainer.best is None:
+                raise FitError(f"{error}, before there were any weights to keep; {advice}") from error
+            notes.append(f"{error}: the weights of epoch {trainer.best_epoch} are kept; {advice}")
+            trainer.diverged = trainer.finished = True
+        if trainer.finished or time.monotonic() - saved_at >= SAVE_EVERY_S:
+            save()
+            saved_at = time.monotonic()
+    network.load_thawed(trainer.best or {})
+    progress(total, total, name, _progress_text(len(trainer.history), recipe.epochs, trainer.history))
+    if watch:
+        notes += [f"{name}: {warning}" for warning in judge(trainer.history)]
+    return Trained(trainer.history, trainer.best_epoch, trainer.diverged, resumed_seconds, notes)
+
+
+class _Trainer:
+    """A network in training, and all that a checkpoint must hold to go on with it.
+
+    Parameters are those of `train`.
+
+    Attributes
+    ----------
+    history : list of Epoch
+    best : dict of str to Tensor, or None
+        Thawed weights of the best epoch so far, on the CPU.
+    best_epoch : int
+        Its number, from 1; 0 before the first epoch is over.
+    diverged, finished : bool
+        Whether the loss was not finite, and whether there are no more epochs to come.
+    """
+
+    def __init__(
+        self,
+        network: ThawedNetwork,
+        recipe: Recipe,
+        rate: float,
+        rows: Subset,
+        val: Subset | None,
+        n_classes: int,
+        seed: int,
+        device: str,
+        *,
+        watch: bool,
+    ) -> None:
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.recipe, self.rows, self.val, self.seed, self.device = recipe, rows, val, seed, device
+        self.optimizer = make_optimizer(network, recipe, rate)
+        weights = class_weights(np.bincount(rows.labels, minlength=n_classes)) if recipe.class_weights else None
+        self.criterion = nn.CrossEntropyLoss(weights, label_smoothing=recipe.label_smoothing).to(device)
+        self.schedule = Schedule(self.optimizer, recipe, rows.n_batches)
+        self.watch = GradientWatch(network) if watch else None
+        self.history: list[Epoch] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_epoch = 0
+        self.diverged = self.finished = False
+
+    def next_epoch(self, tell: Callable[[int, int], None]) -> Epoch:
+        """Train on all rows once, validate, and return the record; ``tell(epoch, step)`` is called after each step.
+
+        Raises
+        ------
+        DivergedError
+            If a loss is not finite.
+        """
+        began = time.perf_counter()
+        number = len(self.history) + 1
+        torch.manual_seed(self.seed * 100_003 + number)  # dropout is the same if a run goes on from a checkpoint
+        losses, sizes = [], []
+        self.network.train()
+        for step, (inputs, labels) in enumerate(self.rows.batches(number - 1), start=1):
+            self.schedule.before_step()
+            inputs, labels = _on(self.device, inputs), labels.to(self.device)
+            loss = take_step(self.network, inputs, labels, self.criterion, self.optimizer, self.recipe.clip, self.watch)
+            if not math.isfinite(loss):
+                layer = first_bad_layer(self.network, inputs)
+                raise DivergedError(f"the loss became {loss} at step {step} of epoch {number}, first in {layer}")
+            losses.append(loss)
+            sizes.append(len(labels))
+            tell(number, step)
+        record: Epoch = {"epoch": number, "train_loss": float(np.average(losses, weights=sizes))}
+        if self.val is not None:
+            record |= self._validate(self.val, number)
+        record["lr"] = self.schedule.highest_rate
+        if self.watch is not None:
+            record["gradients"] = self.watch.end_epoch()
+        self.schedule.after_epoch(record["train_loss" if self.val is None else "valid_loss"])
+        return record | {"seconds": time.perf_counter() - began}
+
+    @torch.no_grad()
+    def _validate(self, val: Subset, epoch: int) -> Epoch:
+        self.network.eval()
+        losses, sizes, right = [], [], 0
+        for inputs, labels in val.batches():
+            labels = labels.to(self.device)
+            logits = self.network(*_on(self.device, inputs))
+            losses.append(self.criterion(logits, labels).item())
+            sizes.append(len(labels))
+            right += int((logits.argmax(1) == labels).sum())
+        loss = float(np.average(losses, weights=sizes))
+        if not math.isfinite(loss):
+            raise DivergedError(f"the validation loss became {loss} in epoch {epoch}")
+        return {"valid_loss": loss, "valid_acc": right / sum(sizes)}
+
+    def add(self, epoch: Epoch) -> None:
+        """Record an epoch that is over, keep its weights if they are the best, and decide whether it was the last."""
+        earlier = [past["valid_loss"] for past in self.history if self.val is not None]
+        self.history.append(epoch)
+        if self.val is None or epoch["valid_loss"] < min(earlier, default=math.inf):
+            self.best_epoch = epoch["epoch"]
+            self.best = {name: item.detach().cpu().clone() for name, item in self.network.thawed_state().items()}
+        out_of_patience = self.val is not None and epoch["epoch"] - self.best_epoch >= self.recipe.patience
+        self.finished = out_of_patience or epoch["epoch"] == self.recipe.epochs
+
+    def state(self) -> dict[str, Any]:
+        """Return the checkpoint's content; that of a finished run has no weights but the best."""
+        state: dict[str, Any] = {
+            "history": self.history,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "diverged": self.diverged,
+            "finished": self.finished,
+        }
+        if not self.finished:
+            state |= {
+                "weights": self.network.thawed_state(),
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+            }
+        return state
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint's content, if there is any."""
+        if state is None:
+            return
+        self.history, self.best, self.best_epoch = state["history"], state["best"], state["best_epoch"]
+        self.diverged = state["diverged"]
+        self.finished = state["finished"] or len(self.history) == self.recipe.epochs
+        if not self.finished:
+            self.network.load_thawed(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.resume(len(self.history), state["schedule"])
+
+
+def take_step(
+    network: nn.Module,
+    inputs: Inputs,
+    labels: Tensor,
+    criterion: nn.Module,
+    optimizer: Optimizer,
+    clip: float | None = None,
+    watch: GradientWatch | None = None,
+) -> float:
+    """Make one optimizer step on a batch and return its loss; if the loss is not finite, no step is made."""
+    optimizer.zero_grad()
+    loss = criterion(network(*inputs), labels)
+    value = float(loss.item())
+    if not math.isfinite(value):
+        return value
+    loss.backward()
+    if watch is not None:
+        watch.before_step()
+    if clip is not None:
+        clip_grad_norm_(network.parameters(), clip)
+    optimizer.step()
+    if watch is not None:
+        watch.after_step()
+    return value
+
+
+def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> Float64Array:
+    """Return the class probabilities of `rows` (n, k)."""
+    network.eval()
+    with torch.no_grad():
+        logits = torch.cat([network(*_on(device, inputs)).cpu() for inputs, _ in rows.batches()])
+    return logits.double().softmax(1).numpy()
+
+
+def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
+    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training."""
+    network.to(device)
+    with torch.no_grad():
+        read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
+    images = [image for _, image in read if image is not None]
+    network.new_head.set_scales(torch.cat([features for features, _ in read]), torch.cat(images) if images else None)
+
+
+def make_optimizer(network: ThawedNetwork, recipe: Recipe, rate: float) -> Optimizer:
+    """Return the optimizer over the thawed weights; raises `FitError` if a layer of `Recipe.lr_at` is frozen."""
+    groups = parameter_groups(network, rate, recipe.layer_decay, recipe.lr_at, recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return SGD(groups, rate, momentum=MOMENTUM, nesterov=True, fused=True)
+    return AdamW(groups, rate, fused=True)
+
+
+def class_weights(counts: IntArray) -> Tensor:
+    """Return weights inverse to the counts (k,), 0 for classes without images; their mean over all images is 1."""
+    present = counts > 0
+    weights = np.where(present, counts.sum() / (np.maximum(counts, 1) * present.sum()), 0.0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def first_bad_layer(network: nn.Module, inputs: Inputs) -> str:
+    """Return the first thawed layer whose weights are not all finite, else the first whose output is not."""
+    for name, item in network.named_parameters():
+        if item.requires_grad and not item.isfinite().all():
+            return layer_name(name)
+    found: list[str] = []
+
+    def look(name: str, module: nn.Module, args: object, value: Any) -> None:
+        if not found and isinstance(value, Tensor) and not value.isfinite().all():
+            found.append(layer_name(f"{name}."))
+
+    leaves = [name for name, module in network.named_modules() if not list(module.children())]
+    with hooked(network, {name: partial(look, name) for name in leaves}), torch.no_grad():
+        network(*inputs)
+    return found[0] if found else "the loss itself"
+
+
+def _refuse_batches_of_one(network: ThawedNetwork) -> None:
+    norms = [
+        name for name, module in network.body.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    if norms:
+        raise FitError(
+            f"batch norms, such as {norms[0]}, cannot learn from batches of one image; use a batch size of 2 or more, "
+            "or freeze everything"
+        )
+
+
+def _on(device: str, inputs: Inputs) -> Inputs:
+    return tuple(item.to(device) for item in inputs)
+
+
+def _progress_text(epoch: int, epochs: int, history: list[Epoch]) -> str:
+    """Say which epoch runs, and what the last one that is over came to."""
+    last = history[-1] if history else {}
+    named = (("train_loss", "train loss"), ("valid_loss", "val loss"), ("valid_acc", "val accuracy"))
+    return ", ".join([f"epoch {epoch}/{epochs}", *(f"{label} {last[key]:.3f}" for key, label in named if key in last)])

@@ -1,0 +1,131 @@
+"""Check all trials before the first one, then run them in parallel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import joblib
+from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
+
+from pipeline.errors import FitError
+from pipeline.evaluation.comparisons import preference
+from pipeline.evaluation.rows import require_finite
+from pipeline.evaluation.split_layers import SplitLayer
+from pipeline.heads.solvers.device import run_one_by_one
+from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
+from pipeline.results import Progress
+
+MOST_CELLS = 1 << 27
+"""Weights of a linear head, or probabilities of test rows: 1 GiB of float64."""
+
+
+def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
+    """Refuse what the rows and heads do not allow, before anything is trained.
+
+    Raises
+    ------
+    FitError
+        If a layer has NaN or infinite features, a head would get more rows or classes than it can take, or classes are
+        to be balanced for a head that cannot weight its rows.
+    """
+    for data, head in trials:
+        rows, most = len(data.splits.train) + len(data.splits.val), head.family.most_rows
+        if most is not None and rows > most:
+            raise FitError(
+                f"{head.name} compares all pairs of training rows and takes at most {most} of them, got {rows}; "
+                "use linear_svm, or fewer shots"
+            )
+        if balanced and not head.family.weighted:
+            raise FitError(f"{head.name} cannot weight its training rows; leave out {head.name} or 'balanced'")
+        classes, tested = len(data.layer.table.classes), len(data.splits.test)
+        cells = classes * max(data.layer.dim if head.family.linear else 0, tested if head.family.probabilities else 0)
+        if cells > MOST_CELLS:
+            raise FitError(
+                f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
+                "use centroid, or coarser labels"
+            )
+    for layer in dict.fromkeys(data.layer for data, _ in trials):
+        require_finite(layer)
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    jobs: int | None,
+    progress: Progress | None,
+    *,
+    balanced: bool,
+    keep: bool,
+    finished: Callable[[int, TrialOutcome], None],
+) -> Pipeline | None:
+    """Run all trials: first those on a device, one by one, then those on the CPU, several at a time.
+
+    Parameters
+    ----------
+    trials : sequence of Trial
+    jobs : int or None
+        Number of processes, by default one per core; never more than there are trials.
+    progress : callable or None
+        Called as ``progress(done, total, "fit")``.
+    balanced : bool
+        Whether every class counts alike.
+    keep : bool
+        Whether to keep the best model.
+    finished : callable
+        Called as ``finished(index, outcome)`` as soon as a trial is done; the outcome comes without its model.
+
+    Returns
+    -------
+    Pipeline or None
+        The best model by `preference`, if asked for.
+    """
+    best: tuple[float, float, int] | None = None
+    model = None
+    on_device, on_cpu = _order(trials)
+    workers = min(jobs or joblib.cpu_count(), len(on_cpu)) or 1
+    # one trial prepared ahead keeps the workers busy without holding more rows than they use
+    parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, pre_dispatch="n_jobs + 1")
+    with threadpool_limits(1 if workers > 1 else None):
+        outcomes = itertools.chain.from_iterable(
+            run(_tasks([trials[index] for index in part], balanced=balanced, keep=keep))
+            for run, part in ((run_one_by_one, on_device), (parallel, on_cpu))
+        )
+        for done, (index, outcome) in enumerate(zip(on_device + on_cpu, outcomes, strict=True), 1):
+            rank = preference(trials[index].data.shots, outcome.choice.score, index)
+            if best is None or rank > best:
+                best, model = rank, outcome.pipeline
+            finished(index, replace(outcome, pipeline=None))
+            if progress is not None:
+                progress(done, len(trials), "fit")
+    return model
+
+
+def _order(trials: Sequence[Trial]) -> tuple[list[int], list[int]]:
+    """Return the indices of trials on a device and on the CPU, trials of the same data together: they share rows."""
+    first: dict[SplitLayer, int] = {}
+    for index, trial in enumerate(trials):
+        first.setdefault(trial.data, index)
+    indices = sorted(range(len(trials)), key=lambda index: first[trials[index].data])
+    on_device = [index for index in indices if trials[index].head.family.device is not None]
+    return on_device, [index for index in indices if trials[index].head.family.device is None]
+
+
+def _tasks(trials: Sequence[Trial], *, balanced: bool, keep: bool) -> Iterator[Any]:
+    """Prepare rows when a worker is about to need them, once for all heads on the same data that need the same."""
+    prepared: dict[tuple[str, bool], Prepared] = {}
+    current = None
+    for data, head in trials:
+        if data is not current:
+            prepared, current = {}, data
+        table = data.layer.table
+        scaling, rotated = head.scaling, head.family.linear and data.layer.dim > len(data.splits.train)
+        if (scaling, rotated) not in prepared:
+            prepared[scaling, rotated] = prepare_trial(
+                data.layer.features, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed
+            )
+        yield joblib.delayed(run_trial)(
+            head, prepared[scaling, rotated], len(table.classes), balanced=balanced, keep=keep
+        )

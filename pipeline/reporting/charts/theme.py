@@ -1,0 +1,105 @@
+"""How charts look: colours, marks, text and lines, the same in every chart; the page has a theme of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+
+MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+MOST_LINES = len(MARKERS)
+"""Series that one chart can tell apart."""
+LONGEST = 30
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The look of a family of charts: colours, size of text in points, shares as percentages or as fractions.
+
+    `ink` is the colour of text, `quiet` of what matters less, `accent` of what stands out, `paper` of the background;
+    `series` has eight colours for lines or classes.
+    """
+
+    ink: str
+    quiet: str
+    grid: str
+    accent: str
+    paper: str
+    series: Sequence[str]
+    font_size: float
+    percent: bool
+
+    @property
+    def style(self) -> dict[Any, Any]:
+        """Matplotlib's settings for this theme; text in an SVG stays text, and a ``$`` in a name starts no formula."""
+        return {
+            "svg.fonttype": "none",
+            "text.parse_math": False,
+            "font.size": self.font_size,
+            **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), self.ink),
+            **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), self.quiet),
+            **dict.fromkeys(("axes.facecolor", "figure.facecolor"), self.paper),
+            **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+            **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+            "axes.grid.axis": "y",
+            "grid.color": self.grid,
+        }
+
+    @contextmanager
+    def figure(self, width: float, height: float) -> Iterator[Figure]:
+        """Yield an empty figure, in inches, to draw on within the ``with`` block; it needs no display."""
+        with rc_context(self.style):
+            yield Figure(figsize=(width, height), layout="constrained")
+
+    def share(self, value: float) -> str:
+        """Return a share as text: 0.953 or 95.3."""
+        return f"{100 * value:.1f}" if self.percent else f"{value:.3f}"
+
+    def show_shares(self, axis: Axis, label: str) -> None:
+        """Label an axis of shares and its ticks."""
+        axis.set_label_text(f"{label}, %" if self.percent else label)
+        if self.percent:
+            axis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+
+
+SCREEN = Theme(
+    ink="#1f2a44",
+    quiet="#8d99ae",
+    grid="#e6e9ee",
+    accent="#d1495b",
+    paper="white",
+    # Colours of Okabe and Ito (2008), which colour-blind people tell apart; their yellow is darker for white paper.
+    series=("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c7a00", "#000000"),
+    font_size=10,
+    percent=False,
+)
+"""The theme of picture files."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: k points from left to right, each with the ends of its interval.
+
+    `names` are those of the points, where one of them is to be named; `seeds` the values of each seed at each point.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    intervals: Sequence[tuple[float, float]]
+    names: Sequence[str] = ()
+    seeds: Sequence[Sequence[float]] = ()
+    dashed: bool = False
+
+
+def short(name: str, longest: int = LONGEST) -> str:
+    """Return `name`, with its middle left out if it is longer than `longest` characters."""
+    if len(name) <= longest:
+        return name
+    tail = (longest - 1) // 3
+    return f"{name[: longest - 1 - tail]}…{name[-tail:]}"

@@ -1,0 +1,70 @@
+"""The commands and Python examples of README and docs run as they stand, page by page, in a folder with photos."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = ("python3 -m venv", "bash .ci/run", "python benchmarks/")
+"""What CI runs itself, and measurements that take minutes."""
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*found) for found in BLOCK.findall(page.read_text(encoding="utf-8"))]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words and not line.startswith(NOT_RUN):
+            yield words
+
+
+@pytest.fixture
+def folder(tmp_path: Path, write_photos: Callable[..., Path]) -> Iterator[Path]:
+    write_photos(tmp_path / "photos", ("cat", "dog"), each=12)
+    write_photos(tmp_path / "new_photos", ("cat", "dog"), each=5, seed=8)
+    with chdir(tmp_path):
+        yield tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page: Path, folder: Path, thawline: Callable[..., Any]) -> None:
+    for block in blocks(page):
+        if block.language == "toml":
+            name = block.text.splitlines()[0].removeprefix("# ")
+            (folder / name).write_text(block.text)
+        elif block.language == "sh":
+            for program, *arguments in commands(block.text):
+                assert program == "thawline", f"{program}: an example that no test runs"
+                finished = thawline(*arguments)
+                assert finished.returncode == 0, f"thawline {shlex.join(arguments)}: {finished.stderr}"
+        elif block.language == "python":
+            exec(compile(block.text, str(page), "exec"), {})
+        else:
+            assert block.language == "text", f"{page.name}: a block of {block.language} that no test runs"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not broken
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
