@@ -353,7 +353,7 @@ def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, mo
         drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
         return lay_out_map(features, layer, judged)
 
-    monkeypatch.setattr("pipeline.reporting.page.report.lay_out", watched)
+    monkeypatch.setattr("pipeline.reporting.page.report.lay_out_map", watched)
     tables = """
 [[extract]]
 backbone = "test_resnet@random:0"
