@@ -57,9 +57,13 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
 
     Examples
     --------
-    >>> result = export("model.skops", "model.onnx")  # doctest: +SKIP
-    >>> result.inputs, result.outputs  # doctest: +SKIP
-    ({'pixels': [None, 224, 224, 3]}, ['label', 'scores', 'probabilities'])
+    >>> from pipeline.extract import extract
+    >>> from pipeline.fit import fit
+    >>> caches = extract("photos", layers=["blocks.1"], size=32)
+    >>> report = fit("thawline-cache", save="model.skops")
+    >>> result = export("model.skops", "model.onnx")
+    >>> result.inputs, result.outputs
+    ({'pixels': [None, 32, 32, 3]}, ['label', 'scores', 'probabilities'])
     """
     if find_spec("onnxscript") is None:
         raise ModelFileError("ONNX files need two more packages: pip install 'thawline[onnx]'")

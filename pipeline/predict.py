@@ -75,9 +75,12 @@ def predict(
 
     Examples
     --------
-    >>> report = predict("model.skops", "new-photos")  # doctest: +SKIP
-    >>> report.predictions[0]  # doctest: +SKIP
-    Prediction(uri='a.jpg', label='night', probability=0.98, state='done', reason='')
+    >>> from pipeline.extract import extract
+    >>> from pipeline.fit import fit
+    >>> caches = extract("photos", layers=["blocks.1"], size=32)
+    >>> report = fit("thawline-cache", save="model.skops")
+    >>> predict("model.skops", "new_photos").predictions[0]
+    Prediction(uri='cat/0.png', label='cat', probability=..., state='done', reason='')
     """
     used, layers = _load(model)
     notes: list[str] = []
@@ -165,7 +168,7 @@ def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Se
     done = np.all([file.states == DONE for file in files], axis=0)
     predictions = [
         Prediction(uri, None, None, "unreadable", next(filter(None, reasons), ""))
-        for uri, *reasons in zip(files[0].uris, *(file.reasons for file in files), strict=True)
+        for uri, *reasons in zip(files[0].uris.tolist(), *(file.reasons.tolist() for file in files), strict=True)
     ]
     rows = np.flatnonzero(done)
     for start in range(0, len(rows), CHUNK):

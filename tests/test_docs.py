@@ -1,7 +1,9 @@
-"""The commands and Python examples of README and docs run as they stand, page by page, in a folder with photos."""
+"""Examples run as they stand: of README and docs page by page, in a folder with photos, and of docstrings."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -12,6 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("features_cache", "pipeline")
+    for path in sorted((ROOT / package).rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = ("python3 -m venv", "bash .ci/run", "python benchmarks/")
@@ -68,3 +76,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str, folder: Path) -> None:
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.attempted
+    assert not result.failed
