@@ -15,7 +15,7 @@ from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.plan import Plan, read_plan
+from pipeline.comparing.plan import read_plan
 from pipeline.comparing.records import Failure, Invocation, JobResult
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
@@ -27,22 +27,9 @@ from pipeline.results import Progress, silent
 class CompareReport:
     """What a run folder holds after a comparison.
 
-    Parameters
-    ----------
-    results : list of JobResult
-        One for each finished job.
-    failures : list of Failure
-        Jobs that could not be done.
-    answer : list of str
-        What the results say, in sentences.
-    against : Against or None
-        What changed since another run, if one was named.
-    computed, reused : int
-        Number of results that are new, and that were there before.
-    seconds : float
-        Duration of this call.
-    files : dict of str to str
-        Paths of the results, the table and the report.
+    `answer` says in sentences what the results show, and `against` what changed since another run, if one was named.
+    `computed` results are new, `reused` ones were there before; `seconds` is the duration of this call, and `files` has
+    the paths of the results, the table and the report.
     """
 
     results: list[JobResult]
@@ -137,19 +124,14 @@ def _prepare(path: str | Path, output: str | Path, progress: Progress | None) ->
     plan = read_plan(path)
     asked = extractions(plan)
     folder = RunFolder(output)
-    _require_same_plan(folder, plan)
-    comparison = Comparison(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
-    comparison.look_up()
-    return comparison
-
-
-def _require_same_plan(folder: RunFolder, plan: Plan) -> None:
-    """Refuse a folder made by a plan that differs in both its path and its content."""
     before = folder.read_info()
     if before.plan_file and before.plan != plan.meaning and before.plan_file != str(plan.path):
         raise RunFolderError(
             f"{folder.path} holds the run of another plan, {before.plan_file}; choose another folder for {plan.path}"
         )
+    comparison = Comparison(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
+    comparison.look_up()
+    return comparison
 
 
 def _note_start(comparison: Comparison) -> None:

@@ -13,19 +13,9 @@ from pipeline.evaluation.comparisons import holm
 
 @dataclass(frozen=True)
 class Change:
-    """A method whose accuracy differs between two runs.
+    """A method whose accuracy differs between two runs; `difference` is now minus before, on what both were tested on.
 
-    Parameters
-    ----------
-    source, method : str
-        Names of the source and of the method.
-    shots : int or "all"
-    before, now : float
-        Mean accuracies.
-    difference : float
-        Now minus before, on the seeds or images that both have.
-    p : float
-        Of a paired test, adjusted for the number of methods compared.
+    `p` is that of a paired test, adjusted for the number of methods compared.
     """
 
     source: str
@@ -39,17 +29,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Against:
-    """Comparison of this run with another one.
-
-    Parameters
-    ----------
-    compared : int
-        Number of methods that both runs have.
-    changed : sequence of Change
-        Those that differ by more than noise, the largest difference first.
-    only_before, only_now : sequence of str
-        Methods that only one of the runs has.
-    """
+    """How many methods two runs share, which of these changed by more than noise, and which only one run has."""
 
     compared: int
     changed: Sequence[Change]

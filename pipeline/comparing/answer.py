@@ -15,21 +15,11 @@ ExtractionTimes = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the results on one source show.
+    """What the results on one source show, as a headline, sentences, and the few numbers that stand out.
 
-    Parameters
-    ----------
-    headline : str
-        A few words.
-    sentences : list of str
-    frozen, tuned : MethodScore or None
-        The best head and the best fine-tuning by validation accuracy.
-    runner_up : MethodScore or None
-        If there is nothing of the other kind to compare with: the best method of another backbone or head.
-    paired : Paired or None
-        `tuned` (or the runner-up) against `frozen`: how much better it is, and whether that is real.
-    facts : list of (str, str, str)
-        The few numbers that stand out: label, number, what it is.
+    `frozen` and `tuned` are the best head and the best fine-tuning by validation accuracy; if one of them is missing,
+    `runner_up` is the best method of another backbone or head. `paired` compares `tuned` or the runner-up with the
+    other. A fact is a label, a number, and what it is.
     """
 
     headline: str
@@ -42,16 +32,7 @@ class Answer:
 
 
 def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTimes) -> Answer:
-    """Say what the results on one source show.
-
-    Parameters
-    ----------
-    board : Leaderboard
-    read : callable
-        Reads what a model predicted on its test images, by key.
-    extraction : dict of (str, str) to float
-        Seconds it takes to extract all images, by source and backbone.
-    """
+    """Say what the results on one source show; `read` returns what a model predicted, by the key of its result."""
     shared = [shots for shots in board.shots if board.at(shots, HEAD) and board.at(shots, FINETUNE)]
     at = shared[-1] if shared else board.shots[-1]
     frozen, tuned = board.best(HEAD, at), board.best(FINETUNE, at)

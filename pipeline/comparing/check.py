@@ -19,10 +19,7 @@ from pipeline.options import tune_parameters
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
     """Return the plan's sources by location; sources that share a name get their location as name.
 
-    Raises
-    ------
-    PlanError
-        A source is missing, is empty, or has labelled images of fewer than two classes.
+    A source that is missing, is empty, or has labelled images of fewer than two classes is a `PlanError`.
     """
     written = plan.meaning["source"]
     opened = {}
@@ -55,10 +52,7 @@ def check_heads(plan: Plan) -> None:
 def sketch_features(plan: Plan, extraction: Extraction) -> Features:
     """Return an extraction's layers and their sizes without loading weights or images.
 
-    Raises
-    ------
-    PlanError
-        The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
+    A backbone, weights, layer, engine, device or precision that does not exist here is a `PlanError`.
     """
     from pipeline.backbones.layers import resolve_layers
     from pipeline.backbones.registry import check_weights, sketch
@@ -116,13 +110,7 @@ def _check_finetune(plan: Plan, line: PlanTable, options: dict[str, Any]) -> Non
 def errors_at(plan: Plan, line: PlanTable | None, text: str = "") -> Iterator[None]:
     """Turn an error of ours in the block into a `PlanError` that names the line of `text` in a table.
 
-    Parameters
-    ----------
-    plan : Plan
-    line : PlanTable or None
-        The table; None for the part above all tables.
-    text : str
-        A key or a value in it; by default the error names the line of the table's header.
+    The table is None for the part above all tables; without a text, the error names the line of the table's header.
     """
     try:
         yield

@@ -23,20 +23,8 @@ if TYPE_CHECKING:
 class Comparison:
     """What a plan asks for, and what of that is done.
 
-    Parameters
-    ----------
-    plan : Plan
-    folder : RunFolder
-    images : dict of str to ImageSource
-        By source, as named in the plan.
-    features : dict of Extraction to Features
-        None for an extraction of which nothing is known yet.
-    progress : callable
-    failures : list of Failure
-    notes : list of str
-        What the user should know.
-    computed, total : int
-        Jobs done in this run, and jobs to do in all, those that fail included.
+    `images` has each source as named in the plan, `features` None for an extraction of which nothing is known yet.
+    `computed` counts the jobs done in this run; `total` those to do in all, including those that fail.
     """
 
     plan: Plan

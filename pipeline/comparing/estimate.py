@@ -35,19 +35,7 @@ ACTIVATIONS = ("backbone", "freeze", "size", "store", "precision", "augment", "v
 
 @dataclass(frozen=True)
 class Planned:
-    """A job with a guess at what it will take.
-
-    Parameters
-    ----------
-    job : str
-        What it does, in words.
-    done : bool
-        Whether its result is there already.
-    seconds : float
-        A guess; 0 for a job that is done.
-    bytes : int
-        What it will add to the cache.
-    """
+    """A job in words, with a guess at the seconds it will take and at the bytes it will add to the cache."""
 
     job: str
     done: bool

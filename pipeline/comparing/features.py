@@ -19,16 +19,9 @@ from pipeline.spec import Request, fingerprint_of
 class Features:
     """The layers of one extraction.
 
-    Parameters
-    ----------
-    aliases : dict of str to sequence of str
-        The layers that each name in the request stands for.
-    dims : dict of str to int
-        Number of features of each layer.
-    files : dict of str to CacheFile
-        The file that holds each layer; empty before the extraction.
-    complete : bool
-        Whether no image is pending in these files.
+    `aliases` has the layers that each name in the request stands for, `dims` the number of features of each layer,
+    `files` the file that holds each (empty before the extraction); `complete` tells whether no image is pending in
+    these.
     """
 
     aliases: Mapping[str, Sequence[str]]

@@ -24,22 +24,10 @@ from pipeline.results import from_json, to_json
 
 
 class RunFolder:
-    """A run's files.
+    """A run's files; `claim` makes the folder. `results` are by key, in the order in which they finished.
 
-    Parameters
-    ----------
-    path : str or Path
-        The folder; `claim` makes it.
-
-    Attributes
-    ----------
-    results : dict of str to JobResult
-        Finished results by key, in the order in which they finished.
-
-    Raises
-    ------
-    RunFolderError
-        `results.jsonl` cannot be read, or a line other than a torn last one holds no result.
+    A `results.jsonl` that cannot be read, or in which a line other than a torn last one holds no result, is a
+    `RunFolderError`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -107,13 +95,7 @@ class RunFolder:
             draft.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     def read_info(self) -> RunInfo:
-        """Return what `run.json` holds, the defaults if there is no such file.
-
-        Raises
-        ------
-        RunFolderError
-            The file is damaged.
-        """
+        """Return what `run.json` holds, the defaults if there is no such file."""
         file = self.path / "run.json"
         with _explained(self.path, "read"):
             content = file.read_bytes() if file.exists() else b"{}"
@@ -158,13 +140,7 @@ class RunFolder:
 
 
 def open_finished(path: str | Path) -> RunFolder:
-    """Return a run folder that holds results.
-
-    Raises
-    ------
-    RunFolderError
-        There are none.
-    """
+    """Return a run folder that holds results; raises `RunFolderError` if there are none."""
     folder = RunFolder(path)
     if not folder.results:
         near = nearest(folder.path.name, [other.name for other in folder.path.parent.glob("*/")])

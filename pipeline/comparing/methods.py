@@ -20,24 +20,10 @@ _EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dro
 class Method:
     """What was trained and how: two results are of one method if they differ in source, shots or seed alone.
 
-    Parameters
-    ----------
-    kind : str
-        ``"head"`` or ``"finetune"``.
-    backbone : str
-    head : str
-        Name of the head; of a fine-tune, that of its top.
-    layer : str
-        Layer that a head was fitted on; ``""`` for a fine-tune.
-    freeze : str
-        Up to where a fine-tune was frozen; ``""`` for a head.
-    pool : str
-    size, precision, store : (int, int), str, str or None
-        Of a head's features; None for a fine-tune and in old run folders.
-    balanced, cv, drop_leaks : bool, int or None, bool
-        As in `pipeline.fit.fit`.
-    options : tuple of (str, value)
-        All other options of a fine-tune.
+    `head` is the name of the head, or of a fine-tune's top. `layer` is what a head was fitted on, ``""`` for a
+    fine-tune; `freeze` is up to where a fine-tune was frozen, ``""`` for a head. `size`, `precision` and `store` are
+    those of a head's features, None for a fine-tune and in old run folders; `options` are all other options of a
+    fine-tune.
 
     Examples
     --------
@@ -94,16 +80,7 @@ def method_of(job: JobResult) -> Method:
 
 @dataclass(frozen=True, eq=False)
 class MethodScore:
-    """One method at one number of labels, over its seeds.
-
-    Parameters
-    ----------
-    method : Method
-    name : str
-        The method's name, unique in a run.
-    shots : int or "all"
-    by_seed : dict of int to JobResult
-    """
+    """One method at one number of labels, over its seeds; its name is unique in a run."""
 
     method: Method
     name: str
@@ -148,14 +125,7 @@ class MethodScore:
 
 @dataclass(frozen=True, eq=False)
 class Leaderboard:
-    """All methods on one source.
-
-    Parameters
-    ----------
-    source : str
-    scores : dict of (Method, int or "all") to MethodScore
-        By method and shots, in the order of the results.
-    """
+    """All methods on one source; scores are by method and shots, in the order of the results."""
 
     source: str
     scores: Mapping[tuple[Method, int | str], MethodScore]
@@ -199,14 +169,7 @@ def shots_order(shots: int | str) -> tuple[bool, int]:
 
 
 def leaderboards(results: Iterable[JobResult], beside: Iterable[JobResult] = ()) -> list[Leaderboard]:
-    """Gather results by source, method and shots.
-
-    Parameters
-    ----------
-    results : iterable of JobResult
-    beside : iterable of JobResult, optional
-        Results of another run, which the names tell apart, too.
-    """
+    """Gather results by source, method and shots; names tell methods apart also from those of the results `beside`."""
     results = list(results)
     names = method_names(method_of(job) for job in (*results, *beside))
     grouped: dict[str, dict[tuple[Method, int | str], dict[int, JobResult]]] = {}

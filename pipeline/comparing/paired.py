@@ -20,16 +20,9 @@ ReadPredictions = Callable[[str], Predictions]
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired test of two methods.
+    """A paired test of two methods: how much the first is ahead in accuracy, and the two-sided p-value.
 
-    Parameters
-    ----------
-    difference : float
-        Accuracy of the first minus that of the second, on the seeds or images that `test` names.
-    p : float
-        Two-sided p-value.
-    test : str
-        Name of the test and what it was made on, in words.
+    `test` names the test and the seeds or images that it was made on, in words.
     """
 
     difference: float
@@ -40,23 +33,11 @@ class Paired:
 def compare_scores(
     a: MethodScore, b: MethodScore, read: ReadPredictions, read_b: ReadPredictions | None = None
 ) -> Paired | None:
-    """Compare two methods on the seeds and test images that they share.
+    """Compare two methods on the seeds and test images that they share; None if they share none.
 
     The corrected resampled t-test is used if there are at least five seeds and each draws its own test images.
     Otherwise, and if all seeds show the same difference, McNemar's exact test is made on the images of the first seed.
-
-    Parameters
-    ----------
-    a, b : MethodScore
-    read : callable
-        Reads the predictions of a result of `a`.
-    read_b : callable, optional
-        Reads those of `b` if that is of another run.
-
-    Returns
-    -------
-    Paired or None
-        None if the two share no seed or no test image.
+    `read` reads the predictions of a result of `a`, and `read_b` those of `b` if that is of another run.
     """
     read_b = read_b or read
     seeds = sorted(set(a.by_seed) & set(b.by_seed))

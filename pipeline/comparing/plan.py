@@ -16,16 +16,9 @@ from pipeline.options import TABLES, Option, shared_keys
 
 @dataclass(frozen=True, eq=False)
 class PlanTable:
-    """One ``[[table]]`` of a plan, with defaults filled in.
+    """One ``[[table]]`` of a plan with defaults filled in; `place` is its index among the tables of that name, from 0.
 
-    Parameters
-    ----------
-    table : str
-        ``"extract"``, ``"fit"`` or ``"finetune"``.
-    place : int
-        Its index among the tables of that name, from 0.
-    values : dict of str to tuple
-        Values by key; a single value is a tuple of one. Keys that have neither a value nor a default are left out.
+    A single value is a tuple of one. Keys that have neither a value nor a default are left out.
     """
 
     table: str
@@ -40,20 +33,10 @@ class PlanTable:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. Paths in the file are relative to its folder.
+    """A whole plan; its path and its sources are absolute, but for the source ``"digits"``.
 
-    Parameters
-    ----------
-    path : Path
-        The file, absolute.
-    text : str
-        The file's content.
-    sources : tuple of str
-        Absolute paths, or ``"digits"``.
-    lines : tuple of PlanTable
-        First all extract tables, then all fit tables, then all finetune tables.
-    meaning : dict
-        The parsed TOML document; plans with equal documents are the same plan.
+    `lines` are first all extract tables, then all fit tables, then all finetune tables. `meaning` is the parsed TOML
+    document; plans with equal documents are the same plan.
     """
 
     path: Path
@@ -72,18 +55,10 @@ class Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a plan.
+    """Read a plan from a TOML file.
 
-    Parameters
-    ----------
-    path : str or Path
-        A TOML file.
-
-    Raises
-    ------
-    PlanError
-        The file cannot be read, is not TOML, or holds a key or a value that no command takes. The message names the
-        line.
+    A file that cannot be read, is not TOML, or holds a key or a value that no command takes is a `PlanError`, whose
+    message names the line.
     """
     path = Path(path).absolute()
     try:
@@ -98,23 +73,10 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def line_number(text: str, table: str = "", place: int = 0, wanted: str = "") -> int:
-    r"""Return the number of the first line of a table that holds `wanted`, or of the table's header if none does.
+    r"""Return the number, from 1, of a table's first line that holds `wanted`, or of its header if none does.
 
-    Parameters
-    ----------
-    text : str
-        A TOML document.
-    table : str
-        Name of an array of tables; ``""`` for the part above all tables.
-    place : int
-        Index among the tables of that name, from 0.
-    wanted : str
-        A key, or a value as it is written.
-
-    Returns
-    -------
-    int
-        The line's number, from 1.
+    `place` is the table's index among those of its name, which is ``""`` for the part above all tables; `wanted` is a
+    key, or a value as it is written.
 
     Examples
     --------

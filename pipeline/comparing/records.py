@@ -15,26 +15,12 @@ OptionValue = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class JobResult:
-    """The result of one job.
+    """The result of one job, as `fit` or `finetune` returned it, and what the comparison adds.
 
-    Parameters
-    ----------
-    key : str
-        What the result depends on, see `pipeline.invalidation`.
-    source : str
-        Name of the source.
-    result : FitResult or FinetuneResult
-        As `fit` or `finetune` returned it.
-    n_classes : int
-        0 in run folders made before this was kept.
-    precision, store, size : str, str, (int, int) or None
-        Of a head's features, see `pipeline.spec.LayerSpec`; None for a fine-tune.
-    drop_leaks : bool
-        Whether leaked images were dropped from training.
-    depth : int or None
-        Index of a head's layer in the order of computation; None for a fine-tune and for joined layers.
-    options : dict
-        Options of a fine-tune, as the plan names them, without backbone and freeze.
+    `key` says what the result depends on, see `pipeline.invalidation`; `n_classes` is 0 in run folders made before it
+    was kept. `precision`, `store`, `size` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`, and
+    `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
+    fine-tune, as the plan names them, without backbone and freeze.
     """
 
     key: str
@@ -81,15 +67,7 @@ class Failure:
 class ExtractionCost:
     """What extracting one cache file took, all runs into the folder together.
 
-    Parameters
-    ----------
-    computed : int
-        Images computed.
-    seconds : float
-        Seconds spent on them.
-    source, backbone : str
-    rows, unreadable : int
-        Images of the file, and how many of them cannot be read.
+    `computed` images took `seconds`; `rows` are the images of the file, of which `unreadable` cannot be read.
     """
 
     computed: int = 0
@@ -122,22 +100,10 @@ class Invocation:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What `run.json` holds.
+    """What `run.json` holds: the plan's path (``""`` in a new folder) and content, and how it was run.
 
-    Parameters
-    ----------
-    plan_file : str
-        Path of the plan; ``""`` in a new folder.
-    plan : dict
-        Its content.
-    extractions : dict of str to ExtractionCost
-        By name of the cache file.
-    runs : list of Invocation
-        All calls so far, the latest last.
-    notes : list of str
-        What the user should know.
-    failures : list of Failure
-        Of the latest call.
+    `extractions` are by name of the cache file, `runs` are all calls so far with the latest last, `notes` tell what the
+    user should know, and `failures` are those of the latest call.
     """
 
     plan_file: str = ""

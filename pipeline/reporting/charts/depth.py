@@ -27,18 +27,10 @@ def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
 def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[str, float] | None = None) -> None:
     """Draw accuracy against depth with intervals, and name the layer at each line's peak.
 
-    A single line has its peak named beside the point, and a dot for each seed. Several lines have their peaks named in
-    the legend, and are shifted sideways a little, so that their intervals do not hide each other. Ticks and legend are
-    left to the caller.
-
-    Parameters
-    ----------
-    axes : Axes
-    lines : sequence of Line
-        At most 8; their points are layers, from the image upwards.
-    theme : Theme
-    baseline : (str, float), optional
-        Name and accuracy of a horizontal line to compare with.
+    The points of the lines, at most 8, are layers from the image upwards; `baseline` is the name and accuracy of a
+    horizontal line to compare with. A single line has its peak named beside the point, and a dot for each seed. Several
+    lines have their peaks named in the legend, and are shifted sideways a little, so that their intervals do not hide
+    each other. Ticks and legend are left to the caller.
     """
     alone = len(lines) == 1
     gap = min((float(np.diff(line.x).min()) for line in lines if len(line.x) > 1), default=1.0)

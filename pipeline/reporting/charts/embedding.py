@@ -42,20 +42,10 @@ def neighbour_map(components: Float64Array) -> Float64Array:
 def draw_embedding(
     axes: Axes, positions: Float64Array, y_true: IntArray, y_pred: IntArray, classes: Sequence[str], theme: Theme
 ) -> None:
-    """Draw images where their features lie, coloured by class, and ring the mistakes.
+    """Draw images at their positions (n, 2), coloured by true class, and ring the mistakes.
 
     With more than 30 classes, the ten that are confused most have colours and rings, and all others are grey. The
     legend is left to the caller.
-
-    Parameters
-    ----------
-    axes : Axes
-    positions : (n, 2) float64
-    y_true, y_pred : (n,) int64
-        Class numbers; colours show the true ones.
-    classes : sequence of str
-        Names by number.
-    theme : Theme
     """
     shown = shown_classes(y_true, y_pred, len(classes))
     rest = ~np.isin(y_true, shown)

@@ -25,22 +25,11 @@ _FEWEST_MAPPED = 5
 
 
 def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
-    """Draw the results, and the predictions of the best one.
+    """Draw the results, and the predictions of the best one on its layer; return the paths of the files.
 
-    Parameters
-    ----------
-    report : FitReport
-        What `fit` returned.
-    layer : Layer
-        The layer of the best result.
-    folder : Path
-        Exists; files of the same names are replaced.
-
-    Returns
-    -------
-    list of Path
-        ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
-        heads with probabilities) and ``embedding``, each as PNG and SVG.
+    They are ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
+    heads with probabilities) and ``embedding``, each as PNG and SVG. The folder exists; files of the same names are
+    replaced.
     """
     kept, predictions = report.results[report.best], report.predictions[report.best]
     title = f"{kept.head} on {kept.layer}, {kept.accuracy:.3f} on {kept.n_test} test images"
@@ -66,14 +55,10 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
 
 
 def depth_figure(results: Sequence[FitResult]) -> Figure:
-    """Return accuracy over layers, a line for each head and number of shots, with 95 % intervals.
+    """Return accuracy over the layers of one backbone, a line for each head and number of shots.
 
-    Intervals are Wilson's around the mean over seeds, for the test images of one seed.
-
-    Parameters
-    ----------
-    results : sequence of FitResult
-        Of one backbone; layers stand in their order here, the image itself first.
+    Layers stand in the order of the results, the image itself first. Intervals are Wilson's around the mean over seeds,
+    for the test images of one seed.
     """
     layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
     lines = []
@@ -93,13 +78,8 @@ def depth_figure(results: Sequence[FitResult]) -> Figure:
 def labels_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
     """Return accuracy over the number of training images a class, a line for each layer and head.
 
-    The line goes through the means over seeds, the band from the lowest to the highest seed.
-
-    Parameters
-    ----------
-    results : sequence of FitResult
-        With different numbers of shots; ``"all"`` stands at the mean number of images a class.
-    n_classes : int
+    The line goes through the means over seeds, the band from the lowest to the highest seed. Shots of ``"all"`` stand
+    at the mean number of images a class.
     """
 
     def position(result: FitResult) -> float:

@@ -24,20 +24,9 @@ _ORDERS = 6.0
 def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
     """Write a row of three maps for each run as one PNG file: layers from the line upwards, epochs to the right.
 
-    Colours show the norm of the gradient, how much a step changed the weights (as a share of them), and the share of
-    dead units. Cells are white where there is no number: without a bias dead units cannot be counted, and a gradient
-    may not be finite.
-
-    Parameters
-    ----------
-    results : sequence of FinetuneResult
-        Trained with ``watch="gradients"``.
-    path : Path
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    The runs were trained with ``watch="gradients"``. Colours show the norm of the gradient, how much a step changed the
+    weights (as a share of them), and the share of dead units. Cells are white where there is no number: without a bias
+    dead units cannot be counted, and a gradient may not be finite.
     """
     tables = [{key: _table(result, key) for key in ("gradient", "weight", "update", "dead")} for result in results]
     heights = [float(np.clip(0.16 * len(table["gradient"]) + 1.2, 2.4, 9)) for table in tables]

@@ -22,12 +22,7 @@ _CONFIDENCE = "confidence: the largest probability"
 def reliability(confidence: FloatArray, right: BoolArray) -> Bins:
     """Sort rows (n,) into ten bins of confidence, of equal width and closed above as those of the calibration error.
 
-    Returns
-    -------
-    confidence, accuracy : (b,) float64
-        Means of the bins that have rows.
-    counts : (10,) int64
-        Rows of each bin.
+    Returns the mean confidence and accuracy (b,) of the bins that have rows, and the number of rows (10,) of each bin.
     """
     bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
     counts = np.bincount(bins, minlength=BINS)
@@ -57,12 +52,7 @@ def draw_reliability(axes: Axes, models: Mapping[str, Bins], theme: Theme) -> No
 def reliability_figure(y_true: IntArray, probabilities: Mapping[str, Float64Array]) -> Figure:
     """Return accuracy over confidence, and below it how many test images have which confidence.
 
-    Parameters
-    ----------
-    y_true : (n,) int64
-        Class numbers.
-    probabilities : mapping of str to (n, K) float64
-        One or more sets to compare, by name, such as before and after calibration.
+    The probabilities (n, K) are one or more sets to compare, by name, such as before and after calibration.
     """
     models = {}
     for name, values in probabilities.items():

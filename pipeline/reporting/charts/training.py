@@ -26,13 +26,7 @@ def draw_training(axes: Axes, history: Sequence[Mapping[str, float]], best_epoch
 
 
 def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
-    """Write the curves of all runs as one PNG file, a panel for each run.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
-    """
+    """Write the curves of all runs as one PNG file, a panel for each run."""
     with SCREEN.figure(5 * len(results), 3.6) as figure:
         panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
         for axes, result in zip(panels, results, strict=True):

@@ -25,18 +25,7 @@ CLEAR_LINES = 5
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart.
-
-    Parameters
-    ----------
-    title, caption : str
-        The question it answers, and how to read it.
-    svg : str
-        The picture.
-    columns : sequence of str
-    rows : sequence of sequences
-        Its numbers.
-    """
+    """A picture, the question that it answers, how to read it, and its numbers."""
 
     title: str
     caption: str

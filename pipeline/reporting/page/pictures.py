@@ -30,17 +30,7 @@ MOST_POINTS = 1000
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture of one image.
-
-    Parameters
-    ----------
-    data : str
-        Data URL; ``""`` if the image cannot be read any more.
-    uri : str
-        Name of the image.
-    note : str
-        Text below the name.
-    """
+    """A small picture of one image as a data URL, ``""`` if it cannot be read any more; the note goes below its name."""
 
     data: str
     uri: str
@@ -49,16 +39,9 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class mistaken for another.
+    """A class mistaken for another `count` times, of `total` images of the true class.
 
-    Parameters
-    ----------
-    true, predicted : str
-        Names of the classes.
-    count, total : int
-        How many images of the true class were mistaken, of how many.
-    images : sequence of Thumbnail
-        Some of them, the most confident mistakes first.
+    `images` are some of these, the most confident mistakes first.
     """
 
     true: str

@@ -58,13 +58,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class Differences:
-    """Paired tests of the leading methods.
+    """Paired tests of the leading methods: row's minus column's accuracy in points, its p-value, and whether it is real.
 
-    Parameters
-    ----------
-    names : sequence of str
-    cells : sequence of rows
-        Row's minus column's accuracy: points, p-value, and whether it is real; None if the two were not compared.
+    A cell is None if the two were not compared.
     """
 
     names: Sequence[str]
@@ -98,17 +94,7 @@ class Chapter:
 
 
 def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
-    """Return the page.
-
-    Parameters
-    ----------
-    folder : RunFolder
-        A run with at least one result.
-    plan_text : str
-        The plan's TOML.
-    seen : dict of str to Seen
-        By name of the source.
-    """
+    """Return the page of a run with at least one result; `seen` is by name of the source."""
     info = folder.read_info()
     extraction = extraction_seconds(info)
     found = leaderboards(folder.results.values())
