@@ -35,8 +35,8 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
-from pipeline.reporting.charts.cost import pareto
 from pipeline.reporting.charts.reliability import reliability
+from pipeline.reporting.page.method_charts import pareto
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
 from pipeline.reporting.page.pictures import lay_out_map
 from pipeline.reporting.terminal import progress
@@ -353,7 +353,7 @@ def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, mo
         drawn.append(features.files[layer].layers[layer].spec["preprocessing"]["size"])
         return lay_out_map(features, layer, judged)
 
-    monkeypatch.setattr("pipeline.reporting.page.report.lay_out", watched)
+    monkeypatch.setattr("pipeline.reporting.page.report.lay_out_map", watched)
     tables = """
 [[extract]]
 backbone = "test_resnet@random:0"
@@ -582,7 +582,7 @@ def test_methods_are_told_apart_by_what_was_trained_not_by_their_names() -> None
     assert [score.method.layer for score in seeds.scores.values()] == ["b", "b on c"]
     tuned = {"kind": "finetune", "freeze": "all"}
     rates = [record("x", options={"lr": 1}, **tuned), record("y", options={"lr": 2}, **tuned)]
-    first, second = leaderboards(rates)[0].methods
+    first, second = dict.fromkeys(method for method, _ in leaderboards(rates)[0].scores)
     assert first != second
     assert first == replace(second, options=first.options)
 

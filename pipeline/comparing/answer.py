@@ -17,17 +17,14 @@ ExtractionTimes = Mapping[tuple[str, str], float]
 class Answer:
     """What the results on one source show, as a headline, sentences, and the few numbers that stand out.
 
-    `frozen` and `tuned` are the best head and the best fine-tuning by validation accuracy; if one of them is missing,
-    `runner_up` is the best method of another backbone or head. `paired` compares `tuned` or the runner-up with the
-    other. A fact is a label, a number, and what it is.
+    `frozen` and `tuned` are the best head and the best fine-tuning by validation accuracy. A fact is a label, a number,
+    and what it is.
     """
 
     headline: str
     sentences: list[str]
     frozen: MethodScore | None
     tuned: MethodScore | None
-    runner_up: MethodScore | None
-    paired: Paired | None
     facts: list[tuple[str, str, str]]
 
 
@@ -49,7 +46,7 @@ def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTime
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
         sentences.append("Nothing was fine-tuned; add a [[finetune]] to the plan to see what that would gain.")
-    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
+    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, _facts(best, rival, paired))
 
 
 def seconds(score: MethodScore, extraction: ExtractionTimes) -> float:
@@ -110,7 +107,7 @@ def _compare_both(
         sentences.append(f"Fine-tuning against freezing: {_verdict(paired)}.")
         headline = _headline(paired, costs)
     sentences += _crossing(board, frozen, tuned)
-    return Answer(headline, sentences, frozen, tuned, None, paired, _facts(frozen, tuned, paired))
+    return Answer(headline, sentences, frozen, tuned, _facts(frozen, tuned, paired))
 
 
 def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:

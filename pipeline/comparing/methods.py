@@ -135,11 +135,6 @@ class Leaderboard:
         """Numbers of labels a class, ascending, ``"all"`` last."""
         return sorted({shots for _, shots in self.scores}, key=shots_order)
 
-    @property
-    def methods(self) -> list[Method]:
-        """Methods in the order of the results."""
-        return list(dict.fromkeys(method for method, _ in self.scores))
-
     def at(self, shots: int | str, kind: str | None = None) -> list[MethodScore]:
         """Return the scores with this number of labels, of one kind of method if `kind` is given."""
         found = [score for (_, count), score in self.scores.items() if count == shots]

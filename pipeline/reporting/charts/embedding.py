@@ -83,15 +83,7 @@ def embedding_figure(
 ) -> Figure:
     """Return maps of test images by PCA and by t-SNE (van der Maaten & Hinton 2008).
 
-    Parameters
-    ----------
-    features : (n, d) float32
-        At least 5 rows.
-    y_true, y_pred : (n,) int64
-        Class numbers; colours show the true ones.
-    classes : sequence of str
-        Names by number.
-    title : str, default ""
+    `features` (n, d) has at least 5 rows; the colours show the true classes.
     """
     components, share = principal_components(features)
     maps = {f"PCA ({share:.0%} of the variance)": components[:, :2], "t-SNE": neighbour_map(components)}

@@ -30,7 +30,7 @@ MOST_POINTS = 1000
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture of one image as a data URL, ``""`` if it cannot be read any more; the note goes below its name."""
+    """A small picture of one image as a data URL, ``""`` if it cannot be read any more, and a note below its name."""
 
     data: str
     uri: str
