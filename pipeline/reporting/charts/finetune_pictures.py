@@ -22,7 +22,7 @@ _ORDERS = 6.0
 
 
 def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
-    """Write the losses over epochs as one PNG file, a panel for each run; the epoch whose weights were kept is marked."""
+    """Write the losses over epochs as one PNG file, a panel for each run, with the epoch whose weights were kept."""
     with SCREEN.figure(5 * len(results), 3.6) as figure:
         panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
         for axes, result in zip(panels, results, strict=True):

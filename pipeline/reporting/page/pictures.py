@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,28 +38,6 @@ class Thumbnail:
     note: str
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """A class mistaken for another `count` times, of `total` images of the true class.
-
-    `images` are some of these, the most confident mistakes first.
-    """
-
-    true: str
-    predicted: str
-    count: int
-    total: int
-    images: Sequence[Thumbnail]
-
-
-@dataclass(frozen=True)
-class Leaks:
-    """Images of test or val that are also in training: how many, and some pairs."""
-
-    count: int
-    pairs: Sequence[tuple[Thumbnail, Thumbnail]]
-
-
 class Album:
     """Makes thumbnails of one source's images, each once."""
 
@@ -86,8 +65,8 @@ class Album:
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[Confusion]:
-    """Return the pairs of classes that are mistaken most often."""
+def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[dict[str, Any]]:
+    """Return the pairs of classes that are mistaken most often, with images of the most confident mistakes."""
     wrong = np.flatnonzero(~predictions.right)
     pairs = Counter(zip(predictions.y_true[wrong].tolist(), predictions.y_pred[wrong].tolist(), strict=True))
     found = []
@@ -99,23 +78,29 @@ def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Al
             album.thumbnail(str(predictions.uris[row]), _confidence(predictions, int(row))) for row in rows[:MOST_EACH]
         ]
         total = int((predictions.y_true == true).sum())
-        found.append(Confusion(classes[true], classes[predicted], count, total, images))
+        found.append(
+            {
+                "true": classes[true],
+                "predicted": classes[predicted],
+                "count": count,
+                "total": total,
+                "images": images,
+            }
+        )
     return found
 
 
-def leaks(file: CacheFile, album: Album) -> Leaks:
-    """Return the images of the source's own test (or val) split that are also in training, byte for byte."""
+def leaks(file: CacheFile, album: Album) -> tuple[int, list[tuple[Thumbnail, Thumbnail]]]:
+    """Return how many images of the source's own test (or val) split are also in training, and some of the pairs."""
     usable = (file.states == 1) & (file.labels >= 0)
     sides = {name: np.flatnonzero(usable & (file.splits == name)) for name in ("train", "val", "test")}
     if not any(len(sides[name]) for name in ("val", "test")):
-        return Leaks(0, [])  # splits drawn by seed keep equal images together
+        return 0, []  # splits drawn by seed keep equal images together
     sides["train"] = np.flatnonzero(usable & ((file.splits == "train") | (file.splits == "")))
     found = find_leaks(sides["train"], sides["val"], sides["test"], np.asarray(file.digests))
     names = [(str(file.uris[a]), file.splits[a], str(file.uris[b]), file.splits[b]) for a, b in found[:MOST_LEAKS]]
-    return Leaks(
-        len(found),
-        [(album.thumbnail(a, str(of_a)), album.thumbnail(b, str(of_b) or "train")) for a, of_a, b, of_b in names],
-    )
+    pairs = [(album.thumbnail(a, str(of_a)), album.thumbnail(b, str(of_b) or "train")) for a, of_a, b, of_b in names]
+    return len(found), pairs
 
 
 def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tuple[NDArray[np.float64], Predictions]:
