@@ -61,9 +61,6 @@ class Finetune(NamedTuple):
         return f"finetune {', '.join(changed)}, freeze {freeze}, seed {self.seed}, shots {self.shots}, {self.source}"
 
 
-Job = Fit | Finetune
-
-
 def extractions(plan: Plan) -> list[Extraction]:
     """Return the plan's extractions, in its order; raises `PlanError` if two ask for the same layer."""
     found: list[Extraction] = []

@@ -112,11 +112,6 @@ class MethodScore:
         """Wilson's 95 % interval of the mean accuracy, for the number of test images of one seed."""
         return wilson(round(self.accuracy * self.n_test), self.n_test)
 
-    @property
-    def validation(self) -> float | None:
-        """Mean validation accuracy; None where nothing was validated."""
-        return self.mean("validation_accuracy")
-
     def mean(self, name: str) -> float | None:
         """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""
         values = [getattr(job.result, name) for job in self.by_seed.values()]
@@ -149,13 +144,13 @@ def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
     """Return the score with the best validation accuracy (test accuracy if one lacks it); ties go to the first."""
     if not scores:
         return None
-    validated = is_validated(scores)
-    return max(scores, key=lambda score: (score.validation if validated else score.accuracy) or 0.0)
+    measure = "validation_accuracy" if is_validated(scores) else "accuracy"
+    return max(scores, key=lambda score: score.mean(measure) or 0.0)
 
 
 def is_validated(scores: Sequence[MethodScore]) -> bool:
     """Tell whether all scores have a validation accuracy to choose by."""
-    return all(score.validation is not None for score in scores)
+    return all(score.mean("validation_accuracy") is not None for score in scores)
 
 
 def shots_order(shots: int | str) -> tuple[bool, int]:

@@ -64,7 +64,9 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
             _draw_map(row[0], gradient, _decades(gradient), "cividis", f"{run}\nnorm of the gradient")
             _draw_map(row[1], share, _decades(share), "cividis", "step, as a share of the weights")
             _draw_map(row[2], dead, Normalize(0, 1), "Reds", "dead units, as a share")
-            _name_layers(row[0], list(result.history[0]["gradients"]))
+            layers = list(result.history[0]["gradients"])
+            named = range(len(layers) - 1, -1, -(-(-len(layers) // MOST_NAMED)))
+            row[0].set_yticks(list(named), [short(layers[index]) for index in named], fontsize=7)
         figure.savefig(path, format="png", dpi=120)
 
 
@@ -96,9 +98,3 @@ def _draw_map(axes: Axes, values: Float64Array, norm: Normalize, colours: str, t
     axes.spines[:].set_visible(True)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _name_layers(axes: Axes, layers: Sequence[str]) -> None:
-    step = -(-len(layers) // MOST_NAMED)
-    named = range(len(layers) - 1, -1, -step)
-    axes.set_yticks(list(named), [short(layers[index]) for index in named], fontsize=7)

@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.rows import Layer
 from pipeline.fit import FitReport
+from pipeline.reporting.charts.accuracy import Line, depth_line, draw_depth, draw_labels
 from pipeline.reporting.charts.confusion import confusion_figure
-from pipeline.reporting.charts.depth import depth_line, draw_depth
 from pipeline.reporting.charts.embedding import embedding_figure
-from pipeline.reporting.charts.labels import draw_labels
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, Line, short
+from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, short
 from pipeline.results import FitResult
 
 MOST_MAPPED = 1500
@@ -91,7 +90,7 @@ def labels_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
         groups = [[r for r in members if r.shots == count] for count in shots]
         positions = [float(np.mean([position(r) for r in group])) for group in groups]
         spans = [(min(r.accuracy for r in group), max(r.accuracy for r in group)) for group in groups]
-        lines.append(Line(label, positions, [_mean(group) for group in groups], spans))
+        lines.append(Line(label, positions, [float(np.mean([r.accuracy for r in group])) for group in groups], spans))
     seeds = len({result.seed for result in results})
     band = f", band over {seeds} seeds" if seeds > 1 else ""
     with SCREEN.figure(7.2, 4.6) as figure:
@@ -127,10 +126,6 @@ def _grouped(
 
 def _part_text(part: Hashable) -> str:
     return f"{part} shots" if isinstance(part, int) else ("all labels" if part == "all" else short(str(part), 40))
-
-
-def _mean(group: Sequence[FitResult]) -> float:
-    return float(np.mean([result.accuracy for result in group]))
 
 
 def _subject(results: Sequence[FitResult]) -> str:

@@ -81,22 +81,6 @@ SCREEN = Theme(
 """The theme of picture files."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart: k points from left to right, each with the ends of its interval.
-
-    `names` are those of the points, where one of them is to be named; `seeds` the values of each seed at each point.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    intervals: Sequence[tuple[float, float]]
-    names: Sequence[str] = ()
-    seeds: Sequence[Sequence[float]] = ()
-    dashed: bool = False
-
-
 def short(name: str, longest: int = LONGEST) -> str:
     """Return `name`, with its middle left out if it is longer than `longest` characters."""
     if len(name) <= longest:

@@ -72,21 +72,14 @@ def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Al
     found = []
     for (true, predicted), count in pairs.most_common(MOST_PAIRS):
         rows = wrong[(predictions.y_true[wrong] == true) & (predictions.y_pred[wrong] == predicted)]
-        if predictions.probability is not None:
-            rows = rows[np.argsort(-predictions.probability[rows], kind="stable")]
-        images = [
-            album.thumbnail(str(predictions.uris[row]), _confidence(predictions, int(row))) for row in rows[:MOST_EACH]
-        ]
+        sure = predictions.probability
+        if sure is not None:
+            rows = rows[np.argsort(-sure[rows], kind="stable")]
+        notes = ["" if sure is None else f"p = {sure[row]:.2f}" for row in rows[:MOST_EACH]]
+        images = [album.thumbnail(str(predictions.uris[row]), note) for row, note in zip(rows, notes, strict=False)]
         total = int((predictions.y_true == true).sum())
-        found.append(
-            {
-                "true": classes[true],
-                "predicted": classes[predicted],
-                "count": count,
-                "total": total,
-                "images": images,
-            }
-        )
+        names = {"true": classes[true], "predicted": classes[predicted]}
+        found.append(names | {"count": count, "total": total, "images": images})
     return found
 
 
@@ -116,7 +109,3 @@ def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tup
     return neighbour_map(principal_components(matrix)[0]), Predictions(
         predictions.uris[kept], predictions.y_true[kept], predictions.y_pred[kept], probability
     )
-
-
-def _confidence(predictions: Predictions, row: int) -> str:
-    return "" if predictions.probability is None else f"p = {predictions.probability[row]:.2f}"

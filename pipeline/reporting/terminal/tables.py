@@ -60,12 +60,7 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
 def fit_table(results: Sequence[FitResult]) -> Table:
     """One row for each result, the most accurate in bold; values that all rows share are in the title instead."""
     settings = {
-        "backbone": [result.backbone for result in results],
-        "pool": [result.pool for result in results],
-        "layer": [result.layer for result in results],
-        "head": [result.head for result in results],
-        "seed": [str(result.seed) for result in results],
-        "shots": [str(result.shots) for result in results],
+        **_columns(results, "backbone", "pool", "layer", "head", "seed", "shots"),
         "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
     }
@@ -76,9 +71,7 @@ def fit_table(results: Sequence[FitResult]) -> Table:
 def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     """One row for each run, the most accurate in bold; values that all rows share are in the title instead."""
     settings = {
-        "freeze": [result.freeze for result in results],
-        "seed": [str(result.seed) for result in results],
-        "shots": [str(result.shots) for result in results],
+        **_columns(results, "freeze", "seed", "shots"),
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
         "trained weights": [f"{result.trainable_parameters:,}" for result in results],
     }
@@ -94,13 +87,7 @@ def finetune_table(results: Sequence[FinetuneResult]) -> Table:
 
 def seeds_table(summary: Sequence[SeedSummary]) -> Table:
     """One row for each head over its seeds: an interval for other test rows, and the spread over the seeds' draws."""
-    settings = {
-        "backbone": [row.backbone for row in summary],
-        "pool": [row.pool for row in summary],
-        "layer": [row.layer for row in summary],
-        "head": [row.head for row in summary],
-        "shots": [str(row.shots) for row in summary],
-    }
+    settings = _columns(summary, "backbone", "pool", "layer", "head", "shots")
     measured = {
         "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
         "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
@@ -109,6 +96,11 @@ def seeds_table(summary: Sequence[SeedSummary]) -> Table:
         "p vs best": [_p_value(row.p_vs_best) for row in summary],
     }
     return _compared(settings, measured, [row.accuracy_mean for row in summary], f"over {summary[0].seeds} seeds")
+
+
+def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
+    """Return fields of the records as columns."""
+    return {name: [str(getattr(record, name)) for record in records] for name in names}
 
 
 def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
@@ -176,9 +168,7 @@ def rank_table(ranking: Sequence[LayerScore]) -> Table:
     """One row for each layer, the best first; columns that are empty or say the same everywhere are left out."""
     columns = {
         "": [str(rank) for rank in range(1, len(ranking) + 1)],
-        "backbone": [score.backbone for score in ranking],
-        "pool": [score.pool for score in ranking],
-        "layer": [score.layer for score in ranking],
+        **_columns(ranking, "backbone", "pool", "layer"),
         "features": [str(score.dim) for score in ranking],
         "LogME": [f"{score.logme:.3f}" for score in ranking],
         "H-score": [f"{score.h_score:.2f}" for score in ranking],

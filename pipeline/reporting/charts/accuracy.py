@@ -1,15 +1,32 @@
-"""Accuracy over the layers of a network."""
+"""Accuracy in lines: over the layers of a network, and over the number of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.evaluation.intervals import wilson
-from pipeline.reporting.charts.theme import MARKERS, Line, Theme, short
+from pipeline.reporting.charts.theme import MARKERS, Theme, short
 from pipeline.results import FitResult
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: k points from left to right, each with the ends of its interval.
+
+    `names` are those of the points, where one of them is to be named; `seeds` the values of each seed at each point.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    intervals: Sequence[tuple[float, float]]
+    names: Sequence[str] = ()
+    seeds: Sequence[Sequence[float]] = ()
+    dashed: bool = False
 
 
 def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
@@ -61,3 +78,23 @@ def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[
         axes.axhline(baseline[1], color=theme.quiet, linestyle="--", linewidth=1.2, label=label)
     theme.show_shares(axes.yaxis, "test accuracy")
     axes.margins(y=0.12)
+
+
+def draw_labels(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], theme: Theme) -> None:
+    """Draw accuracy against training images a class, on a logarithmic axis with `ticks` (texts by position).
+
+    There may be 8 lines; their intervals are drawn as bands. The legend is left to the caller.
+    """
+    for number, line in enumerate(lines):
+        color, marker = theme.series[number], MARKERS[number]
+        lows, highs = zip(*line.intervals, strict=True)
+        axes.fill_between(line.x, lows, highs, color=color, alpha=0.15, linewidth=0)
+        axes.plot(
+            line.x, line.y, "--" if line.dashed else "-", color=color, marker=marker, markersize=5, linewidth=1.8,
+            label=line.label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.minorticks_off()
+    axes.set_xlabel("training images a class")
+    theme.show_shares(axes.yaxis, "test accuracy")
