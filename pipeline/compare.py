@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,11 +78,8 @@ def compare(
     if not (comparison.is_done() and comparison.folder.report.exists()):
         check_plan(comparison)
         with comparison.folder.claim():
-            _note_start(comparison)
-            try:
+            with _noted(comparison, started):
                 run(comparison)
-            finally:
-                _note_end(comparison, started)
             _write_report(comparison)
     return _summarise(comparison, other, started)
 
@@ -130,27 +129,27 @@ def _prepare(path: str | Path, output: str | Path, progress: Progress | None) ->
             f"{folder.path} holds the run of another plan, {before.plan_file}; choose another folder for {plan.path}"
         )
     comparison = Comparison(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
-    comparison.look_up()
+    comparison.features.update({extraction: comparison.look_up(extraction) for extraction in asked})
     return comparison
 
 
-def _note_start(comparison: Comparison) -> None:
-    """Keep the plan, and with what it is run."""
+@contextmanager
+def _noted(comparison: Comparison, started: float) -> Iterator[None]:
+    """Keep the plan and how it is run; afterwards what that cost and what went wrong, even if it was interrupted."""
     plan, folder = comparison.plan, comparison.folder
-    info = folder.read_info()
+    info, invocation = folder.read_info(), Invocation(**machine())
     folder.write("plan.toml", plan.text)
-    runs = [*info.runs, Invocation(**machine())]
-    folder.write_info(replace(info, plan_file=str(plan.path), plan=plan.meaning, runs=runs))
-
-
-def _note_end(comparison: Comparison, started: float) -> None:
-    """Keep what the run cost and what went wrong, even if it was interrupted."""
-    info = comparison.folder.read_info()
-    seconds = time.perf_counter() - started
-    last = replace(info.runs[-1], seconds=seconds, computed=comparison.computed, failed=len(comparison.failures))
-    notes = list(dict.fromkeys([*info.notes, *comparison.notes]))
-    comparison.folder.write_info(replace(info, runs=[*info.runs[:-1], last], notes=notes, failures=comparison.failures))
-    comparison.folder.write_csv()
+    info = replace(info, plan_file=str(plan.path), plan=plan.meaning, runs=[*info.runs, invocation])
+    folder.write_info(info)
+    try:
+        yield
+    finally:
+        seconds, failures = time.perf_counter() - started, comparison.failures
+        ended = replace(invocation, seconds=seconds, computed=comparison.computed, failed=len(failures))
+        info = folder.read_info()  # in which the run noted what extractions cost
+        notes = list(dict.fromkeys([*info.notes, *comparison.notes]))
+        folder.write_info(replace(info, runs=[*info.runs[:-1], ended], notes=notes, failures=failures))
+        folder.write_csv()
 
 
 def _write_report(comparison: Comparison) -> None:

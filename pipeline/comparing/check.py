@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
@@ -76,34 +75,35 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
 
 def check_finetunes(plan: Plan) -> None:
     """Raise `PlanError` unless every fine-tune's network and thaw line exist, and its options work together."""
-    for line, options in dict.fromkeys((line, job.options) for line, job in finetunes(plan)):
-        _check_finetune(plan, line, dict(options))
-
-
-def _check_finetune(plan: Plan, line: PlanTable, options: dict[str, Any]) -> None:
     from pipeline.backbones.registry import check_weights, sketch
     from pipeline.backbones.thaw_line import find_line
     from pipeline.engines.select import resolve
     from pipeline.finetuning.groups import check_rates
     from pipeline.finetuning.recipe import Recipe, check_start, make_recipe
 
-    how, backbone, freeze = line.how(), options["backbone"], options["freeze"]
-    training = tune_parameters(options.items())
-    with errors_at(plan, line):
-        recipe = make_recipe({field.name: training[field.name] for field in fields(Recipe) if field.name in training})
-    with errors_at(plan, line, "views" if recipe.views else ""):
-        check_start(recipe, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")})
-    with errors_at(plan, line, backbone):
-        check_weights(f"{backbone}@random:0" if options["init"] == "random" else backbone)
-        network = sketch(backbone, options.get("size"))
-    with errors_at(plan, line, freeze):
-        if freeze not in ("all", "none"):
-            find_line(network, freeze)
-    with errors_at(plan, line, "device"):
-        resolve(how["engine"], how["device"], options["precision"])
-    if recipe.lr_at:
-        with errors_at(plan, line, "lr-at"):
-            check_rates(network, freeze, recipe.lr_at)
+    for line, chosen in dict.fromkeys((line, job.options) for line, job in finetunes(plan)):
+        options = dict(chosen)
+        how, backbone, freeze = line.how(), options["backbone"], options["freeze"]
+        training = tune_parameters(options.items())
+        with errors_at(plan, line):
+            recipe = make_recipe(
+                {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
+            )
+        with errors_at(plan, line, "views" if recipe.views else ""):
+            check_start(
+                recipe, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")}
+            )
+        with errors_at(plan, line, backbone):
+            check_weights(f"{backbone}@random:0" if options["init"] == "random" else backbone)
+            network = sketch(backbone, options.get("size"))
+        with errors_at(plan, line, freeze):
+            if freeze not in ("all", "none"):
+                find_line(network, freeze)
+        with errors_at(plan, line, "device"):
+            resolve(how["engine"], how["device"], options["precision"])
+        if recipe.lr_at:
+            with errors_at(plan, line, "lr-at"):
+                check_rates(network, freeze, recipe.lr_at)
 
 
 @contextmanager

@@ -37,11 +37,9 @@ class Comparison:
     computed: int = 0
     total: int = 0
 
-    def look_up(self) -> None:
-        """Look up in the caches what is extracted."""
-        for extraction in self.features:
-            found = find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
-            self.features[extraction] = found or self.features[extraction]
+    def look_up(self, extraction: Extraction) -> Features | None:
+        """Look up in the cache what is extracted."""
+        return find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
 
     def cache(self, line: PlanTable) -> Path:
         """Return the cache folder of a line of the plan."""

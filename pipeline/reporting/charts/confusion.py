@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from pipeline.arrays import Float64Array, IntArray
 from pipeline.reporting.charts.theme import SCREEN, short
 
-MOST_COUNTED = 30
-"""With more classes, cells are too small for counts."""
+MOST_COUNTED = 30  # with more classes, cells are too small for counts
 MOST_NAMED = 120
 MOST_SLANTED = 15
 

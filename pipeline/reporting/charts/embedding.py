@@ -15,8 +15,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.reporting.charts.theme import MARKERS, SCREEN, Theme, short
 
-MOST_COLOURED = 30
-"""Up to so many classes have a colour and mark each; of more, the ten that are confused most."""
+MOST_COLOURED = 30  # up to so many classes have a colour and mark each; of more, the ten that are confused most
 MOST_CONFUSED = 10
 _FEATURES = 50
 _PERPLEXITY = 30.0

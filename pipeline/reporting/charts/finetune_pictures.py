@@ -15,10 +15,8 @@ from pipeline.arrays import Float64Array
 from pipeline.reporting.charts.theme import SCREEN, short
 from pipeline.results import FinetuneResult
 
-MOST_NAMED = 45
-"""With more layers, only every second, third or so is named."""
-_ORDERS = 6.0
-"""The colours span at most so many orders of magnitude; smaller numbers look like the smallest of these."""
+MOST_NAMED = 45  # with more layers, only every second, third or so is named
+_ORDERS = 6.0  # the colours span at most so many orders of magnitude; smaller numbers look like the smallest of these
 
 
 def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
@@ -65,7 +63,8 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
             _draw_map(row[1], share, _decades(share), "cividis", "step, as a share of the weights")
             _draw_map(row[2], dead, Normalize(0, 1), "Reds", "dead units, as a share")
             layers = list(result.history[0]["gradients"])
-            named = range(len(layers) - 1, -1, -(-(-len(layers) // MOST_NAMED)))
+            step = -(-len(layers) // MOST_NAMED)
+            named = range(len(layers) - 1, -1, -step)
             row[0].set_yticks(list(named), [short(layers[index]) for index in named], fontsize=7)
         figure.savefig(path, format="png", dpi=120)
 

@@ -18,8 +18,7 @@ from pipeline.reporting.charts.reliability import reliability_figure
 from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, short
 from pipeline.results import FitResult
 
-MOST_MAPPED = 1500
-"""Test images on the map; with more, t-SNE takes long and the map shows less."""
+MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and the map shows less
 _FEWEST_MAPPED = 5
 
 

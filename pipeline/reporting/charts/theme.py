@@ -12,8 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
-MOST_LINES = len(MARKERS)
-"""Series that one chart can tell apart."""
+MOST_LINES = len(MARKERS)  # series that one chart can tell apart
 LONGEST = 30
 
 

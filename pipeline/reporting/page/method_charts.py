@@ -18,10 +18,8 @@ from pipeline.reporting.charts.accuracy import Line, draw_depth, draw_labels
 from pipeline.reporting.charts.theme import MARKERS, MOST_LINES
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
 
-WIDTH, HEIGHT = 5.4, 3.5
-"""Inches."""
-CLEAR_LINES = 5
-"""With more lines than this, which hide one another, only the best head of each backbone has one."""
+WIDTH, HEIGHT = 5.4, 3.5  # inches
+CLEAR_LINES = 5  # with more lines than this, which hide one another, only the best head of each backbone has one
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from pipeline.images.decode import decode
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.embedding import neighbour_map, principal_components
 
-SIDE = 96
-"""Longer side of a thumbnail, pixels."""
+SIDE = 96  # longer side of a thumbnail, pixels
 MOST_PAIRS = 6
 MOST_EACH = 4
 MOST_LEAKS = 12

@@ -36,8 +36,7 @@ from pipeline.reporting.page.model_charts import calibration_chart, class_chart,
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
 
 MOST_COMPARED = 8
-MOST_CLASSES = 40
-"""With more classes than this the confusion matrix would be unreadable and is left out."""
+MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_UNREADABLE = 200
 
 

@@ -20,8 +20,7 @@ from rich.text import Text
 
 from pipeline.results import Progress
 
-WIDE = 120
-"""In a terminal of at least so many characters, bars are long; a narrower one needs the room for numbers."""
+WIDE = 120  # in a terminal of at least so many characters, bars are long; a narrower one needs the room for numbers
 
 
 class _Rate(ProgressColumn):

@@ -21,8 +21,7 @@ from pipeline.results import (
     SeedSummary,
 )
 
-LEVEL = 0.05
-"""Up to this p-value, two sets are said to differ."""
+LEVEL = 0.05  # up to this p-value, two sets are said to differ
 _SCORES = {"logme": "LogME", "h_score": "H-score", "leep": "LEEP"}
 
 
