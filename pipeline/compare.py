@@ -14,11 +14,10 @@ from pipeline.comparing.check import check_finetunes, check_heads, open_sources,
 from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, plan_finetune, plan_fit
 from pipeline.comparing.features import Features, fit_key
-from pipeline.comparing.folder import RunFolder, open_finished
+from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.plan import read_plan
-from pipeline.comparing.records import Failure, Invocation, JobResult
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
 from pipeline.provenance import machine

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.comparing.folder import FINETUNE, HEAD, RunInfo
 from pipeline.comparing.methods import Leaderboard, MethodScore, best_of, is_validated
 from pipeline.comparing.paired import LEVEL, Paired, ReadPredictions, compare_scores
-from pipeline.comparing.records import FINETUNE, HEAD, RunInfo
 
 ExtractionTimes = Mapping[tuple[str, str], float]
 """Seconds that the extraction of all images takes, by source and backbone."""
@@ -41,7 +41,9 @@ def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTime
     paired = compare_scores(rival, best, read) if rival else None
     if rival and paired:
         sentences.append(f"The runner-up is {rival.name} with {percent(rival.accuracy)}: {_verdict(paired)}.")
-    sentences += _fewer_labels(board, best)
+    fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
+    if told := [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]:
+        sentences.append(f"With fewer labels it reaches {', '.join(told)}.")
     if {score.method.kind for score in board.scores.values()} == {HEAD, FINETUNE}:
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
@@ -175,12 +177,6 @@ def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore) -> li
         return [f"{fewest}; with more labels the lead changes more than once, as it would by chance."]
     leader = "fine-tuning" if ahead[turn] else "the frozen head"
     return [f"{fewest}; from {_labels(pairs[turn][0])} on {leader} is ahead."]
-
-
-def _fewer_labels(board: Leaderboard, best: MethodScore) -> list[str]:
-    fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
-    told = [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]
-    return [f"With fewer labels it reaches {', '.join(told)}."] if told else []
 
 
 def _labels(shots: int | str) -> str:

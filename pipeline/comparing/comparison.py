@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
-from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.folder import Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Plan, PlanTable
-from pipeline.comparing.records import Failure, JobResult
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 

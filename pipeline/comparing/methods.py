@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.comparing.records import HEAD, JobResult, OptionValue
+from pipeline.comparing.folder import HEAD, JobResult, OptionValue
 from pipeline.evaluation.intervals import wilson
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult

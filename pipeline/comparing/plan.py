@@ -106,15 +106,13 @@ def _build(plan: Plan) -> Plan:
             raise plan.error(f"expected [[{table}]] with two brackets", table, 0, table)
         for place, entry in enumerate(entries):
             own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
-            defaults = {
-                key: (option.default,)
-                for key, option in options.items()
-                if option.default is not None and key != "output"
-            }
+            known = {key: option.default for key, option in options.items() if key != "output"}
+            defaults = {key: (default,) for key, default in known.items() if default is not None}
             above = {key: values for key, values in common.items() if key in options}
             lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
-    sources = tuple(_path(plan, source) for source in common["source"])
+    paths = {source: plan.path.parent / source for source in common["source"]}
+    sources = tuple(name if name == "digits" and not path.exists() else str(path) for name, path in paths.items())
     return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
 
 
@@ -141,22 +139,18 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
 
 def _rooted(plan: Plan, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """Make the paths of the cache folder and of weights files absolute."""
+    folder = plan.path.parent
     if "output" in values:
-        values["output"] = (str(plan.path.parent / values["output"][0]),)
+        values["output"] = (str(folder / values["output"][0]),)
     if "backbone" in values:
-        values["backbone"] = tuple(_weights_path(plan, name) for name in values["backbone"])
+        values["backbone"] = tuple(_weights_path(folder, name) for name in values["backbone"])
     return values
 
 
-def _weights_path(plan: Plan, backbone: str) -> str:
+def _weights_path(folder: Path, backbone: str) -> str:
     name, at, weights = backbone.partition("@")
-    file = plan.path.parent / weights
+    file = folder / weights
     return f"{name}{at}{file}" if at and Path(weights).suffix and file.exists() else backbone
-
-
-def _path(plan: Plan, source: str) -> str:
-    path = plan.path.parent / source
-    return source if source == "digits" and not path.exists() else str(path)
 
 
 def _require_work(plan: Plan, lines: list[PlanTable]) -> None:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from features_cache import ThawlineError, open_cache
 from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.features import Features, depths
-from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.folder import ExtractionCost, Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
 from pipeline.comparing.plan import PlanTable
-from pipeline.comparing.records import ExtractionCost, Failure, JobResult
 from pipeline.errors import RunFolderError
 from pipeline.results import ExtractResult, FitResult, Progress
 

@@ -12,8 +12,8 @@ from matplotlib.ticker import LogLocator
 
 from pipeline.arrays import Float64Array, IntArray
 from pipeline.comparing.answer import ExtractionTimes, duration, percent, seconds
+from pipeline.comparing.folder import HEAD
 from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of
-from pipeline.comparing.records import HEAD
 from pipeline.reporting.charts.accuracy import Line, draw_depth, draw_labels
 from pipeline.reporting.charts.theme import MARKERS, MOST_LINES
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg

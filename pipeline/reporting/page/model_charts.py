@@ -64,7 +64,9 @@ def calibration_chart(scores: Sequence[MethodScore], predictions: Mapping[str, P
         if said.probability is None:
             continue
         confidence, accuracy, counts = reliability(said.probability, said.right)
-        models[f"{score.name}: {_errors(score)}"] = confidence, accuracy, counts
+        before, after = score.first.result.ece, score.first.result.ece_calibrated
+        error = f"{before:.3f}" if after is None else f"{after:.3f}, uncalibrated {before:.3f}"
+        models[f"{score.name}: error {error}"] = confidence, accuracy, counts
         rows += [
             (score.name, percent(c), percent(a), int(n))
             for c, a, n in zip(confidence, accuracy, counts[counts > 0], strict=True)
@@ -100,9 +102,3 @@ def map_chart(positions: Float64Array, said: Predictions, classes: Sequence[str]
     if len(named) < np.count_nonzero(counts):
         caption += f" The {len(named)} classes that are confused most are coloured."
     return Chart("Which images look alike to the network?", caption, svg, ("class", "test images", "mistakes"), rows)
-
-
-def _errors(score: MethodScore) -> str:
-    """Return the calibration error, before and after calibration where there was one."""
-    before, after = score.first.result.ece, score.first.result.ece_calibrated
-    return f"error {before:.3f}" if after is None else f"error {after:.3f}, uncalibrated {before:.3f}"

@@ -31,13 +31,14 @@ from pipeline.evaluation.metrics import count
 from pipeline.evaluation.predictions import Predictions
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.confusion import confusion_counts
-from pipeline.reporting.page.method_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
+from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_UNREADABLE = 200
+FEWEST_MAPPED = 5
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def _chapter(
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
     charts += [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
     if verdict.frozen is not None:
-        charts.append(_map(verdict.frozen, seen, predictions[verdict.frozen.first.key]))
+        key, layer = verdict.frozen.first.key, verdict.frozen.method.layer
+        if key in seen.features and len(predictions[key].uris) >= FEWEST_MAPPED:
+            charts.append(map_chart(*lay_out_map(seen.features[key], layer, predictions[key]), classes, layer))
     unreadable = _unreadable(seen.files)
     return {
         "source": board.source,
@@ -178,14 +181,6 @@ def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str],
         "counts": confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist() if drawn else [],
         "confusions": worst_confusions(predictions, classes, album),
     }
-
-
-def _map(score: MethodScore, seen: Seen, predictions: Predictions) -> Chart | None:
-    features = seen.features.get(score.first.key)
-    if features is None or len(predictions.uris) < 5:
-        return None
-    positions, shown = lay_out_map(features, score.method.layer, predictions)
-    return map_chart(positions, shown, seen.images.classes, score.method.layer)
 
 
 def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
