@@ -38,16 +38,7 @@ class DemoReport:
 def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None) -> DemoReport:
     """Extract all stages of the embedded network from scikit-learn's digits, fit logistic regression to each, draw.
 
-    Parameters
-    ----------
-    folder : str or Path, default "thawline-demo"
-        Gets ``cache/``, ``digits.skops`` and ``digits.png``; a second run reuses the cache.
-    progress : callable, optional
-        ``progress(done, total, text)``.
-
-    Returns
-    -------
-    DemoReport
+    The folder gets ``cache/``, ``digits.skops`` and ``digits.png``; a second run reuses the cache.
     """
     folder = Path(folder)
     cache, model, picture = folder / "cache", folder / "digits.skops", folder / "digits.png"

@@ -13,10 +13,7 @@ from pipeline.evaluation.comparisons import holm
 
 @dataclass(frozen=True)
 class Change:
-    """A method whose accuracy differs between two runs; `difference` is now minus before, on what both were tested on.
-
-    `p` is that of a paired test, adjusted for the number of methods compared.
-    """
+    """A method whose accuracy differs between two runs, on what both were tested on; `p` is adjusted for all methods."""
 
     source: str
     method: str

@@ -16,10 +16,7 @@ from pipeline.options import tune_parameters
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
-    """Return the plan's sources by location; sources that share a name get their location as name.
-
-    A source that is missing, is empty, or has labelled images of fewer than two classes is a `PlanError`.
-    """
+    """Return the plan's sources by location, which is also the name of those that would share one; raises `PlanError`."""
     written = plan.meaning["source"]
     opened = {}
     for text, source in zip(written if isinstance(written, list) else [written], plan.sources, strict=True):
@@ -49,10 +46,7 @@ def check_heads(plan: Plan) -> None:
 
 
 def sketch_features(plan: Plan, extraction: Extraction) -> Features:
-    """Return an extraction's layers and their sizes without loading weights or images.
-
-    A backbone, weights, layer, engine, device or precision that does not exist here is a `PlanError`.
-    """
+    """Return an extraction's layers and their sizes without loading weights or images; raises `PlanError`."""
     from pipeline.backbones.layers import resolve_layers
     from pipeline.backbones.registry import check_weights, sketch
     from pipeline.backbones.taps import tap

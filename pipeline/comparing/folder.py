@@ -80,10 +80,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    """What extracting one cache file took, all runs into the folder together.
-
-    `computed` images took `seconds`; `rows` are the images of the file, of which `unreadable` cannot be read.
-    """
+    """What it took to compute images of one cache file, which has so many rows, in all runs into the folder together."""
 
     computed: int = 0
     seconds: float = 0.0

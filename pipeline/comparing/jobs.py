@@ -84,9 +84,9 @@ def extractions(plan: Plan) -> list[Extraction]:
 
 
 def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]]) -> Iterator[Fit]:
-    """Yield the fits of every ``[[fit]]`` on one extraction, given the layers that each name in its request stands for.
+    """Yield the fits of every ``[[fit]]`` on one extraction; `aliases` has the layers that each name stands for.
 
-    A ``[[fit]]`` of a layer that is not extracted, and two that ask for the same fit, are a `PlanError`.
+    Raises `PlanError` if a layer is not extracted, or if two ``[[fit]]`` ask for the same fit.
     """
     seen = set()
     for line in plan.of("fit"):

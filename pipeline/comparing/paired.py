@@ -20,10 +20,7 @@ ReadPredictions = Callable[[str], Predictions]
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired test of two methods: how much the first is ahead in accuracy, and the two-sided p-value.
-
-    `test` names the test and the seeds or images that it was made on, in words.
-    """
+    """A paired test: how much the first method is ahead in accuracy, the two-sided p-value, and the test in words."""
 
     difference: float
     p: float

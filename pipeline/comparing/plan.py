@@ -55,11 +55,7 @@ class Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a plan from a TOML file.
-
-    A file that cannot be read, is not TOML, or holds a key or a value that no command takes is a `PlanError`, whose
-    message names the line.
-    """
+    """Read a plan from a TOML file; raises `PlanError`, which names the line, if no command takes what it holds."""
     path = Path(path).absolute()
     try:
         text = path.read_text(encoding="utf-8")

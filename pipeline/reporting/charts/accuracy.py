@@ -15,10 +15,7 @@ from pipeline.results import FitResult
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: k points from left to right, each with the ends of its interval.
-
-    `names` are those of the points, where one of them is to be named; `seeds` the values of each seed at each point.
-    """
+    """One line of a chart: k points from left to right, each with its interval, perhaps a name and a value for each seed."""
 
     label: str
     x: Sequence[float]
@@ -30,10 +27,7 @@ class Line:
 
 
 def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
-    """Return the line through the mean accuracies over seeds, with Wilson's intervals for one seed's test images.
-
-    `results` has by position, from left to right, those of one layer, one for each seed.
-    """
+    """Return the line through mean accuracies, with Wilson's intervals, of results by position and then by seed."""
     seeds = [[result.accuracy for result in group] for group in results.values()]
     means = [float(np.mean(accuracies)) for accuracies in seeds]
     tests = [group[0].n_test for group in results.values()]

@@ -53,11 +53,7 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
 
 
 def depth_figure(results: Sequence[FitResult]) -> Figure:
-    """Return accuracy over the layers of one backbone, a line for each head and number of shots.
-
-    Layers stand in the order of the results, the image itself first. Intervals are Wilson's around the mean over seeds,
-    for the test images of one seed.
-    """
+    """Return accuracy over the layers of one backbone in the order of the results, a line for each head and shots."""
     layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
     lines = []
     for label, members in _grouped(results, lambda result: (result.head, result.shots)).items():

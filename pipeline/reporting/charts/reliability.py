@@ -34,10 +34,7 @@ def reliability(confidence: FloatArray, right: BoolArray) -> Bins:
 
 
 def draw_reliability(axes: Axes, models: Mapping[str, Bins], theme: Theme) -> None:
-    """Draw accuracy against confidence with 95 % intervals (Wilson), a line for each model by label.
-
-    The legend is left to the caller.
-    """
+    """Draw accuracy against confidence with Wilson's 95 % intervals, a line for each model; no legend."""
     axes.plot([0, 1], [0, 1], color=theme.quiet, linestyle="--", linewidth=1, label="right as often as sure")
     for number, (label, (confidence, accuracy, counts)) in enumerate(models.items()):
         filled = counts[counts > 0]

@@ -126,10 +126,7 @@ def pareto(costs: Float64Array, values: Float64Array) -> IntArray:
 def _draw_cost(
     axes: Axes, seconds: Float64Array, accuracies: Float64Array, groups: Sequence[str], names: Sequence[str]
 ) -> None:
-    """Draw accuracy against seconds, join the points that nothing beats in both, name the most accurate one.
-
-    Points are coloured by group: the first 8 have colours, and all others share grey.
-    """
+    """Draw accuracy against seconds; join the points that nothing beats in both, and name the most accurate one."""
     coloured = list(dict.fromkeys(groups))[:MOST_LINES]
     shown = [group if group in coloured else "others" for group in groups]
     for number, group in enumerate(dict.fromkeys(shown)):
