@@ -16,7 +16,7 @@ from pipeline.options import tune_parameters
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
-    """Return the plan's sources by location, which is also the name of those that would share one; raises `PlanError`."""
+    """Return the plan's sources by location, which is also the name of those that would share one."""
     written = plan.meaning["source"]
     opened = {}
     for text, source in zip(written if isinstance(written, list) else [written], plan.sources, strict=True):

@@ -80,7 +80,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class ExtractionCost:
-    """What it took to compute images of one cache file, which has so many rows, in all runs into the folder together."""
+    """What computing images of one cache file, which has so many rows, took in all runs into the folder together."""
 
     computed: int = 0
     seconds: float = 0.0

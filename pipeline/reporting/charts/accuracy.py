@@ -15,7 +15,7 @@ from pipeline.results import FitResult
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: k points from left to right, each with its interval, perhaps a name and a value for each seed."""
+    """One line of a chart: k points from left to right with intervals, perhaps with names and the values of seeds."""
 
     label: str
     x: Sequence[float]
