@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.comparing.against import Against, compare_runs
 from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
 from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, plan_finetune, plan_fit
 from pipeline.comparing.features import Features, fit_key
-from pipeline.comparing.folder import RunFolder, open_finished
+from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.plan import Plan, read_plan
-from pipeline.comparing.records import Failure, Invocation, JobResult
+from pipeline.comparing.paired import Against, compare_runs
+from pipeline.comparing.plan import read_plan
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
 from pipeline.provenance import machine
@@ -27,22 +28,9 @@ from pipeline.results import Progress, silent
 class CompareReport:
     """What a run folder holds after a comparison.
 
-    Parameters
-    ----------
-    results : list of JobResult
-        One for each finished job.
-    failures : list of Failure
-        Jobs that could not be done.
-    answer : list of str
-        What the results say, in sentences.
-    against : Against or None
-        What changed since another run, if one was named.
-    computed, reused : int
-        Number of results that are new, and that were there before.
-    seconds : float
-        Duration of this call.
-    files : dict of str to str
-        Paths of the results, the table and the report.
+    `answer` says in sentences what the results show, and `against` what changed since another run, if one was named.
+    `computed` results are new, `reused` ones were there before; `seconds` is the duration of this call, and `files` has
+    the paths of the results, the table and the report.
     """
 
     results: list[JobResult]
@@ -89,11 +77,8 @@ def compare(
     if not (comparison.is_done() and comparison.folder.report.exists()):
         check_plan(comparison)
         with comparison.folder.claim():
-            _note_start(comparison)
-            try:
+            with _noted(comparison, started):
                 run(comparison)
-            finally:
-                _note_end(comparison, started)
             _write_report(comparison)
     return _summarise(comparison, other, started)
 
@@ -137,38 +122,33 @@ def _prepare(path: str | Path, output: str | Path, progress: Progress | None) ->
     plan = read_plan(path)
     asked = extractions(plan)
     folder = RunFolder(output)
-    _require_same_plan(folder, plan)
-    comparison = Comparison(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
-    comparison.look_up()
-    return comparison
-
-
-def _require_same_plan(folder: RunFolder, plan: Plan) -> None:
-    """Refuse a folder made by a plan that differs in both its path and its content."""
     before = folder.read_info()
     if before.plan_file and before.plan != plan.meaning and before.plan_file != str(plan.path):
         raise RunFolderError(
             f"{folder.path} holds the run of another plan, {before.plan_file}; choose another folder for {plan.path}"
         )
+    comparison = Comparison(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
+    comparison.features.update({extraction: comparison.look_up(extraction) for extraction in asked})
+    return comparison
 
 
-def _note_start(comparison: Comparison) -> None:
-    """Keep the plan, and with what it is run."""
+@contextmanager
+def _noted(comparison: Comparison, started: float) -> Iterator[None]:
+    """Keep the plan and how it is run; afterwards what that cost and what went wrong, even if it was interrupted."""
     plan, folder = comparison.plan, comparison.folder
-    info = folder.read_info()
+    info, invocation = folder.read_info(), Invocation(**machine())
     folder.write("plan.toml", plan.text)
-    runs = [*info.runs, Invocation(**machine())]
-    folder.write_info(replace(info, plan_file=str(plan.path), plan=plan.meaning, runs=runs))
-
-
-def _note_end(comparison: Comparison, started: float) -> None:
-    """Keep what the run cost and what went wrong, even if it was interrupted."""
-    info = comparison.folder.read_info()
-    seconds = time.perf_counter() - started
-    last = replace(info.runs[-1], seconds=seconds, computed=comparison.computed, failed=len(comparison.failures))
-    notes = list(dict.fromkeys([*info.notes, *comparison.notes]))
-    comparison.folder.write_info(replace(info, runs=[*info.runs[:-1], last], notes=notes, failures=comparison.failures))
-    comparison.folder.write_csv()
+    info = replace(info, plan_file=str(plan.path), plan=plan.meaning, runs=[*info.runs, invocation])
+    folder.write_info(info)
+    try:
+        yield
+    finally:
+        seconds, failures = time.perf_counter() - started, comparison.failures
+        ended = replace(invocation, seconds=seconds, computed=comparison.computed, failed=len(failures))
+        info = folder.read_info()  # in which the run noted what extractions cost
+        notes = list(dict.fromkeys([*info.notes, *comparison.notes]))
+        folder.write_info(replace(info, runs=[*info.runs[:-1], ended], notes=notes, failures=failures))
+        folder.write_csv()
 
 
 def _write_report(comparison: Comparison) -> None:

@@ -13,13 +13,12 @@ from pipeline.extract import extract
 from pipeline.fit import FitReport, fit
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import open_source
+from pipeline.reporting.charts.accuracy import depth_line, draw_depth
 from pipeline.reporting.charts.confusion import confusion_counts, draw_confusion
-from pipeline.reporting.charts.depth import depth_line, draw_depth
 from pipeline.reporting.charts.theme import SCREEN
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
 SEEDS = (0, 1, 2)
@@ -39,16 +38,7 @@ class DemoReport:
 def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None) -> DemoReport:
     """Extract all stages of the embedded network from scikit-learn's digits, fit logistic regression to each, draw.
 
-    Parameters
-    ----------
-    folder : str or Path, default "thawline-demo"
-        Gets ``cache/``, ``digits.skops`` and ``digits.png``; a second run reuses the cache.
-    progress : callable, optional
-        ``progress(done, total, text)``.
-
-    Returns
-    -------
-    DemoReport
+    The folder gets ``cache/``, ``digits.skops`` and ``digits.png``; a second run reuses the cache.
     """
     folder = Path(folder)
     cache, model, picture = folder / "cache", folder / "digits.skops", folder / "digits.png"
@@ -88,25 +78,21 @@ def _draw(report: FitReport, layers: Sequence[Sequence[FitResult]], raw: float, 
     with SCREEN.figure(14, 7.5) as figure:
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))[0]
         top, bottom = right.subfigures(2, 1, squeeze=False, height_ratios=(5, 2))[:, 0]
-        _draw_curve(left.subplots(), layers, raw)
+        axes = left.subplots()
+        line = depth_line("mean over seeds (dots), 95 % interval", dict(enumerate(layers)))
+        draw_depth(axes, [line], SCREEN, ("raw pixels", raw))
+        axes.set_xticks(line.x, line.names, rotation=30, ha="right")
+        tests = layers[0][0].n_test
+        axes.set_title(f"Handwritten digits by depth\nlogistic regression, {len(SEEDS)} seeds of {tests} test images")
+        axes.legend(loc="lower center")
 
         kept, predictions = report.results[report.best], report.predictions[report.best]
         axes = top.subplots()
-        draw_confusion(
-            axes, confusion_counts(predictions.y_true, predictions.y_pred, len(report.classes)), report.classes
-        )
+        counts = confusion_counts(predictions.y_true, predictions.y_pred, len(report.classes))
+        draw_confusion(axes, counts, report.classes)
         axes.set_title(f"{kept.head} on {kept.layer}, seed {kept.seed}: {kept.accuracy:.3f}")
         _draw_mistakes(bottom, report)
         figure.savefig(path, dpi=130)
-
-
-def _draw_curve(axes: Axes, layers: Sequence[Sequence[FitResult]], raw: float) -> None:
-    line = depth_line("mean over seeds (dots), 95 % interval", dict(enumerate(layers)))
-    draw_depth(axes, [line], SCREEN, ("raw pixels", raw))
-    axes.set_xticks(line.x, line.names, rotation=30, ha="right")
-    tests = layers[0][0].n_test
-    axes.set_title(f"Handwritten digits by depth\nlogistic regression, {len(SEEDS)} seeds of {tests} test images")
-    axes.legend(loc="lower center")
 
 
 def _draw_mistakes(figure: SubFigure, report: FitReport) -> None:

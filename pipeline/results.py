@@ -40,21 +40,10 @@ def _finite(value: Any) -> Any:
 
 
 def from_json(kind: type[R], document: object, where: str = "") -> R:
-    """Return the record that `to_json` wrote.
+    """Return the record that `to_json` wrote; fields whose key is absent take their default, unknown keys are ignored.
 
-    Parameters
-    ----------
-    kind : type
-        A dataclass. Fields whose key is absent take their default; unknown keys are ignored.
-    document : dict
-        Parsed JSON.
-    where : str, optional
-        Name of the key that holds the document, for messages.
-
-    Raises
-    ------
-    ValueError
-        A key without a default is absent, or a value is not of its field's type.
+    `where` names the key that holds the document, for messages. A `ValueError` tells that a key without a default is
+    absent, or that a value is not of its field's type.
 
     Examples
     --------

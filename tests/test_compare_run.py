@@ -24,19 +24,18 @@ from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
-from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.folder import ExtractionCost, JobResult, RunFolder, RunInfo
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import compare_scores
 from pipeline.comparing.plan import read_plan
-from pipeline.comparing.records import ExtractionCost, JobResult, RunInfo
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
-from pipeline.reporting.charts.cost import pareto
 from pipeline.reporting.charts.reliability import reliability
+from pipeline.reporting.page.method_charts import pareto
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart
 from pipeline.reporting.page.pictures import lay_out_map
 from pipeline.reporting.terminal import progress
@@ -582,7 +581,7 @@ def test_methods_are_told_apart_by_what_was_trained_not_by_their_names() -> None
     assert [score.method.layer for score in seeds.scores.values()] == ["b", "b on c"]
     tuned = {"kind": "finetune", "freeze": "all"}
     rates = [record("x", options={"lr": 1}, **tuned), record("y", options={"lr": 2}, **tuned)]
-    first, second = leaderboards(rates)[0].methods
+    first, second = dict.fromkeys(method for method, _ in leaderboards(rates)[0].scores)
     assert first != second
     assert first == replace(second, options=first.options)
 
@@ -652,7 +651,9 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
 
 def test_full_bars_make_room_for_the_job_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
-    monkeypatch.setattr(progress, "Bars", lambda *columns, **how: drawn.append(Bars(*columns, **how)) or drawn[0])
+    monkeypatch.setattr(
+        "rich.progress.Progress", lambda *columns, **how: drawn.append(Bars(*columns, **how)) or drawn[0]
+    )
     with progress.progress_bar() as report:
         for job in range(3):
             report(10 if job < 2 else 5, 10, f"job {job}")

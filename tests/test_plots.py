@@ -11,12 +11,12 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
+from pipeline.reporting.charts.accuracy import Line, draw_depth
 from pipeline.reporting.charts.confusion import confusion_figure
-from pipeline.reporting.charts.depth import draw_depth
 from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.fit_pictures import depth_figure, labels_figure, save
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.theme import LONGEST, MOST_LINES, SCREEN, Line, Theme, short
+from pipeline.reporting.charts.theme import LONGEST, MOST_LINES, SCREEN, Theme, short
 from pipeline.reporting.page.svg import PAGE
 from pipeline.results import FitResult
 

@@ -20,7 +20,7 @@ def drift(first: str, second: str, as_json: bool, **options: Any) -> None:
     Also names the images of FIRST and SECOND that look most foreign to the other.
     """
     from pipeline.drift import drift as run
-    from pipeline.reporting.terminal.diagnostic_tables import drift_lines, foreign_table
+    from pipeline.reporting.terminal.tables import drift_lines, foreign_table
 
     result = run(first, second, **options)
     if as_json:

@@ -49,8 +49,7 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
 
 
 def _draw(results: Sequence[FinetuneResult], picture: Path, *, gradients: bool) -> None:
-    from pipeline.reporting.charts.gradients import save_gradients
-    from pipeline.reporting.charts.training import save_training
+    from pipeline.reporting.charts.finetune_pictures import save_gradients, save_training
 
     save_training(results, picture)
     if gradients:

@@ -16,7 +16,7 @@ from pipeline.commands.output import print_json, print_table, say_all, with_prog
 def rank(cache: str, as_json: bool, **options: Any) -> None:
     """Order the layers in CACHE by promise, before any fit."""
     from pipeline.rank import rank as run
-    from pipeline.reporting.terminal.diagnostic_tables import agreement_lines, rank_table
+    from pipeline.reporting.terminal.tables import agreement_lines, rank_table
 
     report = with_progress(run, cache, **options)
     say_all(report.notes)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.comparing.folder import FINETUNE, HEAD, RunInfo
 from pipeline.comparing.methods import Leaderboard, MethodScore, best_of, is_validated
 from pipeline.comparing.paired import LEVEL, Paired, ReadPredictions, compare_scores
-from pipeline.comparing.records import FINETUNE, HEAD, RunInfo
 
 ExtractionTimes = Mapping[tuple[str, str], float]
 """Seconds that the extraction of all images takes, by source and backbone."""
@@ -15,43 +15,21 @@ ExtractionTimes = Mapping[tuple[str, str], float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the results on one source show.
+    """What the results on one source show, as a headline, sentences, and the few numbers that stand out.
 
-    Parameters
-    ----------
-    headline : str
-        A few words.
-    sentences : list of str
-    frozen, tuned : MethodScore or None
-        The best head and the best fine-tuning by validation accuracy.
-    runner_up : MethodScore or None
-        If there is nothing of the other kind to compare with: the best method of another backbone or head.
-    paired : Paired or None
-        `tuned` (or the runner-up) against `frozen`: how much better it is, and whether that is real.
-    facts : list of (str, str, str)
-        The few numbers that stand out: label, number, what it is.
+    `frozen` and `tuned` are the best head and the best fine-tuning by validation accuracy. A fact is a label, a number,
+    and what it is.
     """
 
     headline: str
     sentences: list[str]
     frozen: MethodScore | None
     tuned: MethodScore | None
-    runner_up: MethodScore | None
-    paired: Paired | None
     facts: list[tuple[str, str, str]]
 
 
 def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTimes) -> Answer:
-    """Say what the results on one source show.
-
-    Parameters
-    ----------
-    board : Leaderboard
-    read : callable
-        Reads what a model predicted on its test images, by key.
-    extraction : dict of (str, str) to float
-        Seconds it takes to extract all images, by source and backbone.
-    """
+    """Say what the results on one source show; `read` returns what a model predicted, by the key of its result."""
     shared = [shots for shots in board.shots if board.at(shots, HEAD) and board.at(shots, FINETUNE)]
     at = shared[-1] if shared else board.shots[-1]
     frozen, tuned = board.best(HEAD, at), board.best(FINETUNE, at)
@@ -63,12 +41,14 @@ def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTime
     paired = compare_scores(rival, best, read) if rival else None
     if rival and paired:
         sentences.append(f"The runner-up is {rival.name} with {percent(rival.accuracy)}: {_verdict(paired)}.")
-    sentences += _fewer_labels(board, best)
+    fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
+    if told := [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]:
+        sentences.append(f"With fewer labels it reaches {', '.join(told)}.")
     if {score.method.kind for score in board.scores.values()} == {HEAD, FINETUNE}:
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
         sentences.append("Nothing was fine-tuned; add a [[finetune]] to the plan to see what that would gain.")
-    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, rival, paired, _facts(best, rival, paired))
+    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, _facts(best, rival, paired))
 
 
 def seconds(score: MethodScore, extraction: ExtractionTimes) -> float:
@@ -129,7 +109,7 @@ def _compare_both(
         sentences.append(f"Fine-tuning against freezing: {_verdict(paired)}.")
         headline = _headline(paired, costs)
     sentences += _crossing(board, frozen, tuned)
-    return Answer(headline, sentences, frozen, tuned, None, paired, _facts(frozen, tuned, paired))
+    return Answer(headline, sentences, frozen, tuned, _facts(frozen, tuned, paired))
 
 
 def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:
@@ -197,12 +177,6 @@ def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore) -> li
         return [f"{fewest}; with more labels the lead changes more than once, as it would by chance."]
     leader = "fine-tuning" if ahead[turn] else "the frozen head"
     return [f"{fewest}; from {_labels(pairs[turn][0])} on {leader} is ahead."]
-
-
-def _fewer_labels(board: Leaderboard, best: MethodScore) -> list[str]:
-    fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
-    told = [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]
-    return [f"With fewer labels it reaches {', '.join(told)}."] if told else []
 
 
 def _labels(shots: int | str) -> str:

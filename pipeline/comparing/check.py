@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
@@ -17,13 +16,7 @@ from pipeline.options import tune_parameters
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
-    """Return the plan's sources by location; sources that share a name get their location as name.
-
-    Raises
-    ------
-    PlanError
-        A source is missing, is empty, or has labelled images of fewer than two classes.
-    """
+    """Return the plan's sources by location, which is also the name of those that would share one."""
     written = plan.meaning["source"]
     opened = {}
     for text, source in zip(written if isinstance(written, list) else [written], plan.sources, strict=True):
@@ -53,13 +46,7 @@ def check_heads(plan: Plan) -> None:
 
 
 def sketch_features(plan: Plan, extraction: Extraction) -> Features:
-    """Return an extraction's layers and their sizes without loading weights or images.
-
-    Raises
-    ------
-    PlanError
-        The backbone, its weights, a layer, the engine, the device or the precision does not exist here.
-    """
+    """Return an extraction's layers and their sizes without loading weights or images; raises `PlanError`."""
     from pipeline.backbones.layers import resolve_layers
     from pipeline.backbones.registry import check_weights, sketch
     from pipeline.backbones.taps import tap
@@ -82,47 +69,42 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
 
 def check_finetunes(plan: Plan) -> None:
     """Raise `PlanError` unless every fine-tune's network and thaw line exist, and its options work together."""
-    for line, options in dict.fromkeys((line, job.options) for line, job in finetunes(plan)):
-        _check_finetune(plan, line, dict(options))
-
-
-def _check_finetune(plan: Plan, line: PlanTable, options: dict[str, Any]) -> None:
     from pipeline.backbones.registry import check_weights, sketch
     from pipeline.backbones.thaw_line import find_line
     from pipeline.engines.select import resolve
     from pipeline.finetuning.groups import check_rates
     from pipeline.finetuning.recipe import Recipe, check_start, make_recipe
 
-    how, backbone, freeze = line.how(), options["backbone"], options["freeze"]
-    training = tune_parameters(options.items())
-    with errors_at(plan, line):
-        recipe = make_recipe({field.name: training[field.name] for field in fields(Recipe) if field.name in training})
-    with errors_at(plan, line, "views" if recipe.views else ""):
-        check_start(recipe, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")})
-    with errors_at(plan, line, backbone):
-        check_weights(f"{backbone}@random:0" if options["init"] == "random" else backbone)
-        network = sketch(backbone, options.get("size"))
-    with errors_at(plan, line, freeze):
-        if freeze not in ("all", "none"):
-            find_line(network, freeze)
-    with errors_at(plan, line, "device"):
-        resolve(how["engine"], how["device"], options["precision"])
-    if recipe.lr_at:
-        with errors_at(plan, line, "lr-at"):
-            check_rates(network, freeze, recipe.lr_at)
+    for line, chosen in dict.fromkeys((line, job.options) for line, job in finetunes(plan)):
+        options = dict(chosen)
+        how, backbone, freeze = line.how(), options["backbone"], options["freeze"]
+        training = tune_parameters(options.items())
+        with errors_at(plan, line):
+            recipe = make_recipe(
+                {field.name: training[field.name] for field in fields(Recipe) if field.name in training}
+            )
+        with errors_at(plan, line, "views" if recipe.views else ""):
+            check_start(
+                recipe, backbone, freeze, **{name: training[name] for name in ("init", "head_first", "precision")}
+            )
+        with errors_at(plan, line, backbone):
+            check_weights(f"{backbone}@random:0" if options["init"] == "random" else backbone)
+            network = sketch(backbone, options.get("size"))
+        with errors_at(plan, line, freeze):
+            if freeze not in ("all", "none"):
+                find_line(network, freeze)
+        with errors_at(plan, line, "device"):
+            resolve(how["engine"], how["device"], options["precision"])
+        if recipe.lr_at:
+            with errors_at(plan, line, "lr-at"):
+                check_rates(network, freeze, recipe.lr_at)
 
 
 @contextmanager
 def errors_at(plan: Plan, line: PlanTable | None, text: str = "") -> Iterator[None]:
     """Turn an error of ours in the block into a `PlanError` that names the line of `text` in a table.
 
-    Parameters
-    ----------
-    plan : Plan
-    line : PlanTable or None
-        The table; None for the part above all tables.
-    text : str
-        A key or a value in it; by default the error names the line of the table's header.
+    The table is None for the part above all tables; without a text, the error names the line of the table's header.
     """
     try:
         yield

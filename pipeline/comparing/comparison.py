@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
-from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.folder import Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Plan, PlanTable
-from pipeline.comparing.records import Failure, JobResult
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 
@@ -23,20 +22,8 @@ if TYPE_CHECKING:
 class Comparison:
     """What a plan asks for, and what of that is done.
 
-    Parameters
-    ----------
-    plan : Plan
-    folder : RunFolder
-    images : dict of str to ImageSource
-        By source, as named in the plan.
-    features : dict of Extraction to Features
-        None for an extraction of which nothing is known yet.
-    progress : callable
-    failures : list of Failure
-    notes : list of str
-        What the user should know.
-    computed, total : int
-        Jobs done in this run, and jobs to do in all, those that fail included.
+    `images` has each source as named in the plan, `features` None for an extraction of which nothing is known yet.
+    `computed` counts the jobs done in this run; `total` those to do in all, including those that fail.
     """
 
     plan: Plan
@@ -49,11 +36,9 @@ class Comparison:
     computed: int = 0
     total: int = 0
 
-    def look_up(self) -> None:
-        """Look up in the caches what is extracted."""
-        for extraction in self.features:
-            found = find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
-            self.features[extraction] = found or self.features[extraction]
+    def look_up(self, extraction: Extraction) -> Features | None:
+        """Look up in the cache what is extracted."""
+        return find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
 
     def cache(self, line: PlanTable) -> Path:
         """Return the cache folder of a line of the plan."""

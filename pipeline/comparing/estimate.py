@@ -19,35 +19,19 @@ from pipeline.spec import NO_AUGMENT
 
 CORE_SPEED = 75e9
 """Floating-point operations per second and core, as torch reached with lite0 and ResNet-50 on AVX-512 cores."""
-CUDA_SPEED = 1e13
-"""Floating-point operations per second on a GPU."""
-DECODED = 250
-"""Photos that one core decodes per second."""
-START = 3.0
-"""Seconds to load a network."""
+CUDA_SPEED = 1e13  # floating-point operations per second on a GPU
+DECODED = 250  # photos that one core decodes per second
+START = 3.0  # seconds to load a network
 TRAINED_SHARE = {"all": 0.01, "none": 1.0}
 """Share of a network's operations that each epoch repeats, by thaw line; 0.5 for any other line."""
-BACKWARD = 3
-"""A training step takes this many times the operations of a forward pass."""
+BACKWARD = 3  # a training step takes this many times the operations of a forward pass
 ACTIVATIONS = ("backbone", "freeze", "size", "store", "precision", "augment", "views")
 """Options that decide which activations a fine-tune caches."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A job with a guess at what it will take.
-
-    Parameters
-    ----------
-    job : str
-        What it does, in words.
-    done : bool
-        Whether its result is there already.
-    seconds : float
-        A guess; 0 for a job that is done.
-    bytes : int
-        What it will add to the cache.
-    """
+    """A job in words, with a guess at the seconds it will take and at the bytes it will add to the cache."""
 
     job: str
     done: bool

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from features_cache import CacheFile, Catalog, open_cache
+from features_cache import CacheFile, Catalog
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
@@ -19,16 +19,9 @@ from pipeline.spec import Request, fingerprint_of
 class Features:
     """The layers of one extraction.
 
-    Parameters
-    ----------
-    aliases : dict of str to sequence of str
-        The layers that each name in the request stands for.
-    dims : dict of str to int
-        Number of features of each layer.
-    files : dict of str to CacheFile
-        The file that holds each layer; empty before the extraction.
-    complete : bool
-        Whether no image is pending in these files.
+    `aliases` has the layers that each name in the request stands for, `dims` the number of features of each layer,
+    `files` the file that holds each (empty before the extraction); `complete` tells whether no image is pending in
+    these.
     """
 
     aliases: Mapping[str, Sequence[str]]
@@ -55,12 +48,6 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
     known = {alias: names for file in answer.values() for alias, names in file.request["aliases"].items()}
     aliases = {alias: known[alias] for alias in extraction.request.layers}
     return Features(aliases, {name: file.layers[name].dim for name, file in answer.items()}, answer, complete)
-
-
-def held_features(known: Features, paths: Iterable[str]) -> Features:
-    """Return `known` with the files that an extraction returned, even if these were made for another request."""
-    holders = {name: file for file in map(open_cache, paths) for name in file.layers}
-    return replace(known, files={name: holders[name] for name in known.dims}, complete=True)
 
 
 @cache

@@ -18,16 +18,7 @@ Shots = int | str
 
 @dataclass(frozen=True)
 class Extraction:
-    """Some layers of one backbone over one source.
-
-    Parameters
-    ----------
-    source : str
-        One of `Plan.sources`.
-    request : Request
-    line : PlanTable
-        The ``[[extract]]`` that asks for it.
-    """
+    """Some layers of one backbone over one source, one of `Plan.sources`; `line` is the ``[[extract]]`` that asks."""
 
     source: str
     request: Request
@@ -70,17 +61,8 @@ class Finetune(NamedTuple):
         return f"finetune {', '.join(changed)}, freeze {freeze}, seed {self.seed}, shots {self.shots}, {self.source}"
 
 
-Job = Fit | Finetune
-
-
 def extractions(plan: Plan) -> list[Extraction]:
-    """Return the plan's extractions, in its order.
-
-    Raises
-    ------
-    PlanError
-        Two ``[[extract]]`` ask for the same layer.
-    """
+    """Return the plan's extractions, in its order; raises `PlanError` if two ask for the same layer."""
     found: list[Extraction] = []
     for line in plan.of("extract"):
         values = {key: line.values.get(key, (None,)) for key in ("backbone", "pool", "precision", "store", "size")}
@@ -102,19 +84,9 @@ def extractions(plan: Plan) -> list[Extraction]:
 
 
 def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]]) -> Iterator[Fit]:
-    """Yield the fits of every ``[[fit]]`` on one extraction.
+    """Yield the fits of every ``[[fit]]`` on one extraction; `aliases` has the layers that each name stands for.
 
-    Parameters
-    ----------
-    plan : Plan
-    extraction : Extraction
-    aliases : dict of str to sequence of str
-        The layers of this backbone that each name in the extraction's request stands for.
-
-    Raises
-    ------
-    PlanError
-        A ``[[fit]]`` names a layer that is not extracted, or two ``[[fit]]`` ask for the same fit.
+    Raises `PlanError` if a layer is not extracted, or if two ``[[fit]]`` ask for the same fit.
     """
     seen = set()
     for line in plan.of("fit"):
@@ -153,13 +125,7 @@ def _resolve(
 
 
 def finetunes(plan: Plan) -> list[tuple[PlanTable, Finetune]]:
-    """Return the plan's fine-tunes, each with the ``[[finetune]]`` that asks for it.
-
-    Raises
-    ------
-    PlanError
-        Two ``[[finetune]]`` ask for the same one.
-    """
+    """Return the plan's fine-tunes, each with its ``[[finetune]]``; raises `PlanError` if two ask for the same one."""
     found: dict[Finetune, PlanTable] = {}
     for line in plan.of("finetune"):
         crossed = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.comparing.records import HEAD, JobResult, OptionValue
+from pipeline.comparing.folder import HEAD, JobResult, OptionValue
 from pipeline.evaluation.intervals import wilson
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult
@@ -20,24 +20,10 @@ _EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dro
 class Method:
     """What was trained and how: two results are of one method if they differ in source, shots or seed alone.
 
-    Parameters
-    ----------
-    kind : str
-        ``"head"`` or ``"finetune"``.
-    backbone : str
-    head : str
-        Name of the head; of a fine-tune, that of its top.
-    layer : str
-        Layer that a head was fitted on; ``""`` for a fine-tune.
-    freeze : str
-        Up to where a fine-tune was frozen; ``""`` for a head.
-    pool : str
-    size, precision, store : (int, int), str, str or None
-        Of a head's features; None for a fine-tune and in old run folders.
-    balanced, cv, drop_leaks : bool, int or None, bool
-        As in `pipeline.fit.fit`.
-    options : tuple of (str, value)
-        All other options of a fine-tune.
+    `head` is the name of the head, or of a fine-tune's top. `layer` is what a head was fitted on, ``""`` for a
+    fine-tune; `freeze` is up to where a fine-tune was frozen, ``""`` for a head. `size`, `precision` and `store` are
+    those of a head's features, None for a fine-tune and in old run folders; `options` are all other options of a
+    fine-tune.
 
     Examples
     --------
@@ -94,16 +80,7 @@ def method_of(job: JobResult) -> Method:
 
 @dataclass(frozen=True, eq=False)
 class MethodScore:
-    """One method at one number of labels, over its seeds.
-
-    Parameters
-    ----------
-    method : Method
-    name : str
-        The method's name, unique in a run.
-    shots : int or "all"
-    by_seed : dict of int to JobResult
-    """
+    """One method at one number of labels, over its seeds; its name is unique in a run."""
 
     method: Method
     name: str
@@ -135,11 +112,6 @@ class MethodScore:
         """Wilson's 95 % interval of the mean accuracy, for the number of test images of one seed."""
         return wilson(round(self.accuracy * self.n_test), self.n_test)
 
-    @property
-    def validation(self) -> float | None:
-        """Mean validation accuracy; None where nothing was validated."""
-        return self.mean("validation_accuracy")
-
     def mean(self, name: str) -> float | None:
         """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""
         values = [getattr(job.result, name) for job in self.by_seed.values()]
@@ -148,14 +120,7 @@ class MethodScore:
 
 @dataclass(frozen=True, eq=False)
 class Leaderboard:
-    """All methods on one source.
-
-    Parameters
-    ----------
-    source : str
-    scores : dict of (Method, int or "all") to MethodScore
-        By method and shots, in the order of the results.
-    """
+    """All methods on one source; scores are by method and shots, in the order of the results."""
 
     source: str
     scores: Mapping[tuple[Method, int | str], MethodScore]
@@ -164,11 +129,6 @@ class Leaderboard:
     def shots(self) -> list[int | str]:
         """Numbers of labels a class, ascending, ``"all"`` last."""
         return sorted({shots for _, shots in self.scores}, key=shots_order)
-
-    @property
-    def methods(self) -> list[Method]:
-        """Methods in the order of the results."""
-        return list(dict.fromkeys(method for method, _ in self.scores))
 
     def at(self, shots: int | str, kind: str | None = None) -> list[MethodScore]:
         """Return the scores with this number of labels, of one kind of method if `kind` is given."""
@@ -184,13 +144,13 @@ def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
     """Return the score with the best validation accuracy (test accuracy if one lacks it); ties go to the first."""
     if not scores:
         return None
-    validated = is_validated(scores)
-    return max(scores, key=lambda score: (score.validation if validated else score.accuracy) or 0.0)
+    measure = "validation_accuracy" if is_validated(scores) else "accuracy"
+    return max(scores, key=lambda score: score.mean(measure) or 0.0)
 
 
 def is_validated(scores: Sequence[MethodScore]) -> bool:
     """Tell whether all scores have a validation accuracy to choose by."""
-    return all(score.validation is not None for score in scores)
+    return all(score.mean("validation_accuracy") is not None for score in scores)
 
 
 def shots_order(shots: int | str) -> tuple[bool, int]:
@@ -199,14 +159,7 @@ def shots_order(shots: int | str) -> tuple[bool, int]:
 
 
 def leaderboards(results: Iterable[JobResult], beside: Iterable[JobResult] = ()) -> list[Leaderboard]:
-    """Gather results by source, method and shots.
-
-    Parameters
-    ----------
-    results : iterable of JobResult
-    beside : iterable of JobResult, optional
-        Results of another run, which the names tell apart, too.
-    """
+    """Gather results by source, method and shots; names tell methods apart also from those of the results `beside`."""
     results = list(results)
     names = method_names(method_of(job) for job in (*results, *beside))
     grouped: dict[str, dict[tuple[Method, int | str], dict[int, JobResult]]] = {}

@@ -1,14 +1,16 @@
-"""Is a difference between two methods real? Paired tests on the same test images."""
+"""Is a difference real? Paired tests on the same test images, of two methods and of all methods of two runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.comparing.methods import MethodScore
+from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.methods import Method, MethodScore, leaderboards
+from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
 from pipeline.evaluation.predictions import Predictions
 
@@ -20,17 +22,7 @@ ReadPredictions = Callable[[str], Predictions]
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired test of two methods.
-
-    Parameters
-    ----------
-    difference : float
-        Accuracy of the first minus that of the second, on the seeds or images that `test` names.
-    p : float
-        Two-sided p-value.
-    test : str
-        Name of the test and what it was made on, in words.
-    """
+    """A paired test: how much the first method is ahead in accuracy, the two-sided p-value, and the test in words."""
 
     difference: float
     p: float
@@ -40,23 +32,11 @@ class Paired:
 def compare_scores(
     a: MethodScore, b: MethodScore, read: ReadPredictions, read_b: ReadPredictions | None = None
 ) -> Paired | None:
-    """Compare two methods on the seeds and test images that they share.
+    """Compare two methods on the seeds and test images that they share; None if they share none.
 
     The corrected resampled t-test is used if there are at least five seeds and each draws its own test images.
     Otherwise, and if all seeds show the same difference, McNemar's exact test is made on the images of the first seed.
-
-    Parameters
-    ----------
-    a, b : MethodScore
-    read : callable
-        Reads the predictions of a result of `a`.
-    read_b : callable, optional
-        Reads those of `b` if that is of another run.
-
-    Returns
-    -------
-    Paired or None
-        None if the two share no seed or no test image.
+    `read` reads the predictions of a result of `a`, and `read_b` those of `b` if that is of another run.
     """
     read_b = read_b or read
     seeds = sorted(set(a.by_seed) & set(b.by_seed))
@@ -80,3 +60,55 @@ def compare_scores(
     of_seed = f", seed {seeds[0]}" if len(seeds) > 1 else ""
     words = f"McNemar's exact test on {len(left)} test images{of_seed}"
     return Paired(float(mine.mean() - other.mean()), mcnemar(mine, other), words)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A method whose accuracy differs between two runs on what both were tested on; `p` is adjusted for all methods."""
+
+    source: str
+    method: str
+    shots: int | str
+    before: float
+    now: float
+    difference: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Against:
+    """How many methods two runs share, which of these changed by more than noise, and which only one run has."""
+
+    compared: int
+    changed: Sequence[Change]
+    only_before: Sequence[str]
+    only_now: Sequence[str]
+
+
+def compare_runs(before: RunFolder, now: RunFolder) -> Against:
+    """Compare all methods that two runs share on the test images that they share."""
+    old, new = _scores(before, now), _scores(now, before)
+    tests = {key: compare_scores(new[key], old[key], now.predictions, before.predictions) for key in old if key in new}
+    tested = [(key, paired) for key, paired in tests.items() if paired is not None]
+    adjusted = holm([paired.p for _, paired in tested])
+    changes = [
+        Change(key[0], new[key].name, key[2], old[key].accuracy, new[key].accuracy, paired.difference, p)
+        for (key, paired), p in zip(tested, adjusted, strict=True)
+        if p < LEVEL
+    ]
+    return Against(
+        len(tested),
+        sorted(changes, key=lambda change: -abs(change.difference)),
+        [_text(key[0], score) for key, score in old.items() if key not in new],
+        [_text(key[0], score) for key, score in new.items() if key not in old],
+    )
+
+
+def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, Method, int | str], MethodScore]:
+    """Return a run's scores by source, method and shots, with names that tell apart the methods of both runs."""
+    found = leaderboards(run.results.values(), other.results.values())
+    return {(board.source, *key): score for board in found for key, score in board.scores.items()}
+
+
+def _text(source: str, score: MethodScore) -> str:
+    return f"{score.name}, shots {score.shots}, {source}"

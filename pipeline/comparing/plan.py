@@ -16,16 +16,9 @@ from pipeline.options import TABLES, Option, shared_keys
 
 @dataclass(frozen=True, eq=False)
 class PlanTable:
-    """One ``[[table]]`` of a plan, with defaults filled in.
+    """One ``[[table]]`` of a plan with defaults filled in; `place` is its index among the tables of that name, from 0.
 
-    Parameters
-    ----------
-    table : str
-        ``"extract"``, ``"fit"`` or ``"finetune"``.
-    place : int
-        Its index among the tables of that name, from 0.
-    values : dict of str to tuple
-        Values by key; a single value is a tuple of one. Keys that have neither a value nor a default are left out.
+    A single value is a tuple of one. Keys that have neither a value nor a default are left out.
     """
 
     table: str
@@ -40,20 +33,10 @@ class PlanTable:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan. Paths in the file are relative to its folder.
+    """A whole plan; its path and its sources are absolute, but for the source ``"digits"``.
 
-    Parameters
-    ----------
-    path : Path
-        The file, absolute.
-    text : str
-        The file's content.
-    sources : tuple of str
-        Absolute paths, or ``"digits"``.
-    lines : tuple of PlanTable
-        First all extract tables, then all fit tables, then all finetune tables.
-    meaning : dict
-        The parsed TOML document; plans with equal documents are the same plan.
+    `lines` are first all extract tables, then all fit tables, then all finetune tables. `meaning` is the parsed TOML
+    document; plans with equal documents are the same plan.
     """
 
     path: Path
@@ -72,19 +55,7 @@ class Plan:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """Read a plan.
-
-    Parameters
-    ----------
-    path : str or Path
-        A TOML file.
-
-    Raises
-    ------
-    PlanError
-        The file cannot be read, is not TOML, or holds a key or a value that no command takes. The message names the
-        line.
-    """
+    """Read a plan from a TOML file; raises `PlanError`, which names the line, if no command takes what it holds."""
     path = Path(path).absolute()
     try:
         text = path.read_text(encoding="utf-8")
@@ -98,23 +69,10 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def line_number(text: str, table: str = "", place: int = 0, wanted: str = "") -> int:
-    r"""Return the number of the first line of a table that holds `wanted`, or of the table's header if none does.
+    r"""Return the number, from 1, of a table's first line that holds `wanted`, or of its header if none does.
 
-    Parameters
-    ----------
-    text : str
-        A TOML document.
-    table : str
-        Name of an array of tables; ``""`` for the part above all tables.
-    place : int
-        Index among the tables of that name, from 0.
-    wanted : str
-        A key, or a value as it is written.
-
-    Returns
-    -------
-    int
-        The line's number, from 1.
+    `place` is the table's index among those of its name, which is ``""`` for the part above all tables; `wanted` is a
+    key, or a value as it is written.
 
     Examples
     --------
@@ -144,15 +102,13 @@ def _build(plan: Plan) -> Plan:
             raise plan.error(f"expected [[{table}]] with two brackets", table, 0, table)
         for place, entry in enumerate(entries):
             own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
-            defaults = {
-                key: (option.default,)
-                for key, option in options.items()
-                if option.default is not None and key != "output"
-            }
+            known = {key: option.default for key, option in options.items() if key != "output"}
+            defaults = {key: (default,) for key, default in known.items() if default is not None}
             above = {key: values for key, values in common.items() if key in options}
             lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
-    sources = tuple(_path(plan, source) for source in common["source"])
+    paths = {source: plan.path.parent / source for source in common["source"]}
+    sources = tuple(name if name == "digits" and not path.exists() else str(path) for name, path in paths.items())
     return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
 
 
@@ -179,22 +135,18 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
 
 def _rooted(plan: Plan, values: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
     """Make the paths of the cache folder and of weights files absolute."""
+    folder = plan.path.parent
     if "output" in values:
-        values["output"] = (str(plan.path.parent / values["output"][0]),)
+        values["output"] = (str(folder / values["output"][0]),)
     if "backbone" in values:
-        values["backbone"] = tuple(_weights_path(plan, name) for name in values["backbone"])
+        values["backbone"] = tuple(_weights_path(folder, name) for name in values["backbone"])
     return values
 
 
-def _weights_path(plan: Plan, backbone: str) -> str:
+def _weights_path(folder: Path, backbone: str) -> str:
     name, at, weights = backbone.partition("@")
-    file = plan.path.parent / weights
+    file = folder / weights
     return f"{name}{at}{file}" if at and Path(weights).suffix and file.exists() else backbone
-
-
-def _path(plan: Plan, source: str) -> str:
-    path = plan.path.parent / source
-    return source if source == "digits" and not path.exists() else str(path)
 
 
 def _require_work(plan: Plan, lines: list[PlanTable]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from features_cache import ThawlineError
+from features_cache import ThawlineError, open_cache
 from pipeline.comparing.comparison import Comparison
-from pipeline.comparing.features import Features, depths, find_features, held_features
-from pipeline.comparing.folder import RunFolder
+from pipeline.comparing.features import Features, depths
+from pipeline.comparing.folder import ExtractionCost, Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
 from pipeline.comparing.plan import PlanTable
-from pipeline.comparing.records import ExtractionCost, Failure, JobResult
 from pipeline.errors import RunFolderError
 from pipeline.results import ExtractResult, FitResult, Progress
 
@@ -90,13 +90,14 @@ def _extract(comparison: Comparison, group: Sequence[Extraction]) -> None:
     results = extract(first.source, backbones, asked.layers, asked.pool, progress=progress, **settings, **how)
     _note_costs(comparison.folder, comparison.images[first.source].name, asked.size, results)
     for extraction in group:
-        found = find_features(extraction, comparison.images[extraction.source], comparison.cache(extraction.line))
-        known = comparison.features[extraction]
+        found, known = comparison.look_up(extraction), comparison.features[extraction]
         if found is None and len(group) > 1:
             _extract(comparison, [extraction])  # cached under another request: this call returns its files alone
-        else:
-            held = known and held_features(known, [result.path for result in results])
-            comparison.features[extraction] = found or held
+            continue
+        if found is None and known is not None:
+            holders = {name: file for result in results for file in [open_cache(result.path)] for name in file.layers}
+            found = replace(known, files={name: holders[name] for name in known.dims}, complete=True)
+        comparison.features[extraction] = found
     comparison.notes += [note for result in results for note in result.notes]
 
 

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from pipeline.arrays import Float64Array, IntArray
 from pipeline.reporting.charts.theme import SCREEN, short
 
-MOST_COUNTED = 30
-"""With more classes, cells are too small for counts."""
+MOST_COUNTED = 30  # with more classes, cells are too small for counts
 MOST_NAMED = 120
 MOST_SLANTED = 15
 
@@ -25,17 +24,9 @@ def confusion_counts(y_true: IntArray, y_pred: IntArray, n_classes: int) -> IntA
 
 
 def draw_confusion(axes: Axes, counts: IntArray, classes: Sequence[str]) -> None:
-    """Draw how often each true class (row) was called each class (column).
+    """Draw how often each true class (row of the k x k counts) was called each class (column).
 
     Cells show their counts for up to 30 classes; rows and columns are named for up to 120.
-
-    Parameters
-    ----------
-    axes : Axes
-    counts : (k, k) int64
-        Test images; rows are the truth.
-    classes : sequence of str
-        k names.
     """
     k = len(classes)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -72,16 +63,7 @@ def _write_counts(axes: Axes, counts: IntArray, shares: Float64Array) -> None:
 
 
 def confusion_figure(y_true: IntArray, y_pred: IntArray, classes: Sequence[str], title: str = "") -> Figure:
-    """Return the confusion matrix of test predictions, its size chosen by the number of classes.
-
-    Parameters
-    ----------
-    y_true, y_pred : (n,) int64
-        Class numbers.
-    classes : sequence of str
-        Names by number.
-    title : str, default ""
-    """
+    """Return the confusion matrix of test predictions (class numbers), its size chosen by the number of classes."""
     side = float(np.clip(0.45 * len(classes), 4.5, 16))
     margin = 0.07 * max(len(short(name)) for name in classes) if len(classes) <= MOST_NAMED else 0.4
     with SCREEN.figure(side + margin + 0.6, side + margin) as figure:

@@ -15,8 +15,7 @@ from threadpoolctl import threadpool_limits
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.reporting.charts.theme import MARKERS, SCREEN, Theme, short
 
-MOST_COLOURED = 30
-"""Up to so many classes have a colour and mark each; of more, the ten that are confused most."""
+MOST_COLOURED = 30  # up to so many classes have a colour and mark each; of more, the ten that are confused most
 MOST_CONFUSED = 10
 _FEATURES = 50
 _PERPLEXITY = 30.0
@@ -42,20 +41,10 @@ def neighbour_map(components: Float64Array) -> Float64Array:
 def draw_embedding(
     axes: Axes, positions: Float64Array, y_true: IntArray, y_pred: IntArray, classes: Sequence[str], theme: Theme
 ) -> None:
-    """Draw images where their features lie, coloured by class, and ring the mistakes.
+    """Draw images at their positions (n, 2), coloured by true class, and ring the mistakes.
 
     With more than 30 classes, the ten that are confused most have colours and rings, and all others are grey. The
     legend is left to the caller.
-
-    Parameters
-    ----------
-    axes : Axes
-    positions : (n, 2) float64
-    y_true, y_pred : (n,) int64
-        Class numbers; colours show the true ones.
-    classes : sequence of str
-        Names by number.
-    theme : Theme
     """
     shown = shown_classes(y_true, y_pred, len(classes))
     rest = ~np.isin(y_true, shown)
@@ -93,15 +82,7 @@ def embedding_figure(
 ) -> Figure:
     """Return maps of test images by PCA and by t-SNE (van der Maaten & Hinton 2008).
 
-    Parameters
-    ----------
-    features : (n, d) float32
-        At least 5 rows.
-    y_true, y_pred : (n,) int64
-        Class numbers; colours show the true ones.
-    classes : sequence of str
-        Names by number.
-    title : str, default ""
+    `features` (n, d) has at least 5 rows; the colours show the true classes.
     """
     components, share = principal_components(features)
     maps = {f"PCA ({share:.0%} of the variance)": components[:, :2], "t-SNE": neighbour_map(components)}

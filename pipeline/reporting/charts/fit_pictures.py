@@ -11,36 +11,23 @@ from matplotlib.figure import Figure
 
 from pipeline.evaluation.rows import Layer
 from pipeline.fit import FitReport
+from pipeline.reporting.charts.accuracy import Line, depth_line, draw_depth, draw_labels
 from pipeline.reporting.charts.confusion import confusion_figure
-from pipeline.reporting.charts.depth import depth_line, draw_depth
 from pipeline.reporting.charts.embedding import embedding_figure
-from pipeline.reporting.charts.labels import draw_labels
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, Line, short
+from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, short
 from pipeline.results import FitResult
 
-MOST_MAPPED = 1500
-"""Test images on the map; with more, t-SNE takes long and the map shows less."""
+MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and the map shows less
 _FEWEST_MAPPED = 5
 
 
 def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
-    """Draw the results, and the predictions of the best one.
+    """Draw the results, and the predictions of the best one on its layer; return the paths of the files.
 
-    Parameters
-    ----------
-    report : FitReport
-        What `fit` returned.
-    layer : Layer
-        The layer of the best result.
-    folder : Path
-        Exists; files of the same names are replaced.
-
-    Returns
-    -------
-    list of Path
-        ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
-        heads with probabilities) and ``embedding``, each as PNG and SVG.
+    They are ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
+    heads with probabilities) and ``embedding``, each as PNG and SVG. The folder exists; files of the same names are
+    replaced.
     """
     kept, predictions = report.results[report.best], report.predictions[report.best]
     title = f"{kept.head} on {kept.layer}, {kept.accuracy:.3f} on {kept.n_test} test images"
@@ -66,15 +53,7 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
 
 
 def depth_figure(results: Sequence[FitResult]) -> Figure:
-    """Return accuracy over layers, a line for each head and number of shots, with 95 % intervals.
-
-    Intervals are Wilson's around the mean over seeds, for the test images of one seed.
-
-    Parameters
-    ----------
-    results : sequence of FitResult
-        Of one backbone; layers stand in their order here, the image itself first.
-    """
+    """Return accuracy over the layers of one backbone in the order of the results, a line for each head and shots."""
     layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
     lines = []
     for label, members in _grouped(results, lambda result: (result.head, result.shots)).items():
@@ -93,13 +72,8 @@ def depth_figure(results: Sequence[FitResult]) -> Figure:
 def labels_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
     """Return accuracy over the number of training images a class, a line for each layer and head.
 
-    The line goes through the means over seeds, the band from the lowest to the highest seed.
-
-    Parameters
-    ----------
-    results : sequence of FitResult
-        With different numbers of shots; ``"all"`` stands at the mean number of images a class.
-    n_classes : int
+    The line goes through the means over seeds, the band from the lowest to the highest seed. Shots of ``"all"`` stand
+    at the mean number of images a class.
     """
 
     def position(result: FitResult) -> float:
@@ -111,7 +85,7 @@ def labels_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
         groups = [[r for r in members if r.shots == count] for count in shots]
         positions = [float(np.mean([position(r) for r in group])) for group in groups]
         spans = [(min(r.accuracy for r in group), max(r.accuracy for r in group)) for group in groups]
-        lines.append(Line(label, positions, [_mean(group) for group in groups], spans))
+        lines.append(Line(label, positions, [float(np.mean([r.accuracy for r in group])) for group in groups], spans))
     seeds = len({result.seed for result in results})
     band = f", band over {seeds} seeds" if seeds > 1 else ""
     with SCREEN.figure(7.2, 4.6) as figure:
@@ -147,10 +121,6 @@ def _grouped(
 
 def _part_text(part: Hashable) -> str:
     return f"{part} shots" if isinstance(part, int) else ("all labels" if part == "all" else short(str(part), 40))
-
-
-def _mean(group: Sequence[FitResult]) -> float:
-    return float(np.mean([result.accuracy for result in group]))
 
 
 def _subject(results: Sequence[FitResult]) -> str:

@@ -22,12 +22,7 @@ _CONFIDENCE = "confidence: the largest probability"
 def reliability(confidence: FloatArray, right: BoolArray) -> Bins:
     """Sort rows (n,) into ten bins of confidence, of equal width and closed above as those of the calibration error.
 
-    Returns
-    -------
-    confidence, accuracy : (b,) float64
-        Means of the bins that have rows.
-    counts : (10,) int64
-        Rows of each bin.
+    Returns the mean confidence and accuracy (b,) of the bins that have rows, and the number of rows (10,) of each bin.
     """
     bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
     counts = np.bincount(bins, minlength=BINS)
@@ -39,10 +34,7 @@ def reliability(confidence: FloatArray, right: BoolArray) -> Bins:
 
 
 def draw_reliability(axes: Axes, models: Mapping[str, Bins], theme: Theme) -> None:
-    """Draw accuracy against confidence with 95 % intervals (Wilson), a line for each model by label.
-
-    The legend is left to the caller.
-    """
+    """Draw accuracy against confidence with Wilson's 95 % intervals, a line for each model; no legend."""
     axes.plot([0, 1], [0, 1], color=theme.quiet, linestyle="--", linewidth=1, label="right as often as sure")
     for number, (label, (confidence, accuracy, counts)) in enumerate(models.items()):
         filled = counts[counts > 0]
@@ -57,12 +49,7 @@ def draw_reliability(axes: Axes, models: Mapping[str, Bins], theme: Theme) -> No
 def reliability_figure(y_true: IntArray, probabilities: Mapping[str, Float64Array]) -> Figure:
     """Return accuracy over confidence, and below it how many test images have which confidence.
 
-    Parameters
-    ----------
-    y_true : (n,) int64
-        Class numbers.
-    probabilities : mapping of str to (n, K) float64
-        One or more sets to compare, by name, such as before and after calibration.
+    The probabilities (n, K) are one or more sets to compare, by name, such as before and after calibration.
     """
     models = {}
     for name, values in probabilities.items():

@@ -12,8 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
-MOST_LINES = len(MARKERS)
-"""Series that one chart can tell apart."""
+MOST_LINES = len(MARKERS)  # series that one chart can tell apart
 LONGEST = 30
 
 
@@ -79,22 +78,6 @@ SCREEN = Theme(
     percent=False,
 )
 """The theme of picture files."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a chart: k points from left to right, each with the ends of its interval.
-
-    `names` are those of the points, where one of them is to be named; `seeds` the values of each seed at each point.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    intervals: Sequence[tuple[float, float]]
-    names: Sequence[str] = ()
-    seeds: Sequence[Sequence[float]] = ()
-    dashed: bool = False
 
 
 def short(name: str, longest: int = LONGEST) -> str:

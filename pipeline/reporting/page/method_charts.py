@@ -7,36 +7,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
+from pipeline.arrays import Float64Array, IntArray
 from pipeline.comparing.answer import ExtractionTimes, duration, percent, seconds
+from pipeline.comparing.folder import HEAD
 from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of
-from pipeline.comparing.records import HEAD
-from pipeline.reporting.charts.cost import draw_cost, pareto
-from pipeline.reporting.charts.depth import draw_depth
-from pipeline.reporting.charts.labels import draw_labels
-from pipeline.reporting.charts.theme import MOST_LINES, Line
+from pipeline.reporting.charts.accuracy import Line, draw_depth, draw_labels
+from pipeline.reporting.charts.theme import MARKERS, MOST_LINES
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
 
-WIDTH, HEIGHT = 5.4, 3.5
-"""Inches."""
-CLEAR_LINES = 5
-"""With more lines than this, which hide one another, only the best head of each backbone has one."""
+WIDTH, HEIGHT = 5.4, 3.5  # inches
+CLEAR_LINES = 5  # with more lines than this, which hide one another, only the best head of each backbone has one
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart.
-
-    Parameters
-    ----------
-    title, caption : str
-        The question it answers, and how to read it.
-    svg : str
-        The picture.
-    columns : sequence of str
-    rows : sequence of sequences
-        Its numbers.
-    """
+    """A picture, the question that it answers, how to read it, and its numbers."""
 
     title: str
     caption: str
@@ -115,7 +103,7 @@ def cost_chart(board: Leaderboard, extraction: ExtractionTimes) -> Chart:
     values = np.array([score.accuracy for score in scores])
     names = [score.name for score in scores]
     with PAGE.figure(WIDTH, HEIGHT) as figure:
-        draw_cost(figure.subplots(), costs, values, [score.method.group for score in scores], names, PAGE)
+        _draw_cost(figure.subplots(), costs, values, [score.method.group for score in scores], names)
         add_legend(figure, columns=2)
         svg = to_svg(figure, "Test accuracy against seconds for every method; the numbers are in the table below.")
     unbeaten = set(pareto(costs, values).tolist())
@@ -125,6 +113,46 @@ def cost_chart(board: Leaderboard, extraction: ExtractionTimes) -> Chart:
     ]
     caption = "The black line joins the methods that no other beats in both time and accuracy."
     return Chart("What does accuracy cost?", caption, svg, ("method", "time", "accuracy", "unbeaten"), rows)
+
+
+def pareto(costs: Float64Array, values: Float64Array) -> IntArray:
+    """Return the indices, by rising cost, of the points that no other point beats in cost (less) and value (more)."""
+    order = np.lexsort((-values, costs))
+    best = np.maximum.accumulate(values[order])
+    rises = np.concatenate([[True], best[1:] > best[:-1]])
+    return np.asarray(order[rises])
+
+
+def _draw_cost(
+    axes: Axes, seconds: Float64Array, accuracies: Float64Array, groups: Sequence[str], names: Sequence[str]
+) -> None:
+    """Draw accuracy against seconds; join the points that nothing beats in both, and name the most accurate one."""
+    coloured = list(dict.fromkeys(groups))[:MOST_LINES]
+    shown = [group if group in coloured else "others" for group in groups]
+    for number, group in enumerate(dict.fromkeys(shown)):
+        own = [name == group for name in shown]
+        color, marker = (PAGE.series[number], MARKERS[number]) if group in coloured else (PAGE.quiet, ".")
+        axes.scatter(
+            seconds[own], accuracies[own], s=26, color=color, marker=marker, label=group, alpha=0.75, linewidths=0
+        )
+    front = pareto(seconds, accuracies)
+    axes.plot(seconds[front], accuracies[front], color=PAGE.ink, linewidth=1, drawstyle="steps-post", zorder=0)
+    lowest, highest, best = seconds.min(), seconds.max(), front[-1]
+    in_left_half = np.log(seconds[best] / lowest) < np.log(highest / lowest) / 2
+    axes.annotate(
+        names[best], (seconds[best], accuracies[best]), (0, 8), textcoords="offset points",
+        ha="left" if in_left_half else "right", fontsize=8, weight="bold",
+    )  # fmt: skip
+    axes.set_xlabel("seconds, including the extraction of all images")
+    if highest > 3 * lowest:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest < 1000 * lowest else (1.0,)))
+        axes.set_xlabel("seconds, including the extraction of all images; logarithmic")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(y=0.12)
+    axes.grid(axis="x", color=PAGE.grid, which="major")
+    PAGE.show_shares(axes.yaxis, "test accuracy")
 
 
 def contenders(board: Leaderboard, *, by_head: bool = True) -> list[Method]:

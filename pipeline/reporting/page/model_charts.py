@@ -10,10 +10,9 @@ from pipeline.arrays import Float64Array
 from pipeline.comparing.answer import percent
 from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.predictions import Predictions
-from pipeline.reporting.charts.classes import draw_recalls
 from pipeline.reporting.charts.embedding import draw_embedding, shown_classes
 from pipeline.reporting.charts.reliability import draw_reliability, reliability
-from pipeline.reporting.charts.theme import MOST_LINES
+from pipeline.reporting.charts.theme import MARKERS, MOST_LINES, short
 from pipeline.reporting.page.method_charts import HEIGHT, WIDTH, Chart
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
 
@@ -31,8 +30,14 @@ def class_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predict
     easiest_first = np.argsort(-next(iter(found.values())), kind="stable")
     hardest = easiest_first[totals[easiest_first] > 0][-MOST_CLASSES:]
     with PAGE.figure(WIDTH, max(2.6, 0.9 + 0.2 * len(hardest))) as figure:
-        recalls = {method: recall[hardest] for method, recall in found.items()}
-        draw_recalls(figure.subplots(), recalls, [classes[number] for number in hardest], PAGE)
+        axes, heights = figure.subplots(), np.arange(len(hardest))
+        for (name, recall), marker, color in zip(found.items(), MARKERS, PAGE.series, strict=False):
+            axes.plot(recall[hardest], heights, marker, color=color, markersize=7, label=name, alpha=0.9)
+        lowest = min(float(np.nanmin(recall[hardest])) for recall in found.values())
+        axes.hlines(heights, lowest - 0.02, 1, color=PAGE.grid, linewidth=1, zorder=0)
+        axes.set_yticks(heights, [short(classes[number], 24) for number in hardest])
+        axes.grid(visible=False)
+        PAGE.show_shares(axes.xaxis, "share of the class that is found (recall)")
         add_legend(figure)
         svg = to_svg(figure, "Recall of each class; the numbers are in the table below.")
     rows = [
@@ -59,7 +64,9 @@ def calibration_chart(scores: Sequence[MethodScore], predictions: Mapping[str, P
         if said.probability is None:
             continue
         confidence, accuracy, counts = reliability(said.probability, said.right)
-        models[f"{score.name}: {_errors(score)}"] = confidence, accuracy, counts
+        before, after = score.first.result.ece, score.first.result.ece_calibrated
+        error = f"{before:.3f}" if after is None else f"{after:.3f}, uncalibrated {before:.3f}"
+        models[f"{score.name}: error {error}"] = confidence, accuracy, counts
         rows += [
             (score.name, percent(c), percent(a), int(n))
             for c, a, n in zip(confidence, accuracy, counts[counts > 0], strict=True)
@@ -95,9 +102,3 @@ def map_chart(positions: Float64Array, said: Predictions, classes: Sequence[str]
     if len(named) < np.count_nonzero(counts):
         caption += f" The {len(named)} classes that are confused most are coloured."
     return Chart("Which images look alike to the network?", caption, svg, ("class", "test images", "mistakes"), rows)
-
-
-def _errors(score: MethodScore) -> str:
-    """Return the calibration error, before and after calibration where there was one."""
-    before, after = score.first.result.ece, score.first.result.ece_calibrated
-    return f"error {before:.3f}" if after is None else f"error {after:.3f}, uncalibrated {before:.3f}"

@@ -7,6 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,7 @@ from pipeline.images.decode import decode
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.embedding import neighbour_map, principal_components
 
-SIDE = 96
-"""Longer side of a thumbnail, pixels."""
+SIDE = 96  # longer side of a thumbnail, pixels
 MOST_PAIRS = 6
 MOST_EACH = 4
 MOST_LEAKS = 12
@@ -30,50 +30,11 @@ MOST_POINTS = 1000
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture of one image.
-
-    Parameters
-    ----------
-    data : str
-        Data URL; ``""`` if the image cannot be read any more.
-    uri : str
-        Name of the image.
-    note : str
-        Text below the name.
-    """
+    """A small picture of one image as a data URL, ``""`` if it cannot be read any more, and a note below its name."""
 
     data: str
     uri: str
     note: str
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A class mistaken for another.
-
-    Parameters
-    ----------
-    true, predicted : str
-        Names of the classes.
-    count, total : int
-        How many images of the true class were mistaken, of how many.
-    images : sequence of Thumbnail
-        Some of them, the most confident mistakes first.
-    """
-
-    true: str
-    predicted: str
-    count: int
-    total: int
-    images: Sequence[Thumbnail]
-
-
-@dataclass(frozen=True)
-class Leaks:
-    """Images of test or val that are also in training: how many, and some pairs."""
-
-    count: int
-    pairs: Sequence[tuple[Thumbnail, Thumbnail]]
 
 
 class Album:
@@ -103,36 +64,35 @@ class Album:
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[Confusion]:
-    """Return the pairs of classes that are mistaken most often."""
+def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[dict[str, Any]]:
+    """Return the pairs of classes that are mistaken most often, with images of the most confident mistakes."""
     wrong = np.flatnonzero(~predictions.right)
     pairs = Counter(zip(predictions.y_true[wrong].tolist(), predictions.y_pred[wrong].tolist(), strict=True))
     found = []
     for (true, predicted), count in pairs.most_common(MOST_PAIRS):
         rows = wrong[(predictions.y_true[wrong] == true) & (predictions.y_pred[wrong] == predicted)]
-        if predictions.probability is not None:
-            rows = rows[np.argsort(-predictions.probability[rows], kind="stable")]
-        images = [
-            album.thumbnail(str(predictions.uris[row]), _confidence(predictions, int(row))) for row in rows[:MOST_EACH]
-        ]
+        sure = predictions.probability
+        if sure is not None:
+            rows = rows[np.argsort(-sure[rows], kind="stable")]
+        notes = ["" if sure is None else f"p = {sure[row]:.2f}" for row in rows[:MOST_EACH]]
+        images = [album.thumbnail(str(predictions.uris[row]), note) for row, note in zip(rows, notes, strict=False)]
         total = int((predictions.y_true == true).sum())
-        found.append(Confusion(classes[true], classes[predicted], count, total, images))
+        names = {"true": classes[true], "predicted": classes[predicted]}
+        found.append(names | {"count": count, "total": total, "images": images})
     return found
 
 
-def leaks(file: CacheFile, album: Album) -> Leaks:
-    """Return the images of the source's own test (or val) split that are also in training, byte for byte."""
+def leaks(file: CacheFile, album: Album) -> tuple[int, list[tuple[Thumbnail, Thumbnail]]]:
+    """Return how many images of the source's own test (or val) split are also in training, and some of the pairs."""
     usable = (file.states == 1) & (file.labels >= 0)
     sides = {name: np.flatnonzero(usable & (file.splits == name)) for name in ("train", "val", "test")}
     if not any(len(sides[name]) for name in ("val", "test")):
-        return Leaks(0, [])  # splits drawn by seed keep equal images together
+        return 0, []  # splits drawn by seed keep equal images together
     sides["train"] = np.flatnonzero(usable & ((file.splits == "train") | (file.splits == "")))
     found = find_leaks(sides["train"], sides["val"], sides["test"], np.asarray(file.digests))
     names = [(str(file.uris[a]), file.splits[a], str(file.uris[b]), file.splits[b]) for a, b in found[:MOST_LEAKS]]
-    return Leaks(
-        len(found),
-        [(album.thumbnail(a, str(of_a)), album.thumbnail(b, str(of_b) or "train")) for a, of_a, b, of_b in names],
-    )
+    pairs = [(album.thumbnail(a, str(of_a)), album.thumbnail(b, str(of_b) or "train")) for a, of_a, b, of_b in names]
+    return len(found), pairs
 
 
 def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tuple[NDArray[np.float64], Predictions]:
@@ -148,7 +108,3 @@ def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tup
     return neighbour_map(principal_components(matrix)[0]), Predictions(
         predictions.uris[kept], predictions.y_true[kept], predictions.y_pred[kept], probability
     )
-
-
-def _confidence(predictions: Predictions, row: int) -> str:
-    return "" if predictions.probability is None else f"p = {predictions.probability[row]:.2f}"

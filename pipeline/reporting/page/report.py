@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from features_cache import UNREADABLE, CacheFile
 from pipeline.comparing.answer import (
-    Answer,
     ExtractionTimes,
     answer,
     duration,
@@ -27,20 +26,19 @@ from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards, shots_order
 from pipeline.comparing.paired import LEVEL, compare_scores
-from pipeline.comparing.records import RunInfo
 from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
 from pipeline.evaluation.predictions import Predictions
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.confusion import confusion_counts
-from pipeline.reporting.page.method_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
+from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
-from pipeline.reporting.page.pictures import Album, Confusion, Leaks, lay_out_map, leaks, worst_confusions
+from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
 
 MOST_COMPARED = 8
-MOST_CLASSES = 40
-"""With more classes than this the confusion matrix would be unreadable and is left out."""
+MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_UNREADABLE = 200
+FEWEST_MAPPED = 5
 
 
 @dataclass(frozen=True)
@@ -56,59 +54,8 @@ class Seen:
         return list(dict.fromkeys(file for features in self.features.values() for file in features.files.values()))
 
 
-@dataclass(frozen=True)
-class Differences:
-    """Paired tests of the leading methods.
-
-    Parameters
-    ----------
-    names : sequence of str
-    cells : sequence of rows
-        Row's minus column's accuracy: points, p-value, and whether it is real; None if the two were not compared.
-    """
-
-    names: Sequence[str]
-    cells: Sequence[Sequence[tuple[str, str, bool] | None]]
-
-
-@dataclass(frozen=True)
-class Model:
-    """One method in detail: its classes, the confusion matrix, the mistakes."""
-
-    title: str
-    rows: Sequence[tuple[str, int, str, str, str, float]]
-    classes: Sequence[str]
-    counts: Sequence[Sequence[int]]
-    confusions: Sequence[Confusion]
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """The page's part on one source."""
-
-    source: str
-    anchor: str
-    answer: Answer
-    charts: Sequence[Chart]
-    differences: Differences | None
-    models: Sequence[Model]
-    leaks: Leaks | None
-    unreadable: Sequence[tuple[str, str]]
-    unreadable_count: int
-
-
 def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
-    """Return the page.
-
-    Parameters
-    ----------
-    folder : RunFolder
-        A run with at least one result.
-    plan_text : str
-        The plan's TOML.
-    seen : dict of str to Seen
-        By name of the source.
-    """
+    """Return the page of a run with at least one result; `seen` is by name of the source."""
     info = folder.read_info()
     extraction = extraction_seconds(info)
     found = leaderboards(folder.results.values())
@@ -126,7 +73,7 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
         table=_table(found, extraction),
         several=len(found) > 1,
         info=info,
-        costs=_costs(info),
+        costs=[cost for cost in info.extractions.values() if cost.computed and cost.seconds],
         plan=plan_text,
         n_results=len(folder.results),
         percent=percent,
@@ -134,7 +81,10 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     )
 
 
-def _chapter(number: int, board: Leaderboard, seen: Seen, folder: RunFolder, extraction: ExtractionTimes) -> Chapter:
+def _chapter(
+    number: int, board: Leaderboard, seen: Seen, folder: RunFolder, extraction: ExtractionTimes
+) -> dict[str, Any]:
+    """Return the page's part on one source."""
     album = Album(seen.images)
     verdict = answer(board, folder.predictions, extraction)
     classes = seen.images.classes
@@ -143,19 +93,21 @@ def _chapter(number: int, board: Leaderboard, seen: Seen, folder: RunFolder, ext
     charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
     charts += [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
     if verdict.frozen is not None:
-        charts.append(_map(verdict.frozen, seen, predictions[verdict.frozen.first.key]))
+        key, layer = verdict.frozen.first.key, verdict.frozen.method.layer
+        if key in seen.features and len(predictions[key].uris) >= FEWEST_MAPPED:
+            charts.append(map_chart(*lay_out_map(seen.features[key], layer, predictions[key]), classes, layer))
     unreadable = _unreadable(seen.files)
-    return Chapter(
-        board.source,
-        f"source-{number}",
-        verdict,
-        [chart for chart in charts if chart is not None],
-        _differences(board, folder),
-        [_model(score, predictions[score.first.key], classes, album) for score in chosen],
-        leaks(seen.files[0], album) if seen.files else None,
-        unreadable[:MOST_UNREADABLE],
-        len(unreadable),
-    )
+    return {
+        "source": board.source,
+        "anchor": f"source-{number}",
+        "answer": verdict,
+        "charts": [chart for chart in charts if chart is not None],
+        "differences": _differences(board, folder),
+        "models": [_model(score, predictions[score.first.key], classes, album) for score in chosen],
+        "leaks": leaks(seen.files[0], album) if seen.files else None,
+        "unreadable": unreadable[:MOST_UNREADABLE],
+        "unreadable_count": len(unreadable),
+    }
 
 
 def _table(found: Sequence[Leaderboard], extraction: ExtractionTimes) -> list[dict[str, Any]]:
@@ -191,7 +143,8 @@ def _calibrated(score: MethodScore, key: str) -> float | None:
     return score.mean(key) if calibrated is None else calibrated
 
 
-def _differences(board: Leaderboard, folder: RunFolder) -> Differences | None:
+def _differences(board: Leaderboard, folder: RunFolder) -> dict[str, Any] | None:
+    """Return names of the leading methods, and by how many points the row's is ahead of the column's, p, and if so."""
     scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
     scores.sort(key=lambda score: -score.accuracy)
     pairs = list(combinations(range(len(scores)), 2))
@@ -204,10 +157,11 @@ def _differences(board: Leaderboard, folder: RunFolder) -> Differences | None:
     for ((a, b), test), p in zip(known, adjusted, strict=True):
         for row, column, sign in ((a, b, 1), (b, a, -1)):
             cells[row][column] = (points(sign * test.difference), p_text(p), p < LEVEL)
-    return Differences([score.name for score in scores], cells)
+    return {"names": [score.name for score in scores], "cells": cells}
 
 
-def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str], album: Album) -> Model:
+def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str], album: Album) -> dict[str, Any]:
+    """Return one method in detail: its classes, the confusion matrix, the mistakes."""
     counts = count(predictions.y_true, predictions.y_pred, len(classes))
     rows = []
     for number, name in enumerate(classes):
@@ -218,21 +172,15 @@ def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str],
         f1 = percent(2 * right / (true + predicted)) if true + predicted else "–"
         rows.append((name, true, shown, precision, f1, recall))
     rows.sort(key=lambda row: row[5])
-    matrix = (
-        confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist()
-        if len(classes) <= MOST_CLASSES
-        else []
-    )
     seed = f", seed {score.first.result.seed}" if len(score.by_seed) > 1 else ""
-    return Model(f"{score.name}{seed}", rows, classes, matrix, worst_confusions(predictions, classes, album))
-
-
-def _map(score: MethodScore, seen: Seen, predictions: Predictions) -> Chart | None:
-    features = seen.features.get(score.first.key)
-    if features is None or len(predictions.uris) < 5:
-        return None
-    positions, shown = lay_out_map(features, score.method.layer, predictions)
-    return map_chart(positions, shown, seen.images.classes, score.method.layer)
+    drawn = len(classes) <= MOST_CLASSES
+    return {
+        "title": f"{score.name}{seed}",
+        "rows": rows,
+        "classes": classes,
+        "counts": confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist() if drawn else [],
+        "confusions": worst_confusions(predictions, classes, album),
+    }
 
 
 def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
@@ -241,12 +189,3 @@ def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:
         for row in np.flatnonzero(file.states == UNREADABLE):
             found[str(file.uris[row])] = str(file.reasons[row])
     return sorted(found.items())
-
-
-def _costs(info: RunInfo) -> list[tuple[str, int, str, str]]:
-    """Return what each extraction took: backbone, images computed, time and rate."""
-    return [
-        (cost.backbone, cost.computed, duration(cost.seconds), f"{cost.computed / cost.seconds:.0f}")
-        for cost in info.extractions.values()
-        if cost.computed and cost.seconds
-    ]

@@ -23,8 +23,7 @@ _VARIABLES = {
 _INK, _QUIET, _GRID, _ACCENT, *_SERIES = _VARIABLES
 PAGE = Theme(_INK, _QUIET, _GRID, _ACCENT, paper="none", series=_SERIES, font_size=9, percent=True)
 """The theme of the page."""
-LEGEND_LINE = 0.16
-"""Inches."""
+LEGEND_LINE = 0.16  # inches
 _numbers = count(1)
 
 

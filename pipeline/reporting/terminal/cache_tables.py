@@ -21,23 +21,23 @@ MOST_NAMED = 20
 def listing_table(files: Iterable[FileSummary]) -> Table:
     """One row for each file."""
     columns = ("file", "source", "backbone", "pool", "layers", "stored", "done", "unreadable", "pending", "MB", "age")
-    return rows_table(columns, map(_listing_row, files))
-
-
-def _listing_row(file: FileSummary) -> tuple[str, ...]:
-    return (
-        Path(file.path).name,
-        file.source,
-        file.backbone,
-        _pool_text(file),
-        layers_text(file.layers),
-        f"{file.precision} {file.store}",
-        f"{file.done}/{file.rows}",
-        str(file.unreadable),
-        str(file.pending),
-        f"{file.bytes / 1e6:.1f}",
-        _age(file.changed),
-    )
+    rows = [
+        (
+            Path(file.path).name,
+            file.source,
+            file.backbone,
+            _pool_text(file),
+            layers_text(file.layers),
+            f"{file.precision} {file.store}",
+            f"{file.done}/{file.rows}",
+            str(file.unreadable),
+            str(file.pending),
+            f"{file.bytes / 1e6:.1f}",
+            _age(file.changed),
+        )
+        for file in files
+    ]
+    return rows_table(columns, rows)
 
 
 def _pool_text(file: FileSummary) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from pipeline.comparing.against import Against
 from pipeline.comparing.answer import duration, percent, points
 from pipeline.comparing.estimate import Planned
+from pipeline.comparing.folder import JobResult
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.records import JobResult
+from pipeline.comparing.paired import Against
 from pipeline.reporting.terminal.tables import rows_table
 
 MOST_ROWS = 12

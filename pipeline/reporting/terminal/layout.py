@@ -14,10 +14,8 @@ from rich.table import Column, Table
 
 from pipeline.reporting.terminal.tables import facts_table
 
-GAP = 2
-"""Blanks between columns."""
-NAME = 16
-"""A word may be cut into pieces of at least so many characters: a path is longer, a number never."""
+GAP = 2  # blanks between columns
+NAME = 16  # a word may be cut into pieces of at least so many characters: a path is longer, a number never
 LESSER = ("seconds", "train/val/test", "per class", "log-loss")
 """Columns that are left out where there is no room, in this order."""
 

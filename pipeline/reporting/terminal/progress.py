@@ -5,29 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import rich.progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
 from rich.text import Text
 
 from pipeline.results import Progress
 
-WIDE = 120
-"""In a terminal of at least so many characters, bars are long; a narrower one needs the room for numbers."""
+WIDE = 120  # in a terminal of at least so many characters, bars are long; a narrower one needs the room for numbers
 
 
-class _Rate(ProgressColumn):
+class _Rate(rich.progress.ProgressColumn):
     """Items per second, once that is known."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: rich.progress.Task) -> Text:
         """Return the rate, but none in the first second, when batches come all at once."""
         known = task.speed and (task.finished_time or task.elapsed or 0) > 1
         return Text(f"{task.speed:.0f}/s" if known else "")
@@ -41,15 +31,15 @@ def progress_bar() -> Iterator[Progress]:
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(40 if console.width >= WIDE else 10),
-        MofNCompleteColumn(),
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(40 if console.width >= WIDE else 10),
+        rich.progress.MofNCompleteColumn(),
         _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[state]}"),
     )
-    bars: dict[str, TaskID] = {}
-    with Bars(*columns, console=console, disable=not console.is_terminal) as drawing:
+    bars: dict[str, rich.progress.TaskID] = {}
+    with rich.progress.Progress(*columns, console=console, disable=not console.is_terminal) as drawing:
 
         def report(done: int, total: int, text: str, state: str = "") -> None:
             if text not in bars:

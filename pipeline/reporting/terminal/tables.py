@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
-from pipeline.results import ExtractResult, FinetuneResult, FitResult, Prediction, SeedSummary
+from pipeline.results import (
+    Agreement,
+    DriftResult,
+    ExtractResult,
+    FinetuneResult,
+    FitResult,
+    LayerScore,
+    Prediction,
+    SeedSummary,
+)
+
+LEVEL = 0.05  # up to this p-value, two sets are said to differ
+_SCORES = {"logme": "LogME", "h_score": "H-score", "leep": "LEEP"}
 
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
@@ -46,12 +59,7 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
 def fit_table(results: Sequence[FitResult]) -> Table:
     """One row for each result, the most accurate in bold; values that all rows share are in the title instead."""
     settings = {
-        "backbone": [result.backbone for result in results],
-        "pool": [result.pool for result in results],
-        "layer": [result.layer for result in results],
-        "head": [result.head for result in results],
-        "seed": [str(result.seed) for result in results],
-        "shots": [str(result.shots) for result in results],
+        **_columns(results, "backbone", "pool", "layer", "head", "seed", "shots"),
         "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
     }
@@ -62,9 +70,7 @@ def fit_table(results: Sequence[FitResult]) -> Table:
 def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     """One row for each run, the most accurate in bold; values that all rows share are in the title instead."""
     settings = {
-        "freeze": [result.freeze for result in results],
-        "seed": [str(result.seed) for result in results],
-        "shots": [str(result.shots) for result in results],
+        **_columns(results, "freeze", "seed", "shots"),
         "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
         "trained weights": [f"{result.trainable_parameters:,}" for result in results],
     }
@@ -80,13 +86,7 @@ def finetune_table(results: Sequence[FinetuneResult]) -> Table:
 
 def seeds_table(summary: Sequence[SeedSummary]) -> Table:
     """One row for each head over its seeds: an interval for other test rows, and the spread over the seeds' draws."""
-    settings = {
-        "backbone": [row.backbone for row in summary],
-        "pool": [row.pool for row in summary],
-        "layer": [row.layer for row in summary],
-        "head": [row.head for row in summary],
-        "shots": [str(row.shots) for row in summary],
-    }
+    settings = _columns(summary, "backbone", "pool", "layer", "head", "shots")
     measured = {
         "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
         "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
@@ -95,6 +95,11 @@ def seeds_table(summary: Sequence[SeedSummary]) -> Table:
         "p vs best": [_p_value(row.p_vs_best) for row in summary],
     }
     return _compared(settings, measured, [row.accuracy_mean for row in summary], f"over {summary[0].seeds} seeds")
+
+
+def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
+    """Return fields of the records as columns."""
+    return {name: [str(getattr(record, name)) for record in records] for name in names}
 
 
 def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
@@ -156,6 +161,55 @@ def count_table(predictions: Iterable[Prediction]) -> Table:
     """How many images got each label."""
     counts = Counter(prediction.label or "(unreadable)" for prediction in predictions)
     return rows_table(("label", "images"), [(label, str(count)) for label, count in counts.most_common()])
+
+
+def rank_table(ranking: Sequence[LayerScore]) -> Table:
+    """One row for each layer, the best first; columns that are empty or say the same everywhere are left out."""
+    columns = {
+        "": [str(rank) for rank in range(1, len(ranking) + 1)],
+        **_columns(ranking, "backbone", "pool", "layer"),
+        "features": [str(score.dim) for score in ranking],
+        "LogME": [f"{score.logme:.3f}" for score in ranking],
+        "H-score": [f"{score.h_score:.2f}" for score in ranking],
+        "LEEP": ["" if score.leep is None else f"{score.leep:.3f}" for score in ranking],
+        "accuracy": ["" if score.accuracy is None else f"{score.accuracy:.3f}" for score in ranking],
+    }
+    needless = [name for name in ("backbone", "pool") if len(set(columns[name])) == 1]
+    needless += [name for name in ("LEEP", "accuracy") if not any(columns[name])]
+    shown = {name: cells for name, cells in columns.items() if name not in needless}
+    return rows_table(tuple(shown), list(zip(*shown.values(), strict=True)))
+
+
+def agreement_lines(agreement: Sequence[Agreement]) -> list[str]:
+    """Say how well the order by each score agrees with the order by test accuracy."""
+    return [
+        f"{_SCORES[found.score]} against test accuracy over {found.layers} layers: "
+        f"Kendall's tau {found.kendall_tau:.2f}, Spearman's rho {found.spearman_rho:.2f}"
+        for found in agreement
+    ]
+
+
+def drift_lines(result: DriftResult) -> list[str]:
+    """Say whether the two sets differ, and how many images were compared."""
+    shared = f"; {result.shared} are in both sets and left out" if result.shared else ""
+    verdict = (
+        "the two sets differ"
+        if result.p_value <= LEVEL
+        else "no sign that the two sets differ; the images below look no more foreign than by chance"
+    )
+    return [
+        f"{result.images[0]} and {result.images[1]} images{shared}; {result.compared} of each set compared on "
+        f"{result.layer}",
+        f"a classifier tells held-out images of the two sets apart with an accuracy of {result.accuracy:.3f} "
+        f"(0.5 is a guess), p = {result.p_value:.3g}: {verdict}",
+    ]
+
+
+def foreign_table(result: DriftResult) -> Table:
+    """The images that look most foreign, a column for each set."""
+    pairs = zip_longest(result.foreign_in_first, result.foreign_in_second)
+    rows = [tuple("" if image is None else f"{image.uri} ({image.score:.2f})" for image in pair) for pair in pairs]
+    return rows_table(("most foreign in the first", "most foreign in the second"), rows)
 
 
 def rows_table(

@@ -1,4 +1,4 @@
-"""Gradients, steps and dead units of a fine-tuning, by layer and epoch."""
+"""The pictures of a fine-tuning: losses over epochs, and gradients, steps and dead units by layer and epoch."""
 
 from __future__ import annotations
 
@@ -15,29 +15,39 @@ from pipeline.arrays import Float64Array
 from pipeline.reporting.charts.theme import SCREEN, short
 from pipeline.results import FinetuneResult
 
-MOST_NAMED = 45
-"""With more layers, only every second, third or so is named."""
-_ORDERS = 6.0
-"""The colours span at most so many orders of magnitude; smaller numbers look like the smallest of these."""
+MOST_NAMED = 45  # with more layers, only every second, third or so is named
+_ORDERS = 6.0  # the colours span at most so many orders of magnitude; smaller numbers look like the smallest of these
+
+
+def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
+    """Write the losses over epochs as one PNG file, a panel for each run, with the epoch whose weights were kept."""
+    with SCREEN.figure(5 * len(results), 3.6) as figure:
+        panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+        for axes, result in zip(panels, results, strict=True):
+            epochs, best = [epoch["epoch"] for epoch in result.history], result.params["best_epoch"]
+            for key, label, color in (
+                ("train_loss", "training", SCREEN.quiet),
+                ("valid_loss", "validation", SCREEN.ink),
+            ):
+                if key in result.history[0]:
+                    losses = [epoch[key] for epoch in result.history]
+                    axes.plot(epochs, losses, color=color, linewidth=2, marker=".", label=label)
+            axes.axvline(best, color=SCREEN.accent, linestyle="--", label=f"kept: epoch {best}")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_ylim(bottom=0)
+            axes.set(xlabel="epoch", ylabel="loss")
+            axes.legend()
+            title = f"freeze {result.freeze}, seed {result.seed}, shots {result.shots}: test {result.accuracy:.3f}"
+            axes.set_title(title, fontsize=10)
+        figure.savefig(path, format="png", dpi=120)
 
 
 def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
     """Write a row of three maps for each run as one PNG file: layers from the line upwards, epochs to the right.
 
-    Colours show the norm of the gradient, how much a step changed the weights (as a share of them), and the share of
-    dead units. Cells are white where there is no number: without a bias dead units cannot be counted, and a gradient
-    may not be finite.
-
-    Parameters
-    ----------
-    results : sequence of FinetuneResult
-        Trained with ``watch="gradients"``.
-    path : Path
-
-    Raises
-    ------
-    OSError
-        If the file cannot be written.
+    The runs were trained with ``watch="gradients"``. Colours show the norm of the gradient, how much a step changed the
+    weights (as a share of them), and the share of dead units. Cells are white where there is no number: without a bias
+    dead units cannot be counted, and a gradient may not be finite.
     """
     tables = [{key: _table(result, key) for key in ("gradient", "weight", "update", "dead")} for result in results]
     heights = [float(np.clip(0.16 * len(table["gradient"]) + 1.2, 2.4, 9)) for table in tables]
@@ -52,7 +62,10 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
             _draw_map(row[0], gradient, _decades(gradient), "cividis", f"{run}\nnorm of the gradient")
             _draw_map(row[1], share, _decades(share), "cividis", "step, as a share of the weights")
             _draw_map(row[2], dead, Normalize(0, 1), "Reds", "dead units, as a share")
-            _name_layers(row[0], list(result.history[0]["gradients"]))
+            layers = list(result.history[0]["gradients"])
+            step = -(-len(layers) // MOST_NAMED)
+            named = range(len(layers) - 1, -1, -step)
+            row[0].set_yticks(list(named), [short(layers[index]) for index in named], fontsize=7)
         figure.savefig(path, format="png", dpi=120)
 
 
@@ -84,9 +97,3 @@ def _draw_map(axes: Axes, values: Float64Array, norm: Normalize, colours: str, t
     axes.spines[:].set_visible(True)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _name_layers(axes: Axes, layers: Sequence[str]) -> None:
-    step = -(-len(layers) // MOST_NAMED)
-    named = range(len(layers) - 1, -1, -step)
-    axes.set_yticks(list(named), [short(layers[index]) for index in named], fontsize=7)

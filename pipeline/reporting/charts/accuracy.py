@@ -1,22 +1,33 @@
-"""Accuracy over the layers of a network."""
+"""Accuracy in lines: over the layers of a network, and over the number of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.evaluation.intervals import wilson
-from pipeline.reporting.charts.theme import MARKERS, Line, Theme, short
+from pipeline.reporting.charts.theme import MARKERS, Theme, short
 from pipeline.results import FitResult
 
 
-def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
-    """Return the line through the mean accuracies over seeds, with Wilson's intervals for one seed's test images.
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: k points from left to right with intervals, perhaps with names and the values of seeds."""
 
-    `results` has by position, from left to right, those of one layer, one for each seed.
-    """
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    intervals: Sequence[tuple[float, float]]
+    names: Sequence[str] = ()
+    seeds: Sequence[Sequence[float]] = ()
+    dashed: bool = False
+
+
+def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
+    """Return the line through mean accuracies, with Wilson's intervals, of results by position and then by seed."""
     seeds = [[result.accuracy for result in group] for group in results.values()]
     means = [float(np.mean(accuracies)) for accuracies in seeds]
     tests = [group[0].n_test for group in results.values()]
@@ -27,18 +38,10 @@ def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
 def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[str, float] | None = None) -> None:
     """Draw accuracy against depth with intervals, and name the layer at each line's peak.
 
-    A single line has its peak named beside the point, and a dot for each seed. Several lines have their peaks named in
-    the legend, and are shifted sideways a little, so that their intervals do not hide each other. Ticks and legend are
-    left to the caller.
-
-    Parameters
-    ----------
-    axes : Axes
-    lines : sequence of Line
-        At most 8; their points are layers, from the image upwards.
-    theme : Theme
-    baseline : (str, float), optional
-        Name and accuracy of a horizontal line to compare with.
+    The points of the lines, at most 8, are layers from the image upwards; `baseline` is the name and accuracy of a
+    horizontal line to compare with. A single line has its peak named beside the point, and a dot for each seed. Several
+    lines have their peaks named in the legend, and are shifted sideways a little, so that their intervals do not hide
+    each other. Ticks and legend are left to the caller.
     """
     alone = len(lines) == 1
     gap = min((float(np.diff(line.x).min()) for line in lines if len(line.x) > 1), default=1.0)
@@ -69,3 +72,23 @@ def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[
         axes.axhline(baseline[1], color=theme.quiet, linestyle="--", linewidth=1.2, label=label)
     theme.show_shares(axes.yaxis, "test accuracy")
     axes.margins(y=0.12)
+
+
+def draw_labels(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], theme: Theme) -> None:
+    """Draw accuracy against training images a class, on a logarithmic axis with `ticks` (texts by position).
+
+    There may be 8 lines; their intervals are drawn as bands. The legend is left to the caller.
+    """
+    for number, line in enumerate(lines):
+        color, marker = theme.series[number], MARKERS[number]
+        lows, highs = zip(*line.intervals, strict=True)
+        axes.fill_between(line.x, lows, highs, color=color, alpha=0.15, linewidth=0)
+        axes.plot(
+            line.x, line.y, "--" if line.dashed else "-", color=color, marker=marker, markersize=5, linewidth=1.8,
+            label=line.label,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.minorticks_off()
+    axes.set_xlabel("training images a class")
+    theme.show_shares(axes.yaxis, "test accuracy")
