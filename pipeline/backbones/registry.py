@@ -156,8 +156,8 @@ def check_weights(name: str) -> None:
 def sketch(name: str, size: int | None = None) -> Backbone:
     """Return a network whose weights mean nothing, enough to list its layers and shapes; most take no memory.
 
-    Parameters and errors are those of `load_backbone`. The weights in `name` are ignored, except those of a saved fine-tuned
-    network, because its last layer differs.
+    Parameters and errors are those of `load_backbone`. The weights in `name` are ignored, except those of a saved
+    fine-tuned network, because its last layer differs.
     """
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):

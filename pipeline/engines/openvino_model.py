@@ -16,10 +16,10 @@ from platformdirs import user_cache_path
 from torch.export.decomp_utils import CustomDecompTable
 
 from pipeline.backbones.taps import TappedNetwork
+from pipeline.errors import first_line
 from pipeline.invalidation import stage_key
 
 _DIGEST = "digest"
-
 KEPT = 16
 """Converted models that stay in the cache folder; the ones that were not used for longest go."""
 
@@ -27,23 +27,21 @@ KEPT = 16
 def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, list[str]]:
     """Return the model that maps uint8 (batch_size, h, w, 3) to what `network` gives, and notes for the user.
 
-    Raises
-    ------
-    Exception
-        Whatever torch's export and OpenVINO's frontend raise for a network that they do not understand.
+    torch's export and OpenVINO's frontend may raise anything for a network that they do not understand.
     """
-    folder = user_cache_path("thawline") / "openvino"
-    place = folder / stage_key("converted model", network=network.identity, batch_size=batch_size)
-    model = _kept(place)
-    if model is not None:
-        return model, []
-    model = convert(network, batch_size)
-    try:
-        _keep(model, place)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        return model, [f"the converted {network.name} cannot be kept, so the next run converts it again: {reason}"]
-    return model, []
+    key = stage_key("converted model", network=network.identity, batch_size=batch_size)
+    path = user_cache_path("thawline") / "openvino" / key
+    notes: list[str] = []
+    model = _kept(path)
+    if model is None:
+        model = convert(network, batch_size)
+        try:
+            _keep(model, path)
+        except (OSError, RuntimeError) as error:
+            notes.append(
+                f"the converted {network.name} cannot be kept, so the next run converts it again: {first_line(error)}"
+            )
+    return model, notes
 
 
 def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
@@ -63,40 +61,40 @@ def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
     return frontend.convert(frontend.load(decoder))
 
 
-def _kept(place: Path) -> openvino.Model | None:
-    """Return the model that is kept at `place`; None where there is none, or not the one that was saved."""
+def _kept(path: Path) -> openvino.Model | None:
+    """Return the model that is kept at `path`; None where there is none, or not the one that was saved."""
     try:
-        if (place / _DIGEST).read_text() != _digest(place):
+        if (path / _DIGEST).read_text() != _digest(path):
             return None
-        place.touch()
-        return openvino.Core().read_model(place / "model.xml")
+        path.touch()
+        return openvino.Core().read_model(path / "model.xml")
     except (OSError, ValueError, RuntimeError):
         return None
 
 
-def _keep(model: openvino.Model, place: Path) -> None:
+def _keep(model: openvino.Model, path: Path) -> None:
     """Save under another name and rename: whoever reads or converts the same model meanwhile loses nothing."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".") as name:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as name:
         draft = Path(name) / "model"
         openvino.save_model(model, draft / "model.xml", compress_to_fp16=False)
         (draft / _DIGEST).write_text(_digest(draft))
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
         try:
-            draft.rename(place)
+            draft.rename(path)
         except OSError:
-            if not place.exists():  # else someone else has just put it there
+            if not path.exists():  # else someone else has just put it there
                 raise
-    models = sorted((path for path in place.parent.iterdir() if not path.name.startswith(".")), key=_last_used)
+    models = sorted((path for path in path.parent.iterdir() if not path.name.startswith(".")), key=_last_used)
     for old in models[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)  # someone else may clear up, too
 
 
-def _digest(place: Path) -> str:
+def _digest(path: Path) -> str:
     """Return the digests of both files: a damaged model would compute other features without a word."""
     digests = []
     for name in ("model.xml", "model.bin"):
-        with (place / name).open("rb") as file:
+        with (path / name).open("rb") as file:
             digests.append(hashlib.file_digest(file, "blake2b").hexdigest())
     return "\n".join(digests)
 
