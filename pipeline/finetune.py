@@ -18,9 +18,8 @@ from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL
 
 if TYPE_CHECKING:
-    from pipeline.finetuning.data import TrainingData
+    from pipeline.finetuning.data import TrainingData, TrainingSetup
     from pipeline.finetuning.run import TrainingRun
-    from pipeline.finetuning.setup import TrainingSetup
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,11 +128,10 @@ def finetune(
     ThawlineError
         Whatever extraction raises.
     """
-    from pipeline.finetuning.data import prepare_data
+    from pipeline.finetuning.data import TrainingSetup, prepare_data
+    from pipeline.finetuning.network import save_finetuned
     from pipeline.finetuning.recipe import check_start, make_recipe
     from pipeline.finetuning.run import run_training
-    from pipeline.finetuning.saved import save_finetuned
-    from pipeline.finetuning.setup import TrainingSetup
     from pipeline.model_file import check_destination
 
     recipe = make_recipe(training)

@@ -91,24 +91,14 @@ def describe_network(path: str | Path) -> TunedModel:
     ModelFileError
         If the file is missing, damaged, not a model of thawline, or of another version.
     """
-    path = Path(path)
-    return _model(path, _read_description(path))
+    return _model(Path(path), _read_description(Path(path)))
 
 
 def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
-    """Write a network to `path`; an existing file is replaced, and stays as it was after an error.
+    """Write a network to `path`; an existing file is replaced, and stays as it was after a `ModelFileError`.
 
-    Parameters
-    ----------
-    path : Path
-    model : TunedModel
-    tensors : mapping of str to array
-        All weights up to what the old classifier read, by their names in the backbone, and those in `TOP_LAYER`.
-
-    Raises
-    ------
-    ModelFileError
-        If the file cannot be written.
+    `tensors` are all weights up to what the old classifier read, by their names in the backbone, and those in
+    `TOP_LAYER`.
     """
     fields = {name: getattr(model, name) for name in FORMAT.fields}
     fields |= {"scores": model.scores.to_json(), "classes": list(model.classes)}
@@ -118,13 +108,7 @@ def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
 
 
 def load_network(path: Path) -> tuple[TunedModel, dict[str, NDArray[Any]]]:
-    """Read the description and the weights of a fine-tuned network.
-
-    Raises
-    ------
-    ModelFileError
-        As `describe_network`, and if description or weights were changed after they were saved.
-    """
+    """Read description and weights; raises `ModelFileError` also if they were changed after they were saved."""
     description = _read_description(path)
     with reading(path):
         tensors = safetensors.numpy.load_file(path)

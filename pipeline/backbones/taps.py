@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.hooks import HookedBody
+from pipeline.backbones.hooks import hooked
 from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, find_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
-from pipeline.backbones.subgraph import build_module, nodes_between
+from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.trace import Traced
 from pipeline.spec import Preprocessing, fingerprint_of
 
@@ -52,16 +54,7 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
 
 
 class TappedNetwork(nn.Module):
-    """A frozen network from pixels to pooled features; always in eval mode.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded network.
-    layers : tuple of str
-        As `resolve_layers` returns them.
-    pool : str
-        One of `pipeline.spec.POOLS`.
+    """A frozen network from pixels to pooled features, as `tap` returns it; always in eval mode.
 
     Attributes
     ----------
@@ -129,22 +122,40 @@ def small_image(x: Tensor) -> Tensor:
 def _body(traced: Traced, taps: Mapping[str, Tap], pool: str) -> nn.Module:
     pools = [Pool(pool, item.layout) for item in taps.values()]
     nodes = [item.source for item in taps.values() if isinstance(item.source, fx.Node)]
-    if nodes:
-        return _tapped_graph(traced, nodes, pools)
-    return HookedBody(traced.module, [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()], pools)
+    if not nodes:
+        sources = [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()]
+        return _HookedBody(traced.module, sources, pools)
+    graph, copies = copy_between(None, nodes)
+    added = {f"tap_{index}": pool for index, pool in enumerate(pools)}
+    results = []
+    for name, node in zip(added, nodes, strict=True):
+        with graph.inserting_after(copies[node]):  # so that nothing done in place later on changes what the pool reads
+            results.append(graph.call_module(name, (copies[node],)))
+    graph.output(tuple(results))
+    return build_module(graph, traced, added)
 
 
-def _tapped_graph(traced: Traced, sources: Sequence[fx.Node], pools: Sequence[Pool]) -> fx.GraphModule:
-    """Return the part of the network that `sources` need, with each of them pooled.
+class _HookedBody(nn.Module):
+    """Run a whole network that cannot be traced, and pool what some of its modules give on the way.
 
-    A pool stands right behind its source, so that nothing done in place later on can change what it reads.
+    Each of the `taps` is a module's name, and whether to take what it reads rather than what it returns.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    results: dict[int, fx.Node] = {}
-    for node in nodes_between(None, set(sources)) or ():
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        for index in [index for index, source in enumerate(sources) if source is node]:
-            results[index] = graph.call_module(f"tap_{index}", (copies[node],))
-    graph.output(tuple(results[index] for index in range(len(sources))))
-    return build_module(graph, traced, {f"tap_{index}": pool for index, pool in enumerate(pools)})
+
+    def __init__(self, module: nn.Module, taps: Sequence[tuple[str, bool]], pools: Sequence[Pool]) -> None:
+        super().__init__()
+        self.module = module
+        self.pools = nn.ModuleList(pools)
+        self._taps = list(taps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map normalised images (n, 3, h, w) to features in the order of the taps."""
+        found: dict[int, Tensor] = {}
+
+        def keep(path: str, _module: nn.Module, args: tuple[Tensor, ...], value: Any) -> None:
+            for index, (tapped, reads) in enumerate(self._taps):
+                if tapped == path and index not in found:
+                    found[index] = self.pools[index](args[0] if reads else value)
+
+        with hooked(self.module, {path: partial(keep, path) for path, _ in self._taps}):
+            self.module(x)
+        return tuple(found[index] for index in range(len(self._taps)))

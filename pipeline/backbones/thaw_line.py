@@ -10,7 +10,7 @@ from features_cache import nearest
 from pipeline.backbones.aliases import classifier_input
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of
-from pipeline.backbones.subgraph import cut_nodes, nodes_between
+from pipeline.backbones.subgraph import copy_between, cut_nodes, nodes_between
 from pipeline.backbones.trace import SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
 
@@ -24,13 +24,7 @@ class LayerNode(NamedTuple):
 
 
 def top_input(backbone: Backbone) -> LayerNode:
-    """Return what a new top reads: the layer that the old classifier read.
-
-    Raises
-    ------
-    BackboneError
-        If the network cannot be traced, or its classifier reads no map, tokens or vector.
-    """
+    """Return what a new top reads, the layer that the old classifier read; raises `BackboneError` if there is none."""
     if backbone.traced.graph is None:
         raise BackboneError(
             f"{backbone.handle} cannot be fine-tuned, because its graph cannot be traced; "
@@ -66,10 +60,7 @@ def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
 def find_line(backbone: Backbone, name: str) -> LayerNode:
     """Return the node that the thaw line follows when everything up to layer `name` is frozen.
 
-    Raises
-    ------
-    BackboneError
-        If there is no such layer, or paths bypass it; the message says which layers the line can follow.
+    The `BackboneError` for a layer that does not exist, or that paths bypass, says which layers the line can follow.
     """
     possible = possible_lines(backbone)
     if name in possible:
@@ -115,12 +106,7 @@ def _has_weights(traced: Traced, node: fx.Node) -> bool:
 
 
 def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    if start is not None:
-        copies[start] = graph.placeholder("activations")
-    for node in nodes_between(start, [end]) or ():
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph, copies = copy_between(start, [end])
     graph.output(copies[end])
     return fx.GraphModule(traced.module, graph)  # given the whole module, it keeps the order of the graph
 

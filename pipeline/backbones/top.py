@@ -17,13 +17,7 @@ _FLOOR = 1e-3
 
 
 class Standardise(nn.Module):
-    """Shift and scale every feature by numbers that training does not change; until they are set, it does nothing.
-
-    Parameters
-    ----------
-    features : int
-        Number of features.
-    """
+    """Shift and scale every feature by numbers that training does not change; until they are set, it does nothing."""
 
     mean: Tensor
     scale: Tensor
@@ -48,18 +42,8 @@ class Standardise(nn.Module):
 class Top(nn.Module):
     """Pool, standardise and classify; the last layer starts at zero, so that all classes are equally likely.
 
-    Parameters
-    ----------
-    pool : torch.nn.Module
-        Maps what the old classifier read to features (n, d).
-    features : int
-        d.
-    layers : torch.nn.Module
-        Maps standardised features to logits.
-    image : int
-        Length of the small image, which a second linear layer reads; 0 for none.
-    classes : int
-        Number of logits.
+    `pool` maps what the old classifier read to `features` numbers, and `layers` maps them to logits once they are
+    standardised. `image` is the length of the small image, which a second linear layer reads; 0 for none.
     """
 
     def __init__(self, pool: nn.Module, features: int, layers: nn.Module, image: int, classes: int) -> None:
@@ -96,21 +80,10 @@ class Top(nn.Module):
 
 
 def new_top(backbone: Backbone, kind: str, classes: int) -> Top:
-    """Return a new top of a kind, to replace the classifier of `backbone`.
+    """Return a new top to replace the classifier of `backbone`, one of `pipeline.options.TOPS`.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded or sketched network.
-    kind : str
-        ``"linear"``, ``"hidden"`` (one hidden layer) or ``"direct"`` (linear, and linear from the small image).
-    classes : int
-        Number of logits.
-
-    Raises
-    ------
-    BackboneError
-        If the network cannot be traced, or its classifier reads no map, tokens or vector.
+    ``hidden`` has one hidden layer; ``direct`` is linear, and linear from the small image. Raises `BackboneError` where
+    `top_input` does.
     """
     read = top_input(backbone)
     pool, features = Pool(DEFAULT_POOL, read.layout), pooled_dim(read.shape, read.layout, DEFAULT_POOL)

@@ -34,9 +34,8 @@ class Traced:
     Parameters
     ----------
     module : torch.nn.Module
-        The network itself.
     classifier : str or None
-        Dotted name of its classifier.
+        Dotted name of the classifier.
     graph : torch.fx.Graph or None
         None where the network cannot be traced; then `nodes` is empty and only modules can be tapped, by hooks.
     nodes : dict of str to torch.fx.Node
@@ -102,23 +101,9 @@ def _shape(value: Any) -> Shape | None:
 
 
 def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name: str) -> Traced:
-    """Trace a network and find the shapes of all values, on tensors without memory where the network allows it.
+    """Trace a network in eval mode and find the shapes of all values, on fake tensors where the network allows it.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        In eval mode; takes float32 (n, 3, height, width).
-    size : tuple of int
-        Height and width of its input.
-    classifier : str or None
-        Dotted name of its classifier.
-    name : str
-        What to call the network in an error.
-
-    Raises
-    ------
-    BackboneError
-        If the network does not run on images of this size.
+    Raises `BackboneError`, about the network `name`, if it does not run on images of `size` (height, width).
     """
     tracer = _Tracer()
     try:

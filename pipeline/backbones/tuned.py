@@ -9,7 +9,7 @@ from torch import fx
 
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import TOP_LAYER, load_network
-from pipeline.backbones.subgraph import build_module, nodes_between
+from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.taps import INPUT_DIM, small_image
 from pipeline.backbones.thaw_line import top_input
 from pipeline.backbones.top import Top, new_top
@@ -19,14 +19,7 @@ from pipeline.errors import BackboneError, ModelFileError
 
 
 def tuned_backbone(base: Backbone, path: Path) -> Backbone:
-    """Return the network that a file holds.
-
-    Parameters
-    ----------
-    base : Backbone
-        The architecture, with any weights; they are overwritten.
-    path : Path
-        A saved fine-tuned network.
+    """Return the fine-tuned network that a file holds; it takes `base`, whose weights are overwritten.
 
     Raises
     ------
@@ -61,14 +54,14 @@ def with_top(base: Backbone, top: Top, classes: int) -> Traced:
 
     Layers and weights up to there are those of `base`, under the same names.
     """
-    read, graph = top_input(base).node, fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    read = top_input(base).node
+    graph, copies = copy_between(None, [read])
     images: list[fx.Node] = []
-    for node in nodes_between(None, [read]) or ():
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.op == "placeholder" and top.reads_image:
-            images.append(graph.call_function(small_image, (copies[node],)))
-            images[0].meta |= {SHAPE: (INPUT_DIM,), TENSORS: True}
+    if top.reads_image:
+        pixels = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(pixels):
+            images.append(graph.call_function(small_image, (pixels,)))
+        images[0].meta |= {SHAPE: (INPUT_DIM,), TENSORS: True}
     logits = graph.call_module(TOP_LAYER, (copies[read], *images))
     logits.meta |= {SHAPE: (classes,), TENSORS: True}
     graph.output(logits)

@@ -16,12 +16,11 @@ from pipeline.arrays import Float64Array, IntArray
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
-from pipeline.finetuning.data import TrainingData, splits_of
+from pipeline.finetuning.data import TrainingData, TrainingSetup, splits_of
 from pipeline.finetuning.inputs import InputReader, Subset
 from pipeline.finetuning.loop import Trained, predict_probabilities, standardise, train
 from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
-from pipeline.finetuning.setup import TrainingSetup
 from pipeline.invalidation import stage_key
 from pipeline.spec import NO_AUGMENT
 
