@@ -155,9 +155,11 @@ def finetune(
         for seed, count in draws:
             run = run_training(data, setup, seed, count)
             notes += _notes(run, count)
-            predictions.append(_predictions(run, data))
-            results.append(_result(run, predictions[-1], data, setup, seed, count))
-            best = _best(results)
+            result, predicted = _result(run, data, setup, seed, count)
+            results.append(result)
+            predictions.append(predicted)
+            ranks = [preference(one.shots, one.validation_accuracy, index) for index, one in enumerate(results)]
+            best = ranks.index(max(ranks))
             if destination is not None and best == len(results) - 1:
                 best_network = run.network
             del run  # frees its network before the next run
@@ -169,12 +171,6 @@ def finetune(
     return FinetuneReport(results, predictions, notes, data.table.classes, best, destination, setup.extracted)
 
 
-def _best(results: Sequence[FinetuneResult]) -> int:
-    """Return the index of the result whose network is saved."""
-    ranks = [preference(result.shots, result.validation_accuracy, index) for index, result in enumerate(results)]
-    return ranks.index(max(ranks))
-
-
 def _notes(run: TrainingRun, shots: int | str) -> list[str]:
     notes = [*run.splits.notes, *run.trained.notes]
     if shots == "all" and not len(run.splits.val):
@@ -182,23 +178,17 @@ def _notes(run: TrainingRun, shots: int | str) -> list[str]:
     return notes
 
 
-def _predictions(run: TrainingRun, data: TrainingData) -> Predictions:
-    labels = run.probabilities.argmax(1)
-    return collect_predictions(data.table, [run.splits.test], [labels], [run.probabilities], [run.temperature])
-
-
 def _result(
-    run: TrainingRun,
-    predictions: Predictions,
-    data: TrainingData,
-    setup: TrainingSetup,
-    seed: int,
-    shots: int | str,
-) -> FinetuneResult:
+    run: TrainingRun, data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str
+) -> tuple[FinetuneResult, Predictions]:
     table, splits, trained = data.table, run.splits, run.trained
+    probabilities = run.probabilities
+    predictions = collect_predictions(
+        table, [splits.test], [probabilities.argmax(1)], [probabilities], [run.temperature]
+    )
     params = setup.recipe.to_json() | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
-    params |= {"precision": run.precision, "best_epoch": trained.best_epoch}
-    return FinetuneResult(
+    params |= {"precision": run.network.precision, "best_epoch": trained.best_epoch}
+    result = FinetuneResult(
         kind="finetune",
         backbone=data.backbone.handle,
         layer=DEFAULT_LAYER,
@@ -220,3 +210,4 @@ def _result(
         trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),
         history=trained.history,
     )
+    return result, predictions

@@ -162,7 +162,7 @@ def test_another_network_under_the_same_name_is_refused(
     make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = trained(make_photos(), tmp_path, "ridge")
-    monkeypatch.setattr(export_module, "load", lambda name, size: load_other(size))
+    monkeypatch.setattr(export_module, "load_backbone", lambda name, size: load_other(size))
     with pytest.raises(ModelFileError, match=r"other weights or another preprocessing"):
         export(model, tmp_path / "model.onnx")
 

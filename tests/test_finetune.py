@@ -393,7 +393,7 @@ def test_a_recipe_that_cannot_be_is_refused(option: dict[str, Any], parts: str) 
     [
         (("--freeze", "layer9"), ("layer9", "layer4")),
         (("--freeze", "layer2.0.conv1"), ("some paths bypass it", "layer2")),
-        (("--freeze", "layer3", "--batch-size", "1"), ("batches of one", "--batch-size 2")),
+        (("--freeze", "layer3", "--batch-size", "1"), ("batches of one", "batch size of 2 or more")),
         (("--init", "random"), ("init random", "without weights")),
         (("--head-first",), ("head-first",)),
         (("--picture", "nowhere/curves.png"), ("nowhere",)),

@@ -28,7 +28,6 @@ class Backbone:
     module : torch.nn.Module
         In eval mode, float32, without gradients.
     preprocessing : Preprocessing
-        How an image becomes the network's input.
     classifier : str or None
         Dotted name of the classifier; None if the network has none.
     """

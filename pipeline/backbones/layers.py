@@ -53,17 +53,8 @@ def list_layers(backbone: Backbone) -> list[LayerRow]:
 def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]:
     """Replace ``stages`` and ``logits`` by the layers they stand for, and drop duplicates; the order is kept.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded or sketched network.
-    layers : sequence of str
-        Dotted names, or ``penultimate``, ``stages``, ``logits``, ``input``; these win over modules of the same name.
-
-    Raises
-    ------
-    BackboneError
-        If a layer does not exist, or its activations cannot be pooled.
+    Layers are dotted names, or ``penultimate``, ``stages``, ``logits``, ``input``; these win over modules of the same
+    name. Raises `BackboneError` if a layer does not exist, or its activations cannot be pooled.
 
     Examples
     --------

@@ -46,20 +46,9 @@ Tensors = Mapping[str, NDArray[Any]]
 class TunedModel:
     """The description of a fine-tuned network.
 
-    Parameters
-    ----------
-    scores : LayerSpec
-        The layer of the class scores: backbone, digest of all weights, preprocessing, and the precision to compute in.
-    top : str
-        Kind of the new classifier, see `pipeline.backbones.top.new_top`.
-    classes : tuple of str
-        Class names by number, K of them.
-    temperature : float or None
-        Calibrates the probabilities, see `pipeline.evaluation.calibration`; ``None`` leaves them as they are.
-    metrics : dict
-        The `FinetuneResult` of the network, as JSON.
-    versions : dict of str to str
-        Libraries it was made with; `save_network` fills them in.
+    `scores` is the layer of its class scores, with the digest of all weights and the precision to compute in; `top` is
+    the kind of the new classifier. `temperature` calibrates the probabilities (see `pipeline.evaluation.calibration`),
+    `metrics` is the network's `FinetuneResult` as JSON, and `versions` has the libraries it was made with.
     """
 
     scores: LayerSpec
@@ -86,10 +75,7 @@ def is_network_file(path: str | Path) -> bool:
 def describe_network(path: str | Path) -> TunedModel:
     """Read the description of a fine-tuned network, but not its weights.
 
-    Raises
-    ------
-    ModelFileError
-        If the file is missing, damaged, not a model of thawline, or of another version.
+    Raises `ModelFileError` if the file is missing, damaged, not a model of thawline, or of another version.
     """
     return _model(Path(path), _read_description(Path(path)))
 

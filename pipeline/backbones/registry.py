@@ -69,15 +69,8 @@ class BackboneRow(NamedTuple):
 def list_backbones(pattern: str = "") -> list[BackboneRow]:
     """Return the networks whose names match `pattern`, in the order of the zoos, then by name.
 
-    Parameters
-    ----------
-    pattern : str, default ""
-        A part of the name, or a shell pattern such as ``"resnet*"``; it may start with the zoo (``"timm/vit*"``).
-
-    Raises
-    ------
-    BackboneError
-        If no name matches.
+    `pattern` is a part of the name, or a shell pattern such as ``"resnet*"``; it may start with the zoo
+    (``"timm/vit*"``). Raises `BackboneError` if no name matches.
     """
     shell = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     rows = []
@@ -156,8 +149,7 @@ def check_weights(name: str) -> None:
 def sketch(name: str, size: int | None = None) -> Backbone:
     """Return a network whose weights mean nothing, enough to list its layers and shapes; most take no memory.
 
-    Parameters and errors are those of `load_backbone`. The weights in `name` are ignored, except those of a saved
-    fine-tuned network, because its last layer differs.
+    The weights in `name` are ignored, except those of a saved fine-tuned network, because its last layer differs.
     """
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):

@@ -12,11 +12,10 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.hooks import hooked
 from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, find_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
 from pipeline.backbones.subgraph import build_module, copy_between
-from pipeline.backbones.trace import Traced
+from pipeline.backbones.trace import Traced, hooked
 from pipeline.spec import Preprocessing, fingerprint_of
 
 INPUT_SIDE = 32
@@ -26,19 +25,8 @@ INPUT_DIM = 3 * INPUT_SIDE**2
 def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedNetwork:
     """Return the network from uint8 pixels to the pooled features of `layers`; it computes nothing past the last one.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded network; the result shares its weights.
-    layers : sequence of str
-        As for `resolve_layers`.
-    pool : str, default "avg"
-        One of `pipeline.spec.POOLS`.
-
-    Raises
-    ------
-    BackboneError
-        If a layer or the pooling does not exist.
+    It shares its weights with `backbone`, a loaded network. Layers are named as for `resolve_layers`, and `pool` is one
+    of `pipeline.spec.POOLS`; raises `BackboneError` if one does not exist.
 
     Examples
     --------
@@ -56,20 +44,9 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
 class TappedNetwork(nn.Module):
     """A frozen network from pixels to pooled features, as `tap` returns it; always in eval mode.
 
-    Attributes
-    ----------
-    name : str
-        The backbone's handle.
-    identity : str
-        Digest of everything that changes what the network computes: weights, layers, pooling, preprocessing.
-    size : tuple of int
-        Height and width of the pixels.
-    layers : tuple of str
-        The layers in the order of the results.
-    dims : dict of str to int
-        Length of each layer's features, in the same order.
-    body : torch.nn.Module or None
-        Maps normalised images to features; None where only ``input`` is tapped.
+    `identity` is a digest of everything that changes what the network computes, `dims` the length of each layer's
+    features, in the order of the results. `body` maps normalised images to features; it is None where only ``input``
+    is tapped.
     """
 
     scale: Tensor

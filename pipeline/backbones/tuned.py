@@ -21,12 +21,8 @@ from pipeline.errors import BackboneError, ModelFileError
 def tuned_backbone(base: Backbone, path: Path) -> Backbone:
     """Return the fine-tuned network that a file holds; it takes `base`, whose weights are overwritten.
 
-    Raises
-    ------
-    ModelFileError
-        If the file is damaged, or the libraries here build another network than those it was made with.
-    BackboneError
-        If the file's network is of another architecture, or of another input size.
+    Raises `BackboneError` if the file holds another architecture or input size, and `ModelFileError` if it is damaged
+    or the libraries here build another network than those it was made with.
     """
     model, tensors = load_network(path)
     name, preprocessing = model.scores.backbone, model.scores.preprocessing

@@ -22,14 +22,8 @@ Running = Callable[[], list[np.ndarray]]
 class Engine(Protocol):
     """Runs one tapped network.
 
-    Attributes
-    ----------
-    resolved : Resolved
-        What it really runs on.
-    ahead : int
-        Batches that may be started before the oldest one's arrays are asked for.
-    notes : list of str
-        What the user should know, a sentence each.
+    `resolved` says what it really runs on, and `notes` what the user should know. `ahead` batches may be started before
+    the oldest one's arrays are asked for.
     """
 
     resolved: Resolved

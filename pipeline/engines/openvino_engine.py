@@ -22,16 +22,13 @@ class OpenVinoEngine:
     """
 
     def __init__(self, network: TappedNetwork, resolved: Resolved, batch_size: int) -> None:
-        self.resolved = resolved
-        self._batch_size = batch_size
-        self._dims = list(network.dims.values())
+        self.resolved, self._batch_size, self._dims = resolved, batch_size, list(network.dims.values())
         hints = {"INFERENCE_PRECISION_HINT": _HINTS[resolved.precision], "PERFORMANCE_HINT": "THROUGHPUT"}
         source, self.notes = converted(network, batch_size)
-        model = openvino.Core().compile_model(source, "CPU", hints)
-        best = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        self._model = model
+        self._model = openvino.Core().compile_model(source, "CPU", hints)
         self._free: list[openvino.InferRequest] = []
-        self.ahead = best  # and one more, so that none waits for the host between two batches
+        # one more batch than that is under way, so that no request waits for the host between two batches
+        self.ahead = int(self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
 
     def start(self, pixels: np.ndarray) -> Callable[[], list[np.ndarray]]:
         """Begin with uint8 (k, h, w, 3)."""

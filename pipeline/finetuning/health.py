@@ -31,15 +31,10 @@ LayerNumbers = Mapping[str, Mapping[str, Any]]
 
 
 def judge(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a warning for each thing that is wrong with a run.
+    """Return a warning for each thing that is wrong with a run, by the ``gradients`` of its epochs.
 
     A run of one epoch is not judged. The first epoch only serves as a reference: the new top starts from zero, so the
     layers below it get nearly no gradient at first.
-
-    Parameters
-    ----------
-    history : sequence of mapping
-        Epochs with the ``gradients`` of `pipeline.finetuning.watch.GradientWatch`.
     """
     if len(history) < 2:
         return []

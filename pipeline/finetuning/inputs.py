@@ -39,16 +39,8 @@ class InputReader(Protocol):
 class CachedActivations:
     """Activations at the thaw line, read from the cache's memory map.
 
-    Parameters
-    ----------
-    layer : str
-    line : LayerNode
-        Shape and layout of the layer's activations.
-    plain : Files
-        Those of the plain images: the file of the layer and, if the top reads it, the file of the small image
-        (``input``).
-    views : sequence of Files, default ()
-        Those of augmented views, which are used in turn, so that training shows all of them equally often.
+    `line` has the shape and layout of the layer's activations. Augmented views are used in turn, so that training shows
+    all of them equally often.
     """
 
     def __init__(self, layer: str, line: LayerNode, plain: Files, views: Sequence[Files] = ()) -> None:
@@ -121,19 +113,10 @@ class DecodedImages:
 
 
 class Subset:
-    """The rows of one split, with their labels, read in batches.
+    """The rows of one split, with their labels (n,), read in batches.
 
-    Parameters
-    ----------
-    reader : InputReader
-    rows, labels : (n,) int64
-        Row numbers in the reader, and class numbers.
-    batch_size : int
-        See `batch_count`.
-    seed : int or None
-        Shuffles every epoch in its own way; None keeps the order.
-    augmented : bool
-        Whether each epoch reads another view instead of the plain images.
+    `rows` (n,) are numbers of rows in the reader. A `seed` shuffles every epoch in its own way. If `augmented`, each
+    epoch reads another view instead of the plain images.
     """
 
     def __init__(

@@ -136,23 +136,14 @@ def save_finetuned(
 ) -> None:
     """Write `network`, trained from `backbone`, with its classes, its result and its calibration."""
     state = network.cpu().whole_state()
-    spec = LayerSpec(
-        backbone.name,
-        weights_digest(state),
-        TOP_LAYER,
-        DEFAULT_POOL,
-        backbone.preprocessing,
-        _scores_precision(network),
-    )
+    digest, precision = weights_digest(state), _scores_precision(network)
+    spec = LayerSpec(backbone.name, digest, TOP_LAYER, DEFAULT_POOL, backbone.preprocessing, precision)
     model = TunedModel(spec, result.head, classes, result.temperature, to_json(result), {})
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})
 
 
 def _scores_precision(network: ThawedNetwork) -> str:
-    """Return the precision in which the trained network is used: bf16 if both its parts were computed in bf16.
-
-    If only one part was, float32 is used for both, because what was trained in float32 stays in it.
-    """
+    """Return the precision in which the trained network is used: bf16 if both its parts were trained in it."""
     trunk = network.trunk_precision if network.trunk is not None else network.precision
     body = network.precision if any(True for _ in network.body.parameters()) else trunk
     return "bf16" if trunk == body == "bf16" else "fp32"

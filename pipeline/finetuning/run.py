@@ -30,22 +30,10 @@ TOP_EPOCHS = 10
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """The outcome of `run_training`.
+    """The outcome of `run_training`: the network with its best weights, and its probabilities for the test rows (n, k).
 
-    Parameters
-    ----------
-    splits : Splits
-    network : ThawedNetwork
-        With the best weights, in eval mode.
-    trained : Trained
-    probabilities : (n, k) float64
-        Of the test rows, as the network gives them, without calibration.
-    temperature : float or None
-        Fitted on the validation rows to calibrate the probabilities; None without validation rows.
-    seconds : float
-        For training (with the epochs that came from a checkpoint), calibration and test.
-    precision : str
-        In which the thawed part was trained.
+    These are not calibrated; `temperature` is fitted on the validation rows to do so, and None without any. `seconds`
+    are those of training (with the epochs that came from a checkpoint), calibration and test.
     """
 
     splits: Splits
@@ -54,19 +42,10 @@ class TrainingRun:
     probabilities: Float64Array
     temperature: float | None
     seconds: float
-    precision: str
 
 
 def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str) -> TrainingRun:
-    """Split as `fit` does, train on train, stop early by val, and predict test.
-
-    Raises
-    ------
-    FitError
-        If the rows cannot be split, or the loss is not finite.
-    CacheError
-        If a checkpoint is damaged, or the folder of checkpoints cannot be made.
-    """
+    """Split as `fit` does, train on train, stop early by val, and predict test."""
     began = time.perf_counter()
     recipe, table, backbone, device = setup.recipe, data.table, data.backbone, data.resolved.device
     n_classes = len(table.classes)
@@ -96,7 +75,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         temperature = fit_temperature(predict_probabilities(network, val, device), val.labels)
     probabilities = predict_probabilities(network, test, device)
     seconds = time.perf_counter() - began + top_seconds + trained.resumed_seconds
-    return TrainingRun(splits, network, trained, probabilities, temperature, seconds, network.precision)
+    return TrainingRun(splits, network, trained, probabilities, temperature, seconds)
 
 
 def _subsets(

@@ -12,16 +12,7 @@ from pipeline.finetuning.recipe import Recipe
 
 
 class Schedule:
-    """Sets the learning rate of every parameter group.
-
-    Parameters
-    ----------
-    optimizer : Optimizer
-        Its groups have ``initial_lr`` and ``lr_scale``, see `pipeline.finetuning.groups.parameter_groups`.
-    recipe : Recipe
-    steps : int
-        Steps in an epoch.
-    """
+    """Sets the learning rate of every group of `pipeline.finetuning.groups.parameter_groups`; an epoch has `steps`."""
 
     def __init__(self, optimizer: Optimizer, recipe: Recipe, steps: int) -> None:
         self.optimizer, self.steps = optimizer, steps

@@ -24,12 +24,8 @@ class GradientWatch:
       unit cannot come back.
 
     Sums stay on the device until the end of the epoch. Each step reads the weights three times and writes them twice,
-    and a copy of them is kept in memory. Weights and random numbers are not touched.
-
-    Parameters
-    ----------
-    network : nn.Module
-        On the device where it trains.
+    and a copy of them is kept in memory. Weights and random numbers are not touched. The network must be on the device
+    where it trains.
     """
 
     def __init__(self, network: nn.Module) -> None:
