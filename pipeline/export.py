@@ -138,9 +138,7 @@ class Classifier(nn.Module):
         self, network: TappedNetwork, scores: nn.Module, temperature: float | None, *, has_probabilities: bool
     ) -> None:
         super().__init__()
-        self.network = network
-        self.scores = scores
-        self.temperature = temperature
+        self.network, self.scores, self.temperature = network, scores, temperature
         self.outputs = ["label", "scores", *(["probabilities"] if has_probabilities else [])]
         self.eval()
 
@@ -174,8 +172,7 @@ class HeadScores(nn.Module):
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
         for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
-        self.scaling = head.scaling
-        self.half_features = half
+        self.scaling, self.half_features = head.scaling, half
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (n, d) to scores (n, K)."""

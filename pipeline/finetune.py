@@ -15,7 +15,7 @@ from pipeline.evaluation.comparisons import compare_models, preference, tie_note
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
 
 if TYPE_CHECKING:
     from pipeline.finetuning.data import TrainingData, TrainingSetup
@@ -154,7 +154,9 @@ def finetune(
         notes += data.table.notes
         for seed, count in draws:
             run = run_training(data, setup, seed, count)
-            notes += _notes(run, count)
+            notes += [*run.splits.notes, *run.trained.notes]
+            if count == "all" and not len(run.splits.val):
+                notes.append("without validation images training goes through all epochs and keeps the last weights")
             result, predicted = _result(run, data, setup, seed, count)
             results.append(result)
             predictions.append(predicted)
@@ -171,13 +173,6 @@ def finetune(
     return FinetuneReport(results, predictions, notes, data.table.classes, best, destination, setup.extracted)
 
 
-def _notes(run: TrainingRun, shots: int | str) -> list[str]:
-    notes = [*run.splits.notes, *run.trained.notes]
-    if shots == "all" and not len(run.splits.val):
-        notes.append("without validation images training goes through all epochs and keeps the last weights")
-    return notes
-
-
 def _result(
     run: TrainingRun, data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str
 ) -> tuple[FinetuneResult, Predictions]:
@@ -186,7 +181,7 @@ def _result(
     predictions = collect_predictions(
         table, [splits.test], [probabilities.argmax(1)], [probabilities], [run.temperature]
     )
-    params = setup.recipe.to_json() | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
+    params = json_fields(setup.recipe) | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
     params |= {"precision": run.network.precision, "best_epoch": trained.best_epoch}
     result = FinetuneResult(
         kind="finetune",
@@ -204,7 +199,7 @@ def _result(
         seconds=run.seconds,
         converged=not trained.diverged,
         balanced=setup.recipe.class_weights,
-        validation_accuracy=trained.valid_accuracy,
+        validation_accuracy=trained.history[trained.best_epoch - 1].get("valid_acc"),
         freeze=setup.freeze,
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),

@@ -18,7 +18,7 @@ from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import describe_network, is_network_file
-from pipeline.backbones.tuned import tuned_backbone
+from pipeline.backbones.top import tuned_backbone
 from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
@@ -157,19 +157,17 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
-    def build() -> nn.Module:
-        return zoo.build(bare, size, None).eval().requires_grad_(False)
-
-    def backbone(module: nn.Module) -> Backbone:
+    def build() -> Backbone:
+        module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
         classifier = zoo.classifier(bare, module)
         return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifier)
 
     try:
         with torch.device("meta"):
-            sketched = backbone(build_untouched(build))
+            sketched = build()
         _ = sketched.traced
     except (NotImplementedError, RuntimeError, BackboneError):  # a few networks look at values, which meta has none of
-        return backbone(build_untouched(build))
+        return build()
     return sketched
 
 

@@ -9,6 +9,7 @@ from torch import fx
 from features_cache import nearest
 from pipeline.backbones.aliases import classifier_input
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.layers import a_few
 from pipeline.backbones.pooling import Layout, layout_of
 from pipeline.backbones.subgraph import copy_between, cut_nodes, nodes_between
 from pipeline.backbones.trace import SHAPE, Shape, Traced
@@ -25,18 +26,14 @@ class LayerNode(NamedTuple):
 
 def top_input(backbone: Backbone) -> LayerNode:
     """Return what a new top reads, the layer that the old classifier read; raises `BackboneError` if there is none."""
-    if backbone.traced.graph is None:
-        raise BackboneError(
-            f"{backbone.handle} cannot be fine-tuned, because its graph cannot be traced; "
-            "fit heads on its features, or use another network"
-        )
     found = _layer_node(classifier_input(backbone.traced))
-    if found is None:
-        raise BackboneError(
-            f"{backbone.handle} cannot be fine-tuned, because its classifier reads no map, tokens or vector; "
-            "use another network"
-        )
-    return found
+    if found is not None:
+        return found
+    untraced = backbone.traced.graph is None
+    why = "its graph cannot be traced" if untraced else "its classifier reads no map, tokens or vector"
+    raise BackboneError(
+        f"{backbone.handle} cannot be fine-tuned, because {why}; fit heads on its features, or use another network"
+    )
 
 
 def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
@@ -67,8 +64,10 @@ def find_line(backbone: Backbone, name: str) -> LayerNode:
         return possible[name]
     known = name in backbone.traced.shapes
     why = "some paths bypass it" if known else f"there is no such layer{nearest(name, possible)}"
+    named = a_few(list(possible), 12)
+    others = f" and others ({len(possible)} in all)" if len(named) < len(possible) else ""
     raise BackboneError(
-        f"the thaw line of {backbone.handle} cannot follow '{name}': {why}; it can follow {_listed(list(possible))}"
+        f"the thaw line of {backbone.handle} cannot follow '{name}': {why}; it can follow {', '.join(named)}{others}"
     )
 
 
@@ -109,10 +108,3 @@ def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphMod
     graph, copies = copy_between(start, [end])
     graph.output(copies[end])
     return fx.GraphModule(traced.module, graph)  # given the whole module, it keeps the order of the graph
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    """Return the outermost names, joined; an even choice of them if there are more than `most`."""
-    outer = [name for name in names if name.count(".") <= 1] or names
-    step = -(-len(outer) // most)
-    return ", ".join(outer[::step]) + (f" and others ({len(names)} in all)" if len(outer[::step]) < len(names) else "")

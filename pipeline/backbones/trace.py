@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,25 +114,17 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
 def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, int], name: str) -> None:
     """Call `network` on fake tensors, or on real ones where the network looks at values."""
     device = next((item.device for item in module.parameters()), torch.device("cpu"))
-    try:
-        if device.type == "meta":
-            network(torch.empty(_BATCH, 3, *size, device=device))
+    on_real: list[AbstractContextManager[Any]] = [FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode()]
+    for mode in [nullcontext()] if device.type == "meta" else on_real:
+        try:
+            with mode:
+                network(torch.zeros(_BATCH, 3, *size, device=device))
             return
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            network(torch.empty(_BATCH, 3, *size))
-        return
-    except Exception as error:  # anything, as in `trace`; the pass on real tensors decides
-        failed = error
-    try:
-        if device.type == "meta":
-            raise failed
-        with torch.inference_mode():
-            network(torch.zeros(_BATCH, 3, *size))
-    except Exception as error:
-        raise BackboneError(
-            f"{name} does not run on {size[0]}x{size[1]} images ({first_line(error)}); "
-            "leave out the size or give another"
-        ) from error
+        except Exception as error:  # anything, as in `trace`; the last pass decides
+            failed = error
+    raise BackboneError(
+        f"{name} does not run on {size[0]}x{size[1]} images ({first_line(failed)}); leave out the size or give another"
+    ) from failed
 
 
 @contextmanager

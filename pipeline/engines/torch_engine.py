@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.backbones.taps import TappedNetwork
-from pipeline.engines.fold import folded
 from pipeline.engines.select import Resolved
 from pipeline.errors import EngineError, first_line
 
@@ -123,3 +124,33 @@ class TorchEngine:
         self.notes.append(f"batches of {count} images do not fit into {device}: {self._limit} from then on")
         traceback.clear_frames(error.__traceback__)  # they hold the activations of the batch that failed
         torch.cuda.empty_cache()
+
+
+def folded(body: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of `body` in which every batch norm that alone reads a convolution has become part of it.
+
+    `body` and its modules stay as they are. timm's batch norms with an activation leave the activation behind.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    fused = fx.GraphModule(body, graph)
+    modules = dict(fused.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        norm, convolution = modules[str(node.target)], modules[str(source.target)]
+        once = calls[node.target] == calls[source.target] == 1
+        if once and isinstance(convolution, nn.Conv2d) and _is_plain(norm):
+            fused.set_submodule(str(source.target), fuse_conv_bn_eval(convolution, norm))
+            fused.set_submodule(str(node.target), getattr(norm, "act", nn.Identity()))
+    fused.recompile()
+    return fused
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Tell whether `norm` is a batch norm over fixed statistics, with nothing after it but perhaps an activation."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return False
+    return isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity)

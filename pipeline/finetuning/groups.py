@@ -60,7 +60,7 @@ def parameter_groups(
     depths = {name: depth for depth, members in enumerate(reversed(groups.values())) for name in members}
     scales = {name: layer_decay ** depths[name] for name in names}
     for layer, own_rate in rates_at:
-        inside = [name for name in names if _is_inside(layer_name(name), layer)]
+        inside = [name for name in names if f"{layer_name(name)}.".startswith(f"{layer}.")]
         if not inside:
             raise FitError(
                 f"there is no thawed layer '{layer}' to give a learning rate to{nearest(layer, groups)}; "
@@ -80,7 +80,3 @@ def parameter_groups(
 def check_rates(backbone: Backbone, freeze: str, rates_at: Sequence[tuple[str, float]]) -> None:
     """Raise `FitError` unless every layer of `rates_at` is thawed; a backbone without weights is enough."""
     parameter_groups(ThawedNetwork(backbone, freeze, TOPS[0], 2), 1.0, 1.0, rates_at, 0.0)
-
-
-def _is_inside(layer: str, outer: str) -> bool:
-    return layer == outer or layer.startswith(f"{outer}.")

@@ -132,11 +132,6 @@ class Subset:
         self.reader, self.rows, self.labels, self.seed, self.augmented = reader, rows, labels, seed, augmented
         self.n_batches = batch_count(len(rows), batch_size)
 
-    @property
-    def smallest_batch(self) -> int:
-        """Rows of the smallest batch."""
-        return len(self.rows) // self.n_batches
-
     def sample(self, most: int) -> Subset:
         """Return at most `most` of these rows, evenly spaced, plain and in order."""
         chosen = np.linspace(0, len(self.rows) - 1, min(most, len(self.rows))).astype(np.int64)

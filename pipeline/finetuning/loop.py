@@ -23,12 +23,11 @@ from pipeline.engines.memory import keep_freed_memory
 from pipeline.errors import FitError
 from pipeline.finetuning.checkpoint import read_checkpoint, write_checkpoint
 from pipeline.finetuning.groups import parameter_groups
-from pipeline.finetuning.health import judge
 from pipeline.finetuning.inputs import Inputs, Subset
 from pipeline.finetuning.network import ThawedNetwork, layer_name
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.schedule import Schedule
-from pipeline.finetuning.watch import GradientWatch
+from pipeline.finetuning.watch import GradientWatch, judge
 from pipeline.results import Progress
 
 MOMENTUM = 0.9
@@ -60,11 +59,6 @@ class Trained:
     resumed_seconds: float
     notes: list[str]
 
-    @property
-    def valid_accuracy(self) -> float | None:
-        """Validation accuracy at the best epoch; None without validation images."""
-        return self.history[self.best_epoch - 1].get("valid_acc")
-
 
 def train(
     network: ThawedNetwork,
@@ -85,14 +79,11 @@ def train(
 
     `rate` is that of the new top, and `seed` draws dropout. Without `val` there is no early stopping, and the last
     weights are the best. `name` is what progress and notes call this run. With `watch`, gradients are recorded and
-    judged.
-
-    Raises `FitError` if the loss is not finite before the first epoch is over, or a batch norm would get batches of one
-    image.
+    judged. Raises `FitError` if the loss is not finite before the first epoch is over.
     """
     keep_freed_memory()
     norms = [name for name, part in network.body.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    if norms and rows.smallest_batch == 1:
+    if norms and len(rows.rows) // rows.n_batches == 1:
         raise FitError(
             f"batch norms, such as {norms[0]}, cannot learn from batches of one image; use a batch size of 2 or more, "
             "or freeze everything"
@@ -107,14 +98,6 @@ def train(
         done = (epoch - 1) * rows.n_batches + step
         progress(done, total, name, _progress_text(epoch, recipe.epochs, trainer.history))
 
-    def save() -> None:
-        try:
-            write_checkpoint(checkpoint, trainer.state())
-        except CacheError as error:  # training goes on: only a kill would lose something
-            note = f"training went on without a checkpoint: {error}"
-            if note not in notes:
-                notes.append(note)
-
     saved_at = time.monotonic()
     while not trainer.finished:
         try:
@@ -126,13 +109,16 @@ def train(
             notes.append(f"{error}: the weights of epoch {trainer.best_epoch} are kept; {advice}")
             trainer.diverged = trainer.finished = True
         if trainer.finished or time.monotonic() - saved_at >= SAVE_EVERY_S:
-            save()
+            try:
+                write_checkpoint(checkpoint, trainer.state())
+            except CacheError as error:  # training goes on: only a kill would lose something
+                notes.append(f"training went on without a checkpoint: {error}")
             saved_at = time.monotonic()
     network.load_thawed(trainer.best or {})
     progress(total, total, name, _progress_text(len(trainer.history), recipe.epochs, trainer.history))
     if watch:
         notes += [f"{name}: {warning}" for warning in judge(trainer.history)]
-    return Trained(trainer.history, trainer.best_epoch, trainer.diverged, resumed_seconds, notes)
+    return Trained(trainer.history, trainer.best_epoch, trainer.diverged, resumed_seconds, list(dict.fromkeys(notes)))
 
 
 class _Trainer:
@@ -186,7 +172,7 @@ class _Trainer:
         record: Epoch = {"epoch": number, "train_loss": float(np.average(losses, weights=sizes))}
         if self.val is not None:
             record |= self._validate(self.val, number)
-        record["lr"] = self.schedule.highest_rate
+        record["lr"] = max(float(group["lr"]) for group in self.optimizer.param_groups)
         if self.watch is not None:
             record["gradients"] = self.watch.end_epoch()
         self.schedule.after_epoch(record["train_loss" if self.val is None else "valid_loss"])
@@ -277,8 +263,9 @@ def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
     network.to(device)
     with torch.no_grad():
         read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
-    images = [image for _, image in read if image is not None]
-    network.new_head.set_scales(torch.cat([features for features, _ in read]), torch.cat(images) if images else None)
+    network.new_head.standardise.set_from(torch.cat([features for features, _ in read]))
+    if network.new_head.standardise_image is not None:
+        network.new_head.standardise_image.set_from(torch.cat([image for _, image in read if image is not None]))
 
 
 def make_optimizer(network: ThawedNetwork, recipe: Recipe, rate: float) -> Optimizer:

@@ -74,7 +74,7 @@ class ThawedNetwork(nn.Module):
     def below(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map uint8 pixels (n, h, w, 3) to float32 activations at the line, and to the small image; no gradients."""
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
-        image = small_image(x) if self.new_head.reads_image else None
+        image = small_image(x) if self.new_head.direct is not None else None
         if self.trunk is None:
             return x, image
         with torch.no_grad(), _autocast(x, self.trunk_precision):
@@ -85,7 +85,7 @@ class ThawedNetwork(nn.Module):
         return {name: item for name, item in self.state_dict().items() if not name.startswith("trunk.")}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """Return all weights by the names that a `pipeline.backbones.tuned.with_top` network has for them."""
+        """Return all weights by the names that a `pipeline.backbones.top.with_top` network has for them."""
         state = {**self.body.state_dict(), **(self.trunk.state_dict() if self.trunk is not None else {})}
         return state | {f"{TOP_LAYER}.{name}": item for name, item in self.new_head.state_dict().items()}
 

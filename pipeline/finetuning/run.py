@@ -22,7 +22,7 @@ from pipeline.finetuning.loop import Trained, predict_probabilities, standardise
 from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.invalidation import stage_key
-from pipeline.spec import NO_AUGMENT
+from pipeline.spec import NO_AUGMENT, json_fields
 
 TOP_EPOCHS = 10
 """Most epochs in which the new top trains alone, if it trains first."""
@@ -119,9 +119,12 @@ def _train_top(
 def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits, precision: str) -> dict[str, Any]:
     """Return everything that the weights of a run depend on, apart from code; it names the checkpoint."""
     backbone, table = data.backbone, data.table
+    rows = hashlib.blake2b(digest_size=16)
+    for index in (splits.train, splits.val):
+        rows.update(np.ascontiguousarray(table.digests[index]).tobytes() + table.labels[index].tobytes() + b"|")
     return {
         "freeze": setup.freeze,
-        "recipe": setup.recipe.to_json(),
+        "recipe": json_fields(setup.recipe),
         "rate": setup.rate,
         "precision": precision,
         "trunk_precision": data.trunk_precision,
@@ -132,13 +135,5 @@ def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits,
         "device": data.resolved.device,
         "seed": seed,
         "n_classes": len(table.classes),
-        "rows": _digest(table, splits),
+        "rows": rows.hexdigest(),
     }
-
-
-def _digest(table: Table, splits: Splits) -> str:
-    """Return a digest of the train and val images, and of their labels."""
-    digest = hashlib.blake2b(digest_size=16)
-    for index in (splits.train, splits.val):
-        digest.update(np.ascontiguousarray(table.digests[index]).tobytes() + table.labels[index].tobytes() + b"|")
-    return digest.hexdigest()

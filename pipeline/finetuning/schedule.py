@@ -26,11 +26,6 @@ class Schedule:
         else:
             self.plateau = ReduceLROnPlateau(optimizer, factor=0.1, patience=max(recipe.patience // 2, 1) - 1)
 
-    @property
-    def highest_rate(self) -> float:
-        """Learning rate of the fastest group at present."""
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
-
     def before_step(self) -> None:
         """Set the rates for the coming step."""
         self.step += 1
