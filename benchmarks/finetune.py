@@ -32,12 +32,11 @@ from pipeline.backbones.registry import load_backbone
 from pipeline.engines.select import Resolved, resolve
 from pipeline.extract import extract
 from pipeline.finetune import finetune
-from pipeline.finetuning.data import prepare_data
+from pipeline.finetuning.data import TrainingSetup, prepare_data
 from pipeline.finetuning.inputs import DecodedImages, InputReader, Subset
 from pipeline.finetuning.loop import standardise, train
 from pipeline.finetuning.network import ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
-from pipeline.finetuning.setup import TrainingSetup
 from pipeline.fit import fit
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import silent

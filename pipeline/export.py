@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,7 +71,11 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
     network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
     graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)
-    _write(path, _program(graph), _metadata(parts))
+    program = _program(graph)
+    metadata = {name: json.dumps(part, ensure_ascii=False) for name, part in _metadata(parts).items()}
+    program.model.metadata_props.update(metadata)
+    with writing(path) as draft:
+        program.save(draft, external_data=False)
     return ExportResult(
         path=str(path),
         backbone=parts.backbone.handle,
@@ -86,25 +90,7 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
-    """What a saved model consists of.
-
-    Parameters
-    ----------
-    model : SavedModel or TunedModel
-    backbone : Backbone
-        Loaded, and the one that the model was trained on.
-    specs : sequence of LayerSpec
-        The layers that are read, in the order in which their features are joined.
-    scores : torch.nn.Module
-        Maps features to scores.
-    has_probabilities : bool
-        Whether the softmax of the scores is a probability.
-    head : str
-        Name of the head, or kind of the top.
-    params : dict
-    classes : sequence of str
-        In the order of the scores.
-    """
+    """What a saved model consists of; `scores` maps the features of the layers of `specs`, joined, to class scores."""
 
     model: SavedModel | TunedModel
     backbone: Backbone
@@ -132,7 +118,6 @@ def _head_parts(saved: SavedModel) -> _Parts:
 
 
 def _network_parts(path: str | Path) -> _Parts:
-    """Return the parts of a fine-tuned network, whose layer of class scores is read."""
     tuned = describe_network(path)
     backbone = _backbone(f"{tuned.scores.backbone}@{path}", None, tuned.scores)
     params = tuned.metrics["params"]
@@ -151,27 +136,13 @@ def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
 
 
 class Classifier(nn.Module):
-    """A saved model as one module, in float32.
-
-    Parameters
-    ----------
-    network : TappedNetwork
-        Maps uint8 pixels (n, h, w, 3) to the features of some layers, which are joined to (n, d).
-    scores : torch.nn.Module
-        Maps features (n, d) to scores (n, K), the largest of which is the label.
-    temperature : float or None
-        Calibrates the probabilities; None leaves them as they are.
-    has_probabilities : bool
-        Whether the softmax of the scores is a probability.
-    """
+    """A saved model as one module, in float32; `scores` maps the joined features (n, d) to scores (n, K)."""
 
     def __init__(
         self, network: TappedNetwork, scores: nn.Module, temperature: float | None, *, has_probabilities: bool
     ) -> None:
         super().__init__()
-        self.network = network
-        self.scores = scores
-        self.temperature = temperature
+        self.network, self.scores, self.temperature = network, scores, temperature
         self.outputs = ["label", "scores", *(["probabilities"] if has_probabilities else [])]
         self.eval()
 
@@ -183,19 +154,7 @@ class Classifier(nn.Module):
 
 
 class HeadScores(nn.Module):
-    """Scaling and hyperplanes of a scikit-learn head.
-
-    Parameters
-    ----------
-    saved : SavedModel
-    half : bool
-        Whether the head was trained on features that the cache had rounded to float16.
-
-    Raises
-    ------
-    ModelFileError
-        If the head is not linear.
-    """
+    """Scaling and hyperplanes of a linear scikit-learn head; `half` says that it was fitted on features in float16."""
 
     weights: Tensor
     bias: Tensor
@@ -217,22 +176,18 @@ class HeadScores(nn.Module):
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
         for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
-        self.scaling = head.scaling
-        self.half_features = half
+        self.scaling, self.half_features = head.scaling, half
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (n, d) to scores (n, K)."""
         if self.half_features:
             features = features.half().float()
-        return self._scaled(features) @ self.weights.T + self.bias
-
-    def _scaled(self, features: Tensor) -> Tensor:
         if self.scaling == "standard":
-            return (features - self.mean) / self.deviation
-        if self.scaling == "l2":
+            features = (features - self.mean) / self.deviation
+        elif self.scaling == "l2":
             length = features.norm(dim=1, keepdim=True)
-            return features / torch.where(length == 0, 1.0, length)
-        return features
+            features = features / torch.where(length == 0, 1.0, length)
+        return features @ self.weights.T + self.bias
 
 
 def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
@@ -256,13 +211,6 @@ def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
     except Exception as error:  # the exporter runs the network's code on symbols, which can raise anything
         raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(error)}") from error
     return cast("torch.onnx.ONNXProgram", program)
-
-
-def _write(path: Path, program: torch.onnx.ONNXProgram, metadata: Mapping[str, Any]) -> None:
-    """Write an ONNX file with each entry of the metadata as a JSON text."""
-    program.model.metadata_props.update({name: json.dumps(part, ensure_ascii=False) for name, part in metadata.items()})
-    with writing(path) as draft:
-        program.save(draft, external_data=False)
 
 
 def _metadata(parts: _Parts) -> dict[str, Any]:

@@ -15,12 +15,11 @@ from pipeline.evaluation.comparisons import compare_models, preference, tie_note
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
 
 if TYPE_CHECKING:
-    from pipeline.finetuning.data import TrainingData
+    from pipeline.finetuning.data import TrainingData, TrainingSetup
     from pipeline.finetuning.run import TrainingRun
-    from pipeline.finetuning.setup import TrainingSetup
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,11 +128,10 @@ def finetune(
     ThawlineError
         Whatever extraction raises.
     """
-    from pipeline.finetuning.data import prepare_data
+    from pipeline.finetuning.data import TrainingSetup, prepare_data
+    from pipeline.finetuning.network import save_finetuned
     from pipeline.finetuning.recipe import check_start, make_recipe
     from pipeline.finetuning.run import run_training
-    from pipeline.finetuning.saved import save_finetuned
-    from pipeline.finetuning.setup import TrainingSetup
     from pipeline.model_file import check_destination
 
     recipe = make_recipe(training)
@@ -156,10 +154,14 @@ def finetune(
         notes += data.table.notes
         for seed, count in draws:
             run = run_training(data, setup, seed, count)
-            notes += _notes(run, count)
-            predictions.append(_predictions(run, data))
-            results.append(_result(run, predictions[-1], data, setup, seed, count))
-            best = _best(results)
+            notes += [*run.splits.notes, *run.trained.notes]
+            if count == "all" and not len(run.splits.val):
+                notes.append("without validation images training goes through all epochs and keeps the last weights")
+            result, predicted = _result(run, data, setup, seed, count)
+            results.append(result)
+            predictions.append(predicted)
+            ranks = [preference(one.shots, one.validation_accuracy, index) for index, one in enumerate(results)]
+            best = ranks.index(max(ranks))
             if destination is not None and best == len(results) - 1:
                 best_network = run.network
             del run  # frees its network before the next run
@@ -171,36 +173,17 @@ def finetune(
     return FinetuneReport(results, predictions, notes, data.table.classes, best, destination, setup.extracted)
 
 
-def _best(results: Sequence[FinetuneResult]) -> int:
-    """Return the index of the result whose network is saved."""
-    ranks = [preference(result.shots, result.validation_accuracy, index) for index, result in enumerate(results)]
-    return ranks.index(max(ranks))
-
-
-def _notes(run: TrainingRun, shots: int | str) -> list[str]:
-    notes = [*run.splits.notes, *run.trained.notes]
-    if shots == "all" and not len(run.splits.val):
-        notes.append("without validation images training goes through all epochs and keeps the last weights")
-    return notes
-
-
-def _predictions(run: TrainingRun, data: TrainingData) -> Predictions:
-    labels = run.probabilities.argmax(1)
-    return collect_predictions(data.table, [run.splits.test], [labels], [run.probabilities], [run.temperature])
-
-
 def _result(
-    run: TrainingRun,
-    predictions: Predictions,
-    data: TrainingData,
-    setup: TrainingSetup,
-    seed: int,
-    shots: int | str,
-) -> FinetuneResult:
+    run: TrainingRun, data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str
+) -> tuple[FinetuneResult, Predictions]:
     table, splits, trained = data.table, run.splits, run.trained
-    params = setup.recipe.to_json() | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
-    params |= {"precision": run.precision, "best_epoch": trained.best_epoch}
-    return FinetuneResult(
+    probabilities = run.probabilities
+    predictions = collect_predictions(
+        table, [splits.test], [probabilities.argmax(1)], [probabilities], [run.temperature]
+    )
+    params = json_fields(setup.recipe) | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
+    params |= {"precision": run.network.precision, "best_epoch": trained.best_epoch}
+    result = FinetuneResult(
         kind="finetune",
         backbone=data.backbone.handle,
         layer=DEFAULT_LAYER,
@@ -216,9 +199,10 @@ def _result(
         seconds=run.seconds,
         converged=not trained.diverged,
         balanced=setup.recipe.class_weights,
-        validation_accuracy=trained.valid_accuracy,
+        validation_accuracy=trained.history[trained.best_epoch - 1].get("valid_acc"),
         freeze=setup.freeze,
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),
         history=trained.history,
     )
+    return result, predictions

@@ -17,9 +17,8 @@ from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import TappedNetwork, tap
 from pipeline.engines.engine import Engine, build_engine, stream
-from pipeline.engines.fold import folded
 from pipeline.engines.select import Resolved, find_device, has_bf16, resolve
-from pipeline.engines.torch_engine import TorchEngine
+from pipeline.engines.torch_engine import TorchEngine, folded
 from pipeline.errors import EngineError
 from pipeline.spec import Preprocessing
 
@@ -268,7 +267,7 @@ def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkey
     def fail(*_: object) -> None:
         raise RuntimeError("no such operation\nmore")
 
-    monkeypatch.setattr("pipeline.engines.openvino_model.convert", fail)
+    monkeypatch.setattr("pipeline.engines.openvino_engine.convert", fail)
     built = build_engine(tap(lively("resnet18"), ["layer2"]), resolve("openvino", "cpu", "fp32"), 2)
     assert built.resolved == Resolved("torch", "cpu", "fp32")
     assert built.notes == ["OpenVINO cannot run resnet18@random:0, so torch computes: no such operation"]
@@ -284,7 +283,7 @@ def conv1() -> openvino.Model:
     """What OpenVINO makes of one layer: tests of what becomes of a converted model share it."""
     if find_spec("openvino") is None:
         pytest.skip("OpenVINO is not installed")
-    from pipeline.engines.openvino_model import convert
+    from pipeline.engines.openvino_engine import convert
 
     return convert(tap(lively("resnet18"), ["conv1"]), 1)
 
@@ -298,17 +297,17 @@ def conversions(conv1: openvino.Model, monkeypatch: pytest.MonkeyPatch, tmp_path
         calls.append(network.layers)
         return conv1.clone()
 
-    monkeypatch.setattr("pipeline.engines.openvino_model.convert", shared)
-    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path)
+    monkeypatch.setattr("pipeline.engines.openvino_engine.convert", shared)
+    monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", lambda _name: tmp_path)
     return calls
 
 
 def test_converted_models_are_kept_and_the_least_used_go(
     conversions: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from pipeline.engines.openvino_model import converted
+    from pipeline.engines.openvino_engine import converted
 
-    monkeypatch.setattr("pipeline.engines.openvino_model.KEPT", 2)
+    monkeypatch.setattr("pipeline.engines.openvino_engine.KEPT", 2)
 
     def names() -> set[str]:
         return {path.name for path in (tmp_path / "openvino").iterdir()}
@@ -331,7 +330,7 @@ def test_converted_models_are_kept_and_the_least_used_go(
 def test_a_damaged_kept_model_is_converted_again(conversions: list[tuple[str, ...]], tmp_path: Path) -> None:
     import openvino
 
-    from pipeline.engines.openvino_model import converted
+    from pipeline.engines.openvino_engine import converted
 
     network, (pixels,) = tap(lively("resnet18"), ["conv1"]), batches([1])
 
@@ -360,7 +359,7 @@ def test_a_user_cache_that_cannot_be_written_costs_only_the_next_conversion(
     conversions: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("pipeline.engines.openvino_model.user_cache_path", lambda _name: tmp_path / "file")
+    monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", lambda _name: tmp_path / "file")
     built = build_engine(tap(lively("resnet18"), ["conv1"]), resolve("openvino", "cpu", "fp32"), 1)
     assert built.resolved.engine == "openvino"
     (note,) = built.notes

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.hooks import hooked
 from pipeline.backbones.layers import list_layers, resolve_layers
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
 from pipeline.backbones.taps import tap
+from pipeline.backbones.trace import hooked
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
 

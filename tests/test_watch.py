@@ -18,11 +18,10 @@ from pipeline.finetune import finetune
 from pipeline.finetuning import loop
 from pipeline.finetuning.checkpoint import read_checkpoint
 from pipeline.finetuning.groups import depth_groups
-from pipeline.finetuning.health import judge
 from pipeline.finetuning.inputs import Subset
 from pipeline.finetuning.loop import take_step
 from pipeline.finetuning.network import ThawedNetwork
-from pipeline.finetuning.watch import GradientWatch
+from pipeline.finetuning.watch import GradientWatch, judge
 from pipeline.results import to_json
 
 NET = "timm/test_resnet@random:0"

@@ -63,14 +63,13 @@ def _only_pools(node: fx.Node, module: nn.Module) -> bool:
 
 
 def stages(traced: Traced) -> tuple[str, ...]:
-    """Return the names of the layers that end a stage, in order of computation.
+    """Return the names of the layers that end a stage, in order of computation; () if fewer than two are found.
 
     A stage ends with the last block before the resolution changes, and where a sequence of blocks ends and the number
     of channels changes. In a network without blocks (VGG, AlexNet) it ends with the last layer before the resolution
-    changes. Only layers that every path crosses count. The name of a stage is that of the outermost module around its
-    end that gives maps of the same size and holds no other stage's end.
-
-    The result is empty if fewer than two stages are found, and if most weight layers come after the last of them.
+    changes. Only layers that every path crosses count, and there are none if most weight layers come after the last.
+    The name of a stage is that of the outermost module around its end that gives maps of the same size and holds no
+    other end.
     """
     if traced.graph is None:
         return ()

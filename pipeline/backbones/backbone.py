@@ -17,18 +17,14 @@ class Backbone:
 
     Parameters
     ----------
-    name : str
-        Canonical name with its zoo, such as ``"torchvision/resnet50"``.
-    handle : str
-        The shortest name that `pipeline.backbones.registry.load_backbone` accepts for it; default weights are left out.
-    weights : str
-        Tag of the pretrained weights, ``"random:SEED"``, or the name of the weights file.
-    weights_digest : str
-        blake2b-128 of the state dict, in hex.
+    name, handle : str
+        Canonical name with its zoo, such as ``"torchvision/resnet50"``, and the shortest one that
+        `pipeline.backbones.registry.load_backbone` accepts; default weights are left out.
+    weights, weights_digest : str
+        Tag, ``"random:SEED"`` or file of the weights, and the blake2b-128 of the state dict, in hex.
     module : torch.nn.Module
         In eval mode, float32, without gradients.
     preprocessing : Preprocessing
-        How an image becomes the network's input.
     classifier : str or None
         Dotted name of the classifier; None if the network has none.
     """

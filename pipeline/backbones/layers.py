@@ -43,8 +43,7 @@ def list_layers(backbone: Backbone) -> list[LayerRow]:
     aliases: dict[str | None, list[str]] = {name: [STAGES] for name in stages(traced)}
     aliases.setdefault(traced.classifier, []).append(LOGITS)
     read = classifier_input(traced)
-    outermost = [name for name, node in traced.nodes.items() if node is read][-1:]
-    for name in outermost:
+    for name in [name for name, node in traced.nodes.items() if node is read][-1:]:  # the outermost
         aliases.setdefault(name, []).append(PENULTIMATE)
     rows = [LayerRow(name, shape, tuple(aliases.get(name, ()))) for name, shape in traced.shapes.items()]
     return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
@@ -53,17 +52,8 @@ def list_layers(backbone: Backbone) -> list[LayerRow]:
 def resolve_layers(backbone: Backbone, layers: Sequence[str]) -> tuple[str, ...]:
     """Replace ``stages`` and ``logits`` by the layers they stand for, and drop duplicates; the order is kept.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded or sketched network.
-    layers : sequence of str
-        Dotted names, or ``penultimate``, ``stages``, ``logits``, ``input``; these win over modules of the same name.
-
-    Raises
-    ------
-    BackboneError
-        If a layer does not exist, or its activations cannot be pooled.
+    Layers are dotted names, or ``penultimate``, ``stages``, ``logits``, ``input``; these win over modules of the same
+    name. Raises `BackboneError` if a layer does not exist, or its activations cannot be pooled.
 
     Examples
     --------
@@ -118,8 +108,13 @@ def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
 def _suggestion(traced: Traced) -> str:
     """Return a few layers that work, for the end of an error message."""
     known = [name for name in traced.shapes if find_tap(traced, name) is not None]
-    outer = [name for name in known if name.count(".") <= 1] or known
-    return f"layers that work: {', '.join(outer[:: max(1, len(outer) // 4)][:5])}"
+    return f"layers that work: {', '.join(a_few(known, 5))}"
+
+
+def a_few(layers: Sequence[str], most: int) -> list[str]:
+    """Return the outermost of some layers; an even choice of them if there are more than `most`."""
+    outer = [name for name in layers if name.count(".") <= 1] or list(layers)
+    return outer[:: max(1, -(-len(outer) // most))]
 
 
 class Tap(NamedTuple):

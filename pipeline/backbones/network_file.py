@@ -46,20 +46,9 @@ Tensors = Mapping[str, NDArray[Any]]
 class TunedModel:
     """The description of a fine-tuned network.
 
-    Parameters
-    ----------
-    scores : LayerSpec
-        The layer of the class scores: backbone, digest of all weights, preprocessing, and the precision to compute in.
-    top : str
-        Kind of the new classifier, see `pipeline.backbones.top.new_top`.
-    classes : tuple of str
-        Class names by number, K of them.
-    temperature : float or None
-        Calibrates the probabilities, see `pipeline.evaluation.calibration`; ``None`` leaves them as they are.
-    metrics : dict
-        The `FinetuneResult` of the network, as JSON.
-    versions : dict of str to str
-        Libraries it was made with; `save_network` fills them in.
+    `scores` is the layer of its class scores, with the digest of all weights and the precision to compute in; `top` is
+    the kind of the new classifier. `temperature` calibrates the probabilities (see `pipeline.evaluation.calibration`),
+    `metrics` is the network's `FinetuneResult` as JSON, and `versions` has the libraries it was made with.
     """
 
     scores: LayerSpec
@@ -86,29 +75,16 @@ def is_network_file(path: str | Path) -> bool:
 def describe_network(path: str | Path) -> TunedModel:
     """Read the description of a fine-tuned network, but not its weights.
 
-    Raises
-    ------
-    ModelFileError
-        If the file is missing, damaged, not a model of thawline, or of another version.
+    Raises `ModelFileError` if the file is missing, damaged, not a model of thawline, or of another version.
     """
-    path = Path(path)
-    return _model(path, _read_description(path))
+    return _model(Path(path), _read_description(Path(path)))
 
 
 def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
-    """Write a network to `path`; an existing file is replaced, and stays as it was after an error.
+    """Write a network to `path`; an existing file is replaced, and stays as it was after a `ModelFileError`.
 
-    Parameters
-    ----------
-    path : Path
-    model : TunedModel
-    tensors : mapping of str to array
-        All weights up to what the old classifier read, by their names in the backbone, and those in `TOP_LAYER`.
-
-    Raises
-    ------
-    ModelFileError
-        If the file cannot be written.
+    `tensors` are all weights up to what the old classifier read, by their names in the backbone, and those in
+    `TOP_LAYER`.
     """
     fields = {name: getattr(model, name) for name in FORMAT.fields}
     fields |= {"scores": model.scores.to_json(), "classes": list(model.classes)}
@@ -118,13 +94,7 @@ def save_network(path: Path, model: TunedModel, tensors: Tensors) -> None:
 
 
 def load_network(path: Path) -> tuple[TunedModel, dict[str, NDArray[Any]]]:
-    """Read the description and the weights of a fine-tuned network.
-
-    Raises
-    ------
-    ModelFileError
-        As `describe_network`, and if description or weights were changed after they were saved.
-    """
+    """Read description and weights; raises `ModelFileError` also if they were changed after they were saved."""
     description = _read_description(path)
     with reading(path):
         tensors = safetensors.numpy.load_file(path)

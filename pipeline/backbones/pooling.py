@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +15,6 @@ from pipeline.errors import BackboneError
 Layout = Literal["map", "map_last", "tokens", "vector"]
 GEM_POWER = 3.0
 GEM_FLOOR = 1e-6
-
-
-class Pooling(NamedTuple):
-    """A way to make features of maps.
-
-    Parameters
-    ----------
-    per_channel : callable
-        Maps the number of positions (height times width) to the number of features of each channel.
-    pool : callable
-        Maps (n, c, h, w) of any float dtype to float32 (n, c * per_channel(h * w)), in new memory.
-    """
-
-    per_channel: Callable[[int], int]
-    pool: Callable[[Tensor], Tensor]
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -61,15 +45,16 @@ def _flatten(x: Tensor) -> Tensor:
     return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True).flatten(1)
 
 
-POOLINGS: dict[str, Pooling] = {
-    "avg": Pooling(lambda positions: 1, _mean),
-    "max": Pooling(lambda positions: 1, _max),
-    "avg+max": Pooling(lambda positions: 2, _mean_and_max),
-    "gem": Pooling(lambda positions: 1, _generalised_mean),
-    "grid2": Pooling(lambda positions: 4, _grid_of_means),
-    "flatten": Pooling(lambda positions: positions, _flatten),
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": _mean,
+    "max": _max,
+    "avg+max": _mean_and_max,
+    "gem": _generalised_mean,
+    "grid2": _grid_of_means,
+    "flatten": _flatten,
 }
-"""By name; `pipeline.spec.POOLS` lists the same names for code that must not import torch."""
+"""By name: functions of maps (n, c, h, w) of any float dtype that return float32 features (n, d) in new memory.
+`pipeline.spec.POOLS` lists the same names for code that must not import torch."""
 
 
 def layout_of(shape: tuple[int, ...]) -> Layout | None:
@@ -100,22 +85,15 @@ def pooled_dim(shape: tuple[int, ...], layout: Layout, pool: str) -> int:
     """Return the length of the feature vector that `pool` makes of activations of `shape` (no batch axis)."""
     if layout in ("vector", "tokens"):
         return shape[-1]
-    channels = shape[0] if layout == "map" else shape[-1]
-    return channels * POOLINGS[pool].per_channel(prod(shape) // channels)
+    maps = torch.empty(1, *shape, device="meta")
+    return POOLINGS[pool](maps if layout == "map" else maps.permute(0, 3, 1, 2)).shape[1]
 
 
 class Pool(nn.Module):
-    """Pool activations to features.
+    """Pool activations of a layout to features by one of the `POOLINGS`.
 
     Vectors are kept and tokens are averaged, whatever the pooling. Features are always new float32 memory, so that
     nothing that a network does in place afterwards can change them.
-
-    Parameters
-    ----------
-    pool : str
-        One of `POOLINGS`.
-    layout : str
-        As `layout_of` returns it.
 
     Examples
     --------
@@ -137,4 +115,4 @@ class Pool(nn.Module):
                 return x.to(torch.float32, copy=True)
             if self.layout == "tokens":
                 return x.mean(1, dtype=torch.float32)
-            return POOLINGS[self.pool].pool(x if self.layout == "map" else x.permute(0, 3, 1, 2))
+            return POOLINGS[self.pool](x if self.layout == "map" else x.permute(0, 3, 1, 2))

@@ -18,7 +18,7 @@ from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import describe_network, is_network_file
-from pipeline.backbones.tuned import tuned_backbone
+from pipeline.backbones.top import tuned_backbone
 from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
@@ -69,15 +69,8 @@ class BackboneRow(NamedTuple):
 def list_backbones(pattern: str = "") -> list[BackboneRow]:
     """Return the networks whose names match `pattern`, in the order of the zoos, then by name.
 
-    Parameters
-    ----------
-    pattern : str, default ""
-        A part of the name, or a shell pattern such as ``"resnet*"``; it may start with the zoo (``"timm/vit*"``).
-
-    Raises
-    ------
-    BackboneError
-        If no name matches.
+    `pattern` is a part of the name, or a shell pattern such as ``"resnet*"``; it may start with the zoo
+    (``"timm/vit*"``). Raises `BackboneError` if no name matches.
     """
     shell = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
     rows = []
@@ -156,8 +149,7 @@ def check_weights(name: str) -> None:
 def sketch(name: str, size: int | None = None) -> Backbone:
     """Return a network whose weights mean nothing, enough to list its layers and shapes; most take no memory.
 
-    Parameters and errors are those of `load_backbone`. The weights in `name` are ignored, except those of a saved
-    fine-tuned network, because its last layer differs.
+    The weights in `name` are ignored, except those of a saved fine-tuned network, because its last layer differs.
     """
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
@@ -165,19 +157,17 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
-    def build() -> nn.Module:
-        return zoo.build(bare, size, None).eval().requires_grad_(False)
-
-    def backbone(module: nn.Module) -> Backbone:
+    def build() -> Backbone:
+        module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
         classifier = zoo.classifier(bare, module)
         return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifier)
 
     try:
         with torch.device("meta"):
-            sketched = backbone(build_untouched(build))
+            sketched = build()
         _ = sketched.traced
     except (NotImplementedError, RuntimeError, BackboneError):  # a few networks look at values, which meta has none of
-        return backbone(build_untouched(build))
+        return build()
     return sketched
 
 

@@ -51,6 +51,15 @@ def nodes_between(start: fx.Node | None, ends: Collection[fx.Node]) -> list[fx.N
     return [node for node in nodes if node in needed or node in effects]
 
 
+def copy_between(start: fx.Node | None, ends: Collection[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """Return a graph of `nodes_between`, still without output, and its node for each of the original ones."""
+    graph = fx.Graph()
+    copies = {} if start is None else {start: graph.placeholder("activations")}
+    for node in nodes_between(start, ends) or ():
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return graph, copies
+
+
 def build_module(graph: fx.Graph, traced: Traced, added: Mapping[str, nn.Module]) -> fx.GraphModule:
     """Return the module that runs `graph`, whose nodes refer to parts of the traced network or to `added` ones."""
     targets = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.hooks import HookedBody
 from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, find_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
-from pipeline.backbones.subgraph import build_module, nodes_between
-from pipeline.backbones.trace import Traced
+from pipeline.backbones.subgraph import build_module, copy_between
+from pipeline.backbones.trace import Traced, hooked
 from pipeline.spec import Preprocessing, fingerprint_of
 
 INPUT_SIDE = 32
@@ -24,19 +25,8 @@ INPUT_DIM = 3 * INPUT_SIDE**2
 def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedNetwork:
     """Return the network from uint8 pixels to the pooled features of `layers`; it computes nothing past the last one.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded network; the result shares its weights.
-    layers : sequence of str
-        As for `resolve_layers`.
-    pool : str, default "avg"
-        One of `pipeline.spec.POOLS`.
-
-    Raises
-    ------
-    BackboneError
-        If a layer or the pooling does not exist.
+    It shares its weights with `backbone`, a loaded network. Layers are named as for `resolve_layers`, and `pool` is one
+    of `pipeline.spec.POOLS`; raises `BackboneError` if one does not exist.
 
     Examples
     --------
@@ -52,31 +42,11 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
 
 
 class TappedNetwork(nn.Module):
-    """A frozen network from pixels to pooled features; always in eval mode.
+    """A frozen network from pixels to pooled features, as `tap` returns it; always in eval mode.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded network.
-    layers : tuple of str
-        As `resolve_layers` returns them.
-    pool : str
-        One of `pipeline.spec.POOLS`.
-
-    Attributes
-    ----------
-    name : str
-        The backbone's handle.
-    identity : str
-        Digest of everything that changes what the network computes: weights, layers, pooling, preprocessing.
-    size : tuple of int
-        Height and width of the pixels.
-    layers : tuple of str
-        The layers in the order of the results.
-    dims : dict of str to int
-        Length of each layer's features, in the same order.
-    body : torch.nn.Module or None
-        Maps normalised images to features; None where only ``input`` is tapped.
+    `identity` is a digest of everything that changes what the network computes, `dims` the length of each layer's
+    features, in the order of the results. `body` maps normalised images to features; it is None where only ``input``
+    is tapped.
     """
 
     scale: Tensor
@@ -87,10 +57,9 @@ class TappedNetwork(nn.Module):
         check_pool(pool)
         found = {layer: find_tap(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
         taps = {layer: item for layer, item in found.items() if item is not None}
-        self.name, self.size = backbone.handle, backbone.preprocessing.size
+        self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
         preprocessing = asdict(backbone.preprocessing)
         self.identity = fingerprint_of([backbone.name, backbone.weights_digest, layers, pool, preprocessing])
-        self.layers = layers
         self.dims = {
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers
@@ -129,22 +98,40 @@ def small_image(x: Tensor) -> Tensor:
 def _body(traced: Traced, taps: Mapping[str, Tap], pool: str) -> nn.Module:
     pools = [Pool(pool, item.layout) for item in taps.values()]
     nodes = [item.source for item in taps.values() if isinstance(item.source, fx.Node)]
-    if nodes:
-        return _tapped_graph(traced, nodes, pools)
-    return HookedBody(traced.module, [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()], pools)
+    if not nodes:
+        sources = [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()]
+        return _HookedBody(traced.module, sources, pools)
+    graph, copies = copy_between(None, nodes)
+    added = {f"tap_{index}": pool for index, pool in enumerate(pools)}
+    results = []
+    for name, node in zip(added, nodes, strict=True):
+        with graph.inserting_after(copies[node]):  # so that nothing done in place later on changes what the pool reads
+            results.append(graph.call_module(name, (copies[node],)))
+    graph.output(tuple(results))
+    return build_module(graph, traced, added)
 
 
-def _tapped_graph(traced: Traced, sources: Sequence[fx.Node], pools: Sequence[Pool]) -> fx.GraphModule:
-    """Return the part of the network that `sources` need, with each of them pooled.
+class _HookedBody(nn.Module):
+    """Run a whole network that cannot be traced, and pool what some of its modules give on the way.
 
-    A pool stands right behind its source, so that nothing done in place later on can change what it reads.
+    Each of the `taps` is a module's name, and whether to take what it reads rather than what it returns.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    results: dict[int, fx.Node] = {}
-    for node in nodes_between(None, set(sources)) or ():
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        for index in [index for index, source in enumerate(sources) if source is node]:
-            results[index] = graph.call_module(f"tap_{index}", (copies[node],))
-    graph.output(tuple(results[index] for index in range(len(sources))))
-    return build_module(graph, traced, {f"tap_{index}": pool for index, pool in enumerate(pools)})
+
+    def __init__(self, module: nn.Module, taps: Sequence[tuple[str, bool]], pools: Sequence[Pool]) -> None:
+        super().__init__()
+        self.module = module
+        self.pools = nn.ModuleList(pools)
+        self._taps = list(taps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map normalised images (n, 3, h, w) to features in the order of the taps."""
+        found: dict[int, Tensor] = {}
+
+        def keep(path: str, _module: nn.Module, args: tuple[Tensor, ...], value: Any) -> None:
+            for index, (tapped, reads) in enumerate(self._taps):
+                if tapped == path and index not in found:
+                    found[index] = self.pools[index](args[0] if reads else value)
+
+        with hooked(self.module, {path: partial(keep, path) for path, _ in self._taps}):
+            self.module(x)
+        return tuple(found[index] for index in range(len(self._taps)))

@@ -9,8 +9,9 @@ from torch import fx
 from features_cache import nearest
 from pipeline.backbones.aliases import classifier_input
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.layers import a_few
 from pipeline.backbones.pooling import Layout, layout_of
-from pipeline.backbones.subgraph import cut_nodes, nodes_between
+from pipeline.backbones.subgraph import copy_between, cut_nodes, nodes_between
 from pipeline.backbones.trace import SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
 
@@ -24,25 +25,15 @@ class LayerNode(NamedTuple):
 
 
 def top_input(backbone: Backbone) -> LayerNode:
-    """Return what a new top reads: the layer that the old classifier read.
-
-    Raises
-    ------
-    BackboneError
-        If the network cannot be traced, or its classifier reads no map, tokens or vector.
-    """
-    if backbone.traced.graph is None:
-        raise BackboneError(
-            f"{backbone.handle} cannot be fine-tuned, because its graph cannot be traced; "
-            "fit heads on its features, or use another network"
-        )
+    """Return what a new top reads, the layer that the old classifier read; raises `BackboneError` if there is none."""
     found = _layer_node(classifier_input(backbone.traced))
-    if found is None:
-        raise BackboneError(
-            f"{backbone.handle} cannot be fine-tuned, because its classifier reads no map, tokens or vector; "
-            "use another network"
-        )
-    return found
+    if found is not None:
+        return found
+    untraced = backbone.traced.graph is None
+    why = "its graph cannot be traced" if untraced else "its classifier reads no map, tokens or vector"
+    raise BackboneError(
+        f"{backbone.handle} cannot be fine-tuned, because {why}; fit heads on its features, or use another network"
+    )
 
 
 def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
@@ -66,18 +57,17 @@ def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
 def find_line(backbone: Backbone, name: str) -> LayerNode:
     """Return the node that the thaw line follows when everything up to layer `name` is frozen.
 
-    Raises
-    ------
-    BackboneError
-        If there is no such layer, or paths bypass it; the message says which layers the line can follow.
+    The `BackboneError` for a layer that does not exist, or that paths bypass, says which layers the line can follow.
     """
     possible = possible_lines(backbone)
     if name in possible:
         return possible[name]
     known = name in backbone.traced.shapes
     why = "some paths bypass it" if known else f"there is no such layer{nearest(name, possible)}"
+    named = a_few(list(possible), 12)
+    others = f" and others ({len(possible)} in all)" if len(named) < len(possible) else ""
     raise BackboneError(
-        f"the thaw line of {backbone.handle} cannot follow '{name}': {why}; it can follow {_listed(list(possible))}"
+        f"the thaw line of {backbone.handle} cannot follow '{name}': {why}; it can follow {', '.join(named)}{others}"
     )
 
 
@@ -115,18 +105,6 @@ def _has_weights(traced: Traced, node: fx.Node) -> bool:
 
 
 def _between(traced: Traced, start: fx.Node | None, end: fx.Node) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    if start is not None:
-        copies[start] = graph.placeholder("activations")
-    for node in nodes_between(start, [end]) or ():
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph, copies = copy_between(start, [end])
     graph.output(copies[end])
     return fx.GraphModule(traced.module, graph)  # given the whole module, it keeps the order of the graph
-
-
-def _listed(names: list[str], most: int = 12) -> str:
-    """Return the outermost names, joined; an even choice of them if there are more than `most`."""
-    outer = [name for name in names if name.count(".") <= 1] or names
-    step = -(-len(outer) // most)
-    return ", ".join(outer[::step]) + (f" and others ({len(names)} in all)" if len(outer[::step]) < len(names) else "")

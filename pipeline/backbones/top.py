@@ -1,14 +1,21 @@
-"""The top: the new classifier, linear, with a hidden layer, or with direct connections from the image."""
+"""The top: a new classifier in place of the old one, and saved fine-tuned networks, which end in one, as backbones."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.network_file import TOP_LAYER, load_network
 from pipeline.backbones.pooling import Pool, pooled_dim
-from pipeline.backbones.taps import INPUT_DIM
+from pipeline.backbones.subgraph import build_module, copy_between
+from pipeline.backbones.taps import INPUT_DIM, small_image
 from pipeline.backbones.thaw_line import top_input
+from pipeline.backbones.trace import SHAPE, TENSORS, Traced
+from pipeline.backbones.weights import fill_weights, weights_digest
+from pipeline.errors import BackboneError, ModelFileError
 from pipeline.spec import DEFAULT_POOL
 
 HIDDEN = 256
@@ -17,13 +24,7 @@ _FLOOR = 1e-3
 
 
 class Standardise(nn.Module):
-    """Shift and scale every feature by numbers that training does not change; until they are set, it does nothing.
-
-    Parameters
-    ----------
-    features : int
-        Number of features.
-    """
+    """Shift and scale every feature by numbers that training does not change; until they are set, it does nothing."""
 
     mean: Tensor
     scale: Tensor
@@ -48,32 +49,15 @@ class Standardise(nn.Module):
 class Top(nn.Module):
     """Pool, standardise and classify; the last layer starts at zero, so that all classes are equally likely.
 
-    Parameters
-    ----------
-    pool : torch.nn.Module
-        Maps what the old classifier read to features (n, d).
-    features : int
-        d.
-    layers : torch.nn.Module
-        Maps standardised features to logits.
-    image : int
-        Length of the small image, which a second linear layer reads; 0 for none.
-    classes : int
-        Number of logits.
+    `pool` maps what the old classifier read to `features` numbers, and `layers` maps them to logits once they are
+    standardised. `image` is the length of the small image, which a second linear layer reads; 0 for none.
     """
 
     def __init__(self, pool: nn.Module, features: int, layers: nn.Module, image: int, classes: int) -> None:
         super().__init__()
-        self.pool = pool
-        self.standardise = Standardise(features)
-        self.layers = layers
+        self.pool, self.standardise, self.layers = pool, Standardise(features), layers
         self.standardise_image = Standardise(image) if image else None
         self.direct = _zero(nn.Linear(image, classes, bias=False)) if image else None
-
-    @property
-    def reads_image(self) -> bool:
-        """Whether `forward` needs the small image."""
-        return self.direct is not None
 
     def pooled(self, activations: Tensor) -> Tensor:
         """Map what the classifier read, already pooled (n, d) or not (n, ...), to float32 features (n, d)."""
@@ -88,29 +72,12 @@ class Top(nn.Module):
                 logits = logits + self.direct(self.standardise_image(image))
             return logits
 
-    def set_scales(self, features: Tensor, image: Tensor | None) -> None:
-        """Standardise with the means and variances of these features (n, d) and small images (n, 3072)."""
-        self.standardise.set_from(features)
-        if image is not None and self.standardise_image is not None:
-            self.standardise_image.set_from(image)
-
 
 def new_top(backbone: Backbone, kind: str, classes: int) -> Top:
-    """Return a new top of a kind, to replace the classifier of `backbone`.
+    """Return a new top to replace the classifier of `backbone`, one of `pipeline.options.TOPS`.
 
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded or sketched network.
-    kind : str
-        ``"linear"``, ``"hidden"`` (one hidden layer) or ``"direct"`` (linear, and linear from the small image).
-    classes : int
-        Number of logits.
-
-    Raises
-    ------
-    BackboneError
-        If the network cannot be traced, or its classifier reads no map, tokens or vector.
+    ``hidden`` has one hidden layer; ``direct`` is linear, and linear from the small image. Raises `BackboneError` where
+    `top_input` does.
     """
     read = top_input(backbone)
     pool, features = Pool(DEFAULT_POOL, read.layout), pooled_dim(read.shape, read.layout, DEFAULT_POOL)
@@ -125,3 +92,51 @@ def _zero(layer: nn.Linear) -> nn.Linear:
     for item in layer.parameters():
         nn.init.zeros_(item)
     return layer
+
+
+def tuned_backbone(base: Backbone, path: Path) -> Backbone:
+    """Return the fine-tuned network that a file holds; it takes `base`, whose weights are overwritten.
+
+    Raises `BackboneError` if the file holds another architecture or input size, and `ModelFileError` if it is damaged
+    or the libraries here build another network than those it was made with.
+    """
+    model, tensors = load_network(path)
+    name, preprocessing = model.scores.backbone, model.scores.preprocessing
+    if (name, preprocessing.size) != (base.name, base.preprocessing.size):
+        raise BackboneError(
+            f"{path} holds {name} for {preprocessing.size[0]} pixels, not {base.name} for "
+            f"{base.preprocessing.size[0]}; use {name}@{path}, without a size"
+        )
+    traced = with_top(base, new_top(base, model.top, len(model.classes)), len(model.classes))
+    try:
+        fill_weights(traced.module, {name: torch.from_numpy(item) for name, item in tensors.items()}, path.name)
+    except BackboneError as error:
+        versions = ", ".join(f"{library} {version}" for library, version in model.versions.items())
+        raise ModelFileError(f"{error}; or use the libraries it was made with: {versions}") from error
+    module = traced.module.eval().requires_grad_(False)
+    handle = f"{base.handle.partition('@')[0]}@{path.name}"
+    digest = weights_digest(module.state_dict())
+    backbone = Backbone(base.name, handle, path.name, digest, module, preprocessing, TOP_LAYER)
+    backbone.traced = traced
+    return backbone
+
+
+def with_top(base: Backbone, top: Top, classes: int) -> Traced:
+    """Return the graph of `base` up to what its classifier reads, followed by `top` as the layer `TOP_LAYER`.
+
+    Layers and weights up to there are those of `base`, under the same names.
+    """
+    read = top_input(base).node
+    graph, copies = copy_between(None, [read])
+    images: list[fx.Node] = []
+    if top.direct is not None:
+        pixels = next(node for node in graph.nodes if node.op == "placeholder")
+        with graph.inserting_after(pixels):
+            images.append(graph.call_function(small_image, (pixels,)))
+        images[0].meta |= {SHAPE: (INPUT_DIM,), TENSORS: True}
+    logits = graph.call_module(TOP_LAYER, (copies[read], *images))
+    logits.meta |= {SHAPE: (classes,), TENSORS: True}
+    graph.output(logits)
+    nodes = {name: copies[node] for name, node in base.traced.nodes.items() if node in copies} | {TOP_LAYER: logits}
+    shapes = {name: node.meta[SHAPE] for name, node in nodes.items()}
+    return Traced(build_module(graph, base.traced, {TOP_LAYER: top}), TOP_LAYER, graph, nodes, shapes, None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import NodePathTracer
 
-from pipeline.backbones.hooks import hooked
 from pipeline.errors import BackboneError, first_line
 
 Shape = tuple[int, ...]
@@ -31,21 +31,12 @@ _BATCH = 2
 class Traced:
     """A network and the names that can be tapped in it.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The network itself.
-    classifier : str or None
-        Dotted name of its classifier.
-    graph : torch.fx.Graph or None
-        None where the network cannot be traced; then `nodes` is empty and only modules can be tapped, by hooks.
-    nodes : dict of str to torch.fx.Node
-        By module name (the node is what the module's forward returns, for containers too), and by torchvision's names
-        for functions and repeated calls (``layer1.0.add``, ``layer1.0.relu_1``).
-    shapes : dict of str to tuple of int
-        Shapes without the batch axis, in order of computation; only of values that are one tensor with a row an image.
-    read : tuple of int or None
-        Shape of what the classifier reads; None where the network can be traced, since then its node says so.
+    `nodes` is by module name (the node is what the module's forward returns, for containers too), and by torchvision's
+    names for functions and repeated calls (``layer1.0.add``, ``layer1.0.relu_1``). `shapes` are those of the values
+    that are one tensor with a row an image, without the batch axis, in order of computation.
+
+    Where the network cannot be traced, `graph` is None and `nodes` is empty: only modules can be tapped, by hooks. Then
+    `read` is the shape of what the classifier reads; else the graph says so.
     """
 
     module: nn.Module
@@ -102,23 +93,9 @@ def _shape(value: Any) -> Shape | None:
 
 
 def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name: str) -> Traced:
-    """Trace a network and find the shapes of all values, on tensors without memory where the network allows it.
+    """Trace a network in eval mode and find the shapes of all values, on fake tensors where the network allows it.
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        In eval mode; takes float32 (n, 3, height, width).
-    size : tuple of int
-        Height and width of its input.
-    classifier : str or None
-        Dotted name of its classifier.
-    name : str
-        What to call the network in an error.
-
-    Raises
-    ------
-    BackboneError
-        If the network does not run on images of this size.
+    Raises `BackboneError`, about the network `name`, if it does not run on images of `size` (height, width).
     """
     tracer = _Tracer()
     try:
@@ -137,25 +114,28 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
 def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, int], name: str) -> None:
     """Call `network` on fake tensors, or on real ones where the network looks at values."""
     device = next((item.device for item in module.parameters()), torch.device("cpu"))
-    try:
-        if device.type == "meta":
-            network(torch.empty(_BATCH, 3, *size, device=device))
+    on_real: list[AbstractContextManager[Any]] = [FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode()]
+    for mode in [nullcontext()] if device.type == "meta" else on_real:
+        try:
+            with mode:
+                network(torch.zeros(_BATCH, 3, *size, device=device))
             return
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            network(torch.empty(_BATCH, 3, *size))
-        return
-    except Exception as error:  # anything, as in `trace`; the pass on real tensors decides
-        failed = error
+        except Exception as error:  # anything, as in `trace`; the last pass decides
+            failed = error
+    raise BackboneError(
+        f"{name} does not run on {size[0]}x{size[1]} images ({first_line(failed)}); leave out the size or give another"
+    ) from failed
+
+
+@contextmanager
+def hooked(module: nn.Module, hooks: Mapping[str, Callable[[nn.Module, Any, Any], Any]]) -> Iterator[None]:
+    """Keep forward hooks on the named modules of `module` for the block, and remove them even after an error."""
+    handles = [module.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
     try:
-        if device.type == "meta":
-            raise failed
-        with torch.inference_mode():
-            network(torch.zeros(_BATCH, 3, *size))
-    except Exception as error:
-        raise BackboneError(
-            f"{name} does not run on {size[0]}x{size[1]} images ({first_line(error)}); "
-            "leave out the size or give another"
-        ) from error
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _module_shapes(

@@ -48,20 +48,10 @@ def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> 
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a file of tensors without running code from it.
+    """Read a ``.safetensors``, ``.pth`` or ``.pt`` file of tensors without running code from it.
 
     Tensors inside an entry ``state_dict``, ``model`` or ``model_state_dict`` are found, and a prefix ``module.`` that
-    all names share is removed.
-
-    Parameters
-    ----------
-    path : Path
-        A ``.safetensors``, ``.pth`` or ``.pt`` file.
-
-    Raises
-    ------
-    BackboneError
-        If the file is missing or damaged, or holds something else than tensors.
+    all names share is removed. Raises `BackboneError` if the file is missing, damaged, or holds anything but tensors.
     """
     if not path.is_file():
         raise BackboneError(f"no weights file {path}: expected a {', '.join(SUFFIXES)} file")
@@ -98,11 +88,7 @@ def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     """Copy `state` into `module`; it must hold all tensors of the module in their shapes, and no others.
 
     Two exceptions: auxiliary classifiers that `module` does not have are ignored, and batch counters may be missing.
-
-    Raises
-    ------
-    BackboneError
-        If tensors are missing, unexpected or of another shape; the message names the first few.
+    The `BackboneError` about what does not fit names the first few tensors.
     """
     own = module.state_dict()
     given = {name: item for name, item in state.items() if name in own or not name.startswith(_AUXILIARY)}
@@ -118,6 +104,11 @@ def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         listed = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
         raise BackboneError(f"{source} does not fit the network ({listed}); give the weights of this architecture")
     module.load_state_dict(given, strict=False)
+
+
+def hub_file(url: str) -> Path:
+    """Return where torch hub keeps the weights that it downloads from `url`."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
 def _shortened(names: list[str], count: int = 3) -> str:

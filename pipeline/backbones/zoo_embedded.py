@@ -43,13 +43,7 @@ def _package(name: str) -> str:
 
 
 def weights_file(name: str) -> Path:
-    """Return the packaged weights of `name`, checked against the SHA-256 prefix in the file's name.
-
-    Raises
-    ------
-    BackboneError
-        If the package is not installed, or its file does not match its checksum.
-    """
+    """Return the packaged weights of `name`, checked against the SHA-256 prefix in the file's name."""
     found = find_spec(_package(name))
     if found is None or not found.submodule_search_locations:
         extra = "thawline" if name == names()[0] else "thawline[zoo]"

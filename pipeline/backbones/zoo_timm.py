@@ -8,13 +8,12 @@ from typing import Any
 
 import huggingface_hub
 import timm
-import torch
 from huggingface_hub.utils import get_session
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import nn
 
-from pipeline.backbones.weights import downloading
+from pipeline.backbones.weights import downloading, hub_file
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -49,9 +48,8 @@ def _cached_file(config: PretrainedCfg) -> Path | None:
             found = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file)
             if isinstance(found, str):
                 return Path(found)
-    if isinstance(config.url, str):
-        file_path = Path(torch.hub.get_dir()) / "checkpoints" / config.url.rsplit("/", 1)[-1]
-        return file_path if file_path.is_file() else None
+    if isinstance(config.url, str) and hub_file(config.url).is_file():
+        return hub_file(config.url)
     return None
 
 
@@ -85,10 +83,7 @@ def _sized(name: str, tag: str | None, size: int | None) -> dict[str, Any]:
 def preprocessing(name: str, tag: str | None) -> Preprocessing:
     """Return how the weights `tag` (None for the default) expect images to be prepared.
 
-    Raises
-    ------
-    BackboneError
-        If timm pads images for this network, or its input is not square.
+    Raises `BackboneError` if timm pads images for this network, or its input is not square.
     """
     config = resolve_data_config({}, pretrained_cfg=_config(name, tag).to_dict())
     _, height, width = config["input_size"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from torch import nn
 from torchvision.models import GoogLeNet, Inception3, get_model, get_model_weights, list_models
 
-from pipeline.backbones.weights import downloading
+from pipeline.backbones.weights import downloading, hub_file
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -34,8 +32,7 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the weights `tag` of `name` are in torch hub's local cache."""
-    url: str = get_model_weights(name)[tag].url
-    return (Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]).is_file()
+    return hub_file(get_model_weights(name)[tag].url).is_file()
 
 
 def build(name: str, size: int | None, classes: int | None) -> nn.Module:

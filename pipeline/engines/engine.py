@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -15,25 +15,15 @@ from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import first_line
 
-
-class Running(Protocol):
-    """A batch that is being computed."""
-
-    def arrays(self) -> list[np.ndarray]:
-        """Wait, and return a float32 (k, d) for each layer, in order; call it once."""
+Running = Callable[[], list[np.ndarray]]
+"""A batch that is being computed: call it once to wait for a float32 (k, d) of each layer, in order."""
 
 
 class Engine(Protocol):
     """Runs one tapped network.
 
-    Attributes
-    ----------
-    resolved : Resolved
-        What it really runs on.
-    ahead : int
-        Batches that may be started before the oldest one's arrays are asked for.
-    notes : list of str
-        What the user should know, a sentence each.
+    `resolved` says what it really runs on, and `notes` what the user should know. `ahead` batches may be started before
+    the oldest one's arrays are asked for.
     """
 
     resolved: Resolved
@@ -45,17 +35,9 @@ class Engine(Protocol):
 
 
 def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) -> Engine:
-    """Make a network ready to run.
+    """Return the engine that `resolved` names, for batches of at most `batch_size` images; `network` is not changed.
 
-    Parameters
-    ----------
-    network : TappedNetwork
-        As `pipeline.backbones.taps.tap` returns it; it is not changed.
-    resolved : Resolved
-        As `pipeline.engines.select.resolve` returns it. Where OpenVINO is not installed, or cannot convert the network,
-        torch runs it, and the engine's `notes` say so.
-    batch_size : int
-        Images in the largest batch that will come.
+    Where OpenVINO is not installed, or cannot convert the network, torch runs it, and the engine's `notes` say so.
     """
     keep_freed_memory()
     if resolved.engine != "openvino":
@@ -71,11 +53,11 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
 
 
 def stream(engine: Engine, batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Yield the features of each batch of pixels, in order, as many batches being under way as the engine likes."""
+    """Yield the features of each batch of pixels, in order; `Engine.ahead` batches are computed ahead."""
     running: deque[Running] = deque()
     for pixels in batches:
         running.append(engine.start(pixels))
         if len(running) > engine.ahead:
-            yield running.popleft().arrays()
+            yield running.popleft()()
     while running:
-        yield running.popleft().arrays()
+        yield running.popleft()()

@@ -1,67 +1,141 @@
-"""The OpenVINO engine: the tapped network, pooling and normalisation included, as one compiled model of fixed shape."""
+"""The OpenVINO engine: a tapped network as one compiled model of fixed shape, which the user's cache folder keeps."""
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import openvino
+import torch
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+from platformdirs import user_cache_path
+from torch.export.decomp_utils import CustomDecompTable
 
 from pipeline.backbones.taps import TappedNetwork
-from pipeline.engines.openvino_model import converted
-from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
-
-_HINTS = {"fp32": "f32", "bf16": "bf16"}
+from pipeline.engines.torch_engine import padded
+from pipeline.errors import first_line
+from pipeline.invalidation import stage_key
 
 
 class OpenVinoEngine:
     """Runs one tapped network over batches, several at a time; see `pipeline.engines.engine.Engine`.
 
-    Parameters
-    ----------
-    network : TappedNetwork
-        As `pipeline.backbones.taps.tap` returns it.
-    resolved : Resolved
-        A CPU, fp32 or bf16.
-    batch_size : int
-        The one batch size of the compiled model; smaller batches are filled up.
+    The compiled model has one batch size; smaller batches are filled up.
     """
 
     def __init__(self, network: TappedNetwork, resolved: Resolved, batch_size: int) -> None:
-        self.resolved = resolved
-        self._batch_size = batch_size
-        self._dims = list(network.dims.values())
-        hints = {"INFERENCE_PRECISION_HINT": _HINTS[resolved.precision], "PERFORMANCE_HINT": "THROUGHPUT"}
+        self.resolved, self._batch_size, self._dims = resolved, batch_size, list(network.dims.values())
+        precision = "f32" if resolved.precision == "fp32" else resolved.precision
+        hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"}
         source, self.notes = converted(network, batch_size)
-        model = openvino.Core().compile_model(source, "CPU", hints)
-        best = int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-        self._model = model
+        self._model = openvino.Core().compile_model(source, "CPU", hints)
         self._free: list[openvino.InferRequest] = []
-        self.ahead = best  # and one more, so that none waits for the host between two batches
+        # one more batch than that is under way, so that no request waits for the host between two batches
+        self.ahead = int(self._model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
 
-    def start(self, pixels: np.ndarray) -> _Running:
+    def start(self, pixels: np.ndarray) -> Callable[[], list[np.ndarray]]:
         """Begin with uint8 (k, h, w, 3)."""
-        if not len(pixels):
-            return _Running(None, 0, self)
+        images = len(pixels)
+        if not images:
+            return lambda: [np.empty((0, dim), np.float32) for dim in self._dims]
         request = self._free.pop() if self._free else self._model.create_infer_request()
         request.start_async({0: padded(pixels, self._batch_size)}, share_inputs=True)
-        return _Running(request, len(pixels), self)
 
-    def finish(self, request: openvino.InferRequest | None, count: int) -> list[np.ndarray]:
-        """Wait for a request, and give it free."""
-        if request is None:
-            return [np.empty((0, dim), np.float32) for dim in self._dims]
-        request.wait()
-        arrays = [np.array(request.get_output_tensor(place).data[:count]) for place in range(len(self._dims))]
-        self._free.append(request)
+        def arrays() -> list[np.ndarray]:
+            request.wait()
+            outputs = [np.array(request.get_output_tensor(index).data[:images]) for index in range(len(self._dims))]
+            self._free.append(request)
+            return outputs
+
         return arrays
 
 
-class _Running:
-    """A batch in an infer request (None for an empty one)."""
+_DIGEST = "digest"
+KEPT = 16
+"""Converted models that stay in the cache folder; the ones that were not used for longest go."""
 
-    def __init__(self, request: openvino.InferRequest | None, count: int, engine: OpenVinoEngine) -> None:
-        self._request, self._count, self._engine = request, count, engine
 
-    def arrays(self) -> list[np.ndarray]:
-        """Return what the engine's protocol says."""
-        return self._engine.finish(self._request, self._count)
+def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, list[str]]:
+    """Return the model that maps uint8 (batch_size, h, w, 3) to what `network` gives, and notes for the user.
+
+    torch's export and OpenVINO's frontend may raise anything for a network that they do not understand.
+    """
+    key = stage_key("converted model", network=network.identity, batch_size=batch_size)
+    path = user_cache_path("thawline") / "openvino" / key
+    notes: list[str] = []
+    model = _kept(path)
+    if model is None:
+        model = convert(network, batch_size)
+        try:
+            _keep(model, path)
+        except (OSError, RuntimeError) as error:
+            notes.append(
+                f"the converted {network.name} cannot be kept, so the next run converts it again: {first_line(error)}"
+            )
+    return model, notes
+
+
+def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
+    """Return the model, converted afresh.
+
+    The decoder and the frontend are called one by one, since ``openvino.convert_model`` around them reports its use.
+    """
+    example = torch.zeros((batch_size, *network.size, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        program = torch.export.export(network, (example,), strict=False)
+    table = CustomDecompTable()
+    for operation in ops_to_not_decompose():
+        if operation in table:
+            table.pop(operation)
+    decoder = TorchFXPythonDecoder(program.run_decompositions(table).module(), dynamic_shapes=False)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    return frontend.convert(frontend.load(decoder))
+
+
+def _kept(path: Path) -> openvino.Model | None:
+    """Return the model that is kept at `path`; None where there is none, or not the one that was saved."""
+    try:
+        if (path / _DIGEST).read_text() != _digest(path):
+            return None
+        path.touch()
+        return openvino.Core().read_model(path / "model.xml")
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
+def _keep(model: openvino.Model, path: Path) -> None:
+    """Save under another name and rename: whoever reads or converts the same model meanwhile loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as name:
+        draft = Path(name) / "model"
+        openvino.save_model(model, draft / "model.xml", compress_to_fp16=False)
+        (draft / _DIGEST).write_text(_digest(draft))
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            draft.rename(path)
+        except OSError:
+            if not path.exists():  # else someone else has just put it there
+                raise
+    models = sorted((path for path in path.parent.iterdir() if not path.name.startswith(".")), key=_last_used)
+    for old in models[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)  # someone else may clear up, too
+
+
+def _digest(path: Path) -> str:
+    """Return the digests of both files: a damaged model would compute other features without a word."""
+    digests = []
+    for name in ("model.xml", "model.bin"):
+        with (path / name).open("rb") as file:
+            digests.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return "\n".join(digests)
+
+
+def _last_used(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0

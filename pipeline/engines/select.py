@@ -19,17 +19,7 @@ yet."""
 
 @dataclass(frozen=True)
 class Resolved:
-    """How features are computed; nothing here is ``auto`` any more.
-
-    Parameters
-    ----------
-    engine : str
-        One of `pipeline.spec.ENGINES`.
-    device : str
-        ``"cpu"``, ``"cuda"`` or ``"cuda:INDEX"``.
-    precision : str
-        ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-    """
+    """How features are computed: no part is ``auto``, and `device` is ``cpu``, ``cuda`` or ``cuda:INDEX``."""
 
     engine: str
     device: str
@@ -47,31 +37,15 @@ class Resolved:
 
 
 def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto") -> Resolved:
-    """Choose what is ``auto`` and check what is not.
+    """Choose what is ``auto``, and raise `EngineError` for what this machine does not have.
 
-    Parameters
-    ----------
-    engine : str, default "auto"
-        ``"openvino"`` (CPUs only), ``"torch"``, ``"compile"`` (torch, compiled first, which takes a while), or
-        ``"auto"``: OpenVINO on a CPU (torch, with a note, where it is not installed), torch on CUDA.
-    device : str, default "auto"
-        ``"cpu"``, ``"cuda"``, ``"cuda:INDEX"`` or ``"auto"``: CUDA where there is a device.
-    precision : str, default "auto"
-        One of `pipeline.spec.PRECISIONS`; ``"auto"`` is bf16 where the hardware computes it, else fp32.
-
-    Raises
-    ------
-    EngineError
-        If this machine does not have it.
+    The engine ``auto`` is OpenVINO on a CPU (torch, with a note, where it is not installed) and torch on CUDA. The
+    device ``auto`` is CUDA where there is a device. The precision ``auto`` is bf16 where the hardware computes it, else
+    fp32.
     """
-    if engine not in ENGINES:
-        expected = ", ".join(ENGINES)
-        raise EngineError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; expected one of {expected}")
-    if precision not in PRECISIONS:
-        expected = ", ".join(PRECISIONS)
-        raise EngineError(
-            f"unknown precision '{precision}'{nearest(precision, PRECISIONS)}; expected one of {expected}"
-        )
+    for kind, value, known in (("engine", engine, ENGINES), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise EngineError(f"unknown {kind} '{value}'{nearest(value, known)}; expected one of {', '.join(known)}")
     found = find_device(device)
     if precision == "auto":
         precision = "bf16" if has_bf16(found) else "fp32"
@@ -87,15 +61,10 @@ def resolve(engine: str = "auto", device: str = "auto", precision: str = "auto")
 
 
 def find_device(device: str) -> str:
-    """Return the device that is meant: ``auto`` is CUDA where there is one.
+    """Return the device that is meant, or raise `EngineError`: ``auto`` is CUDA where there is one.
 
     ``cuda`` is the first device that this process sees, and ``cuda:INDEX`` counts among those: with
     ``CUDA_VISIBLE_DEVICES=3`` there is ``cuda:0`` alone.
-
-    Raises
-    ------
-    EngineError
-        If it is unknown, or not here.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

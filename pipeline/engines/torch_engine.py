@@ -4,47 +4,48 @@ from __future__ import annotations
 
 import copy
 import traceback
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pipeline.backbones.taps import TappedNetwork
-from pipeline.engines.float32 import exact_float32
-from pipeline.engines.fold import folded
-from pipeline.engines.padding import padded
 from pipeline.engines.select import Resolved
 from pipeline.errors import EngineError, first_line
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class _Running(NamedTuple):
-    """Parts of a batch; the features of a part have reached the host when its event has happened."""
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """Compute float32 convolutions in float32; by default cuDNN rounds their inputs to TF32, to 10 bits of mantissa.
 
-    parts: list[tuple[list[Tensor], torch.cuda.Event | None]]
-    images: int
+    Matrix products are exact unless the caller has set torch otherwise.
+    """
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at import
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
-    def arrays(self) -> list[np.ndarray]:
-        for _, done in self.parts:
-            if done is not None:
-                done.synchronize()
-        layers = zip(*(features for features, _ in self.parts), strict=True)
-        return [np.concatenate([item.numpy() for item in layer])[: self.images] for layer in layers]
+
+def padded(pixels: np.ndarray, batch_size: int) -> np.ndarray:
+    """Return `batch_size` images, the last ones black, for what is compiled for a fixed shape."""
+    missing = batch_size - len(pixels)
+    return np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else pixels
 
 
 class TorchEngine:
     """Runs one tapped network over batches; see `pipeline.engines.engine.Engine`.
 
-    Parameters
-    ----------
-    network : TappedNetwork
-        As `pipeline.backbones.taps.tap` returns it; it is not changed.
-    resolved : Resolved
-        Engine, device and precision. With the engine ``"compile"``, the first batch waits for the compiler.
-    batch_size : int
-        Images in the largest batch. A GPU without memory for it gets smaller ones from then on.
+    With the engine ``"compile"``, the first batch waits for the compiler. A GPU without memory for `batch_size` images
+    gets smaller batches from then on.
     """
 
     def __init__(self, network: TappedNetwork, resolved: Resolved, batch_size: int) -> None:
@@ -59,12 +60,12 @@ class TorchEngine:
         self._network = own.eval().to(memory_format=torch.channels_last).to(resolved.device)
         self._call = torch.compile(self._network, dynamic=False) if resolved.engine == "compile" else self._network
 
-    def start(self, pixels: np.ndarray) -> _Running:
+    def start(self, pixels: np.ndarray) -> Callable[[], list[np.ndarray]]:
         """Begin with uint8 (k, h, w, 3); on a CPU, compute them."""
         if not len(pixels):
-            return _Running([([torch.empty(0, dim) for dim in self._dims], None)], 0)
-        parts = []
-        started = 0
+            return lambda: [np.empty((0, dim), np.float32) for dim in self._dims]
+        parts: list[tuple[list[Tensor], torch.cuda.Event | None]] = []
+        started, images = 0, len(pixels)
         while started < len(pixels):
             part = pixels[started : started + self._limit]
             try:
@@ -72,13 +73,21 @@ class TorchEngine:
                 started += len(part)
             except torch.OutOfMemoryError as error:
                 self._halve(len(part), error)
-        return _Running(parts, len(pixels))
+
+        def arrays() -> list[np.ndarray]:
+            for _, done in parts:
+                if done is not None:
+                    done.synchronize()
+            layers = zip(*(features for features, _ in parts), strict=True)
+            return [np.concatenate([item.numpy() for item in layer])[:images] for layer in layers]
+
+        return arrays
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Map uint8 (k, h, w, 3) on the device to a float32 (k, d) for each layer there, without waiting for it."""
         kind, dtype = self.resolved.device_kind, _DTYPES.get(self.resolved.precision)
         autocast = torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None)
-        with torch.inference_mode(), autocast, exact_float32():
+        with torch.inference_mode(), autocast, _exact_float32():
             if self.resolved.engine != "compile":
                 return list(self._call(images))
             try:
@@ -115,3 +124,33 @@ class TorchEngine:
         self.notes.append(f"batches of {count} images do not fit into {device}: {self._limit} from then on")
         traceback.clear_frames(error.__traceback__)  # they hold the activations of the batch that failed
         torch.cuda.empty_cache()
+
+
+def folded(body: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of `body` in which every batch norm that alone reads a convolution has become part of it.
+
+    `body` and its modules stay as they are. timm's batch norms with an activation leave the activation behind.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    fused = fx.GraphModule(body, graph)
+    modules = dict(fused.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        source = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        norm, convolution = modules[str(node.target)], modules[str(source.target)]
+        once = calls[node.target] == calls[source.target] == 1
+        if once and isinstance(convolution, nn.Conv2d) and _is_plain(norm):
+            fused.set_submodule(str(source.target), fuse_conv_bn_eval(convolution, norm))
+            fused.set_submodule(str(node.target), getattr(norm, "act", nn.Identity()))
+    fused.recompile()
+    return fused
+
+
+def _is_plain(norm: nn.Module) -> bool:
+    """Tell whether `norm` is a batch norm over fixed statistics, with nothing after it but perhaps an activation."""
+    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
+        return False
+    return isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity)

@@ -108,7 +108,7 @@ class CacheFiller:
     def _collect(self) -> None:
         began = time.perf_counter()
         images, running = self._running.popleft()
-        arrays = running.arrays()
+        arrays = running()
         self._clock.spend("model", began)
         began = time.perf_counter()
         computed = [image for image in images if image.pixels is not None]

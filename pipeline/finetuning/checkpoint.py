@@ -20,13 +20,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Return the state that was written to `path`, with tensors on the CPU, or None if there is no file.
-
-    Raises
-    ------
-    CacheError
-        If the file is damaged.
-    """
+    """Return the state that was written to `path`, or None if there is no file; a damaged file is a `CacheError`."""
     if not path.exists():
         return None
     try:

@@ -1,9 +1,9 @@
-"""What the runs of a call train on: the loaded backbone, the labelled rows, and where their inputs come from."""
+"""What the runs of a call have in common: the options, the backbone, the labelled rows, and where inputs come from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,61 @@ from pipeline.evaluation.rows import Table, select
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.extract import extract
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
-from pipeline.finetuning.inputs import CachedActivations, CachedViews, DecodedImages, InputReader
+from pipeline.finetuning.inputs import CachedActivations, DecodedImages, Files, InputReader
 from pipeline.finetuning.network import ALL, line_of
-from pipeline.finetuning.setup import TrainingSetup
+from pipeline.finetuning.recipe import Recipe
 from pipeline.images.sources.registry import open_source
+from pipeline.results import ExtractResult, Progress
 from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
 
 FLAT = "flatten"
+FOLDER = "finetune"
+"""Folder inside the cache folder, for checkpoints and for cache files that only training reads. Other readers of the
+cache folder do not look into it."""
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """The arguments of `pipeline.finetune.finetune` that are the same for all seeds and shots.
+
+    `extracted` collects the results of each call of `pipeline.extract.extract`.
+    """
+
+    source: str | Path
+    backbone: str
+    freeze: str
+    recipe: Recipe
+    init: str
+    head_first: bool
+    watch: bool
+    output: Path
+    precision: str
+    store: str
+    size: int | None
+    engine: str
+    device: str
+    workers: int | None
+    progress: Progress
+    say: Callable[[str], None]
+    extracted: list[list[ExtractResult]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """For checkpoints, and for cache files that only training reads."""
+        return self.output / FOLDER
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the new top and of the layers next to it."""
+        return self.recipe.rate(new_only=self.freeze == "all" or self.init == "random")
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """A loaded backbone, and the rows that it is trained and tested on.
+    """A loaded backbone, and the labelled rows that it is trained and tested on.
 
-    Parameters
-    ----------
-    backbone : Backbone
-    resolved : Resolved
-        Device and precision.
-    table : Table
-        Labelled rows that could be read.
-    reader : InputReader
-        Gives the network's inputs.
-    features : InputReader or None
-        Gives the new top's inputs, if the top is trained first.
-    trunk_precision : str
-        Precision in which the trunk computes, or computed the cached activations.
+    `reader` gives the network's inputs, and `features` those of the new top if it is trained first. `trunk_precision`
+    is the precision in which the trunk computes, or computed the cached activations.
     """
 
     backbone: Backbone
@@ -61,16 +90,7 @@ class TrainingData:
 def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -> TrainingData:
     """Load the backbone, and extract what stays the same during training.
 
-    Parameters
-    ----------
-    setup : TrainingSetup
-    draws : sequence of (int, int or str)
-        Seeds and shots of the runs to come; views are extracted of the images that train in any of them.
-
-    Raises
-    ------
-    ThawlineError
-        Whatever loading and extraction raise, and, if views are asked for, splitting.
+    `draws` are the seeds and shots of the runs to come; views are extracted of the images that train in any of them.
     """
     recipe = setup.recipe
     resolved = resolve(setup.engine, setup.device, setup.precision)
@@ -80,21 +100,19 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
     image = _extract_plain(setup, INPUT) if recipe.top == "direct" and (cached or setup.head_first) else None
     features = _extract_plain(setup, PENULTIMATE) if setup.head_first else None
-    top_reader = None if features is None else CachedActivations(features, PENULTIMATE, pooled, image)
+    top_reader = None if features is None else CachedActivations(PENULTIMATE, pooled, (features, image))
     if line is None or not cached:
         listing = features or image or _extract_plain(setup, INPUT)
         images = DecodedImages(open_source(setup.source), backbone.preprocessing, recipe.augment, setup.workers)
         return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
-    if setup.freeze == ALL:
-        layer, pool, place, dim = PENULTIMATE, DEFAULT_POOL, pooled, pooled_dim(read.shape, read.layout, DEFAULT_POOL)
-    else:
-        layer, pool, place, dim = setup.freeze, FLAT, line, int(np.prod(line.shape))
+    layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, FLAT)
     if setup.freeze != ALL or recipe.views is not None:
+        dim = pooled_dim(line.shape, line.layout, pool)
         _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
     file = _extract_plain(setup, layer, pool)
     table = _table([one for one in (file, features, image) if one is not None])
-    plain = CachedActivations(file, layer, place, image)
-    reader = plain if recipe.views is None else CachedViews(plain, _extract_views(setup, draws, table, plain))
+    views = () if recipe.views is None else _extract_views(setup, draws, table, layer, (file, image))
+    reader = CachedActivations(layer, pooled if setup.freeze == ALL else line, (file, image), views)
     return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
 
 
@@ -111,8 +129,8 @@ def _extract_plain(setup: TrainingSetup, layer: str, pool: str = DEFAULT_POOL) -
 
 
 def _extract_views(
-    setup: TrainingSetup, draws: Sequence[tuple[int, int | str]], table: Table, plain: CachedActivations
-) -> list[CachedActivations]:
+    setup: TrainingSetup, draws: Sequence[tuple[int, int | str]], table: Table, layer: str, plain: Files
+) -> list[Files]:
     """Return the augmented views of `plain`, extracted for all images that train in any of the `draws`."""
     training = [splits_of(table, seed, shots).train for seed, shots in draws]
     index = np.unique(np.concatenate(training))
@@ -126,10 +144,9 @@ def _extract_views(
             _require_rows(view, file, rows)
         return sorted(found, key=lambda view: view.layers[layer].spec["preprocessing"]["view"])
 
-    files = views(plain.file, plain.layer)
-    images = [None] * len(files) if plain.image is None else views(plain.image, INPUT)
-    pairs = zip(files, images, strict=True)
-    return [CachedActivations(file, plain.layer, plain.place, image) for file, image in pairs]
+    file, image = plain
+    files = views(file, layer)
+    return list(zip(files, [None] * len(files) if image is None else views(image, INPUT), strict=True))
 
 
 def _extract(

@@ -21,12 +21,8 @@ def depth_groups(network: ThawedNetwork) -> dict[str, list[str]]:
     """Group the thawed parameters by depth, from the line upwards.
 
     A group is a block: a child of a sequence of blocks (``blocks.5``, ``layer4.1``), or an outermost module. A module
-    without a convolution or a linear layer, such as a norm, belongs to the group before it.
-
-    Returns
-    -------
-    dict of str to list of str
-        Names of parameters by group. A group has the name of its first module; the last group is the new top.
+    without a convolution or a linear layer, such as a norm, belongs to the group before it. The result has the names of
+    parameters by group. A group has the name of its first module; the last group is the new top.
     """
     modules = dict(network.body.named_modules())
     groups: dict[str, list[str]] = {}
@@ -54,22 +50,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the optimizer's parameter groups; timm's schedulers read their ``lr_scale``.
 
-    Parameters
-    ----------
-    network : ThawedNetwork
-    rate : float
-        Learning rate of the new top.
-    layer_decay : float
-        Factor from one group of layers to the one below it.
-    rates_at : sequence of (str, float)
-        Layers with a learning rate of their own instead of what the decay gives; the last that matches counts.
-    weight_decay : float
-        Not applied to biases and norms.
-
-    Raises
-    ------
-    FitError
-        If a layer of `rates_at` is frozen or does not exist.
+    The new top learns at `rate`, and each group of layers `layer_decay` times as fast as the one above it; `rates_at`
+    gives layers rates of their own, of which the last that matches counts. Biases and norms get no weight decay. Raises
+    `FitError` if a layer of `rates_at` is frozen or does not exist.
     """
     parameters = dict(network.named_parameters())
     groups = depth_groups(network)
@@ -77,7 +60,7 @@ def parameter_groups(
     depths = {name: depth for depth, members in enumerate(reversed(groups.values())) for name in members}
     scales = {name: layer_decay ** depths[name] for name in names}
     for layer, own_rate in rates_at:
-        inside = [name for name in names if _is_inside(layer_name(name), layer)]
+        inside = [name for name in names if f"{layer_name(name)}.".startswith(f"{layer}.")]
         if not inside:
             raise FitError(
                 f"there is no thawed layer '{layer}' to give a learning rate to{nearest(layer, groups)}; "
@@ -97,7 +80,3 @@ def parameter_groups(
 def check_rates(backbone: Backbone, freeze: str, rates_at: Sequence[tuple[str, float]]) -> None:
     """Raise `FitError` unless every layer of `rates_at` is thawed; a backbone without weights is enough."""
     parameter_groups(ThawedNetwork(backbone, freeze, TOPS[0], 2), 1.0, 1.0, rates_at, 0.0)
-
-
-def _is_inside(layer: str, outer: str) -> bool:
-    return layer == outer or layer.startswith(f"{outer}.")

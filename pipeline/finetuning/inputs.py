@@ -15,6 +15,7 @@ from pipeline.arrays import Float32Array, IntArray
 from pipeline.backbones.layers import INPUT
 from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.ahead import map_ahead
 from pipeline.images.loader import default_workers
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource
@@ -22,9 +23,10 @@ from pipeline.spec import Preprocessing
 
 Inputs = tuple[Tensor, ...]
 """The arguments of `ThawedNetwork.forward`: pixels, or activations and, for a ``direct`` top, the small image."""
+Files = tuple[CacheFile, CacheFile | None]
 _SAMPLE_BATCH = 32
 _KEPT_BYTES = 1 << 30
-"""Plain images are decoded once and kept in memory, as many as fit into this."""
+"""As many plain images are kept in memory as fit into this."""
 
 
 class InputReader(Protocol):
@@ -35,78 +37,45 @@ class InputReader(Protocol):
 
 
 class CachedActivations:
-    """Activations at the thaw line, read from the cache's memory map; there are no views.
+    """Activations at the thaw line, read from the cache's memory map.
 
-    Parameters
-    ----------
-    file : CacheFile
-        Holds the layer.
-    layer : str
-    place : Place
-        Shape and layout of the layer's activations.
-    image : CacheFile or None
-        Holds the small image (``input``) of the same rows, if the top reads it.
+    `line` has the shape and layout of the layer's activations. Augmented views are used in turn, so that training shows
+    all of them equally often.
     """
 
-    def __init__(self, file: CacheFile, layer: str, place: LayerNode, image: CacheFile | None) -> None:
-        self.file, self.layer, self.place, self.image = file, layer, place, image
-
-    def read(self, rows: IntArray, view: int | None = None) -> Inputs:
-        """Return float32 activations (k, ...) in the line's shape, and the small images (k, 3072) if there are any."""
-        activations = unflattened(_features(self.file, self.layer, rows), self.place)
-        if self.image is None:
-            return (activations,)
-        return activations, torch.from_numpy(_features(self.image, INPUT, rows))
-
-
-class CachedViews:
-    """Activations of plain images and of a few augmented views of them.
-
-    Parameters
-    ----------
-    plain : CachedActivations
-    views : sequence of CachedActivations
-        Used in turn, so that training shows all of them equally often.
-    """
-
-    def __init__(self, plain: CachedActivations, views: Sequence[CachedActivations]) -> None:
-        self.plain, self.views = plain, views
+    def __init__(self, layer: str, line: LayerNode, plain: Files, views: Sequence[Files] = ()) -> None:
+        self.layer, self.line, self.plain, self.views = layer, line, plain, views
 
     def read(self, rows: IntArray, view: int | None) -> Inputs:
-        """Return the activations of the plain images, or of view number `view` modulo the number of views."""
-        return (self.plain if view is None else self.views[view % len(self.views)]).read(rows)
+        """Return float32 activations (k, ...) in the line's shape, and the small images (k, 3072) if there are any."""
+        file, image = self.plain if view is None else self.views[view % len(self.views)]
+        activations = unflattened(_features(file, self.layer, rows), self.line)
+        return (activations,) if image is None else (activations, torch.from_numpy(_features(image, INPUT, rows)))
 
 
 def _features(file: CacheFile, layer: str, rows: IntArray) -> Float32Array:
     return file.matrix(layer)[rows].astype(np.float32, copy=False)
 
 
-def unflattened(flat: Float32Array, place: LayerNode) -> Tensor:
+def unflattened(flat: Float32Array, line: LayerNode) -> Tensor:
     """Undo the pooling ``flatten``: (k, d) to (k, *shape), maps channels-last in memory.
 
     This is all numpy: torch would start OpenMP threads for the thread that reads ahead, and slow down the training.
     """
-    if place.layout == "vector":
+    if line.layout == "vector":
         return torch.from_numpy(flat)
-    if place.layout == "map_last":
-        height, width, channels = place.shape
+    if line.layout == "map_last":
+        height, width, channels = line.shape
         return torch.from_numpy(flat.reshape(-1, channels, height, width).transpose(0, 2, 3, 1))
-    maps = np.ascontiguousarray(flat.reshape(-1, *place.shape).transpose(0, 2, 3, 1))
+    maps = np.ascontiguousarray(flat.reshape(-1, *line.shape).transpose(0, 2, 3, 1))
     return torch.from_numpy(maps.transpose(0, 3, 1, 2))
 
 
 class DecodedImages:
-    """Pixels of the source's images; every view is decoded anew.
+    """Pixels of the source's images, decoded by `workers` threads (by default one for each core).
 
-    Parameters
-    ----------
-    source : ImageSource
-    preprocessing : Preprocessing
-        Of plain images.
-    augment : str
-        How views differ from the plain image, see `pipeline.images.augment`.
-    workers : int, optional
-        Decoding threads; by default one for each core.
+    `preprocessing` is that of plain images, `augment` (see `pipeline.images.augment`) how views differ from them. Plain
+    images are decoded once, as far as memory for them goes; every view is decoded anew.
     """
 
     def __init__(
@@ -119,13 +88,7 @@ class DecodedImages:
         self._most_kept = _KEPT_BYTES // (height * width * 3)
 
     def read(self, rows: IntArray, view: int | None) -> Inputs:
-        """Return uint8 pixels (k, h, w, 3).
-
-        Raises
-        ------
-        SourceError
-            If an image that was readable during extraction is not any more.
-        """
+        """Return uint8 pixels (k, h, w, 3); raises `SourceError` if an image is not readable any more."""
         if view is None:
             pixels = self._pool.map(self._plain, rows.tolist())
         else:
@@ -150,19 +113,10 @@ class DecodedImages:
 
 
 class Subset:
-    """The rows of one split, with their labels, read in batches.
+    """The rows of one split, with their labels (n,), read in batches.
 
-    Parameters
-    ----------
-    reader : InputReader
-    rows, labels : (n,) int64
-        Row numbers in the reader, and class numbers.
-    batch_size : int
-        See `batch_count`.
-    seed : int or None
-        Shuffles every epoch in its own way; None keeps the order.
-    augmented : bool
-        Whether each epoch reads another view instead of the plain images.
+    `rows` (n,) are numbers of rows in the reader. A `seed` shuffles every epoch in its own way. If `augmented`, each
+    epoch reads another view instead of the plain images.
     """
 
     def __init__(
@@ -178,30 +132,22 @@ class Subset:
         self.reader, self.rows, self.labels, self.seed, self.augmented = reader, rows, labels, seed, augmented
         self.n_batches = batch_count(len(rows), batch_size)
 
-    @property
-    def smallest_batch(self) -> int:
-        """Rows of the smallest batch."""
-        return len(self.rows) // self.n_batches
-
     def sample(self, most: int) -> Subset:
         """Return at most `most` of these rows, evenly spaced, plain and in order."""
         chosen = np.linspace(0, len(self.rows) - 1, min(most, len(self.rows))).astype(np.int64)
         return Subset(self.reader, self.rows[chosen], self.labels[chosen], _SAMPLE_BATCH)
 
     def batches(self, epoch: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
-        """Yield inputs and labels (k,) of each batch of an epoch, counted from 0, while the next batch is read."""
+        """Return the inputs and labels (k,) of each batch of an epoch, counted from 0; the next batch is read ahead."""
         order = np.arange(len(self.rows))
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         view = (self.seed or 0) * 100_000 + epoch if self.augmented else None
-        batches = np.array_split(order, self.n_batches)
-        with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(self.reader.read, self.rows[batches[0]], view)
-            for batch, following in zip(batches, [*batches[1:], None], strict=True):
-                inputs = coming.result()
-                if following is not None:
-                    coming = thread.submit(self.reader.read, self.rows[following], view)
-                yield inputs, torch.from_numpy(self.labels[batch])
+
+        def read(batch: IntArray) -> tuple[Inputs, Tensor]:
+            return self.reader.read(self.rows[batch], view), torch.from_numpy(self.labels[batch])
+
+        return map_ahead(read, np.array_split(order, self.n_batches), threads=1, depth=1)
 
 
 def batch_count(rows: int, batch_size: int) -> int:

@@ -18,17 +18,16 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from features_cache import CacheError, ThawlineError
 from pipeline.arrays import Float64Array, IntArray
-from pipeline.backbones.hooks import hooked
+from pipeline.backbones.trace import hooked
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.errors import FitError
 from pipeline.finetuning.checkpoint import read_checkpoint, write_checkpoint
 from pipeline.finetuning.groups import parameter_groups
-from pipeline.finetuning.health import judge
 from pipeline.finetuning.inputs import Inputs, Subset
 from pipeline.finetuning.network import ThawedNetwork, layer_name
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.schedule import Schedule
-from pipeline.finetuning.watch import GradientWatch
+from pipeline.finetuning.watch import GradientWatch, judge
 from pipeline.results import Progress
 
 MOMENTUM = 0.9
@@ -48,20 +47,10 @@ class DivergedError(ThawlineError):
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """The outcome of `train`; the best weights are in the network.
+    """The outcome of `train`; the network has the weights of the best epoch, counted from 1.
 
-    Parameters
-    ----------
-    history : list of dict
-        One `Epoch` for each epoch.
-    best_epoch : int
-        The epoch whose weights were kept, from 1.
-    diverged : bool
-        Whether training ended because the loss was not finite.
-    resumed_seconds : float
-        Seconds that the epochs took that came from a checkpoint.
-    notes : list of str
-        What a user should know, a sentence each.
+    `diverged` says that training ended because the loss was not finite. `resumed_seconds` are those of the epochs that
+    came from a checkpoint.
     """
 
     history: list[Epoch]
@@ -69,11 +58,6 @@ class Trained:
     diverged: bool
     resumed_seconds: float
     notes: list[str]
-
-    @property
-    def valid_accuracy(self) -> float | None:
-        """Validation accuracy at the best epoch; None without validation images."""
-        return self.history[self.best_epoch - 1].get("valid_acc")
 
 
 def train(
@@ -91,42 +75,19 @@ def train(
     *,
     watch: bool = False,
 ) -> Trained:
-    """Train what is thawed; go on from `checkpoint` if the file exists.
+    """Train what is thawed, and leave `network` with its best weights; go on from `checkpoint` if the file exists.
 
-    Parameters
-    ----------
-    network : ThawedNetwork
-        Ends with its best weights.
-    recipe : Recipe
-    rate : float
-        Learning rate of the new top.
-    rows : Subset
-        Training rows.
-    val : Subset or None
-        Validation rows. Without any there is no early stopping, and the last weights are the best.
-    n_classes : int
-    checkpoint : Path
-        Written while training and at its end.
-    seed : int
-        Draws dropout.
-    device : str
-    progress : callable
-        ``progress(steps done, steps in all, name, latest losses)``.
-    name : str
-        What progress and notes call this run.
-    watch : bool, default False
-        Whether to record gradients and judge them.
-
-    Raises
-    ------
-    FitError
-        If the loss is not finite before the first epoch is over, or a batch norm would get batches of one image.
-    CacheError
-        If the checkpoint is damaged.
+    `rate` is that of the new top, and `seed` draws dropout. Without `val` there is no early stopping, and the last
+    weights are the best. `name` is what progress and notes call this run. With `watch`, gradients are recorded and
+    judged. Raises `FitError` if the loss is not finite before the first epoch is over.
     """
     keep_freed_memory()
-    if rows.smallest_batch == 1:
-        _refuse_batches_of_one(network)
+    norms = [name for name, part in network.body.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    if norms and len(rows.rows) // rows.n_batches == 1:
+        raise FitError(
+            f"batch norms, such as {norms[0]}, cannot learn from batches of one image; use a batch size of 2 or more, "
+            "or freeze everything"
+        )
     trainer = _Trainer(network, recipe, rate, rows, val, n_classes, seed, device, watch=watch)
     trainer.restore(read_checkpoint(checkpoint))
     resumed_seconds = sum(epoch["seconds"] for epoch in trainer.history)
@@ -136,14 +97,6 @@ def train(
     def tell(epoch: int, step: int) -> None:
         done = (epoch - 1) * rows.n_batches + step
         progress(done, total, name, _progress_text(epoch, recipe.epochs, trainer.history))
-
-    def save() -> None:
-        try:
-            write_checkpoint(checkpoint, trainer.state())
-        except CacheError as error:  # training goes on: only a kill would lose something
-            note = f"training went on without a checkpoint: {error}"
-            if note not in notes:
-                notes.append(note)
 
     saved_at = time.monotonic()
     while not trainer.finished:
@@ -156,29 +109,22 @@ def train(
             notes.append(f"{error}: the weights of epoch {trainer.best_epoch} are kept; {advice}")
             trainer.diverged = trainer.finished = True
         if trainer.finished or time.monotonic() - saved_at >= SAVE_EVERY_S:
-            save()
+            try:
+                write_checkpoint(checkpoint, trainer.state())
+            except CacheError as error:  # training goes on: only a kill would lose something
+                notes.append(f"training went on without a checkpoint: {error}")
             saved_at = time.monotonic()
     network.load_thawed(trainer.best or {})
     progress(total, total, name, _progress_text(len(trainer.history), recipe.epochs, trainer.history))
     if watch:
         notes += [f"{name}: {warning}" for warning in judge(trainer.history)]
-    return Trained(trainer.history, trainer.best_epoch, trainer.diverged, resumed_seconds, notes)
+    return Trained(trainer.history, trainer.best_epoch, trainer.diverged, resumed_seconds, list(dict.fromkeys(notes)))
 
 
 class _Trainer:
     """A network in training, and all that a checkpoint must hold to go on with it.
 
-    Parameters are those of `train`.
-
-    Attributes
-    ----------
-    history : list of Epoch
-    best : dict of str to Tensor, or None
-        Thawed weights of the best epoch so far, on the CPU.
-    best_epoch : int
-        Its number, from 1; 0 before the first epoch is over.
-    diverged, finished : bool
-        Whether the loss was not finite, and whether there are no more epochs to come.
+    `best` are the thawed weights of the best epoch so far, on the CPU, and `best_epoch` is its number, from 1.
     """
 
     def __init__(
@@ -207,13 +153,7 @@ class _Trainer:
         self.diverged = self.finished = False
 
     def next_epoch(self, tell: Callable[[int, int], None]) -> Epoch:
-        """Train on all rows once, validate, and return the record; ``tell(epoch, step)`` is called after each step.
-
-        Raises
-        ------
-        DivergedError
-            If a loss is not finite.
-        """
+        """Train on all rows once, validate, and return the record; ``tell(epoch, step)`` is called after each step."""
         began = time.perf_counter()
         number = len(self.history) + 1
         torch.manual_seed(self.seed * 100_003 + number)  # dropout is the same if a run goes on from a checkpoint
@@ -232,7 +172,7 @@ class _Trainer:
         record: Epoch = {"epoch": number, "train_loss": float(np.average(losses, weights=sizes))}
         if self.val is not None:
             record |= self._validate(self.val, number)
-        record["lr"] = self.schedule.highest_rate
+        record["lr"] = max(float(group["lr"]) for group in self.optimizer.param_groups)
         if self.watch is not None:
             record["gradients"] = self.watch.end_epoch()
         self.schedule.after_epoch(record["train_loss" if self.val is None else "valid_loss"])
@@ -265,19 +205,10 @@ class _Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return the checkpoint's content; that of a finished run has no weights but the best."""
-        state: dict[str, Any] = {
-            "history": self.history,
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "diverged": self.diverged,
-            "finished": self.finished,
-        }
+        state = {name: getattr(self, name) for name in ("history", "best", "best_epoch", "diverged", "finished")}
         if not self.finished:
-            state |= {
-                "weights": self.network.thawed_state(),
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-            }
+            state["weights"] = self.network.thawed_state()
+            state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
         return state
 
     def restore(self, state: dict[str, Any] | None) -> None:
@@ -332,8 +263,9 @@ def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
     network.to(device)
     with torch.no_grad():
         read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
-    images = [image for _, image in read if image is not None]
-    network.new_head.set_scales(torch.cat([features for features, _ in read]), torch.cat(images) if images else None)
+    network.new_head.standardise.set_from(torch.cat([features for features, _ in read]))
+    if network.new_head.standardise_image is not None:
+        network.new_head.standardise_image.set_from(torch.cat([image for _, image in read if image is not None]))
 
 
 def make_optimizer(network: ThawedNetwork, recipe: Recipe, rate: float) -> Optimizer:
@@ -366,17 +298,6 @@ def first_bad_layer(network: nn.Module, inputs: Inputs) -> str:
     with hooked(network, {name: partial(look, name) for name in leaves}), torch.no_grad():
         network(*inputs)
     return found[0] if found else "the loss itself"
-
-
-def _refuse_batches_of_one(network: ThawedNetwork) -> None:
-    norms = [
-        name for name, module in network.body.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-    ]
-    if norms:
-        raise FitError(
-            f"batch norms, such as {norms[0]}, cannot learn from batches of one image; use a batch size of 2 or more, "
-            "or freeze everything"
-        )
 
 
 def _on(device: str, inputs: Inputs) -> Inputs:

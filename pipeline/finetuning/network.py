@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.network_file import TOP_LAYER
+from pipeline.backbones.network_file import TOP_LAYER, TunedModel, save_network
 from pipeline.backbones.taps import normalisation, small_image
 from pipeline.backbones.thaw_line import LayerNode, find_line, split, top_input
 from pipeline.backbones.top import new_top
+from pipeline.backbones.weights import weights_digest
 from pipeline.engines.select import Resolved, has_bf16
+from pipeline.results import FinetuneResult, to_json
+from pipeline.spec import DEFAULT_POOL, LayerSpec
 
 ALL = "all"
 NOTHING = "none"
@@ -24,26 +28,9 @@ NOTHING = "none"
 class ThawedNetwork(nn.Module):
     """Maps pixels, or activations at the thaw line, to logits.
 
-    The trunk stays in eval mode and gets no gradients, whatever is called on the network.
-
-    Parameters
-    ----------
-    backbone : Backbone
-        A loaded network. Its frozen weights are shared; the thawed part is a copy.
-    freeze : str
-        ``"all"``, ``"none"``, or the last layer that is frozen.
-    top : str
-        One of `pipeline.options.TOPS`.
-    classes : int
-        Number of logits.
-
-    Attributes
-    ----------
-    line : LayerNode or None
-        Where the trunk ends; None where nothing is frozen.
-    trunk_precision, precision : str
-        ``"fp32"`` or ``"bf16"`` (by autocast), of the trunk and of the thawed part. The new top always computes in
-        float32.
+    The trunk shares its weights with the backbone, stays in eval mode and gets no gradients, whatever is called on the
+    network; the thawed part is a copy. `trunk_precision` and `precision` (of the thawed part) are ``"fp32"`` or
+    ``"bf16"`` (by autocast); the new top always computes in float32.
     """
 
     scale: Tensor
@@ -51,9 +38,7 @@ class ThawedNetwork(nn.Module):
 
     def __init__(self, backbone: Backbone, freeze: str, top: str, n_classes: int) -> None:
         super().__init__()
-        self.line = line_of(backbone, freeze)
-        trunk, body = split(backbone, self.line)
-        self.trunk = trunk
+        self.trunk, body = split(backbone, line_of(backbone, freeze))
         self.body = copy.deepcopy(body).requires_grad_(True)
         self.new_head = new_top(backbone, top, n_classes)
         self.trunk_precision = self.precision = "fp32"
@@ -89,7 +74,7 @@ class ThawedNetwork(nn.Module):
     def below(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map uint8 pixels (n, h, w, 3) to float32 activations at the line, and to the small image; no gradients."""
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
-        image = small_image(x) if self.new_head.reads_image else None
+        image = small_image(x) if self.new_head.direct is not None else None
         if self.trunk is None:
             return x, image
         with torch.no_grad(), _autocast(x, self.trunk_precision):
@@ -100,7 +85,7 @@ class ThawedNetwork(nn.Module):
         return {name: item for name, item in self.state_dict().items() if not name.startswith("trunk.")}
 
     def whole_state(self) -> dict[str, Tensor]:
-        """Return all weights by the names that a `pipeline.backbones.tuned.with_top` network has for them."""
+        """Return all weights by the names that a `pipeline.backbones.top.with_top` network has for them."""
         state = {**self.body.state_dict(), **(self.trunk.state_dict() if self.trunk is not None else {})}
         return state | {f"{TOP_LAYER}.{name}": item for name, item in self.new_head.state_dict().items()}
 
@@ -144,6 +129,24 @@ def train_precision(network: ThawedNetwork, resolved: Resolved, asked: str) -> s
     depthwise = any(module.groups == module.in_channels > 1 for module in convolutions)
     pays = resolved.device_kind != "cpu" or (bool(convolutions) and not depthwise)
     return "bf16" if pays and has_bf16(resolved.device) else "fp32"
+
+
+def save_finetuned(
+    path: Path, network: ThawedNetwork, backbone: Backbone, classes: tuple[str, ...], result: FinetuneResult
+) -> None:
+    """Write `network`, trained from `backbone`, with its classes, its result and its calibration."""
+    state = network.cpu().whole_state()
+    digest, precision = weights_digest(state), _scores_precision(network)
+    spec = LayerSpec(backbone.name, digest, TOP_LAYER, DEFAULT_POOL, backbone.preprocessing, precision)
+    model = TunedModel(spec, result.head, classes, result.temperature, to_json(result), {})
+    save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})
+
+
+def _scores_precision(network: ThawedNetwork) -> str:
+    """Return the precision in which the trained network is used: bf16 if both its parts were trained in it."""
+    trunk = network.trunk_precision if network.trunk is not None else network.precision
+    body = network.precision if any(True for _ in network.body.parameters()) else trunk
+    return "bf16" if trunk == body == "bf16" else "fp32"
 
 
 def _autocast(x: Tensor, precision: str) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.options import FINETUNE, RECIPE, check_options
-from pipeline.spec import NO_AUGMENT, json_fields
+from pipeline.spec import NO_AUGMENT
 
 DEFAULT_RATES = {("adamw", True): 1e-3, ("adamw", False): 3e-4, ("sgd", True): 5e-2, ("sgd", False): 1e-2}
 """Default learning rates, by optimizer and by whether only new or random weights are trained."""
@@ -79,10 +79,6 @@ class Recipe:
     def rate(self, *, new_only: bool) -> float:
         """Return the learning rate; `new_only` says that no pretrained weight is trained."""
         return DEFAULT_RATES[self.optimizer, new_only] if self.lr is None else self.lr
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary."""
-        return json_fields(self)
 
 
 def make_recipe(options: Mapping[str, Any]) -> Recipe:

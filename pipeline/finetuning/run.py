@@ -16,14 +16,13 @@ from pipeline.arrays import Float64Array, IntArray
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
-from pipeline.finetuning.data import TrainingData, splits_of
+from pipeline.finetuning.data import TrainingData, TrainingSetup, splits_of
 from pipeline.finetuning.inputs import InputReader, Subset
 from pipeline.finetuning.loop import Trained, predict_probabilities, standardise, train
 from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
-from pipeline.finetuning.setup import TrainingSetup
 from pipeline.invalidation import stage_key
-from pipeline.spec import NO_AUGMENT
+from pipeline.spec import NO_AUGMENT, json_fields
 
 TOP_EPOCHS = 10
 """Most epochs in which the new top trains alone, if it trains first."""
@@ -31,22 +30,10 @@ TOP_EPOCHS = 10
 
 @dataclass(frozen=True, eq=False)
 class TrainingRun:
-    """The outcome of `run_training`.
+    """The outcome of `run_training`: the network with its best weights, and its probabilities for the test rows (n, k).
 
-    Parameters
-    ----------
-    splits : Splits
-    network : ThawedNetwork
-        With the best weights, in eval mode.
-    trained : Trained
-    probabilities : (n, k) float64
-        Of the test rows, as the network gives them, without calibration.
-    temperature : float or None
-        Fitted on the validation rows to calibrate the probabilities; None without validation rows.
-    seconds : float
-        For training (with the epochs that came from a checkpoint), calibration and test.
-    precision : str
-        In which the thawed part was trained.
+    These are not calibrated; `temperature` is fitted on the validation rows to do so, and None without any. `seconds`
+    are those of training (with the epochs that came from a checkpoint), calibration and test.
     """
 
     splits: Splits
@@ -55,19 +42,10 @@ class TrainingRun:
     probabilities: Float64Array
     temperature: float | None
     seconds: float
-    precision: str
 
 
 def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str) -> TrainingRun:
-    """Split as `fit` does, train on train, stop early by val, and predict test.
-
-    Raises
-    ------
-    FitError
-        If the rows cannot be split, or the loss is not finite.
-    CacheError
-        If a checkpoint is damaged, or the folder of checkpoints cannot be made.
-    """
+    """Split as `fit` does, train on train, stop early by val, and predict test."""
     began = time.perf_counter()
     recipe, table, backbone, device = setup.recipe, data.table, data.backbone, data.resolved.device
     n_classes = len(table.classes)
@@ -97,7 +75,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         temperature = fit_temperature(predict_probabilities(network, val, device), val.labels)
     probabilities = predict_probabilities(network, test, device)
     seconds = time.perf_counter() - began + top_seconds + trained.resumed_seconds
-    return TrainingRun(splits, network, trained, probabilities, temperature, seconds, network.precision)
+    return TrainingRun(splits, network, trained, probabilities, temperature, seconds)
 
 
 def _subsets(
@@ -141,9 +119,12 @@ def _train_top(
 def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits, precision: str) -> dict[str, Any]:
     """Return everything that the weights of a run depend on, apart from code; it names the checkpoint."""
     backbone, table = data.backbone, data.table
+    rows = hashlib.blake2b(digest_size=16)
+    for index in (splits.train, splits.val):
+        rows.update(np.ascontiguousarray(table.digests[index]).tobytes() + table.labels[index].tobytes() + b"|")
     return {
         "freeze": setup.freeze,
-        "recipe": setup.recipe.to_json(),
+        "recipe": json_fields(setup.recipe),
         "rate": setup.rate,
         "precision": precision,
         "trunk_precision": data.trunk_precision,
@@ -154,13 +135,5 @@ def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits,
         "device": data.resolved.device,
         "seed": seed,
         "n_classes": len(table.classes),
-        "rows": _digest(table, splits),
+        "rows": rows.hexdigest(),
     }
-
-
-def _digest(table: Table, splits: Splits) -> str:
-    """Return a digest of the train and val images, and of their labels."""
-    digest = hashlib.blake2b(digest_size=16)
-    for index in (splits.train, splits.val):
-        digest.update(np.ascontiguousarray(table.digests[index]).tobytes() + table.labels[index].tobytes() + b"|")
-    return digest.hexdigest()

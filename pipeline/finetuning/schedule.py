@@ -12,16 +12,7 @@ from pipeline.finetuning.recipe import Recipe
 
 
 class Schedule:
-    """Sets the learning rate of every parameter group.
-
-    Parameters
-    ----------
-    optimizer : Optimizer
-        Its groups have ``initial_lr`` and ``lr_scale``, see `pipeline.finetuning.groups.parameter_groups`.
-    recipe : Recipe
-    steps : int
-        Steps in an epoch.
-    """
+    """Sets the learning rate of every group of `pipeline.finetuning.groups.parameter_groups`; an epoch has `steps`."""
 
     def __init__(self, optimizer: Optimizer, recipe: Recipe, steps: int) -> None:
         self.optimizer, self.steps = optimizer, steps
@@ -34,11 +25,6 @@ class Schedule:
             self.cosine = CosineLRScheduler(optimizer, total + 1, warmup_t=self.warmup, t_in_epochs=False)
         else:
             self.plateau = ReduceLROnPlateau(optimizer, factor=0.1, patience=max(recipe.patience // 2, 1) - 1)
-
-    @property
-    def highest_rate(self) -> float:
-        """Learning rate of the fastest group at present."""
-        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def before_step(self) -> None:
         """Set the rates for the coming step."""
