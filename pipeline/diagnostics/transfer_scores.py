@@ -34,14 +34,7 @@ class Projection(NamedTuple):
 
 
 def project(features: FloatArray, labels: IntArray) -> Projection:
-    """Project class indicators by an eigendecomposition of the smaller Gram matrix, in float64.
-
-    Parameters
-    ----------
-    features : (n, d) float
-    labels : (n,) int64
-        Class numbers; classes without a row are ignored.
-    """
+    """Project class indicators by an eigendecomposition of the smaller Gram matrix, in float64."""
     rows = features.astype(np.float64)
     _, codes = np.unique(labels, return_inverse=True)
     indicators = np.eye(codes.max() + 1)[codes]  # (n, K)

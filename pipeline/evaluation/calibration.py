@@ -43,18 +43,7 @@ def fit_temperature(probabilities: Float64Array, y: IntArray) -> float:
 
 
 def tempered(probabilities: Float64Array, temperature: float | Float64Array) -> Float64Array:
-    """Return calibrated probabilities.
-
-    Parameters
-    ----------
-    probabilities : (n, K) float64
-    temperature : float or (n, 1) float64
-        1 changes nothing; larger values make probabilities less certain.
-
-    Returns
-    -------
-    (n, K) float64
-    """
+    """Return probabilities (n, K) calibrated by a temperature, or one per row (n, 1); above 1 is less certain."""
     return np.asarray(softmax(_log(probabilities) / temperature, axis=1))
 
 

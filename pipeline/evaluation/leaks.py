@@ -41,19 +41,7 @@ def join_units(groups: StrArray, digests: NDArray[np.uint8]) -> IntArray:
 
 
 def find_leaks(train: IntArray, val: IntArray, test: IntArray, digests: NDArray[np.uint8]) -> list[tuple[int, int]]:
-    """Pair each test row with an equal image of train or val, and each val row with one of train.
-
-    Parameters
-    ----------
-    train, val, test : (k,) int64
-        Row numbers.
-    digests : (n, 16) uint8
-
-    Returns
-    -------
-    list of (repeated, original)
-        Row numbers; test rows first.
-    """
+    """Pair each test row with an equal image of train or val, and each val row with one of train."""
     keys = digest_keys(digests)
     pairs: list[tuple[int, int]] = []
     for held, before in ((test, np.concatenate([train, val])), (val, train)):

@@ -87,13 +87,7 @@ def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: 
 
 
 def count(y_true: IntArray, y_pred: IntArray, n_classes: int) -> Counts:
-    """Count the rows of each class.
-
-    Parameters
-    ----------
-    y_true, y_pred : (..., n) int64
-        Class numbers below `n_classes`.
-    """
+    """Count the rows of each class; labels (..., n) are class numbers below `n_classes`."""
     hits = np.where(y_true == y_pred, y_true, n_classes)  # misses go to an extra class, dropped below
     return Counts(_tally(y_true, n_classes), _tally(y_pred, n_classes), _tally(hits, n_classes + 1)[..., :n_classes])
 
@@ -112,13 +106,7 @@ def macro_f1(counts: Counts) -> Float64Array:
 
 
 def log_loss(y_true: IntArray, probabilities: Float64Array) -> float:
-    """Return the mean negative logarithm of the true labels' probabilities, in nats; infinite if one of them is 0.
-
-    Parameters
-    ----------
-    y_true : (n,) int64
-    probabilities : (n, K) float64
-    """
+    """Return the mean negative log-probability (nats) of true labels (n,) under (n, K); infinite if one is 0."""
     given = probabilities[np.arange(len(y_true)), y_true]
     with np.errstate(divide="ignore"):
         return float(-np.mean(np.log(given)))

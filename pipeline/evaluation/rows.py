@@ -153,13 +153,7 @@ def stands_for(files: Sequence[CacheFile], name: str) -> Sequence[str]:
 
 
 def require_finite(layer: Layer) -> None:
-    """Read the whole layer and refuse rows with NaN or infinite features.
-
-    Raises
-    ------
-    FitError
-        Names the layer, the number of such rows, and the first of them.
-    """
+    """Read the whole layer and refuse rows with NaN or infinite features."""
     bad: list[int] = []
     for start in range(0, len(layer.table.labels), _CHUNK):
         index = np.arange(start, min(start + _CHUNK, len(layer.table.labels)))

@@ -14,22 +14,10 @@ from pipeline.results import FitResult, SeedSummary
 
 
 def summarise_seeds(results: Sequence[FitResult], predictions: Sequence[Predictions]) -> list[SeedSummary]:
-    """Summarise the results of each layer, head and number of shots over seeds, and compare heads where possible.
+    """Summarise each layer, head and number of shots over seeds, in order; return nothing for a single seed.
 
     Heads are compared if they share their splits and the test rows differ between splits, which is what the corrected
     resampled t-test needs.
-
-    Parameters
-    ----------
-    results : sequence of FitResult
-        All of one call.
-    predictions : sequence of Predictions
-        One for each result.
-
-    Returns
-    -------
-    list of SeedSummary
-        In the order of the results; empty if there is a single seed.
     """
     cells: dict[tuple[str, str, int | str], list[int]] = {}
     for index, result in enumerate(results):

@@ -24,23 +24,7 @@ class SplitLayer:
 def split_layers(
     layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[int | str], cv: int | None, *, drop_leaks: bool
 ) -> list[SplitLayer]:
-    """Split the rows of each layer; layers of the same files share their splits.
-
-    Parameters
-    ----------
-    layers : sequence of Layer
-    seeds, shots : sequences
-        Crossed with the layers.
-    cv : int or None
-        Number of folds, which follow each other in the result.
-    drop_leaks : bool
-        Whether to leave out test rows that repeat training rows.
-
-    Raises
-    ------
-    FitError
-        If the rows do not allow the splits.
-    """
+    """Split the rows of each layer; layers of the same files share their splits."""
     made: dict[tuple[int, int, int | str], list[Splits]] = {}
     found = []
     for layer, seed, count in itertools.product(layers, seeds, shots):

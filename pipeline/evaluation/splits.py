@@ -113,13 +113,7 @@ def check_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> None:
 
 
 def labelled_rows(labels: IntArray) -> IntArray:
-    """Return the rows whose label is not -1.
-
-    Raises
-    ------
-    FitError
-        If there is none.
-    """
+    """Return the rows whose label is not -1; raise `FitError` if there is none."""
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
         raise FitError("no row has a label; put the images into one folder per class")
@@ -230,13 +224,7 @@ def draw_shots(
 
 
 def check_parts(train: IntArray, val: IntArray, test: IntArray, labels: IntArray, classes: Sequence[str]) -> list[str]:
-    """Refuse training rows of a single class; return notes on classes that a part lacks.
-
-    Raises
-    ------
-    FitError
-        If there are fewer than two classes to train on.
-    """
+    """Refuse training rows of a single class; return notes on classes that a part lacks."""
     notes = []
     learnt = np.unique(labels[train])
     if len(learnt) < 2:

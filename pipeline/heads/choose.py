@@ -189,13 +189,7 @@ def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequen
 
 
 def train_final(head: Head, params: Params, scaled: Scaled, y: IntArray, *, balanced: bool = False) -> Fitted:
-    """Train on all rows, in their span if there is one, and convert the weights back to the features.
-
-    Returns
-    -------
-    Fitted
-        Its estimator takes scaled features (k, d).
-    """
+    """Train on all rows, in their span if there is one, and convert the weights back to the features."""
     weight = balanced_weights(y) if balanced else None
     if scaled.span is None:
         return head.family.fit(params, scaled.train, y, weight)

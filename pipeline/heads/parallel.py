@@ -24,14 +24,7 @@ MOST_CELLS = 1 << 27
 
 
 def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
-    """Refuse what the rows and heads do not allow, before anything is trained.
-
-    Raises
-    ------
-    FitError
-        If a layer has NaN or infinite features, a head would get more rows or classes than it can take, or classes are
-        to be balanced for a head that cannot weight its rows.
-    """
+    """Refuse what the rows and heads do not allow, before anything is trained."""
     for data, head in trials:
         rows, most = len(data.splits.train) + len(data.splits.val), head.family.most_rows
         if most is not None and rows > most:

@@ -130,19 +130,7 @@ def prepare_trial(
 
 
 def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> TrialOutcome:
-    """Choose parameters, train on train and val, predict test; on one BLAS thread.
-
-    Parameters
-    ----------
-    head : Head
-    rows : Prepared
-    n_classes : int
-        Number of classes, K; labels are below it.
-    balanced : bool
-        Whether every class counts alike.
-    keep : bool
-        Whether to return the model.
-    """
+    """Choose parameters, train on train and val, predict test; on one BLAS thread."""
     began = time.perf_counter()
     with threadpool_limits(1):
         choice = search(head, rows.folds, balanced=balanced)

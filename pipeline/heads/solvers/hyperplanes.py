@@ -29,11 +29,6 @@ def of_each_class(coefficients: ArrayLike, intercepts: ArrayLike) -> Hyperplanes
 
     The first of two classes then scores 0 and the second what scikit-learn calls the decision function, so that the
     softmax of the scores is the probability of a logistic regression for any number of classes.
-
-    Parameters
-    ----------
-    coefficients : (K, d) or (1, d) float
-    intercepts : (K,) or (1,) float
     """
     weights = np.atleast_2d(np.asarray(coefficients, np.float64))
     bias = np.atleast_1d(np.asarray(intercepts, np.float64))

@@ -47,16 +47,9 @@ class Span:
 
 
 def find_span(rows: Float32Array) -> Span | None:
-    """Return the span of rows, by pivoted Cholesky of their Gram matrix in float64 (Higham 1990).
+    """Return the span of rows (n, d), by pivoted Cholesky of their Gram matrix in float64 (Higham 1990).
 
-    Parameters
-    ----------
-    rows : (n, d) float32
-
-    Returns
-    -------
-    Span or None
-        None if it is no narrower than the features, or all rows are zero.
+    None if it is no narrower than the features, or all rows are zero.
     """
     n, d = rows.shape
     if d <= n or not rows.any():
