@@ -198,7 +198,7 @@ def test_every_head_beats_chance_and_saves_what_it_reports(make_cache: Make, tmp
     labels, probability = model.predict(Catalog(path).files[0].matrix("top")[rows])
     assert report.results[0].accuracy > 0.8
     assert labels.tolist() == found.y_pred.tolist()
-    assert (probability is None) == (found.probability is None) == (head not in ("logreg", "knn"))
+    assert (probability is None) == (found.probability is None) == (not FAMILIES[head].probabilities)
     if probability is not None:
         assert probability == pytest.approx(found.probability, abs=1e-9)
     assert model.metrics == to_json(report.results[0])
@@ -570,7 +570,7 @@ def test_calibration_is_fitted_before_the_refit_told_on_test_and_kept_in_the_mod
     assert load_model(tmp_path / "m.skops").temperature == result.temperature
 
 
-@pytest.mark.parametrize("head", [name for name in FAMILIES if name != "knn"])
+@pytest.mark.parametrize("head", [name for name, family in FAMILIES.items() if family.weighted])
 def test_balanced_classes_count_alike(make_cache: Make, head: str) -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random(1200) < 0.08).astype(int)

@@ -109,7 +109,7 @@ def log_loss(y_true: IntArray, probabilities: Float64Array) -> float:
     """Return the mean negative log-probability (nats) of true labels (n,) under (n, K); infinite if one is 0."""
     given = probabilities[np.arange(len(y_true)), y_true]
     with np.errstate(divide="ignore"):
-        return float(-np.mean(np.log(given)))
+        return float(-np.mean(np.log(given))) + 0.0  # no negative zero
 
 
 def expected_calibration_error(y_true: IntArray, probabilities: Float64Array, bins: int = ECE_BINS) -> float:
