@@ -206,3 +206,10 @@ def test_damage_is_one_line_or_the_right_bytes(tmp_path_factory: pytest.TempPath
         return
     for item in source.items:
         assert len(source.read(item)) == item.size
+
+
+def test_members_are_taken_by_their_header_and_the_others_are_counted(tmp_path: Path) -> None:
+    pgm = b"P5\n1 1\n255\n\0"
+    source = open_source(write_tar(tmp_path / "x.tar", ("1.jpg_large", pgm), ("1.cls", b"cat"), ("2.dcm", b"DICM")))
+    assert [(item.uri, source.classes[item.label]) for item in source.items] == [("x.tar/1.jpg_large", "cat")]
+    assert source.passed_over == {".dcm": 1}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -35,7 +35,7 @@ PIXEL_LIMIT = 178_956_970
 
 REASON_LENGTH = 80
 
-_READERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
+_READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,  # also the first picture of a multi-picture file
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"RIFF": WebPImageFile,
@@ -47,6 +47,8 @@ _READERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
     b"BM": BmpImageFile,
     **{b"P%d" % kind: PpmImageFile for kind in range(1, 7)},
 }
+_MAGIC_LENGTH = 12
+"""Bytes that tell the format; a RIFF file names its kind in the last four."""
 
 _TURNS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
@@ -98,7 +100,7 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
     """
     if not data:
         raise UnreadableImageError("empty file")
-    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    reader = _reader_of(data)
     if reader is None:
         raise UnreadableImageError("not an image of a known format")
     try:
@@ -113,6 +115,24 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise UnreadableImageError(_reason(error)) from error
+
+
+def has_image_header(file: BinaryIO) -> bool:
+    """Tell whether the header of an open file is that of an image which `decode` knows; the pixels are not read."""
+    try:
+        start = file.read(_MAGIC_LENGTH)
+        reader = _reader_of(start)
+        if reader is None or (start.startswith(b"RIFF") and start[8:] != b"WEBP"):  # the reader would read all of it
+            return False
+        file.seek(0)
+        reader(file)
+    except Exception:  # damaged headers make Pillow raise nearly anything, and the file may be unreadable
+        return False
+    return True
+
+
+def _reader_of(data: bytes) -> Callable[[BinaryIO], ImageFile] | None:
+    return next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
 
 
 def _reason(error: Exception) -> str:

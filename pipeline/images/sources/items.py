@@ -9,18 +9,30 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.decode import has_image_header
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
     | {".dib", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
-"""Endings, in lower case, by which an image is recognised in a folder or a shard."""
+"""Endings, in lower case, of files that are taken for images without a look inside."""
 
 FOREIGN_SUFFIXES = frozenset(
     {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".tga", ".exr"}
     | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"}
 )
-"""Endings, in lower case, of pictures that are not read here: they are passed over, and counted."""
+"""Endings, in lower case, of pictures that are not read here, even if their first bytes are those of a TIFF."""
+
+OTHER_SUFFIXES = frozenset(
+    {".csv", ".parquet", ".tar", ".json", ".cls", ".txt", ".xml", ".md", ".html", ".yaml", ".yml", ".py", ".h5"}
+    | {".zip", ".gz", ".npy", ".npz", ".mp4", ".mov", ".avi", ".wav", ".xmp", ".aae"}
+)
+"""Endings, in lower case, of files that are no images; listing a folder does not open them."""
+
+NO_ENDING = "without ending"
+
+ENDINGS_NAMED = 8
+"""Endings that the note on files left aside names; it adds up the others."""
 
 MISSING_SIZE = -1
 """The size of an item whose file was missing when the source was listed."""
@@ -70,7 +82,9 @@ class ImageSource:
     reader : callable
         Returns an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
     passed_over : dict of str to int
-        How many pictures lie beside the images, by their endings from `FOREIGN_SUFFIXES`.
+        How many files beside the images were left aside, by their endings in lower case.
+    remarks : tuple of str
+        What else the user should know about the source.
     """
 
     name: str
@@ -79,14 +93,19 @@ class ImageSource:
     items: list[Item] = field(repr=False)
     reader: Callable[[Item], bytes] = field(repr=False)
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know: which pictures were passed over."""
-        if not self.passed_over:
-            return []
-        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.passed_over.items()))
-        return [f"{counts} passed over because thawline cannot read them: save them as .jpg or .png"]
+        """What the user should know: `remarks`, and which files were left aside."""
+        counted = sorted(self.passed_over.items(), key=lambda pair: (-pair[1], pair[0]))
+        counts = [f"{count} {ending}" for ending, count in sorted(counted[:ENDINGS_NAMED])]
+        if rest := sum(count for _, count in counted[ENDINGS_NAMED:]):
+            counts.append(f"{rest} with other endings")
+        if not counts:
+            return [*self.remarks]
+        remedy = ": save pictures among them as .jpg or .png" if set(self.passed_over) - OTHER_SUFFIXES else ""
+        return [*self.remarks, f"{', '.join(counts)} passed over because thawline cannot read them{remedy}"]
 
     def read(self, item: Item) -> bytes:
         """Return the encoded bytes of `item`.
@@ -135,6 +154,31 @@ def _can_be_stored(text: str) -> bool:
     except UnicodeEncodeError:  # a file name that the system gave as raw bytes
         return False
     return "\0" not in text
+
+
+def ending_of(name: str) -> str:
+    """Return what follows the last dot of a file's name, with the dot, in lower case; `NO_ENDING` if there is none.
+
+    Examples
+    --------
+    >>> ending_of("Photo.JPG"), ending_of("photo")
+    ('.jpg', 'without ending')
+    """
+    _, dot, ending = name.rpartition(".")  # pathlib's suffix takes longer than the walk of a folder
+    return f".{ending.lower()}" if dot else NO_ENDING
+
+
+def is_image_file(path: Path, ending: str) -> bool:
+    """Tell whether a regular file is an image: by its ending if that says so, else by its header."""
+    if ending in IMAGE_SUFFIXES:
+        return True
+    if ending in FOREIGN_SUFFIXES or ending in OTHER_SUFFIXES:
+        return False
+    try:
+        with path.open("rb") as file:
+            return has_image_header(file)
+    except OSError:
+        return False
 
 
 def is_file_of(path: Path, suffixes: Collection[str]) -> bool:

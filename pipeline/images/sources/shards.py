@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.decode import has_image_header
 from pipeline.images.sources.folder import SPLIT_WORDS, walk
-from pipeline.images.sources.items import IMAGE_SUFFIXES, ImageSource, Item, build_source, is_file_of
+from pipeline.images.sources.items import (
+    FOREIGN_SUFFIXES,
+    IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
+    ImageSource,
+    Item,
+    build_source,
+    ending_of,
+    is_file_of,
+)
 
 SHARD_SUFFIX = ".tar"
 
@@ -44,10 +54,11 @@ def open_shards(path: Path) -> ImageSource | None:
     SourceError
         A shard is damaged, or a label is neither text nor a number.
     """
-    passed_over: dict[str, int] = {}
+    passed_over: Counter[str] = Counter()
     if path.is_dir():
         root, name = path, path.name
-        shards, passed_over = walk(path, {SHARD_SUFFIX})
+        shards, others = walk(path, lambda _, ending: ending == SHARD_SUFFIX)
+        passed_over.update(others)
     elif is_file_of(path, {SHARD_SUFFIX}):
         root, name = path.parent, path.stem
         shards = [Item(path.name)]
@@ -57,7 +68,8 @@ def open_shards(path: Path) -> ImageSource | None:
     extents: dict[str, Extent] = {}
     for shard in sorted(shards):
         split = split_in(shard.uri)
-        images, labels = _read_shard(root / shard.uri)
+        images, labels, others = _read_shard(root / shard.uri)
+        passed_over.update(others)
         for member, extent in images.items():
             item = Item(f"{shard.uri}/{member}", split=split, size=extent.size, mtime_ns=extent.shard_mtime_ns)
             extents[item.uri] = extent
@@ -73,24 +85,38 @@ def split_in(path: str) -> str:
     return splits.pop() if len(splits) == 1 else ""
 
 
-def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str]]:
-    """Return the shard's images by member name and its labels by sample; of equal names the last counts."""
+def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter[str]]:
+    """Return the shard's images by member name, its labels by sample, and how many other members have each ending.
+
+    Of equal names the last counts.
+    """
     status = shard.stat()
     images: dict[str, Extent] = {}
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    others: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as archive:
             for member, info in _plain_members(archive):
-                suffix = Path(member).suffix.lower()
-                if suffix in IMAGE_SUFFIXES:
+                suffix = ending_of(member.rpartition("/")[2])
+                if suffix in IMAGE_SUFFIXES or _has_image_header(archive, info, suffix):
                     images[member] = Extent(shard, info.offset_data, info.size, status.st_size, status.st_mtime_ns)
                 elif suffix in {".cls", ".json"}:
                     labels[_sample(member)][suffix] = _label(shard, archive, info, suffix)
+                else:
+                    others[suffix] += 1
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise SourceError(
             f"{shard}: expected an uncompressed tar file, found a damaged or another file: {error}"
         ) from None
-    return images, {sample: found.get(".cls") or found.get(".json", "") for sample, found in labels.items()}
+    by_sample = {sample: found.get(".cls") or found.get(".json", "") for sample, found in labels.items()}
+    return images, by_sample, others
+
+
+def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, ending: str) -> bool:
+    if ending in FOREIGN_SUFFIXES or ending in OTHER_SUFFIXES:
+        return False
+    file = archive.extractfile(info)
+    return file is not None and has_image_header(cast(BinaryIO, file))
 
 
 def _plain_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
