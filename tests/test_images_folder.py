@@ -217,7 +217,7 @@ def test_pictures_that_are_not_read_are_counted_beside_those_that_are(tmp_path: 
     assert [item.uri for item in source.items] == ["cat/1.jpg"]
     assert source.passed_over == {".heic": 2, ".cr2": 1, ".xmp": 1, ".txt": 1}
     (note,) = source.notes
-    assert note.startswith("1 .cr2, 1 .txt, 1 .xmp, 2 .heic passed over")
+    assert note.startswith("1 .cr2, 2 .heic, 1 .txt, 1 .xmp passed over")
     assert open_source(tmp_path / "cat/1.jpg").notes == []
 
 

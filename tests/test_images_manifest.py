@@ -178,5 +178,5 @@ def test_any_bytes_are_a_source_or_one_line(tmp_path_factory: pytest.TempPathFac
 def test_columns_that_may_be_meant_are_named(tmp_path: Path, write: Writer, column: str, wanted: str) -> None:
     others = {name: ["train"] for name in ("label", "split") if name != wanted}
     (note,) = open_source(write(tmp_path, {"path": ["a"], column: ["x"], **others})).notes
-    assert f"no column '{wanted}', but '{column}'" in note
+    assert f"no column '{wanted}' but '{column}'" in note
     assert open_source(write(tmp_path, {"path": ["a"], column: ["x"], **others, wanted: ["test"]})).notes == []

@@ -110,7 +110,7 @@ def _remarks(path: Path, header: list[str]) -> Iterator[str]:
     for missing, synonyms in SYNONYMS.items():
         found = [name for name in header if name in synonyms]
         if missing not in header and found:
-            yield f"{path.name} has no column '{missing}', but '{found[0]}', which is not read: rename it if it is meant"
+            yield f"{path.name} has no column '{missing}' but '{found[0]}', which is not read: rename it if it fits"
 
 
 def _labelled(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> Iterator[tuple[Item, str]]:
