@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
+from unicodedata import normalize
 
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.decode import has_image_header
@@ -121,7 +123,7 @@ class ImageSource:
 def build_source(
     name: str, location: str, labelled: Iterable[tuple[Item, str]], reader: Callable[[Item], bytes]
 ) -> ImageSource:
-    """Return a source: its items sorted by uri, its classes numbered in plain text order.
+    """Return a source: its items sorted by uri, its classes in Unicode form NFC and numbered in plain text order.
 
     Parameters
     ----------
@@ -142,10 +144,23 @@ def build_source(
         if not _can_be_stored(text):
             where = ascii(location)[1:-1]
             raise SourceError(f"{where}: expected names in UTF-8 without NUL, found {text!a}: rename it")
+    ordered = [(item, normalize("NFC", label)) for item, label in ordered]
     classes = tuple(sorted({label for _, label in ordered} - {""}))
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
     items = [item._replace(label=numbers[label]) for item, label in ordered]
-    return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader)
+    remarks = tuple(_alike_names(classes))
+    return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader, remarks=remarks)
+
+
+def _alike_names(classes: Iterable[str]) -> Iterator[str]:
+    """Name the classes that differ by case, blanks or compatible characters only."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike["".join(normalize("NFKC", name).casefold().split())].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            found = ", ".join(map(repr, names))
+            yield f"classes {found} differ by case, blanks or form only: give them one name if they are one class"
 
 
 def _can_be_stored(text: str) -> bool:

@@ -102,7 +102,7 @@ def _open_table(path: Path, names: list[str], rows: Sequence[tuple[int, list[str
     name = f"{path.parent.name}-{path.stem}"
     labelled = _labelled(path, names, rows)
     source = build_source(name, path.as_posix(), labelled, lambda item: read_file(path.parent / item.uri))
-    return replace(source, remarks=tuple(_remarks(path, header)))
+    return replace(source, remarks=(*source.remarks, *_remarks(path, header)))
 
 
 def _remarks(path: Path, header: list[str]) -> Iterator[str]:

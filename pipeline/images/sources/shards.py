@@ -45,9 +45,10 @@ def open_shards(path: Path) -> ImageSource | None:
     """Return the images in an uncompressed ``.tar`` shard, or in all shards under a folder; None if there is none.
 
     The label is the text of the ``.cls`` member that belongs to the image (see `_label_of`), else ``"label"`` in the
-    ``.json`` member. The split is the one split word in the shard's path (``train-000.tar``, ``set-validation-01.tar``, ``test/7.tar``); there is none if
-    the path has no such word, or two. Links, hidden members and members whose name leads out of the shard are ignored.
-    Uris are ``shard/member``, with the shard's path relative to the folder.
+    ``.json`` member. The split is the one split word in the shard's path (``train-000.tar``,
+    ``set-validation-01.tar``, ``test/7.tar``); there is none if the path has no such word, or two. Links, hidden
+    members and members whose name leads out of the shard are ignored. Uris are ``shard/member``, with the shard's
+    path relative to the folder.
 
     Raises
     ------
