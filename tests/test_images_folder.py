@@ -288,3 +288,11 @@ def test_place_never_invents_names(uris: list[str]) -> None:
             assert folders[0].lower().startswith(split)
             folders = folders[1:]
         assert label == (folders[0] if folders else "")
+
+
+def test_a_sparse_file_is_unreadable_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    source = open_source(tmp_path)
+    with pytest.raises(UnreadableImageError, match=r"^1099511627776 bytes, more than 1073741824$"):
+        source.read(source.items[0])

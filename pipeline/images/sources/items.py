@@ -36,6 +36,9 @@ NO_ENDING = "without ending"
 ENDINGS_NAMED = 8
 """Endings that the note on files left aside names; it adds up the others."""
 
+FILE_LIMIT = 1 << 30
+"""Most bytes of one image file; a larger one, such as a sparse file, is unreadable."""
+
 MISSING_SIZE = -1
 """The size of an item whose file was missing when the source was listed."""
 
@@ -201,17 +204,25 @@ def is_file_of(path: Path, suffixes: Collection[str]) -> bool:
     return path.suffix.lower() in suffixes and path.is_file()
 
 
+def check_size(size: int) -> None:
+    """Raise `UnreadableImageError` if a file of `size` bytes is too large to be read into memory."""
+    if size > FILE_LIMIT:
+        raise UnreadableImageError(f"{size} bytes, more than {FILE_LIMIT}")
+
+
 def read_file(path: Path) -> bytes:
     """Return the bytes of a regular file.
 
     Raises
     ------
     UnreadableImageError
-        With a short reason: no such file, permission denied, not a regular file.
+        With a short reason: no such file, permission denied, not a regular file, too large.
     """
     try:
-        if not S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # opening a named pipe would wait forever
             raise UnreadableImageError("not a regular file")
+        check_size(status.st_size)
         return path.read_bytes()
     except FileNotFoundError:
         raise UnreadableImageError("no such file") from None

@@ -21,6 +21,7 @@ from pipeline.images.sources.items import (
     ImageSource,
     Item,
     build_source,
+    check_size,
     ending_of,
     is_file_of,
 )
@@ -142,8 +143,9 @@ def _read(extent: Extent) -> bytes:
     Raises
     ------
     UnreadableImageError
-        The shard is gone, cannot be read, or changed after it was listed.
+        The shard is gone, cannot be read, or changed after it was listed; or the member is too large.
     """
+    check_size(extent.size)
     try:
         with extent.shard.open("rb") as file:
             status = extent.shard.stat()
