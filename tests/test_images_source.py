@@ -127,3 +127,9 @@ def test_classes_that_look_alike_are_named(names: tuple[str, str]) -> None:
     (note,) = source.notes
     assert all(repr(name) in note for name in names)
     assert "dog" not in note
+
+
+@pytest.mark.parametrize(("time", "stored"), [(10**19, 2**63 - 1), (-(10**19), 1 - 2**63), (5, 5)])
+def test_times_that_a_cache_cannot_store_are_clipped(time: int, stored: int) -> None:
+    source = build_source("x", "x", [(Item("a", mtime_ns=time), "")], lambda item: b"")
+    assert np.array([source.items[0].mtime_ns], np.int64)[0] == stored

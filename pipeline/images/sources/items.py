@@ -39,6 +39,9 @@ ENDINGS_NAMED = 8
 FILE_LIMIT = 1 << 30
 """Most bytes of one image file; a larger one, such as a sparse file, is unreadable."""
 
+TIME_LIMIT = 2**63 - 1
+"""Latest time in nanoseconds that a cache can store (in the year 2262); later ones count as this one."""
+
 MISSING_SIZE = -1
 """The size of an item whose file was missing when the source was listed."""
 
@@ -59,7 +62,7 @@ class Item(NamedTuple):
     size : int
         Bytes when listed; -1 if the file was missing.
     mtime_ns : int
-        Modification time when listed, in nanoseconds; 0 if the file was missing.
+        Modification time when listed, in nanoseconds, at most `TIME_LIMIT`; 0 if the file was missing.
     """
 
     uri: str
@@ -150,7 +153,10 @@ def build_source(
     ordered = [(item, normalize("NFC", label)) for item, label in ordered]
     classes = tuple(sorted({label for _, label in ordered} - {""}))
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
-    items = [item._replace(label=numbers[label]) for item, label in ordered]
+    items = [
+        item._replace(label=numbers[label], mtime_ns=max(-TIME_LIMIT, min(item.mtime_ns, TIME_LIMIT)))
+        for item, label in ordered
+    ]
     remarks = tuple(_alike_names(classes))
     return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader, remarks=remarks)
 
