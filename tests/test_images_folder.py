@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.decode import decode
 from pipeline.images.sources.folder import splits_and_classes, walk
 from pipeline.images.sources.registry import open_source
 
@@ -205,16 +209,62 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
 def test_walk_takes_any_suffix(tmp_path: Path) -> None:
     make(tmp_path, "a.tar", "sub/B.TAR", "c.jpg", "tar")
-    assert {found.uri for found in walk(tmp_path, {".tar"})[0]} == {"a.tar", "sub/B.TAR"}
+    assert {found.uri for found in walk(tmp_path, lambda _, ending: ending == ".tar")[0]} == {"a.tar", "sub/B.TAR"}
 
 
 def test_pictures_that_are_not_read_are_counted_beside_those_that_are(tmp_path: Path) -> None:
     source = open_source(make(tmp_path, "cat/1.jpg", "cat/2.HEIC", "cat/3.heic", "dog/4.CR2", "dog/4.xmp", "note.txt"))
     assert [item.uri for item in source.items] == ["cat/1.jpg"]
-    assert source.passed_over == {".heic": 2, ".cr2": 1}
+    assert source.passed_over == {".heic": 2, ".cr2": 1, ".xmp": 1, ".txt": 1}
     (note,) = source.notes
-    assert note.startswith("1 .cr2, 2 .heic passed over")
+    assert note.startswith("1 .cr2, 2 .heic, 1 .txt, 1 .xmp passed over")
     assert open_source(tmp_path / "cat/1.jpg").notes == []
+
+
+def image_bytes(kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["a", "a.jpg_large", "a.jpg?w=300", "a.jpeg.1", "a.apng", "a.mpo", "a.dat"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_what_decodes_is_taken_whatever_its_name(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / name).write_bytes(image_bytes(kind))
+    for path, uri in ((tmp_path, f"cat/{name}"), (tmp_path / "cat" / name, name)):
+        source = open_source(path)
+        assert [item.uri for item in source.items] == [uri]
+        assert decode(source.read(source.items[0])).size == (4, 3)
+        assert source.notes == []
+
+
+def test_everything_left_aside_is_counted_by_its_ending(tmp_path: Path) -> None:
+    make(tmp_path, "a.jpg", "x.y/README", "b.dcm", "c.DCM", "d.svs", "e.txt")
+    others = {
+        "f.bin": b"BMW is no bitmap",
+        "g.wav": b"RIFF\0\0\0\0WAVE",
+        "h.data": b"RIFF\0\0\0\0WAVE",
+        "i.doc": b"P1 ",
+    }
+    for name, data in {**others, "raw.nef": image_bytes("TIFF")}.items():
+        (tmp_path / name).write_bytes(data)
+    source = open_source(tmp_path)
+    assert [item.uri for item in source.items] == ["a.jpg"]
+    counts = {
+        "without ending": 1,
+        ".dcm": 2,
+        ".svs": 1,
+        ".txt": 1,
+        ".bin": 1,
+        ".wav": 1,
+        ".data": 1,
+        ".doc": 1,
+        ".nef": 1,
+    }
+    assert source.passed_over == counts
+    assert "2 .dcm" in source.notes[0]
+    assert "1 with other endings" in source.notes[0]
 
 
 names = st.sampled_from(["cat", "dog", "Train", "test", "valid"])
@@ -238,3 +288,11 @@ def test_place_never_invents_names(uris: list[str]) -> None:
             assert folders[0].lower().startswith(split)
             folders = folders[1:]
         assert label == (folders[0] if folders else "")
+
+
+def test_a_sparse_file_is_unreadable_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.truncate(1 << 40)
+    source = open_source(tmp_path)
+    with pytest.raises(UnreadableImageError, match=r"^1099511627776 bytes, more than 1073741824$"):
+        source.read(source.items[0])

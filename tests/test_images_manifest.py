@@ -172,3 +172,11 @@ def test_any_bytes_are_a_source_or_one_line(tmp_path_factory: pytest.TempPathFac
         uris, message = [], str(error)
         assert message.splitlines() == [message]
     assert uris == sorted(set(uris))
+
+
+@pytest.mark.parametrize(("column", "wanted"), [("class", "label"), ("target", "label"), ("subset", "split")])
+def test_columns_that_may_be_meant_are_named(tmp_path: Path, write: Writer, column: str, wanted: str) -> None:
+    others = {name: ["train"] for name in ("label", "split") if name != wanted}
+    (note,) = open_source(write(tmp_path, {"path": ["a"], column: ["x"], **others})).notes
+    assert f"no column '{wanted}' but '{column}'" in note
+    assert open_source(write(tmp_path, {"path": ["a"], column: ["x"], **others, wanted: ["test"]})).notes == []

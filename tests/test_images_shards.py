@@ -206,3 +206,38 @@ def test_damage_is_one_line_or_the_right_bytes(tmp_path_factory: pytest.TempPath
         return
     for item in source.items:
         assert len(source.read(item)) == item.size
+
+
+def test_members_are_taken_by_their_header_and_the_others_are_counted(tmp_path: Path) -> None:
+    pgm = b"P5\n1 1\n255\n\0"
+    source = open_source(write_tar(tmp_path / "x.tar", ("1.jpg_large", pgm), ("1.cls", b"cat"), ("2.dcm", b"DICM")))
+    assert [(item.uri, source.classes[item.label]) for item in source.items] == [("x.tar/1.jpg_large", "cat")]
+    assert source.passed_over == {".dcm": 1}
+
+
+@pytest.mark.parametrize(
+    "stems", [("2024.05.01", "2024.05.02"), ("set v1.0", "set v1.1"), ("d.x/s0.25_a", "d.x/s0.25_b")]
+)
+@pytest.mark.parametrize("ending", [".cls", ".json"])
+def test_names_with_dots_keep_their_own_labels(tmp_path: Path, stems: tuple[str, str], ending: str) -> None:
+    first, second = stems
+    labels = {".cls": (b"cat", b"dog"), ".json": (b'{"label": "cat"}', b'{"label": "dog"}')}[ending]
+    members = [
+        (first + ".jpg", b"x"),
+        (second + ".jpg", b"y"),
+        (first + ending, labels[0]),
+        (second + ending, labels[1]),
+    ]
+    expected = {f"x.tar/{first}.jpg": "cat", f"x.tar/{second}.jpg": "dog"}
+    assert labels_of(write_tar(tmp_path / "x.tar", *members)) == expected
+    alone = write_tar(tmp_path / "y.tar", *members[:3])
+    assert labels_of(alone) == {f"y.tar/{first}.jpg": "cat", f"y.tar/{second}.jpg": ""}, "no label of another image"
+
+
+@pytest.mark.parametrize("names", [("1.cls", "1.cls"), ("1.a.cls", "1.b.cls")])
+def test_two_labels_for_one_image_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    first, second = names
+    with pytest.raises(SourceError, match=r"expected one .*'cat' and 'dog'"):
+        open_source(write_tar(tmp_path / "x.tar", ("1.jpg", b"x"), (first, b"cat"), (second, b"dog")))
+    same = write_tar(tmp_path / "y.tar", ("1.jpg", b"x"), (first, b"cat"), (second, b"cat"))
+    assert labels_of(same) == {"y.tar/1.jpg": "cat"}

@@ -36,8 +36,14 @@ def test_a_single_image_has_no_label(photo: Path) -> None:
     [
         ("Photo.JPEG", r"found nothing there; did you mean Photo\.JPG"),
         ("notes.txt", r"expected a folder of images.*found another kind of file"),
-        ("empty", r"expected at least one image \(.*\.jpg.*\), found none$"),
-        ("phone", r"found none; 2 \.heic, 1 \.nef passed over.*save them as \.jpg or \.png$"),
+        (
+            "empty",
+            r"expected at least one image \(.*\.jpg.*\), found none; 1 \.md passed over.*cannot read them$",
+        ),
+        (
+            "phone",
+            r"found none; 1 \.aae, 2 \.heic, 1 \.mov, 1 \.nef passed over.*save pictures among them as \.jpg or \.png$",
+        ),
         ("phone/1.HEIC", r"found another kind of file; save it as \.jpg or \.png$"),
         ("x\0y", r"expected a folder of images"),
         ("n" * 5000, r"expected a folder of images"),
@@ -101,3 +107,29 @@ def test_another_kind_of_source_is_one_opener_and_one_line(tmp_path: Path, monke
     (tmp_path / "none.list").write_text("")
     with pytest.raises(SourceError, match="expected at least one image"):
         open_source(tmp_path / "none.list")
+
+
+def test_classes_in_two_unicode_forms_are_one() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    labelled = [(Item("a"), composed), (Item("b"), decomposed), (Item("c"), "th\u00e9")]
+    source = build_source("x", "x", labelled, lambda item: b"")
+    assert (source.classes, [item.label for item in source.items]) == ((composed, "th\u00e9"), [0, 0, 1])
+    assert source.notes == []
+
+
+@pytest.mark.parametrize(
+    "names", [("Cat", "cat"), ("big cat", "bigcat"), ("cat", "cat "), ("\uff21", "a"), ("Straße", "strasse")]
+)
+def test_classes_that_look_alike_are_named(names: tuple[str, str]) -> None:
+    labelled = [(Item(str(number)), name) for number, name in enumerate([*names, "dog"])]
+    source = build_source("x", "x", labelled, lambda item: b"")
+    assert len(source.classes) == 3, "they are not merged"
+    (note,) = source.notes
+    assert all(repr(name) in note for name in names)
+    assert "dog" not in note
+
+
+@pytest.mark.parametrize(("time", "stored"), [(10**19, 2**63 - 1), (-(10**19), 1 - 2**63), (5, 5)])
+def test_times_that_a_cache_cannot_store_are_clipped(time: int, stored: int) -> None:
+    source = build_source("x", "x", [(Item("a", mtime_ns=time), "")], lambda item: b"")
+    assert np.array([source.items[0].mtime_ns], np.int64)[0] == stored

@@ -7,6 +7,7 @@ Formats: JPEG, PNG, WebP, TIFF, GIF, BMP and PNM, recognised by their first byte
 - Transparent pixels are blended with white.
 - Only the first frame of an animation, or page of a stack, is read.
 - 16 bits a channel are scaled to 8: 65,535 is white. Wider integers outside that range, and floats, see `_to_8_bit`.
+- Grey TIFFs follow their tags: 12 bits a sample have a white of 4,095, and "white is zero" is inverted.
 - JPEGs may be decoded at 1/2, 1/4 or 1/8 (libjpeg's reduced DCT), but not below the `floor` that the caller sets.
 - Images of more than `PIXEL_LIMIT` pixels are refused before they are decoded.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from io import BytesIO
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -25,7 +26,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.errors import UnreadableImageError
@@ -35,7 +36,10 @@ PIXEL_LIMIT = 178_956_970
 
 REASON_LENGTH = 80
 
-_READERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
+WHITE_IS_ZERO = 0
+"""Value of a TIFF's tag PhotometricInterpretation."""
+
+_READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,  # also the first picture of a multi-picture file
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"RIFF": WebPImageFile,
@@ -47,6 +51,8 @@ _READERS: dict[bytes, Callable[[BytesIO], ImageFile]] = {
     b"BM": BmpImageFile,
     **{b"P%d" % kind: PpmImageFile for kind in range(1, 7)},
 }
+_MAGIC_LENGTH = 12
+"""Bytes that tell the format; a RIFF file names its kind in the last four."""
 
 _TURNS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
@@ -98,7 +104,7 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
     """
     if not data:
         raise UnreadableImageError("empty file")
-    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    reader = _reader_of(data)
     if reader is None:
         raise UnreadableImageError("not an image of a known format")
     try:
@@ -113,6 +119,24 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise UnreadableImageError(_reason(error)) from error
+
+
+def has_image_header(file: BinaryIO) -> bool:
+    """Tell whether the header of an open file is that of an image which `decode` knows; the pixels are not read."""
+    try:
+        start = file.read(_MAGIC_LENGTH)
+        reader = _reader_of(start)
+        if reader is None or (start.startswith(b"RIFF") and start[8:] != b"WEBP"):  # the reader would read all of it
+            return False
+        file.seek(0)
+        reader(file)
+    except Exception:  # damaged headers make Pillow raise nearly anything, and the file may be unreadable
+        return False
+    return True
+
+
+def _reader_of(data: bytes) -> Callable[[BinaryIO], ImageFile] | None:
+    return next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
 
 
 def _reason(error: Exception) -> str:
@@ -157,7 +181,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
-        grey = _to_8_bit(np.asarray(image))
+        grey = _tiff_to_8_bit(image) if isinstance(image, TiffImageFile) else _to_8_bit(np.asarray(image))
         if "transparency" in image.info:  # the one transparent level of a 16-bit PNG, which Pillow does not apply
             grey[np.asarray(image) == image.info["transparency"]] = 255
         return Image.fromarray(grey).convert("RGB")
@@ -167,16 +191,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bit(values: np.ndarray) -> np.ndarray:
+def _tiff_to_8_bit(image: TiffImageFile) -> np.ndarray:
+    """Scale a grey TIFF to uint8 by its tags, which Pillow ignores for samples wider than 8 bits."""
+    values, tags = np.asarray(image), image.tag_v2
+    unsigned = tags.get(SAMPLEFORMAT, (1,))[0] == 1
+    if unsigned and values.dtype == np.int32:
+        values = values.view(np.uint32)
+    twelve_bits = unsigned and tags.get(BITSPERSAMPLE, (1,))[0] == 12
+    grey = _to_8_bit(values, 4_095.0 if twelve_bits else 65_535.0)
+    return 255 - grey if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else grey
+
+
+def _to_8_bit(values: np.ndarray, integer_white: float = 65_535.0) -> np.ndarray:
     """Scale grey levels wider than 8 bits to uint8, of the same shape.
 
-    White is 65,535 for integers from 0 to 65,535, and for non-negative floats the first of 1, 255 and 65,535 that none
-    exceeds. In all other cases the least value becomes black and the greatest white; equal values become black.
-    Non-finite floats count as 0.
+    White is `integer_white` for integers from 0 to that, and for non-negative floats the first of 1, 255 and 65,535
+    that none exceeds. In all other cases the least value becomes black and the greatest white; equal values become
+    black. Non-finite floats count as 0.
     """
     values_are_integers = np.issubdtype(values.dtype, np.integer)
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    whites = (65_535.0,) if values_are_integers else (1.0, 255.0, 65_535.0)
+    whites = (integer_white,) if values_are_integers else (1.0, 255.0, 65_535.0)
     low, high = float(values.min()), float(values.max())
     white = next((white for white in whites if low >= 0 and high <= white), None)
     if white is None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
 
 from pipeline.errors import SourceError
 from pipeline.images.sources.items import (
-    FOREIGN_SUFFIXES,
     IMAGE_SUFFIXES,
+    MISSING_SIZE,
     ImageSource,
     Item,
     build_source,
-    is_file_of,
+    ending_of,
+    is_image_file,
     read_file,
 )
 
@@ -36,7 +37,7 @@ def open_folder(path: Path) -> ImageSource | None:
     """Return the images under a folder, labelled by its class folders if it has any; None if `path` is no folder."""
     if not path.is_dir():
         return None
-    files, passed_over = walk(path, IMAGE_SUFFIXES)
+    files, passed_over = walk(path, is_image_file)
     labelled = [
         (item._replace(split=split), label)
         for item, (split, label) in zip(files, splits_and_classes([item.uri for item in files], path), strict=True)
@@ -47,7 +48,7 @@ def open_folder(path: Path) -> ImageSource | None:
 
 def open_image(path: Path) -> ImageSource | None:
     """Return one image, without a label; None if `path` is no image file."""
-    if not is_file_of(path, IMAGE_SUFFIXES):
+    if not path.is_file() or not is_image_file(path, ending_of(path.name)):
         return None
     status = path.stat()
     item = Item(path.name, size=status.st_size, mtime_ns=status.st_mtime_ns)
@@ -84,17 +85,19 @@ def splits_and_classes(uris: list[str], root: Path) -> list[tuple[str, str]]:
     return found
 
 
-def walk(root: Path, suffixes: Collection[str]) -> tuple[list[Item], dict[str, int]]:
-    """Return the files under `root` that end in one of `suffixes`, in no order, without split or class.
+def walk(root: Path, is_wanted: Callable[[Path, str], bool]) -> tuple[list[Item], dict[str, int]]:
+    """Return the files under `root` that `is_wanted` takes, in no order, without split or class.
+
+    It is called with the path of each regular file and its ending in lower case.
 
     Hidden names are left out. Links to files and folders are followed, but a link to a folder that contains it is not.
-    A link that leads nowhere is kept as a missing file, which cannot be read later.
+    A link that leads nowhere and has an image's ending is kept as a missing file, which cannot be read later.
 
     Returns
     -------
     files : list of Item
     passed_over : dict of str to int
-        How many other files there are of each ending in `FOREIGN_SUFFIXES`.
+        How many other files there are of each ending.
 
     Raises
     ------
@@ -104,16 +107,14 @@ def walk(root: Path, suffixes: Collection[str]) -> tuple[list[Item], dict[str, i
     files: list[Item] = []
     passed_over: Counter[str] = Counter()
     for uri, entry in _entries(root):
-        suffix = uri[uri.rfind(".") :].lower()  # pathlib's suffix takes longer than the walk
-        if suffix not in suffixes and suffix not in FOREIGN_SUFFIXES:
-            continue
+        ending = ending_of(entry.name)
         item = _item(uri, entry)
         if item is None:
             continue
-        if suffix in suffixes:
+        if is_wanted(root / uri, ending) if item.size != MISSING_SIZE else ending in IMAGE_SUFFIXES:
             files.append(item)
         else:
-            passed_over[suffix] += 1
+            passed_over[ending] += 1
     return files, dict(passed_over)
 
 

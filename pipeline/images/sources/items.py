@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
+from unicodedata import normalize
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.decode import has_image_header
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
     | {".dib", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
-"""Endings, in lower case, by which an image is recognised in a folder or a shard."""
+"""Endings, in lower case, of files that are taken for images without a look inside."""
 
 FOREIGN_SUFFIXES = frozenset(
     {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".tga", ".exr"}
     | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"}
 )
-"""Endings, in lower case, of pictures that are not read here: they are passed over, and counted."""
+"""Endings, in lower case, of pictures that are not read here, even if their first bytes are those of a TIFF."""
+
+OTHER_SUFFIXES = frozenset(
+    {".csv", ".parquet", ".tar", ".json", ".cls", ".txt", ".xml", ".md", ".html", ".yaml", ".yml", ".py", ".h5"}
+    | {".zip", ".gz", ".npy", ".npz", ".mp4", ".mov", ".avi", ".wav", ".xmp", ".aae"}
+)
+"""Endings, in lower case, of files that are no images; listing a folder does not open them."""
+
+NO_ENDING = "without ending"
+
+ENDINGS_NAMED = 8
+"""Endings that the note on files left aside names; it adds up the others."""
+
+FILE_LIMIT = 1 << 30
+"""Most bytes of one image file; a larger one, such as a sparse file, is unreadable."""
+
+TIME_LIMIT = 2**63 - 1
+"""Latest time in nanoseconds that a cache can store (in the year 2262); later ones count as this one."""
 
 MISSING_SIZE = -1
 """The size of an item whose file was missing when the source was listed."""
@@ -42,7 +62,7 @@ class Item(NamedTuple):
     size : int
         Bytes when listed; -1 if the file was missing.
     mtime_ns : int
-        Modification time when listed, in nanoseconds; 0 if the file was missing.
+        Modification time when listed, in nanoseconds, at most `TIME_LIMIT`; 0 if the file was missing.
     """
 
     uri: str
@@ -70,7 +90,9 @@ class ImageSource:
     reader : callable
         Returns an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
     passed_over : dict of str to int
-        How many pictures lie beside the images, by their endings from `FOREIGN_SUFFIXES`.
+        How many files beside the images were left aside, by their endings in lower case.
+    remarks : tuple of str
+        What else the user should know about the source.
     """
 
     name: str
@@ -79,14 +101,19 @@ class ImageSource:
     items: list[Item] = field(repr=False)
     reader: Callable[[Item], bytes] = field(repr=False)
     passed_over: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know: which pictures were passed over."""
-        if not self.passed_over:
-            return []
-        counts = ", ".join(f"{count} {ending}" for ending, count in sorted(self.passed_over.items()))
-        return [f"{counts} passed over because thawline cannot read them: save them as .jpg or .png"]
+        """What the user should know: `remarks`, and which files were left aside."""
+        counted = sorted(self.passed_over.items(), key=lambda pair: (-pair[1], pair[0]))
+        counts = [f"{count} {ending}" for ending, count in sorted(counted[:ENDINGS_NAMED])]
+        if rest := sum(count for _, count in counted[ENDINGS_NAMED:]):
+            counts.append(f"{rest} with other endings")
+        if not counts:
+            return [*self.remarks]
+        remedy = ": save pictures among them as .jpg or .png" if set(self.passed_over) - OTHER_SUFFIXES else ""
+        return [*self.remarks, f"{', '.join(counts)} passed over because thawline cannot read them{remedy}"]
 
     def read(self, item: Item) -> bytes:
         """Return the encoded bytes of `item`.
@@ -102,7 +129,7 @@ class ImageSource:
 def build_source(
     name: str, location: str, labelled: Iterable[tuple[Item, str]], reader: Callable[[Item], bytes]
 ) -> ImageSource:
-    """Return a source: its items sorted by uri, its classes numbered in plain text order.
+    """Return a source: its items sorted by uri, its classes in Unicode form NFC and numbered in plain text order.
 
     Parameters
     ----------
@@ -123,10 +150,26 @@ def build_source(
         if not _can_be_stored(text):
             where = ascii(location)[1:-1]
             raise SourceError(f"{where}: expected names in UTF-8 without NUL, found {text!a}: rename it")
+    ordered = [(item, normalize("NFC", label)) for item, label in ordered]
     classes = tuple(sorted({label for _, label in ordered} - {""}))
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
-    items = [item._replace(label=numbers[label]) for item, label in ordered]
-    return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader)
+    items = [
+        item._replace(label=numbers[label], mtime_ns=max(-TIME_LIMIT, min(item.mtime_ns, TIME_LIMIT)))
+        for item, label in ordered
+    ]
+    remarks = tuple(_alike_names(classes))
+    return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader, remarks=remarks)
+
+
+def _alike_names(classes: Iterable[str]) -> Iterator[str]:
+    """Name the classes that differ by case, blanks or compatible characters only."""
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in classes:
+        alike["".join(normalize("NFKC", name).casefold().split())].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            found = ", ".join(map(repr, names))
+            yield f"classes {found} differ by case, blanks or form only: give them one name if they are one class"
 
 
 def _can_be_stored(text: str) -> bool:
@@ -137,9 +180,40 @@ def _can_be_stored(text: str) -> bool:
     return "\0" not in text
 
 
+def ending_of(name: str) -> str:
+    """Return what follows the last dot of a file's name, with the dot, in lower case; `NO_ENDING` if there is none.
+
+    Examples
+    --------
+    >>> ending_of("Photo.JPG"), ending_of("photo")
+    ('.jpg', 'without ending')
+    """
+    _, dot, ending = name.rpartition(".")  # pathlib's suffix takes longer than the walk of a folder
+    return f".{ending.lower()}" if dot else NO_ENDING
+
+
+def is_image_file(path: Path, ending: str) -> bool:
+    """Tell whether a regular file is an image: by its ending if that says so, else by its header."""
+    if ending in IMAGE_SUFFIXES:
+        return True
+    if ending in FOREIGN_SUFFIXES or ending in OTHER_SUFFIXES:
+        return False
+    try:
+        with path.open("rb") as file:
+            return has_image_header(file)
+    except OSError:
+        return False
+
+
 def is_file_of(path: Path, suffixes: Collection[str]) -> bool:
     """Tell whether `path` is a regular file, or a link to one, whose ending is one of `suffixes` (in lower case)."""
     return path.suffix.lower() in suffixes and path.is_file()
+
+
+def check_size(size: int) -> None:
+    """Raise `UnreadableImageError` if a file of `size` bytes is too large to be read into memory."""
+    if size > FILE_LIMIT:
+        raise UnreadableImageError(f"{size} bytes, more than {FILE_LIMIT}")
 
 
 def read_file(path: Path) -> bytes:
@@ -148,11 +222,13 @@ def read_file(path: Path) -> bytes:
     Raises
     ------
     UnreadableImageError
-        With a short reason: no such file, permission denied, not a regular file.
+        With a short reason: no such file, permission denied, not a regular file, too large.
     """
     try:
-        if not S_ISREG(path.stat().st_mode):  # opening a named pipe would wait forever
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # opening a named pipe would wait forever
             raise UnreadableImageError("not a regular file")
+        check_size(status.st_size)
         return path.read_bytes()
     except FileNotFoundError:
         raise UnreadableImageError("no such file") from None

@@ -6,6 +6,7 @@ import csv
 import io
 import posixpath
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 
@@ -16,6 +17,12 @@ from pipeline.images.sources.items import ImageSource, Item, build_source, is_fi
 
 COLUMNS = ("path", "label", "split", "group")
 """The columns that are read. Only the first is required; all others are ignored."""
+
+SYNONYMS = {
+    "label": ("class", "target", "category", "labels", "class_name"),
+    "split": ("subset", "set", "fold", "partition", "splits"),
+}
+"""Columns that are named to the user where the one that would be read is missing."""
 
 MESSAGE_LENGTH = 120
 
@@ -53,7 +60,8 @@ def _open_csv(path: Path) -> ImageSource:
         table = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise SourceError(f"{path}: expected a comma-separated table, line {reader.line_num}: {error}") from None
-    return _open_table(path, _columns(path, table[0][1] if table else []), table[1:])
+    names = _columns(path, table[0][1] if table else [])
+    return _open_table(path, names, table[1:], names)
 
 
 def _open_parquet(path: Path) -> ImageSource:
@@ -70,7 +78,7 @@ def _open_parquet(path: Path) -> ImageSource:
         raise SourceError(f"{path}: expected a Parquet table: {shorten(str(error), MESSAGE_LENGTH)}") from None
     rows = zip(*(map(_text, columns[name]) for name in wanted), strict=True)
     numbered = [(number, list(row)) for number, row in enumerate(rows, start=1)]
-    return _open_table(path, _columns(path, wanted), numbered)
+    return _open_table(path, _columns(path, wanted), numbered, _columns(path, header))
 
 
 def _columns(path: Path, header: list[str]) -> list[str]:
@@ -84,13 +92,25 @@ def _columns(path: Path, header: list[str]) -> list[str]:
     return names
 
 
-def _open_table(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> ImageSource:
-    """Return the source of a parsed table; each of `rows` comes with its number in the file, for messages."""
+def _open_table(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]], header: list[str]) -> ImageSource:
+    """Return the source of a parsed table; each of `rows` comes with its number in the file, for messages.
+
+    `names` are the columns of `rows`; `header` are all columns of the file.
+    """
     if not rows:
         raise SourceError(f"{path}: expected at least one row below the header, found none")
     name = f"{path.parent.name}-{path.stem}"
     labelled = _labelled(path, names, rows)
-    return build_source(name, path.as_posix(), labelled, lambda item: read_file(path.parent / item.uri))
+    source = build_source(name, path.as_posix(), labelled, lambda item: read_file(path.parent / item.uri))
+    return replace(source, remarks=(*source.remarks, *_remarks(path, header)))
+
+
+def _remarks(path: Path, header: list[str]) -> Iterator[str]:
+    """Name the columns that may hold what a missing column would."""
+    for missing, synonyms in SYNONYMS.items():
+        found = [name for name in header if name in synonyms]
+        if missing not in header and found:
+            yield f"{path.name} has no column '{missing}' but '{found[0]}', which is not read: rename it if it fits"
 
 
 def _labelled(path: Path, names: list[str], rows: Sequence[tuple[int, list[str]]]) -> Iterator[tuple[Item, str]]:

@@ -1,19 +1,30 @@
-"""``.tar`` shards in WebDataset form: members that share a name up to its first dot are one sample."""
+"""``.tar`` shards in WebDataset form: images and the members that hold their labels."""
 
 from __future__ import annotations
 
 import json
 import re
 import tarfile
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.decode import has_image_header
 from pipeline.images.sources.folder import SPLIT_WORDS, walk
-from pipeline.images.sources.items import IMAGE_SUFFIXES, ImageSource, Item, build_source, is_file_of
+from pipeline.images.sources.items import (
+    FOREIGN_SUFFIXES,
+    IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
+    ImageSource,
+    Item,
+    build_source,
+    check_size,
+    ending_of,
+    is_file_of,
+)
 
 SHARD_SUFFIX = ".tar"
 
@@ -34,20 +45,22 @@ class Extent(NamedTuple):
 def open_shards(path: Path) -> ImageSource | None:
     """Return the images in an uncompressed ``.tar`` shard, or in all shards under a folder; None if there is none.
 
-    The label is the text of the sample's ``.cls`` member, else ``"label"`` in its ``.json`` member. The split is the
-    one split word in the shard's path (``train-000.tar``, ``set-validation-01.tar``, ``test/7.tar``); there is none if
-    the path has no such word, or two. Links, hidden members and members whose name leads out of the shard are ignored.
-    Uris are ``shard/member``, with the shard's path relative to the folder.
+    The label is the text of the ``.cls`` member that belongs to the image (see `_label_of`), else ``"label"`` in the
+    ``.json`` member. The split is the one split word in the shard's path (``train-000.tar``,
+    ``set-validation-01.tar``, ``test/7.tar``); there is none if the path has no such word, or two. Links, hidden
+    members and members whose name leads out of the shard are ignored. Uris are ``shard/member``, with the shard's
+    path relative to the folder.
 
     Raises
     ------
     SourceError
-        A shard is damaged, or a label is neither text nor a number.
+        A shard is damaged, a label is neither text nor a number, or an image has two labels.
     """
-    passed_over: dict[str, int] = {}
+    passed_over: Counter[str] = Counter()
     if path.is_dir():
         root, name = path, path.name
-        shards, passed_over = walk(path, {SHARD_SUFFIX})
+        shards, others = walk(path, lambda _, ending: ending == SHARD_SUFFIX)
+        passed_over.update(others)
     elif is_file_of(path, {SHARD_SUFFIX}):
         root, name = path.parent, path.stem
         shards = [Item(path.name)]
@@ -57,11 +70,15 @@ def open_shards(path: Path) -> ImageSource | None:
     extents: dict[str, Extent] = {}
     for shard in sorted(shards):
         split = split_in(shard.uri)
-        images, labels = _read_shard(root / shard.uri)
+        images, labels, others = _read_shard(root / shard.uri)
+        passed_over.update(others)
+        by_sample: defaultdict[str, set[str]] = defaultdict(set)
+        for stem, label in labels.items():
+            by_sample[_sample(stem)].add(label)
         for member, extent in images.items():
             item = Item(f"{shard.uri}/{member}", split=split, size=extent.size, mtime_ns=extent.shard_mtime_ns)
             extents[item.uri] = extent
-            labelled.append((item, labels.get(_sample(member), "")))
+            labelled.append((item, _label_of(f"{shard.uri}/{member}", _stem(member), labels, by_sample)))
     source = build_source(name, path.as_posix(), labelled, lambda item: _read(extents[item.uri]))
     return replace(source, passed_over=passed_over)
 
@@ -73,24 +90,42 @@ def split_in(path: str) -> str:
     return splits.pop() if len(splits) == 1 else ""
 
 
-def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str]]:
-    """Return the shard's images by member name and its labels by sample; of equal names the last counts."""
+def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter[str]]:
+    """Return the shard's images by member name, its labels by name without ending, and how many others there are.
+
+    The others are counted by their endings.
+
+    Of equal names the last counts.
+    """
     status = shard.stat()
     images: dict[str, Extent] = {}
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    others: Counter[str] = Counter()
     try:
         with tarfile.open(shard, "r:") as archive:
             for member, info in _plain_members(archive):
-                suffix = Path(member).suffix.lower()
-                if suffix in IMAGE_SUFFIXES:
+                suffix = ending_of(member.rpartition("/")[2])
+                if suffix in IMAGE_SUFFIXES or _has_image_header(archive, info, suffix):
                     images[member] = Extent(shard, info.offset_data, info.size, status.st_size, status.st_mtime_ns)
                 elif suffix in {".cls", ".json"}:
-                    labels[_sample(member)][suffix] = _label(shard, archive, info, suffix)
+                    found, label = labels[_stem(member)], _label(shard, archive, info, suffix)
+                    if found.setdefault(suffix, label) != label:
+                        raise SourceError(f"{shard}: expected one {member}, found two: {found[suffix]!r} and {label!r}")
+                else:
+                    others[suffix] += 1
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise SourceError(
             f"{shard}: expected an uncompressed tar file, found a damaged or another file: {error}"
         ) from None
-    return images, {sample: found.get(".cls") or found.get(".json", "") for sample, found in labels.items()}
+    by_stem = {stem: found.get(".cls") or found.get(".json", "") for stem, found in labels.items()}
+    return images, by_stem, others
+
+
+def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, ending: str) -> bool:
+    if ending in FOREIGN_SUFFIXES or ending in OTHER_SUFFIXES:
+        return False
+    file = archive.extractfile(info)
+    return file is not None and has_image_header(cast(BinaryIO, file))
 
 
 def _plain_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -108,8 +143,9 @@ def _read(extent: Extent) -> bytes:
     Raises
     ------
     UnreadableImageError
-        The shard is gone, cannot be read, or changed after it was listed.
+        The shard is gone, cannot be read, or changed after it was listed; or the member is too large.
     """
+    check_size(extent.size)
     try:
         with extent.shard.open("rb") as file:
             status = extent.shard.stat()
@@ -128,9 +164,33 @@ def _read(extent: Extent) -> bytes:
     return data
 
 
+def _label_of(uri: str, stem: str, labels: Mapping[str, str], by_sample: Mapping[str, set[str]]) -> str:
+    """Return the label of an image, given all labels by name without ending, and by name up to the first dot.
+
+    A label of the same name comes first, so that names may hold dots (``2024.05.01.jpg``, ``2024.05.01.cls``). By
+    WebDataset's rule, names belong together up to their first dot; it is followed where one of the two has no more
+    dots (``1.left.jpg``, ``1.cls``).
+    """
+    if stem in labels:
+        return labels[stem]
+    sample = _sample(stem)
+    if stem != sample:
+        return labels.get(sample, "")
+    found = sorted(by_sample.get(sample, ()))
+    if len(found) > 1:
+        raise SourceError(
+            f"{uri}: expected one label, found {found[0]!r} and {found[1]!r}: give the member its own name"
+        )
+    return found[0] if found else ""
+
+
+def _stem(member: str) -> str:
+    return member.removesuffix(Path(member).suffix)
+
+
 def _sample(member: str) -> str:
     folder, _, file = member.rpartition("/")
-    return f"{folder}/{file.split('.')[0]}"
+    return f"{folder}/{file.split('.')[0]}" if folder else file.split(".")[0]
 
 
 def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> str:
