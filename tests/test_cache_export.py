@@ -108,7 +108,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path, m
                 export_features(file, "a", tmp_path / name)
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["features_cache.export_features"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]}
+            sys.modules["features_cache.export"], "_columns", lambda *_: {"uri": ["x" * 100_000_000]}
         )  # the header's limit
         with pytest.raises(CacheError, match=r"header too large; \.npy and \.parquet take any number"):
             export_features(file, "a", tmp_path / "x.safetensors")
