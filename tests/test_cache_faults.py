@@ -38,10 +38,12 @@ def test_kills_at_random_moments_lose_nothing_that_was_marked_done() -> None:
 
 
 def test_damage_is_refused_or_harmless_outside_the_arrays_and_named_inside() -> None:
-    counts = harness("damage.py", "--count", 500)
+    counts = harness("damage.py", "--count", 500, "--forged", 100)
     assert counts["structure"].keys() <= {"damages", "refused", "right"}
     assert counts["structure"]["refused"] > 475
     assert counts["rows"] == {"damages": 500, "named": 500}
+    for kind in ("cache", "head", "network", "run"):
+        assert counts[kind].keys() == {"damages", "read", "refused"}, counts[kind]
 
 
 LIMITED = """
