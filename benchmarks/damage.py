@@ -242,10 +242,10 @@ def forge_network(path: Path, generator: random.Random) -> Callable[[], object]:
         data = source.read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.dumps(changed(json.loads(data[8 : 8 + length]), generator)).encode()
-        data = len(header).to_bytes(8, "little") + header + data[8 + length :]
+        forged = len(header).to_bytes(8, "little") + header + data[8 + length :]
         if generator.random() < 0.3:
-            data = data[: generator.randrange(len(data))]
-        target.write_bytes(data)
+            forged = forged[: generator.randrange(len(forged))]
+        target.write_bytes(forged)
 
     def read() -> None:
         is_network_file(target)
