@@ -118,8 +118,11 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
         tuned = describe_network(path)
         return tuned, [_Layer(f"{tuned.scores.backbone}@{path}", None, tuned.scores)]
     saved = load_model(path)
-    asked = [(layer["request"], LayerSpec.from_json(layer["spec"])) for layer in saved.layers]
-    return saved, [_Layer(request["backbone"], request["size"], spec) for request, spec in asked]
+    requests = [layer["request"] for layer in saved.layers]
+    return saved, [
+        _Layer(str(request.get("backbone")), request.get("size"), spec)
+        for request, spec in zip(requests, saved.specs, strict=True)
+    ]
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:

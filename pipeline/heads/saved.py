@@ -21,6 +21,7 @@ from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
 from pipeline.model_file import ModelFormat, check_destination, named, reading, writing
+from pipeline.spec import LayerSpec
 
 FORMAT = ModelFormat(
     name="thawline-model",
@@ -73,6 +74,14 @@ class SavedModel:
     temperature: float | None
     metrics: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """Specs of `layers`; raises `ModelFileError` if they do not say what was extracted."""
+        try:
+            return [LayerSpec.from_json(layer["spec"]) for layer in self.layers]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelFileError(f"the model does not say how its layers were extracted; {FORMAT.remedy}") from error
 
     def predict(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
         """Label rows of features.
