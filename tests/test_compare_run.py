@@ -669,3 +669,9 @@ def test_a_link_in_a_strangers_run_folder_is_not_written_through(tmp_path: Path,
     with pytest.raises(ThawlineError, match="is a link or no regular file; remove it"), RunFolder(run).claim():
         pass
     assert letter.read_text() == "a line without an end"
+
+
+def test_a_line_nested_beyond_reason_is_a_damaged_line(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(RunFolderError, match="line 1 is damaged: expected JSON"):
+        RunFolder(tmp_path)

@@ -192,7 +192,7 @@ def _parse(content: bytes) -> Any:
     """Return strict JSON; raises `ValueError` also for NaN and infinities, which we never write."""
     try:
         return json.loads(content, parse_constant=_refuse)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("expected JSON, found something else") from None
 
 
