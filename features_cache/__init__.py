@@ -22,6 +22,7 @@ from features_cache.layout import DONE, PENDING, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
 from features_cache.prune import drop_redundant, prune, superseded
 from features_cache.reader import CacheFile, open_cache
+from features_cache.rowfile import open_own
 from features_cache.verify import VerifyReport, repair, verify
 from features_cache.writer import CacheWriter
 
@@ -52,6 +53,7 @@ __all__ = [
     "nearest",
     "nearest_beside",
     "open_cache",
+    "open_own",
     "prune",
     "repair",
     "same_rows",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache.layout import RECORD
+from features_cache.layout import PENDING, RECORD, UNREADABLE
 
 if TYPE_CHECKING:
     from features_cache.reader import CacheFile
+
+_CHUNK_BYTES = 1 << 20
 
 
 def crc_rows(rows: NDArray[Any]) -> NDArray[np.uint32]:
@@ -60,3 +63,32 @@ def records_of(file: CacheFile, rows: NDArray[np.int64] | slice) -> NDArray[np.v
     for field in RECORD.names or ():
         found[field] = file.array(f"/rows/{field}")[rows]
     return found
+
+
+def damaged_columns(file: CacheFile, states: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.int64], str]]:
+    """Yield row numbers and what is wrong with their columns.
+
+    Parameters
+    ----------
+    file : CacheFile
+    states : ndarray of uint8, shape (n_rows,)
+        A copy of the file's states, taken before; rows that a writer finishes meanwhile are not checked.
+    """
+    labels = file.labels
+    yield np.flatnonzero(states > UNREADABLE), "its state is unknown"
+    yield np.flatnonzero((labels < -1) | (labels >= len(file.classes))), "its label has no class"
+    for part in chunks(file.n_rows, 256):
+        wrong = ~sound_sources(file, part)
+        yield part.start + np.flatnonzero(wrong), "its uri, label, split or group is damaged"
+        sound = sound_results(file, part)
+        wrong = ~sound & (states[part] != PENDING)
+        yield part.start + np.flatnonzero(wrong), "its digest, size, time, run or reason is damaged"
+        flipped = sound & ((file.array("/rows/reason")[part] != b"") != (states[part] == UNREADABLE))
+        yield part.start + np.flatnonzero(flipped & (states[part] != PENDING)), "its state contradicts its reason"
+
+
+def chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
+    """Yield slices that cover `n_rows` rows, each of about one MiB."""
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))

@@ -32,7 +32,7 @@ from features_cache.layout import (
     Rows,
     lay_out_arrays,
 )
-from features_cache.rowfile import RowFile
+from features_cache.rowfile import RowFile, open_own
 
 _ATTRIBUTE_LIMIT = 60_000  # attributes of the oldest, most portable HDF5 format must stay below 64 KiB
 
@@ -71,6 +71,9 @@ def build_file(
     block = _power_of_two(
         LINE_BYTES + len(_encode(table, {name: ArrayInfo(1 << 60, *layout[name]) for name in layout}))
     )
+    with explained(path, "write"):
+        path.unlink(missing_ok=True)  # HDF5 would write through a link of this name
+        os.close(open_own(path, os.O_WRONLY | os.O_EXCL))
     try:
         arrays = _lay_out(path, layout, layers, table, block)
         with explained(path, "write"), RowFile(path) as file:

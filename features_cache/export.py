@@ -45,6 +45,8 @@ def export_features(cache: CacheFile, layer: str, path: str | Path) -> list[Path
     CacheError
         The layer or format is unknown, no row is finished, the format cannot hold so many rows, a library is missing,
         or the folder cannot be written.
+    DamagedCacheError
+        Some of the rows do not match their checksums.
     """
     path = Path(path)
     writers: dict[str, Callable[[Path, NDArray[Any], dict[str, list[str]], CacheFile, NDArray[np.int64]], None]] = {
@@ -55,11 +57,12 @@ def export_features(cache: CacheFile, layer: str, path: str | Path) -> list[Path
     if path.suffix not in writers:
         known = nearest(path.suffix, writers)
         raise CacheError(f"cannot export to {path}: expected one of {', '.join(writers)}, not {path.suffix!r}{known}")
-    matrix = cache.matrix(layer)
+    cache.layer(layer)
+    cache.check_columns()
     rows = np.flatnonzero(cache.states == DONE)
     if not len(rows):
         raise CacheError(f"{cache.path} has no finished row to export; run the extraction first")
-    features = matrix if len(rows) == len(matrix) else np.asarray(matrix)[rows]
+    features = cache.features(layer, slice(None) if len(rows) == cache.n_rows else rows)
     columns = _columns(cache, rows)
     written = [path]
     if path.suffix == ".npy":

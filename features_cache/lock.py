@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features_cache.errors import CacheLockedError, explained
+from features_cache.rowfile import open_own
 
 
 class WriterLock:
@@ -37,7 +38,7 @@ class WriterLock:
                 pass
 
     def _acquire(self, path: Path) -> bool:
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._fd = open_own(self._path, os.O_RDWR)
         held = False
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

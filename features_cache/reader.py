@@ -9,8 +9,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from features_cache.checksums import chunks, crc_rows, damaged_columns
 from features_cache.convert import decoded_text
-from features_cache.errors import CacheError, explained, nearest
+from features_cache.errors import CacheError, DamagedCacheError, explained, nearest
 from features_cache.header import Header, read_header, read_line
 from features_cache.layout import DONE, PENDING, SPLITS, UNREADABLE, LayerInfo
 from features_cache.runs import decode_runs
@@ -84,7 +85,7 @@ class CacheFile:
         return self._views[name]
 
     def matrix(self, layer: str) -> np.memmap[Any, Any]:
-        """Return the features of one layer without reading them.
+        """Return the features of one layer without reading or checking them; `features` does both.
 
         Parameters
         ----------
@@ -103,6 +104,57 @@ class CacheFile:
         """
         return self.array(f"/features/{self.layer(layer).name}")
 
+    def features(self, layer: str, rows: NDArray[np.int64] | slice) -> NDArray[Any]:
+        """Read the features of finished rows, and check them against their checksums.
+
+        Parameters
+        ----------
+        layer : str
+            Name of a layer in `layers`.
+        rows : ndarray of int64, shape (k,), or slice
+            Row numbers, all of them done. A slice gives a view of the file.
+
+        Returns
+        -------
+        ndarray, shape (k, dim)
+            In the stored dtype.
+
+        Raises
+        ------
+        CacheError
+            The layer is unknown.
+        DamagedCacheError
+            Some of the features changed after they were written.
+        """
+        matrix = self.matrix(layer)
+        found = matrix[rows] if isinstance(rows, slice) else np.asarray(matrix)[rows]
+        sums = self.array(f"/crc/{layer}")[rows]
+        parts = list(chunks(len(found), self.layers[layer].row_bytes))
+        sound = [crc_rows(found[part]) == sums[part] for part in parts]
+        wrong = np.flatnonzero(~np.concatenate(sound)) if sound else np.empty(0, np.int64)
+        if len(wrong):
+            raise self._damaged(f"the features of {layer}", np.arange(self.n_rows)[rows][wrong])
+        return found
+
+    def check_columns(self) -> None:
+        """Check uri, label, split, group, state and reading result of every row against their checksums.
+
+        Raises
+        ------
+        DamagedCacheError
+            Some of them changed after they were written.
+        """
+        found = [rows for rows, _ in damaged_columns(self, np.array(self.states))]
+        wrong = np.unique(np.concatenate(found))
+        if len(wrong):
+            raise self._damaged("uri, label, split, group, state or reading result", wrong)
+
+    def _damaged(self, what: str, rows: NDArray[np.int64]) -> DamagedCacheError:
+        return DamagedCacheError(
+            f"{self.path} is damaged in {len(rows)} of {self.n_rows} rows, first row {rows[0]}: {what} do not match "
+            "the checksums; run cache verify with repair, then extract again"
+        )
+
     def layer(self, name: str) -> LayerInfo:
         """Return the description of one layer; an unknown name raises `CacheError` with the nearest ones."""
         if name not in self.layers:
@@ -112,7 +164,7 @@ class CacheFile:
         return self.layers[name]
 
     def xy(self, layer: str, split: str | None = None) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Return features and labels of all rows that are finished and labelled.
+        """Return features and labels of all rows that are finished and labelled, checked against their checksums.
 
         Parameters
         ----------
@@ -132,8 +184,11 @@ class CacheFile:
         ------
         CacheError
             The layer or the split is unknown.
+        DamagedCacheError
+            Some of what was read changed after it was written.
         """
-        matrix = self.matrix(layer)
+        self.layer(layer)
+        self.check_columns()
         keep = (self.states == DONE) & (self.labels >= 0)
         if split is not None:
             if split not in SPLITS:
@@ -141,8 +196,8 @@ class CacheFile:
             keep &= self.array("/rows/split") == split.encode()
         rows = np.flatnonzero(keep)
         if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
-            return matrix[rows[0] : rows[-1] + 1], np.asarray(self.labels[rows])
-        return np.asarray(matrix)[rows], np.asarray(self.labels[rows])
+            return self.features(layer, slice(rows[0], rows[-1] + 1)), np.asarray(self.labels[rows])
+        return self.features(layer, rows), np.asarray(self.labels[rows])
 
     @property
     def labels(self) -> NDArray[np.int64]:

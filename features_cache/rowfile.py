@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -92,6 +94,39 @@ def stretches(rows: NDArray[np.int64]) -> Iterator[slice]:
     for start, stop in pairwise([0, *breaks.tolist(), len(rows)]):
         if stop > start:
             yield slice(start, stop)
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open or create a file that only thawline writes, and return its descriptor; links are not followed.
+
+    A folder from somebody else may hold a link under the name of such a file, and writing through it would change any
+    file of the user.
+
+    Parameters
+    ----------
+    path : Path
+    flags : int
+        Such as ``os.O_RDWR``; ``os.O_EXCL`` refuses an existing file.
+
+    Raises
+    ------
+    CacheError
+        There is a symbolic link, a file with a second name, or something else than a file.
+    OSError
+        As `os.open`.
+    """
+    strange = CacheError(f"cannot write {path}: it is a link or no regular file; remove it, or put a copy in its place")
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise strange from error
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise strange
+    return descriptor
 
 
 def sync_folder(folder: Path) -> None:

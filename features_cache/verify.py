@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache.checksums import crc_rows, sound_results, sound_sources
+from features_cache.checksums import chunks, crc_rows, damaged_columns
 from features_cache.errors import CacheError, ThawlineError
 from features_cache.layout import DIGEST_BYTES, DONE, PENDING, RUN_BYTES, UNREADABLE, LayerInfo
 from features_cache.ledger import Ledger
 from features_cache.lock import WriterLock
 from features_cache.reader import CacheFile, open_cache
 from features_cache.runs import decode_run
-
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Veri
     report.damaged_runs = [
         slot for slot, raw in enumerate(cache.array("/runs").tolist()) if raw and decode_run(raw) is None
     ]
-    for rows, what in _damaged_columns(cache, states):
+    for rows, what in damaged_columns(cache, states):
         report.damaged += [Finding(row, str(cache.uris[row]), what) for row in rows.tolist()]
     for layer in cache.layers.values():
         what = f"its features of {layer.name} are damaged"
@@ -140,36 +138,15 @@ def repair(path: str | Path, report: VerifyReport) -> int:
     return len(rows)
 
 
-def _damaged_columns(cache: CacheFile, states: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.int64], str]]:
-    """Yield row numbers and what is wrong with their columns."""
-    labels = cache.labels
-    yield np.flatnonzero(states > UNREADABLE), "its state is unknown"
-    yield np.flatnonzero((labels < -1) | (labels >= len(cache.classes))), "its label has no class"
-    for part in _chunks(cache.n_rows, 256):
-        wrong = ~sound_sources(cache, part)
-        yield part.start + np.flatnonzero(wrong), "its uri, label, split or group is damaged"
-        sound = sound_results(cache, part)
-        wrong = ~sound & (states[part] != PENDING)
-        yield part.start + np.flatnonzero(wrong), "its digest, size, time, run or reason is damaged"
-        flipped = sound & ((cache.array("/rows/reason")[part] != b"") != (states[part] == UNREADABLE))
-        yield part.start + np.flatnonzero(flipped & (states[part] != PENDING)), "its state contradicts its reason"
-
-
 def _damaged_features(
     cache: CacheFile, layer: LayerInfo, done: NDArray[np.bool_], report: VerifyReport
 ) -> Iterator[NDArray[np.int64]]:
     """Yield the done rows of one layer whose features do not match their checksums."""
     matrix, sums = cache.matrix(layer.name), cache.array(f"/crc/{layer.name}")
-    for part in _chunks(cache.n_rows, layer.row_bytes):
+    for part in chunks(cache.n_rows, layer.row_bytes):
         if done[part].any():
             yield part.start + np.flatnonzero(done[part] & (crc_rows(matrix[part]) != sums[part]))
             report.bytes_checked += int(np.count_nonzero(done[part])) * layer.row_bytes
-
-
-def _chunks(n_rows: int, row_bytes: int) -> Iterator[slice]:
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
 
 
 def _compare(digest: bytes, uri: str, read: Callable[[str], bytes]) -> str:

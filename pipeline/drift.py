@@ -134,13 +134,14 @@ def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def _distinct(file: CacheFile) -> _Images:
+    file.check_columns()
     done = np.flatnonzero(file.states == DONE)
     keys, first = np.unique(digest_keys(file.digests[done]), return_index=True)
     return _Images(file, done[first], keys)
 
 
 def _features(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32]:
-    features = np.asarray(file.matrix(layer)[rows], np.float32)
+    features = np.asarray(file.features(layer, rows), np.float32)
     bad = file.uris[rows[~np.isfinite(features).all(axis=1)]]
     if bad.size:
         raise not_finite(f"{layer} of {file.path.name}", bad, len(rows))

@@ -103,7 +103,7 @@ class _Parts:
 
 
 def _head_parts(saved: SavedModel) -> _Parts:
-    specs = [LayerSpec.from_json(layer["spec"]) for layer in saved.layers]
+    specs = saved.specs
     scores = HeadScores(saved, half=specs[0].store == "float16")
     if len({(spec.backbone, spec.weights_digest, spec.pool, spec.preprocessing, spec.store) for spec in specs}) > 1:
         layers = ", ".join(f"{spec.backbone} {spec.layer} ({spec.pool})" for spec in specs)

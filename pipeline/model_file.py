@@ -79,10 +79,16 @@ class ModelFormat:
             raise ModelFileError(f"{path} was changed after it was saved (digests differ); {self.remedy}")
 
     def read_fields(self, path: Path, description: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a description, or raise `ModelFileError` if one is missing or of another type."""
+        """Return the fields of a description, or raise `ModelFileError` if one is missing or impossible."""
         wrong = [name for name, kind in self.fields.items() if not isinstance(description.get(name, ...), kind)]
+        temperature = description.get("temperature")
+        if isinstance(temperature, float) and not 0 < temperature < float("inf"):
+            wrong.append("temperature")
+        classes = description.get("classes")
+        if isinstance(classes, list) and not all(isinstance(name, str) for name in classes):
+            wrong.append("classes")
         if wrong:
-            raise self.lacks(path, *wrong)
+            raise self.lacks(path, *dict.fromkeys(wrong))
         return {name: description[name] for name in self.fields}
 
     def lacks(self, path: Path, *names: str) -> ModelFileError:

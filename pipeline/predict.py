@@ -121,8 +121,11 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
         tuned = describe_network(path)
         return tuned, [_Layer(f"{tuned.scores.backbone}@{path}", None, tuned.scores)]
     saved = load_model(path)
-    asked = [(layer["request"], LayerSpec.from_json(layer["spec"])) for layer in saved.layers]
-    return saved, [_Layer(request["backbone"], request["size"], spec) for request, spec in asked]
+    requests = [layer["request"] for layer in saved.layers]
+    return saved, [
+        _Layer(str(request.get("backbone")), request.get("size"), spec)
+        for request, spec in zip(requests, saved.specs, strict=True)
+    ]
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
@@ -165,6 +168,8 @@ def _cache_folder(source: str | Path, output: str | Path | None, notes: list[str
 
 def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Sequence[CacheFile]) -> list[Prediction]:
     """Run the model over the rows that are done; all `files` have the same rows in the same order."""
+    for file in files:
+        file.check_columns()
     done = np.all([file.states == DONE for file in files], axis=0)
     predictions = [
         Prediction(uri, None, None, "unreadable", next(filter(None, reasons), ""))
@@ -173,7 +178,7 @@ def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Se
     rows = np.flatnonzero(done)
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        parts = [file.matrix(spec.layer)[chunk].astype(np.float32) for file, spec in zip(files, specs, strict=True)]
+        parts = [file.features(spec.layer, chunk).astype(np.float32) for file, spec in zip(files, specs, strict=True)]
         labels, probabilities = model.predict(np.concatenate(parts, axis=1))
         for index, row in enumerate(chunk):
             probability = None if probabilities is None else float(probabilities[index])

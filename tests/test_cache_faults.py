@@ -38,10 +38,12 @@ def test_kills_at_random_moments_lose_nothing_that_was_marked_done() -> None:
 
 
 def test_damage_is_refused_or_harmless_outside_the_arrays_and_named_inside() -> None:
-    counts = harness("damage.py", "--count", 500)
+    counts = harness("damage.py", "--count", 500, "--forged", 100)
     assert counts["structure"].keys() <= {"damages", "refused", "right"}
     assert counts["structure"]["refused"] > 475
     assert counts["rows"] == {"damages": 500, "named": 500}
+    for kind in ("cache", "head", "network", "run"):
+        assert counts[kind].keys() == {"damages", "read", "refused"}, counts[kind]
 
 
 LIMITED = """
@@ -303,3 +305,42 @@ def test_other_files_are_refused_with_a_reason(tmp_path: Path, case: str) -> Non
     with pytest.raises(CacheError, match=message):
         CacheWriter.resume(path)
     assert not path.with_name("a.h5.lock").exists()
+
+
+LINKS: list[Callable[[Path, Path], None]] = [
+    lambda name, kept: name.symlink_to(kept),
+    lambda name, kept: name.hardlink_to(kept),
+    lambda name, kept: name.symlink_to(kept.with_name("not there yet")),
+]
+
+
+@pytest.mark.parametrize("link", LINKS, ids=["symbolic", "hard", "dangling"])
+@pytest.mark.parametrize("ending", ["lock", "tmp"])
+def test_nothing_is_written_through_a_link_in_a_strangers_folder(
+    tmp_path: Path, ending: str, link: Callable[[Path, Path], None]
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "cache").mkdir()
+    kept, cache = tmp_path / "own" / "letter.txt", tmp_path / "cache" / "a.h5"
+    kept.write_text("dear")
+    name = cache.with_name(f"a.h5.{ending}")
+    link(name, kept)
+    rows = Rows(["a.png"], np.array([0]), [""], [""], np.array([1]), np.array([1]))
+    layers = [LayerInfo("a", 2, "float32", {}, "f")]
+    if ending == "tmp":  # an interrupted writer leaves such a file: it is replaced
+        CacheWriter.create(cache, rows, ["x"], layers, {}, {}).close()
+        assert not cache.is_symlink()
+        assert open_cache(cache).n_rows == 1
+    else:
+        with pytest.raises(CacheError, match=r"a\.h5\.lock: it is a link or no regular file; remove it"):
+            CacheWriter.create(cache, rows, ["x"], layers, {}, {})
+        assert not cache.exists()
+        assert name.is_symlink() == (link is not LINKS[1])
+    assert kept.read_text() == "dear"
+    assert [path.name for path in kept.parent.iterdir()] == ["letter.txt"]
+
+
+def test_a_pipe_under_the_name_of_the_lock_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.h5.lock")
+    with pytest.raises(CacheError, match="no regular file"):
+        WriterLock(tmp_path / "a.h5")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +15,18 @@ from features_cache import (
     CacheError,
     CacheLockedError,
     CacheWriter,
+    Catalog,
     DamagedCacheError,
     LayerInfo,
     Rows,
     ThawlineError,
+    export_features,
     open_cache,
     repair,
     verify,
 )
 from features_cache.layout import RUN_BYTES
+from pipeline.evaluation.rows import select
 
 N = 24
 LAYERS = [LayerInfo("a", 5, "float32", {}, "f"), LayerInfo("b", 3, "float16", {}, "g")]
@@ -165,3 +169,40 @@ def test_repair_waits_for_no_writer_and_touches_no_other_file(path: Path) -> Non
     with pytest.raises(CacheError, match="not the file that was verified"):
         repair(path.with_name("b.h5"), report)
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["a.h5", "b.h5"]
+
+
+COLUMNS = ["label", "uri", "group", "split", "source_crc", "result_crc", "digest"]
+
+
+@pytest.mark.parametrize("array", [*(f"/rows/{name}" for name in COLUMNS), "/crc/a", "/features/a"])
+@pytest.mark.parametrize("bit", [0, 7])
+def test_every_reader_refuses_a_flipped_bit(path: Path, tmp_path: Path, array: str, bit: int) -> None:
+    damage(path, array, 11, bit)
+    told = r"a\.h5 is damaged in 1 of 24 rows, first row 11: .*; run cache verify with repair, then extract again"
+    readers: list[Callable[[], object]] = [
+        lambda: open_cache(path).xy("a"),
+        lambda: export_features(open_cache(path), "a", tmp_path / "a.npy"),
+        lambda: select(Catalog(path), ["a"])[0].features(np.arange(20)),
+    ]
+    for read in readers:
+        with pytest.raises(DamagedCacheError, match=told):
+            read()
+    assert not (tmp_path / "a.npy").exists()
+
+
+@pytest.mark.parametrize(("row", "bit"), [(11, 1), (UNREAD, 0), (BAD, 0)])
+def test_every_reader_refuses_a_state_that_contradicts_the_row(path: Path, row: int, bit: int) -> None:
+    damage(path, "/rows/state", row, bit)
+    with pytest.raises(DamagedCacheError, match=f"first row {row}"):
+        open_cache(path).xy("b")
+
+
+def test_a_damaged_layer_leaves_the_others_readable_and_repair_helps(path: Path) -> None:
+    right = open_cache(path).xy("b")[0].tolist()
+    damage(path, "/features/a", 3, 9)
+    damage(path, "/features/a", 12, 3)
+    assert open_cache(path).xy("b")[0].tolist() == right
+    with pytest.raises(DamagedCacheError, match="2 of 24 rows, first row 3"):
+        open_cache(path).xy("a", "train")
+    assert repair(path, verify(path)) == 2
+    assert len(open_cache(path).xy("a")[0]) == N - 4

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.progress import Progress as Bars
 from scipy.stats import binomtest
 
-from features_cache import CacheLockedError
+from features_cache import CacheLockedError, ThawlineError
 from pipeline.compare import CompareReport, compare, dry_run
 from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
@@ -658,3 +658,21 @@ def test_full_bars_make_room_for_the_job_that_runs(monkeypatch: pytest.MonkeyPat
         for job in range(3):
             report(10 if job < 2 else 5, 10, f"job {job}")
         assert [task.description for task in drawn[0].tasks if task.visible] == ["job 2"]
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.jsonl.lock"])
+def test_a_link_in_a_strangers_run_folder_is_not_written_through(tmp_path: Path, name: str) -> None:
+    letter = tmp_path / "letter.txt"
+    letter.write_text("a line without an end")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(letter)
+    with pytest.raises(ThawlineError, match="is a link or no regular file; remove it"), RunFolder(run).claim():
+        pass
+    assert letter.read_text() == "a line without an end"
+
+
+def test_a_line_nested_beyond_reason_is_a_damaged_line(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text("[" * 100_000 + "\n")
+    with pytest.raises(RunFolderError, match="line 1 is damaged: expected JSON"):
+        RunFolder(tmp_path)

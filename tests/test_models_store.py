@@ -273,3 +273,37 @@ def test_a_forged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
 
 def test_without_folds_the_fixed_parameters_are_saved() -> None:
     assert trained("logreg").params == search(find_head("logreg"), []).params == {"C": 1.0}
+
+
+def test_an_archive_that_unpacks_to_more_than_its_size_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "m.skops"
+    save_model(path, trained())
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.npy", bytes(50_000_000))
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("a member was read"))
+    with pytest.raises(ModelFileError, match=r"m\.skops was not loaded: it would unpack to 5\d{7} bytes; fit and save"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_an_impossible_temperature_is_refused(tmp_path: Path, temperature: float) -> None:
+    with pytest.raises(ModelFileError, match="does not say its temperature"):
+        FORMAT.read_fields(
+            tmp_path, {**dict.fromkeys(FORMAT.fields), **vars(trained()), "classes": [], "temperature": temperature}
+        )
+
+
+def test_a_classifier_that_fails_or_knows_other_classes_is_told_in_one_line() -> None:
+    features = np.zeros((2, 30), np.float32)
+    with pytest.raises(ModelFileError, match=r"the model's classifier fails: .*; fit and save it again"):
+        trained(pipeline=Pipeline([("pca", PCA())])).predict(features)
+    with pytest.raises(ModelFileError, match="gives other classes than its description"):
+        trained(classes=()).predict(features)
+
+
+@pytest.mark.parametrize("spec", [SPEC, {"layer": "top", "preprocessing": 3}, {"layer": "top", "preprocessing": None}])
+def test_a_layer_that_is_not_fully_described_is_told_in_one_line(spec: dict[str, Any]) -> None:
+    with pytest.raises(ModelFileError, match="does not say how its layers were extracted; fit and save it again"):
+        trained(layers=[LAYER | {"spec": spec}]).specs  # noqa: B018

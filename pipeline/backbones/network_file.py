@@ -98,7 +98,7 @@ def load_network(path: Path) -> tuple[TunedModel, dict[str, NDArray[Any]]]:
     description = _read_description(path)
     with reading(path):
         tensors = safetensors.numpy.load_file(path)
-    FORMAT.check_digest(path, description, _content(tensors))
+        FORMAT.check_digest(path, description, _content(tensors))
     return _model(path, description), tensors
 
 
@@ -118,7 +118,7 @@ def _model(path: Path, description: Mapping[str, Any]) -> TunedModel:
     fields = FORMAT.read_fields(path, description)
     try:
         scores = LayerSpec.from_json(fields["scores"])
-    except (KeyError, TypeError, AttributeError) as error:  # not what `to_json` gives
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # not what `to_json` gives
         raise FORMAT.lacks(path, "scores") from error
     return TunedModel(**fields | {"scores": scores, "classes": tuple(fields["classes"])})
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from features_cache import WriterLock, atomic_write, nearest
+from features_cache import WriterLock, atomic_write, nearest, open_own
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.predictions import Predictions
 from pipeline.results import FinetuneResult, FitResult, from_json, to_json
@@ -239,7 +239,11 @@ class RunFolder:
                 ) from None
             self.results[result.key] = result
         if torn and mend:
-            os.truncate(self._lines, len(content) - len(torn))
+            descriptor = open_own(self._lines, os.O_WRONLY)
+            try:
+                os.ftruncate(descriptor, len(content) - len(torn))
+            finally:
+                os.close(descriptor)
 
 
 def open_finished(path: str | Path) -> RunFolder:
@@ -253,7 +257,7 @@ def open_finished(path: str | Path) -> RunFolder:
 
 def _append(path: Path, results: Iterable[JobResult]) -> None:
     """Add lines to a file; on return they are on disk."""
-    with path.open("a", encoding="utf-8") as log:
+    with os.fdopen(open_own(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as log:
         log.write(_to_lines(results))
         log.flush()
         os.fsync(log.fileno())
@@ -267,7 +271,7 @@ def _parse(content: bytes) -> Any:
     """Return strict JSON; raises `ValueError` also for NaN and infinities, which we never write."""
     try:
         return json.loads(content, parse_constant=_refuse)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("expected JSON, found something else") from None
 
 

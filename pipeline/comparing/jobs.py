@@ -94,7 +94,8 @@ def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]
         layers = dict.fromkeys(layer for name in asked for layer in _resolve(plan, line, extraction, name, aliases))
         crossed = (line.values[key] for key in ("head", "seed", "shots"))
         how = line.how()
-        options = tuple((name, value) for name, value in how.items() if value and name not in ("device", "jobs"))
+        names = [option.parameter for option in TABLES["fit"].values() if not option.crossed]
+        options = tuple((name, how[name]) for name in names if how.get(name) and name not in ("device", "jobs"))
         if how["device"] not in ("auto", "cpu"):
             options += (("device", how["device"]),)
         for layer, head, seed, shots in itertools.product(layers, *crossed):

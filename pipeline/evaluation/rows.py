@@ -75,7 +75,7 @@ class Layer:
         start = 0
         for file, info in self.parts:
             rows = self.table.rows[self.table.files.index(file)][index]
-            out[:, start : start + info.dim] = file.matrix(info.name)[rows]
+            out[:, start : start + info.dim] = file.features(info.name, rows)
             start += info.dim
         return out
 
@@ -173,6 +173,8 @@ def not_finite(layer: str, bad: NDArray[np.str_], count: int) -> FitError:
 
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     first = files[0]
+    for file in files:
+        file.check_columns()
     usable = (first.states == DONE) & (first.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")

@@ -54,7 +54,7 @@ class CachedActivations:
 
 
 def _features(file: CacheFile, layer: str, rows: IntArray) -> Float32Array:
-    return file.matrix(layer)[rows].astype(np.float32, copy=False)
+    return file.features(layer, rows).astype(np.float32, copy=False)
 
 
 def unflattened(flat: Float32Array, line: LayerNode) -> Tensor:

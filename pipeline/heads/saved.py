@@ -21,6 +21,7 @@ from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
 from pipeline.model_file import ModelFormat, check_destination, named, reading, writing
+from pipeline.spec import LayerSpec
 
 FORMAT = ModelFormat(
     name="thawline-model",
@@ -74,6 +75,14 @@ class SavedModel:
     metrics: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """Specs of `layers`; raises `ModelFileError` if they do not say what was extracted."""
+        try:
+            return [LayerSpec.from_json(layer["spec"]) for layer in self.layers]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelFileError(f"the model does not say how its layers were extracted; {FORMAT.remedy}") from error
+
     def predict(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
         """Label rows of features.
 
@@ -92,7 +101,7 @@ class SavedModel:
         Raises
         ------
         ModelFileError
-            If the model was trained on another number of features.
+            If the model was trained on another number of features, or its classifier does not work.
         """
         expected = sum(layer["dim"] for layer in self.layers)
         if features.shape[1] != expected:
@@ -101,13 +110,21 @@ class SavedModel:
                 f"got {features.shape[1]}; extract the layers it names"
             )
         features = features.astype(np.float32, copy=False)
-        labels = np.asarray(self.pipeline.predict(features), np.int64)
-        if not find_head(self.head).family.probabilities:
+        probabilities = None
+        try:
+            labels = np.asarray(self.pipeline.predict(features), np.int64)
+            if find_head(self.head).family.probabilities:
+                probabilities = np.asarray(self.pipeline.predict_proba(features), np.float64)
+            columns = np.searchsorted(self.pipeline.classes_, labels)
+        except Exception as error:  # a forged classifier can raise anything
+            raise ModelFileError(f"the model's classifier fails: {named(error)}; {FORMAT.remedy}") from error
+        known = labels.shape == features.shape[:1] and ((labels >= 0) & (labels < len(self.classes))).all()
+        if not known or (probabilities is not None and len(labels) and columns.max() >= probabilities.shape[-1]):
+            raise ModelFileError(f"the model's classifier gives other classes than its description; {FORMAT.remedy}")
+        if probabilities is None:
             return labels, None
-        probabilities = np.asarray(self.pipeline.predict_proba(features), np.float64)
         if self.temperature is not None:
             probabilities = tempered(probabilities, self.temperature)
-        columns = np.searchsorted(self.pipeline.classes_, labels)
         return labels, probabilities[np.arange(len(labels)), columns]
 
 
@@ -153,12 +170,16 @@ def load_model(path: str | Path) -> SavedModel:
 
 def _is_layer(layer: Any) -> bool:
     kinds = {"spec": dict, "fingerprint": str, "dim": int, "request": dict}
-    return isinstance(layer, dict) and all(isinstance(layer.get(name), kind) for name, kind in kinds.items())
+    typed = isinstance(layer, dict) and all(isinstance(layer.get(name), kind) for name, kind in kinds.items())
+    return typed and layer["dim"] > 0 and isinstance(layer["spec"].get("layer"), str)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     """Return the description, once format, version and digest are checked."""
     with reading(path), zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        if size > path.stat().st_size:  # what we save is not compressed
+            raise ModelFileError(f"{path} was not loaded: it would unpack to {size} bytes; {FORMAT.remedy}")
         found = _DESCRIPTION in archive.namelist()
         description = FORMAT.check(path, json.loads(archive.read(_DESCRIPTION)) if found else None)
         FORMAT.check_digest(path, description, _content(archive))

@@ -102,7 +102,11 @@ def lay_out_map(features: Features, layer: str, predictions: Predictions) -> tup
     kept = np.sort(np.random.default_rng(0).permutation(len(predictions.uris))[:MOST_POINTS])
     rows = [row_of[uri] for uri in predictions.uris[kept].tolist()]
     matrix = np.concatenate(
-        [np.asarray(features.files[name].matrix(name)[rows], np.float32) for name in layer.split("+")], axis=1
+        [
+            np.asarray(features.files[name].features(name, np.array(rows, np.int64)), np.float32)
+            for name in layer.split("+")
+        ],
+        axis=1,
     )
     probability = None if predictions.probability is None else predictions.probability[kept]
     return neighbour_map(principal_components(matrix)[0]), Predictions(
