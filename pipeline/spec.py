@@ -21,7 +21,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
 NO_AUGMENT = "none"
-DECODE_POLICY = 2
+DECODE_POLICY = 1
 """Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""

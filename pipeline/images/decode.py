@@ -7,7 +7,6 @@ Formats: JPEG, PNG, WebP, TIFF, GIF, BMP and PNM, recognised by their first byte
 - Transparent pixels are blended with white.
 - Only the first frame of an animation, or page of a stack, is read.
 - 16 bits a channel are scaled to 8: 65,535 is white. Wider integers outside that range, and floats, see `_to_8_bit`.
-- Grey TIFFs follow their tags: 12 bits a sample have a white of 4,095, and "white is zero" is inverted.
 - JPEGs may be decoded at 1/2, 1/4 or 1/8 (libjpeg's reduced DCT), but not below the `floor` that the caller sets.
 - Images of more than `PIXEL_LIMIT` pixels are refused before they are decoded.
 """
@@ -26,7 +25,7 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.errors import UnreadableImageError
@@ -35,9 +34,6 @@ PIXEL_LIMIT = 178_956_970
 """Width times height above which an image is taken for a decompression bomb; Pillow has the same limit."""
 
 REASON_LENGTH = 80
-
-WHITE_IS_ZERO = 0
-"""Value of a TIFF's tag PhotometricInterpretation."""
 
 _READERS: dict[bytes, Callable[[BinaryIO], ImageFile]] = {
     b"\xff\xd8\xff": JpegImageFile,  # also the first picture of a multi-picture file
@@ -181,7 +177,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith(("I", "F")):
-        grey = _tiff_to_8_bit(image) if isinstance(image, TiffImageFile) else _to_8_bit(np.asarray(image))
+        grey = _to_8_bit(np.asarray(image))
         if "transparency" in image.info:  # the one transparent level of a 16-bit PNG, which Pillow does not apply
             grey[np.asarray(image) == image.info["transparency"]] = 255
         return Image.fromarray(grey).convert("RGB")
@@ -191,27 +187,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _tiff_to_8_bit(image: TiffImageFile) -> np.ndarray:
-    """Scale a grey TIFF to uint8 by its tags, which Pillow ignores for samples wider than 8 bits."""
-    values, tags = np.asarray(image), image.tag_v2
-    unsigned = tags.get(SAMPLEFORMAT, (1,))[0] == 1
-    if unsigned and values.dtype == np.int32:
-        values = values.view(np.uint32)
-    twelve_bits = unsigned and tags.get(BITSPERSAMPLE, (1,))[0] == 12
-    grey = _to_8_bit(values, 4_095.0 if twelve_bits else 65_535.0)
-    return 255 - grey if tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO else grey
-
-
-def _to_8_bit(values: np.ndarray, integer_white: float = 65_535.0) -> np.ndarray:
+def _to_8_bit(values: np.ndarray) -> np.ndarray:
     """Scale grey levels wider than 8 bits to uint8, of the same shape.
 
-    White is `integer_white` for integers from 0 to that, and for non-negative floats the first of 1, 255 and 65,535
-    that none exceeds. In all other cases the least value becomes black and the greatest white; equal values become
-    black. Non-finite floats count as 0.
+    White is 65,535 for integers from 0 to 65,535, and for non-negative floats the first of 1, 255 and 65,535 that none
+    exceeds. In all other cases the least value becomes black and the greatest white; equal values become black.
+    Non-finite floats count as 0.
     """
     values_are_integers = np.issubdtype(values.dtype, np.integer)
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    whites = (integer_white,) if values_are_integers else (1.0, 255.0, 65_535.0)
+    whites = (65_535.0,) if values_are_integers else (1.0, 255.0, 65_535.0)
     low, high = float(values.min()), float(values.max())
     white = next((white for white in whites if low >= 0 and high <= white), None)
     if white is None:
