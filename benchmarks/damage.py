@@ -204,10 +204,10 @@ def forge_head(path: Path, generator: random.Random) -> Callable[[], object]:
     elif name == "schema.json":
         members[name] = json.dumps(changed(json.loads(members[name]), generator)).encode()
     else:
-        content = bytearray(members[name])
+        flipped = bytearray(members[name])
         for _ in range(generator.choice([1, 3, 30])):
-            content[generator.randrange(len(content))] = generator.randrange(256)
-        members[name] = bytes(content)
+            flipped[generator.randrange(len(flipped))] = generator.randrange(256)
+        members[name] = bytes(flipped)
     target = path.with_name("forged.skops")
     with zipfile.ZipFile(target, "w") as archive:
         for name, content in members.items():
