@@ -14,7 +14,7 @@ import pytest
 from features_cache import open_cache
 
 ROOT = Path(__file__).resolve().parents[1]
-MISSING = ("openvino", "platformdirs", "skops", "skorch", "thawline")
+MISSING = ("openvino", "platformdirs", "skops", "thawline")
 HIDE = f"""
 import importlib.metadata
 from importlib.machinery import PathFinder

@@ -250,17 +250,6 @@ def test_a_run_that_is_over_leaves_no_memory_taken_to_the_next(
     assert max(alive) == (1, 1)
 
 
-def test_a_checkpoint_with_the_history_of_skorch_is_still_read(make_photos: Photos, tmp_path: Path) -> None:
-    photos = make_photos()
-    expected = tune(photos, tmp_path)
-    (path,) = (tmp_path / "finetune").glob("*.pt")
-    state = torch.load(path, weights_only=True)
-    for epoch in state["history"]:
-        epoch |= {"dur": epoch.pop("seconds"), "train_loss_best": True, "train_batch_count": 2}
-    checkpoint.write_checkpoint(path, state)
-    assert tune(photos, tmp_path).results[0].history == expected.results[0].history, "and it is not trained again"
-
-
 def test_a_full_disk_costs_the_checkpoint_alone(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

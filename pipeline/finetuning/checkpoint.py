@@ -27,13 +27,4 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch's reader raise nearly anything
         raise CacheError(f"the checkpoint {path} is damaged; delete it and train again") from error
-    state["history"] = [_without_skorch(epoch) for epoch in state["history"]]
     return state
-
-
-def _without_skorch(epoch: dict[str, Any]) -> dict[str, Any]:
-    """Return an epoch as it is recorded now; checkpoints up to 0.1 hold what skorch recorded."""
-    if "dur" not in epoch:
-        return epoch
-    keys = ("epoch", "train_loss", "valid_loss", "valid_acc", "lr", "gradients")
-    return {key: epoch[key] for key in keys if key in epoch} | {"seconds": epoch["dur"]}
