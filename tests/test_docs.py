@@ -6,6 +6,7 @@ import doctest
 import importlib
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
@@ -43,7 +44,10 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, write_photos: Callable[..., Path]) -> Iterator[Path]:
+def folder(tmp_path: Path, write_photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    # converting networks for OpenVINO would take most of the time, and test_engines does it
+    monkeypatch.setitem(sys.modules, "pipeline.engines.openvino_engine", None)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # no worker processes for a few tiny fits
     write_photos(tmp_path / "photos", ("cat", "dog"), each=12)
     write_photos(tmp_path / "new_photos", ("cat", "dog"), each=5, seed=8)
     with chdir(tmp_path):
