@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from features_cache import DONE, UNREADABLE, CacheError, drop_redundant, open_cache
+from pipeline.errors import SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, fill
 from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
@@ -119,6 +120,8 @@ def extract(
     """
     if Path(output).is_file():
         raise CacheError(f"{output} is a file; name the folder that is to hold the cache's files")
+    if on_error not in ("skip", "stop"):
+        raise SourceError(f"on_error is 'skip' or 'stop', got {on_error!r}")
     images = open_source(source)
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)

@@ -119,6 +119,12 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
     assert CacheWriter.resume(files[0].path).close() is None
 
 
+def test_an_unknown_on_error_is_refused(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="'skip' or 'stop', got 'stpo'"):
+        extract(make_photos(), on_error="stpo", output=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_two_names_of_one_network_are_one(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos = make_photos(classes=("one",), each=2)
     (result,) = extract(photos, [ONE, f"timm/{ONE}"], output=tmp_path / "cache", **OPTIONS)
