@@ -118,16 +118,28 @@ class ExtractResult:
 
 @dataclass(frozen=True)
 class FitResult:
-    """One head on one layer, one seed: what was trained on what, and how it did on test.
+    """One head on one layer with one seed: how it was trained, and how good it is on test.
 
-    `validation_accuracy` is what the parameters were chosen by, ``None`` where nothing was left to choose by;
-    `accuracy_ci95` is Wilson's interval; `log_loss` and `ece` are ``None`` for heads without probabilities, and so are
-    `temperature` and what the two become under it, also where no held-out rows were left to fit it on. `balanced` tells
-    whether classes counted alike in training. `cv` is the number of folds: then every row was test once, `params` are
-    those chosen most often, `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
-    `p_vs_best` is that of McNemar's exact test, corrected by Holm's rule, against the most accurate result on the same
-    test rows; ``None`` for that one. `n_pool` counts the labelled rows that are not test (of a fold), from which few
-    shots draw their training rows.
+    Attributes
+    ----------
+    accuracy_ci95 : (float, float)
+        Wilson's 95 % interval.
+    log_loss, ece : float or None
+        None for heads without probabilities.
+    balanced : bool
+        Whether classes had equal weight in training.
+    cv : int or None
+        Number of folds. With cross-validation every row is tested once, `params` are those chosen most often,
+        `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
+    temperature, log_loss_calibrated, ece_calibrated : float or None
+        The calibration and the two scores after it. None without probabilities, or without rows to fit it on.
+    p_vs_best : float or None
+        P-value of McNemar's exact test with Holm's correction against the most accurate result on the same test rows;
+        None for that result.
+    validation_accuracy : float or None
+        What the parameters were chosen by; None if there was nothing to choose by.
+    n_pool : int
+        Labelled rows outside test (in a fold), from which few shots draw their training rows.
     """
 
     kind: str

@@ -250,6 +250,14 @@ def test_a_run_that_is_over_leaves_no_memory_taken_to_the_next(
     assert max(alive) == (1, 1)
 
 
+def test_float32_convolutions_are_not_rounded_while_a_network_trains(make_photos: Photos, tmp_path: Path) -> None:
+    convolutions = torch.backends.cudnn.conv
+    before, during = convolutions.fp32_precision, []
+    tune(make_photos(), tmp_path, epochs=1, progress=lambda *_: during.append(convolutions.fp32_precision))
+    assert "ieee" in during
+    assert convolutions.fp32_precision == before
+
+
 def test_a_full_disk_costs_the_checkpoint_alone(
     make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,10 +21,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager
-def _exact_float32() -> Iterator[None]:
-    """Compute float32 convolutions in float32; by default cuDNN rounds their inputs to TF32, to 10 bits of mantissa.
+def exact_float32() -> Iterator[None]:
+    """Compute float32 convolutions in float32; cuDNN's default, TF32, rounds their inputs to 10 bits of mantissa.
 
-    Matrix products are exact unless the caller has set torch otherwise.
+    Also a decorator. Matrix products are exact unless the caller has set torch otherwise.
     """
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # set at import
     before = convolutions.fp32_precision
@@ -87,7 +87,7 @@ class TorchEngine:
         """Map uint8 (k, h, w, 3) on the device to a float32 (k, d) for each layer there, without waiting for it."""
         kind, dtype = self.resolved.device_kind, _DTYPES.get(self.resolved.precision)
         autocast = torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None)
-        with torch.inference_mode(), autocast, _exact_float32():
+        with torch.inference_mode(), autocast, exact_float32():
             if self.resolved.engine != "compile":
                 return list(self._call(images))
             try:

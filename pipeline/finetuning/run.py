@@ -13,6 +13,7 @@ import torch
 
 from features_cache import explained
 from pipeline.arrays import Float64Array, IntArray
+from pipeline.engines.torch_engine import exact_float32
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
@@ -44,6 +45,7 @@ class TrainingRun:
     seconds: float
 
 
+@exact_float32()
 def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str) -> TrainingRun:
     """Split as `fit` does, train on train, stop early by val, and predict test."""
     began = time.perf_counter()

@@ -93,9 +93,7 @@ def split_in(path: str) -> str:
 def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter[str]]:
     """Return the shard's images by member name, its labels by name without ending, and how many others there are.
 
-    The others are counted by their endings.
-
-    Of equal names the last counts.
+    The others are counted by their endings. If several images have the same name, the last one counts.
     """
     status = shard.stat()
     images: dict[str, Extent] = {}
