@@ -445,7 +445,7 @@ def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> 
         ({"save": "nowhere/m.skops"}, ModelFileError, "no folder nowhere"),
         ({"save": "m.skops", "cv": 3}, FitError, "use either cv or save"),
         ({"cv": 91}, FitError, "cannot make 91 folds of 90 rows"),
-        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "knn cannot weight its training rows"),
+        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "leave out knn or 'balanced'"),
     ],
 )
 def test_wrong_choices_are_refused_before_anything_is_fitted(
