@@ -1,6 +1,6 @@
-"""The command `thawline`.
+"""Start the command `thawline`, and end it with one line and the right exit code, whatever comes.
 
-What is heavy is imported inside the commands, so that ``--help`` answers at once.
+Everything is imported inside, so that an interrupt while modules are being imported is one line, too.
 """
 
 from __future__ import annotations
@@ -9,36 +9,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import click
-
-from features_cache import ThawlineError
-from pipeline.commands.cache import cache_group
-from pipeline.commands.compare import compare
-from pipeline.commands.demo import demo
-from pipeline.commands.drift import drift
-from pipeline.commands.export import export
-from pipeline.commands.extract import extract
-from pipeline.commands.finetune import finetune
-from pipeline.commands.fit import fit
-from pipeline.commands.networks import backbones, layers
-from pipeline.commands.predict import predict
-from pipeline.commands.rank import rank
-from pipeline.provenance import installed_version
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
-
-
-@click.group(context_settings=CONTEXT)
-@click.version_option(installed_version("thawline"))
-def thawline() -> None:
-    """Turn images into a trained classifier: frozen CNN features, cached once; scikit-learn heads on top."""
-
-
-for command in (
-    demo, backbones, layers, extract, cache_group, fit, finetune, predict, export, rank, drift, compare,
-):  # fmt: skip
-    thawline.add_command(command)
 
 
 @contextmanager
@@ -59,24 +29,37 @@ def main() -> None:
     """Run the command line: 0 done, 1 an error of ours or the system's, 2 wrong usage, 130 interrupted."""
     try:
         with _interrupt_on_sigterm():
+            from pipeline.commands.group import thawline
+            from pipeline.commands.output import bear_any_encoding, keep_matplotlibs_cache
+
+            bear_any_encoding()
+            keep_matplotlibs_cache()
             thawline(prog_name="thawline", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except ThawlineError as error:
-        click.echo(f"thawline: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        click.echo(f"thawline: {error.filename or 'system'}: {error.strerror or error}", err=True)
-        sys.exit(1)
     except BaseException as error:
         behind = list(_chain(error))
-        if not any(isinstance(each, KeyboardInterrupt | click.Abort) for each in behind):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries still clear up: pressed twice is no second error
-        notes = [note for each in behind for note in getattr(each, "__notes__", ())]
-        click.echo("; ".join(["thawline: interrupted", *notes]), err=True)
-        sys.exit(130)
+        if any(isinstance(each, KeyboardInterrupt) for each in behind):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries still clear up: pressed twice is no second error
+            notes = [note for each in behind for note in getattr(each, "__notes__", ())]
+            print("; ".join(["thawline: interrupted", *notes]), file=sys.stderr)
+            sys.exit(130)
+        sys.exit(_tell(error))
+
+
+def _tell(error: BaseException) -> int:
+    """Print what the user should know about an error, and return the exit code; raise what is a fault of ours."""
+    import click
+
+    from features_cache import ThawlineError
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, OSError):
+        error = ThawlineError(f"{error.filename or 'system'}: {error.strerror or error}")
+    if not isinstance(error, ThawlineError):
+        raise error
+    print(f"thawline: {error}", file=sys.stderr)
+    return 1
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cli
 from features_cache import Catalog
 from pipeline.extract import extract
 from pipeline.fit import fit
@@ -35,8 +38,8 @@ def test_help_answers_without_heavy_imports() -> None:
     heavy = {"torch", "openvino", "timm", "sklearn", "h5py", "matplotlib", "PIL", "rich"}
     calls = [["--help"], *[[name, "--help"] for name in COMMANDS]]
     code = (
-        f"import sys, cli\nfor call in {calls!r}:\n"
-        " try:\n  cli.thawline(call)\n except SystemExit as e: assert e.code == 0, call\n"
+        f"import sys, cli\nfrom pipeline.commands.group import thawline\nfor call in {calls!r}:\n"
+        " try:\n  thawline(call)\n except SystemExit as e: assert e.code == 0, call\n"
         f" assert not set(sys.modules) & {heavy!r}, (call, set(sys.modules) & {heavy!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -186,6 +189,27 @@ def test_on_error_stop_keeps_what_was_computed(
     assert result["computed"] < 24
 
 
+def test_output_in_any_encoding(
+    thawline: Thawline, make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache, model = make_photos(("猫", "b"), each=10), tmp_path / "cache", tmp_path / "m.skops"
+    extract(photos, ["test_resnet@random:0"], ["layer1"], output=cache, engine="torch")
+    printed = {}
+    for command in (("fit", cache, "--save", model), ("predict", model, photos)):
+        bytes_written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["thawline", *map(str, command)])
+            patch.setattr("sys.stdout", io.TextIOWrapper(bytes_written, encoding="cp1252", write_through=True))
+            cli.main()
+            printed[command[0]] = bytes_written.getvalue().decode("cp1252")
+    assert re.search(r"\d -> \d", printed["fit"]), "log-loss before and after calibration"
+    assert "\N{EN DASH}" in printed["fit"], "which cp1252 has"
+    assert r"\u732b/0.png" in printed["predict"]
+    document = thawline("predict", model, photos, "--json")
+    assert document.stdout.isascii()
+    assert {found["label"] for found in document.json["predictions"]} == {"猫", "b"}
+
+
 def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monkeypatch: pytest.MonkeyPatch) -> None:
     def importing(*_: object, **__: object) -> None:
         try:
@@ -201,10 +225,10 @@ def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monk
 
 def test_who_interrupts_twice_sees_no_second_error() -> None:
     code = (
-        "import atexit, os, signal, cli\n"
+        "import atexit, os, signal, cli, pipeline.commands.group as group\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
         "def interrupt(**_): raise KeyboardInterrupt\n"
-        "cli.thawline = interrupt\n"
+        "group.thawline = interrupt\n"
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
