@@ -140,6 +140,9 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     def _extractor(self) -> FeatureExtractor:
+        from pipeline.engines.engine import claim_process
+
+        claim_process()
         request = Request(self.backbone, tuple(self.layer.split("+")), self.pool, self.precision, size=self.size)
         return _load(request, self.engine, self.device, _stamp(self.backbone))
 

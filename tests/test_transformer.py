@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import re
 import subprocess
@@ -19,6 +20,7 @@ from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.utils import estimator_checks, get_tags
 
 from features_cache import ThawlineError, open_cache
+from pipeline.engines.engine import claim_process
 from pipeline.errors import BackboneError, EngineError, SourceError, UnreadableImageError
 from pipeline.extract import extract
 from pipeline.transformer import ImageFeatures
@@ -152,6 +154,42 @@ def test_threads_may_share_a_network() -> None:
         results = list(threads.map(lambda _: ImageFeatures(**SMALL).transform(images), range(4)))
     for result in results:
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # by newer Pythons
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+def test_a_process_forked_after_use_is_told_at_once(engine: str) -> None:
+    images = pictures(2)
+    features = ImageFeatures(**SMALL | {"engine": engine})
+    features.transform(images)
+
+    def use(answers: Any) -> None:
+        for call in (features.transform, ImageFeatures(**TORCH | {"layer": "blocks.0"}).fit):
+            try:
+                answers.put(str(call(images)))
+            except EngineError as error:
+                answers.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=use, args=(answers,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0, "it waits"
+    for _ in range(2):
+        assert "forked" in (told := answers.get())
+        assert "spawn" in told
+    assert features.transform(images).shape == (2, DIM), "the parent goes on"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_forked_before_use_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engines.engine._process", None)
+    child = multiprocessing.get_context("fork").Process(target=claim_process)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    claim_process()
 
 
 def test_tags_say_what_it_takes() -> None:
