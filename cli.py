@@ -5,30 +5,46 @@ Everything is imported inside, so that an interrupt while modules are being impo
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+INTERRUPTED = 130
+"""Exit code, as shells have it: 128 and the number of the signal."""
 
 
 @contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C does, so that writers commit what is finished."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _handling_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C does, so that writers commit what is finished; see `_interrupt` for both."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`; but end at once while modules are being imported, as a kill would.
+
+    Libraries whose native parts are being imported swallow the exception, or abort.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # which a progress bar hides
+            os.write(2, cursor + b"thawline: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line: 0 done, 1 an error of ours or the system's, 2 wrong usage, 130 interrupted."""
     try:
-        with _interrupt_on_sigterm():
+        with _handling_interrupts():
             from pipeline.commands.group import thawline
             from pipeline.commands.output import bear_any_encoding, keep_matplotlibs_cache
 
@@ -41,7 +57,7 @@ def main() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries still clear up: pressed twice is no second error
             notes = [note for each in behind for note in getattr(each, "__notes__", ())]
             print("; ".join(["thawline: interrupted", *notes]), file=sys.stderr)
-            sys.exit(130)
+            sys.exit(INTERRUPTED)
         sys.exit(_tell(error))
 
 

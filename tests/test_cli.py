@@ -18,10 +18,11 @@ import pytest
 from PIL import Image
 
 import cli
-from features_cache import Catalog
+from features_cache import CacheError, Catalog
 from pipeline.extract import extract
 from pipeline.fit import fit
-from pipeline.predict import predict
+from pipeline.predict import predict, write_csv
+from pipeline.results import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = tuple(
@@ -142,6 +143,14 @@ def test_bad_input_is_one_line(
     (tmp_path / "a-file").write_text("not a folder")
     (tmp_path / "noise.h5").write_bytes(bytes(range(256)) * 40)
     thawline(*arguments, cwd=tmp_path).assert_one_line(*parts)
+
+
+def test_predictions_that_cannot_be_written_leave_the_old_file(tmp_path: Path, file_limit: None) -> None:
+    path = tmp_path / "predictions.csv"
+    path.write_text("old")
+    with pytest.raises(CacheError, match="file-size limit"):
+        write_csv([Prediction(f"{number}.png", "cat", 0.5, "done") for number in range(1000)], path)
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["old"]
 
 
 def test_usage_errors_exit_with_2(thawline: Thawline, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_n
 from platformdirs import user_cache_path
 from torch.export.decomp_utils import CustomDecompTable
 
+from features_cache import scratch_folder
 from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import padded
@@ -122,7 +122,7 @@ def _keep(model: openvino.Model, key: str) -> None:
     """Save under another name and rename: whoever reads or converts the same model meanwhile loses nothing."""
     path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as name:
+    with scratch_folder(path.parent) as name:
         draft = Path(name) / "model"
         openvino.save_model(model, draft / "model.xml", compress_to_fp16=False)
         (draft / _DIGEST).write_text(_digest(draft))
