@@ -132,6 +132,13 @@ def test_joined_layers_are_predicted_each_at_its_own_precision(
         (("predict", "noise.h5", "photos"), ("noise.h5",)),
         (("layers", "resnet81"), ("resnet81", "resnet18")),
         (("backbones", "no-such-thing"), ("no-such-thing",)),
+        (("fit", "nowhere", "--save", "m.pkl"), ("m.pkl", "such as m.skops")),
+        (("finetune", "nowhere", "--save", "m.pth"), ("m.pth", "such as m.safetensors")),
+        (("finetune", "nowhere", "--save", "no/m.safetensors"), ("no folder no",)),
+        (("finetune", "nowhere", "--picture", "p.jpg"), ("p.jpg", "such as p.png")),
+        (("export", "nowhere", "--onnx", "m.pt"), ("m.pt", "such as m.onnx")),
+        (("export", "nowhere", "--onnx", "no/m.onnx"), ("no folder no",)),
+        (("predict", "nowhere", "photos", "--csv", "p.json"), ("p.json", "such as p.csv")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

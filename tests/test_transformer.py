@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
@@ -44,6 +45,26 @@ def test_a_picture_gives_the_same_features_however_it_is_given(tmp_path: Path) -
     assert features.dtype == np.float32
     assert np.ptp(features, axis=0).max() == 0
     assert features.std() > 0
+
+
+def test_a_column_of_paths_is_taken_in_any_form(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    names = []
+    for number, picture in enumerate(pictures(2)):
+        names.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(picture).save(names[-1])
+    frame = pandas.DataFrame({"path": names, "label": ["a", "b"]})
+    features = ImageFeatures(**SMALL)
+    expected = features.transform(names)
+    columns = (frame["path"], frame[["path"]], frame["path"].to_numpy(), frame[["path"]].to_numpy(), np.array(names))
+    for column in (*columns, np.array(names)[:, None], [[name] for name in names]):
+        np.testing.assert_array_equal(features.fit_transform(column), expected)
+    selected = ColumnTransformer([("deep", features, ["path"])]).fit_transform(frame)
+    np.testing.assert_array_equal(selected, expected)
+    with pytest.raises(SourceError, match="one column of paths, got 2: path, label"):
+        features.fit(frame)
+    with pytest.raises(SourceError, match=r"item 0 is a object array of shape \(2,\)"):
+        features.fit(frame.to_numpy())
 
 
 def test_a_grey_array_is_its_rgb_picture() -> None:
