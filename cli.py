@@ -46,11 +46,12 @@ def main() -> None:
     try:
         with _handling_interrupts():
             from pipeline.commands.group import thawline
-            from pipeline.commands.output import bear_any_encoding, keep_matplotlibs_cache
+            from pipeline.commands.output import bear_any_encoding, counted_warnings, keep_matplotlibs_cache
 
             bear_any_encoding()
             keep_matplotlibs_cache()
-            thawline(prog_name="thawline", standalone_mode=False)
+            with counted_warnings():
+                thawline(prog_name="thawline", standalone_mode=False)
     except BaseException as error:
         behind = list(_chain(error))
         if any(isinstance(each, KeyboardInterrupt) for each in behind):

@@ -226,6 +226,19 @@ def test_output_in_any_encoding(
     assert {found["label"] for found in document.json["predictions"]} == {"猫", "b"}
 
 
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_a_library_are_one_note(
+    thawline: Thawline, bad_exif: Callable[[int], bytes], tmp_path: Path
+) -> None:
+    for kept in range(1, 6):
+        (tmp_path / f"{kept}.jpg").write_bytes(bad_exif(kept))
+    done = thawline("extract", tmp_path, *TORCH, "-l", "input", "-o", tmp_path / "cache", "--json")
+    assert done.json["caches"][0]["done"] == 5
+    (note,) = [line for line in done.stderr.splitlines() if "PIL" in line]
+    assert note.startswith("note: 5 warnings of PIL, first: Corrupt EXIF data.")
+    assert "UserWarning" not in done.stderr
+
+
 def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monkeypatch: pytest.MonkeyPatch) -> None:
     def importing(*_: object, **__: object) -> None:
         try:

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -46,6 +48,26 @@ def keep_matplotlibs_cache() -> None:
         from platformdirs import user_cache_path
 
         os.environ.setdefault("MPLCONFIGDIR", str(user_cache_path("thawline") / "matplotlib"))
+
+
+@contextmanager
+def counted_warnings() -> Iterator[None]:
+    """Print the warnings of each library as one note, with their number, when the command is over."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+
+    def count(message: Warning | str, _category: type[Warning], filename: str, *_: object) -> None:
+        library = filename.rpartition("site-packages" + os.sep)[2].partition(os.sep)[0]
+        first.setdefault(library, " ".join(str(message).split()))
+        counts[library] += 1
+
+    before, warnings.showwarning = warnings.showwarning, count
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+        for library, number in counts.items():
+            say(f"{number} warning{'s' * (number > 1)} of {library}, first: {first[library]}")
 
 
 def with_progress(stage: Callable[..., Report], *args: Any, **options: Any) -> Report:
