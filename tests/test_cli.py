@@ -252,6 +252,22 @@ def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monk
     assert done.stderr == "thawline: interrupted\n", "a command that keeps nothing promises nothing"
 
 
+def test_an_interrupt_of_imports_that_swallow_it_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(10)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", "from cli import main; main()"], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stderr) == (130, "thawline: interrupted\n")
+
+
 def test_who_interrupts_twice_sees_no_second_error() -> None:
     code = (
         "import atexit, os, signal, cli, pipeline.commands.group as group\n"
