@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -56,7 +56,14 @@ def counted_warnings() -> Iterator[None]:
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
 
-    def count(message: Warning | str, _category: type[Warning], filename: str, *_: object) -> None:
+    def count(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         library = filename.rpartition("site-packages" + os.sep)[2].partition(os.sep)[0]
         first.setdefault(library, " ".join(str(message).split()))
         counts[library] += 1

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib import rc_context, rcParams
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
+from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
@@ -129,7 +129,9 @@ def characters_without_font(names: Iterable[str]) -> str:
 @cache
 def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
     """Return the families that draw what the usual font lacks, fewest first, and the characters that none draws."""
-    missing = {character for character in characters if character.isprintable()} - _drawn_by(fontManager.findfont(None))
+    missing = {character for character in characters if character.isprintable()} - _drawn_by(
+        fontManager.findfont(FontProperties())
+    )
     families = []
     if missing:
         # the last resort draws a box for everything
