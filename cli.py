@@ -19,7 +19,9 @@ INTERRUPTED = 130
 @contextmanager
 def _handling_interrupts() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C does, so that writers commit what is finished; see `_interrupt` for both."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else _interrupt)  # jobs behind a shell's `&`
     try:
         yield
     finally:

@@ -45,9 +45,9 @@ def scratch_folder(parent: str | Path) -> TemporaryDirectory[str]:
 
 @cache
 def _delete_leavings(parent: str) -> None:
-    for path in Path(parent).iterdir():
-        found = re.fullmatch(rf"\.thawline-{_machine()}-(\d+)-\w+", path.name)
-        with suppress(FileNotFoundError):  # someone else clears up, too
+    with suppress(OSError):  # someone else clears up, too; or the folder may be written, but not listed
+        for path in Path(parent).iterdir():
+            found = re.fullmatch(rf"\.thawline-{_machine()}-(\d+)-\w+", path.name)
             if found and not _runs(int(found[1])) and path.lstat().st_uid == os.getuid():
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -172,7 +172,7 @@ def _dims(extractor: FeatureExtractor) -> dict[str, int]:
     return extractor.tapped(extractor.layers).dims
 
 
-def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
+def _checked(X: Any) -> list[AnyImage]:
     """Return `X` as a list, after checking the types of its items; a table of one column is that column."""
     expected = "paths, Pillow images or uint8 arrays of shape (h, w, 3) or (h, w)"
     if isinstance(X, str | PathLike | Image.Image):

@@ -262,9 +262,8 @@ def test_an_interrupt_of_imports_that_swallow_it_is_one_line(tmp_path: Path) -> 
         "    pass\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, "-c", "from cli import main; main()"], capture_output=True, text=True, env=environment
-    )
+    code = "import signal, cli; signal.signal(signal.SIGINT, signal.default_int_handler); cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stderr) == (130, "thawline: interrupted\n")
 
 

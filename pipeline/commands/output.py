@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
@@ -64,7 +65,8 @@ def counted_warnings() -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        library = filename.rpartition("site-packages" + os.sep)[2].partition(os.sep)[0]
+        _, installed, path = filename.rpartition("site-packages" + os.sep)
+        library = path.partition(os.sep)[0] if installed else Path(filename).name
         first.setdefault(library, " ".join(str(message).split()))
         counts[library] += 1
 

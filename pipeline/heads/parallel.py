@@ -152,7 +152,8 @@ def _end_with(parent: int) -> None:
             time.sleep(0.5)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if os.getpid() != parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 @cache
@@ -160,6 +161,8 @@ def _shared_folder() -> str:
     """Return the folder in which joblib shares rows with the workers of this process: in memory where there is room."""
     memory = Path("/dev/shm")  # noqa: S108 (the folder's name is not guessable, and only its owner may enter it)
     roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM
-    folder = scratch_folder(os.environ.get("JOBLIB_TEMP_FOLDER") or (memory if roomy else gettempdir()))
+    parent = Path(os.environ.get("JOBLIB_TEMP_FOLDER") or (memory if roomy else gettempdir())).expanduser()
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = scratch_folder(parent)
     atexit.register(folder.cleanup)
     return folder.name

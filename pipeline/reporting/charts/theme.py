@@ -128,10 +128,9 @@ def characters_without_font(names: Iterable[str]) -> str:
 
 @cache
 def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
-    """Return the families that draw what the usual font lacks, fewest first, and the characters that none draws."""
-    missing = {character for character in characters if character.isprintable()} - _drawn_by(
-        fontManager.findfont(FontProperties())
-    )
+    """Return the families that draw what the usual font lacks, best first, and the characters that none draws."""
+    usual = _drawn_by(fontManager.findfont(FontProperties()))
+    missing = {character for character in characters if character.isprintable()} - usual
     families = []
     if missing:
         # the last resort draws a box for everything
