@@ -3,7 +3,7 @@
 ``X, y = open_cache("photos-resnet50-0a1b2c3d.h5").xy("penultimate", "train")`` reads one; FORMAT.md describes it.
 """
 
-from features_cache.atomic import atomic_write
+from features_cache.atomic import atomic_write, scratch_folder
 from features_cache.catalog import Catalog, file_name
 from features_cache.convert import digest_keys
 from features_cache.errors import (
@@ -57,6 +57,7 @@ __all__ = [
     "prune",
     "repair",
     "same_rows",
+    "scratch_folder",
     "superseded",
     "verify",
 ]

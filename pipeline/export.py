@@ -67,7 +67,7 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     """
     if find_spec("onnxscript") is None:
         raise ModelFileError("ONNX files need two more packages: pip install 'thawline[onnx]'")
-    path = check_destination(path)
+    path = check_destination(path, ".onnx")
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
     network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
     graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)

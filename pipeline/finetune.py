@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
+from pipeline.model_file import check_destination
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
 
@@ -100,7 +101,8 @@ def finetune(
         Record the norms of each thawed layer's gradients, steps and weights, and its dead units, in the history of the
         results (see `pipeline.finetuning.watch.GradientWatch`), and add a note where they look bad.
     save : str or Path, optional
-        Write the network that was trained with the most shots to this file; ties go to the higher validation accuracy.
+        Write the network that was trained with the most shots to this ``.safetensors`` file; ties go to the higher
+        validation accuracy.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
     store, size, engine, device, workers
@@ -127,17 +129,18 @@ def finetune(
         If the thaw line cannot be drawn there; the message says where it can.
     ThawlineError
         Whatever extraction raises.
+    ModelFileError
+        If the model cannot be written; before any work where `save` says so already.
     """
+    destination = None if save is None else check_destination(save, ".safetensors")
     from pipeline.finetuning.data import TrainingSetup, prepare_data
     from pipeline.finetuning.network import save_finetuned
     from pipeline.finetuning.recipe import check_start, make_recipe
     from pipeline.finetuning.run import run_training
-    from pipeline.model_file import check_destination
 
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
     check_draws(seeds, shots)
-    destination = None if save is None else check_destination(save)
     notes: list[str] = []
     setup = TrainingSetup(
         source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,

@@ -214,7 +214,7 @@ FIT = (
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
     once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
-    Option("save", FILE, "Write the best model (most shots, then best by validation) to this file."),
+    Option("save", FILE, "Write the best model (most shots, then best by validation) as this .skops file."),
     Option("plot", FOLDER, "Draw the results into this folder."),
     once("jobs", whole(), "Fits at a time; default: one per core."),
     replace(DEVICE, help="Where logreg is trained: cpu (which auto means), cuda or cuda:N."),
@@ -267,12 +267,12 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "fit": FIT,
     "finetune": FINETUNE,
     "predict": (
-        Option("csv", FILE, "Write the predictions to this file."),
+        Option("csv", FILE, "Write the predictions as this .csv file."),
         Option("output", TEXT, "Cache folder to work through, so that a long run can resume.", short="o"),
         ENGINE,
         DEVICE,
     ),
-    "export": (Option("onnx", FILE, "The file to write.", required=True, stage_name="path"),),
+    "export": (Option("onnx", FILE, "The .onnx file to write.", required=True, stage_name="path"),),
     "rank": (
         WHICH_SOURCE,
         replace(WHICH_BACKBONE, help="Only this backbone."),

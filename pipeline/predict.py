@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import numpy as np
 
-from features_cache import DONE, CacheFile, open_cache
+from features_cache import DONE, CacheFile, atomic_write, explained, open_cache, scratch_folder
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.errors import EngineError, resumable
 from pipeline.extract import extract
@@ -129,8 +129,11 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write ``uri,label,probability,state,reason`` rows; absent values are empty."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    """Write ``uri,label,probability,state,reason`` rows; absent values are empty.
+
+    An existing file is replaced, and stays as it was after an error. Raises `CacheError` if it cannot be written.
+    """
+    with explained(path, "write"), atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("uri", "label", "probability", "state", "reason"))
         for item in predictions:
@@ -162,7 +165,7 @@ def _cache_folder(source: str | Path, output: str | Path | None, notes: list[str
         with resumable():
             yield Path(output)
     else:
-        with TemporaryDirectory(prefix="thawline-") as folder:
+        with scratch_folder(gettempdir()) as folder:
             yield Path(folder)
 
 

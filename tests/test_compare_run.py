@@ -418,6 +418,18 @@ def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path,
     assert all(job.done for job in dry_run(plan, run))
 
 
+def test_a_dry_run_names_a_source_once(photos: Path, tmp_path: Path, thawline: Callable[..., Any]) -> None:
+    second = shutil.copytree(photos, tmp_path / "second")
+    plan = tmp_path / "plan.toml"
+    extraction = '[[extract]]\nlayer = "input"\nbackbone = "test_resnet@random:0"\nsize = 32\n'
+    plan.write_text(f'source = ["{photos}", "{second}"]\n{extraction}[[fit]]\nhead = ["centroid", "knn"]\n')
+    done = thawline("compare", plan, "-o", tmp_path / "run", "--dry-run")
+    assert done.stdout.count(str(photos)) == done.stdout.count(str(second)) == 1
+    assert done.stdout.count("fit centroid on input of test_resnet@random:0, seed 0, shots all  ") == 2
+    jobs = thawline("compare", plan, "-o", tmp_path / "run", "--dry-run", "--json").json["jobs"]
+    assert [job["source"] for job in jobs].count(str(photos)) == 3
+
+
 def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> None:
     second = Path(shutil.copytree(photos, tmp_path / "second" / "photos"))
     plan = tmp_path / "plan.toml"

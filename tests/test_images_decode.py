@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import UnreadableImageError
-from pipeline.images.decode import PIXEL_LIMIT, REASON_LENGTH, decode, from_pillow
+from pipeline.images.decode import PIXEL_LIMIT, REASON_LENGTH, decode, from_pillow, has_image_header
 from pipeline.images.sources.digits import open_digits
 
 GENERATOR = np.random.default_rng(5)
@@ -540,3 +541,28 @@ def test_many_threads_at_once() -> None:
     alone = [outcome(data) for data in files]
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(outcome, files)) == alone
+
+
+def test_a_warning_that_is_an_error_refuses_no_image(bad_exif: Callable[[int], bytes]) -> None:
+    data = bad_exif(5)
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        expected, opened = decode(data), Image.open(BytesIO(data))
+    opened.getexif = lambda: Image.open(BytesIO(data)).getexif()  # type: ignore[method-assign]  # warns again
+    assert expected.size == (20, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for picture in (decode(data), from_pillow(opened)):
+            assert (picture.size, picture.image.tobytes()) == (expected.size, expected.image.tobytes())
+        with pytest.raises(UserWarning, match="as before"):
+            warnings.warn("as before", stacklevel=1)
+
+
+def test_a_header_whose_reader_warns_is_one() -> None:
+    file = BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "TIFF")
+    data = bytearray(file.getvalue())
+    entries = int.from_bytes(data[4:8], "little")
+    data[entries] += 40  # more entries than there are
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert has_image_header(BytesIO(bytes(data)))

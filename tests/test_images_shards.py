@@ -101,6 +101,13 @@ def test_the_class_member_comes_before_json_and_names_reach_to_the_first_dot(tmp
     assert labels_of(shard) == {"x.tar/s/1.left.jpg": "cls", "x.tar/s/1.right.png": "cls"}
 
 
+def test_a_label_is_one_class_however_json_writes_it(tmp_path: Path) -> None:
+    labels = {"1": b"1", "2": b"1.0", "3": b'"1"', "4": b"0.5", "5": b"NaN"}
+    members = [(f"{key}.json", b'{"label": ' + label + b"}") for key, label in labels.items()]
+    shard = write_tar(tmp_path / "x.tar", *members, *((f"{key}.jpg", b"x") for key in labels))
+    assert list(labels_of(shard).values()) == ["1", "1", "1", "0.5", ""]
+
+
 @pytest.mark.parametrize(
     ("member", "message"),
     [

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -114,13 +115,20 @@ def test_saving_replaces_a_file_at_once_and_leaves_nothing_else(
 
 
 def test_places_that_cannot_take_a_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"m\.pth: expected a name that ends in \.skops, such as m\.skops"):
+        check_destination(tmp_path / "m.pth", ".skops")
+    (tmp_path / "folder.skops").mkdir()
     with pytest.raises(ModelFileError, match="which is a folder; name a file in it"):
-        check_destination(tmp_path)
+        check_destination(tmp_path / "folder.skops", ".skops")
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(ModelFileError, match="no regular file"):
+        check_destination(tmp_path / "pipe.csv", ".csv")
     with pytest.raises(ModelFileError, match="no folder"):
-        check_destination(tmp_path / "no" / "m.skops")
+        check_destination(tmp_path / "no" / "m.skops", ".skops")
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelFileError, match="no folder"):
-        check_destination(tmp_path / "file" / "m.skops")
+        check_destination(tmp_path / "file" / "m.skops", ".skops")
+    assert check_destination(tmp_path / "m.SKOPS", ".skops") == tmp_path / "m.SKOPS"
 
 
 def test_features_of_another_width_are_refused() -> None:

@@ -139,7 +139,7 @@ def save_model(path: str | Path, model: SavedModel) -> None:
     import skops.io  # imports torch, which nothing else in a fit needs
 
     fields = {name: getattr(model, name) for name in FORMAT.fields}
-    with writing(check_destination(path)) as draft:
+    with writing(check_destination(path, ".skops")) as draft:
         skops.io.dump(model.pipeline, draft)
         with zipfile.ZipFile(draft, "a") as archive:
             description = FORMAT.describe(fields, _content(archive))

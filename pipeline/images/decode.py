@@ -13,9 +13,12 @@ Formats: JPEG, PNG, WebP, TIFF, GIF, BMP and PNM, recognised by their first byte
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import wraps
 from io import BytesIO
-from typing import BinaryIO, NamedTuple
+from threading import Lock
+from typing import BinaryIO, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -81,6 +84,27 @@ class Picture(NamedTuple):
     box: tuple[float, float, float, float]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+_quiet = Lock()
+
+
+def _despite_warnings(function: Callable[P, R]) -> Callable[P, R]:
+    """Let `function` have no warnings where it failed by one, as with ``python -W error``: none may refuse an image."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Warning:
+            with _quiet, warnings.catch_warnings():  # whose filters are those of all threads
+                warnings.simplefilter("ignore")
+                return function(*args, **kwargs)
+
+    return call
+
+
+@_despite_warnings
 def decode(data: bytes, floor: int | None = None) -> Picture:
     """Decode an image file's bytes.
 
@@ -111,21 +135,25 @@ def decode(data: bytes, floor: int | None = None) -> Picture:
             raise UnreadableImageError(f"{size[0]}x{size[1]} pixels, more than {PIXEL_LIMIT}")
         reduced = image.draft(None, (floor, floor)) if floor is not None else None
         return _upright(image, size, reduced[1][2:] if reduced is not None else size)
-    except (UnreadableImageError, MemoryError):  # lack of memory is not the image's fault
+    except (UnreadableImageError, MemoryError, Warning):  # lack of memory is not the image's fault
         raise
     except Exception as error:  # damaged files make Pillow raise nearly anything
         raise UnreadableImageError(_reason(error)) from error
 
 
+@_despite_warnings
 def has_image_header(file: BinaryIO) -> bool:
     """Tell whether the header of an open file is that of an image which `decode` knows; the pixels are not read."""
     try:
+        file.seek(0)
         start = file.read(_MAGIC_LENGTH)
         reader = _reader_of(start)
         if reader is None or (start.startswith(b"RIFF") and start[8:] != b"WEBP"):  # the reader would read all of it
             return False
         file.seek(0)
         reader(file)
+    except Warning:
+        raise
     except Exception:  # damaged headers make Pillow raise nearly anything, and the file may be unreadable
         return False
     return True
@@ -141,6 +169,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be decoded: {message or type(error).__name__}"[:REASON_LENGTH]
 
 
+@_despite_warnings
 def from_pillow(image: Image.Image) -> Picture:
     """Return a Pillow image of any mode as `decode` returns a file; `image` is not changed."""
     return _upright(image, image.size, image.size)
@@ -167,6 +196,8 @@ def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation; 1 (upright) if there is none or it is damaged: the pixels are sound all the same."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Warning:
+        raise
     except Exception:
         return 1
     return orientation if isinstance(orientation, int) else 1

@@ -24,6 +24,7 @@ from pipeline.images.sources.items import (
     check_size,
     ending_of,
     is_file_of,
+    text_of,
 )
 
 SHARD_SUFFIX = ".tar"
@@ -205,6 +206,6 @@ def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix:
     except (ValueError, RecursionError):
         raise SourceError(f"{expected}, found neither text nor JSON") from None
     value = document.get("label") if isinstance(document, dict) else None
-    if value is not None and not isinstance(value, int | str):
+    if value is not None and not isinstance(value, int | float | str):
         raise SourceError(f"{expected}, found {type(value).__name__}")
-    return "" if value is None else str(value).strip()
+    return text_of(value).strip()
