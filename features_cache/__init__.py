@@ -4,7 +4,7 @@
 """
 
 from features_cache.atomic import atomic_write
-from features_cache.catalog import Catalog, file_name
+from features_cache.catalog import Catalog, check_twins, file_name
 from features_cache.convert import digest_keys
 from features_cache.errors import (
     AmbiguousCacheError,
@@ -44,6 +44,7 @@ __all__ = [
     "VerifyReport",
     "WriterLock",
     "atomic_write",
+    "check_twins",
     "digest_keys",
     "drop_redundant",
     "explained",

@@ -87,6 +87,7 @@ def rank(
     """
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
+    catalog.check_source(files[0])
     layers = [layer for file in files for layer in select(Catalog(file.path))]
     split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)

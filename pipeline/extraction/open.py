@@ -6,7 +6,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from features_cache import CacheFile, CacheWriter, LayerInfo, Rows, file_name, grow, open_cache, same_rows
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import (
+    PENDING,
+    CacheError,
+    CacheFile,
+    CacheWriter,
+    LayerInfo,
+    Rows,
+    drop_redundant,
+    file_name,
+    grow,
+    open_cache,
+    same_rows,
+)
 from pipeline.arrays import BoolArray
 from pipeline.errors import ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
@@ -76,10 +91,14 @@ def open_files(
 def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
     """Open a file that lacks rows, or that was made for other rows."""
     extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
-    if same_rows(file, destination.rows, destination.images.classes) and not destination.rehash:
-        return CacheWriter.resume(file.path)
+    listing = destination.rows, destination.images.classes
+    if same_rows(file, *listing) and not destination.rehash:
+        writer = CacheWriter.resume(file.path)
+        if same_rows(writer.cache, *listing):  # another process may have replaced the file before it was locked
+            return writer
+        writer.close()
     old = list(file.layers.values()), file.handles, file.request
-    return grow(file.path, destination.rows, destination.images.classes, *old, carry=not destination.rehash)
+    return grow(file.path, *listing, *old, carry=not destination.rehash)
 
 
 def _create(
@@ -93,11 +112,64 @@ def _create(
     handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}
     if request.view is not None:
         handles["view"] = f"{request.augment} {request.view}"
-    if path.exists():
-        open_cache(path)  # a damaged file of this name raises its own error
+    if path.exists():  # another process made it since; a damaged file raises its own error
+        return _continue(open_cache(path), destination, extractor)
     extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
     asked = request.to_json() | {"aliases": extractor.aliases}
     return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
+
+
+def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -> list[str]:
+    """Give the other cache files of the source the rows of `destination`, with the features that they have.
+
+    Nothing is computed: a row of which a file has no features is pending afterwards.
+
+    Parameters
+    ----------
+    destination : Destination
+    extracted : sequence of CacheFile
+        Files that have these rows. The digests in them tell which rows of the other files are still valid.
+
+    Returns
+    -------
+    list of str
+        Notes on what was changed, and on files that could not be.
+    """
+    listing = destination.rows, destination.images.classes
+    own = {file.path for file in extracted}
+    others = [file for file in destination.files if file.path not in own]
+    extracted = [file for file in extracted if others and same_rows(file, *listing)]
+    if not extracted:
+        return []
+    digests = np.zeros_like(extracted[0].digests)
+    for file in extracted:
+        read = file.states != PENDING
+        digests[read] = np.where(file.digests[read].any(axis=1, keepdims=True), file.digests[read], digests[read])
+    changed, notes = [], []
+    for file in others:
+        try:
+            if open_cache(file.path).header.line != file.header.line or not _is_behind(file, extracted[0], digests):
+                continue  # another process replaced it, or it is as it should be
+            old = list(file.layers.values()), file.handles, file.request
+            with grow(file.path, *listing, *old, digests=digests) as writer:
+                pending = len(writer.pending())
+            drop_redundant(file.path)
+        except CacheError as error:
+            notes.append(f"{file.path.name} could not be brought up to date: {error}")
+        else:
+            changed.append(file.path.name + (f" ({pending} images to be computed)" if pending else ""))
+    if changed:
+        notes.append(f"the source changed, so its other cache files were brought up to date: {', '.join(changed)}")
+    return notes
+
+
+def _is_behind(file: CacheFile, latest: CacheFile, digests: NDArray[np.uint8]) -> bool:
+    """Tell whether a file's listing differs from that of `latest`, or the bytes of an image from `digests`."""
+    columns = ("/rows/uri", "/rows/label", "/rows/split", "/rows/group")
+    if file.classes != latest.classes or not all(np.array_equal(file.array(x), latest.array(x)) for x in columns):
+        return True
+    both = (file.states != PENDING) & file.digests.any(axis=1) & digests.any(axis=1)
+    return bool((file.digests[both] != digests[both]).any())
 
 
 def check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | None) -> None:
