@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,24 @@ import pytest
 from PIL import Image
 
 from features_cache import DONE, PENDING, AmbiguousCacheError, CacheError, CacheWriter, Catalog, open_cache, verify
+from pipeline import extract as extract_module
+from pipeline import predict as predict_module
+from pipeline.backbones.registry import load_backbone
 from pipeline.compare import compare
+from pipeline.errors import FitError, SourceError
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.finetuning import data as data_module
+from pipeline.finetuning.inputs import Subset
 from pipeline.fit import fit
+from pipeline.images.resize import prepare
+from pipeline.images.sources.registry import open_source
+from pipeline.predict import CHANGED, predict
 from pipeline.rank import rank
+from pipeline.results import Prediction
+
+ROOT = Path(__file__).resolve().parents[1]
 
 NETWORK = "test_resnet@random:0"
 HOW: dict[str, Any] = {"backbones": [NETWORK], "size": 32, "precision": "fp32", "engine": "torch"}
@@ -106,8 +124,6 @@ def test_bytes_that_change_unseen_are_pending_in_the_other_layers(make_photos: P
     status, data = image.stat(), bytearray(image.read_bytes())
     data[60] ^= 1
     image.write_bytes(data)
-    import os
-
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     extract(photos, layers=["layer2"], output=cache, rehash=True, **HOW)
     (file,) = [file for file in Catalog(cache).files if "layer1" in file.layers]
@@ -133,14 +149,10 @@ def test_files_of_different_times_are_refused_until_one_layer_is_extracted_again
     others = tmp_path / "others"
     extract(manifest, layers=["layer1", "layer2"], output=others, **HOW)
     parts = "differ in 1 label; extract", str(manifest), "name one file instead of the folder"
-    for command in (
-        ["fit"],
-        ["fit", "-l", "layer1"],
-        ["fit", "-l", "layer2"],
-        ["fit", "-l", "layer1+layer2"],
-        ["rank"],
-    ):
-        thawline(command[0], disagreeing, *command[1:]).assert_one_line(*parts)
+    thawline("fit", disagreeing).assert_one_line(*parts)
+    for layer in ("layer1", "layer2", "layer1+layer2"):
+        thawline("fit", disagreeing, "-l", layer).assert_one_line(*parts)
+    thawline("rank", disagreeing).assert_one_line(*parts)
     thawline("drift", disagreeing, others, "-l", "layer1").assert_one_line(*parts)
     thawline("cache", "export", disagreeing, tmp_path / "x.npy", "-l", "layer1").assert_one_line(*parts)
     assert "differ in 1 label" in thawline("cache", "ls", disagreeing).stderr
@@ -213,3 +225,193 @@ def test_compare_sees_the_labels_of_today(manifest: Path, tmp_path: Path) -> Non
     report = compare(plan, tmp_path / "run")
     assert [(job.n_classes, job.result.n_pool + job.result.n_test) for job in report.results] == [(2, 16)] * 2
     assert not report.failures
+
+
+@pytest.fixture
+def two_part_model(make_photos: Photos, tmp_path: Path) -> Path:
+    """A model that reads two layers of different poolings, so that `predict` goes over a source twice."""
+    photos, cache = make_photos(name="known"), tmp_path / "known-cache"
+    extract(photos, layers=["layer1"], output=cache, **HOW)
+    extract(photos, layers=["layer2"], output=cache, **HOW)
+    fit(cache, ["layer1+layer2"], ["centroid"], save=tmp_path / "model.skops", jobs=1)
+    return tmp_path / "model.skops"
+
+
+def between_passes(monkeypatch: pytest.MonkeyPatch, module: Any, change: Callable[[], None]) -> None:
+    """Let `change` happen after the first call of `extract` in a module."""
+    calls = []
+
+    def extracting(*args: Any, **options: Any) -> Any:
+        found = extract(*args, **options)
+        calls.append(change() if not calls else None)
+        return found
+
+    monkeypatch.setattr(module, "extract", extracting)
+
+
+def predicted(model: Path, source: Path, **options: Any) -> dict[str, Prediction]:
+    return {one.uri: one for one in predict(model, source, engine="torch", **options).predictions}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_predict_labels_no_image_by_another(
+    two_part_model: Path, make_photos: Photos, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: bool
+) -> None:
+    photos = make_photos(name="new")
+    right = {uri: one.label for uri, one in predicted(two_part_model, photos).items()}
+    assert right == {uri: uri.split("/")[0] for uri in right}
+
+    def change() -> None:
+        Image.new("RGB", (40, 48), "white").save(photos / "blue" / "00.png")
+        (photos / "blue" / "1.png").rename(photos / "red" / "99.png")
+        (photos / "green" / "2.png").unlink()
+        shutil.copy(photos / "red" / "4.png", photos / "blue" / "3.png")  # both layers have these bytes by now
+        Image.new("RGB", (40, 48), "white").save(photos / "blue" / "5.png")
+
+    between_passes(monkeypatch, predict_module, change)
+    found = predicted(two_part_model, photos, output=tmp_path / "kept" if kept else None)
+    gone = {"blue/1.png": "no such file", "green/2.png": "no such file", "blue/5.png": CHANGED}
+    assert {uri: one.reason for uri, one in found.items() if one.state == "unreadable"} == gone
+    assert {uri: one.label for uri, one in found.items() if one.state == "done"} == {
+        uri: label for uri, label in (right | {"blue/3.png": "red"}).items() if uri not in gone
+    }
+
+
+def test_predict_while_another_process_renames(two_part_model: Path, make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos(each=40, name="moving")
+    stop = tmp_path / "stop"
+    script = f"""
+import itertools, pathlib
+root, stop = pathlib.Path({str(photos)!r}), pathlib.Path({str(stop)!r})
+files = sorted(root.glob("*/*.png"))
+for number in itertools.count():
+    file = files[number % len(files)]
+    moved = file.with_name(f"{{number}} " + file.name.split(" ")[-1])
+    files[number % len(files)] = file.rename(moved)
+    if number == 50:
+        (root / "ready").touch()
+    if stop.exists():
+        break
+"""
+    with subprocess.Popen([sys.executable, "-c", script]) as mover:
+        try:
+            while not (photos / "ready").exists():
+                assert mover.poll() is None
+                time.sleep(0.01)
+            found = predicted(two_part_model, photos)
+        finally:
+            stop.touch()
+    assert mover.returncode == 0
+    assert len(found) == 120
+    for uri, one in found.items():
+        assert one.label == uri.split("/")[0] if one.state == "done" else one.reason in ("no such file", CHANGED)
+
+
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, set[int]]:
+    """What `finetune` reads, once it ran: the labels under which each picture was shown, by a digest of its pixels."""
+    shown: dict[bytes, set[int]] = {}
+    batches = Subset.batches
+
+    def noting(subset: Subset, epoch: int = 0) -> Iterator[Any]:
+        for inputs, labels in batches(subset, epoch):
+            for pixels, label in zip(inputs[0], labels.tolist(), strict=True):
+                shown.setdefault(hashlib.blake2b(pixels.numpy().tobytes()).digest(), set()).add(label)
+            yield inputs, labels
+
+    monkeypatch.setattr(Subset, "batches", noting)
+    return shown
+
+
+TRAINING: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "epochs": 1, "batch_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["renamed", "added", "replaced"])
+def test_finetune_shows_every_picture_under_its_own_label_or_stops(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    photos = make_photos()
+
+    def change() -> None:
+        if kind == "added":
+            Image.new("RGB", (40, 48), "white").save(photos / "blue" / "00.png")
+        elif kind == "renamed":
+            (photos / "red" / "0.png").rename(photos / "blue" / "00.png")
+        else:
+            shutil.copy(photos / "red" / "4.png", photos / "blue" / "3.png")
+
+    shown = trained_on(monkeypatch)
+    between_passes(monkeypatch, data_module, change)
+    options = TRAINING | {"freeze": "none", "output": tmp_path / "cache"}
+    if kind == "added":
+        finetune(photos, NETWORK, **options)
+        spec = load_backbone(NETWORK, 32).preprocessing
+        items = [item for item in open_source(photos).items if item.uri != "blue/00.png"]
+        own = {hashlib.blake2b(prepare((photos / one.uri).read_bytes(), spec).tobytes()).digest(): one for one in items}
+        assert shown == {digest: {item.label} for digest, item in own.items()}
+    else:
+        reason = "it has other bytes" if kind == "replaced" else "no such file"
+        with pytest.raises(SourceError, match=f"changed during training: {reason}; run the same command again"):
+            finetune(photos, NETWORK, **options)
+
+
+def test_finetune_joins_cached_activations_by_bytes(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_photos()
+    between_passes(
+        monkeypatch, data_module, lambda: shutil.copy(photos / "red" / "4.png", photos / "blue" / "3.png") and None
+    )
+    with pytest.raises(FitError, match=r"the source changed while .*\.h5 was extracted; run the same command again"):
+        finetune(photos, NETWORK, freeze="layer3", top="direct", output=tmp_path / "cache", **TRAINING)
+
+
+def test_a_comparison_is_of_one_listing(manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(PLAN.format(layers='"layer1"'))
+    labels = read_labels(manifest)
+    between_passes(
+        monkeypatch, extract_module, lambda: write_manifest(manifest, {k: v for k, v in labels.items() if v != "red"})
+    )
+    report = compare(plan, tmp_path / "run")
+    assert [(job.n_classes, job.result.n_pool + job.result.n_test) for job in report.results] == [(3, 24)] * 2
+    report = compare(plan, tmp_path / "run")
+    assert [(job.n_classes, job.result.n_pool + job.result.n_test) for job in report.results] == [(2, 16)] * 2
+
+
+def test_two_processes_that_begin_one_file_share_it_or_one_says_what_to_do(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos(each=60)
+    command = [sys.executable, str(ROOT / "cli.py"), "extract", photos, "-b", NETWORK, "--size", "32", "--engine"]
+    command += ["torch", "--precision", "fp32", "-l", "layer1", "-o", tmp_path / "cache"]
+    running = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    for process in running:
+        _, err = process.communicate()
+        if process.returncode:
+            assert process.returncode == 1
+            assert "is writing it; wait for it to end" in err
+    assert sum(process.returncode == 0 for process in running) >= 1
+    (file,) = Catalog(tmp_path / "cache").files
+    assert (file.states == DONE).all()
+    assert verify(file.path).sound
+
+
+def test_a_file_that_another_process_replaced_is_not_filled_by_row_number(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache = make_photos(), tmp_path / "cache"
+    extract(photos, layers=["layer1"], output=cache, only=["red/7.png"], **HOW)
+    resume = CacheWriter.resume
+
+    def late(path: Path) -> CacheWriter:
+        """As if another process had seen a new image just before the file is locked."""
+        monkeypatch.setattr(CacheWriter, "resume", resume)
+        Image.new("RGB", (40, 48), "white").save(photos / "blue" / "00.png")
+        extract(photos, layers=["layer1"], output=cache, only=["blue/00.png"], **HOW)
+        (photos / "blue" / "00.png").unlink()
+        return resume(path)
+
+    monkeypatch.setattr(CacheWriter, "resume", late)
+    extract(photos, layers=["layer1"], output=cache, **HOW)
+    extract(photos, layers=["layer1"], output=tmp_path / "fresh", **HOW)
+    found, fresh = (Catalog(folder).find("layer1") for folder in (cache, tmp_path / "fresh"))
+    assert found.uris.tolist() == fresh.uris.tolist()
+    np.testing.assert_array_equal(found.digests, fresh.digests)

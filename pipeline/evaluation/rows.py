@@ -183,11 +183,10 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
         "not extracted yet": first.states == PENDING,
         "without a label": (first.states == DONE) & (first.labels < 0),
     }
-    rows = [np.flatnonzero(usable)]
     for other in files[1:]:
         if other.classes != first.classes:
             raise FitError(f"{first.path.name} and {other.path.name} have different classes; join layers of one source")
-        rows = _in_both(first, rows, other)
+    rows = join_rows(files, usable)
     counts = {reason: int(mask.sum()) for reason, mask in reasons.items()}
     counts["not in every joined file"] = int(usable.sum()) - len(rows[0])
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
@@ -206,12 +205,27 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     )
 
 
-def _in_both(first: CacheFile, rows: list[IntArray], other: CacheFile) -> list[IntArray]:
-    """Keep the rows that `other` holds too, with the same bytes, and append their numbers in `other`."""
-    done = np.flatnonzero(other.states == DONE)
-    row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
-    found = np.array([row_of.get(key, -1) for key in _keys(first, rows[0])], np.int64)
-    return [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+def join_rows(files: Sequence[CacheFile], usable: NDArray[np.bool_]) -> list[IntArray]:
+    """Find the same images in several files: by uri and digest, because files may differ in their rows.
+
+    Parameters
+    ----------
+    files : sequence of CacheFile
+    usable : (n_rows,) bool
+        The rows of the first file to look for.
+
+    Returns
+    -------
+    list of (k,) int64
+        For each file, the rows of the images that are done in all.
+    """
+    rows = [np.flatnonzero(usable & (files[0].states == DONE))]
+    for other in files[1:]:
+        done = np.flatnonzero(other.states == DONE)
+        row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
+        found = np.array([row_of.get(key, -1) for key in _keys(files[0], rows[0])], np.int64)
+        rows = [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+    return rows
 
 
 def _keys(file: CacheFile, rows: IntArray) -> list[tuple[str, bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,10 @@ class Destination:
     files: Sequence[CacheFile]
     rehash: bool
 
+    def has_rows_of(self, file: CacheFile) -> bool:
+        """Tell whether `file` has exactly these rows."""
+        return same_rows(file, self.rows, self.images.classes)
+
     def has_all_of(self, file: CacheFile) -> bool:
         """Tell whether nothing is left to do for `file`: it has exactly these rows, and none of `asked` is pending."""
         return not self.rehash and is_complete(file, self.rows, self.images.classes, self.asked)
@@ -91,14 +96,18 @@ def open_files(
 def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
     """Open a file that lacks rows, or that was made for other rows."""
     extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
-    listing = destination.rows, destination.images.classes
-    if same_rows(file, *listing) and not destination.rehash:
+    if destination.has_rows_of(file) and not destination.rehash:
         writer = CacheWriter.resume(file.path)
-        if same_rows(writer.cache, *listing):  # another process may have replaced the file before it was locked
+        if destination.has_rows_of(writer.cache):  # another process may have replaced the file before it was locked
             return writer
         writer.close()
-    old = list(file.layers.values()), file.handles, file.request
-    return grow(file.path, *listing, *old, carry=not destination.rehash)
+    return _grow(file, destination, carry=not destination.rehash)
+
+
+def _grow(file: CacheFile, destination: Destination, **how: Any) -> CacheWriter:
+    """Replace a file by one for the rows of `destination`; `how` as for `features_cache.grow`."""
+    layers, handles, request = list(file.layers.values()), file.handles, file.request
+    return grow(file.path, destination.rows, destination.images.classes, layers, handles, request, **how)
 
 
 def _create(
@@ -135,23 +144,21 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
     list of str
         Notes on what was changed, and on files that could not be.
     """
-    listing = destination.rows, destination.images.classes
     own = {file.path for file in extracted}
     others = [file for file in destination.files if file.path not in own]
-    extracted = [file for file in extracted if others and same_rows(file, *listing)]
+    extracted = [file for file in extracted if others and destination.has_rows_of(file)]
     if not extracted:
         return []
-    digests = np.zeros_like(extracted[0].digests)
+    digests = np.zeros(extracted[0].digests.shape, np.uint8)
     for file in extracted:
-        read = file.states != PENDING
-        digests[read] = np.where(file.digests[read].any(axis=1, keepdims=True), file.digests[read], digests[read])
+        known = (file.states != PENDING) & file.digests.any(axis=1)
+        digests[known] = file.digests[known]
     changed, notes = [], []
     for file in others:
         try:
             if open_cache(file.path).header.line != file.header.line or not _is_behind(file, extracted[0], digests):
                 continue  # another process replaced it, or it is as it should be
-            old = list(file.layers.values()), file.handles, file.request
-            with grow(file.path, *listing, *old, digests=digests) as writer:
+            with _grow(file, destination, digests=digests) as writer:
                 pending = len(writer.pending())
             drop_redundant(file.path)
         except CacheError as error:
