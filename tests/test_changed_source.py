@@ -82,7 +82,7 @@ def test_labels_corrected_between_layers_hold_for_all_of_them(manifest: Path, tm
     (result,) = extract(manifest, layers=["layer3"], output=cache, **HOW)
     (note,) = [note for note in result.notes if "brought up to date" in note]
     assert note.count(".h5") == 2
-    assert "to be computed" not in note
+    assert "pending" not in note
     for layer in ("layer1", "layer2", "layer3"):
         assert shown(cache, layer) == listed(manifest)
     for file in Catalog(cache).files:
@@ -104,7 +104,7 @@ def test_images_that_move_come_and_go_do_so_in_all_layers(make_photos: Photos, t
     Image.new("RGB", (40, 40), "red").save(photos / "red" / "new.png")
     Image.new("RGB", (40, 40), "blue").save(photos / "blue" / "2.png")  # in the place of another image
     (result,) = extract(photos, layers=["layer2"], output=cache, **HOW)
-    assert any("brought up to date" in note and "(2 images to be computed)" in note for note in result.notes)
+    assert any("brought up to date" in note and "(2 rows pending)" in note for note in result.notes)
     (file,) = [file for file in Catalog(cache).files if "layer1" in file.layers]
     assert file.uris[file.states == PENDING].tolist() == ["blue/2.png", "red/new.png"]
     for row in np.flatnonzero(file.states == DONE):
@@ -415,3 +415,38 @@ def test_a_file_that_another_process_replaced_is_not_filled_by_row_number(
     found, fresh = (Catalog(folder).find("layer1") for folder in (cache, tmp_path / "fresh"))
     assert found.uris.tolist() == fresh.uris.tolist()
     np.testing.assert_array_equal(found.digests, fresh.digests)
+
+
+@pytest.mark.parametrize(
+    ("change", "first", "hint"),
+    [
+        (lambda path: path.replace("/", "\\"), "blue\\0.png", "write / between folders instead of \\; paths are"),
+        (lambda path: path.removesuffix(".png"), "blue/0", "paths are relative to the manifest's folder, {folder}"),
+        (lambda path: f"/data/{path}", "/data/blue/0.png", "paths are relative to the manifest's folder, {folder}"),
+    ],
+)
+def test_a_manifest_whose_paths_all_miss_says_so_at_once(
+    manifest: Path, thawline: Callable[..., Any], tmp_path: Path, change: Any, first: str, hint: str
+) -> None:
+    text = manifest.read_text().splitlines()
+    manifest.write_text("\n".join([text[0], *(",".join([change(p), q, r]) for p, q, r in csv.reader(text[1:]))]))
+    command = ["extract", manifest, "-b", NETWORK, "--size", "32", "--engine", "torch", "-o", tmp_path / "cache"]
+    parts = f"24 of 24 rows are unreadable, first: {first}: no such file; ", hint.format(folder=manifest.parent)
+    for _ in range(2):
+        thawline(*command).assert_one_line(*parts)
+    thawline("fit", tmp_path / "cache").assert_one_line(*parts)
+    thawline("rank", tmp_path / "cache").assert_one_line(*parts)
+    with pytest.raises(FitError, match="24 of 24 rows are unreadable"):
+        finetune(manifest, NETWORK, output=tmp_path / "cache", **TRAINING)
+
+
+def test_one_readable_image_is_enough(make_photos: Photos, thawline: Callable[..., Any], tmp_path: Path) -> None:
+    photos = make_photos(("blue",), 2)
+    (photos / "blue" / "0.png").write_bytes(b"no image")
+    command = ["extract", photos, "-b", NETWORK, "--size", "32", "--engine", "torch", "-o", tmp_path / "cache"]
+    assert thawline(*command).returncode == 0
+    (photos / "blue" / "1.png").write_bytes(b"neither")
+    reason = "2 of 2 rows are unreadable, first: blue/0.png: not an image of a known format"
+    found = thawline(*command)
+    found.assert_one_line(reason)
+    assert found.stderr.endswith("format\n"), "nothing is wrong with the path"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -171,10 +172,24 @@ def not_finite(layer: str, bad: NDArray[np.str_], count: int) -> FitError:
     )
 
 
+def check_readable(file: CacheFile) -> None:
+    """Raise `FitError` if no image of a file can be read: it says what is wrong with the first, and what may be."""
+    if not (file.states == UNREADABLE).all():
+        return
+    hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
+    missing, location = bool((file.sizes < 0).all()), file.handles.get("location", "")
+    if missing and "\\" in str(file.uris[0]):
+        hints.append("write / between folders instead of \\")
+    if missing and location.lower().endswith((".csv", ".parquet")):
+        hints.append(f"paths are relative to the manifest's folder, {PurePosixPath(location).parent}")
+    raise FitError("; ".join(hints))
+
+
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     first = files[0]
     for file in files:
         file.check_columns()
+    check_readable(first)
     usable = (first.states == DONE) & (first.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")
