@@ -4,7 +4,7 @@
 """
 
 from features_cache.atomic import atomic_write
-from features_cache.catalog import Catalog, check_twins, file_name
+from features_cache.catalog import Catalog, check_twins, file_name, same_listing
 from features_cache.convert import digest_keys
 from features_cache.errors import (
     AmbiguousCacheError,
@@ -57,6 +57,7 @@ __all__ = [
     "open_own",
     "prune",
     "repair",
+    "same_listing",
     "same_rows",
     "superseded",
     "verify",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import DONE, UNREADABLE, CacheError, CacheFile, drop_redundant, open_cache
+from features_cache import DONE, UNREADABLE, CacheError, CacheFile, drop_redundant
 from pipeline.errors import SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, fill
@@ -130,7 +130,7 @@ def extract(
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
     destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
-    found: dict[str, list[Path | CacheFiller]] = {}
+    found: dict[str, list[CacheFile | CacheFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
     for name in dict.fromkeys(backbones):
         plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
@@ -142,7 +142,7 @@ def extract(
                 missing.append(request)
                 continue
             check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
-            found[name] += [file.path for file in dict.fromkeys(complete.values())]
+            found[name] += dict.fromkeys(complete.values())
         if missing:
             extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
             extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
@@ -150,7 +150,7 @@ def extract(
     with ExitStack() as writers:
         for name, extractor in extractors.values():  # every network is loaded before the first file is created
             for opened in open_files(destination, extractor, expect):
-                if isinstance(opened, Path):
+                if isinstance(opened, CacheFile):
                     found[name].append(opened)
                     continue
                 writers.enter_context(opened)
@@ -164,13 +164,16 @@ def extract(
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
-    files = [open_cache(part.writer.cache.path if isinstance(part, CacheFiller) else part) for part in parts]
-    notes = images.notes + bring_up_to_date(destination, files)
-    return [_result(part, file, notes, seconds, clock) for part, file in zip(parts, files, strict=True)]
+    notes = images.notes + bring_up_to_date(destination, list(map(_file_of, parts)))
+    return [_result(part, notes, seconds, clock) for part in parts]
 
 
-def _result(part: Path | CacheFiller, file: CacheFile, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
-    filler = part if isinstance(part, CacheFiller) else None
+def _file_of(part: CacheFile | CacheFiller) -> CacheFile:
+    return part.writer.cache if isinstance(part, CacheFiller) else part
+
+
+def _result(part: CacheFile | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
+    file, filler = _file_of(part), part if isinstance(part, CacheFiller) else None
     computed = filler.computed if filler else 0
     done = int((file.states == DONE).sum())
     return ExtractResult(

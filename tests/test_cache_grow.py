@@ -407,11 +407,11 @@ def test_files_of_one_source_at_different_times_are_refused(tmp_path: Path, case
 
 def test_damage_is_told_before_files_that_disagree(tmp_path: Path) -> None:
     make(tmp_path / "one.h5", BASE, LAYERS[:1], {"source": "s"})
-    other = make(tmp_path / "other.h5", BASE, LAYERS[1:], {"source": "s"})
+    other = make(tmp_path / "other.h5", LISTINGS["relabelled"][0], LAYERS[1:], {"source": "s"})
     place = open_cache(other).header.arrays["/rows/label"]
     with other.open("r+b") as file:
         file.seek(place.offset)
-        file.write(b"\1")
+        file.write(b"\7")
     with pytest.raises(DamagedCacheError, match=r"other\.h5 is damaged in 1 of 9 rows"):
         Catalog(tmp_path).find("a")
 

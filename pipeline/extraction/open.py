@@ -21,6 +21,7 @@ from features_cache import (
     file_name,
     grow,
     open_cache,
+    same_listing,
     same_rows,
 )
 from pipeline.arrays import BoolArray
@@ -72,8 +73,8 @@ class Destination:
 
 def open_files(
     destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
-) -> Iterator[Path | CacheWriter]:
-    """Yield the files that hold the layers of an extractor's requests: paths of complete ones, writers of the others.
+) -> Iterator[CacheFile | CacheWriter]:
+    """Yield what holds the layers of an extractor's requests: files that are complete, and writers of the others.
 
     Parameters
     ----------
@@ -87,7 +88,7 @@ def open_files(
         check_expected(specs.values(), expect)
         holders = {name: find_holder(destination.files, spec) for name, spec in specs.items()}
         for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            yield file.path if destination.has_all_of(file) else _continue(file, destination, extractor)
+            yield file if destination.has_all_of(file) else _continue(file, destination, extractor)
         missing = {name: spec for name, spec in specs.items() if holders[name] is None}
         if missing:
             yield _create(missing, request, destination, extractor)
@@ -137,27 +138,27 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
     ----------
     destination : Destination
     extracted : sequence of CacheFile
-        Files that have these rows. The digests in them tell which rows of the other files are still valid.
+        Files with exactly these rows. Their digests tell which rows of the other files are still valid.
 
     Returns
     -------
     list of str
         Notes on what was changed, and on files that could not be.
     """
-    own = {file.path for file in extracted}
-    others = [file for file in destination.files if file.path not in own]
-    extracted = [file for file in extracted if others and destination.has_rows_of(file)]
     if not extracted:
         return []
+    own = {file.path for file in extracted}
     digests = np.zeros(extracted[0].digests.shape, np.uint8)
     for file in extracted:
         known = (file.states != PENDING) & file.digests.any(axis=1)
         digests[known] = file.digests[known]
     changed, notes = [], []
-    for file in others:
+    for file in destination.files:
         try:
-            if open_cache(file.path).header.line != file.header.line or not _is_behind(file, extracted[0], digests):
-                continue  # another process replaced it, or it is as it should be
+            if file.path in own or open_cache(file.path).header.line != file.header.line:
+                continue  # another process has replaced it since this run began, and may know a later listing
+            if not _is_behind(file, extracted[0], digests):
+                continue
             with _grow(file, destination, digests=digests) as writer:
                 pending = len(writer.pending())
             drop_redundant(file.path)
@@ -172,8 +173,7 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
 
 def _is_behind(file: CacheFile, latest: CacheFile, digests: NDArray[np.uint8]) -> bool:
     """Tell whether a file's listing differs from that of `latest`, or the bytes of an image from `digests`."""
-    columns = ("/rows/uri", "/rows/label", "/rows/split", "/rows/group")
-    if file.classes != latest.classes or not all(np.array_equal(file.array(x), latest.array(x)) for x in columns):
+    if not same_listing(file, latest):
         return True
     both = (file.states != PENDING) & file.digests.any(axis=1) & digests.any(axis=1)
     return bool((file.digests[both] != digests[both]).any())
