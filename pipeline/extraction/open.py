@@ -175,8 +175,8 @@ def _is_behind(file: CacheFile, latest: CacheFile, digests: NDArray[np.uint8]) -
     """Tell whether a file's listing differs from that of `latest`, or the bytes of an image from `digests`."""
     if not same_listing(file, latest):
         return True
-    both = (file.states != PENDING) & file.digests.any(axis=1) & digests.any(axis=1)
-    return bool((file.digests[both] != digests[both]).any())
+    rows = np.flatnonzero((file.states != PENDING) & (file.digests != digests).any(axis=1))
+    return bool((file.digests[rows].any(axis=1) & digests[rows].any(axis=1)).any())
 
 
 def check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | None) -> None:
