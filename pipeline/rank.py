@@ -103,11 +103,7 @@ def rank(
     if limited:
         notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
     if fitted:
-        accuracies = [
-            result.accuracy
-            for one in alone
-            for result in fit(one, seeds=[seed], progress=progress).results
-        ]
+        accuracies = [result.accuracy for one in alone for result in fit(one, seeds=[seed], progress=progress).results]
         scores = [replace(score, accuracy=accuracy) for score, accuracy in zip(scores, accuracies, strict=True)]
     ranking = sorted(scores, key=lambda score: -score.logme)
     return RankReport(ranking, agreements(ranking) if fitted else [], list(dict.fromkeys(notes)))
