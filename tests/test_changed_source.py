@@ -103,7 +103,7 @@ def test_images_that_move_come_and_go_do_so_in_all_layers(make_photos: Photos, t
     Image.new("RGB", (40, 40), "red").save(photos / "red" / "new.png")
     Image.new("RGB", (40, 40), "blue").save(photos / "blue" / "2.png")  # in the place of another image
     (result,) = extract(photos, layers=["layer2"], output=cache, **HOW)
-    assert any("brought up to date" in note and "(2 rows pending)" in note for note in result.notes)
+    assert any("brought up to date" in note and "(2 rows left pending)" in note for note in result.notes)
     (file,) = [file for file in Catalog(cache).files if "layer1" in file.layers]
     assert file.uris[file.states == PENDING].tolist() == ["blue/2.png", "red/new.png"]
     for row in np.flatnonzero(file.states == DONE):

@@ -165,7 +165,7 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
         except CacheError as error:
             notes.append(f"{file.path.name} could not be brought up to date: {error}")
         else:
-            changed.append(file.path.name + (f" ({pending} rows pending)" if pending else ""))
+            changed.append(file.path.name + (f" ({pending} rows left pending)" if pending else ""))
     if changed:
         notes.append(f"the source changed, so its other cache files were brought up to date: {', '.join(changed)}")
     return notes
