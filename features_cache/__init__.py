@@ -4,7 +4,7 @@
 """
 
 from features_cache.atomic import atomic_write, scratch_folder
-from features_cache.catalog import Catalog, file_name
+from features_cache.catalog import Catalog, check_twins, file_name, same_listing
 from features_cache.convert import digest_keys
 from features_cache.errors import (
     AmbiguousCacheError,
@@ -44,6 +44,7 @@ __all__ = [
     "VerifyReport",
     "WriterLock",
     "atomic_write",
+    "check_twins",
     "digest_keys",
     "drop_redundant",
     "explained",
@@ -56,6 +57,7 @@ __all__ = [
     "open_own",
     "prune",
     "repair",
+    "same_listing",
     "same_rows",
     "scratch_folder",
     "superseded",

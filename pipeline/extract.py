@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import DONE, UNREADABLE, CacheError, drop_redundant, open_cache
+from features_cache import DONE, UNREADABLE, CacheError, CacheFile, drop_redundant
 from pipeline.errors import SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, fill
 from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
-from pipeline.extraction.open import Destination, check_expected, open_files
-from pipeline.images.sources.registry import open_source
+from pipeline.extraction.open import Destination, bring_up_to_date, check_expected, open_files
+from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
     DEFAULT_BACKBONE,
@@ -36,7 +36,7 @@ from pipeline.spec import (
 
 
 def extract(
-    source: str | Path,
+    source: str | Path | ImageSource,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     layers: Sequence[str] = (DEFAULT_LAYER,),
     pool: str = DEFAULT_POOL,
@@ -59,10 +59,14 @@ def extract(
 ) -> list[ExtractResult]:
     """Cache the features of `layers` of every backbone for every image of `source`.
 
+    If the source changed, the files of its other layers in the folder follow: they get its present images, labels,
+    splits and groups, and keep the features that they have.
+
     Parameters
     ----------
-    source : str or Path
-        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``.
+    source : str, Path or ImageSource
+        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``; or what
+        `pipeline.images.sources.registry.open_source` returned, so that several calls are of one listing.
     backbones : sequence of str, default ("efficientnet_lite0",)
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)
@@ -126,7 +130,7 @@ def extract(
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
     destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
-    found: dict[str, list[Path | CacheFiller]] = {}
+    found: dict[str, list[CacheFile | CacheFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
     for name in dict.fromkeys(backbones):
         plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
@@ -138,7 +142,7 @@ def extract(
                 missing.append(request)
                 continue
             check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
-            found[name] += [file.path for file in dict.fromkeys(complete.values())]
+            found[name] += dict.fromkeys(complete.values())
         if missing:
             extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
             extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
@@ -146,7 +150,7 @@ def extract(
     with ExitStack() as writers:
         for name, extractor in extractors.values():  # every network is loaded before the first file is created
             for opened in open_files(destination, extractor, expect):
-                if isinstance(opened, Path):
+                if isinstance(opened, CacheFile):
                     found[name].append(opened)
                     continue
                 writers.enter_context(opened)
@@ -160,12 +164,16 @@ def extract(
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
-    return [_result(part, images.notes, seconds, clock) for part in parts]
+    notes = images.notes + bring_up_to_date(destination, list(map(_file_of, parts)))
+    return [_result(part, notes, seconds, clock) for part in parts]
 
 
-def _result(part: Path | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
-    filler = part if isinstance(part, CacheFiller) else None
-    file = open_cache(part.writer.cache.path if isinstance(part, CacheFiller) else part)
+def _file_of(part: CacheFile | CacheFiller) -> CacheFile:
+    return part.writer.cache if isinstance(part, CacheFiller) else part
+
+
+def _result(part: CacheFile | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
+    file, filler = _file_of(part), part if isinstance(part, CacheFiller) else None
     computed = filler.computed if filler else 0
     done = int((file.states == DONE).sum())
     return ExtractResult(

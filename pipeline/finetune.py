@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
+from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.model_file import check_destination
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
@@ -55,7 +56,7 @@ class FinetuneReport:
 
 
 def finetune(
-    source: str | Path,
+    source: str | Path | ImageSource,
     backbone: str = DEFAULT_BACKBONE,
     *,
     freeze: str = "all",
@@ -80,7 +81,7 @@ def finetune(
 
     Parameters
     ----------
-    source : str or Path
+    source : str, Path or ImageSource
         Anything `pipeline.extract.extract` takes, with labels.
     backbone : str, default "efficientnet_lite0"
         ``NAME`` or ``NAME@WEIGHTS``.
@@ -143,8 +144,8 @@ def finetune(
     check_draws(seeds, shots)
     notes: list[str] = []
     setup = TrainingSetup(
-        source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,
-        engine, device, workers, progress or silent, say or notes.append,
+        open_source(source), backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision,
+        store, size, engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     results: list[FinetuneResult] = []
     predictions: list[Predictions] = []

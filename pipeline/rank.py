@@ -87,7 +87,9 @@ def rank(
     """
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
-    layers = [layer for file in files for layer in select(Catalog(file.path))]
+    catalog.check_source(files[0])
+    alone = [Catalog(file.path) for file in files]
+    layers = [layer for one in alone for layer in select(one)]
     split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)
     scores, notes = [], []
@@ -101,11 +103,7 @@ def rank(
     if limited:
         notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
     if fitted:
-        accuracies = [
-            result.accuracy
-            for file in files
-            for result in fit(Catalog(file.path), seeds=[seed], progress=progress).results
-        ]
+        accuracies = [result.accuracy for one in alone for result in fit(one, seeds=[seed], progress=progress).results]
         scores = [replace(score, accuracy=accuracy) for score, accuracy in zip(scores, accuracies, strict=True)]
     ranking = sorted(scores, key=lambda score: -score.logme)
     return RankReport(ranking, agreements(ranking) if fitted else [], list(dict.fromkeys(notes)))

@@ -68,6 +68,7 @@ def make_cache(tmp_path: Path) -> Make:
         features: dict[str, np.ndarray] | None = None,
         classes: Sequence[str] = CLASSES,
         groups: Sequence[str] | None = None,
+        source: str = "photos",
     ) -> Path:
         labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
         layers = [
@@ -82,7 +83,7 @@ def make_cache(tmp_path: Path) -> Make:
             zeros,
             zeros,
         )
-        handles = {"source": "photos", "backbone": backbone, "pool": "avg"}
+        handles = {"source": source, "backbone": backbone, "pool": "avg"}
         request = {"backbone": backbone, "layers": list(dims), "pool": "avg", "size": None, "precision": "auto"}
         request["aliases"] = {"stages": list(dims)}
         path = tmp_path / name
@@ -270,7 +271,7 @@ def test_no_worker_and_no_memory_map_outlives_the_process(make_cache: Make, tmp_
 
 def test_layers_of_sources_with_other_classes_are_refused(make_cache: Make) -> None:
     first = make_cache(name="cache/a.h5", dims={"low": 4})
-    make_cache(name="cache/b.h5", dims={"top": 4}, classes=("x", "y", "z"))
+    make_cache(name="cache/b.h5", dims={"top": 4}, classes=("x", "y", "z"), source="drawings")
     with pytest.raises(FitError, match="different classes"):
         fit(first.parent, layers=["low", "top"])
 

@@ -40,16 +40,16 @@ class Planned:
     bytes: int
 
 
-def plan_extraction(extraction: Extraction, found: Features, images: ImageSource, folder: RunFolder) -> Planned:
+def plan_extraction(extraction: Extraction, found: Features, n_images: int, source: str, folder: RunFolder) -> Planned:
     """Return an extraction with a guess at its time and disk space."""
     asked = extraction.request
     width = 2 if asked.store == "float16" else 4
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
     if found.complete:
         return Planned(job, extraction.source, True, 0.0, 0)
-    measured = extraction_seconds(folder.read_info()).get((images.name, asked.backbone))
+    measured = extraction_seconds(folder.read_info()).get((source, asked.backbone))
     flops, speed = operations(asked.backbone, asked.size), _speed()
-    n_images, cores = len(images.items), os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     guess = START + n_images * (flops / speed + 1 / (DECODED * cores))
     return Planned(job, extraction.source, False, measured or guess, n_images * sum(found.dims.values()) * width)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -171,10 +172,24 @@ def not_finite(layer: str, bad: NDArray[np.str_], count: int) -> FitError:
     )
 
 
+def check_readable(file: CacheFile) -> None:
+    """Raise `FitError` if no image of a file can be read: it says what is wrong with the first, and what may be."""
+    if not (file.states == UNREADABLE).all():
+        return
+    hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
+    missing, location = bool((file.sizes < 0).all()), file.handles.get("location", "")
+    if missing and "\\" in str(file.uris[0]):
+        hints.append("write / between folders instead of \\")
+    if missing and location.lower().endswith((".csv", ".parquet")):
+        hints.append(f"paths are relative to the manifest's folder, {PurePosixPath(location).parent}")
+    raise FitError("; ".join(hints))
+
+
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     first = files[0]
     for file in files:
         file.check_columns()
+    check_readable(first)
     usable = (first.states == DONE) & (first.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")
@@ -183,11 +198,10 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
         "not extracted yet": first.states == PENDING,
         "without a label": (first.states == DONE) & (first.labels < 0),
     }
-    rows = [np.flatnonzero(usable)]
     for other in files[1:]:
         if other.classes != first.classes:
             raise FitError(f"{first.path.name} and {other.path.name} have different classes; join layers of one source")
-        rows = _in_both(first, rows, other)
+    rows = join_rows(files, usable)
     counts = {reason: int(mask.sum()) for reason, mask in reasons.items()}
     counts["not in every joined file"] = int(usable.sum()) - len(rows[0])
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
@@ -206,12 +220,27 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     )
 
 
-def _in_both(first: CacheFile, rows: list[IntArray], other: CacheFile) -> list[IntArray]:
-    """Keep the rows that `other` holds too, with the same bytes, and append their numbers in `other`."""
-    done = np.flatnonzero(other.states == DONE)
-    row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
-    found = np.array([row_of.get(key, -1) for key in _keys(first, rows[0])], np.int64)
-    return [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+def join_rows(files: Sequence[CacheFile], usable: NDArray[np.bool_]) -> list[IntArray]:
+    """Find the same images in several files: by uri and digest, because files may differ in their rows.
+
+    Parameters
+    ----------
+    files : sequence of CacheFile
+    usable : (n_rows,) bool
+        The rows of the first file to look for.
+
+    Returns
+    -------
+    list of (k,) int64
+        For each file, the rows of the images that are done in all.
+    """
+    rows = [np.flatnonzero(usable & (files[0].states == DONE))]
+    for other in files[1:]:
+        done = np.flatnonzero(other.states == DONE)
+        row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
+        found = np.array([row_of.get(key, -1) for key in _keys(files[0], rows[0])], np.int64)
+        rows = [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+    return rows
 
 
 def _keys(file: CacheFile, rows: IntArray) -> list[tuple[str, bytes]]:

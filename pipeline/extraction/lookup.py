@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import CacheError, CacheFile, Catalog, Rows, same_rows
+from features_cache import CacheError, CacheFile, Catalog, Rows, check_twins, same_rows
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request
 
@@ -27,12 +27,14 @@ def rows_of(images: ImageSource) -> Rows:
 
 
 def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
-    """Return the cache files in `folder` that hold images of this source."""
+    """Return the cache files in `folder` that hold images of this source; raises as `check_twins`."""
     try:
         files = Catalog(folder).files
     except CacheError:  # nothing usable yet; a damaged file of the name that is needed is refused later
         return []
-    return [file for file in files if file.handles.get("location") == images.location]
+    files = [file for file in files if file.handles.get("location") == images.location]
+    check_twins(files)
+    return files
 
 
 def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:

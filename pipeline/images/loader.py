@@ -68,6 +68,11 @@ class LoadedImage:
         return self.pixels is None and self.duplicate_of is None and self.failure is None
 
 
+def digest_of(data: bytes) -> bytes:
+    """Return the blake2b-128 of an image file's bytes."""
+    return hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
+
+
 def default_workers() -> int:
     """Return the number of CPU cores that this process may use."""
     if hasattr(os, "process_cpu_count"):
@@ -138,7 +143,7 @@ class _Loading:
         position, row = numbered
         try:
             data = self._source.read(self._source.items[row])
-            digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
+            digest = digest_of(data)
         except UnreadableImageError as error:
             with self._turn(position):
                 return LoadedImage(row, failure=str(error))

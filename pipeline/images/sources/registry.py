@@ -29,12 +29,12 @@ _WORDS: dict[str, Callable[[], ImageSource]] = {"digits": open_digits}
 _EXPECTED = f"{', '.join(_PATHS)}, or {', '.join(map(repr, _WORDS))}"
 
 
-def open_source(path: str | Path) -> ImageSource:
-    """List the images of a source.
+def open_source(path: str | Path | ImageSource) -> ImageSource:
+    """List the images of a source; a source that was listed already is returned as it is.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or ImageSource
         A folder of class folders (optionally under split folders), a flat folder, one image, a ``.csv`` or
         ``.parquet`` manifest, a ``.tar`` shard or a folder of them, or the word ``digits`` (if no such path exists).
 
@@ -56,6 +56,8 @@ def open_source(path: str | Path) -> ImageSource:
     >>> source.items[0].uri
     'digits/0000'
     """
+    if isinstance(path, ImageSource):
+        return path
     where = Path(path)
     try:
         exists = where.exists()
