@@ -17,6 +17,7 @@ from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.known import Known, remember, take_stamps
 from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.top import tuned_backbone
 from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
@@ -38,6 +39,9 @@ class Zoo(Protocol):
 
     def cached(self, name: str, tag: str) -> bool:
         """Tell whether these weights are on this machine."""
+
+    def weights_paths(self, name: str, tag: str) -> list[Path]:
+        """Return the files that decide what the tag stands for on this machine, whether they exist or not."""
 
     def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
         """Return the network without pretrained weights; it has its own number of classes if `classes` is None."""
@@ -111,10 +115,19 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     >>> backbone.preprocessing.size, backbone.preprocessing.resize
     ((128, 128), 146)
     """
+    stamps = take_stamps(_weights_paths(name))
+    backbone = _load(name, size)
+    if not any(stamp[1:] for stamp in stamps):  # nothing was here, so the weights were downloaded
+        stamps = take_stamps(_weights_paths(name))
+    remember(name, size, stamps, Known(backbone.weights_digest, 1))
+    return backbone
+
+
+def _load(name: str, size: int | None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
         side = size or describe_network(weights).scores.preprocessing.size[0]
-        return tuned_backbone(load_backbone(f"{zoo_name}/{bare}@random:0", side), Path(weights))
+        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", side), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     label, tag = weights, None
@@ -132,6 +145,15 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
     digest, classifier = weights_digest(module.state_dict()), zoo.classifier(bare, module)
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
+
+
+def _weights_paths(name: str) -> list[Path]:
+    zoo_name, bare, weights = _parse(name)
+    if weights.startswith(RANDOM):
+        return []
+    if weights.endswith(SUFFIXES) or is_network_file(weights):
+        return [Path(weights).absolute()]
+    return ZOOS[zoo_name].weights_paths(bare, _tag(bare, weights, ZOOS[zoo_name].tags(bare)))
 
 
 def check_weights(name: str) -> None:

@@ -38,13 +38,28 @@ def cached(name: str, tag: str) -> bool:
     return _cached_file(_config(name, tag)) is not None
 
 
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the file that names the newest revision in the hub's cache, the files of it, and that of torch's hub."""
+    config, paths = _config(name, tag), []
+    if config.hf_hub_id:
+        folder = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{config.hf_hub_id.replace('/', '--')}")
+        newest = folder / "refs" / "main"
+        revision = newest.read_text() if newest.is_file() else ""
+        paths = [newest, *(folder / "snapshots" / revision / file for file in _hub_files(config))]
+    return paths + ([hub_file(config.url)] if isinstance(config.url, str) else [])
+
+
+def _hub_files(config: PretrainedCfg) -> tuple[str, ...]:
+    return (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+
+
 def _config(name: str, tag: str | None) -> PretrainedCfg:
     return get_pretrained_cfg(f"{name}.{tag}" if tag else name) or PretrainedCfg()
 
 
 def _cached_file(config: PretrainedCfg) -> Path | None:
     if config.hf_hub_id:
-        for file in (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES:
+        for file in _hub_files(config):
             found = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file)
             if isinstance(found, str):
                 return Path(found)

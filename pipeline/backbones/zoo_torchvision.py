@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torchvision
@@ -32,7 +33,12 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the weights `tag` of `name` are in torch hub's local cache."""
-    return hub_file(get_model_weights(name)[tag].url).is_file()
+    return weights_paths(name, tag)[0].is_file()
+
+
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the file in torch hub's local cache."""
+    return [hub_file(get_model_weights(name)[tag].url)]
 
 
 def build(name: str, size: int | None, classes: int | None) -> nn.Module:
