@@ -226,7 +226,7 @@ def test_the_classifier_takes_the_files_number_of_classes(tmp_path: Path, name: 
         "efficientnet_lite0": lambda: create_model("tf_efficientnet_lite0", num_classes=7),
     }[name]()
     backbone = load_backbone(f"{name}@{save(plain.state_dict(), tmp_path / 'seven.safetensors')}")
-    assert backbone.module.get_submodule(backbone.classifier).weight.shape[0] == 7
+    assert backbone.module.get_submodule(backbone.classifiers[0]).weight.shape[0] == 7
 
 
 def test_auxiliary_heads_in_a_file_are_left_out(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def wrap(module: nn.Module, classifier: str | None = None, side: int = SIDE) -> 
     """A backbone around a network of our own."""
     frozen = module.eval().requires_grad_(False)
     preprocessing = Preprocessing((side, side), side, "bilinear", PREPROCESSING.mean, PREPROCESSING.std)
-    return Backbone("own/net", "net", "random:0", "", frozen, preprocessing, classifier)
+    return Backbone("own/net", "net", "random:0", "", frozen, preprocessing, (classifier,) if classifier else ())
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_hooks_are_always_taken_off(pixels: Tensor, fails: bool) -> None:
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_maxvit", "timm/test_resnet"])
 def test_other_families_give_their_own_output(name: str) -> None:
     backbone = load_backbone(f"{name}@random:0")
-    nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifier).weight, std=0.1)
+    nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifiers[0]).weight, std=0.1)
     side = backbone.preprocessing.size[0]
     pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)
     mean, std = (

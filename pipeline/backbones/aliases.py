@@ -1,4 +1,4 @@
-"""Rules that find what the aliases ``penultimate`` and ``stages`` stand for in a traced network.
+"""Rules that find what the aliases ``penultimate``, ``stages`` and ``logits`` stand for in a traced network.
 
 timm's own `feature_info` is not used: it adds the stems of ResNets (``act1``), leaves out the stages of EfficientNets
 that keep the resolution, does not exist for torchvision's networks, and caches of ``stages`` would be computed anew.
@@ -6,14 +6,17 @@ that keep the resolution, does not exist for torchvision's networks, and caches 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import fx, nn
 
 from pipeline.backbones.pooling import layout_of
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.trace import SHAPE, Traced
+from pipeline.backbones.trace import LOGITS, SHAPE, TENSORS, Traced
 
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
@@ -24,11 +27,50 @@ _BLOCK_LAYERS = 2
 
 def classifier_input(traced: Traced) -> fx.Node | None:
     """Return the node that the classifier reads, or the network's output where the network has no classifier."""
-    if traced.graph is None:
-        return None
+    if traced.graph is None or traced.joined is not None:
+        return traced.joined
     reader = traced.nodes.get(traced.classifier or "") or traced.graph.output_node()
     read = reader.args[0]
     return read if isinstance(read, fx.Node) else None
+
+
+def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
+    """Return a network with several classifiers with the layer of its class scores, and what the classifiers read.
+
+    That is the last vector that they all depend on alone. Where there is none, a node is added to the graph that joins
+    what each of them reads, tokens averaged.
+    """
+    readers = [traced.nodes[path] for path in classifiers if path in traced.nodes]
+    scores = traced.graph.output_node().args[0] if traced.graph is not None else None
+    if traced.graph is None or not isinstance(scores, fx.Node) or len(readers) < len(classifiers):
+        return traced  # without aliases for its classifiers
+    order = list(traced.graph.nodes)
+    first = min(map(order.index, readers))
+    common = [node for node in cut_nodes(traced.graph) if order.index(node) < first][-1:]
+    joined = next((node for node in common if len(node.meta.get(SHAPE, ())) == 1), None) or _join(traced.graph, readers)
+    nodes = traced.nodes | {LOGITS: scores}
+    return replace(
+        traced,
+        classifier=LOGITS,
+        nodes=nodes,
+        shapes={name: node.meta[SHAPE] for name, node in nodes.items()},
+        joined=joined,
+    )
+
+
+def _join(graph: fx.Graph, readers: Sequence[fx.Node]) -> fx.Node | None:
+    reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
+    layouts = [layout_of(node.meta.get(SHAPE, ())) for node in reads]
+    if not set(layouts) <= {"vector", "tokens"}:
+        return None
+    with graph.inserting_before(graph.output_node()):
+        vectors = [
+            node if layout == "vector" else graph.call_method("mean", (node, 1))
+            for node, layout in zip(reads, layouts, strict=True)
+        ]
+        joined = graph.call_function(torch.cat, (vectors, 1))
+    joined.meta |= {SHAPE: (sum(node.meta[SHAPE][-1] for node in reads),), TENSORS: True}
+    return joined
 
 
 def last_map(traced: Traced) -> fx.Node | None:

@@ -52,8 +52,8 @@ class Zoo(Protocol):
     def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
         """Return how these weights expect images to be prepared; None stands for the default tag."""
 
-    def classifier(self, name: str, module: nn.Module) -> str | None:
-        """Return the dotted name of the classifier of a network that this zoo built; None if it has none."""
+    def classifiers(self, name: str, module: nn.Module) -> tuple[str, ...]:
+        """Return the dotted names of the classifiers of a network that this zoo built; most have one, some none."""
 
 
 ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
@@ -110,8 +110,8 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     Examples
     --------
     >>> backbone = load_backbone("resnet18@random:0", size=128)
-    >>> backbone.name, backbone.classifier
-    ('torchvision/resnet18', 'fc')
+    >>> backbone.name, backbone.classifiers
+    ('torchvision/resnet18', ('fc',))
     >>> backbone.preprocessing.size, backbone.preprocessing.resize
     ((128, 128), 146)
     """
@@ -119,7 +119,7 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     backbone = _load(name, size)
     if not any(stamp[1:] for stamp in stamps):  # nothing was here, so the weights were downloaded
         stamps = take_stamps(_weights_paths(name))
-    remember(name, size, stamps, Known(backbone.weights_digest, 1))
+    remember(name, size, stamps, Known(backbone.weights_digest, len(backbone.classifiers)))
     return backbone
 
 
@@ -143,8 +143,8 @@ def _load(name: str, size: int | None) -> Backbone:
         label = Path(weights).name
     module = module.eval().requires_grad_(False).float()
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
-    digest, classifier = weights_digest(module.state_dict()), zoo.classifier(bare, module)
-    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
+    digest, classifiers = weights_digest(module.state_dict()), zoo.classifiers(bare, module)
+    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
 
 
 def _weights_paths(name: str) -> list[Path]:
@@ -181,8 +181,8 @@ def sketch(name: str, size: int | None = None) -> Backbone:
 
     def build() -> Backbone:
         module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
-        classifier = zoo.classifier(bare, module)
-        return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifier)
+        classifiers = zoo.classifiers(bare, module)
+        return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifiers)
 
     try:
         with torch.device("meta"):
@@ -238,7 +238,7 @@ def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> nn.Module:
     """Return the network with the weights in `path`, and with as many classes as they have."""
     state = read_state_dict(path)
     module = build_untouched(lambda: zoo.build(name, size, None))
-    key = f"{zoo.classifier(name, module)}.weight"
+    key = next((f"{path}.weight" for path in zoo.classifiers(name, module)), "")
     classes = _rows(state.get(key))
     if classes and classes != _rows(module.state_dict().get(key)):
         module = build_untouched(lambda: zoo.build(name, size, classes))

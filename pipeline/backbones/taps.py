@@ -58,8 +58,9 @@ class TappedNetwork(nn.Module):
         found = {layer: find_tap(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
         taps = {layer: item for layer, item in found.items() if item is not None}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
-        preprocessing = asdict(backbone.preprocessing)
-        self.identity = fingerprint_of([backbone.name, backbone.weights_digest, layers, pool, preprocessing])
+        computed = [backbone.name, backbone.weights_digest, layers, pool, asdict(backbone.preprocessing)]
+        heads = max(map(backbone.heads, layers))
+        self.identity = fingerprint_of([*computed, heads] if heads > 1 else computed)
         self.dims = {
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers

@@ -116,7 +116,7 @@ def tuned_backbone(base: Backbone, path: Path) -> Backbone:
     module = traced.module.eval().requires_grad_(False)
     handle = f"{base.handle.partition('@')[0]}@{path.name}"
     digest = weights_digest(module.state_dict())
-    backbone = Backbone(base.name, handle, path.name, digest, module, preprocessing, TOP_LAYER)
+    backbone = Backbone(base.name, handle, path.name, digest, module, preprocessing, (TOP_LAYER,))
     backbone.traced = traced
     return backbone
 

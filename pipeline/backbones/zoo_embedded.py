@@ -88,6 +88,6 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     return replace(timm_zoo.preprocessing(f"tf_{name}", None), mean=_MEAN, std=_STD)
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted name of the classifier."""
-    return timm_zoo.classifier(f"tf_{name}", module)
+    return timm_zoo.classifiers(f"tf_{name}", module)

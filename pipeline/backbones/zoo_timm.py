@@ -117,8 +117,8 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     )
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
-    """Return the dotted name of the classifier, of the first one if there are several; None if there is none."""
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
+    """Return the dotted names of the classifiers; some networks have several, whose scores they combine."""
     found = _config(name, None).classifier
-    first = found[0] if isinstance(found, tuple | list) else found
-    return first if isinstance(first, str) and first in dict(module.named_modules()) else None
+    named, modules = found if isinstance(found, tuple | list) else (found,), dict(module.named_modules())
+    return tuple(path for path in named if path in modules)

@@ -93,7 +93,7 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     )
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted name of the classifier: the last linear or convolution layer, by torchvision's convention."""
     found = [path for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    return found[-1] if found else None
+    return tuple(found[-1:])

@@ -76,6 +76,7 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
         file
         for file in files
         if asked.items() <= file.request.items()
+        and (known.heads < 2 or file.request["aliases"].get("logits") == ["logits"])  # else the first head's alone
         and all(present.items() <= info.spec.items() for info in file.layers.values())
     ]
 
