@@ -13,7 +13,7 @@ from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers, resolve_layers
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.taps import tap
+from pipeline.backbones.taps import normalisation, tap
 from pipeline.backbones.trace import hooked
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
@@ -383,3 +383,36 @@ def test_other_families_give_their_own_output(name: str) -> None:
     with torch.inference_mode():
         wanted = backbone.module((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
         torch.testing.assert_close(tap(backbone, ["logits"])(pixels)[0], wanted, rtol=1e-3, atol=1e-4)
+
+
+class KeepsTables(nn.Module):
+    """As ConViT does: what it makes of the input's size is kept for the next image, in a buffer, an attribute, a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.last: Tensor | None = None
+        self.by_side: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.table.shape[0] != y.shape[-1]:
+            self.table = torch.arange(y.shape[-1]).float() + 0 * y.mean()
+        self.last = self.by_side[0] = self.table + 0 * y.mean()
+        return y * self.table + self.by_side[0] + self.last
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["traced", "not traced"])
+def test_nothing_of_the_shape_pass_stays_in_the_network(leaf: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if leaf:
+        monkeypatch.setattr("pipeline.backbones.trace.get_notrace_modules", lambda: [KeepsTables])
+    module = nn.Sequential(KeepsTables(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    backbone, keeps = wrap(module, "3"), module[0]
+    assert (backbone.traced.graph is not None) == leaf
+    assert (type(keeps.table), keeps.table.shape, keeps.last, keeps.by_side) == (Tensor, (1,), None, {})
+    pixels = torch.randint(0, 256, (2, SIDE, SIDE, 3), dtype=torch.uint8)
+    scale, shift = normalisation(backbone.preprocessing)
+    with torch.inference_mode():
+        (found,) = tap(backbone, ["logits"])(pixels)
+        torch.testing.assert_close(found, module(pixels.permute(0, 3, 1, 2) * scale + shift))

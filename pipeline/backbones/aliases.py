@@ -17,6 +17,7 @@ from torch import fx, nn
 from pipeline.backbones.pooling import layout_of
 from pipeline.backbones.subgraph import cut_nodes
 from pipeline.backbones.trace import LOGITS, SHAPE, TENSORS, Traced
+from pipeline.errors import BackboneError
 
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
@@ -40,29 +41,26 @@ def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
     That is the last vector that they all depend on alone. Where there is none, a node is added to the graph that joins
     what each of them reads, tokens averaged.
     """
-    readers = [traced.nodes[path] for path in classifiers if path in traced.nodes]
-    scores = traced.graph.output_node().args[0] if traced.graph is not None else None
-    if traced.graph is None or not isinstance(scores, fx.Node) or len(readers) < len(classifiers):
-        return traced  # without aliases for its classifiers
-    order = list(traced.graph.nodes)
+    graph, readers = traced.graph, [traced.nodes[path] for path in classifiers if path in traced.nodes]
+    scores = graph.output_node().args[0] if graph is not None else None
+    if graph is None or not isinstance(scores, fx.Node) or not readers:
+        return traced
+    order = list(graph.nodes)
     first = min(map(order.index, readers))
-    common = [node for node in cut_nodes(traced.graph) if order.index(node) < first][-1:]
-    joined = next((node for node in common if len(node.meta.get(SHAPE, ())) == 1), None) or _join(traced.graph, readers)
+    common = [node for node in cut_nodes(graph) if order.index(node) < first][-1:]
+    shared = next((node for node in common if layout_of(node.meta[SHAPE]) == "vector"), None)
+    shapes = traced.shapes | {LOGITS: scores.meta[SHAPE]}
     nodes = traced.nodes | {LOGITS: scores}
-    return replace(
-        traced,
-        classifier=LOGITS,
-        nodes=nodes,
-        shapes={name: node.meta[SHAPE] for name, node in nodes.items()},
-        joined=joined,
-    )
+    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers))
 
 
-def _join(graph: fx.Graph, readers: Sequence[fx.Node]) -> fx.Node | None:
+def _join(graph: fx.Graph, readers: Sequence[fx.Node]) -> fx.Node:
     reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
-    layouts = [layout_of(node.meta.get(SHAPE, ())) for node in reads]
+    layouts = [layout_of(node.meta[SHAPE]) for node in reads]
     if not set(layouts) <= {"vector", "tokens"}:
-        return None
+        raise BackboneError(
+            "its classifiers read neither vectors nor tokens, which cannot be joined; use another network"
+        )
     with graph.inserting_before(graph.output_node()):
         vectors = [
             node if layout == "vector" else graph.call_method("mean", (node, 1))

@@ -27,8 +27,7 @@ class Backbone:
         In eval mode, float32, without gradients.
     preprocessing : Preprocessing
     classifiers : tuple of str
-        Dotted names of the classifiers: most networks have one, some none. Where there are several, the network combines
-        their scores.
+        Dotted names of the classifiers: most networks have one, some none, and some combine the scores of several.
     """
 
     name: str

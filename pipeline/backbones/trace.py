@@ -106,12 +106,13 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
     Raises `BackboneError`, about the network `name`, if it does not run on images of `size` (height, width).
     """
     tracer = _Tracer()
-    try:
-        graph = tracer.trace(module)
-    except Exception:  # tracing runs the network's code on symbols, which can raise anything
-        shapes, read = _module_shapes(module, size, classifier, name)
-        return Traced(module, classifier, None, {}, shapes, read)
-    _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
+    with _unchanged(module):
+        try:
+            graph = tracer.trace(module)
+        except Exception:  # tracing runs the network's code on symbols, which can raise anything
+            shapes, read = _module_shapes(module, size, classifier, name)
+            return Traced(module, classifier, None, {}, shapes, read)
+        _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
     position = {node: index for index, node in enumerate(graph.nodes)}
     named = {path: node for node, path in tracer.node_to_qualname.items()} | tracer.returned
     named = {path: node for path, node in named.items() if path and node.op != "placeholder" and SHAPE in node.meta}
@@ -133,6 +134,20 @@ def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, i
     raise BackboneError(
         f"{name} does not run on {size[0]}x{size[1]} images ({first_line(failed)}); leave out the size or give another"
     ) from failed
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Put back all attributes and buffers after the block: networks that keep tables would keep symbols and fakes."""
+    parts = [vars(part) for part in module.modules()]
+    containers = [item for part in parts for item in (part, *part.values()) if isinstance(item, dict | list)]
+    before = [(container, container.copy()) for container in containers]
+    try:
+        yield
+    finally:
+        for container, contents in before:
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(contents)
 
 
 @contextmanager
