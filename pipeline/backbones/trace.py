@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ PENULTIMATE = "penultimate"
 """Alias of what the classifier reads."""
 LOGITS = "logits"
 """Alias of the layer that gives the class scores, and the name of that layer where several classifiers share in it."""
+_NUMBER = re.compile(r"(?<=.)_([0-9]+)$")
 _BATCH = 2
 """Images in the pass that finds the shapes; some networks drop the batch axis of a single image."""
 
@@ -64,6 +66,18 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
             autowrap_functions=tuple(get_notrace_functions()),
         )
         self.returned: dict[str, fx.Node] = {}
+        self._numbers: dict[str, int] = {}  # by name without its number, that of the newest node
+
+    def _get_node_qualname(self, module_qualname: str, node: fx.Node) -> str:
+        """Return torchvision's name of a node, which compares all names before: 18 s for the 3,813 of MobileNetV5."""
+        name = module_qualname if node.op == "call_module" else f"{module_qualname}.{node}".removeprefix(".")
+        name = _NUMBER.sub("", name)
+        if name in self._numbers:
+            name = f"{name}_{self._numbers[name] + 1}"
+        self._numbers[name] = 0
+        if number := _NUMBER.search(name):
+            self._numbers[name[: number.start()]] = int(number[1])
+        return name
 
     def create_args_for_root(self, root_fn: Callable[..., Any], *rest: Any) -> tuple[Callable[..., Any], list[Any]]:
         """Trace with the images as the only input; symbols for masks and options would not keep their defaults."""
