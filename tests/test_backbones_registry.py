@@ -385,6 +385,14 @@ def test_a_cache_made_elsewhere_is_checked_against_the_weights_once(
     assert (request(), len(loads)) == (0, 6), "nothing can be noted, so the network is loaded every time"
 
 
+def test_tagged_weights_that_are_no_numbers_are_refused(offline: Path) -> None:
+    name = in_torch_hub(offline, 0)
+    path = offline / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    torch.save(torch.load(path) | {"features.0.bias": torch.full((64,), torch.nan)}, path)
+    with pytest.raises(BackboneError, match=r"squeezenet1_1 holds 64 NaN or .* first in features.0.bias"):
+        load_backbone(name)
+
+
 def test_what_the_embedded_weights_stand_for_is_their_file() -> None:
     path = embedded.weights_file("efficientnet_lite0")
     assert embedded.weights_paths("efficientnet_lite0", "imagenet") == [path]

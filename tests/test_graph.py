@@ -386,7 +386,7 @@ def test_other_families_give_their_own_output(name: str) -> None:
 
 
 class KeepsTables(nn.Module):
-    """As ConViT does: what it makes of the input's size is kept for the next image, in a buffer, an attribute, a dict."""
+    """As ConViT does: what it makes of the input's size is kept for later, in a buffer, an attribute, a dict."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,14 @@ from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.known import Known, remember, take_stamps
 from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.top import tuned_backbone
-from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
+from pipeline.backbones.weights import (
+    SUFFIXES,
+    build_untouched,
+    check_finite,
+    fill_weights,
+    read_state_dict,
+    weights_digest,
+)
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -142,6 +149,7 @@ def _load(name: str, size: int | None) -> Backbone:
         module = _from_file(zoo, bare, Path(weights), size)
         label = Path(weights).name
     module = module.eval().requires_grad_(False).float()
+    check_finite(module, name)
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
     digest, classifiers = weights_digest(module.state_dict()), zoo.classifiers(bare, module)
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
