@@ -221,7 +221,8 @@ def test_rows_whose_features_are_no_numbers_are_counted(make_photos: Callable[..
     (result,) = extract(photos, [f"{ONE.partition('@')[0]}@{path}"], output=tmp_path / "cache", **how)
     file = open_cache(result.path)
     bad = file.uris[~np.isfinite(file.matrix("fc")).all(axis=1)]
-    assert result.done == 9 and len(bad) > 0
+    assert result.done == 9
+    assert len(bad) > 0
     assert result.notes == [
         f"{len(bad)} rows have NaN or infinite features, first {bad[0]}; no head can be fitted on them"
     ]

@@ -1,4 +1,4 @@
-"""Rules that find what the aliases ``penultimate``, ``stages`` and ``logits`` stand for in a traced network.
+"""The aliases of layers, and rules that find what they stand for in a traced network.
 
 timm's own `feature_info` is not used: it adds the stems of ResNets (``act1``), leaves out the stages of EfficientNets
 that keep the resolution, does not exist for torchvision's networks, and caches of ``stages`` would be computed anew.
@@ -16,9 +16,15 @@ from torch import fx, nn
 
 from pipeline.backbones.pooling import layout_of
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.trace import LOGITS, SHAPE, TENSORS, Traced
+from pipeline.backbones.trace import SHAPE, TENSORS, Traced
 from pipeline.errors import BackboneError
 
+INPUT = "input"
+PENULTIMATE = "penultimate"
+STAGES = "stages"
+LOGITS = "logits"
+"""Also the name of a layer, where several classifiers have a part in the class scores."""
+ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
 _WEIGHTS = (nn.Conv2d, nn.Linear)

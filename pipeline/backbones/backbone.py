@@ -7,8 +7,8 @@ from functools import cached_property
 
 from torch import nn
 
-from pipeline.backbones.aliases import join_classifiers
-from pipeline.backbones.trace import PENULTIMATE, Traced, trace
+from pipeline.backbones.aliases import PENULTIMATE, join_classifiers
+from pipeline.backbones.trace import Traced, trace
 from pipeline.spec import Preprocessing
 
 
