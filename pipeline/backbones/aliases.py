@@ -41,11 +41,11 @@ def classifier_input(traced: Traced) -> fx.Node | None:
     return read if isinstance(read, fx.Node) else None
 
 
-def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
+def join_classifiers(traced: Traced, classifiers: Sequence[str], name: str) -> Traced:
     """Return a network with several classifiers with the layer of its class scores, and what the classifiers read.
 
     That is the last vector that they all depend on alone. Where there is none, a node is added to the graph that joins
-    what each of them reads, tokens averaged.
+    what each of them reads, tokens averaged. Raises `BackboneError`, about `name`, if they read other things.
     """
     graph, readers = traced.graph, [traced.nodes[path] for path in classifiers if path in traced.nodes]
     scores = graph.output_node().args[0] if graph is not None else None
@@ -57,21 +57,20 @@ def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
     shared = next((node for node in common if layout_of(node.meta[SHAPE]) == "vector"), None)
     shapes = traced.shapes | {LOGITS: scores.meta[SHAPE]}
     nodes = traced.nodes | {LOGITS: scores}
-    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers))
+    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers, name))
 
 
-def _join(graph: fx.Graph, readers: Sequence[fx.Node]) -> fx.Node:
+def _join(graph: fx.Graph, readers: Sequence[fx.Node], name: str) -> fx.Node:
     reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
     layouts = [layout_of(node.meta[SHAPE]) for node in reads]
     if not set(layouts) <= {"vector", "tokens"}:
-        raise BackboneError(
-            "its classifiers read neither vectors nor tokens, which cannot be joined; use another network"
-        )
+        raise BackboneError(f"the classifiers of {name} read neither vectors nor tokens; use another network")
     with graph.inserting_before(graph.output_node()):
-        vectors = [
-            node if layout == "vector" else graph.call_method("mean", (node, 1))
-            for node, layout in zip(reads, layouts, strict=True)
-        ]
+        vectors = list(reads)
+        for index, node in enumerate(reads):
+            if layouts[index] == "tokens":
+                vectors[index] = graph.call_method("mean", (node, 1))
+                vectors[index].meta |= {SHAPE: node.meta[SHAPE][1:], TENSORS: True}
         joined = graph.call_function(torch.cat, (vectors, 1))
     joined.meta |= {SHAPE: (sum(node.meta[SHAPE][-1] for node in reads),), TENSORS: True}
     return joined
