@@ -190,5 +190,5 @@ def _result(part: CacheFile | CacheFiller, notes: list[str], seconds: float, clo
         seconds=seconds if filler else 0.0,
         images_per_second=computed / seconds if computed else 0.0,
         bound=clock.bound if computed else None,
-        notes=notes + (filler.engine.notes if filler else []),
+        notes=notes + (filler.notes if filler else []),
     )

@@ -132,6 +132,9 @@ class LayerSpec:
         One of `STORES`: the dtype on disk.
     decode : int
         The `DECODE_POLICY` that the images were decoded with.
+    heads : int
+        For the layer ``penultimate``, the number of classifiers that read it; 1 for any other. Several are a part of
+        the JSON and of the fingerprint; before, features were those that the first of them reads.
     """
 
     backbone: str
@@ -142,15 +145,17 @@ class LayerSpec:
     precision: str
     store: str = "float32"
     decode: int = DECODE_POLICY
+    heads: int = 1
 
     @property
     def fingerprint(self) -> str:
         """Digest of all fields, 32 hex characters."""
-        return fingerprint_of(asdict(self))
+        return fingerprint_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; `from_json` is its inverse."""
-        return json_fields(self)
+        fields = json_fields(self)
+        return fields if self.heads > 1 else {key: item for key, item in fields.items() if key != "heads"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:

@@ -108,7 +108,7 @@ def test_what_cannot_be_folded_is_left() -> None:
             part.running_mean.uniform_(-1, 1)
             part.running_var.uniform_(0.5, 2)
     preprocessing = Preprocessing((8, 8), 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    backbone = Backbone("toy/net", "net", "", "", module.eval().requires_grad_(False), preprocessing, "head")
+    backbone = Backbone("toy/net", "net", "", "", module.eval().requires_grad_(False), preprocessing, ("head",))
     network = tap(backbone, ["logits"])
     body = folded(network.body)
     kept = [name for name, part in body.named_modules() if isinstance(part, nn.BatchNorm2d)]
@@ -267,12 +267,15 @@ def test_a_compiler_that_fails_without_a_word_is_one_line(monkeypatch: pytest.Mo
 @NO_OPENVINO
 def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("no such operation\nmore")
+        raise RuntimeError(
+            "Check 'false' failed at report.cpp:151:\nModel wasn't converted:\n-- No rule for aten.eigh\n"
+        )
 
     monkeypatch.setattr("pipeline.engines.openvino_engine.convert", fail)
     built = build_engine(tap(lively("resnet18"), ["layer2"]), resolve("openvino", "cpu", "fp32"), 2)
     assert built.resolved == Resolved("torch", "cpu", "fp32")
-    assert built.notes == ["OpenVINO cannot run resnet18@random:0, so torch computes: no such operation"]
+    whole = "Check 'false' failed at report.cpp:151: Model wasn't converted: -- No rule for aten.eigh"
+    assert built.notes == [f"OpenVINO cannot run resnet18@random:0, so torch computes: {whole}"]
     (pixels,) = batches([2])
     ((features,),) = stream(built, [pixels])
     with torch.inference_mode():

@@ -9,17 +9,20 @@ from typing import NamedTuple
 from torch import fx
 
 from features_cache import nearest
-from pipeline.backbones.aliases import classifier_input, last_map, stages
+from pipeline.backbones.aliases import (
+    ALIASES,
+    INPUT,
+    LOGITS,
+    PENULTIMATE,
+    STAGES,
+    classifier_input,
+    last_map,
+    stages,
+)
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of
 from pipeline.backbones.trace import SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
-
-INPUT = "input"
-PENULTIMATE = "penultimate"
-STAGES = "stages"
-LOGITS = "logits"
-ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 
 
 class LayerRow(NamedTuple):
@@ -46,6 +49,8 @@ def list_layers(backbone: Backbone) -> list[LayerRow]:
     for name in [name for name, node in traced.nodes.items() if node is read][-1:]:  # the outermost
         aliases.setdefault(name, []).append(PENULTIMATE)
     rows = [LayerRow(name, shape, tuple(aliases.get(name, ()))) for name, shape in traced.shapes.items()]
+    if traced.joined is not None and traced.joined not in traced.nodes.values():
+        rows.insert(-1, LayerRow(PENULTIMATE, traced.joined.meta[SHAPE], (PENULTIMATE,)))
     return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.backbones.aliases import INPUT, PENULTIMATE
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, find_tap, resolve_layers
+from pipeline.backbones.layers import Tap, find_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
 from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.trace import Traced, hooked
@@ -58,8 +59,9 @@ class TappedNetwork(nn.Module):
         found = {layer: find_tap(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
         taps = {layer: item for layer, item in found.items() if item is not None}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
-        preprocessing = asdict(backbone.preprocessing)
-        self.identity = fingerprint_of([backbone.name, backbone.weights_digest, layers, pool, preprocessing])
+        computed = [backbone.name, backbone.weights_digest, layers, pool, asdict(backbone.preprocessing)]
+        heads = max(map(backbone.heads, layers))
+        self.identity = fingerprint_of([*computed, heads] if heads > 1 else computed)
         self.dims = {
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers

@@ -39,6 +39,24 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise `BackboneError` if a weight or buffer of `module`, loaded from `source`, is NaN or infinite.
+
+    A ReLU turns NaN into 0 in some engines, so the features could look sound. Infinite scalars pass; they are bounds
+    that clip nothing.
+    """
+    bad = {
+        name: int((~item.isfinite() if item.ndim else item.isnan()).sum())
+        for name, item in module.state_dict().items()
+        if item.is_floating_point() and item.numel() and not all(map(torch.isfinite, item.aminmax()))
+    }
+    if any(bad.values()):
+        raise BackboneError(
+            f"{source} holds {sum(bad.values())} NaN or infinite weights, first in {next(filter(bad.get, bad))}, as "
+            "training that diverged leaves them; use other weights"
+        )
+
+
 def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> nn.Module:
     """Return ``build()`` without changing the caller's random state; `seed` makes random weights reproducible."""
     with torch.random.fork_rng(devices=[]):

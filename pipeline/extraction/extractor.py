@@ -83,9 +83,10 @@ class FeatureExtractor:
         backbone = self.backbone
         preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
         precision = self._resolved.precision
-        return LayerSpec(
+        spec = LayerSpec(
             backbone.name, backbone.weights_digest, layer, request.pool, preprocessing, precision, request.store
         )
+        return replace(spec, heads=backbone.heads(layer))
 
     def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
         """Return the network from pixels to the features of `layers`."""
