@@ -1,10 +1,10 @@
 """Forge every kind of file that thawline reads, and count how reading ends: ``python benchmarks/fuzz.py``.
 
 Each case makes a forged file from a seed and reads it the way the commands do. Digests are made to fit, so that what
-stands behind them is tested. A case may end well or with a one-line error of thawline. Anything else is a foreign error:
-its traceback is printed once, with the seed of the first case. ``python benchmarks/fuzz.py KIND --seed N`` runs one case
-again. The kinds `structure` and `rows` are a cache with random damage and no fitting digests: it must be refused, or be
-read as if nothing were damaged, and `verify` must name each damaged row.
+stands behind them is tested. A case may end well or with a one-line error of thawline. Anything else is a foreign
+error: its traceback is printed once, with the seed of the first case. ``python benchmarks/fuzz.py KIND --seed N`` runs
+one case again. The kinds `structure` and `rows` are a cache with random damage and no fitting digests: it must be
+refused, or be read as if nothing were damaged, and `verify` must name each damaged row.
 
 Cases run in child processes with a limit on memory, each child some hundred cases. A case that takes longer than
 `LIMIT_S`, or that ends the child, costs that child alone. The last column of the table is the most memory that a case
@@ -201,14 +201,14 @@ def images(folder: Path) -> Forge:
         try:
             for batch in load_images(open_source(path), [0], [preprocessing], 1, workers=1):
                 if batch[0].failure is not None:
-                    raise Refused(batch[0].failure)
+                    raise RefusedError(batch[0].failure)
         finally:
             path.unlink()
 
     return forge
 
 
-class Refused(ThawlineError):
+class RefusedError(ThawlineError):
     """An unreadable row: no error of a command."""
 
 
@@ -231,7 +231,19 @@ def forged_png(data: bytes, rng: random.Random) -> bytes:
                 rest = bytes([rng.choice([1, 2, 4, 8, 16]), rng.choice([0, 2, 3, 4, 6]), 0, 0, rng.choice([0, 1])])
                 chunks[0] = kind, sides + (content[8:] if rng.random() < 0.7 else rest)
             case 2:
-                names = [b"tRNS", b"PLTE", b"iCCP", b"zTXt", b"iTXt", b"gAMA", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IHDR"]
+                names = [
+                    b"tRNS",
+                    b"PLTE",
+                    b"iCCP",
+                    b"zTXt",
+                    b"iTXt",
+                    b"gAMA",
+                    b"eXIf",
+                    b"acTL",
+                    b"fcTL",
+                    b"fdAT",
+                    b"IHDR",
+                ]
                 chunks.insert(index, (rng.choice(names), rng.randbytes(rng.choice([0, 1, 4, 26, 300]))))
             case 3:
                 chunks.insert(index, (b"zTXt", b"a\0\0" + zlib.compress(bytes(rng.choice([100, 2_000_000])))))
@@ -382,7 +394,10 @@ def caches(folder: Path) -> Forge:
                 changed_path.write_bytes(body)
                 file = open_cache(changed_path)
                 columns = [np.asarray(file.array(f"/rows/{one}")) for one in ("label", "split", "group", "uri")]
-                sums = {"/rows/source_crc": source_crc(*columns), "/rows/result_crc": crc_rows(records_of(file, slice(None)))}
+                sums = {
+                    "/rows/source_crc": source_crc(*columns),
+                    "/rows/result_crc": crc_rows(records_of(file, slice(None))),
+                }
                 sums |= {f"/crc/{layer}": crc_rows(np.asarray(file.matrix(layer))) for layer in file.layers}
                 for one, values in sums.items():
                     array = header.arrays[one]
@@ -511,7 +526,9 @@ def heads(folder: Path) -> Forge:
             if isinstance(description, dict):
                 with contextlib.suppress(TypeError, ValueError):
                     description["digest"] = FORMAT.digest(description, _content(archive))
-            archive.writestr("thawline.json", written(description, rng) if rng.random() < 0.1 else json.dumps(description))
+            archive.writestr(
+                "thawline.json", written(description, rng) if rng.random() < 0.1 else json.dumps(description)
+            )
         if rng.random() < 0.05:
             target.write_bytes(damaged(target.read_bytes(), rng))
         return read
@@ -556,13 +573,14 @@ def networks(folder: Path) -> Forge:
 
     from pipeline.backbones.network_file import FORMAT, _content, describe_network, is_network_file
     from pipeline.backbones.registry import load_backbone
-    from pipeline.extract import extract
     from pipeline.finetune import finetune
     from pipeline.predict import predict
 
     photos, cache, target = make_photos(folder), folder / "cache", folder / "forged.safetensors"
     source = folder / "network.safetensors"
-    finetune(photos, "tiny@random:0", epochs=1, save=source, output=cache, engine="torch", device="cpu", precision="fp32")
+    finetune(
+        photos, "tiny@random:0", epochs=1, save=source, output=cache, engine="torch", device="cpu", precision="fp32"
+    )
     with safetensors.safe_open(source, "np") as file:
         sound = json.loads((file.metadata() or {})["thawline"])
     weights = safetensors.numpy.load_file(source)
@@ -665,8 +683,16 @@ def plans(folder: Path) -> Forge:
         for _ in range(rng.choice([1, 1, 2, 3])):
             document = changed(document, rng)
             if isinstance(document, dict) and rng.random() < 0.2:
-                table = rng.choice([document, *(one for one in document.get("extract", ()) if isinstance(one, dict))] if isinstance(document.get("extract", ()), list) else [document])
-                table[rng.choice(["pool", "store", "precision", "output", "batch-size", "cv", "lr-at", "views", "top", "x"])] = rng.choice(VALUES)
+                table = rng.choice(
+                    [document, *(one for one in document.get("extract", ()) if isinstance(one, dict))]
+                    if isinstance(document.get("extract", ()), list)
+                    else [document]
+                )
+                table[
+                    rng.choice(
+                        ["pool", "store", "precision", "output", "batch-size", "cv", "lr-at", "views", "top", "x"]
+                    )
+                ] = rng.choice(VALUES)
         data = toml_of(document).encode("utf-8", "surrogatepass")
         target.write_bytes(damaged(data, rng) if rng.random() < 0.3 else data)
         return lambda: dry_run(target, output)
@@ -736,7 +762,15 @@ def forged_predictions(data: bytes, rng: random.Random) -> bytes:
             members[name] = rng.choice(list(members.values()))
         case 2:
             column = np.load(io.BytesIO(members[name]))
-            values = rng.choice([column[:-1], column[::-1], column[None], np.repeat(column[:1], len(column)), -column if column.dtype.kind in "if" else column])
+            values = rng.choice(
+                [
+                    column[:-1],
+                    column[::-1],
+                    column[None],
+                    np.repeat(column[:1], len(column)),
+                    -column if column.dtype.kind in "if" else column,
+                ]
+            )
             stream = io.BytesIO()
             np.save(stream, values)
             members[name] = stream.getvalue()
@@ -832,8 +866,12 @@ def shards(folder: Path) -> Forge:
                 if rng.random() < 0.05:
                     info.type = rng.choice(kinds)
                 if form == tarfile.PAX_FORMAT and rng.random() < 0.2:
-                    key = rng.choice(["path", "size", "mtime", "GNU.sparse.map", "GNU.sparse.major", "GNU.sparse.size", "hdrcharset"])
-                    info.pax_headers = {key: rng.choice(["0", "-1", "1e400", "nan", "x", "\udcff", "9" * 30, "1,2,3", ""])}
+                    key = rng.choice(
+                        ["path", "size", "mtime", "GNU.sparse.map", "GNU.sparse.major", "GNU.sparse.size", "hdrcharset"]
+                    )
+                    info.pax_headers = {
+                        key: rng.choice(["0", "-1", "1e400", "nan", "x", "\udcff", "9" * 30, "1,2,3", ""])
+                    }
                 with contextlib.suppress(ValueError, UnicodeError):
                     archive.addfile(info, io.BytesIO(content))
         found = bytearray(data.getvalue())
@@ -845,8 +883,20 @@ def shards(folder: Path) -> Forge:
     def forge_headers(found: bytearray, rng: random.Random) -> None:
         for _ in range(rng.choice([1, 1, 3])):
             at = 512 * rng.randrange(max(1, len(found) // 512))
-            start, length = rng.choice([(0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (345, 155)])
-            new = rng.choice([b"\x80" + rng.randbytes(11), b"\xff" * 12, b"77777777777\0", b"-1\0", b"\0" * 12, rng.randbytes(12), rng.choice(kinds)])
+            start, length = rng.choice(
+                [(0, 100), (100, 8), (124, 12), (136, 12), (156, 1), (157, 100), (257, 8), (345, 155)]
+            )
+            new = rng.choice(
+                [
+                    b"\x80" + rng.randbytes(11),
+                    b"\xff" * 12,
+                    b"77777777777\0",
+                    b"-1\0",
+                    b"\0" * 12,
+                    rng.randbytes(12),
+                    rng.choice(kinds),
+                ]
+            )
             found[at + start : at + start + min(length, len(new))] = new[:length]
             block = bytes(found[at : at + 512])
             if len(block) == 512:
@@ -857,8 +907,7 @@ def shards(folder: Path) -> Forge:
 
 
 KINDS: dict[str, Callable[[Path], Forge]] = {
-    one.__name__: one
-    for one in (structure, rows, images, caches, heads, networks, plans, runs, manifests, shards)
+    one.__name__: one for one in (structure, rows, images, caches, heads, networks, plans, runs, manifests, shards)
 }
 
 # -------------------------------------------------------------------------------------------------------------- running

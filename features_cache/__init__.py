@@ -5,7 +5,7 @@
 
 from features_cache.atomic import atomic_write
 from features_cache.catalog import Catalog, file_name
-from features_cache.convert import digest_keys
+from features_cache.convert import digest_keys, parse_json
 from features_cache.errors import (
     AmbiguousCacheError,
     CacheError,
@@ -54,6 +54,7 @@ __all__ = [
     "nearest_beside",
     "open_cache",
     "open_own",
+    "parse_json",
     "prune",
     "repair",
     "same_rows",

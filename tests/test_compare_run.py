@@ -223,7 +223,7 @@ def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     said = Predictions(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
     with folder.claim():
-        folder.append(record("one"), said)
+        folder.append(record("one", n_test=1), said)
     assert not folder.predictions("one").right.any()
     file = tmp_path / "predictions" / "one.npz"
     file.write_bytes(file.read_bytes()[:-40])

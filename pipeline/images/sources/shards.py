@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections import Counter, defaultdict
@@ -11,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from features_cache import parse_json
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.decode import has_image_header
 from pipeline.images.sources.folder import SPLIT_WORDS, walk
@@ -201,8 +201,8 @@ def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix:
     try:
         if suffix == ".cls":
             return data.decode().strip()
-        document = json.loads(data)
-    except (ValueError, RecursionError):
+        document = parse_json(data)
+    except ValueError:
         raise SourceError(f"{expected}, found neither text nor JSON") from None
     value = document.get("label") if isinstance(document, dict) else None
     if value is not None and not isinstance(value, int | str):
