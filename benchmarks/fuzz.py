@@ -332,8 +332,8 @@ def rows(folder: Path) -> Forge:
 def caches(folder: Path) -> Forge:
     """The table or the arrays of an extracted cache changed, with digests and checksums that fit."""
     from features_cache import Catalog
-    from pipeline.extract import extract
     from pipeline.backbones import registry
+    from pipeline.extract import extract
     from pipeline.extraction.inspection import check, detail, list_files
     from pipeline.fit import fit
     from pipeline.rank import rank
@@ -818,8 +818,10 @@ def manifests(folder: Path) -> Forge:
 
     Image.new("L", (3, 3)).save(folder / "0.png")
     target = folder / "m.csv"
-    cells = ["", "0.png", "./0.png", "/etc", ".", "..", "a" * 300, "x/" * 3000, "a\nb", "\0", "é", "e\u0301", "\ud800",
-             "train", "TEST", "valid", "fold", "1.0", "nan", '"', '""', ",", "\r", "\t", "x" * 140_000, "\ufeff"]  # fmt: skip
+    cells = [
+        "", "0.png", "./0.png", "/etc", ".", "..", "a" * 300, "x/" * 3000, "a\nb", "\0", "é", "e\u0301", "\ud800",
+        "train", "TEST", "valid", "fold", "1.0", "nan", '"', '""', ",", "\r", "\t", "x" * 140_000, "\ufeff",
+    ]  # fmt: skip
     names = ["path", "label", "split", "group", "Path ", "class", "", "x", "subset"]
 
     def forge(rng: random.Random) -> Read:
@@ -855,10 +857,14 @@ def shards(folder: Path) -> Forge:
     stream = io.BytesIO()
     Image.new("RGB", (3, 3)).save(stream, "PNG")
     picture, target = stream.getvalue(), folder / "train-0.tar"
-    kinds = [tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE,
-             tarfile.FIFOTYPE, tarfile.CONTTYPE, b"x", b"g", b"L", b"K", b"S", b"X", b"Z"]  # fmt: skip
-    odd = ["a/../b.png", "/a.png", "../a.png", "a//b.png", ".", "", "é.png", "a" * 150 + ".png", ".x.png", "2024.05.01.jpg",
-           "0.png", "0.cls", "0.json", "x", "x.", "a\nb.png"]  # fmt: skip
+    kinds = [
+        tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE,
+        tarfile.FIFOTYPE, tarfile.CONTTYPE, b"x", b"g", b"L", b"K", b"S", b"X", b"Z",
+    ]  # fmt: skip
+    odd = [
+        "a/../b.png", "/a.png", "../a.png", "a//b.png", ".", "", "é.png", "a" * 150 + ".png", ".x.png",
+        "2024.05.01.jpg", "0.png", "0.cls", "0.json", "x", "x.", "a\nb.png",
+    ]  # fmt: skip
 
     def forge(rng: random.Random) -> Read:
         members: list[tuple[str, bytes]] = []
@@ -988,18 +994,19 @@ def memory(name: str) -> int:
 
 
 def run_kind(kind: str, cases: int) -> Tally:
-    """Run the cases of one kind, in children."""
+    """Run the cases of one kind, in children; an interrupt ends them early."""
     tally = Tally(kind)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         forge = KINDS[kind](Path(folder))
         gc.freeze()
         start = 0
-        while start < cases:
-            for outcome in in_child(forge, range(start, min(start + BATCH, cases))):
-                tally.add(outcome)
-                start = outcome["seed"] + 1
-                if outcome["end"] in ("hung", "crashed"):
-                    tally.lost.append(outcome["seed"])
+        with contextlib.suppress(KeyboardInterrupt):
+            while start < cases:
+                for outcome in in_child(forge, range(start, min(start + BATCH, cases))):
+                    tally.add(outcome)
+                    start = outcome["seed"] + 1
+                    if outcome["end"] in ("hung", "crashed"):
+                        tally.lost.append(outcome["seed"])
     return tally
 
 

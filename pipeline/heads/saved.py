@@ -42,7 +42,7 @@ FORMAT = ModelFormat(
 _DESCRIPTION = "thawline.json"
 _CLASSES = frozenset(
     {"Pipeline", "StandardScaler", "Normalizer", "LogisticRegression", "LinearSVC", "SVC", "KNeighborsClassifier"}
-    | {"RidgeClassifier", "LabelBinarizer"}
+    | {"RidgeClassifier", "LabelBinarizer", "PCA"}
 )
 """The scikit-learn classes of saved heads. Others, which skops would trust, may take any amount of memory."""
 _VALUES = frozenset({"DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "NdArrayNode"})
@@ -218,7 +218,9 @@ def _check_schema(path: Path, schema: Any) -> None:
         ):
             strange.add(f"{file}, twice")
     if strange:
-        raise ModelFileError(f"{path} was not loaded: it holds types that no saved head has: {', '.join(sorted(strange))}")
+        raise ModelFileError(
+            f"{path} was not loaded: it holds types that no saved head has: {', '.join(sorted(strange))}"
+        )
 
 
 def _read_pipeline(path: Path) -> Pipeline:
