@@ -10,9 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.results import from_json
+
+R = TypeVar("R")
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
@@ -24,7 +26,7 @@ ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 NO_AUGMENT = "none"
-MOST_PIXELS = 4096
+LONGEST_SIDE = 4096
 """Longest side of a network's input, in pixels: a forged size must not take all memory."""
 DECODE_POLICY = 1
 """Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
@@ -52,6 +54,14 @@ def json_fields(record: Any) -> dict[str, Any]:
 def fingerprint_of(value: Any) -> str:
     """Return the blake2b-128 hex digest (32 characters) of the canonical JSON of `value`."""
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+
+
+def _read(kind: type[R], value: Any) -> R:
+    """Return a record of JSON; a key that this version does not know, which would change values, is a `ValueError`."""
+    found = from_json(kind, value)
+    if unknown := set(value) - set(vars(found)):
+        raise ValueError(f"the key {min(unknown)!r} is not known")
+    return found
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,12 @@ class Preprocessing:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
         """Rebuild from the fields that were read back from JSON, or raise `ValueError` if one makes no sense."""
-        found: Preprocessing = from_json(View if isinstance(value, Mapping) and "view" in value else cls, value)
-        sides = (*found.size, *(found.resize if isinstance(found.resize, tuple) else [found.resize]))
-        if not all(1 <= side <= MOST_PIXELS for side in sides):
-            raise ValueError(f"expected an input of 1 to {MOST_PIXELS} pixels, got {max(sides)}")
+        found: Preprocessing = _read(View if isinstance(value, Mapping) and "view" in value else cls, value)
+        before_crop = found.resize if isinstance(found.resize, tuple) else (found.resize,)
+        if not all(1 <= side <= LONGEST_SIDE for side in found.size):
+            raise ValueError(f"expected an input of 1 to {LONGEST_SIDE} pixels, got {max(found.size)}")
+        if not all(1 <= side <= 2 * LONGEST_SIDE for side in before_crop):
+            raise ValueError(f"expected a resize to 1 to {2 * LONGEST_SIDE} pixels, got {max(before_crop)}")
         if found.interpolation not in INTERPOLATIONS or not all(std > 0 for std in found.std):
             raise ValueError("expected a known interpolation, and standard deviations above 0")
         return found
@@ -166,10 +178,9 @@ class LayerSpec:
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
         """Rebuild a spec from `to_json`'s dictionary, or raise `ValueError` if it is none."""
         fields = dict(value) if isinstance(value, Mapping) else {}
-        found = from_json(cls, fields | {"preprocessing": Preprocessing.from_json(fields.get("preprocessing", {}))})
-        unknown = set(fields) - set(vars(found))  # a later version's: it would change values
-        if unknown or found.pool not in POOLS or found.precision not in PRECISIONS or found.store not in STORES:
-            raise ValueError("expected a known pooling, precision and dtype, and no other keys")
+        found = _read(cls, fields | {"preprocessing": Preprocessing.from_json(fields.get("preprocessing", {}))})
+        if found.pool not in POOLS or found.precision not in PRECISIONS or found.store not in STORES:
+            raise ValueError("expected a known pooling, precision and dtype")
         return found
 
 

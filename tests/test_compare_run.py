@@ -257,6 +257,17 @@ def test_columns_that_are_not_those_of_the_test_images_are_damage(
         folder.predictions("one")
 
 
+def test_predictions_that_unpack_to_more_than_any_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Predictions(np.array(["a" * 1000]), np.array([0]), np.array([1]), None)
+    folder = RunFolder(tmp_path)
+    with folder.claim():
+        folder.append(record("one", n_test=1), said)
+    assert (tmp_path / "predictions" / "one.npz").stat().st_size < 2000
+    monkeypatch.setattr("pipeline.comparing.folder.PREDICTIONS_LIMIT", 4000)
+    with pytest.raises(RunFolderError, match=r"one\.npz is damaged"):
+        folder.predictions("one")
+
+
 @pytest.mark.parametrize("shots", ["alé", 0, -1])
 def test_shots_that_make_no_sense_are_damage(tmp_path: Path, shots: int | str) -> None:
     line = json.dumps(record("x").to_json() | {"shots": shots})

@@ -21,7 +21,7 @@ from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.top import tuned_backbone
 from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
-from pipeline.spec import MOST_PIXELS, Preprocessing
+from pipeline.spec import LONGEST_SIDE, Preprocessing
 
 
 class Zoo(Protocol):
@@ -232,8 +232,8 @@ def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
     """Return `own` for another input size, with resize and crop in the same proportion."""
     if size is None:
         return own
-    if not 1 <= size <= MOST_PIXELS:
-        raise BackboneError(f"the input size must be a number of pixels from 1 to {MOST_PIXELS}, not {size}")
+    if not 1 <= size <= LONGEST_SIDE:
+        raise BackboneError(f"the input size must be a number of pixels from 1 to {LONGEST_SIDE}, not {size}")
 
     def scaled(edge: int) -> int:
         return max(size, round(edge * size / own.size[0]))

@@ -26,6 +26,9 @@ from pipeline.results import FinetuneResult, FitResult, from_json, to_json
 HEAD, FINETUNE = "head", "finetune"
 KINDS = {HEAD: FitResult, FINETUNE: FinetuneResult}
 
+PREDICTIONS_LIMIT = 1 << 30
+"""Most bytes of a model's predictions, unpacked: a forged file of some kilobytes must not take all memory."""
+
 OptionValue = str | int | float | bool | None
 
 
@@ -189,6 +192,8 @@ class RunFolder:
         file = self._predictions_file(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
+                if sum(member.file_size for member in stored.zip.infolist()) > PREDICTIONS_LIMIT:
+                    raise ValueError("it would unpack to more than any predictions")
                 found = Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
                 _check(found, self.results[key])
                 return found

@@ -213,9 +213,7 @@ def _check_schema(path: Path, schema: Any) -> None:
         name = str(node.get("__class__"))
         if node["__loader__"] not in _VALUES and (node["__loader__"], name in _CLASSES) != ("ObjectNode", True):
             strange.add(name)
-        if (file := node.get("file")) is not None and owners.setdefault(str(file), node.get("__id__")) != node.get(
-            "__id__"
-        ):
+        if (file := node.get("file")) is not None and owners.setdefault(str(file), node["__id__"]) != node["__id__"]:
             strange.add(f"{file}, twice")
     if strange:
         raise ModelFileError(
