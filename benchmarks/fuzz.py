@@ -45,6 +45,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -339,8 +340,14 @@ def caches(folder: Path) -> Forge:
     from pipeline.rank import rank
 
     photos, sound, target = make_photos(folder), folder / "sound", folder / "cache"
-    asked = {"backbones": ["tiny@random:0"], "layers": ["stem", "penultimate"], "size": 8, "engine": "torch"}
-    registry.load_backbone = functools.cache(registry.load_backbone)  # tracing takes longest
+    asked: dict[str, Any] = {
+        "backbones": ["tiny@random:0"],
+        "layers": ["stem", "penultimate"],
+        "size": 8,
+        "engine": "torch",
+    }
+    known = functools.cache(registry.load_backbone)
+    mock.patch.object(registry, "load_backbone", known).start()  # tracing takes longest
     (result,) = extract(photos, output=sound, **asked)
     (path,) = [Path(result.path)]
     data = path.read_bytes()
@@ -621,13 +628,13 @@ def networks(folder: Path) -> Forge:
         name = rng.choice(list(tensors))
         old = tensors[name]
         dtype = rng.choice([np.float16, np.float64, np.int8, np.int64, np.bool_, np.uint8])
-        new = {
-            "shape": lambda: np.zeros(rng.choice([(), (0,), (1,), (7, 9), (*old.shape, 1)]), old.dtype),
-            "dtype": lambda: np.zeros(old.shape, dtype),
-            "value": lambda: np.full(old.shape, rng.choice([np.nan, np.inf, 1e38]), old.dtype),
-            "other": lambda: tensors[rng.choice(list(tensors))],
-        }[rng.choice(["shape", "dtype", "value", "other"])]()
-        tensors[name] = np.ascontiguousarray(new)
+        forms: list[Any] = [
+            np.zeros(rng.choice([(), (0,), (1,), (7, 9), (*old.shape, 1)]), old.dtype),
+            np.zeros(old.shape, dtype),
+            np.full(old.shape, rng.choice([np.nan, np.inf, 1e38]), old.dtype),
+            tensors[rng.choice(list(tensors))],
+        ]
+        tensors[name] = np.ascontiguousarray(rng.choice(forms))
         if rng.random() < 0.2:
             tensors[rng.choice(["x", f"{name}.x", ""])] = tensors.pop(name)
 
@@ -723,7 +730,7 @@ def runs(folder: Path) -> Forge:
     lines = [json.loads(line) for line in (sound / "results.jsonl").read_text().splitlines()]
     info = json.loads((sound / "run.json").read_text())
     predictions = {f"predictions/{path.name}": path.read_bytes() for path in (sound / "predictions").iterdir()}
-    stage.run = lambda comparison: None  # what is missing stays missing: the reading is tested
+    mock.patch.object(stage, "run", return_value=None).start()  # what is missing stays so: reading is tested
 
     texts = {name: (sound / name).read_bytes() for name in ("results.jsonl", "run.json", "report.html")}
     shutil.copytree(sound, target, ignore=shutil.ignore_patterns("cache"))
@@ -840,8 +847,8 @@ def manifests(folder: Path) -> Forge:
                     row[rng.randrange(len(row))] = rng.choice(names if row is header else cells)
         stream = io.StringIO(newline="")
         with contextlib.suppress(csv.Error):
-            quoting = rng.choice([csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-            csv.writer(stream, quoting=quoting, delimiter=rng.choice(",,,,,,,;")).writerows([header, *table])
+            dialect = rng.choice([csv.excel, csv.unix_dialect])  # the second quotes everything
+            csv.writer(stream, dialect, delimiter=rng.choice(",,,,,,,;")).writerows([header, *table])
         encoding = rng.choice(["utf-8"] * 8 + ["utf-8-sig", "utf-16"])
         data = stream.getvalue().encode(encoding, "surrogatepass")
         target.write_bytes(damaged(data, rng) if rng.random() < 0.2 else data)
