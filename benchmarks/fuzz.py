@@ -135,8 +135,8 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
                 found[at] = rng.randrange(256)
             case 3 | 4:
                 width = rng.choice([1, 2, 4])
-                order = rng.choice(["little", "big"])
-                found[at : at + width] = (rng.choice(WORDS) & ((1 << 8 * width) - 1)).to_bytes(width, order)
+                order = rng.choice([1, -1])  # little or big end first
+                found[at : at + width] = (rng.choice(WORDS) & ((1 << 8 * width) - 1)).to_bytes(width, "little")[::order]
             case 5 if rng.random() < 0.3:
                 del found[at:]
             case 6:
@@ -167,7 +167,7 @@ def images(folder: Path) -> Forge:
     rgba = Image.fromarray(pixels)
     modes = {mode: rgba.convert(mode) for mode in ("RGB", "L", "P", "1", "LA", "CMYK", "F", "I")}
     modes |= {"RGBA": rgba, "I;16": Image.fromarray(pixels[..., 0].astype(np.uint16) * 250)}
-    accepted = {
+    accepted: dict[str, tuple[str, list[str], list[dict[str, Any]]]] = {
         "JPEG": (".jpg", ["RGB", "L", "CMYK"], [{}, {"progressive": True}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08"}]),
         "PNG": (".png", ["RGB", "L", "P", "1", "LA", "RGBA", "I;16"], [{}]),
         "TIFF": (

@@ -25,7 +25,7 @@ def harness(name: str, *arguments: object) -> str:
     """Run one of the harnesses in ``benchmarks/``, which start processes of their own; return what it prints."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=environment)
     return done.stdout
 
 
