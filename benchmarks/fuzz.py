@@ -63,7 +63,7 @@ from features_cache import (
 from features_cache.header import header_line, structure_digest
 
 BATCH = 500
-LIMIT_S = 30.0
+LIMIT_S = 120.0
 LIMIT_BYTES = 4 << 30
 
 Read = Callable[[], object]
