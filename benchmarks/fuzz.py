@@ -40,7 +40,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -340,16 +340,12 @@ def caches(folder: Path) -> Forge:
     from pipeline.rank import rank
 
     photos, sound, target = make_photos(folder), folder / "sound", folder / "cache"
-    asked: dict[str, Any] = {
-        "backbones": ["tiny@random:0"],
-        "layers": ["stem", "penultimate"],
-        "size": 8,
-        "engine": "torch",
-    }
+    asked: dict[str, Any] = {"backbones": ["tiny@random:0"], "layers": ["stem", "penultimate"], "size": 8}
+    asked["engine"] = "torch"
     known = functools.cache(registry.load_backbone)
     mock.patch.object(registry, "load_backbone", known).start()  # tracing takes longest
     (result,) = extract(photos, output=sound, **asked)
-    (path,) = [Path(result.path)]
+    path = Path(result.path)
     data = path.read_bytes()
     _, _, table_bytes, checked, _, _ = data.split(b"\n", 1)[0].split(b" ")
     line_bytes = data.index(b"\n") + 1
@@ -368,21 +364,25 @@ def caches(folder: Path) -> Forge:
                 else:
                     value = changed(value, rng)
             new = written(value, rng)
-            body[line_bytes : line_bytes + len(new)] = new.ljust(0)
+            body[line_bytes : line_bytes + len(new)] = new
         else:
             forge_rows(body, rng)
-        line = header_line(len(new), int(checked), len(body), "0" * 32)
-        if len(line) != line_bytes:  # the table grew by a digit: it moves
-            body = bytearray(line + new + bytes(body[len(line) + len(new) :]))
-            line = header_line(len(new), int(checked), len(body), "0" * 32)
-        digest = structure_digest(line, bytes(body[len(line) : int(checked)]))
-        body[: len(line)] = header_line(len(new), int(checked), len(body), digest)
+        length = len(header_line(len(new), int(checked), len(body), "0" * 32))
+        if length != line_bytes:  # the number of bytes of the table has more or fewer digits: the table moves
+            body = bytearray(bytes(length) + new + bytes(body[length + len(new) :]))
+        seal(body, len(new))
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
         forged = target / path.name
         forged.write_bytes(body)
         use = rng.choice(uses)
         return lambda: use(forged)
+
+    def seal(body: bytearray, table_bytes: int) -> None:
+        """Write a first line that fits."""
+        line = header_line(table_bytes, int(checked), len(body), "0" * 32)
+        digest = structure_digest(line, bytes(body[len(line) : int(checked)]))
+        body[: len(line)] = header_line(table_bytes, int(checked), len(body), digest)
 
     def forge_rows(body: bytearray, rng: random.Random) -> None:
         """Change cells; the checksums of the rows are made to fit, half of the time."""
@@ -396,12 +396,9 @@ def caches(folder: Path) -> Forge:
                 body[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
         if rng.random() < 0.5:
             changed_path = folder / "changed.h5"
+            seal(body, len(table))
             changed_path.write_bytes(body)
             with contextlib.suppress(ThawlineError):
-                line = header_line(int(table_bytes), int(checked), len(body), "0" * 32)
-                digest = structure_digest(line, bytes(body[len(line) : int(checked)]))
-                body[: len(line)] = header_line(int(table_bytes), int(checked), len(body), digest)
-                changed_path.write_bytes(body)
                 file = open_cache(changed_path)
                 columns = [np.asarray(file.array(f"/rows/{one}")) for one in ("label", "split", "group", "uri")]
                 sums = {
@@ -473,11 +470,9 @@ def use_tiny_zoo() -> None:
             return False
 
         def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
-            layers = {"stem": nn.Conv2d(3, 4, 3, 2), "act": nn.ReLU(), "pool": nn.AdaptiveAvgPool2d(1)}
-            layers |= {"flat": nn.Flatten(), "fc": nn.Linear(4, classes or 3)}
-            from collections import OrderedDict
-
-            return nn.Sequential(OrderedDict(layers))
+            layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, 4, 3, 2), act=nn.ReLU())
+            layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(4, classes or 3)}
+            return nn.Sequential(layers)
 
         def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module:
             raise NotImplementedError
@@ -666,7 +661,7 @@ PLAN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def toml_of(document: Any, rng: random.Random | None = None) -> str:
+def toml_of(document: Any) -> str:
     """Return TOML, or what is nearly TOML if a value has no form in it."""
     lines, tables = [], []
     for key, value in document.items() if isinstance(document, dict) else [("source", document)]:
@@ -693,22 +688,17 @@ def plans(folder: Path) -> Forge:
 
     make_photos(folder)
     target, output = folder / "plan.toml", folder / "run"
+    options = ["pool", "store", "precision", "output", "batch-size", "cv", "lr-at", "views", "top", "x"]
 
     def forge(rng: random.Random) -> Read:
         document = PLAN
         for _ in range(rng.choice([1, 1, 2, 3])):
             document = changed(document, rng)
             if isinstance(document, dict) and rng.random() < 0.2:
-                table = rng.choice(
-                    [document, *(one for one in document.get("extract", ()) if isinstance(one, dict))]
-                    if isinstance(document.get("extract", ()), list)
-                    else [document]
-                )
-                table[
-                    rng.choice(
-                        ["pool", "store", "precision", "output", "batch-size", "cv", "lr-at", "views", "top", "x"]
-                    )
-                ] = rng.choice(VALUES)
+                extracts = document.get("extract", ())
+                tables = [one for one in extracts if isinstance(one, dict)] if isinstance(extracts, list) else []
+                table = rng.choice([document, *tables])
+                table[rng.choice(options)] = rng.choice(VALUES)
         data = toml_of(document).encode("utf-8", "surrogatepass")
         target.write_bytes(damaged(data, rng) if rng.random() < 0.3 else data)
         return lambda: dry_run(target, output)
@@ -717,7 +707,7 @@ def plans(folder: Path) -> Forge:
 
 
 def runs(folder: Path) -> Forge:
-    """Lines of `results.jsonl`, `run.json`, the plan's copy and predictions of a run folder changed."""
+    """Lines of `results.jsonl`, `run.json` or predictions of a run folder changed."""
     from pipeline import compare as stage
     from pipeline.comparing.folder import open_finished
     from pipeline.reporting.terminal.compare_tables import against_lines, score_table
@@ -729,7 +719,7 @@ def runs(folder: Path) -> Forge:
     assert not report.failures, report.failures
     lines = [json.loads(line) for line in (sound / "results.jsonl").read_text().splitlines()]
     info = json.loads((sound / "run.json").read_text())
-    predictions = {f"predictions/{path.name}": path.read_bytes() for path in (sound / "predictions").iterdir()}
+    predictions = {f"predictions/{path.name}": path.read_bytes() for path in sorted((sound / "predictions").iterdir())}
     mock.patch.object(stage, "run", return_value=None).start()  # what is missing stays so: reading is tested
 
     texts = {name: (sound / name).read_bytes() for name in ("results.jsonl", "run.json", "report.html")}
@@ -781,15 +771,9 @@ def forged_predictions(data: bytes, rng: random.Random) -> bytes:
             members[name] = rng.choice(list(members.values()))
         case 2:
             column = np.load(io.BytesIO(members[name]))
-            values = rng.choice(
-                [
-                    column[:-1],
-                    column[::-1],
-                    column[None],
-                    np.repeat(column[:1], len(column)),
-                    -column if column.dtype.kind in "if" else column,
-                ]
-            )
+            minus = -column if column.dtype.kind in "if" else column
+            repeated = np.repeat(column[:1], len(column))
+            values = rng.choice([column[:-1], column[::-1], column[None], repeated, minus])
             stream = io.BytesIO()
             np.save(stream, values)
             members[name] = stream.getvalue()
