@@ -41,7 +41,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ from features_cache.header import header_line, structure_digest
 BATCH = 500
 LIMIT_S = 120.0
 LIMIT_BYTES = 4 << 30
+STATUS = Path("/proc/self/status")
 
 Read = Callable[[], object]
 Forge = Callable[[random.Random], Read]
@@ -936,6 +937,8 @@ class Tally:
         """Count one case."""
         self.ends[outcome["end"]] += 1
         self.peak = max(self.peak, (outcome["mb"], outcome["seed"]))
+        if outcome["end"] in ("hung", "crashed"):
+            self.lost.append(outcome["seed"])
         if where := outcome.get("where"):
             count, seed, text = self.foreign.get(where, (0, outcome["seed"], outcome["text"]))
             self.foreign[where] = (count + 1, seed, text)
@@ -966,7 +969,8 @@ def attempt(forge: Forge, seed: int) -> tuple[str, BaseException | None]:
 
 def measured(forge: Forge, seed: int) -> dict[str, Any]:
     """Run one case; return how it ended, the memory it took, and for a foreign error where it came from."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    if STATUS.exists():
+        STATUS.with_name("clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     end, error = attempt(forge, seed)
     outcome: dict[str, Any] = {"seed": seed, "end": end, "mb": (memory("VmHWM") - before) / 1e6}
@@ -979,8 +983,8 @@ def measured(forge: Forge, seed: int) -> dict[str, Any]:
 
 
 def memory(name: str) -> int:
-    """Return an entry of this process's status, in bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    """Return an entry of this process's status, in bytes; 0 where there is none, as on macOS."""
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text() if STATUS.exists() else "")
     return int(found[1]) * 1024 if found else 0
 
 
@@ -993,15 +997,14 @@ def run_kind(kind: str, cases: int) -> Tally:
         start = 0
         with contextlib.suppress(KeyboardInterrupt):
             while start < cases:
-                for outcome in in_child(forge, range(start, min(start + BATCH, cases))):
-                    tally.add(outcome)
-                    start = outcome["seed"] + 1
-                    if outcome["end"] in ("hung", "crashed"):
-                        tally.lost.append(outcome["seed"])
+                with contextlib.closing(in_child(forge, range(start, min(start + BATCH, cases)))) as outcomes:
+                    for outcome in outcomes:
+                        tally.add(outcome)
+                        start = outcome["seed"] + 1
     return tally
 
 
-def in_child(forge: Forge, seeds: range) -> Iterator[dict[str, Any]]:
+def in_child(forge: Forge, seeds: range) -> Generator[dict[str, Any], None, None]:
     """Yield the outcome of each case; the last one is of a case that hung or crashed, if any did."""
     receiving, sending = os.pipe()
     child = os.fork()
@@ -1011,8 +1014,8 @@ def in_child(forge: Forge, seeds: range) -> Iterator[dict[str, Any]]:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            limit = memory("VmData") + LIMIT_BYTES
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            if taken := memory("VmData"):
+                resource.setrlimit(resource.RLIMIT_DATA, (taken + LIMIT_BYTES, taken + LIMIT_BYTES))
             with os.fdopen(sending, "w") as stream:
                 for seed in seeds:
                     stream.write(json.dumps(measured(forge, seed)) + "\n")
@@ -1020,21 +1023,22 @@ def in_child(forge: Forge, seeds: range) -> Iterator[dict[str, Any]]:
         finally:
             os._exit(0)
     os.close(sending)
-    seed, rest = seeds.start, b""
-    end = "crashed"
-    while seed < seeds.stop:
-        if not select.select([receiving], [], [], LIMIT_S)[0]:
-            end = "hung"
-            break
-        if not (data := os.read(receiving, 1 << 16)):
-            break
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield json.loads(line)
-            seed += 1
-    os.close(receiving)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    seed, rest, end = seeds.start, b"", "crashed"
+    try:
+        while seed < seeds.stop:
+            if not select.select([receiving], [], [], LIMIT_S)[0]:
+                end = "hung"
+                break
+            if not (data := os.read(receiving, 1 << 16)):
+                break
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                yield json.loads(line)
+                seed += 1
+    finally:
+        os.close(receiving)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     if seed < seeds.stop:
         yield {"seed": seed, "end": end, "mb": 0.0}
 
