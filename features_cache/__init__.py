@@ -5,7 +5,7 @@
 
 from features_cache.atomic import atomic_write, scratch_folder
 from features_cache.catalog import Catalog, check_twins, file_name, same_listing
-from features_cache.convert import digest_keys
+from features_cache.convert import digest_keys, parse_json
 from features_cache.errors import (
     AmbiguousCacheError,
     CacheError,
@@ -55,6 +55,7 @@ __all__ = [
     "nearest_beside",
     "open_cache",
     "open_own",
+    "parse_json",
     "prune",
     "repair",
     "same_listing",

@@ -101,7 +101,7 @@ def _is_rate(value: Any) -> bool:
     return bool(layer) and not POSITIVE.problem(rate)
 
 
-TEXT = Kind(str, "a text", lambda value: bool(value.strip()))
+TEXT = Kind(str, "a text", lambda value: bool(value.strip()) and "\0" not in value)
 FLAG = Kind(bool, "true or false")
 FILE = Kind(Path, "a file")
 FOLDER = Kind(Path, "a folder")

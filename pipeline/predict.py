@@ -128,8 +128,7 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
     saved = load_model(path)
     requests = [layer["request"] for layer in saved.layers]
     return saved, [
-        _Layer(str(request.get("backbone")), request.get("size"), spec)
-        for request, spec in zip(requests, saved.specs, strict=True)
+        _Layer(request["backbone"], request["size"], spec) for request, spec in zip(requests, saved.specs, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ from pipeline.evaluation.rows import Layer, require_finite, select
 from pipeline.evaluation.split_layers import split_layers
 from pipeline.fit import fit
 from pipeline.results import Agreement, LayerScore, Progress
+from pipeline.spec import aliases_of
 
 MOST_ROWS = 4096
 """Number of training rows that are scored if some layer is wider than this. Time grows with the cube of the smaller."""
@@ -147,7 +148,7 @@ def _score(layer: Layer, rows: IntArray) -> LayerScore:
         raise FitError("ranking needs training rows of at least two classes")
     features = layer.features(rows)
     file, info = layer.parts[0]
-    are_logits = info.name in file.request.get("aliases", {}).get("logits", ())
+    are_logits = info.name in aliases_of(file.request).get("logits", ())
     with threadpool_limits(1):  # two threads would mostly wait for each other
         scores = logme(features, labels), h_score(features, labels)
     return LayerScore(

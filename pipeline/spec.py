@@ -10,7 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from pipeline.results import from_json
+
+R = TypeVar("R")
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
@@ -20,7 +24,10 @@ POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 NO_AUGMENT = "none"
+LONGEST_SIDE = 4096
+"""Longest side of a network's input, in pixels: a forged size must not take all memory."""
 DECODE_POLICY = 1
 """Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
 TRAINING_RULES = 2
@@ -47,6 +54,14 @@ def json_fields(record: Any) -> dict[str, Any]:
 def fingerprint_of(value: Any) -> str:
     """Return the blake2b-128 hex digest (32 characters) of the canonical JSON of `value`."""
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+
+
+def _read(kind: type[R], value: Any) -> R:
+    """Return a record of JSON; a key that this version does not know, which would change values, is a `ValueError`."""
+    found = from_json(kind, value)
+    if unknown := set(value) - set(vars(found)):
+        raise ValueError(f"the key {min(unknown)!r} is not known")
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,16 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild from the fields that were read back from JSON; lists become tuples."""
-        fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return View(**fields) if "view" in fields else cls(**fields)
+        """Rebuild from the fields that were read back from JSON, or raise `ValueError` if one makes no sense."""
+        found: Preprocessing = _read(View if isinstance(value, Mapping) and "view" in value else cls, value)
+        before_crop = found.resize if isinstance(found.resize, tuple) else (found.resize,)
+        if not all(1 <= side <= LONGEST_SIDE for side in found.size):
+            raise ValueError(f"expected an input of 1 to {LONGEST_SIDE} pixels, got {max(found.size)}")
+        if not all(1 <= side <= 2 * LONGEST_SIDE for side in before_crop):
+            raise ValueError(f"expected a resize to 1 to {2 * LONGEST_SIDE} pixels, got {max(before_crop)}")
+        if found.interpolation not in INTERPOLATIONS or not all(std > 0 for std in found.std):
+            raise ValueError("expected a known interpolation, and standard deviations above 0")
+        return found
 
     def viewed(self, augment: str, view: int | None) -> Preprocessing:
         """Return the preprocessing of one augmented view; of the plain image if `view` is None."""
@@ -159,9 +181,12 @@ class LayerSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
-        """Rebuild a spec from `to_json`'s dictionary."""
-        fields = dict(value)
-        return cls(preprocessing=Preprocessing.from_json(fields.pop("preprocessing")), **fields)
+        """Rebuild a spec from `to_json`'s dictionary, or raise `ValueError` if it is none."""
+        fields = dict(value) if isinstance(value, Mapping) else {}
+        found = _read(cls, fields | {"preprocessing": Preprocessing.from_json(fields.get("preprocessing", {}))})
+        if found.pool not in POOLS or found.precision not in PRECISIONS or found.store not in STORES:
+            raise ValueError("expected a known pooling, precision and dtype")
+        return found
 
 
 @dataclass(frozen=True)
@@ -199,3 +224,11 @@ class Request:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
         return json_fields(self)
+
+
+def aliases_of(request: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the layers that each name stands for, as the request of a cache file says; none if it makes no sense."""
+    aliases = request.get("aliases")
+    layers = aliases.values() if isinstance(aliases, dict) else [None]
+    sound = all(isinstance(one, list) and one and all(isinstance(name, str) for name in one) for one in layers)
+    return dict(aliases or {}) if sound else {}

@@ -167,6 +167,7 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
         (("source =", "source ="), ()),
         (('"photos"', '"phots"'), ("line 1", "phots", "photos")),
         (('"photos"', '"empty"'), ("line 1", "empty")),
+        (('"photos"', '"a\\u0000"'), ("line 1", "'source'", "a text")),
         (("[0, 1]", "[0, 1"), ("plan.toml", "TOML", "line")),
         (("[0, 1]", "[0, 0]"), ("line 2", "'seed'", "twice")),
         (("[0, 1]", "-1"), ("line 2", "'seed'", "-1")),

@@ -184,6 +184,14 @@ def test_a_shard_cut_short_is_named(tmp_path: Path, kept: int) -> None:
         open_source(shard)
 
 
+def test_a_header_that_asks_for_gigabytes_is_damage(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(SourceError, match="damaged or another file: a header of 1099511627776 bytes"):
+        open_source(tmp_path / "a.tar")
+
+
 def test_a_compressed_shard_is_named(tmp_path: Path) -> None:
     shard = tmp_path / "x.tar"
     with tarfile.open(shard, "w:gz") as archive:

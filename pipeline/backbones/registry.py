@@ -29,7 +29,7 @@ from pipeline.backbones.weights import (
     weights_digest,
 )
 from pipeline.errors import BackboneError
-from pipeline.spec import Preprocessing
+from pipeline.spec import LONGEST_SIDE, Preprocessing
 
 
 class Zoo(Protocol):
@@ -262,8 +262,8 @@ def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
     """Return `own` for another input size, with resize and crop in the same proportion."""
     if size is None:
         return own
-    if size < 1:
-        raise BackboneError(f"the input size must be a positive number of pixels, not {size}")
+    if not 1 <= size <= LONGEST_SIDE:
+        raise BackboneError(f"the input size must be a number of pixels from 1 to {LONGEST_SIDE}, not {size}")
 
     def scaled(edge: int) -> int:
         return max(size, round(edge * size / own.size[0]))

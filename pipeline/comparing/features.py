@@ -12,7 +12,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.spec import Request, fingerprint_of
+from pipeline.spec import Request, aliases_of, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
         return None
     rows = rows_of(images)
     complete = all(is_complete(file, rows, images.classes) for file in answer.values())
-    known = {alias: names for file in answer.values() for alias, names in file.request["aliases"].items()}
+    known = {alias: names for file in answer.values() for alias, names in aliases_of(file.request).items()}
     aliases = {alias: known[alias] for alias in extraction.request.layers}
     return Features(aliases, {name: file.layers[name].dim for name, file in answer.items()}, answer, complete)
 

@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from features_cache import WriterLock, atomic_write, nearest, open_own
+from features_cache import WriterLock, atomic_write, nearest, open_own, parse_json
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.predictions import Predictions
+from pipeline.options import SHOTS_OR_ALL
 from pipeline.results import FinetuneResult, FitResult, from_json, to_json
 
 HEAD, FINETUNE = "head", "finetune"
 KINDS = {HEAD: FitResult, FINETUNE: FinetuneResult}
+
+PREDICTIONS_LIMIT = 1 << 30
+"""Most bytes of a model's predictions, unpacked: a forged file of some kilobytes must not take all memory."""
 
 OptionValue = str | int | float | bool | None
 
@@ -70,6 +74,8 @@ class JobResult:
             raise ValueError(
                 f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
             )
+        if problem := SHOTS_OR_ALL.problem(result.shots):
+            raise ValueError(f"'shots': {problem}")
         return from_json(cls, document | {"result": result})
 
 
@@ -189,7 +195,11 @@ class RunFolder:
         file = self._predictions_file(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
-                return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                if sum(member.file_size for member in stored.zip.infolist()) > PREDICTIONS_LIMIT:
+                    raise ValueError("it would unpack to more than any predictions")
+                found = Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                _check(found, self.results[key])
+                return found
         except RunFolderError:
             raise
         except Exception as error:  # damaged bytes make numpy's reader raise nearly anything
@@ -206,7 +216,7 @@ class RunFolder:
         with _explained(self.path, "read"):
             content = file.read_bytes() if file.exists() else b"{}"
         try:
-            return from_json(RunInfo, _parse(content))
+            return from_json(RunInfo, parse_json(content))
         except ValueError as error:
             raise RunFolderError(f"{file} is damaged: {error}; remove the file") from None
 
@@ -235,7 +245,7 @@ class RunFolder:
         whole, _, torn = content.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                result = JobResult.from_json(_parse(line))
+                result = JobResult.from_json(parse_json(line))
             except ValueError as error:
                 raise RunFolderError(
                     f"{self._lines} line {number} is damaged: {error}; remove the line to have its job run again"
@@ -247,6 +257,17 @@ class RunFolder:
                 os.ftruncate(descriptor, len(content) - len(torn))
             finally:
                 os.close(descriptor)
+
+
+def _check(found: Predictions, job: JobResult) -> None:
+    """Raise `ValueError` unless the columns are those of the test images of a job."""
+    n_test = (job.result.n_test,)
+    columns = [(found.uris, "U"), (found.y_true, "i"), (found.y_pred, "i"), (found.probability, "f")]
+    if not all(column is None or (column.dtype.kind == kind and column.shape == n_test) for column, kind in columns):
+        raise ValueError("a column is of another type or length")
+    labels = np.concatenate([found.y_true, found.y_pred])
+    if labels.min() < 0 or (job.n_classes and labels.max() >= job.n_classes) or len(set(found.uris)) < len(found.uris):
+        raise ValueError("a label has no class, or an image occurs twice")
 
 
 def open_finished(path: str | Path) -> RunFolder:
@@ -268,18 +289,6 @@ def _append(path: Path, results: Iterable[JobResult]) -> None:
 
 def _to_lines(results: Iterable[JobResult]) -> str:
     return "".join(json.dumps(one.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for one in results)
-
-
-def _parse(content: bytes) -> Any:
-    """Return strict JSON; raises `ValueError` also for NaN and infinities, which we never write."""
-    try:
-        return json.loads(content, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        raise ValueError("expected JSON, found something else") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
 
 
 def _cell(value: Any) -> Any:

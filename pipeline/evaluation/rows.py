@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
+from pipeline.spec import aliases_of
 
 _CHUNK = 4096
 
@@ -150,7 +151,7 @@ def stands_for(files: Sequence[CacheFile], name: str) -> Sequence[str]:
     """Return the layers that a name or alias (``stages``) stands for in `files`; an unknown name is returned as is."""
     if any(name in file.layers for file in files):
         return [name]
-    return next((file.request["aliases"][name] for file in files if name in file.request.get("aliases", {})), [name])
+    return next((found for file in files if (found := aliases_of(file.request).get(name))), [name])
 
 
 def require_finite(layer: Layer) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import CacheError, CacheFile, Catalog, Rows, check_twins, same_rows
+from features_cache import CacheError, CacheFile, Catalog, DamagedCacheError, Rows, check_twins, same_rows
 from pipeline.backbones.known import recall
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import DECODE_POLICY, LayerSpec, Request
+from pipeline.spec import DECODE_POLICY, LayerSpec, Request, aliases_of
 
 
 def rows_of(images: ImageSource) -> Rows:
@@ -28,14 +28,31 @@ def rows_of(images: ImageSource) -> Rows:
 
 
 def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
-    """Return the cache files in `folder` that hold images of this source; raises as `check_twins`."""
+    """Return the cache files in `folder` that hold images of this source.
+
+    Raises as `check_twins`, and `DamagedCacheError` if a file does not say how its layers were extracted.
+    """
     try:
         files = Catalog(folder).files
     except CacheError:  # nothing usable yet; a damaged file of the name that is needed is refused later
         return []
-    files = [file for file in files if file.handles.get("location") == images.location]
-    check_twins(files)
-    return files
+    found = [file for file in files if file.handles.get("location") == images.location]
+    for file in found:
+        _check(file)
+    check_twins(found)
+    return found
+
+
+def _check(file: CacheFile) -> None:
+    try:
+        for info in file.layers.values():
+            LayerSpec.from_json(info.spec)
+        if "backbone" not in file.handles:
+            raise ValueError("the key 'backbone' is missing")
+    except ValueError as error:
+        raise DamagedCacheError(
+            f"{file.path} does not say how its layers were extracted: {error}; delete it and extract again"
+        ) from error
 
 
 def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:
@@ -47,7 +64,7 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
     alike = _alike(files, request)
     found: dict[str, CacheFile] = {}
     for alias in request.layers:
-        names = next((file.request["aliases"][alias] for file in alike if alias in file.request["aliases"]), None)
+        names = next((known for file in alike if (known := aliases_of(file.request).get(alias))), None)
         if names is None:
             return None
         for name in names:
@@ -78,7 +95,7 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
         file
         for file in files
         if asked.items() <= file.request.items()
-        and (known.heads < 2 or file.request["aliases"].get("logits") == ["logits"])  # else the first head's alone
+        and (known.heads < 2 or list(aliases_of(file.request).get("logits", ())) == ["logits"])  # else the first head's alone
         and all(present.items() <= info.spec.items() for info in file.layers.values())
     ]
 

@@ -20,14 +20,9 @@ from PIL import Image
 
 from pipeline.images.augment import changed, parse_augment, random_box, view_generator
 from pipeline.images.decode import Picture, decode
-from pipeline.spec import Preprocessing, View
+from pipeline.spec import INTERPOLATIONS, Preprocessing, View
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 _TORCH_FILTERS = ("bilinear", "bicubic")
 

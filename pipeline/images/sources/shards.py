@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from features_cache import parse_json
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.decode import has_image_header
 from pipeline.images.sources.folder import SPLIT_WORDS, walk
@@ -31,6 +32,19 @@ SHARD_SUFFIX = ".tar"
 
 LABEL_LIMIT = 1 << 20
 """Most bytes of a ``.cls`` or ``.json`` member that holds a label."""
+
+
+READ_LIMIT = 1 << 26
+"""Most bytes that are read at once from a shard while it is listed: a forged header may ask for any number."""
+
+
+class _BoundedReader(BufferedReader):
+    """A file that raises `tarfile.ReadError` where more than `READ_LIMIT` bytes are asked for at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > READ_LIMIT:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Extent(NamedTuple):
@@ -101,7 +115,7 @@ def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
     others: Counter[str] = Counter()
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with _BoundedReader(FileIO(shard)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member, info in _plain_members(archive):
                 suffix = ending_of(member.rpartition("/")[2])
                 if suffix in IMAGE_SUFFIXES or _has_image_header(archive, info, suffix):
@@ -202,8 +216,8 @@ def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix:
     try:
         if suffix == ".cls":
             return data.decode().strip()
-        document = json.loads(data)
-    except (ValueError, RecursionError):
+        document = parse_json(data)
+    except ValueError:
         raise SourceError(f"{expected}, found neither text nor JSON") from None
     value = document.get("label") if isinstance(document, dict) else None
     if value is not None and not isinstance(value, int | float | str):
