@@ -481,8 +481,11 @@ def use_tiny_zoo() -> None:
         def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
             return Preprocessing((8, 8), 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
-        def classifier(self, name: str, module: nn.Module) -> str | None:
-            return "fc"
+        def weights_paths(self, name: str, tag: str) -> list[Path]:
+            return []
+
+        def classifiers(self, name: str, module: nn.Module) -> tuple[str, ...]:
+            return ("fc",)
 
     torch.set_num_threads(1)
     registry.ZOOS["tiny"] = TinyZoo()

@@ -95,7 +95,7 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
         file
         for file in files
         if asked.items() <= file.request.items()
-        and (known.heads < 2 or list(aliases_of(file.request).get("logits", ())) == ["logits"])  # else the first head's alone
+        and (known.heads < 2 or aliases_of(file.request).get("logits") == ["logits"])  # else of the first head alone
         and all(present.items() <= info.spec.items() for info in file.layers.values())
     ]
 
