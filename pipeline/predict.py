@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -21,9 +21,9 @@ from pipeline.backbones.network_file import TunedModel, describe_network, is_net
 from pipeline.errors import EngineError, resumable
 from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
-from pipeline.images.sources.registry import open_source
+from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Prediction, Progress
-from pipeline.spec import LayerSpec
+from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec
 
 WORTH_KEEPING = 1000
 """Features of more images than this are kept in `KEPT_FOLDER` if no folder was named."""
@@ -86,6 +86,9 @@ def predict(
     notes: list[str] = []
     with _cache_folder(source, output, notes) as folder:
         files = []
+        if any(spec.decode != DECODE_POLICY for *_, spec in layers):
+            layers = [layer._replace(spec=_of_todays_rules(layer.spec)) for layer in layers]
+            notes += _misread(open_source(source))
         for backbone, size, spec in layers:
             precision = _available_precision(spec.precision, engine, device, notes)
             results = extract(
@@ -126,6 +129,19 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
         _Layer(str(request.get("backbone")), request.get("size"), spec)
         for request, spec in zip(requests, saved.specs, strict=True)
     ]
+
+
+def _of_todays_rules(spec: LayerSpec) -> LayerSpec:
+    """Return the features to ask for instead of those of older decoding rules; see `pipeline.spec.DECODE_POLICY`."""
+    return replace(spec, decode=DECODE_POLICY) if spec.decode in range(1, DECODE_POLICY) else spec
+
+
+def _misread(images: ImageSource) -> Iterator[str]:
+    if any(item.uri.lower().endswith(REDECODED) for item in images.items):
+        yield (
+            "the model was trained by older decoding rules, which misread grey TIFFs of more than 8 bits: "
+            "train it again if it saw such images"
+        )
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:

@@ -10,7 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from features_cache import CacheFile
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
@@ -21,10 +24,21 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
 NO_AUGMENT = "none"
-DECODE_POLICY = 1
-"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
+DECODE_POLICY = 2
+"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels.
+
+2 differs from 1 in TIFFs alone: grey ones whose samples are wider than 8 bits follow their tags. Features that were
+made by 1 are kept for all other images (`pipeline.extraction.fill`).
+"""
+REDECODED = (".tif", ".tiff")
+"""How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+
+
+def is_outdated(file: CacheFile) -> bool:
+    """Tell whether the images of a cache file were decoded by other rules than today's."""
+    return any(info.spec.get("decode") != DECODE_POLICY for info in file.layers.values())
 
 
 def canonical_json(value: Any) -> str:

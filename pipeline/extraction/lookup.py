@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from features_cache import CacheError, CacheFile, Catalog, Rows, same_rows
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import DECODE_POLICY, LayerSpec, Request
+from pipeline.spec import LayerSpec, Request, is_outdated
 
 
 def rows_of(images: ImageSource) -> Rows:
@@ -56,25 +57,32 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
 
 def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
     """Return the precision of a file of the same request, with which ``auto`` continues."""
-    specs = [info.spec for file in _alike(files, request) for info in file.layers.values()]
+    alike = sorted(_same_request(files, request), key=is_outdated)
+    specs = [info.spec for file in alike for info in file.layers.values()]
     return specs[0]["precision"] if specs else None
 
 
 def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
-    """Return the files of the same request, apart from its layers, whose images were decoded by the present rules."""
+    """Return the files of the same request, apart from its layers, whose images were decoded by today's rules."""
+    return [file for file in _same_request(files, request) if not is_outdated(file)]
+
+
+def _same_request(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
     asked = request.to_json()
     del asked["layers"]
-    return [
-        file
-        for file in files
-        if asked.items() <= file.request.items()
-        and all(info.spec["decode"] == DECODE_POLICY for info in file.layers.values())
-    ]
+    return [file for file in files if asked.items() <= file.request.items()]
 
 
 def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
-    """Return the file that was made for exactly these features, filled or not."""
-    return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
+    """Return the file that was made for exactly these features, filled or not; else one with older decoding rules."""
+    fingerprints = [spec.fingerprint, *older_fingerprints(spec)]
+    holds = [(file, info.fingerprint) for file in files for info in file.layers.values()]
+    return next((file for one in fingerprints for file, found in holds if found == one), None)
+
+
+def older_fingerprints(spec: LayerSpec) -> list[str]:
+    """Return the fingerprints of the same features under older decoding rules, the latest first."""
+    return [replace(spec, decode=decode).fingerprint for decode in reversed(range(1, spec.decode))]
 
 
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:

@@ -12,7 +12,7 @@ from pipeline.errors import ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.lookup import find_answer, find_holder, is_complete
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import LayerSpec, Request, fingerprint_of
+from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Destination:
 
     def has_all_of(self, file: CacheFile) -> bool:
         """Tell whether nothing is left to do for `file`: it has exactly these rows, and none of `asked` is pending."""
-        return not self.rehash and is_complete(file, self.rows, self.images.classes, self.asked)
+        return not (self.rehash or is_outdated(file)) and is_complete(file, self.rows, self.images.classes, self.asked)
 
     def find_complete(self, request: Request) -> dict[str, CacheFile] | None:
         """Return the file of each layer of `request`, or None if a layer has none or a file is not complete."""
@@ -74,12 +74,22 @@ def open_files(
 
 
 def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
-    """Open a file that lacks rows, or that was made for other rows."""
+    """Open a file that lacks rows, or that was made for other rows or by older decoding rules.
+
+    The rows of older rules are not carried over: `CacheFiller` copies those that the rules of today leave as they are.
+    """
     extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
-    if same_rows(file, destination.rows, destination.images.classes) and not destination.rehash:
+    carry = not destination.rehash and not is_outdated(file)
+    listing = destination.rows, destination.images.classes
+    if carry and same_rows(file, *listing):
         return CacheWriter.resume(file.path)
-    old = list(file.layers.values()), file.handles, file.request
-    return grow(file.path, destination.rows, destination.images.classes, *old, carry=not destination.rehash)
+    layers = [_of_today(info) for info in file.layers.values()]
+    return grow(file.path, *listing, layers, file.handles, file.request, carry=carry)
+
+
+def _of_today(info: LayerInfo) -> LayerInfo:
+    spec = replace(LayerSpec.from_json(info.spec), decode=DECODE_POLICY)
+    return replace(info, spec=spec.to_json(), fingerprint=spec.fingerprint)
 
 
 def _create(

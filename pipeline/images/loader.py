@@ -81,7 +81,7 @@ def load_images(
     preprocessings: Sequence[Preprocessing],
     batch_size: int,
     workers: int | None = None,
-    known: Callable[[bytes], bool] | None = None,
+    known: Callable[[bytes, bytes], bool] | None = None,
 ) -> Generator[list[LoadedImage], None, None]:
     """Yield the images of `rows` in batches, strictly in order.
 
@@ -100,8 +100,9 @@ def load_images(
     workers : int, optional
         Images that are decoded at once; by default one for each core that this process may use.
     known : callable, optional
-        Tells whether the features of an image exist already, by its digest (16 bytes); such images are not decoded. It
-        is called by one thread at a time, in row order, for each row that could be read and is no duplicate.
+        Tells whether the features of an image exist already, by its digest (16 bytes) and its file's bytes; such images
+        are not decoded. It is called by one thread at a time, in row order, for each row that could be read and is no
+        duplicate.
 
     Yields
     ------
@@ -125,7 +126,7 @@ class _Loading:
         source: ImageSource,
         preprocessings: Sequence[Preprocessing],
         workers: int,
-        known: Callable[[bytes], bool] | None,
+        known: Callable[[bytes, bytes], bool] | None,
     ) -> None:
         self._source, self._preprocessings, self._known = source, preprocessings, known
         self._decoding = Semaphore(workers)
@@ -139,16 +140,16 @@ class _Loading:
         try:
             data = self._source.read(self._source.items[row])
             digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
-        except UnreadableImageError as error:
+        except (UnreadableImageError, MemoryError) as error:
             with self._turn(position):
-                return LoadedImage(row, failure=str(error))
+                return LoadedImage(row, failure=_reason(error))
         except BaseException:
             with self._turn(position):  # those behind it wait for theirs
                 raise
         with self._turn(position):
             if digest in self._first:
                 return LoadedImage(row, digest, duplicate_of=self._first[digest])
-            if self._known is not None and self._known(digest):
+            if self._known is not None and self._known(digest, data):
                 return LoadedImage(row, digest)
             self._first[digest] = row
         with self._decoding:
@@ -170,8 +171,12 @@ class _Loading:
             return LoadedImage(row, digest, prepare_all(data, self._preprocessings))
         except UnreadableImageError as error:
             return LoadedImage(row, digest, failure=str(error))
-        except MemoryError:
-            return LoadedImage(row, failure="not enough memory")
+        except MemoryError as error:
+            return LoadedImage(row, failure=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return "not enough memory" if isinstance(error, MemoryError) else str(error)
 
 
 def _with_failed_duplicates(images: Iterable[LoadedImage]) -> Iterator[LoadedImage]:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.images.augment import changed, parse_augment, random_box, view_generator
-from pipeline.images.decode import Picture, decode
+from pipeline.images.decode import Picture, as_array, decode
 from pipeline.spec import Preprocessing, View
 
 _FILTERS = {
@@ -123,8 +123,11 @@ def _resize_whole(image: Image.Image, size: tuple[int, int], filter_name: str) -
     from torch import from_numpy
     from torch.nn.functional import interpolate
 
-    channels_last = from_numpy(np.array(image)).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = interpolate(channels_last, size=size, mode=filter_name, antialias=True)
+    channels_last = from_numpy(as_array(image)).unsqueeze(0).permute(0, 3, 1, 2)
+    try:
+        resized = interpolate(channels_last, size=size, mode=filter_name, antialias=True)
+    except RuntimeError as error:  # torch's word for a lack of memory, the only thing that can fail here
+        raise MemoryError(str(error)) from error
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from unicodedata import normalize
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.decode import has_image_header
+from pipeline.images.formats import has_image_header
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}

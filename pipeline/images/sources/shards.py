@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.decode import has_image_header
+from pipeline.images.formats import has_image_header
 from pipeline.images.sources.folder import SPLIT_WORDS, walk
 from pipeline.images.sources.items import (
     FOREIGN_SUFFIXES,
