@@ -219,7 +219,7 @@ def _wide_to_rgb(image: Image.Image, white: int | None) -> tuple[Image.Image, bo
     def values_of(band: Image.Image) -> np.ndarray:
         values = np.asarray(band)
         if values.dtype.kind == "f":
-            return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+            return np.nan_to_num(values.astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         return values.view(np.uint32) if unsigned and values.dtype == np.int32 else values
 
     extremes = [(values.min(), values.max()) for values in (values_of(band) for _, band in _bands(image))]
@@ -235,7 +235,10 @@ def _wide_to_rgb(image: Image.Image, white: int | None) -> tuple[Image.Image, bo
 
     def convert(band: Image.Image) -> Image.Image:
         values = values_of(band)
-        grey = np.rint(np.clip((values - black) / span * 255, 0, 255)).astype(np.uint8)
+        scaled = values - black  # float64, changed in place: each copy would take as much memory again
+        scaled /= span
+        scaled *= 255
+        grey = np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
         if tags.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
             grey = 255 - grey
         if "transparency" in image.info:  # the one transparent level of a 16-bit PNG, which Pillow does not apply

@@ -157,7 +157,7 @@ def needed_memory(image: Image.Image, size: tuple[int, int]) -> int:
     (width, height), stored = image.size, _STORED_BYTES.get(image.mode, 4)
     tiles = image.tile if isinstance(image, ImageFile) else []
     codec = str(tiles[0][0]) if tiles else ""
-    decoder = max(_DECODER_BYTES.get(name, 0) for name in (codec, image.format))
+    decoder = max(_DECODER_BYTES.get(name, 0) for name in (codec, image.format or ""))
     needed = width * (height * max(8, stored + 4, stored + decoder) + 16) + 40 * height
     if isinstance(image, JpegImageFile):  # a file of several scans: all coefficients, of 2 bytes
         across, down = (max(layer[axis] for layer in image.layer) for axis in (1, 2))
