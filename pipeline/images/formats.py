@@ -112,7 +112,7 @@ _READERS: dict[bytes, Reader] = {
     **{b"P%d" % kind: PpmImageFile for kind in range(1, 7)},
 }
 _AVIF_BRANDS = {b"ftypavif", b"ftypavis", b"ftypmif1", b"ftypmsf1"}
-_START_LENGTH = 16
+START_LENGTH = 16
 """Bytes that tell the format; a RIFF file names its kind in bytes 8 to 12."""
 
 
@@ -125,13 +125,13 @@ def reader_of(start: bytes) -> Reader | None:
 
 def is_tiff(data: bytes) -> bool:
     """Tell whether a file is a TIFF by its first bytes."""
-    return reader_of(data[:_START_LENGTH]) is TiffImageFile
+    return reader_of(data[:START_LENGTH]) is TiffImageFile
 
 
 def has_image_header(file: BinaryIO) -> bool:
     """Tell whether the header of an open file is that of a known image; the pixels are not read."""
     try:
-        start = file.read(_START_LENGTH)
+        start = file.read(START_LENGTH)
         reader = reader_of(start)
         if reader is None or (start.startswith(b"RIFF") and start[8:12] != b"WEBP"):  # its reader would read all of it
             return False
