@@ -68,6 +68,7 @@ def finetune(
     precision: str = "auto",
     store: str = "float32",
     size: int | None = None,
+    white: int | None = None,
     engine: str = "auto",
     device: str = "auto",
     workers: int | None = None,
@@ -103,7 +104,7 @@ def finetune(
         Write the network that was trained with the most shots to this file; ties go to the higher validation accuracy.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
-    store, size, engine, device, workers
+    store, size, white, engine, device, workers
         As for extraction.
     progress : callable, optional
         ``progress(done, total, text, latest losses)``.
@@ -141,7 +142,7 @@ def finetune(
     notes: list[str] = []
     setup = TrainingSetup(
         source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,
-        engine, device, workers, progress or silent, say or notes.append,
+        white, engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     results: list[FinetuneResult] = []
     predictions: list[Predictions] = []

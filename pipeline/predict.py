@@ -100,6 +100,7 @@ def predict(
                 precision=precision,
                 store=spec.store,
                 size=size,
+                white=spec.preprocessing.white,
                 engine=engine,
                 device=device,
                 expect=[spec],

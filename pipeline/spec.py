@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
 
 
+_UNSTATED = ("white", None)
+
+
 def is_outdated(file: CacheFile) -> bool:
     """Tell whether the images of a cache file were decoded by other rules than today's."""
     return any(info.spec.get("decode") != DECODE_POLICY for info in file.layers.values())
@@ -53,8 +56,14 @@ def canonical_json(value: Any) -> str:
 
 
 def json_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass as JSON would read them back, with lists for tuples."""
-    fields: dict[str, Any] = json.loads(canonical_json(asdict(record)))
+    """Return the fields of a dataclass as JSON would read them back, with lists for tuples.
+
+    A white level that is not stated is left out, as in files that are older than this field.
+    """
+    stated = asdict(
+        record, dict_factory=lambda pairs: {key: value for key, value in pairs if (key, value) != _UNSTATED}
+    )
+    fields: dict[str, Any] = json.loads(canonical_json(stated))
     return fields
 
 
@@ -77,6 +86,8 @@ class Preprocessing:
         ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; all but the last are antialiased.
     mean, std : tuple of float
         Of each channel (RGB), on a scale where white is 1.
+    white : int, optional
+        The level that is white in grey images wider than 8 bits, see `pipeline.images.decode.decode`.
     """
 
     size: tuple[int, int]
@@ -84,11 +95,12 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    white: int | None = field(default=None, kw_only=True)
 
     @property
     def geometry(self) -> tuple[Any, ...]:
         """Everything that decides about the pixels; networks of equal geometry can share them."""
-        return self.size, self.resize, self.interpolation
+        return self.size, self.resize, self.interpolation, self.white
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
@@ -107,7 +119,7 @@ class View(Preprocessing):
 
     Parameters
     ----------
-    size, resize, interpolation, mean, std
+    size, resize, interpolation, mean, std, white
         As in `Preprocessing`.
     augment : str
         ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
@@ -160,7 +172,7 @@ class LayerSpec:
     @property
     def fingerprint(self) -> str:
         """Digest of all fields, 32 hex characters."""
-        return fingerprint_of(asdict(self))
+        return fingerprint_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; `from_json` is its inverse."""
@@ -193,6 +205,8 @@ class Request:
         What the augmented view is made of, as in `View`.
     view : int, optional
         Number of the augmented view; None for plain images.
+    white : int, optional
+        As in `Preprocessing`.
     """
 
     backbone: str
@@ -204,6 +218,7 @@ class Request:
     weights_file: str | None = None
     augment: str = NO_AUGMENT
     view: int | None = None
+    white: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""

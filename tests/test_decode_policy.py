@@ -12,9 +12,11 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from features_cache import Catalog, open_cache, verify
+from pipeline.backbones.network_file import describe_network
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
 from pipeline.extraction.extractor import FeatureExtractor
+from pipeline.finetune import finetune
 from pipeline.fit import fit
 from pipeline.predict import predict
 from pipeline.spec import DECODE_POLICY, LayerSpec
@@ -145,3 +147,59 @@ def test_old_models_still_predict(old_cache: Callable[..., Path], tmp_path: Path
     assert {item.state for item in report.predictions} == {"done"}
     told = [note for note in report.notes if "decoding rules" in note]
     assert len(told) == bool(tiffs)
+
+
+# -- The white level ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dim_photos(make_photos: Callable[..., Path]) -> Path:
+    """Photos, of which six use 12 of 16 bits."""
+    photos, generator = make_photos(), np.random.default_rng(4)
+    for class_name in ("red", "blue"):
+        for number in range(3):
+            pixels = generator.integers(0, 4_096, (40, 40), dtype=np.uint16)
+            Image.fromarray(pixels).save(photos / class_name / f"wide{number}.png")
+    return photos
+
+
+def test_images_that_keep_few_grey_levels_are_counted(dim_photos: Path, tmp_path: Path) -> None:
+    (result,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", **OPTIONS)
+    (note,) = result.notes
+    assert note.startswith("6 grey images wider than 8 bits use less than a quarter")
+    (stated,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", white=4_095, **OPTIONS)
+    assert (stated.notes, stated.computed, stated.path == result.path) == ([], 30, False)
+    (again,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", white=4_095, **OPTIONS)
+    assert (again.computed, again.path) == (0, stated.path)
+    (plain,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", **OPTIONS)
+    assert (plain.computed, plain.path) == (0, result.path)
+
+
+def test_a_white_level_that_is_not_stated_is_no_part_of_the_fingerprint(dim_photos: Path, tmp_path: Path) -> None:
+    (plain,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", **OPTIONS)
+    (stated,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", white=4_095, **OPTIONS)
+    specs = [open_cache(one.path).layers["layer1"].spec for one in (plain, stated)]
+    assert "white" not in specs[0]["preprocessing"]
+    assert specs[1]["preprocessing"] == specs[0]["preprocessing"] | {"white": 4_095}
+    assert "white" not in open_cache(plain.path).request
+
+
+def test_a_model_predicts_with_the_white_level_that_it_was_trained_with(dim_photos: Path, tmp_path: Path) -> None:
+    (stated,) = extract(dim_photos, [NETWORK], output=tmp_path / "cache", white=4_095, **OPTIONS)
+    fit(stated.path, layers=["layer1"], save=tmp_path / "model.skops")
+    report = predict(tmp_path / "model.skops", dim_photos, tmp_path / "kept", engine="torch")
+    assert report.notes == []
+    (kept,) = (tmp_path / "kept").glob("*.h5")
+    np.testing.assert_allclose(
+        open_cache(kept).matrix("layer1"), open_cache(stated.path).matrix("layer1"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_fine_tuning_with_a_white_level_keeps_it_in_the_network(dim_photos: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "tuned.safetensors"
+    finetune(
+        dim_photos, NETWORK, freeze="layer3", epochs=1, size=32, white=4_095, engine="torch", precision="fp32",
+        save=saved, output=tmp_path / "cache",
+    )  # fmt: skip
+    assert describe_network(saved).scores.preprocessing.white == 4_095
+    assert {item.state for item in predict(saved, dim_photos, engine="torch").predictions} == {"done"}

@@ -85,7 +85,7 @@ def list_backbones(pattern: str = "") -> list[BackboneRow]:
     return rows
 
 
-def load_backbone(name: str, size: int | None = None) -> Backbone:
+def load_backbone(name: str, size: int | None = None, white: int | None = None) -> Backbone:
     """Load a network by name.
 
     Parameters
@@ -95,6 +95,8 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
         saved fine-tuned network, the result has the classes that it was fine-tuned to.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
+    white : int, optional
+        As in `pipeline.spec.Preprocessing`; a fine-tuned network brings its own.
 
     Raises
     ------
@@ -120,7 +122,7 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     label, tag = weights, None
     if not (weights.startswith(RANDOM) or weights.endswith(SUFFIXES)):
         label = tag = _tag(bare, weights, tags)
-    preprocessing = _resized(zoo.preprocessing(bare, tag), size)
+    preprocessing = replace(_resized(zoo.preprocessing(bare, tag), size), white=white)
     if tag is not None:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
     elif weights.startswith(RANDOM):

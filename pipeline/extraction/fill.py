@@ -72,6 +72,8 @@ class CacheFiller:
         (n,) bool, the rows asked for that were pending at the start.
     computed : int
         Rows whose features were computed and written so far.
+    few_levels : int
+        Rows among these whose images lost most grey levels, see `pipeline.images.decode.FEW_LEVELS`.
     """
 
     def __init__(self, writer: CacheWriter, engine: Engine, asked: BoolArray, on_error: str, clock: Clock) -> None:
@@ -82,7 +84,7 @@ class CacheFiller:
         self.pending = np.zeros(writer.cache.n_rows, bool)
         self.pending[writer.pending()] = True
         self.pending &= asked
-        self.computed = 0
+        self.computed = self.few_levels = 0
         folder: Path = writer.cache.path.parent
         specs = [LayerSpec.from_json(info.spec) for info in layers.values()]
         fingerprints = zip(*([spec.fingerprint, *older_fingerprints(spec)] for spec in specs), strict=True)
@@ -127,6 +129,7 @@ class CacheFiller:
         computed = [image for image in images if image.pixels is not None]
         self._write(computed, dict(zip(self.writer.cache.layers, arrays, strict=True)))
         self.computed += len(computed)
+        self.few_levels += sum(image.few_levels for image in computed)
         self._write_copies(images)
         self._write_failures(images)
         self._clock.spend("disk", began)

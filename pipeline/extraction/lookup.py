@@ -70,7 +70,9 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
 def _same_request(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
     asked = request.to_json()
     del asked["layers"]
-    return [file for file in files if asked.items() <= file.request.items()]
+    return [
+        file for file in files if asked.items() <= file.request.items() and file.request.get("white") == request.white
+    ]
 
 
 def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits,
         "store": setup.store,
         "backbone": backbone.name,
         "weights": backbone.weights_digest,
-        "preprocessing": asdict(backbone.preprocessing),
+        "preprocessing": json_fields(backbone.preprocessing),
         "device": data.resolved.device,
         "seed": seed,
         "n_classes": len(table.classes),

@@ -52,8 +52,10 @@ class LoadedImage:
         An earlier row with the same bytes, which was decoded.
     failure : str, optional
         Why the image cannot be read or decoded, in a few words.
+    few_levels : bool
+        Whether it lost most grey levels, see `pipeline.images.decode.FEW_LEVELS`.
 
-    An image with none of the last three is known: the caller said so of its digest.
+    An image with neither pixels nor an original nor a failure is known: the caller said so of its digest.
     """
 
     row: int
@@ -61,6 +63,7 @@ class LoadedImage:
     pixels: tuple[np.ndarray, ...] | None = None
     duplicate_of: int | None = None
     failure: str | None = None
+    few_levels: bool = False
 
     @property
     def known(self) -> bool:
@@ -168,7 +171,8 @@ class _Loading:
 
     def _decode(self, row: int, digest: bytes, data: bytes) -> LoadedImage:
         try:
-            return LoadedImage(row, digest, prepare_all(data, self._preprocessings))
+            prepared = prepare_all(data, self._preprocessings)
+            return LoadedImage(row, digest, prepared.pixels, few_levels=prepared.few_levels)
         except UnreadableImageError as error:
             return LoadedImage(row, digest, failure=str(error))
         except MemoryError as error:

@@ -55,23 +55,32 @@ def prepare(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     UnreadableImageError
         With a short reason; see `pipeline.images.decode.decode`.
     """
-    return prepare_all(data, [preprocessing])[0]
+    return prepare_all(data, [preprocessing]).pixels[0]
 
 
-def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> tuple[np.ndarray, ...]:
+class Prepared(NamedTuple):
+    """One image as several networks' inputs, and whether it lost most grey levels (`decode.FEW_LEVELS`)."""
+
+    pixels: tuple[np.ndarray, ...]
+    few_levels: bool
+
+
+def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> Prepared:
     """Return what `prepare` gives for each of `preprocessings`.
 
-    The bytes are decoded once for each JPEG reduction, and preprocessings of equal geometry share one array.
+    The bytes are decoded once for each JPEG reduction and white level. Preprocessings of equal geometry share one
+    array.
     """
-    pictures: dict[int, Picture] = {}
+    pictures: dict[tuple[int, int | None], Picture] = {}
     prepared: dict[tuple[Any, ...], np.ndarray] = {}
     for preprocessing in preprocessings:
         if preprocessing.geometry not in prepared:
-            floor = jpeg_floor(preprocessing)
-            if floor not in pictures:
-                pictures[floor] = decode(data, floor)
-            prepared[preprocessing.geometry] = _prepared(pictures[floor], preprocessing, data)
-    return tuple(prepared[preprocessing.geometry] for preprocessing in preprocessings)
+            how = jpeg_floor(preprocessing), preprocessing.white
+            if how not in pictures:
+                pictures[how] = decode(data, *how)
+            prepared[preprocessing.geometry] = _prepared(pictures[how], preprocessing, data)
+    pixels = tuple(prepared[preprocessing.geometry] for preprocessing in preprocessings)
+    return Prepared(pixels, any(picture.few_levels for picture in pictures.values()))
 
 
 def _prepared(picture: Picture, preprocessing: Preprocessing, data: bytes) -> np.ndarray:
