@@ -175,7 +175,7 @@ JSON = Option("json", FLAG, "Print one JSON document on stdout.", default=False,
 SIZE_HELP = "Side of the network's input, in pixels; default: the backbone's own."
 CLASSES_HELP = "Give every class the same weight, whatever its number of images."
 SIZE = crossed("size", whole(), SIZE_HELP)
-WHITE = Option("white", whole(), "Level that is white in grey images wider than 8 bits, such as 4095 for 12 bits.")
+WHITE = crossed("white", whole(), "Level that is white in grey images wider than 8 bits, such as 4095 for 12 bits.")
 STORE = crossed("store", choice(*STORES), "Number type of the features on disk.", "float32")
 WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)
 ENGINE = once("engine", choice(*ENGINES), "What runs the network.", "auto")
