@@ -34,8 +34,6 @@ REDECODED = (".tif", ".tiff")
 """How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
-
-
 _UNSTATED = ("white", None)
 
 

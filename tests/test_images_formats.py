@@ -228,6 +228,14 @@ def test_a_bitmap_in_an_icon_is_not_larger_than_icons_are() -> None:
         decode(icon(16, 16, bitmap))
 
 
+def test_a_small_tiff_of_one_huge_tile_is_refused() -> None:
+    tags = [(256, 32), (257, 32), (258, 8), (259, 5), (262, 1), (277, 1), (322, 1 << 16), (323, 1 << 16)]
+    tags += [(324, 8), (325, 4)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    with pytest.raises(UnreadableImageError, match="MiB, more than"):
+        decode(b"II*\0" + struct.pack("<I", 12) + bytes(4) + struct.pack("<H", len(tags)) + entries + bytes(4))
+
+
 def test_the_file_counts_too() -> None:
     rows = (MEMORY_LIMIT // 8 - 1_000_000) // 10_000
     data = png_header(10_000, rows, 8, 2)

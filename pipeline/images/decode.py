@@ -235,7 +235,7 @@ def _wide_to_rgb(image: Image.Image, white: int | None) -> tuple[Image.Image, bo
 
     def convert(band: Image.Image) -> Image.Image:
         values = values_of(band)
-        scaled = values - black  # float64, changed in place: each copy would take as much memory again
+        scaled = np.subtract(values, black, dtype=np.float64)  # changed in place: each copy would take as much again
         scaled /= span
         scaled *= 255
         grey = np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)
