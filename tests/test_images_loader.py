@@ -24,7 +24,7 @@ import pipeline.images.decode
 import pipeline.images.loader
 from pipeline.errors import UnreadableImageError
 from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load_images
-from pipeline.images.resize import Prepared
+from pipeline.images.resize import PreparedImage
 from pipeline.images.sources.items import ImageSource, Item
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
@@ -273,7 +273,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         pipeline.images.loader,
         "prepare_all",
-        lambda data, wanted: Prepared((go.wait(20) and np.zeros((4, 5, 3), np.uint8),), few_levels=False),
+        lambda data, wanted: PreparedImage((go.wait(20) and np.zeros((4, 5, 3), np.uint8),), few_levels=False),
     )
     begun: set[int] = set()
     limit = max(MIN_READERS, workers) + workers

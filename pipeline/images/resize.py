@@ -58,14 +58,14 @@ def prepare(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     return prepare_all(data, [preprocessing]).pixels[0]
 
 
-class Prepared(NamedTuple):
+class PreparedImage(NamedTuple):
     """One image as several networks' inputs, and whether it lost most grey levels (`decode.FEW_LEVELS`)."""
 
     pixels: tuple[np.ndarray, ...]
     few_levels: bool
 
 
-def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> Prepared:
+def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> PreparedImage:
     """Return what `prepare` gives for each of `preprocessings`.
 
     The bytes are decoded once for each JPEG reduction and white level. Preprocessings of equal geometry share one
@@ -80,7 +80,7 @@ def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> Prepare
                 pictures[how] = decode(data, *how)
             prepared[preprocessing.geometry] = _prepared(pictures[how], preprocessing, data)
     pixels = tuple(prepared[preprocessing.geometry] for preprocessing in preprocessings)
-    return Prepared(pixels, any(picture.few_levels for picture in pictures.values()))
+    return PreparedImage(pixels, any(picture.few_levels for picture in pictures.values()))
 
 
 def _prepared(picture: Picture, preprocessing: Preprocessing, data: bytes) -> np.ndarray:
