@@ -86,7 +86,7 @@ def grow(
     path : str or Path
         An existing file.
     rows, classes, layers, handles, request
-        As for `CacheWriter.create`; the layers must be those of the old file.
+        As for `CacheWriter.create`; the layers must be those of the old file if its rows are carried over.
     carry : bool, default True
         Carry rows over, see `match_rows`. If False, every row is pending until its image has been read.
     digests : ndarray of uint8, shape (n, 16), optional
@@ -102,7 +102,7 @@ def grow(
     path = Path(path)
     with locking(path) as lock:
         old = open_cache(path)
-        if [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
+        if carry and [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
             raise CacheError(f"{path} holds other layers than the requested ones; make a new file for them")
         temporary = temporary_path(path)
         build_file(temporary, rows, classes, layers, handles, request)

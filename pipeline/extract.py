@@ -8,7 +8,7 @@ never imports torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -45,6 +45,7 @@ def extract(
     precision: str = "auto",
     store: str = "float32",
     size: int | None = None,
+    white: int | None = None,
     engine: str = "auto",
     device: str = "auto",
     batch_size: int | None = None,
@@ -82,6 +83,9 @@ def extract(
         Dtype on disk.
     size : int, optional
         Side of the square network input, pixels; the backbone's own by default.
+    white : int, optional
+        The level that is white in grey images wider than 8 bits, such as 4095 where 16-bit files hold 12 bits. By
+        default 65,535, or what the tags of a TIFF say.
     engine, device : str, default "auto"
         What computes the features; they differ by rounding only.
     batch_size, workers : int, optional
@@ -133,7 +137,7 @@ def extract(
     found: dict[str, list[CacheFile | CacheFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
     for name in dict.fromkeys(backbones):
-        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
+        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name), white=white)
         requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
         found[name], missing = [], []
         for request in requests:
@@ -164,8 +168,17 @@ def extract(
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
-    notes = images.notes + bring_up_to_date(destination, list(map(_file_of, parts)))
+    few_levels = _few_levels(max((filler.few_levels for filler in fillers), default=0))
+    notes = [*images.notes, *few_levels, *bring_up_to_date(destination, list(map(_file_of, parts)))]
     return [_result(part, notes, seconds, clock) for part in parts]
+
+
+def _few_levels(count: int) -> Iterator[str]:
+    if count:
+        yield (
+            f"{count} grey images wider than 8 bits use less than a quarter of the range up to 65,535, so few grey "
+            "levels are left of them: if they hold 10, 12 or 14 bits, set white to 1023, 4095 or 16383"
+        )
 
 
 def _file_of(part: CacheFile | CacheFiller) -> CacheFile:

@@ -70,6 +70,7 @@ def finetune(
     precision: str = "auto",
     store: str = "float32",
     size: int | None = None,
+    white: int | None = None,
     engine: str = "auto",
     device: str = "auto",
     workers: int | None = None,
@@ -106,7 +107,7 @@ def finetune(
         validation accuracy.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
-    store, size, engine, device, workers
+    store, size, white, engine, device, workers
         As for extraction.
     progress : callable, optional
         ``progress(done, total, text, latest losses)``.
@@ -145,7 +146,7 @@ def finetune(
     notes: list[str] = []
     setup = TrainingSetup(
         open_source(source), backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision,
-        store, size, engine, device, workers, progress or silent, say or notes.append,
+        store, size, white, engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     results: list[FinetuneResult] = []
     predictions: list[Predictions] = []

@@ -175,6 +175,7 @@ JSON = Option("json", FLAG, "Print one JSON document on stdout.", default=False,
 SIZE_HELP = "Side of the network's input, in pixels; default: the backbone's own."
 CLASSES_HELP = "Give every class the same weight, whatever its number of images."
 SIZE = crossed("size", whole(), SIZE_HELP)
+WHITE = crossed("white", whole(), "Level that is white in grey images wider than 8 bits, such as 4095 for 12 bits.")
 STORE = crossed("store", choice(*STORES), "Number type of the features on disk.", "float32")
 WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)
 ENGINE = once("engine", choice(*ENGINES), "What runs the network.", "auto")
@@ -196,6 +197,7 @@ EXTRACT = (
     crossed("precision", choice(*PRECISIONS), "auto is bf16 if the hardware supports it.", "auto"),
     STORE,
     SIZE,
+    WHITE,
     once("batch-size", whole(), "Images per forward pass; auto suits the machine.", auto=True),
     WORKERS,
     once("on-error", choice("skip", "stop"), "What to do when an image is unreadable.", "skip"),
@@ -255,6 +257,7 @@ FINETUNE = (
     crossed("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
     replace(STORE, help="Number type of the cached activations."),
     SIZE,
+    WHITE,
     WORKERS,
     ENGINE,
     DEVICE,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Prediction, Progress
-from pipeline.spec import LayerSpec
+from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec
 
 WORTH_KEEPING = 1000
 """Features of more images than this are kept in `KEPT_FOLDER` if no folder was named."""
@@ -88,6 +88,9 @@ def predict(
     used, layers = _load(model)
     images = open_source(source)  # once, so that all layers are of the same images
     notes: list[str] = []
+    if any(spec.decode != DECODE_POLICY for *_, spec in layers):
+        layers = [layer._replace(spec=_of_todays_rules(layer.spec)) for layer in layers]
+        notes += _misread(images)
     with _cache_folder(images, output, notes) as folder:
         paths = []
         for backbone, size, spec in layers:
@@ -101,6 +104,7 @@ def predict(
                 precision=precision,
                 store=spec.store,
                 size=size,
+                white=spec.preprocessing.white,
                 engine=engine,
                 device=device,
                 expect=[spec],
@@ -130,6 +134,19 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
     return saved, [
         _Layer(request["backbone"], request["size"], spec) for request, spec in zip(requests, saved.specs, strict=True)
     ]
+
+
+def _of_todays_rules(spec: LayerSpec) -> LayerSpec:
+    """Return the features to ask for instead of those of older decoding rules; see `pipeline.spec.DECODE_POLICY`."""
+    return replace(spec, decode=DECODE_POLICY) if spec.decode in range(1, DECODE_POLICY) else spec
+
+
+def _misread(images: ImageSource) -> Iterator[str]:
+    if any(item.uri.lower().endswith(REDECODED) for item in images.items):
+        yield (
+            "the model was trained by older decoding rules, which misread grey TIFFs of more than 8 bits: "
+            "train it again if it saw such images"
+        )
 
 
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.results import from_json
+
+if TYPE_CHECKING:
+    from features_cache import CacheFile
 
 R = TypeVar("R")
 
@@ -28,10 +31,23 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 NO_AUGMENT = "none"
 LONGEST_SIDE = 4096
 """Longest side of a network's input, in pixels: a forged size must not take all memory."""
-DECODE_POLICY = 1
-"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
+DECODE_POLICY = 2
+"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels.
+
+2 differs from 1 in TIFFs alone: grey ones whose samples are wider than 8 bits follow their tags. Features that were
+made by 1 are kept for all other images (`pipeline.extraction.fill`).
+"""
+REDECODED = (".tif", ".tiff")
+"""How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+_UNSAID = {"white": None, "heads": 1}
+"""Fields that are newer than files without them, and their values there."""
+
+
+def is_outdated(file: CacheFile) -> bool:
+    """Tell whether the images of a cache file were decoded by other rules than today's."""
+    return any(info.spec.get("decode") != DECODE_POLICY for info in file.layers.values())
 
 
 def canonical_json(value: Any) -> str:
@@ -46,8 +62,14 @@ def canonical_json(value: Any) -> str:
 
 
 def json_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass as JSON would read them back, with lists for tuples."""
-    fields: dict[str, Any] = json.loads(canonical_json(asdict(record)))
+    """Return the fields of a dataclass as JSON would read them back, with lists for tuples.
+
+    Newer fields are left out where they say what older files mean, so that fingerprints stay the same.
+    """
+    said = asdict(
+        record, dict_factory=lambda pairs: {key: one for key, one in pairs if key not in _UNSAID or _UNSAID[key] != one}
+    )
+    fields: dict[str, Any] = json.loads(canonical_json(said))
     return fields
 
 
@@ -78,6 +100,8 @@ class Preprocessing:
         ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; all but the last are antialiased.
     mean, std : tuple of float
         Of each channel (RGB), on a scale where white is 1.
+    white : int, optional
+        The level that is white in grey images wider than 8 bits, see `pipeline.images.decode.decode`.
     """
 
     size: tuple[int, int]
@@ -85,11 +109,12 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    white: int | None = field(default=None, kw_only=True)
 
     @property
     def geometry(self) -> tuple[Any, ...]:
         """Everything that decides about the pixels; networks of equal geometry can share them."""
-        return self.size, self.resize, self.interpolation
+        return self.size, self.resize, self.interpolation, self.white
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
@@ -115,7 +140,7 @@ class View(Preprocessing):
 
     Parameters
     ----------
-    size, resize, interpolation, mean, std
+    size, resize, interpolation, mean, std, white
         As in `Preprocessing`.
     augment : str
         ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
@@ -176,8 +201,7 @@ class LayerSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary; `from_json` is its inverse."""
-        fields = json_fields(self)
-        return fields if self.heads > 1 else {key: item for key, item in fields.items() if key != "heads"}
+        return json_fields(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
@@ -209,6 +233,8 @@ class Request:
         What the augmented view is made of, as in `View`.
     view : int, optional
         Number of the augmented view; None for plain images.
+    white : int, optional
+        As in `Preprocessing`.
     """
 
     backbone: str
@@ -220,6 +246,7 @@ class Request:
     weights_file: str | None = None
     augment: str = NO_AUGMENT
     view: int | None = None
+    white: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""

@@ -177,9 +177,7 @@ def test_layers_are_found_by_name_and_by_alias_however_they_were_asked_for(
     assert paths(["stages"]) == first | second
     assert paths(["logits"]) == second
     assert [layer.name for layer in select(Catalog(cache), ["stages", "logits"])] == [*names, "fc"]
-    monkeypatch.setattr(
-        "pipeline.extraction.lookup.DECODE_POLICY", 0
-    )  # as if other rules had held when the files were made
+    monkeypatch.setattr("pipeline.spec.DECODE_POLICY", 0)  # as if other rules had held when the files were made
     with pytest.raises(TypeError, match="NoneType"):
         paths(["stages"])
 

@@ -233,20 +233,31 @@ def test_members_are_taken_by_their_header_and_the_others_are_counted(tmp_path: 
 @pytest.mark.parametrize(
     "stems", [("2024.05.01", "2024.05.02"), ("set v1.0", "set v1.1"), ("d.x/s0.25_a", "d.x/s0.25_b")]
 )
-@pytest.mark.parametrize("ending", [".cls", ".json"])
-def test_names_with_dots_keep_their_own_labels(tmp_path: Path, stems: tuple[str, str], ending: str) -> None:
+@pytest.mark.parametrize("extension", [".cls", ".json"])
+def test_names_with_dots_keep_their_own_labels(tmp_path: Path, stems: tuple[str, str], extension: str) -> None:
     first, second = stems
-    labels = {".cls": (b"cat", b"dog"), ".json": (b'{"label": "cat"}', b'{"label": "dog"}')}[ending]
+    labels = {".cls": (b"cat", b"dog"), ".json": (b'{"label": "cat"}', b'{"label": "dog"}')}[extension]
     members = [
         (first + ".jpg", b"x"),
         (second + ".jpg", b"y"),
-        (first + ending, labels[0]),
-        (second + ending, labels[1]),
+        (first + extension, labels[0]),
+        (second + extension, labels[1]),
     ]
     expected = {f"x.tar/{first}.jpg": "cat", f"x.tar/{second}.jpg": "dog"}
     assert labels_of(write_tar(tmp_path / "x.tar", *members)) == expected
     alone = write_tar(tmp_path / "y.tar", *members[:3])
     assert labels_of(alone) == {f"y.tar/{first}.jpg": "cat", f"y.tar/{second}.jpg": ""}, "no label of another image"
+
+
+def test_images_that_a_label_of_their_sample_does_not_reach_are_named(tmp_path: Path) -> None:
+    members = [("d/000.left.jpg", b"x"), ("d/000.target.cls", b"cat"), ("001.jpg", b"y"), ("002.left.jpg", b"z")]
+    source = open_source(write_tar(tmp_path / "x.tar", *members, ("002.json", b"{}")))
+    assert {item.label for item in source.items} == {-1}
+    (note,) = source.notes
+    assert note == (
+        "1 images such as x.tar/d/000.left.jpg have no label, though a label has the same name up to the first dot: "
+        "if it is theirs, call it 000.cls"
+    )
 
 
 @pytest.mark.parametrize("names", [("1.cls", "1.cls"), ("1.a.cls", "1.b.cls")])

@@ -12,7 +12,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.spec import Request, aliases_of, fingerprint_of
+from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,12 @@ def fit_key(fit: Fit, features: Features, source: str) -> str:
 
 
 def listing_digest(images: ImageSource) -> str:
-    """Return a digest of a source's classes and items; an image counts by its name, size and time of change."""
-    return fingerprint_of([images.classes, images.items])
+    """Return a digest of a source's classes and items; an image counts by its name, size and time of change.
+
+    Decoding rules count only where they can differ, so that all other results outlive them.
+    """
+    redecoded = any(item.uri.lower().endswith(REDECODED) for item in images.items)
+    return fingerprint_of([images.classes, images.items, *([DECODE_POLICY] if redecoded else [])])
 
 
 def finetune_key(job: Finetune, source: str, listing: str) -> str:

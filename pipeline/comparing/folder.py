@@ -37,8 +37,8 @@ class JobResult:
     """The result of one job, as `fit` or `finetune` returned it, and what the comparison adds.
 
     `key` says what the result depends on, see `pipeline.invalidation`; `n_classes` is 0 in run folders made before it
-    was kept. `precision`, `store`, `size` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`, and
-    `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
+    was kept. `precision`, `store`, `size`, `white` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`,
+    and `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
     fine-tune, as the plan names them, without backbone and freeze, and `weights` is the digest of those it began with,
     None in older run folders.
     """
@@ -50,6 +50,7 @@ class JobResult:
     precision: str | None = None
     store: str | None = None
     size: tuple[int, int] | None = None
+    white: int | None = None
     drop_leaks: bool = False
     depth: int | None = None
     options: dict[str, OptionValue] = field(default_factory=dict)
@@ -59,8 +60,8 @@ class JobResult:
         """Return the line of `results.jsonl`: the result's own keys, and what a comparison adds."""
         own = to_json(self)
         result = own.pop("result")
-        of_heads = ("precision", "store", "size", "drop_leaks", "depth")
-        kept = ("options", "weights") if self.result.kind == FINETUNE else of_heads
+        of_head = ("precision", "store", "size", "white", "drop_leaks", "depth")
+        kept = ("options", "weights") if self.result.kind == FINETUNE else of_head
         return {**{name: own[name] for name in ("key", "source", "n_classes")}, **result, **{k: own[k] for k in kept}}
 
     @classmethod

@@ -90,7 +90,7 @@ def _extract(comparison: Comparison, group: Sequence[Extraction]) -> None:
     images = comparison.images[first.source]
     asked, how = first.request, first.line.how() | {"output": comparison.cache(first.line)}
     backbones = [extraction.request.backbone for extraction in group]
-    settings: dict[str, Any] = {"precision": asked.precision, "store": asked.store, "size": asked.size}
+    settings: dict[str, Any] = {name: getattr(asked, name) for name in ("precision", "store", "size", "white")}
     progress = _prefixed(comparison.progress, "extract ")
     results = extract(images, backbones, asked.layers, asked.pool, progress=progress, **settings, **how)
     _note_costs(comparison.folder, comparison.names[first.source], asked.size, results)
@@ -166,6 +166,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
             precision=spec["precision"],
             store=spec["store"],
             size=tuple(spec["preprocessing"]["size"]),
+            white=spec["preprocessing"].get("white"),
             drop_leaks=options.get("drop_leaks", False),
             depth=depth_of.get(result.layer),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
-from pipeline.spec import aliases_of
+from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
 _CHUNK = 4096
 
@@ -123,6 +124,7 @@ def select(
     FitError
         If joined files have different classes, or nothing is extracted yet.
     """
+    catalog, older = _by_todays_rules(catalog)
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
     tables: dict[tuple[CacheFile, ...], Table] = {}
     selected = []
@@ -131,10 +133,40 @@ def select(
         files = [catalog.find(layer=name, **narrowed) for name in names]
         key = tuple(dict.fromkeys(files))
         if key not in tables:
-            tables[key] = _tabulate(key)
+            table = _tabulate(key)
+            tables[key] = replace(table, notes=(*table.notes, *older, *_misread(key)))
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
     return selected
+
+
+def _by_todays_rules(catalog: Catalog) -> tuple[Catalog, list[str]]:
+    """Leave out files of older decoding rules if one of today's has the same layers; name those in notes."""
+    made_for = {file: [_apart_from_rules(file, info) for info in file.layers.values()] for file in catalog.files}
+    of_today = {key: file for file, keys in made_for.items() if not is_outdated(file) for key in keys}
+    replaced = {
+        file: of_today[keys[0]] for file, keys in made_for.items() if is_outdated(file) and of_today.keys() >= set(keys)
+    }
+    narrowed = copy.copy(catalog)
+    narrowed.files = [file for file in catalog.files if file not in replaced]
+    return narrowed, [
+        f"{old.path.name} is not read: {new.path.name} has its layers by today's decoding rules"
+        for old, new in replaced.items()
+    ]
+
+
+def _apart_from_rules(file: CacheFile, info: LayerInfo) -> str:
+    return canonical_json([file.handles, {**info.spec, "decode": None}])
+
+
+def _misread(files: Sequence[CacheFile]) -> Iterator[str]:
+    """Name the TIFFs that older decoding rules may have misread."""
+    uris = {uri for file in files if is_outdated(file) for uri in file.uris[file.states == DONE].tolist()}
+    if tiffs := sum(uri.lower().endswith(REDECODED) for uri in uris):
+        yield (
+            f"{tiffs} TIFFs were decoded by older rules, which misread grey ones of more than 8 bits: "
+            "run the same extract again"
+        )
 
 
 def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | None) -> list[str]:

@@ -59,7 +59,7 @@ class FeatureExtractor:
         claim_process()
         first = requests[0]
         self.requests = requests
-        self.backbone: Backbone = load_backbone(first.backbone, first.size)
+        self.backbone: Backbone = load_backbone(first.backbone, first.size, first.white)
         self.layers = resolve_layers(self.backbone, first.layers)
         self._resolved = _resolved(requests, files, engine, device)
         self._pool, self._batch_size = first.pool, batch_size or self._resolved.batch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from features_cache import CacheError, CacheFile, Catalog, DamagedCacheError, Rows, check_twins, same_rows
 from pipeline.backbones.known import recall
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import DECODE_POLICY, LayerSpec, Request, aliases_of
+from pipeline.spec import LayerSpec, Request, aliases_of, is_outdated
 
 
 def rows_of(images: ImageSource) -> Rows:
@@ -77,7 +78,8 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
 
 def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
     """Return the precision of a file of the same request, with which ``auto`` continues."""
-    specs = [info.spec for file in _alike(files, request) for info in file.layers.values()]
+    alike = sorted(_same_request(files, request), key=is_outdated)
+    specs = [info.spec for file in alike for info in file.layers.values()]
     return specs[0]["precision"] if specs else None
 
 
@@ -86,23 +88,36 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
 
     There are none if the weights behind the backbone's name may have changed since they were last loaded.
     """
-    asked, known = request.to_json(), recall(request.backbone, request.size)
-    del asked["layers"]
+    known = recall(request.backbone, request.size)
     if known is None:
         return []
-    present = {"decode": DECODE_POLICY, "weights_digest": known.weights_digest}
     return [
         file
-        for file in files
-        if asked.items() <= file.request.items()
+        for file in _same_request(files, request)
+        if not is_outdated(file)
         and (known.heads < 2 or aliases_of(file.request).get("logits") == ["logits"])  # else of the first head alone
-        and all(present.items() <= info.spec.items() for info in file.layers.values())
+        and all(info.spec["weights_digest"] == known.weights_digest for info in file.layers.values())
+    ]
+
+
+def _same_request(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
+    asked = request.to_json()
+    del asked["layers"]
+    return [
+        file for file in files if asked.items() <= file.request.items() and file.request.get("white") == request.white
     ]
 
 
 def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
-    """Return the file that was made for exactly these features, filled or not."""
-    return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
+    """Return the file that was made for exactly these features, filled or not; else one with older decoding rules."""
+    fingerprints = [spec.fingerprint, *older_fingerprints(spec)]
+    holds = [(file, info.fingerprint) for file in files for info in file.layers.values()]
+    return next((file for one in fingerprints for file, found in holds if found == one), None)
+
+
+def older_fingerprints(spec: LayerSpec) -> list[str]:
+    """Return the fingerprints of the same features under older decoding rules, the latest first."""
+    return [replace(spec, decode=decode).fingerprint for decode in reversed(range(1, spec.decode))]
 
 
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:

@@ -29,7 +29,7 @@ from pipeline.errors import ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.lookup import find_answer, find_holder, is_complete
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import LayerSpec, Request, fingerprint_of
+from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Destination:
 
     def has_all_of(self, file: CacheFile) -> bool:
         """Tell whether nothing is left to do for `file`: it has exactly these rows, and none of `asked` is pending."""
-        return not self.rehash and is_complete(file, self.rows, self.images.classes, self.asked)
+        return not (self.rehash or is_outdated(file)) and is_complete(file, self.rows, self.images.classes, self.asked)
 
     def find_complete(self, request: Request) -> dict[str, CacheFile] | None:
         """Return the file of each layer of `request`, or None if a layer has none or a file is not complete."""
@@ -95,20 +95,29 @@ def open_files(
 
 
 def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
-    """Open a file that lacks rows, or that was made for other rows."""
+    """Open a file that lacks rows, or that was made for other rows or by older decoding rules.
+
+    The rows of older rules are not carried over: `CacheFiller` copies those that the rules of today leave as they are.
+    """
     extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
-    if destination.has_rows_of(file) and not destination.rehash:
+    carry = not destination.rehash and not is_outdated(file)
+    if carry and destination.has_rows_of(file):
         writer = CacheWriter.resume(file.path)
         if destination.has_rows_of(writer.cache):  # another process may have replaced the file before it was locked
             return writer
         writer.close()
-    return _grow(file, destination, carry=not destination.rehash)
+    return _grow(file, [_of_today(info) for info in file.layers.values()], destination, carry=carry)
 
 
-def _grow(file: CacheFile, destination: Destination, **how: Any) -> CacheWriter:
+def _grow(file: CacheFile, layers: Sequence[LayerInfo], destination: Destination, **how: Any) -> CacheWriter:
     """Replace a file by one for the rows of `destination`; `how` as for `features_cache.grow`."""
-    layers, handles, request = list(file.layers.values()), file.handles, file.request
-    return grow(file.path, destination.rows, destination.images.classes, layers, handles, request, **how)
+    listing = destination.rows, destination.images.classes
+    return grow(file.path, *listing, layers, file.handles, file.request, **how)
+
+
+def _of_today(info: LayerInfo) -> LayerInfo:
+    spec = replace(LayerSpec.from_json(info.spec), decode=DECODE_POLICY)
+    return replace(info, spec=spec.to_json(), fingerprint=spec.fingerprint)
 
 
 def _create(
@@ -159,7 +168,7 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
                 continue  # another process has replaced it since this run began, and may know a later listing
             if not _is_behind(file, extracted[0], digests):
                 continue
-            with _grow(file, destination, digests=digests) as writer:
+            with _grow(file, list(file.layers.values()), destination, digests=digests) as writer:
                 pending = len(writer.pending())
             drop_redundant(file.path)
         except CacheError as error:

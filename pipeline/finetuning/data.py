@@ -54,6 +54,7 @@ class TrainingSetup:
     precision: str
     store: str
     size: int | None
+    white: int | None
     engine: str
     device: str
     workers: int | None
@@ -95,7 +96,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     """
     recipe = setup.recipe
     resolved = resolve(setup.engine, setup.device, setup.precision)
-    backbone = load_backbone(setup.backbone, setup.size)
+    backbone = load_backbone(setup.backbone, setup.size, setup.white)
     line, read = line_of(backbone, setup.freeze), top_input(backbone)
     pooled = read._replace(layout="vector")
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
@@ -162,6 +163,7 @@ def _extract(
         precision=precision,
         store=setup.store,
         size=setup.size,
+        white=setup.white,
         engine=setup.engine,
         device=setup.device,
         workers=setup.workers,
@@ -188,7 +190,8 @@ def _folder(setup: TrainingSetup, layer: str, pool: str) -> Path:
 
 def _request(setup: TrainingSetup, layer: str, pool: str) -> Request:
     digest = weights_file_digest(setup.backbone)
-    return Request(setup.backbone, (layer,), pool, setup.precision, setup.store, setup.size, digest)
+    settings = setup.precision, setup.store, setup.size, digest
+    return Request(setup.backbone, (layer,), pool, *settings, white=setup.white)
 
 
 def _announce_size(setup: TrainingSetup, plain: Request, dim: int, precision: str) -> None:
