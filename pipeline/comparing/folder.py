@@ -165,6 +165,8 @@ class RunFolder:
         columns: dict[str, Any] = {"uris": predictions.uris, "y_true": predictions.y_true, "y_pred": predictions.y_pred}
         if predictions.probability is not None:
             columns["probability"] = predictions.probability.astype(np.float32)
+        if predictions.groups is not None and predictions.groups.any():
+            columns["groups"] = predictions.groups
         with _explained(self.path, "write"):
             with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
@@ -186,7 +188,8 @@ class RunFolder:
         file = self._predictions_file(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
-                return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                columns = (stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                return Predictions(*columns, groups=stored.get("groups"))
         except RunFolderError:
             raise
         except Exception as error:  # damaged bytes make numpy's reader raise nearly anything

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
-from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.intervals import accuracy_interval
 from pipeline.reporting.charts.theme import MARKERS, Theme, short
 from pipeline.results import FitResult
 
@@ -30,8 +30,10 @@ def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
     """Return the line through mean accuracies, with Wilson's intervals, of results by position and then by seed."""
     seeds = [[result.accuracy for result in group] for group in results.values()]
     means = [float(np.mean(accuracies)) for accuracies in seeds]
-    tests = [group[0].n_test for group in results.values()]
-    intervals = [wilson(round(mean * n), n) for mean, n in zip(means, tests, strict=True)]
+    intervals = [
+        accuracy_interval(mean, group[0].n_test, group[0].n_effective)
+        for mean, group in zip(means, results.values(), strict=True)
+    ]
     return Line(label, list(results), means, intervals, [group[0].layer for group in results.values()], seeds)
 
 
