@@ -61,6 +61,11 @@ class FitReport:
     best: int
     saved: Path | None
 
+    @property
+    def may_be_best(self) -> set[tuple[str, str, int | str]]:
+        """Layers, heads and numbers of shots that may be the best at these shots, over all seeds; see `may_be_best`."""
+        return {(one.layer, one.head, one.shots) for one in self.summary or self.results if one.in_best_set}
+
 
 def fit(
     cache: str | Path | Catalog,
