@@ -16,7 +16,7 @@ from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
 from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.paired import Against, compare_runs
+from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
@@ -28,7 +28,8 @@ from pipeline.results import Progress, silent
 class CompareReport:
     """What a run folder holds after a comparison.
 
-    `answer` says in sentences what the results show, and `against` what changed since another run, if one was named.
+    `answer` says in sentences what the results show, `best_sets` which methods may be the best, one record for each
+    source and number of labels, and `against` what changed since another run, if one was named.
     `computed` results are new, `reused` ones were there before; `seconds` is the duration of this call, and `files` has
     the paths of the results, the table and the report.
     """
@@ -36,6 +37,7 @@ class CompareReport:
     results: list[JobResult]
     failures: list[Failure]
     answer: list[str]
+    best_sets: list[BestSet]
     against: Against | None
     computed: int
     reused: int
@@ -175,6 +177,7 @@ def _summarise(comparison: Comparison, other: RunFolder | None, started: float) 
         results=results,
         failures=comparison.failures,
         answer=[sentence for one in answers for sentence in (f"{one.headline}.", *one.sentences)],
+        best_sets=[found for one in answers for found in one.best_sets.values()],
         against=None if other is None else compare_runs(other, folder),
         computed=comparison.computed,
         reused=len(results) - comparison.computed,

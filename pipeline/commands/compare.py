@@ -31,7 +31,7 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
     if as_json:
         print_json(vars(report) | {"results": [result.to_json() for result in report.results]})
     else:
-        print_table(score_table(report.results))
+        print_table(score_table(report.results, report.best_sets))
         click.echo("\n" + "\n".join(report.answer))
         click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
         for line in against_lines(report.against):

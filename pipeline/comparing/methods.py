@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from pipeline.comparing.folder import HEAD, JobResult, OptionValue
-from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.intervals import accuracy_interval
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult
 
@@ -98,6 +98,11 @@ class MethodScore:
         return self.first.result.n_test
 
     @property
+    def n_groups(self) -> int | None:
+        """Number of groups of these, each image without a group being one; None in old run folders."""
+        return self.first.result.n_groups
+
+    @property
     def accuracy(self) -> float:
         """Mean accuracy over seeds."""
         return fmean(self.accuracies)
@@ -109,8 +114,8 @@ class MethodScore:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the mean accuracy, for the number of test images of one seed."""
-        return wilson(round(self.accuracy * self.n_test), self.n_test)
+        """Wilson's 95 % interval of the mean accuracy, for the test images of one seed and their groups."""
+        return accuracy_interval(self.accuracy, self.n_test, self.first.result.n_effective)
 
     def mean(self, name: str) -> float | None:
         """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""

@@ -200,6 +200,38 @@ def mcnemar(right_a: BoolArray, right_b: BoolArray, clusters: IntArray | None = 
     return min(1.0, 2.0 * float(chances[: fewer + 1].sum()))
 
 
+def smallest_difference(n: float, disagreement: float, comparisons: int = 1, power: float = 0.8) -> float:
+    """Return the smallest difference of two accuracies that a paired test at 5 % finds with this power.
+
+    This is the usual formula for McNemar's test (Connor 1987). Two models that differ by a share d disagree on a share
+    d of the rows or more; where `disagreement` is less than the result would be, the result is taken for it.
+
+    Parameters
+    ----------
+    n : float
+        Number of test rows; of rows in groups, what `effective_rows` makes of them.
+    disagreement : float
+        Share of the rows on which one model is right and the other is not.
+    comparisons : int, default 1
+        Number of tests planned, each then at 5 % / `comparisons` (Bonferroni's correction).
+    power : float, default 0.8
+
+    Examples
+    --------
+    >>> f"{smallest_difference(400, 0.1):.3f} {smallest_difference(400, 0.1, comparisons=10):.3f}"
+    '0.043 0.056'
+    """
+    z_level = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / comparisons / 2)
+    z_power = NormalDist().inv_cdf(power)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        share = max(disagreement, middle)
+        found = middle * math.sqrt(n) >= z_level * math.sqrt(share) + z_power * math.sqrt(share - middle * middle)
+        low, high = (low, middle) if found else (middle, high)
+    return high
+
+
 def corrected_t_test(differences: Float64Array, n_train: int, n_test: int) -> tuple[float, float]:
     """Compare two models over repeated splits, corrected for their overlap (Nadeau & Bengio 2003).
 
@@ -238,5 +270,10 @@ def corrected_t_test(differences: Float64Array, n_train: int, n_test: int) -> tu
     mean = float(np.mean(differences))
     if np.ptp(differences) < _SAME:
         return (0.0, 1.0) if abs(mean) < _SAME else (math.copysign(math.inf, mean), math.nan)
-    t = mean / math.sqrt(float(np.var(differences, ddof=1)) * (1 / k + n_test / n_train))
+    t = mean / corrected_error(differences, n_train, n_test)
     return t, 2 * float(stdtr(k - 1, -abs(t)))
+
+
+def corrected_error(differences: Float64Array, n_train: int, n_test: int) -> float:
+    """Return the standard error of the mean difference over repeated splits, as `corrected_t_test` has it."""
+    return math.sqrt(float(np.var(differences, ddof=1)) * (1 / len(differences) + n_test / n_train))

@@ -10,14 +10,15 @@ from pipeline.comparing.answer import duration, percent, points
 from pipeline.comparing.estimate import Planned
 from pipeline.comparing.folder import JobResult
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.paired import Against
+from pipeline.comparing.paired import Against, BestSet
 from pipeline.reporting.terminal.tables import rows_table
 
 MOST_ROWS = 12
 
 
-def score_table(results: Sequence[JobResult]) -> Table:
-    """Return the best methods of each source and number of labels, means over seeds."""
+def score_table(results: Sequence[JobResult], best_sets: Sequence[BestSet]) -> Table:
+    """Return the most accurate methods of each source and number of labels, means over seeds."""
+    among = {(one.source, one.shots): one.methods for one in best_sets}
     rows = []
     for board in leaderboards(results):
         for shots in reversed(board.shots):
@@ -27,10 +28,12 @@ def score_table(results: Sequence[JobResult]) -> Table:
                 low, high = score.interval
                 interval = f"{100 * low:.1f}–{100 * high:.1f}"
                 seconds = duration(score.mean("seconds") or 0.0)
-                rows.append((board.source, str(shots), score.name, percent(score.accuracy), interval, seconds))
+                known = among.get((board.source, shots))
+                best = "-" if known is None else "yes" if score.name in known else "no"
+                rows.append((board.source, str(shots), score.name, percent(score.accuracy), interval, best, seconds))
             if len(scores) > most:
-                rows.append(("", "", f"… and {len(scores) - most} more", "", "", ""))
-    return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "training"), rows)
+                rows.append(("", "", f"… and {len(scores) - most} more", "", "", "", ""))
+    return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "may be best", "training"), rows)
 
 
 def plan_table(planned: Sequence[Planned]) -> Table:
