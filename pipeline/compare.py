@@ -11,10 +11,18 @@ from pathlib import Path
 from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
 from pipeline.comparing.comparison import Comparison
-from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, plan_finetune, plan_fit
+from pipeline.comparing.estimate import (
+    ACTIVATIONS,
+    Planned,
+    Power,
+    plan_extraction,
+    plan_finetune,
+    plan_fit,
+    plan_power,
+)
 from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
-from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
@@ -85,26 +93,40 @@ def compare(
     return _summarise(comparison, other, started)
 
 
-def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
-    """Check the whole plan and return its jobs with estimates of time and disk space; computes nothing.
+@dataclass(frozen=True)
+class DryRun:
+    """The jobs of a plan, and for each source what its test images will be able to show."""
+
+    jobs: list[Planned]
+    power: list[Power]
+
+
+def dry_run(plan: str | Path, output: str | Path) -> DryRun:
+    """Check the whole plan; return its jobs with estimates of time and disk space, and what it can show.
+
+    Nothing is computed.
 
     Parameters and errors are those of `compare`.
     """
     comparison = _prepare(plan, output, None)
     folder, planned = comparison.folder, []
+    compared: dict[str, list[Fit | Finetune]] = {}
     for extraction, found, jobs in check_plan(comparison):
         images = comparison.images[extraction.source]
         planned.append(plan_extraction(extraction, found, images, folder))
+        compared.setdefault(extraction.source, []).extend(jobs)
         for job in jobs:
             done = found.complete and folder.has(fit_key(job, found, images.name))
             planned.append(plan_fit(job, found, done, images, folder))
     stored: set[tuple[object, ...]] = set()
-    for tune, (_, key) in comparison.finetunes().items():
+    for tune, (line, key) in comparison.finetunes().items():
         images = comparison.images[tune.source]
         activations = (tune.source, *(value for key, value in tune.options if key in ACTIVATIONS))
-        planned.append(plan_finetune(tune, folder.has(key), images, stores=activations not in stored))
+        device, stores = line.how()["device"], activations not in stored
+        planned.append(plan_finetune(tune, folder.has(key), images, device, stores=stores))
         stored.add(activations)
-    return planned
+        compared.setdefault(tune.source, []).append(tune)
+    return DryRun(planned, [plan_power(comparison.images[source], jobs) for source, jobs in compared.items()])
 
 
 def check_plan(comparison: Comparison) -> list[tuple[Extraction, Features, list[Fit]]]:

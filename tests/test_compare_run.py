@@ -31,7 +31,7 @@ from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import best_set, compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.errors import RunFolderError
-from pipeline.evaluation.intervals import corrected_t_test, paired_interval
+from pipeline.evaluation.intervals import corrected_t_test, paired_interval, smallest_difference
 from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
@@ -413,11 +413,30 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
 
 
 def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:
-    planned = dry_run(plan, tmp_path / "new")
+    planned = dry_run(plan, tmp_path / "new").jobs
     assert len(planned) == 1 + 16
     assert planned[0].bytes == 24 * (32 + 3072) * 4, "24 images, float32"
     assert all(job.seconds > 0 and not job.done for job in planned)
-    assert all(job.done for job in dry_run(plan, run))
+    assert all(job.done for job in dry_run(plan, run).jobs)
+
+
+def test_a_dry_run_says_which_differences_the_test_images_can_show(
+    plan: Path, tmp_path: Path, photos: Path, thawline: Thawline
+) -> None:
+    (power,) = dry_run(plan, tmp_path / "new").power
+    assert (power.test_images, power.groups, power.comparisons) == (5, 5, 3), "20 % of 24; 2 layers x 2 heads"
+    assert power.smallest == smallest_difference(5, 0.1)
+    assert power.smallest_of_all == smallest_difference(5, 0.1, comparisons=3)
+    rows = [f"{path},{path.parent.name},{path.stem}" for path in sorted(photos.rglob("*.png"))]
+    (tmp_path / "grouped.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    plan.write_text(plan.read_text().replace(str(photos), "grouped.csv").replace("[[fit]]", "[[fit]]\ncv = 2"))
+    (power,) = dry_run(plan, tmp_path / "new").power
+    assert (power.test_images, power.groups) == (24, 8), "each image is a test image of one fold"
+    out = thawline("compare", plan, "-o", tmp_path / "new", "--dry-run").stdout
+    assert "grouped: about 24 test images. If two methods disagree on 10 % of these, a difference of" in out
+    assert "with all 3 comparisons planned, is found with 80 % power; they come in 8 groups" in out
+    document = thawline("compare", plan, "-o", tmp_path / "new", "--dry-run", "--json").json
+    assert list(document) == ["jobs", "power"]
 
 
 def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> None:

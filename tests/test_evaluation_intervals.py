@@ -17,6 +17,7 @@ from pipeline.evaluation.intervals import (
     mcnemar,
     number_clusters,
     paired_interval,
+    smallest_difference,
     tango,
     wilson,
 )
@@ -126,6 +127,19 @@ def test_intervals_over_groups_cover_where_those_over_rows_fail() -> None:
             held[index] += low <= 0.85 <= high
     assert held[0] / 200 >= 0.92
     assert held[1] / 200 < 0.75
+
+
+@pytest.mark.parametrize(("n", "disagreement", "comparisons"), [(400, 0.1, 1), (400, 0.1, 10), (150, 0.02, 1)])
+def test_the_smallest_difference_is_found_in_80_percent_of_simulations(
+    n: int, disagreement: float, comparisons: int
+) -> None:
+    smallest = smallest_difference(n, disagreement, comparisons)
+    disagreement = max(disagreement, smallest)
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(400):
+        kind = rng.choice(3, n, p=[(disagreement + smallest) / 2, (disagreement - smallest) / 2, 1 - disagreement])
+        found += mcnemar(kind == 0, kind == 1) < 0.05 / comparisons
+    assert 0.7 < found / 400 < 0.88, "the exact test has a little less power than the formula says"
 
 
 def test_rows_are_numbered_by_what_they_belong_to() -> None:

@@ -46,11 +46,13 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
 
 def _print_jobs(plan: str, output: str, as_json: bool) -> None:
     from pipeline.compare import dry_run
-    from pipeline.reporting.terminal.compare_tables import plan_line, plan_table
+    from pipeline.reporting.terminal.compare_tables import plan_line, plan_table, power_line
 
     planned = dry_run(plan, output)
     if as_json:
-        print_json({"jobs": planned})
+        print_json(planned)
         return
-    print_table(plan_table(planned))
-    click.echo(plan_line(planned))
+    print_table(plan_table(planned.jobs))
+    click.echo(plan_line(planned.jobs))
+    for power in planned.power:
+        click.echo(power_line(power))

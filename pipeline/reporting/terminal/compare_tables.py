@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pipeline.comparing.answer import duration, percent, points
-from pipeline.comparing.estimate import Planned
+from pipeline.comparing.estimate import Planned, Power
 from pipeline.comparing.folder import JobResult
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet
@@ -49,6 +49,22 @@ def plan_line(planned: Sequence[Planned]) -> str:
     left = [job for job in planned if not job.done]
     seconds, size = sum(job.seconds for job in left), size_text(sum(job.bytes for job in left)) or "0 MB"
     return f"{len(planned)} jobs, {len(planned) - len(left)} of them done; about {duration(seconds)} and {size} to go"
+
+
+def power_line(power: Power) -> str:
+    """Return which differences the test images of a source can show."""
+    found = f"a difference of {100 * power.smallest:.1f} points"
+    if power.comparisons > 1:
+        found += f", or of {100 * power.smallest_of_all:.1f} with all {power.comparisons} comparisons planned"
+    alike = (
+        f"; they come in {power.groups} groups, and the more the images of a group are alike, the less they show"
+        if power.groups < power.test_images
+        else ""
+    )
+    return (
+        f"{power.source}: about {power.test_images} test images. If two methods disagree on "
+        f"{100 * power.disagreement:.0f} % of these, {found}, is found with 80 % power{alike}"
+    )
 
 
 def against_lines(against: Against | None) -> list[str]:
