@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+
+import numpy as np
 
 from pipeline.comparing.folder import FINETUNE, HEAD, RunInfo
 from pipeline.comparing.methods import Leaderboard, MethodScore, is_validated
 from pipeline.comparing.paired import LEVEL, BestSet, Paired, ReadPredictions, best_set, compare_scores
+from pipeline.evaluation.intervals import CONFIDENCE
+
+FORECAST = (2, 4)
+"""Multiples of the most labels at which accuracy is forecast; further ones were not checked."""
 
 ExtractionTimes = Mapping[tuple[str, str], float]
 """Seconds that the extraction of all images takes, by source and backbone."""
@@ -47,6 +53,7 @@ def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTime
     fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
     if told := [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]:
         sentences.append(f"With fewer labels it reaches {', '.join(told)}.")
+    sentences += _forecast(board, [best])
     if {score.method.kind for score in board.scores.values()} == {HEAD, FINETUNE}:
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
@@ -128,6 +135,7 @@ def _compare_both(
         sentences += _verdict(paired)
         headline = _headline(paired, costs)
     sentences += _say_best(best_sets.get(frozen.shots)) + _crossing(board, frozen, tuned, read)
+    sentences += _forecast(board, [frozen, tuned]) + _overtaking(board, frozen, tuned, paired)
     return Answer(headline, sentences, frozen, tuned, _facts(frozen, tuned, paired), best_sets)
 
 
@@ -223,6 +231,39 @@ def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read:
     known = {shots: paired for shots, paired in found.items() if paired is not None}
     told = [f"{range_text(paired.low, paired.high)} with {_labels(shots)}" for shots, paired in known.items()]
     return [f"By number of labels, fine-tuning is {'; '.join(told)} (95 % intervals for all together)."] if told else []
+
+
+def _forecast(board: Leaderboard, scores: Sequence[MethodScore]) -> list[str]:
+    """Say how accurate each method would be with more labels than the most it has had."""
+    told = []
+    for score in scores:
+        curve = board.curve(score.method)
+        if curve is not None:
+            most = curve.labels[-1]
+            kind = "freezing" if score.method.is_frozen else "fine-tuning"
+            expected = [
+                f"{100 * low:.0f}–{100 * high:.0f} % with {times * most:.0f} labels a class"
+                for times in FORECAST
+                for low, high in [curve.interval(times * most)]
+            ]
+            told.append(f"{kind} would be right in {' and '.join(expected)}")
+    return [f"If the curves over labels go on, {'; '.join(told)} (95 % intervals of the forecast)."] if told else []
+
+
+def _overtaking(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, paired: Paired | None) -> list[str]:
+    """Say whether fine-tuning would overtake the frozen head within the labels that are forecast."""
+    curves = board.curve(frozen.method), board.curve(tuned.method)
+    if curves[0] is None or curves[1] is None or paired is None or paired.low > 0:
+        return []
+    most = max(curve.labels[-1] for curve in curves if curve is not None)
+    labels = np.geomspace(most, FORECAST[-1] * most, 17)
+    ahead = (curves[1].draws(labels.tolist(), seed=1) > curves[0].draws(labels.tolist())).mean(axis=0)
+    if ahead[-1] >= CONFIDENCE:
+        first, last = (labels[np.argmax(ahead >= share)] for share in (LEVEL, CONFIDENCE))
+        return [f"Fine-tuning would overtake between {first:.0f} and {last:.0f} labels a class."]
+    if ahead[-1] <= LEVEL:
+        return [f"Fine-tuning would not overtake up to {labels[-1]:.0f} labels a class."]
+    return [f"Whether fine-tuning would overtake up to {labels[-1]:.0f} labels a class cannot be told from the curves."]
 
 
 def _labels(shots: int | str) -> str:

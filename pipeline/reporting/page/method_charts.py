@@ -84,7 +84,7 @@ def labels_chart(board: Leaderboard) -> Chart | None:
     lines, rows = [], []
     for method in methods[:MOST_LINES]:
         scores = [board.scores[method, shots] for shots in board.shots if (method, shots) in board.scores]
-        labels = [_labels_a_class(score) for score in scores]
+        labels = [score.labels_a_class for score in scores]
         spans = [(min(score.accuracies), max(score.accuracies)) for score in scores]
         means = [score.accuracy for score in scores]
         lines.append(Line(scores[0].name, labels, means, spans, dashed=not method.is_frozen))
@@ -92,7 +92,7 @@ def labels_chart(board: Leaderboard) -> Chart | None:
             (score.name, score.shots, f"{label:.0f}", percent(score.accuracy), *map(percent, span))
             for score, label, span in zip(scores, labels, spans, strict=True)
         ]
-    ticks = sorted({round(_labels_a_class(score)) for score in board.scores.values()})
+    ticks = sorted({round(score.labels_a_class) for score in board.scores.values()})
     with PAGE.figure(WIDTH, HEIGHT) as figure:
         draw_labels(figure.subplots(), lines, {tick: f"{tick:g}" for tick in ticks}, PAGE)
         add_legend(figure)
@@ -194,10 +194,3 @@ def _by_depth(board: Leaderboard) -> dict[str, list[MethodScore]]:
         if len(ordered) > 1 and (name not in backbones or best_of([*backbones[name], *ordered]) in ordered):
             backbones[name] = ordered
     return backbones
-
-
-def _labels_a_class(score: MethodScore) -> float:
-    result = score.first.result
-    return (
-        float(score.shots) if score.shots != "all" else (result.n_train + result.n_val) / max(1, score.first.n_classes)
-    )
