@@ -22,7 +22,7 @@ from scipy.stats import t as t_distribution
 
 from features_cache import CacheLockedError, ThawlineError
 from pipeline.compare import CompareReport, compare, dry_run
-from pipeline.comparing import comparison
+from pipeline.comparing import run as running
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
@@ -268,8 +268,8 @@ def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
     tunes = read_plan(tmp_path / "tunes.toml")
     sources = open_sources(tunes)
     listed: list[Any] = []
-    monkeypatch.setattr(comparison, "listing_digest", lambda images: listed.append(images) or "digest")
-    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    monkeypatch.setattr(running, "listing_digest", lambda images: listed.append(images) or "digest")
+    jobs = running.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
     assert len({key for _, key in jobs.values()}) == 3
     assert listed == list(sources.values())
 
@@ -434,7 +434,7 @@ def test_a_dry_run_says_which_differences_the_test_images_can_show(
     assert (power.test_images, power.groups) == (24, 8), "each image is a test image of one fold"
     out = thawline("compare", plan, "-o", tmp_path / "new", "--dry-run").stdout
     assert "grouped: about 24 test images. If two methods disagree on 10 % of these, a difference of" in out
-    assert "with all 3 comparisons planned, is found with 80 % power; they come in 8 groups" in out
+    assert "with all 3 comparisons planned); they come in 8 groups" in out
     document = thawline("compare", plan, "-o", tmp_path / "new", "--dry-run", "--json").json
     assert list(document) == ["jobs", "power"]
 
@@ -579,6 +579,9 @@ def test_what_may_be_the_best_is_told_by_number_of_labels() -> None:
     assert (best.compared, best.chosen, best.methods) == (3, "logreg on b", ["logreg on b", "knn on b"])
     expected = "Any of these 2 of 3 methods may be the best, and with 95 % confidence no other: logreg on b, knn on b."
     assert expected in found.sentences
+    records = [record(head, head=head, validation_accuracy=1 - right / 20) for head, right in heads.items()]
+    found = answer(leaderboards(records)[0], lambda key: said(np.arange(20) < heads[key]), {})
+    assert "So ridge on b, chosen on validation, is not the best." in found.sentences
     alone = leaderboards([record("a", head="logreg"), record("b", head="knn")])[0]
     separate = {"a": said(np.ones(20, bool)), "b": said(np.ones(20, bool), first=20)}
     assert best_set(alone, "all", separate.__getitem__) is None, "no test image in common"

@@ -202,19 +202,23 @@ def _verdict(paired: Paired) -> list[str]:
 
 
 def _say_best(found: BestSet | None, most: int = 5) -> list[str]:
-    """Say which methods may be the best."""
+    """Say which methods may be the best, and that the chosen one may not where that is so."""
     if found is None:
         return []
-    if len(found.methods) == 1:
-        return [f"With 95 % confidence, {found.methods[0]} is the best of the {found.compared} methods trained here."]
-    if len(found.methods) == found.compared:
-        return [f"Any of the {found.compared} methods may be the best: these test images cannot tell."]
-    more = f" and {len(found.methods) - most} more" if len(found.methods) > most else ""
-    named = ", ".join(found.methods[:most])
-    return [
-        f"Any of these {len(found.methods)} of {found.compared} methods may be the best, and with 95 % confidence no "
-        f"other: {named}{more}."
-    ]
+    n = len(found.methods)
+    if n == found.compared:
+        return [f"Any of the {n} methods may be the best: these test images cannot tell."]
+    more = f" and {n - most} more" if n > most else ""
+    named = f"{', '.join(found.methods[:most])}{more}"
+    if n == 1:
+        sentences = [f"With 95 % confidence, {named} is the best of the {found.compared} methods trained here."]
+    else:
+        sentences = [
+            f"Any of these {n} of {found.compared} methods may be the best, and with 95 % confidence no other: {named}."
+        ]
+    if found.chosen is not None and found.chosen not in found.methods:
+        sentences.append(f"So {found.chosen}, chosen on validation, is not the best.")
+    return sentences
 
 
 def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read: ReadPredictions) -> list[str]:

@@ -53,9 +53,9 @@ def plan_line(planned: Sequence[Planned]) -> str:
 
 def power_line(power: Power) -> str:
     """Return which differences the test images of a source can show."""
-    found = f"a difference of {100 * power.smallest:.1f} points"
+    found = f"a difference of {100 * power.smallest:.1f} points is found with 80 % power"
     if power.comparisons > 1:
-        found += f", or of {100 * power.smallest_of_all:.1f} with all {power.comparisons} comparisons planned"
+        found += f" (of {100 * power.smallest_of_all:.1f} points with all {power.comparisons} comparisons planned)"
     alike = (
         f"; they come in {power.groups} groups, and the more the images of a group are alike, the less they show"
         if power.groups < power.test_images
@@ -63,7 +63,7 @@ def power_line(power: Power) -> str:
     )
     return (
         f"{power.source}: about {power.test_images} test images. If two methods disagree on "
-        f"{100 * power.disagreement:.0f} % of these, {found}, is found with 80 % power{alike}"
+        f"{100 * power.disagreement:.0f} % of these, {found}{alike}"
     )
 
 
