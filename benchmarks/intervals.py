@@ -191,7 +191,8 @@ def opening_errors(n: int, heads: int, tunes: int, draws: int, rng: np.random.Ge
             best_held += (low <= 0.9 <= high) * (index == 1)
         low, high = paired_interval(tuned, frozen)
         better += low > 0 or high < 0
-        shown = (paired_interval(*models(rng, np.full(2, 0.9), n, 0.5), confidence=1 - LEVEL / 4) for _ in range(4))
+        pairs = (models(rng, np.full(2, 0.9), n, 0.5) for _ in range(4))
+        shown = (paired_interval(one, other, confidence=1 - LEVEL / 4) for one, other in pairs)
         ahead += any(low > 0 or high < 0 for low, high in shown)
     row: Row = {
         "test rows": str(n),
@@ -274,8 +275,8 @@ def main(draws: int, curves: tuple[Path, ...]) -> None:
             for alike in (0.05, 0.2):
                 row = {"groups": f"{groups} of {each} rows", "correlation": str(alike)}
                 names = ("accuracy, groups", "accuracy, rows", "difference, groups", "difference, rows")
-                covered = grouped_coverage(groups, each, alike, draws // 4, rng)
-                tables["groups"].append(row | dict(zip(names, covered, strict=True)))
+                shares = grouped_coverage(groups, each, alike, draws // 4, rng)
+                tables["groups"].append(row | dict(zip(names, shares, strict=True)))
         for splits, trained in ((FEWEST_SPLITS, 80), (10, 80), (FEWEST_SPLITS, 20), (10, 20)):
             setting = f"{splits} splits, {trained} of 80 rows trained on, 20 test"
             found = resampled_levels(splits, trained, few, rng)
@@ -294,10 +295,10 @@ def main(draws: int, curves: tuple[Path, ...]) -> None:
     for path in curves:
         forecasts = list(hidden_ends(json.loads(path.read_text())["results"]))
         for times in (2, 4):
-            covered = [held for multiple, held, _ in forecasts if multiple == times]
+            held = [one for multiple, one, _ in forecasts if multiple == times]
             widths = [100 * width for multiple, _, width in forecasts if multiple == times]
-            row = {"curves": path.stem, "labels": f"{times} times", "forecasts": str(len(covered))}
-            row |= {"covered": float(np.mean(covered)), "mean width": f"{np.mean(widths):.1f} points"}
+            row = {"curves": path.stem, "labels": f"{times} times", "forecasts": str(len(held))}
+            row |= {"covered": float(np.mean(held)), "mean width": f"{np.mean(widths):.1f} points"}
             tables["forecasts"].append(row)
     show(tables, draws)
     click.echo(json.dumps(tables))

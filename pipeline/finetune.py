@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.comparisons import best_notes, judge, preference
+from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
@@ -166,7 +166,7 @@ def finetune(
             if destination is not None and best == len(results) - 1:
                 best_network = run.network
             del run  # frees its network before the next run
-    results = judge(results, predictions)
+    results = compare_results(results, predictions)
     if destination is not None and best_network is not None:
         save_finetuned(destination, best_network, data.backbone, data.table.classes, results[best])
     notes = list(dict.fromkeys([*notes, *best_notes(results)]))

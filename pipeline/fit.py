@@ -13,7 +13,7 @@ import numpy as np
 from features_cache import Catalog
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
-from pipeline.evaluation.comparisons import best_notes, judge, preference
+from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.rows import Layer, select
@@ -176,7 +176,7 @@ def fit(
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
-    results = judge(results, predictions)
+    results = compare_results(results, predictions)
     ranks = [preference(one.shots, one.validation_accuracy, index) for index, one in enumerate(results)]
     best = ranks.index(max(ranks))
     if destination is not None:

@@ -107,7 +107,7 @@ def _leads(totals: Float64Array) -> tuple[Float64Array, Float64Array]:
     return found[0], found[1:]
 
 
-def judge(results: Sequence[R], predictions: Sequence[Predictions]) -> list[R]:
+def compare_results(results: Sequence[R], predictions: Sequence[Predictions]) -> list[R]:
     """Return the results with `p_vs_best` and `in_best_set`, see `pipeline.results.FitResult`.
 
     Results of the same test rows and shots are compared with each other, and with no others.
