@@ -123,9 +123,9 @@ class MethodScore:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean accuracy, for other test images and other draws of training images."""
+        """Standard error of the mean of two or more seeds, for other test images and other draws of training images."""
         low, high = self.interval
-        drawn = stdev(self.accuracies) / len(self.accuracies) ** 0.5 if len(self.accuracies) > 1 else 0.0
+        drawn = stdev(self.accuracies) / math.sqrt(len(self.by_seed))
         return math.hypot((high - low) / 2 / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2), drawn)
 
     @property
@@ -160,8 +160,11 @@ class Leaderboard:
         return [score for score in found if kind in (None, score.method.kind)]
 
     def curve(self, method: Method) -> LabelCurve | None:
-        """Return a method's accuracies over numbers of labels, None if there are too few to draw the curve further."""
-        found = [score for (one, _), score in self.scores.items() if one == method]
+        """Return a method's accuracies over numbers of labels, None if there are too few to draw the curve further.
+
+        A number of labels needs two seeds, which tell how much the draw of the training images matters.
+        """
+        found = [score for (one, _), score in self.scores.items() if one == method and len(score.by_seed) > 1]
         if len(found) < FEWEST_POINTS or not all(score.first.n_classes for score in found):  # as in old run folders
             return None
         found.sort(key=lambda score: score.labels_a_class)
