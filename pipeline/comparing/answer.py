@@ -132,7 +132,7 @@ def _compare_both(
     if paired is None:
         headline = "The two cannot be compared: they share no test images"
     else:
-        sentences += _verdict(paired)
+        sentences += _verdict(paired, max(len(frozen.by_seed), len(tuned.by_seed)))
         headline = _headline(paired, costs)
     sentences += _say_best(best_sets.get(frozen.shots)) + _crossing(board, frozen, tuned, read)
     sentences += _forecast(board, [frozen, tuned]) + _overtaking(board, frozen, tuned, paired)
@@ -179,11 +179,14 @@ def _describe(what: str, score: MethodScore, board: Leaderboard, extraction: Ext
     )
 
 
-def _verdict(paired: Paired) -> list[str]:
-    """Say what the difference is, on which rows and seeds, and what varies between seeds."""
+def _verdict(paired: Paired, most_seeds: int) -> list[str]:
+    """Say what the difference is, on which images and seeds, and what varies between seeds.
+
+    `most_seeds` is the larger number of seeds of the two, not all of which they need to share.
+    """
     images = f"{paired.n_images} test images"
     images += f" in {paired.n_groups} groups" if paired.n_groups < paired.n_images else ""
-    seeds = f" and {paired.n_seeds} seeds" if paired.n_seeds > 1 else ""
+    seeds = f" and {paired.n_seeds} seed{'s' if paired.n_seeds > 1 else ''}" if most_seeds > 1 else ""
     sentence = (
         f"On the same {images}{seeds}, fine-tuning was right in {percent(paired.first)} and freezing in "
         f"{percent(paired.second)}: fine-tuning is {range_text(paired.low, paired.high)} (95 % interval, {paired.test})"
@@ -230,7 +233,7 @@ def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read:
     }
     if len(scores) < 2:
         return []
-    confidence = 1 - LEVEL / len(scores)
+    confidence = 1 - (1 - _confidence(board, frozen.shots)) / len(scores)
     found = {shots: compare_scores(*pair, read, confidence=confidence) for shots, pair in scores.items()}
     known = {shots: paired for shots, paired in found.items() if paired is not None}
     told = [f"{range_text(paired.low, paired.high)} with {_labels(shots)}" for shots, paired in known.items()]
