@@ -30,6 +30,7 @@ from pipeline.heads import parallel
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.saved import load_model
 from pipeline.heads.trial import TrialOutcome
+from pipeline.reporting.terminal.tables import fit_table
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -563,6 +564,10 @@ def test_results_on_one_test_set_are_compared_with_the_one_chosen_on_validation(
     assert report.results[0].validation_accuracy > report.results[1].validation_accuracy  # type: ignore[operator]
     assert report.results[0].p_vs_best is None
     assert [result.in_best_set for result in report.results] == [True, False]
+    table = fit_table(report.results)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert (cells["may be best"], cells["p vs chosen"]) == (["yes", "no"], ["-", "<0.001"])
+    assert [row.style for row in table.rows] == ["bold", ""]
     assert report.results[1].p_vs_best == pytest.approx(mcnemar(good.right, bad.right))
     assert report.results[1].p_vs_best < 0.05
     assert any(
@@ -633,6 +638,7 @@ def test_groups_in_test_widen_intervals_and_are_told(make_cache: Make) -> None:
     same = {"dims": {"low": 6, "top": 6}, "features": values, "labels": labels, "splits": splits}
     grouped = fit(make_cache(groups=groups, **same), heads=["centroid"], jobs=1)
     assert any("30 test rows come from 10 groups" in note for note in grouped.notes)
+    assert "train/val/test 51/9/30 in 10 groups" in str(fit_table(grouped.results).title)
     alone = fit(make_cache(name="b/x.h5", **same), heads=["centroid"], jobs=1)
     assert [result.accuracy for result in grouped.results] == [result.accuracy for result in alone.results]
     for with_groups, found, without in zip(grouped.results, grouped.predictions, alone.results, strict=True):
