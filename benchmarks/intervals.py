@@ -203,6 +203,20 @@ def opening_errors(n: int, heads: int, tunes: int, draws: int, rng: np.random.Ge
     return row | {"'it is better'": better / draws, "any of 4 numbers of labels": ahead / draws}
 
 
+def seed_levels(seeds: int, n: int, draws: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Return how often two methods are told apart over seeds on the same n rows, by images and by rows of all seeds.
+
+    Every seed of a method is right on similar images, and all are equally good.
+    """
+    clusters, found = np.tile(np.arange(n), seeds), np.zeros(2)
+    bound = NormalDist().inv_cdf(0.9)
+    for _ in range(draws):
+        image, own, drawn = rng.standard_normal(n), rng.standard_normal((2, 1, n)), rng.standard_normal((2, seeds, n))
+        a, b = (np.sqrt(0.4) * image + np.sqrt(0.4) * own + np.sqrt(0.2) * drawn < bound).reshape(2, -1)
+        found += mcnemar(a, b, clusters) < LEVEL, mcnemar(a, b) < LEVEL
+    return float(found[0] / draws), float(found[1] / draws)
+
+
 def found_power(n: int, disagreement: float, comparisons: int, draws: int, rng: np.random.Generator) -> float:
     """Return how often a difference of the size that is promised with 80 % power is found."""
     gap = smallest_difference(n, disagreement, comparisons)
@@ -282,6 +296,11 @@ def main(draws: int, curves: tuple[Path, ...]) -> None:
             found = resampled_levels(splits, trained, few, rng)
             for name, level in zip(("corrected t", "plain t"), found, strict=True):
                 tables["levels"].append({"test": name, "setting": setting, "told apart": level})
+        for seeds in (2, 5):
+            found = seed_levels(seeds, 300, draws // 4, rng)
+            for name, level in zip(("exact, by images", "exact, by rows of all seeds"), found, strict=True):
+                row = {"test": name, "setting": f"{seeds} seeds on the same 300 rows"}
+                tables["levels"].append(row | {"told apart": level})
         for k in (5, 10, 40):
             for correlation in (0.0, 0.5, 0.9):
                 tables["best sets"].append(best_set_errors(k, correlation, draws // 4, rng))
