@@ -88,7 +88,7 @@ def effective_rows(values: Float64Array, clusters: IntArray | None, confidence: 
     --------
     >>> values = np.repeat([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 10)  # six persons, ten equal photos of each
     >>> f"{effective_rows(values, np.repeat(np.arange(6), 10)):.1f}"
-    '2.9'
+    '3.0'
     """
     n = len(values)
     if clusters is None:
@@ -219,7 +219,7 @@ def smallest_difference(n: float, disagreement: float, comparisons: int = 1, pow
     Examples
     --------
     >>> f"{smallest_difference(400, 0.1):.3f} {smallest_difference(400, 0.1, comparisons=10):.3f}"
-    '0.043 0.056'
+    '0.044 0.057'
     """
     z_level = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / comparisons / 2)
     z_power = NormalDist().inv_cdf(power)
