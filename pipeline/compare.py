@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
+from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.estimate import (
     ACTIVATIONS,
     Planned,
@@ -25,7 +26,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
-from pipeline.comparing.run import Comparison, run
+from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
 from pipeline.provenance import machine
 from pipeline.results import Progress, silent

@@ -22,7 +22,7 @@ from scipy.stats import t as t_distribution
 
 from features_cache import CacheLockedError, ThawlineError
 from pipeline.compare import CompareReport, compare, dry_run
-from pipeline.comparing import run as running
+from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
@@ -268,8 +268,8 @@ def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
     tunes = read_plan(tmp_path / "tunes.toml")
     sources = open_sources(tunes)
     listed: list[Any] = []
-    monkeypatch.setattr(running, "listing_digest", lambda images: listed.append(images) or "digest")
-    jobs = running.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    monkeypatch.setattr(comparison, "listing_digest", lambda images: listed.append(images) or "digest")
+    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
     assert len({key for _, key in jobs.values()}) == 3
     assert listed == list(sources.values())
 

@@ -1,82 +1,24 @@
-"""A comparison in progress: run the jobs that are missing, keep each result at once, and go on after a failure."""
+"""Run the missing jobs: keep each result as soon as it is there, and go on after a failure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features_cache import ThawlineError, open_cache
-from pipeline.comparing.features import Features, depths, find_features, finetune_key, fit_key, listing_digest
+from pipeline.comparing.comparison import Comparison
+from pipeline.comparing.features import Features, depths
 from pipeline.comparing.folder import ExtractionCost, Failure, JobResult, RunFolder
-from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits, rectangles
-from pipeline.comparing.plan import Plan, PlanTable
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
+from pipeline.comparing.plan import PlanTable
 from pipeline.errors import RunFolderError
-from pipeline.images.sources.registry import ImageSource
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
     from pipeline.evaluation.predictions import Predictions
-
-
-@dataclass
-class Comparison:
-    """What a plan asks for, and what of that is done.
-
-    `images` has each source as named in the plan, `features` None for an extraction of which nothing is known yet.
-    `computed` counts the jobs done in this run; `total` those to do in all, including those that fail.
-    """
-
-    plan: Plan
-    folder: RunFolder
-    images: Mapping[str, ImageSource]
-    features: dict[Extraction, Features | None]
-    progress: Progress
-    failures: list[Failure] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    computed: int = 0
-    total: int = 0
-
-    def look_up(self, extraction: Extraction) -> Features | None:
-        """Look up in the cache what is extracted."""
-        return find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
-
-    def cache(self, line: PlanTable) -> Path:
-        """Return the cache folder of a line of the plan."""
-        return Path(line.values.get("output", (self.folder.cache,))[0])
-
-    def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
-        """Return the fits on the features of an extraction, each with its key."""
-        source = self.images[extraction.source].name
-        return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
-
-    def finetunes(self) -> dict[Finetune, tuple[PlanTable, str]]:
-        """Return the fine-tunes, each with its line of the plan and its key."""
-        asked = finetunes(self.plan)
-        listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
-        keys = (finetune_key(job, self.images[job.source].name, listings[job.source]) for _, job in asked)
-        return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
-
-    def is_done(self) -> bool:
-        """Tell whether the folder holds the results of all jobs and no others."""
-        keys = {key for _, key in self.finetunes().values()}
-        for extraction, found in self.features.items():
-            if found is None or not found.complete:
-                return False
-            keys |= set(self.fits(extraction, found).values())
-        return keys == set(self.folder.results) and all(map(self.folder.has, keys))
-
-    def keep(self, result: JobResult, predictions: Predictions) -> None:
-        """Keep a result on disk and report progress."""
-        self.folder.append(result, predictions)
-        self.computed += 1
-        self.report_progress()
-
-    def report_progress(self) -> None:
-        """Report how many jobs are behind us."""
-        self.progress(self.computed + len(self.failures), self.total, "all jobs")
 
 
 def run(comparison: Comparison) -> None:
