@@ -754,7 +754,7 @@ def runs(folder: Path) -> Forge:
     def read(against: Path | None) -> None:
         open_finished(target)
         report = stage.compare(plan, target if against != target else sound, against=against)
-        score_table(report.results)
+        score_table(report.results, report.best_sets)
         against_lines(report.against)
         json.dumps([result.to_json() for result in report.results])
 

@@ -11,12 +11,20 @@ from pathlib import Path
 from pipeline.comparing.answer import answer, extraction_seconds
 from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
 from pipeline.comparing.comparison import Comparison
-from pipeline.comparing.estimate import ACTIVATIONS, Planned, plan_extraction, plan_finetune, plan_fit
+from pipeline.comparing.estimate import (
+    ACTIVATIONS,
+    Planned,
+    Power,
+    plan_extraction,
+    plan_finetune,
+    plan_fit,
+    plan_power,
+)
 from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
-from pipeline.comparing.jobs import Extraction, Fit, extractions, fits
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.paired import Against, compare_runs
+from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
@@ -28,7 +36,8 @@ from pipeline.results import Progress, silent
 class CompareReport:
     """What a run folder holds after a comparison.
 
-    `answer` says in sentences what the results show, and `against` what changed since another run, if one was named.
+    `answer` says in sentences what the results show, `best_sets` which methods may be the best, one record for each
+    source and number of labels, and `against` what changed since another run, if one was named.
     `computed` results are new, `reused` ones were there before; `seconds` is the duration of this call, and `files` has
     the paths of the results, the table and the report.
     """
@@ -36,6 +45,7 @@ class CompareReport:
     results: list[JobResult]
     failures: list[Failure]
     answer: list[str]
+    best_sets: list[BestSet]
     against: Against | None
     computed: int
     reused: int
@@ -83,26 +93,40 @@ def compare(
     return _summarise(comparison, other, started)
 
 
-def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
-    """Check the whole plan and return its jobs with estimates of time and disk space; computes nothing.
+@dataclass(frozen=True)
+class DryRun:
+    """The jobs of a plan, and for each source what its test images will be able to show."""
+
+    jobs: list[Planned]
+    power: list[Power]
+
+
+def dry_run(plan: str | Path, output: str | Path) -> DryRun:
+    """Check the whole plan; return its jobs with estimates of time and disk space, and what it can show.
+
+    Nothing is computed.
 
     Parameters and errors are those of `compare`.
     """
     comparison = _prepare(plan, output, None)
     folder, planned = comparison.folder, []
+    compared: dict[str, list[Fit | Finetune]] = {}
     for extraction, found, jobs in check_plan(comparison):
         images, name = comparison.images[extraction.source], comparison.names[extraction.source]
         planned.append(plan_extraction(extraction, found, len(images.items), name, folder))
+        compared.setdefault(extraction.source, []).extend(jobs)
         for job in jobs:
             done = found.complete and folder.has(fit_key(job, found, name))
             planned.append(plan_fit(job, found, done, images, folder))
     stored: set[tuple[object, ...]] = set()
-    for tune, (_, key) in comparison.finetunes().items():
+    for tune, (line, key) in comparison.finetunes().items():
         images = comparison.images[tune.source]
         activations = (tune.source, *(value for key, value in tune.options if key in ACTIVATIONS))
-        planned.append(plan_finetune(tune, comparison.is_kept(tune, key), images, stores=activations not in stored))
+        device, stores = line.how()["device"], activations not in stored
+        planned.append(plan_finetune(tune, comparison.is_kept(tune, key), images, device, stores=stores))
         stored.add(activations)
-    return planned
+        compared.setdefault(tune.source, []).append(tune)
+    return DryRun(planned, [plan_power(comparison.images[source], jobs) for source, jobs in compared.items()])
 
 
 def check_plan(comparison: Comparison) -> list[tuple[Extraction, Features, list[Fit]]]:
@@ -175,6 +199,7 @@ def _summarise(comparison: Comparison, other: RunFolder | None, started: float) 
         results=results,
         failures=comparison.failures,
         answer=[sentence for one in answers for sentence in (f"{one.headline}.", *one.sentences)],
+        best_sets=[found for one in answers for found in one.best_sets.values()],
         against=None if other is None else compare_runs(other, folder),
         computed=comparison.computed,
         reused=len(results) - comparison.computed,

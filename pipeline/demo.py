@@ -55,16 +55,17 @@ def demo(folder: str | Path = "thawline-demo", progress: Progress | None = None)
 
 
 def _summary(report: FitReport, means: dict[str, float], raw: float) -> str:
-    """Say in words what the curve shows, whether or not it has a peak in the middle."""
+    """Say in words what the curve shows, whether or not the best layers are in the middle."""
     first, *_, last = means
-    peak = max(means, key=means.__getitem__)
-    curve = f"Accuracy: {means[first]:.3f} at {first}, {means[peak]:.3f} at {peak}, {means[last]:.3f} at {last}"
-    against = f"raw pixels give {raw:.3f}"
-    if peak not in (first, last) and means[peak] > raw:
+    kept = report.results[report.best]
+    shown = ", ".join(f"{means[layer]:.3f} at {layer}" for layer in dict.fromkeys((first, kept.layer, last)))
+    curve = f"Accuracy: {shown}"
+    best = [layer for layer in [*means, "input"] if (layer, kept.head, kept.shots) in report.may_be_best]
+    against = f"raw pixels give {raw:.3f}; as far as these test images can tell, the best is among {', '.join(best)}"
+    if not {first, last, "input"} & set(best):
         lesson = "digits are made of strokes, which the middle of the network detects; its end knows objects instead"
     else:
-        lesson = "here the curve has no peak in the middle above the raw pixels"
-    kept = report.results[report.best]
+        lesson = "so the middle of the network is not measurably better here than its ends or the raw pixels"
     low, high = kept.accuracy_ci95
     model = (
         f"The model kept is the best on validation images: {kept.head} on {kept.layer}, {kept.accuracy:.3f} "
@@ -79,7 +80,8 @@ def _draw(report: FitReport, layers: Sequence[Sequence[FitResult]], raw: float, 
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(7, 6))[0]
         top, bottom = right.subfigures(2, 1, squeeze=False, height_ratios=(5, 2))[:, 0]
         axes = left.subplots()
-        line = depth_line("mean over seeds (dots), 95 % interval", dict(enumerate(layers)))
+        words = "mean over seeds (dots), 95 % interval; filled: may be the best"
+        line = depth_line(words, dict(enumerate(layers)), report.may_be_best)
         draw_depth(axes, [line], SCREEN, ("raw pixels", raw))
         axes.set_xticks(line.x, line.names, rotation=30, ha="right")
         tests = layers[0][0].n_test

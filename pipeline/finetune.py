@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
+from pipeline.evaluation.comparisons import best_notes, compare_results, preference
+from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
 from pipeline.images.sources.registry import ImageSource, open_source
@@ -159,7 +160,7 @@ def finetune(
         notes += data.table.notes
         for seed, count in draws:
             run = run_training(data, setup, seed, count)
-            notes += [*run.splits.notes, *run.trained.notes]
+            notes += [*run.splits.notes, *cluster_notes(data.table.groups[run.splits.test]), *run.trained.notes]
             if count == "all" and not len(run.splits.val):
                 notes.append("without validation images training goes through all epochs and keeps the last weights")
             result, predicted = _result(run, data, setup, seed, count)
@@ -170,11 +171,10 @@ def finetune(
             if destination is not None and best == len(results) - 1:
                 best_network = run.network
             del run  # frees its network before the next run
-    p_values = compare_models([one.uris for one in predictions], [one.right for one in predictions])
-    results = [replace(result, p_vs_best=p) for result, p in zip(results, p_values, strict=True)]
+    results = compare_results(results, predictions)
     if destination is not None and best_network is not None:
         save_finetuned(destination, best_network, data.backbone, data.table.classes, results[best])
-    notes = list(dict.fromkeys([*notes, *tie_notes(p_values)]))
+    notes = list(dict.fromkeys([*notes, *best_notes(results)]))
     return FinetuneReport(results, predictions, notes, data.table.classes, best, destination, setup.extracted)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from features_cache import Catalog
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
-from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
+from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.rows import Layer, select
@@ -60,6 +60,11 @@ class FitReport:
     classes: tuple[str, ...]
     best: int
     saved: Path | None
+
+    @property
+    def may_be_best(self) -> set[tuple[str, str, int | str]]:
+        """Layers, heads and numbers of shots that may be the best at these shots, over all seeds; see `may_be_best`."""
+        return {(one.layer, one.head, one.shots) for one in self.summary or self.results if one.in_best_set}
 
 
 def fit(
@@ -116,7 +121,7 @@ def fit(
         Called as ``progress(done, total, text)`` after each fit.
     on_result : callable, optional
         Called as ``on_result(result, predictions)`` as soon as each fit is done, in the order in which they end. Its
-        `p_vs_best` is None, because there is nothing to compare it with yet.
+        `p_vs_best` and `in_best_set` are None, because there is nothing to compare it with yet.
 
     Raises
     ------
@@ -171,13 +176,12 @@ def fit(
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
-    p_values = compare_models([each.uris for each in predictions], [each.right for each in predictions])
-    results = [replace(result, p_vs_best=p) for result, p in zip(results, p_values, strict=True)]
+    results = compare_results(results, predictions)
     ranks = [preference(one.shots, one.validation_accuracy, index) for index, one in enumerate(results)]
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
-    notes = _notes(trials, choices) + tie_notes(p_values)
+    notes = _notes(trials, choices) + best_notes(results)
     summary = summarise_seeds(results, predictions)
     return FitReport(results, predictions, summary, notes, selected[0].table.classes, best, destination)
 

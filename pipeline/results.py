@@ -123,7 +123,7 @@ class FitResult:
     Attributes
     ----------
     accuracy_ci95 : (float, float)
-        Wilson's 95 % interval.
+        Wilson's 95 % interval, for `n_effective` rows.
     log_loss, ece : float or None
         None for heads without probabilities.
     balanced : bool
@@ -134,12 +134,20 @@ class FitResult:
     temperature, log_loss_calibrated, ece_calibrated : float or None
         The calibration and the two scores after it. None without probabilities, or without rows to fit it on.
     p_vs_best : float or None
-        P-value of McNemar's exact test with Holm's correction against the most accurate result on the same test rows;
-        None for that result.
+        P-value of McNemar's exact test with Holm's correction against the result of best validation accuracy, among
+        those of the same test rows and shots; None for that result. If test rows come in groups, whole groups are
+        compared.
     validation_accuracy : float or None
         What the parameters were chosen by; None if there was nothing to choose by.
     n_pool : int
         Labelled rows outside test (in a fold), from which few shots draw their training rows.
+    in_best_set : bool or None
+        Whether this may be the best of the results with the same test rows and shots, with 95 % confidence, see
+        `pipeline.evaluation.comparisons.may_be_best`; None if there is no other.
+    n_groups : int or None
+        Number of groups of test rows; a row without a group counts as one. None in old run folders.
+    n_effective : float or None
+        How many independent test rows would tell the accuracy as precisely as these groups do; `n_test` without groups.
     """
 
     kind: str
@@ -169,6 +177,9 @@ class FitResult:
     p_vs_best: float | None = None
     validation_accuracy: float | None = None
     n_pool: int = 0
+    in_best_set: bool | None = None
+    n_groups: int | None = None
+    n_effective: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,10 +187,14 @@ class SeedSummary:
     """One head on one layer over several seeds.
 
     `accuracy_ci95` is Wilson's interval around the mean accuracy for the test rows of one seed: what another test set
-    might give. `accuracy_sd`, `accuracy_min` and `accuracy_max` are what another draw of splits or shots gives.
-    `p_vs_best` is that of the corrected resampled t-test, with Holm's rule, against the best mean of the same shots;
-    ``None`` for that one, where all seeds share one test set, which takes McNemar's test, and where fewer than five
-    splits, or a lead that is the same on each, leave nothing to judge by.
+    might give. `accuracy_sd`, `accuracy_min` and `accuracy_max` are what another draw gives: of the training rows alone
+    if `shared_test`, so that all seeds have the same test rows, else of training and test rows.
+
+    `p_vs_best` compares with the head of best mean validation accuracy at the same shots, with Holm's correction: by
+    the corrected resampled t-test where five or more splits have test rows of their own, else by McNemar's exact test
+    on all test rows of all seeds, those of one image (or group) together. It is None for that head, and where the lead
+    is the same on every split. `in_best_set` tells whether this head, as trained here, may be the best; it is None
+    if there is no other on the same rows.
     """
 
     backbone: str
@@ -194,6 +209,8 @@ class SeedSummary:
     accuracy_min: float
     accuracy_max: float
     p_vs_best: float | None
+    in_best_set: bool | None = None
+    shared_test: bool = False
 
 
 @dataclass(frozen=True)

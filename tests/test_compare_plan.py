@@ -221,7 +221,7 @@ def test_whatever_is_wrong_is_said_before_any_work(
     path = write(tmp_path, PLAN.replace(*change))
     run = tmp_path / "run"
     if not parts:
-        assert len(dry_run(path, run)) == 17
+        assert len(dry_run(path, run).jobs) == 17
         assert not run.exists(), "a dry run writes nothing"
         return
     with pytest.raises(PlanError) as error:
@@ -316,7 +316,7 @@ def test_a_dry_run_estimates_every_head_and_every_option(
             fit_options = {"head": "centroid"}
             (extract_options if table == "extract" else fit_options)[key] = value
             text = f"[[extract]]\n{toml(extract_options)}[[fit]]\n{toml(fit_options)}"
-        planned = dry_run(write(tmp_path, f'source = "photos"\n{text}'), tmp_path / "run")
+        planned = dry_run(write(tmp_path, f'source = "photos"\n{text}'), tmp_path / "run").jobs
         assert planned
         for job in planned:
             assert not job.done

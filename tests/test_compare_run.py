@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress as Bars
 from scipy.stats import binomtest
+from scipy.stats import t as t_distribution
 
 from features_cache import CacheLockedError, ThawlineError
 from pipeline.backbones.registry import load_backbone
@@ -30,10 +32,10 @@ from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import ExtractionCost, JobResult, RunFolder, RunInfo
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.paired import compare_scores
+from pipeline.comparing.paired import best_set, compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.errors import RunFolderError
-from pipeline.evaluation.intervals import corrected_t_test
+from pipeline.evaluation.intervals import corrected_t_test, paired_interval, smallest_difference
 from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
@@ -462,7 +464,7 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, calls: list[A
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
     tunes = [one for one in report.results if one.result.kind == "finetune"]
     assert [one.options["epochs"] for one in tunes] == [Recipe.epochs] * 2
-    assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
+    assert any("fine-tuning was right in" in sentence for sentence in report.answer)
 
 
 def test_a_fine_tune_is_repeated_once_the_weights_behind_its_name_are_others(
@@ -488,11 +490,30 @@ def test_a_fine_tune_is_repeated_once_the_weights_behind_its_name_are_others(
 
 
 def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:
-    planned = dry_run(plan, tmp_path / "new")
+    planned = dry_run(plan, tmp_path / "new").jobs
     assert len(planned) == 1 + 16
     assert planned[0].bytes == 24 * (32 + 3072) * 4, "24 images, float32"
     assert all(job.seconds > 0 and not job.done for job in planned)
-    assert all(job.done for job in dry_run(plan, run))
+    assert all(job.done for job in dry_run(plan, run).jobs)
+
+
+def test_a_dry_run_says_which_differences_the_test_images_can_show(
+    plan: Path, tmp_path: Path, photos: Path, thawline: Thawline
+) -> None:
+    (power,) = dry_run(plan, tmp_path / "new").power
+    assert (power.test_images, power.groups, power.comparisons) == (5, 5, 3), "20 % of 24; 2 layers x 2 heads"
+    assert power.smallest == smallest_difference(5, 0.1)
+    assert power.smallest_of_all == smallest_difference(5, 0.1, comparisons=3)
+    rows = [f"{path},{path.parent.name},{path.stem}" for path in sorted(photos.rglob("*.png"))]
+    (tmp_path / "grouped.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    plan.write_text(plan.read_text().replace(str(photos), "grouped.csv").replace("[[fit]]", "[[fit]]\ncv = 2"))
+    (power,) = dry_run(plan, tmp_path / "new").power
+    assert (power.test_images, power.groups) == (24, 8), "each image is a test image of one fold"
+    out = thawline("compare", plan, "-o", tmp_path / "new", "--dry-run").stdout
+    assert "grouped: about 24 test images. If two methods disagree on 10 % of these, a difference of" in out
+    assert "with all 3 comparisons planned); they come in 8 groups" in out
+    document = thawline("compare", plan, "-o", tmp_path / "new", "--dry-run", "--json").json
+    assert list(document) == ["jobs", "power"]
 
 
 def test_a_dry_run_names_a_source_once(photos: Path, tmp_path: Path, thawline: Callable[..., Any]) -> None:
@@ -581,30 +602,95 @@ def test_five_test_sets_drawn_by_seed_are_judged_over_seeds() -> None:
     records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + lead[seed] * (head == "knn"), n_train=10,
                       n_val=0, n_pool=80) for head in ("logreg", "knn") for seed in range(5)]  # fmt: skip
     first, second = leaderboards(records)[0].scores.values()
-    paired = compare_scores(second, first, lambda key: said(np.ones(20, bool), first=20 * int(key[-1])))
+
+    def read(key: str) -> Predictions:
+        seed = int(key[-1])
+        right = 10 + round(20 * lead[seed]) * key.startswith("knn")
+        return said(np.arange(20) < right, first=20 * seed)
+
+    paired = compare_scores(second, first, read)
     assert paired is not None
-    assert "5 seeds" in paired.test
+    assert paired.test == "corrected resampled t-test over 5 seeds"
+    assert (paired.n_seeds, paired.n_images, paired.shared) == (5, 100, False)
     assert paired.difference == pytest.approx(np.mean(lead))
-    assert paired.p == pytest.approx(corrected_t_test(np.array(lead), 80, 20)[1]), "few shots, drawn from 80 rows"
+    t, p = corrected_t_test(np.array(lead), 80, 20)
+    assert paired.p == pytest.approx(p), "few shots, drawn from 80 rows"
+    reach = paired.difference / t * t_distribution.ppf(0.975, 4)
+    assert (paired.low, paired.high) == pytest.approx((paired.difference - reach, paired.difference + reach))
+    assert paired.spread == pytest.approx((0.1, 0.15))
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
-def test_seeds_that_cannot_be_judged_leave_the_first_one_to_mcnemar(seeds: int) -> None:
+def test_seeds_that_cannot_be_judged_alone_are_judged_by_the_images_of_all(seeds: int) -> None:
     records = [record(f"{head}{seed}", seed, head=head, accuracy=0.5 + 0.1 * (head == "knn"))
                for head in ("logreg", "knn") for seed in range(seeds)]  # fmt: skip
     first, second = leaderboards(records)[0].scores.values()
     right = {"k": np.arange(20) < 14, "l": np.arange(20) >= 6 - 2}
     paired = compare_scores(second, first, lambda key: said(right[key[0]], first=20 * int(key[-1])))
     assert paired is not None
-    assert paired.test == "McNemar's exact test on 20 test images, seed 0"
-    assert paired.difference == pytest.approx(-0.1), "that of the images it was tested on, not the mean of seeds"
-    assert paired.p == pytest.approx(binomtest(4, 10, 0.5).pvalue)
+    assert (paired.test, paired.n_images, paired.n_seeds) == ("McNemar's exact test", 20 * seeds, seeds)
+    assert (paired.first, paired.second) == (pytest.approx(0.7), pytest.approx(0.8))
+    assert paired.p == pytest.approx(binomtest(4 * seeds, 10 * seeds, 0.5).pvalue)
 
 
-def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int, int]) -> Any:
-    records = [record(f"f{shots}", shots=shots, accuracy=value) for shots, value in frozen.items()]
-    extra = {"kind": "finetune", "freeze": "none", "options": {}, "seconds": 60.0}
-    records += [record(f"t{shots}", shots=shots, accuracy=value, **extra) for shots, value in tuned.items()]
+def test_seeds_of_one_test_set_count_its_images_once() -> None:
+    records = [record(f"{head}{seed}", seed, head=head) for head in ("logreg", "knn") for seed in range(3)]
+    first, second = leaderboards(records)[0].scores.values()
+    right = {"k": np.arange(20) < 14, "l": np.arange(20) >= 6 - 2}
+    paired = compare_scores(second, first, lambda key: said(right[key[0]]))
+    assert paired is not None
+    assert (paired.n_images, paired.n_groups, paired.n_seeds, paired.shared) == (20, 20, 3, True)
+    assert paired.p == pytest.approx(binomtest(4, 10, 0.5).pvalue), "as with one seed"
+    one = paired_interval(right["k"], right["l"])
+    assert (paired.low, paired.high) == pytest.approx(one, abs=0.03), "but for Student's t"
+
+
+def test_groups_of_test_images_are_compared_as_groups() -> None:
+    first, second = leaderboards([record("x"), record("y", head="knn")])[0].scores.values()
+    right = {"x": np.arange(20) < 20, "y": np.arange(20) % 5 < 3}
+    groups = np.repeat(["a", "b", "c", "d"], 5)
+    paired = compare_scores(first, second, lambda key: replace(said(right[key]), groups=groups))
+    assert paired is not None
+    assert (paired.n_groups, paired.p, paired.is_real) == (4, 2 / 16, False)
+    alone = compare_scores(first, second, lambda key: said(right[key]))
+    assert alone is not None
+    assert alone.is_real
+
+
+def test_what_may_be_the_best_is_told_by_number_of_labels() -> None:
+    heads = {"logreg": 19, "knn": 18, "ridge": 4}
+    records = [record(head, head=head, validation_accuracy=right / 20) for head, right in heads.items()]
+    records.append(record("few", head="knn", shots=5))
+    (board,) = leaderboards(records)
+    found = answer(board, lambda key: said(np.arange(20) < heads.get(key, 3)), {})
+    assert list(found.best_sets) == ["all"], "one method alone is compared with nothing"
+    best = found.best_sets["all"]
+    assert (best.compared, best.chosen, best.methods) == (3, "logreg on b", ["logreg on b", "knn on b"])
+    expected = "Any of these 2 of 3 methods may be the best, and with 95 % confidence no other: logreg on b, knn on b."
+    assert expected in found.sentences
+    records = [record(head, head=head, validation_accuracy=1 - right / 20) for head, right in heads.items()]
+    found = answer(leaderboards(records)[0], lambda key: said(np.arange(20) < heads[key]), {})
+    assert "So ridge on b, chosen on validation, is not the best." in found.sentences
+    alone = leaderboards([record("a", head="logreg"), record("b", head="knn")])[0]
+    separate = {"a": said(np.ones(20, bool)), "b": said(np.ones(20, bool), first=20)}
+    assert best_set(alone, "all", separate.__getitem__) is None, "no test image in common"
+
+
+def verdict(
+    frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int, int], n_test: int = 20, seeds: int = 1
+) -> Any:
+    known = {"n_test": n_test}
+    records = [
+        record(f"f{shots}", seed, shots=shots, accuracy=value, **known)
+        for shots, value in frozen.items()
+        for seed in range(seeds)
+    ]
+    extra = known | {"kind": "finetune", "freeze": "none", "options": {}, "seconds": 60.0}
+    records += [
+        record(f"t{shots}", seed, shots=shots, accuracy=value, **extra)
+        for shots, value in tuned.items()
+        for seed in range(seeds)
+    ]
     judged = {"f": said(np.arange(20) < right[0]), "t": said(np.arange(20) < right[1])}
     return answer(leaderboards(records)[0], lambda key: judged[key[0]], {("photos", "a"): 2.0})
 
@@ -612,23 +698,62 @@ def verdict(frozen: dict[Any, float], tuned: dict[Any, float], right: tuple[int,
 def test_the_answer_says_whether_the_difference_is_real() -> None:
     level = verdict({5: 0.5, "all": 0.9}, {5: 0.4, "all": 0.95}, (18, 19))
     assert level.headline == "Freeze: fine-tuning is not measurably better here, and takes 20 times as long"
-    assert "which may be chance" in " ".join(level.sentences)
-    assert "50.0 % frozen and 40.0 % fine-tuned; from all labels on fine-tuning is ahead" in level.sentences[-1]
+    text = " ".join(level.sentences)
+    low, high = paired_interval(np.arange(20) < 19, np.arange(20) < 18)
+    between = f"between {-100 * low:.1f} points worse and {100 * high:.1f} points better"
+    assert "On the same 20 test images, fine-tuning was right in 95.0 % and freezing in 90.0 %" in text
+    assert f"fine-tuning is {between} (95 % interval, McNemar's exact test), so the difference may be chance" in text
+    assert re.search(r"A difference of \d+\.\d points would be found here with 80 % power", text)
+    assert "Any of the 2 methods may be the best" in text
+    assert "points better with 5 labels a class; between" in level.sentences[-1]
 
     better = verdict({5: 0.5, "all": 0.5}, {5: 0.6, "all": 1.0}, (10, 20))
-    assert better.headline == "Fine-tune: it is 50.0 points better here"
-    assert "ahead at every number of labels" in better.sentences[-1]
+    low, high = paired_interval(np.arange(20) < 20, np.arange(20) < 10)
+    assert better.headline == f"Fine-tune: it is {100 * low:.1f} to {100 * high:.1f} points better here"
+    assert (
+        "With 95 % confidence, whole network fine-tuned is the best of the 2 methods trained here." in better.sentences
+    )
+    wider = paired_interval(np.arange(20) < 20, np.arange(20) < 10, confidence=0.975)
+    assert f"{100 * wider[0]:.1f} to {100 * wider[1]:.1f} points better with all labels" in better.sentences[-1]
 
     worse = verdict({5: 0.5, "all": 1.0}, {5: 0.4, "all": 0.5}, (20, 10))
-    assert worse.headline == "Freeze: it is 50.0 points better here"
+    assert worse.headline == better.headline.replace("Fine-tune", "Freeze")
 
 
 def test_fewer_labels_are_compared_where_fine_tuning_had_no_more() -> None:
     found = verdict({5: 0.5, "all": 0.9}, {5: 1.0}, (10, 20))
-    assert found.headline == "Fine-tune: it is 50.0 points better here"
+    assert re.fullmatch(r"Fine-tune: it is \d+\.\d to \d+\.\d points better here", found.headline)
     assert "at 5 labels a class" in found.sentences[0]
     assert "no number of labels in common" in verdict({"all": 0.9}, {5: 1.0}, (10, 20)).sentences[-1]
     assert "Nothing was fine-tuned" in verdict({"all": 0.9}, {}, (10, 20)).sentences[-1]
+
+
+def test_curves_over_labels_are_drawn_further() -> None:
+    shots = [1, 2, 4, 8, 16]
+    frozen = {count: 0.9 - 0.3 / count for count in shots}
+    catching_up = verdict(frozen, {count: 0.95 - 0.6 * count**-0.5 for count in shots}, (18, 18), n_test=4000, seeds=2)
+    forecast = next(text for text in catching_up.sentences if text.startswith("If the curves over labels go on"))
+    numbers = re.findall(r"(\d+)–(\d+) % with (\d+) labels a class", forecast)
+    assert [int(labels) for _, _, labels in numbers] == [32, 64, 32, 64]
+    laws = 2 * [lambda n: 0.9 - 0.3 / n] + 2 * [lambda n: 0.95 - 0.6 * n**-0.5]
+    for (low, high, labels), law in zip(numbers, laws, strict=True):
+        assert int(low) - 1 <= 100 * law(int(labels)) <= int(high) + 1
+    assert "cannot be told" in catching_up.sentences[-1], "0.875 against 0.895 with 64 labels"
+    behind = verdict(frozen, {count: 0.5 - 0.3 / count for count in shots}, (18, 18), n_test=4000, seeds=2)
+    assert behind.sentences[-1] == "Fine-tuning would not overtake up to 64 labels a class."
+    steep = verdict(
+        dict.fromkeys(shots, 0.68),
+        {count: max(0.0, 1 - 1.2 * count**-0.45) for count in shots},
+        (13, 13),
+        4000,
+        seeds=2,
+    )
+    found = re.fullmatch(r"Fine-tuning would overtake between (\d+) and (\d+) labels a class\.", steep.sentences[-1])
+    assert found is not None, "they are level at 18.9"
+    assert 16 <= int(found[1]) <= 19 < int(found[2]) <= 64
+    few = verdict({1: 0.5, 2: 0.6}, {1: 0.4, 2: 0.6}, (9, 9), seeds=2)
+    one_seed = verdict(frozen, frozen, (9, 9))
+    assert not any("If the curves" in text for text in few.sentences + one_seed.sentences)
 
 
 @pytest.mark.parametrize(("freeze", "expected"), [("none", 1.0), ("all", 3.0), ("layer1", 3.0), (None, 3.0)])

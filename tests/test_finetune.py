@@ -156,6 +156,21 @@ def test_a_finished_run_is_not_taken_for_another(make_photos: Photos, tmp_path: 
     assert losses(found) == losses(alone) != losses(first)
 
 
+def test_groups_of_test_images_are_told_and_counted_as_by_fit(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos(each=8)
+    paths = sorted(photos.rglob("*.png"))
+    rows = [f"{path.relative_to(photos.parent)},{path.parent.name},{number // 2}" for number, path in enumerate(paths)]
+    (photos.parent / "grouped.csv").write_text("\n".join(["path,label,group", *rows]) + "\n")
+    report = tune(photos.parent / "grouped.csv", tmp_path / "cache", freeze="all", epochs=1)
+    fitted = fit(tmp_path / "cache" / "finetune", ["penultimate"], jobs=1)
+    (note,) = [note for note in report.notes if "groups" in note]
+    assert note in fitted.notes
+    (tuned,), (frozen,) = report.results, fitted.results
+    assert tuned.n_groups is not None
+    assert tuned.n_groups == frozen.n_groups < tuned.n_test
+    assert f"{tuned.n_test} test rows come from {tuned.n_groups} groups" in note
+
+
 def test_a_class_that_only_tests_makes_another_run(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
     for name in ("red", "green", "blue"):

@@ -21,13 +21,16 @@ from threadpoolctl import threadpool_limits
 from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows, scratch_folder
 from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import fit_temperature
-from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
+from pipeline.evaluation.comparisons import may_be_best
+from pipeline.evaluation.intervals import corrected_t_test, effective_rows, mcnemar, number_clusters, wilson
 from pipeline.evaluation.metrics import expected_calibration_error, log_loss
+from pipeline.evaluation.seeds import pool_seeds
 from pipeline.fit import fit
 from pipeline.heads import parallel
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.saved import load_model
 from pipeline.heads.trial import TrialOutcome
+from pipeline.reporting.terminal.tables import fit_table
 from pipeline.results import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +146,8 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
-    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool"
+    added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool "
+    added += "in_best_set n_groups n_effective"
     assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
     assert expected.items() <= result.items()
@@ -538,7 +542,11 @@ def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
         )
         assert (row.accuracy_min, row.accuracy_max) == (of_seeds.min(), of_seeds.max())
         assert row.accuracy_ci95 == wilson(round(of_seeds.mean() * 18), 18)
-    assert [row.p_vs_best for row in report.summary] == [None, None], "three seeds are too few for a test"
+    low, top = (pool_seeds(report.predictions[start : start + 3]) for start in (0, 3))
+    p = mcnemar(low[0], top[0], number_clusters(low[1]))
+    assert sorted([row.p_vs_best for row in report.summary], key=bool) == [None, pytest.approx(p)], "three test sets"
+    best = may_be_best(np.array([low[0], top[0]]), low[1])
+    assert [(row.in_best_set, row.shared_test) for row in report.summary] == [(one, False) for one in best.tolist()]
     assert fit(make_cache(name="b/x.h5"), heads=["centroid"]).summary == []
 
 
@@ -554,19 +562,35 @@ def test_few_shots_are_compared_over_seeds_as_draws_from_all_that_is_not_test(ma
 
 def test_seeds_of_one_test_set_are_not_taken_for_resamples(make_cache: Make) -> None:
     path = make_cache(splits=["train"] * 60 + ["test"] * 30)
-    report = fit(path, heads=["centroid"], seeds=[0, 1], shots=[3], jobs=1)
-    assert [row.p_vs_best for row in report.summary] == [None, None]
+    report = fit(path, heads=["centroid"], seeds=range(6), shots=[3], jobs=1)
+    low, top = (pool_seeds(report.predictions[start : start + 6]) for start in (0, 6))
+    assert low[1].tolist() == top[1].tolist() == 6 * [f"image {i:03d}.png" for i in range(60, 90)]
+    totals = low[0].reshape(6, 30).sum(0) - top[0].reshape(6, 30).sum(0)
+    flips = np.random.default_rng(0).choice([-1, 1], (20000, 30)) @ totals
+    expected = (np.abs(flips) >= abs(totals.sum())).mean()
+    p_values = sorted([row.p_vs_best for row in report.summary], key=bool)
+    assert p_values == [None, pytest.approx(expected, abs=0.015)], "by images, not by rows of all seeds"
+    assert all(row.shared_test for row in report.summary)
 
 
-def test_results_on_one_test_set_are_compared_with_the_best(make_cache: Make) -> None:
+def test_results_on_one_test_set_are_compared_with_the_one_chosen_on_validation(make_cache: Make) -> None:
     labels = np.arange(300) % 3
     values = {"good": clouds(labels, 5, 0.8), "bad": clouds(labels, 5, 4.0)}
     report = fit(make_cache(300, dims=dict.fromkeys(values, 5), features=values), heads=["centroid"], jobs=1)
     good, bad = report.predictions
+    assert report.results[0].validation_accuracy > report.results[1].validation_accuracy  # type: ignore[operator]
     assert report.results[0].p_vs_best is None
+    assert [result.in_best_set for result in report.results] == [True, False]
+    table = fit_table(report.results)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert (cells["may be best"], cells["p vs chosen"]) == (["yes", "no"], ["-", "<0.001"])
+    assert [row.style for row in table.rows] == ["bold", ""]
     assert report.results[1].p_vs_best == pytest.approx(mcnemar(good.right, bad.right))
     assert report.results[1].p_vs_best < 0.05
-    assert any("0 of 1 other results are not distinguishable from the best" in note for note in report.notes)
+    assert any(
+        "1 of 2 results may be the best of those on the same test images (95 % confidence)" in note
+        for note in report.notes
+    )
 
 
 def test_calibration_is_fitted_before_the_refit_told_on_test_and_kept_in_the_model(
@@ -623,11 +647,27 @@ def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeyp
     assert fit(path, heads=["centroid"]).results
 
 
-def test_groups_in_test_are_told_to_make_intervals_too_narrow(make_cache: Make) -> None:
+def test_groups_in_test_widen_intervals_and_are_told(make_cache: Make) -> None:
     groups = [f"g{i // 3}" for i in range(90)]
     splits = ["train"] * 60 + ["test"] * 30
-    report = fit(make_cache(dims={"low": 6}, groups=groups, splits=splits), heads=["centroid"])
-    assert any("30 test rows come from 10 groups" in note for note in report.notes)
+    labels = np.arange(90) // 3 % 3
+    values = {"low": clouds(labels, 6, 3.0), "top": np.repeat(clouds(labels[::3], 6, 3.0), 3, axis=0)}
+    same = {"dims": {"low": 6, "top": 6}, "features": values, "labels": labels, "splits": splits}
+    grouped = fit(make_cache(groups=groups, **same), heads=["centroid"], jobs=1)
+    assert any("30 test rows come from 10 groups" in note for note in grouped.notes)
+    assert "train/val/test 51/9/30 in 10 groups" in str(fit_table(grouped.results).title)
+    alone = fit(make_cache(name="b/x.h5", **same), heads=["centroid"], jobs=1)
+    assert [result.accuracy for result in grouped.results] == [result.accuracy for result in alone.results]
+    for with_groups, found, without in zip(grouped.results, grouped.predictions, alone.results, strict=True):
+        n = effective_rows(found.right.astype(float), np.repeat(np.arange(10), 3))
+        assert (with_groups.n_groups, with_groups.n_effective) == (10, pytest.approx(n))
+        assert with_groups.accuracy_ci95 == pytest.approx(wilson(with_groups.accuracy * n, n))
+        assert (without.n_groups, without.n_effective) == (30, 30)
+    top = grouped.results[1]
+    assert top.n_effective is not None
+    assert top.n_effective < 10, "the rows of a group are equal there"
+    p = mcnemar(*(one.right for one in grouped.predictions), np.repeat(np.arange(10), 3))
+    assert p in [result.p_vs_best for result in grouped.results]
 
 
 def test_nothing_is_left_of_a_fit_that_was_killed(make_cache: Make, tmp_path: Path) -> None:

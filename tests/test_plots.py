@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -209,19 +210,32 @@ def test_characters_that_no_font_has_are_told_and_raise_no_warning(tmp_path: Pat
     assert to_svg(confusion_figure(y, found, ["\ue123", "dog"]), "a chart").count("<svg") == 1
 
 
-@pytest.mark.parametrize(("theme", "peak"), [(SCREEN, "b 0.900"), (PAGE, "b 90.0")])
-def test_the_peak_of_a_depth_curve_is_named(theme: Theme, peak: str) -> None:
-    seeds = [(0.5,), (0.8, 1.0), (0.7,)]
-    line = Line("logreg", [0, 1, 2], [0.5, 0.9, 0.7], [(0.4, 0.6), (0.8, 0.95), (0.6, 0.8)], ["a", "b", "c"], seeds)
+@pytest.mark.parametrize(("theme", "chosen"), [(SCREEN, "b 0.900"), (PAGE, "b 90.0")])
+def test_the_layer_chosen_on_validation_is_named_in_a_depth_curve(theme: Theme, chosen: str) -> None:
+    seeds, intervals = [(0.5,), (0.8, 1.0), (0.95,)], [(0.4, 0.6), (0.8, 0.95), (0.9, 1.0)]
+    line = Line("logreg", [0, 1, 2], [0.5, 0.9, 0.95], intervals, ["a", "b", "c"], seeds, chosen=1)
     with theme.figure(4, 3) as figure:
         alone, beside = figure.subplots(1, 2)
         draw_depth(alone, [line], theme, ("raw pixels", 0.25))
         draw_depth(beside, [line, line], theme)
     (text,) = alone.texts
-    assert (text.get_text(), text.xy) == (peak, (1, 1.0)), "above the interval and every seed"
+    assert (text.get_text(), text.xy) == (chosen, (1, 1.0)), "above the interval and every seed"
     labels = alone.get_legend_handles_labels()[1]
     assert labels == [f"raw pixels {theme.share(0.25)}", "logreg"]
-    assert beside.get_legend_handles_labels()[1] == [f"logreg: {peak}"] * 2
+    assert beside.get_legend_handles_labels()[1] == [f"logreg: {chosen}"] * 2
+
+
+def test_points_that_are_not_the_best_are_hollow() -> None:
+    results = [
+        replace(result(layer, value), validation_accuracy=1 - value)
+        for layer, value in (("a", 0.5), ("b", 0.9), ("c", 0.88))
+    ]
+    figure = depth_figure(results, {("b", "logreg", "all"), ("c", "logreg", "all")})
+    axes = figure.axes[0]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == axes.get_facecolor()]
+    assert [line.get_xydata().tolist() for line in hollow] == [[[0, 0.5]]]
+    assert [text.get_text() for text in axes.texts] == ["a 0.500"], "chosen on validation, though it is worst on test"
+    assert "filled points may be the best" in axes.get_title()
 
 
 def test_the_command_draws_what_there_is_to_show(

@@ -31,7 +31,7 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
     if as_json:
         print_json(vars(report) | {"results": [result.to_json() for result in report.results]})
     else:
-        print_table(score_table(report.results))
+        print_table(score_table(report.results, report.best_sets))
         click.echo("\n" + "\n".join(report.answer))
         click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
         for line in against_lines(report.against):
@@ -46,12 +46,14 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
 
 def _print_jobs(plan: str, output: str, as_json: bool) -> None:
     from pipeline.compare import dry_run
-    from pipeline.reporting.terminal.compare_tables import plan_line, plan_tables
+    from pipeline.reporting.terminal.compare_tables import plan_line, plan_tables, power_line
 
     planned = dry_run(plan, output)
     if as_json:
-        print_json({"jobs": planned})
+        print_json(planned)
         return
-    for table in plan_tables(planned):
+    for table in plan_tables(planned.jobs):
         print_table(table)
-    click.echo(plan_line(planned))
+    click.echo(plan_line(planned.jobs))
+    for power in planned.power:
+        click.echo(power_line(power))

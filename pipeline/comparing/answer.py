@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
 
 from pipeline.comparing.folder import FINETUNE, HEAD, RunInfo
-from pipeline.comparing.methods import Leaderboard, MethodScore, best_of, is_validated
-from pipeline.comparing.paired import LEVEL, Paired, ReadPredictions, compare_scores
+from pipeline.comparing.methods import Leaderboard, MethodScore, is_validated
+from pipeline.comparing.paired import LEVEL, BestSet, Paired, ReadPredictions, best_set, compare_scores
+from pipeline.evaluation.intervals import CONFIDENCE
+
+FORECAST = (2, 4)
+"""Multiples of the most labels at which accuracy is forecast; further ones were not checked."""
 
 ExtractionTimes = Mapping[tuple[str, str], float]
 """Seconds that the extraction of all images takes, by source and backbone."""
@@ -18,7 +26,7 @@ class Answer:
     """What the results on one source show, as a headline, sentences, and the few numbers that stand out.
 
     `frozen` and `tuned` are the best head and the best fine-tuning by validation accuracy. A fact is a label, a number,
-    and what it is.
+    and what it is. `best_sets` are by number of labels.
     """
 
     headline: str
@@ -26,29 +34,31 @@ class Answer:
     frozen: MethodScore | None
     tuned: MethodScore | None
     facts: list[tuple[str, str, str]]
+    best_sets: Mapping[int | str, BestSet]
 
 
 def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTimes) -> Answer:
     """Say what the results on one source show; `read` returns what a model predicted, by the key of its result."""
+    read = cache(read)
+    sets = {shots: best_set(board, shots, read) for shots in board.shots}
+    found = {shots: one for shots, one in sets.items() if one is not None}
     shared = [shots for shots in board.shots if board.at(shots, HEAD) and board.at(shots, FINETUNE)]
     at = shared[-1] if shared else board.shots[-1]
     frozen, tuned = board.best(HEAD, at), board.best(FINETUNE, at)
     if frozen and tuned:
-        return _compare_both(board, frozen, tuned, read, extraction)
+        return _compare_both(board, frozen, tuned, read, extraction, found)
     best = frozen or tuned or next(iter(board.scores.values()))
     sentences = [_describe("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
-    rival = _rival(board, best)
-    paired = compare_scores(rival, best, read) if rival else None
-    if rival and paired:
-        sentences.append(f"The runner-up is {rival.name} with {percent(rival.accuracy)}: {_verdict(paired)}.")
+    sentences += _say_best(found.get(best.shots))
     fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
     if told := [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]:
         sentences.append(f"With fewer labels it reaches {', '.join(told)}.")
+    sentences += _forecast(board, [best])
     if {score.method.kind for score in board.scores.values()} == {HEAD, FINETUNE}:
         sentences.append("Freezing and fine-tuning have no number of labels in common at which to compare them.")
     elif frozen:
         sentences.append("Nothing was fine-tuned; add a [[finetune]] to the plan to see what that would gain.")
-    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, _facts(best, rival, paired))
+    return Answer(f"Best here: {best.name}", sentences, frozen, tuned, _facts(best, None, None), found)
 
 
 def seconds(score: MethodScore, extraction: ExtractionTimes) -> float:
@@ -87,15 +97,31 @@ def duration(value: float) -> str:
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
 
 
-def p_text(p: float) -> str:
-    """Return a p-value with as many digits as carry meaning."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+def range_text(low: float, high: float) -> str:
+    """Return an interval of a difference of shares in words: ``between 0.3 points worse and 2.1 points better``.
+
+    Examples
+    --------
+    >>> range_text(-0.003, 0.021), range_text(0.004, 0.021), range_text(-0.021, -0.004)
+    ('between 0.3 points worse and 2.1 points better', '0.4 to 2.1 points better', '0.4 to 2.1 points worse')
+    """
+    below, above = abs(100 * low), abs(100 * high)
+    if low > 0:
+        return f"{below:.1f} to {above:.1f} points better"
+    if high < 0:
+        return f"{above:.1f} to {below:.1f} points worse"
+    return f"between {below:.1f} points worse and {above:.1f} points better"
 
 
 def _compare_both(
-    board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read: ReadPredictions, extraction: ExtractionTimes
+    board: Leaderboard,
+    frozen: MethodScore,
+    tuned: MethodScore,
+    read: ReadPredictions,
+    extraction: ExtractionTimes,
+    best_sets: Mapping[int | str, BestSet],
 ) -> Answer:
-    paired = compare_scores(tuned, frozen, read)
+    paired = compare_scores(tuned, frozen, read, confidence=_confidence(board, frozen.shots))
     costs = seconds(frozen, extraction), seconds(tuned, extraction)
     fewer = f"They are compared at {_labels(frozen.shots)}, the largest number that both were trained on."
     sentences = [fewer] if frozen.shots != board.shots[-1] else []
@@ -106,10 +132,21 @@ def _compare_both(
     if paired is None:
         headline = "The two cannot be compared: they share no test images"
     else:
-        sentences.append(f"Fine-tuning against freezing: {_verdict(paired)}.")
+        sentences += _verdict(paired, max(len(frozen.by_seed), len(tuned.by_seed)))
         headline = _headline(paired, costs)
-    sentences += _crossing(board, frozen, tuned)
-    return Answer(headline, sentences, frozen, tuned, _facts(frozen, tuned, paired))
+    sentences += _say_best(best_sets.get(frozen.shots)) + _crossing(board, frozen, tuned, read)
+    sentences += _forecast(board, [frozen, tuned]) + _overtaking(board, frozen, tuned, paired)
+    return Answer(headline, sentences, frozen, tuned, _facts(frozen, tuned, paired), best_sets)
+
+
+def _confidence(board: Leaderboard, shots: int | str) -> float:
+    """Return the confidence for a head and a fine-tuning at this number of labels to be compared with.
+
+    If both were chosen on validation, this is one comparison. Otherwise they were chosen on the test images themselves,
+    and each head counts as compared with each fine-tuning (Bonferroni's correction).
+    """
+    chosen_on_test = [scores for kind in (HEAD, FINETUNE) if not is_validated(scores := board.at(shots, kind))]
+    return 1 - LEVEL / math.prod(len(scores) for scores in chosen_on_test)
 
 
 def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:
@@ -118,65 +155,122 @@ def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:
 
 
 def _headline(paired: Paired, costs: tuple[float, float]) -> str:
-    if paired.p >= LEVEL:
+    if not paired.is_real:
         ratio = costs[1] / max(costs[0], 1e-9)
         if ratio >= 1.5:
             return f"Freeze: fine-tuning is not measurably better here, and takes {ratio:.0f} times as long"
         return "Either: these test images show no difference"
-    gap = f"{abs(100 * paired.difference):.1f} points"
-    return f"Fine-tune: it is {gap} better here" if paired.difference > 0 else f"Freeze: it is {gap} better here"
+    low, high = sorted(abs(100 * bound) for bound in (paired.low, paired.high))
+    return f"{'Fine-tune' if paired.low > 0 else 'Freeze'}: it is {low:.1f} to {high:.1f} points better here"
 
 
 def _describe(what: str, score: MethodScore, board: Leaderboard, extraction: ExtractionTimes) -> str:
     low, high = score.interval
     rivals = board.at(score.shots, score.method.kind)
-    how = "by validation accuracy" if is_validated(rivals) else "by test accuracy, so this is slightly optimistic"
+    how = "on validation" if is_validated(rivals) else "by test accuracy, so expect less on new images"
     chosen = f" (chosen from {len(rivals)} {how})" if len(rivals) > 1 else ""
     seeds = f" (mean of {len(score.by_seed)} seeds)" if len(score.by_seed) > 1 else ""
+    grouped = f" in {score.n_groups} groups" if score.n_groups and score.n_groups < score.n_test else ""
     cost = duration(seconds(score, extraction))
     spent = f"{cost}, including the extraction of all images" if _extraction_of(score, extraction) else cost
     return (
-        f"{what}, {score.name}{chosen}, classified {percent(score.accuracy)} of {score.n_test} test images "
+        f"{what}, {score.name}{chosen}, classified {percent(score.accuracy)} of {score.n_test} test images{grouped} "
         f"correctly{seeds}, 95 % interval {100 * low:.1f}–{percent(high)}; it took {spent}."
     )
 
 
-def _verdict(paired: Paired) -> str:
-    gap = f"{points(paired.difference)} points"
-    if paired.p < LEVEL:
-        return f"{gap}, a real difference ({paired.test}, {p_text(paired.p)})"
-    return f"{gap}, which may be chance ({paired.test}, {p_text(paired.p)})"
+def _verdict(paired: Paired, most_seeds: int) -> list[str]:
+    """Say what the difference is, on which images and seeds, and what varies between seeds.
+
+    `most_seeds` is the larger number of seeds of the two, not all of which they need to share.
+    """
+    images = f"{paired.n_images} test images"
+    images += f" in {paired.n_groups} groups" if paired.n_groups < paired.n_images else ""
+    seeds = f" and {paired.n_seeds} seed{'s' if paired.n_seeds > 1 else ''}" if most_seeds > 1 else ""
+    sentence = (
+        f"On the same {images}{seeds}, fine-tuning was right in {percent(paired.first)} and freezing in "
+        f"{percent(paired.second)}: fine-tuning is {range_text(paired.low, paired.high)} (95 % interval, {paired.test})"
+    )
+    if paired.is_real:
+        sentences = [f"{sentence}, a real difference."]
+    else:
+        sentences = [f"{sentence}, so the difference may be chance."]
+        if paired.smallest is not None:
+            sentences.append(f"A difference of {100 * paired.smallest:.1f} points would be found here with 80 % power.")
+    if paired.spread:
+        drawn = "training images alone" if paired.shared else "training and test images"
+        lowest, highest = paired.spread
+        sentences.append(f"The seeds draw {drawn}; their differences go from {points(lowest)} to {points(highest)}.")
+    return sentences
 
 
-def _rival(board: Leaderboard, best: MethodScore) -> MethodScore | None:
-    """Return the best method of another backbone, head or thaw line; another layer is hardly a rival."""
+def _say_best(found: BestSet | None, most: int = 5) -> list[str]:
+    """Say which methods may be the best, and that the chosen one may not where that is so."""
+    if found is None:
+        return []
+    n = len(found.methods)
+    if n == found.compared:
+        return [f"Any of the {n} methods may be the best: these test images cannot tell."]
+    more = f" and {n - most} more" if n > most else ""
+    named = f"{', '.join(found.methods[:most])}{more}"
+    if n == 1:
+        sentences = [f"With 95 % confidence, {named} is the best of the {found.compared} methods trained here."]
+    else:
+        sentences = [
+            f"Any of these {n} of {found.compared} methods may be the best, and with 95 % confidence no other: {named}."
+        ]
+    if found.chosen is not None and found.chosen not in found.methods:
+        sentences.append(f"So {found.chosen}, chosen on validation, is not the best.")
+    return sentences
 
-    def kin(score: MethodScore) -> tuple[str, str, str]:
-        return score.method.backbone, score.method.head, score.method.freeze
 
-    return best_of([score for score in board.at(best.shots) if kin(score) != kin(best)])
-
-
-def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore) -> list[str]:
-    """Say from how many labels a class on fine-tuning is ahead."""
-    pairs = [
-        (shots, board.scores[frozen.method, shots].accuracy, board.scores[tuned.method, shots].accuracy)
+def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read: ReadPredictions) -> list[str]:
+    """Say how far the two are apart at each number of labels, by intervals that hold for all of these together."""
+    scores = {
+        shots: (board.scores[tuned.method, shots], board.scores[frozen.method, shots])
         for shots in board.shots
         if (frozen.method, shots) in board.scores and (tuned.method, shots) in board.scores
-    ]
-    if len(pairs) < 2:
+    }
+    if len(scores) < 2:
         return []
-    ahead = [tuned_accuracy > frozen_accuracy for _, frozen_accuracy, tuned_accuracy in pairs]
-    fewest = f"With {_labels(pairs[0][0])} it is {percent(pairs[0][1])} frozen and {percent(pairs[0][2])} fine-tuned"
-    if all(ahead):
-        return [f"{fewest}; fine-tuning is ahead at every number of labels."]
-    if not any(ahead):
-        return [f"{fewest}; the frozen head is ahead or level at every number of labels."]
-    turn = ahead.index(True) if not ahead[0] else ahead.index(False)
-    if any(now != ahead[turn] for now in ahead[turn:]):
-        return [f"{fewest}; with more labels the lead changes more than once, as it would by chance."]
-    leader = "fine-tuning" if ahead[turn] else "the frozen head"
-    return [f"{fewest}; from {_labels(pairs[turn][0])} on {leader} is ahead."]
+    confidence = 1 - (1 - _confidence(board, frozen.shots)) / len(scores)
+    found = {shots: compare_scores(*pair, read, confidence=confidence) for shots, pair in scores.items()}
+    known = {shots: paired for shots, paired in found.items() if paired is not None}
+    told = [f"{range_text(paired.low, paired.high)} with {_labels(shots)}" for shots, paired in known.items()]
+    return [f"By number of labels, fine-tuning is {'; '.join(told)} (95 % intervals for all together)."] if told else []
+
+
+def _forecast(board: Leaderboard, scores: Sequence[MethodScore]) -> list[str]:
+    """Say how accurate each method would be with more labels than the most it has had."""
+    told = []
+    for score in scores:
+        curve = board.curve(score.method)
+        if curve is not None:
+            most = curve.labels[-1]
+            kind = "freezing" if score.method.is_frozen else "fine-tuning"
+            expected = [
+                f"{100 * low:.0f}–{100 * high:.0f} % with {times * most:.0f} labels a class"
+                for times in FORECAST
+                for low, high in [curve.interval(times * most)]
+            ]
+            told.append(f"{kind} would be right in {' and '.join(expected)}")
+    return [f"If the curves over labels go on, {'; '.join(told)} (95 % intervals of the forecast)."] if told else []
+
+
+def _overtaking(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, paired: Paired | None) -> list[str]:
+    """Say whether fine-tuning would overtake the frozen head within the labels that are forecast."""
+    curves = board.curve(frozen.method), board.curve(tuned.method)
+    if curves[0] is None or curves[1] is None or paired is None or paired.low > 0:
+        return []
+    most = max(curve.labels[-1] for curve in curves if curve is not None)
+    labels = np.geomspace(most, FORECAST[-1] * most, 17)
+    ahead = (curves[1].draws(labels.tolist(), seed=1) > curves[0].draws(labels.tolist())).mean(axis=0)
+    if ahead[-1] >= CONFIDENCE:
+        first, last = (labels[np.argmax(ahead >= share)] for share in (LEVEL, CONFIDENCE))
+        return [f"Fine-tuning would overtake between {first:.0f} and {last:.0f} labels a class."]
+    if ahead[-1] <= LEVEL:
+        return [f"Fine-tuning would not overtake up to {labels[-1]:.0f} labels a class."]
+    return [f"Whether fine-tuning would overtake up to {labels[-1]:.0f} labels a class cannot be told from the curves."]
 
 
 def _labels(shots: int | str) -> str:
@@ -192,6 +286,7 @@ def _facts(first: MethodScore, second: MethodScore | None, paired: Paired | None
             kind = "frozen" if score.method.is_frozen else "fine-tuned"
             found.append((kind, percent(score.accuracy), f"{score.name}; {100 * low:.1f}–{100 * high:.1f}"))
     if paired is not None:
-        verdict = "real" if paired.p < LEVEL else "may be chance"
-        found.append(("difference, points", points(paired.difference), f"{verdict}, {p_text(paired.p)}"))
+        verdict = "real" if paired.is_real else "may be chance"
+        interval = f"{points(paired.low)} to {points(paired.high)}"
+        found.append(("difference, points", points(paired.difference), f"95 % interval {interval}; {verdict}"))
     return found

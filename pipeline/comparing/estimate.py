@@ -1,9 +1,9 @@
-"""Rough guesses at the time and disk space of a plan's jobs, from earlier measurements or else from counts."""
+"""What a plan will take and can show, guessed before it runs: time and disk space of its jobs, power of its tests."""
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean
@@ -14,6 +14,9 @@ from pipeline.comparing.answer import extraction_seconds
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
+from pipeline.evaluation.intervals import smallest_difference
+from pipeline.evaluation.splits import HELD_OUT
+from pipeline.images.loader import default_workers
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import NO_AUGMENT
 
@@ -27,6 +30,45 @@ TRAINED_SHARE = {"all": 0.01, "none": 1.0}
 BACKWARD = 3  # a training step takes this many times the operations of a forward pass
 ACTIVATIONS = ("backbone", "freeze", "size", "store", "precision", "augment", "views")
 """Options that decide which activations a fine-tune caches."""
+
+
+DISAGREEMENT = 0.1
+"""Share of the test images on which one of two methods is right and the other is not, as assumed before fitting."""
+
+
+@dataclass(frozen=True)
+class Power:
+    """The smallest differences that the tests on one source will find with 80 % power.
+
+    `comparisons` are those of all methods at one number of labels with the one chosen on validation. `smallest` is the
+    difference for a single one of them, `smallest_of_all` for all together, if two methods disagree on a share
+    `disagreement` of the images. `groups` counts the groups of test images, an image without a group being one.
+    """
+
+    source: str
+    test_images: int
+    groups: int
+    comparisons: int
+    disagreement: float
+    smallest: float
+    smallest_of_all: float
+
+
+def plan_power(images: ImageSource, jobs: Iterable[Fit | Finetune]) -> Power:
+    """Return what the tests on a source will find that is to be compared by these jobs.
+
+    Without a test split, 20 % of the labelled images will be drawn; with cross-validation all are test images.
+    """
+    asked = list(jobs)
+    labelled = [item for item in images.items if item.label >= 0]
+    test = [item for item in labelled if item.split == "test"]
+    share = 1.0 if test or all("cv" in dict(job.options) for job in asked) else HELD_OUT
+    counted = test or labelled
+    n_images = max(1, round(share * len(counted)))
+    n_groups = max(1, round(share * len({item.group or f"image {item.uri}" for item in counted})))
+    comparisons = max(1, len({job._replace(seed=0, shots="all") for job in asked}) - 1)
+    smallest = [smallest_difference(n_images, DISAGREEMENT, count) for count in (1, comparisons)]
+    return Power(images.name, n_images, n_groups, comparisons, DISAGREEMENT, *smallest)
 
 
 @dataclass(frozen=True)
@@ -48,9 +90,8 @@ def plan_extraction(extraction: Extraction, found: Features, n_images: int, sour
     if found.complete:
         return Planned(job, extraction.source, True, 0.0, 0)
     measured = extraction_seconds(folder.read_info()).get((source, asked.backbone))
-    flops, speed = operations(asked.backbone, asked.size), _speed()
-    cores = os.cpu_count() or 1
-    guess = START + n_images * (flops / speed + 1 / (DECODED * cores))
+    flops, speed = operations(asked.backbone, asked.size), _speed(extraction.line.how()["device"])
+    guess = START + n_images * (flops / speed + 1 / (DECODED * default_workers()))
     return Planned(job, extraction.source, False, measured or guess, n_images * sum(found.dims.values()) * width)
 
 
@@ -68,8 +109,8 @@ def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder:
     return Planned(str(fit), fit.extraction.source, done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 
-def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: bool) -> Planned:
-    """Return a fine-tune with a guess at its time and disk space.
+def plan_finetune(job: Finetune, done: bool, images: ImageSource, device: str, *, stores: bool) -> Planned:
+    """Return a fine-tune on this device of the plan with a guess at its time and disk space.
 
     `stores` says whether its activations must still be cached, rather than being those of another job.
     """
@@ -79,7 +120,7 @@ def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: boo
     backbone, freeze, size = str(options["backbone"]), str(options["freeze"]), options.get("size")
     share = TRAINED_SHARE.get(freeze, 0.5)
     flops = operations(backbone, size)
-    seconds = START + BACKWARD * share * flops * _rows(images, job.shots) * options["epochs"] / _speed()
+    seconds = START + BACKWARD * share * flops * _rows(images, job.shots) * options["epochs"] / _speed(device)
     activations, weights = count_values(backbone, freeze, options["top"], size, len(images.classes))
     views = options.get("views", 0 if options["augment"] == NO_AUGMENT else -1)  # -1: no activations are cached
     cached = len(images.items) * activations * (1 + views) * np.dtype(options["store"]).itemsize if stores else 0
@@ -122,7 +163,7 @@ def operations(backbone: str, size: int | None) -> float:
     return float(counter.get_total_flops())
 
 
-def _speed() -> float:
-    import torch
+def _speed(device: str) -> float:
+    from pipeline.engines.select import find_device
 
-    return CUDA_SPEED if torch.cuda.is_available() else CORE_SPEED * (os.cpu_count() or 1)
+    return CORE_SPEED * default_workers() if find_device(device) == "cpu" else CUDA_SPEED

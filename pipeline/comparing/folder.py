@@ -175,6 +175,8 @@ class RunFolder:
         columns: dict[str, Any] = {"uris": predictions.uris, "y_true": predictions.y_true, "y_pred": predictions.y_pred}
         if predictions.probability is not None:
             columns["probability"] = predictions.probability.astype(np.float32)
+        if predictions.groups is not None and predictions.groups.any():
+            columns["groups"] = predictions.groups
         with _explained(self.path, "write"):
             with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
@@ -198,7 +200,8 @@ class RunFolder:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
                 if sum(member.file_size for member in stored.zip.infolist()) > PREDICTIONS_LIMIT:
                     raise ValueError("it would unpack to more than any predictions")
-                found = Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                columns = (stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                found = Predictions(*columns, groups=stored.get("groups"))
                 _check(found, self.results[key])
                 return found
         except RunFolderError:
@@ -263,7 +266,13 @@ class RunFolder:
 def _check(found: Predictions, job: JobResult) -> None:
     """Raise `ValueError` unless the columns are those of the test images of a job."""
     n_test = (job.result.n_test,)
-    columns = [(found.uris, "U"), (found.y_true, "i"), (found.y_pred, "i"), (found.probability, "f")]
+    columns = [
+        (found.uris, "U"),
+        (found.y_true, "i"),
+        (found.y_pred, "i"),
+        (found.probability, "f"),
+        (found.groups, "U"),
+    ]
     if not all(column is None or (column.dtype.kind == kind and column.shape == n_test) for column, kind in columns):
         raise ValueError("a column is of another type or length")
     labels = np.concatenate([found.y_true, found.y_pred])

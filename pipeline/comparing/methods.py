@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import NormalDist, fmean, stdev
+
+import numpy as np
 
 from pipeline.comparing.folder import HEAD, JobResult, OptionValue
-from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
+from pipeline.evaluation.intervals import CONFIDENCE, accuracy_interval
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult
 
@@ -101,6 +105,11 @@ class MethodScore:
         return self.first.result.n_test
 
     @property
+    def n_groups(self) -> int | None:
+        """Number of groups of these, each image without a group being one; None in old run folders."""
+        return self.first.result.n_groups
+
+    @property
     def accuracy(self) -> float:
         """Mean accuracy over seeds."""
         return fmean(self.accuracies)
@@ -112,8 +121,23 @@ class MethodScore:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the mean accuracy, for the number of test images of one seed."""
-        return wilson(round(self.accuracy * self.n_test), self.n_test)
+        """Wilson's 95 % interval of the mean accuracy, for the test images of one seed and their groups."""
+        return accuracy_interval(self.accuracy, self.n_test, self.first.result.n_effective)
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean of two or more seeds, for other test images and other draws of training images."""
+        low, high = self.interval
+        drawn = stdev(self.accuracies) / math.sqrt(len(self.by_seed))
+        return math.hypot((high - low) / 2 / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2), drawn)
+
+    @property
+    def labels_a_class(self) -> float:
+        """Number of training and validation images of a class that it was trained on."""
+        result = self.first.result
+        if self.shots != "all":
+            return float(self.shots)
+        return (result.n_train + result.n_val) / max(1, self.first.n_classes)
 
     def mean(self, name: str) -> float | None:
         """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""
@@ -137,6 +161,18 @@ class Leaderboard:
         """Return the scores with this number of labels, of one kind of method if `kind` is given."""
         found = [score for (_, count), score in self.scores.items() if count == shots]
         return [score for score in found if kind in (None, score.method.kind)]
+
+    def curve(self, method: Method) -> LabelCurve | None:
+        """Return a method's accuracies over numbers of labels, None if there are too few to draw the curve further.
+
+        A number of labels needs two seeds, which tell how much the draw of the training images matters.
+        """
+        found = [score for (one, _), score in self.scores.items() if one == method and len(score.by_seed) > 1]
+        if len(found) < FEWEST_POINTS or not all(score.first.n_classes for score in found):  # as in old run folders
+            return None
+        found.sort(key=lambda score: score.labels_a_class)
+        columns = [(score.labels_a_class, score.accuracy, score.error) for score in found]
+        return LabelCurve(*map(np.array, zip(*columns, strict=True)))
 
     def best(self, kind: str, shots: int | str | None = None) -> MethodScore | None:
         """Return the best method of this kind, see `best_of`; by default at the largest number of labels."""

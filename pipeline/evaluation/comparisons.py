@@ -1,15 +1,28 @@
-"""Which results differ by more than chance: paired tests, corrected for their number; and which model to prefer."""
+"""Which models differ by more than chance: tests against the one chosen on validation, and those that may be the best.
+
+No claim here rests on which model happened to be the best on test: its accuracy is too high, and so are its leads.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.arrays import BoolArray, Float64Array
-from pipeline.evaluation.intervals import FEWEST_SPLITS, corrected_t_test, mcnemar
+from pipeline.arrays import BoolArray, Float64Array, IntArray
+from pipeline.evaluation.intervals import CONFIDENCE, corrected_t_test, mcnemar, number_clusters
+from pipeline.evaluation.predictions import Predictions
+from pipeline.results import FitResult
+
+R = TypeVar("R", bound=FitResult)
+
+_DRAWS = 1999  # with the observed one 2000, of which 5 % are a whole number
+_CHUNK = 1 << 22  # signs held at once
+_SAME = 1e-9  # statistics that differ by less are equal but for rounding
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -29,77 +42,162 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def compare_models(tests: Sequence[NDArray[np.str_]], right: Sequence[BoolArray]) -> list[float | None]:
-    """Compare each model with the most accurate one on the same test rows: McNemar's exact test, Holm's correction.
+def may_be_best(right: BoolArray, groups: NDArray[np.generic] | None = None, level: float = CONFIDENCE) -> BoolArray:
+    """Tell which of several models may be the most accurate one, as far as these test rows can tell.
+
+    With a probability of at least `level`, all models that are truly the best are among them; so where all are equally
+    good, the chance that any is left out is at most ``1 - level``. For each pair, the difference is divided by its
+    standard error; a model is left out if some rival's lead over it is larger than the largest of all leads is by
+    chance. Chance is simulated by flipping the signs of all differences in a row, or in a group, together: thus models
+    that err on the same rows are told apart by small leads. What is left is tested again without those that are out
+    (Romano and Wolf 2005).
 
     Parameters
     ----------
-    tests : sequence of (n,) str
-        Names of each model's test rows; models are compared if these are the same in the same order.
-    right : sequence of (n,) bool
-        Whether each of them was predicted right.
+    right : (methods, rows) bool
+        Whether each model predicted each row right.
+    groups : (rows,) array, optional
+        Names or numbers; rows of one group are alike. By default every row stands for itself.
+    level : float, default 0.95
+
+    Returns
+    -------
+    (methods,) bool
+        Never all False: the most accurate model on these rows is always among them.
+
+    Examples
+    --------
+    >>> rows = np.arange(100)
+    >>> may_be_best(np.array([rows < 90, rows < 89, rows < 70]))
+    array([ True,  True, False])
+    """
+    clusters = None if groups is None else number_clusters(np.asarray(groups))
+    leads, largest = _leads(_totals(np.asarray(right, bool), clusters))
+    allowed = math.floor((1 - level) * (_DRAWS + 1) + _SAME)  # so many of the draws, with the observed one, are beyond
+    best = np.ones(len(right), bool)
+    while allowed:
+        bound = np.sort(largest[:, best].max(axis=1))[-allowed]
+        left_out = best & (leads > bound + _SAME)
+        if not left_out.any():
+            break
+        best &= ~left_out
+    return best
+
+
+def _totals(right: BoolArray, clusters: IntArray | None) -> Float64Array:
+    """Return the number of right rows of each model in each cluster, without the clusters in which all are equal."""
+    totals = right.astype(np.float64)
+    if clusters is not None:
+        totals = np.array([np.bincount(clusters, weights=row) for row in totals])
+    return np.asarray(totals[:, (totals != totals[0]).any(axis=0)])
+
+
+def _leads(totals: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """Return each model's largest studentised lead of a rival, (k,) as observed and (draws, k) by chance."""
+    squares = totals @ totals.T
+    norms = np.diag(squares)
+    errors = np.sqrt(np.maximum(norms[:, None] + norms - 2 * squares, 0))
+    errors[errors == 0] = 1  # the two are the same, and their difference is 0
+    rng = np.random.default_rng(0)
+    step = max(1, _CHUNK // max(1, totals.shape[1]))
+    sizes = [min(step, _DRAWS - start) for start in range(0, _DRAWS, step)]
+    signs = (rng.integers(0, 2, (size, totals.shape[1]), np.int8) * 2.0 - 1 for size in sizes)
+    sums = np.concatenate([totals.sum(axis=1)[None], *(drawn @ totals.T for drawn in signs)])
+    found = np.stack([((sums - sums[:, [one]]) / errors[one]).max(axis=1) for one in range(len(totals))], axis=1)
+    return found[0], found[1:]
+
+
+def compare_results(results: Sequence[R], predictions: Sequence[Predictions]) -> list[R]:
+    """Return the results with `p_vs_best` and `in_best_set`, see `pipeline.results.FitResult`.
+
+    Results of the same test rows and shots are compared with each other, and with no others.
+    """
+    alike: dict[tuple[bytes, int | str], list[int]] = {}
+    for index, (result, found) in enumerate(zip(results, predictions, strict=True)):
+        alike.setdefault((found.uris.tobytes(), result.shots), []).append(index)
+    judged = list(results)
+    for indices in alike.values():
+        scores = [results[index].validation_accuracy for index in indices]
+        right, units = np.array([predictions[index].right for index in indices]), predictions[indices[0]].units
+        compared = zip(indices, compare_with_chosen(right, units, scores), may_be_best(right, units), strict=True)
+        for index, p, best in compared:
+            judged[index] = replace(results[index], p_vs_best=p, in_best_set=bool(best) if len(indices) > 1 else None)
+    return judged
+
+
+def compare_with_chosen(
+    right: BoolArray, units: NDArray[np.str_], validated: Sequence[float | None]
+) -> list[float | None]:
+    """Compare each of k models with the one of best validation accuracy, by exact paired tests with Holm's correction.
+
+    Parameters
+    ----------
+    right : (k, n) bool
+        Whether each model predicted each test row right.
+    units : (n,) str
+        What each row belongs to, see `Predictions.units`.
+    validated : sequence of float or None
+        Validation accuracies; ties go to the first.
 
     Returns
     -------
     list of float or None
-        A p-value for each model; None for the most accurate one (ties go to the first), and for a model that shares its
-        test rows with no other.
+        P-values, None for the chosen model.
 
     Examples
     --------
     >>> rows = np.array([f"{i}.png" for i in range(8)])
-    >>> good, bad = np.ones(8, bool), np.zeros(8, bool)
-    >>> compare_models([rows, rows], [good, bad])
-    [None, 0.0078125]
+    >>> compare_with_chosen(np.array([[True] * 8, [False] * 8]), rows, [0.8, 0.9])
+    [0.0078125, None]
     """
-    alike: dict[bytes, list[int]] = {}
-    for index, names in enumerate(tests):
-        alike.setdefault(names.tobytes(), []).append(index)
-    compared: list[float | None] = [None] * len(right)
-    for indices in alike.values():
-        best = max(indices, key=lambda index: int(right[index].sum()))
-        others = [index for index in indices if index != best]
-        adjusted = holm([mcnemar(right[best], right[index]) for index in others])
-        for index, p in zip(others, adjusted, strict=True):
-            compared[index] = p
-    return compared
+    chosen, clusters = _chosen(validated), number_clusters(units)
+    tested = [mcnemar(right[chosen], row, clusters) for row in right]
+    return _adjusted([None if index == chosen else p for index, p in enumerate(tested)])
 
 
-def tie_notes(p_values: Sequence[float | None], level: float = 0.05) -> list[str]:
-    """Return a note on how many of the compared models may be as good as the most accurate one on their test rows."""
-    compared = [p for p in p_values if p is not None]
-    ties = sum(p >= level for p in compared)
-    if not compared:
-        return []
-    note = f"{ties} of {len(compared)} other results are not distinguishable from the best on the same test images"
-    return [f"{note} (McNemar's exact test, Holm's correction, {100 * level:g} %)"]
+def compare_over_splits(
+    accuracies: Sequence[Float64Array], validated: Sequence[float | None], n_train: int, n_test: int
+) -> list[float | None]:
+    """Compare each head with the one of best mean validation accuracy over the same resampled splits.
 
-
-def compare_over_splits(accuracies: Sequence[Float64Array], n_train: int, n_test: int) -> list[float | None]:
-    """Compare each head with the one of best mean over the same resampled splits, by corrected t-test and Holm's rule.
+    This is the corrected t-test with Holm's correction.
 
     Parameters
     ----------
     accuracies : sequence of (k,) float64
         Accuracies of each head on each split.
+    validated : sequence of float or None
+        Mean validation accuracies; ties go to the first.
     n_train, n_test : int
         As for `pipeline.evaluation.intervals.corrected_t_test`.
 
     Returns
     -------
     list of float or None
-        A p-value for each head; None for the best, for a head whose distance to it is the same on every split, and for
-        all if there are fewer than `FEWEST_SPLITS`.
+        A p-value for each head; None for the chosen one, and for a head whose lead over it is the same on every split.
     """
-    best = int(np.argmax([values.mean() for values in accuracies]))
-    compared: list[float | None] = [None] * len(accuracies)
-    if len(accuracies[best]) < FEWEST_SPLITS:
-        return compared
-    tested = [corrected_t_test(accuracies[best] - values, n_train, n_test)[1] for values in accuracies]
-    others = [index for index, p in enumerate(tested) if index != best and not np.isnan(p)]
-    for index, p in zip(others, holm([tested[index] for index in others]), strict=True):
-        compared[index] = p
-    return compared
+    chosen = _chosen(validated)
+    tested = [corrected_t_test(accuracies[chosen] - values, n_train, n_test)[1] for values in accuracies]
+    return _adjusted([None if index == chosen or math.isnan(p) else p for index, p in enumerate(tested)])
+
+
+def _chosen(validated: Sequence[float | None]) -> int:
+    """Return the index of the model of best validation accuracy."""
+    ranks = [preference("all", score, index) for index, score in enumerate(validated)]
+    return ranks.index(max(ranks))
+
+
+def _adjusted(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return the p-values after Holm's correction; None stays None."""
+    adjusted = iter(holm([p for p in p_values if p is not None]))
+    return [None if p is None else next(adjusted) for p in p_values]
+
+
+def best_notes(results: Sequence[FitResult], level: float = CONFIDENCE) -> list[str]:
+    """Return a note on how many of the results that share their test rows and shots may be the best."""
+    compared = [result.in_best_set for result in results if result.in_best_set is not None]
+    note = f"{sum(compared)} of {len(compared)} results may be the best of those on the same test images"
+    return [f"{note} ({100 * level:g} % confidence)"] if compared else []
 
 
 def preference(shots: int | str, score: float | None, index: int) -> tuple[float, float, int]:

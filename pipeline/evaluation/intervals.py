@@ -1,34 +1,38 @@
-"""How certain a measured number is: intervals around one result, tests between two."""
+"""How certain a measured number is: intervals around one result and around the difference of two, and a paired test.
+
+Test rows may come in groups, such as the photos of one person, whose rows are alike. Then there is less to learn from
+them than from as many independent rows; `effective_rows` says how much less. Everywhere here `clusters` (n,) numbers
+what each row belongs to, and is None if every row stands for itself.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.special import bdtr, stdtr
+from scipy.special import bdtr, stdtr, stdtrit
 
-from pipeline.arrays import Float64Array, IntArray
+from pipeline.arrays import BoolArray, Float64Array, IntArray, StrArray
 from pipeline.errors import FitError
 
+CONFIDENCE = 0.95
 FEWEST_SPLITS = 5
 """With fewer, the spread over splits is too uncertain to test a difference."""
 
 _SAME = 1e-9  # accuracies are ratios of counts, so a smaller difference is rounding
-_CHUNK = 1 << 22  # resampled row numbers held at once: 32 MiB
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return Wilson's score interval for a proportion (Wilson 1927).
 
-    `scipy.stats.binomtest` gives the same interval, but also computes a p-value, which takes up to a millisecond.
+    `scipy.stats.binomtest` gives the same interval, but also computes a p-value, which takes up to a millisecond, and
+    takes whole numbers only.
 
     Parameters
     ----------
-    successes, n : int
-        Number of rows predicted right, and of all rows.
+    successes, n : float
+        Number of rows predicted right, and of all rows; of rows in groups, what `effective_rows` makes of them.
     confidence : float, default 0.95
         Nominal coverage.
 
@@ -43,7 +47,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     >>> f"{low:.3f} to {high:.3f}"
     '0.826 to 0.945'
     """
-    if n < 1:
+    if n <= 0:
         raise FitError("an interval needs at least one test row, got none")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share = successes / n
@@ -56,56 +60,118 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return low, high
 
 
-def bootstrap(
-    statistic: Callable[[IntArray], Float64Array], n: int, draws: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of a statistic over test rows (Efron 1979).
+def accuracy_interval(accuracy: float, n_test: int, n_effective: float | None = None) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of an accuracy, or of its mean over seeds, for the test rows of one seed.
 
-    Use `wilson` for accuracy: near 1 on a small test set, the bootstrap covers far too little.
+    `n_effective` is that of `effective_rows`; None, as in old run folders, takes the rows for independent.
+    """
+    if n_effective is None or n_effective == n_test:
+        return wilson(round(accuracy * n_test), n_test)
+    return wilson(accuracy * n_effective, n_effective)
 
-    Parameters
-    ----------
-    statistic : callable
-        Maps row numbers (draws, n), one bootstrap sample per row, to values (draws,).
-    n : int
-        Number of test rows.
-    draws : int, default 2000
-        Number of bootstrap samples.
-    confidence : float, default 0.95
-        Nominal coverage.
-    seed : int, default 0
-        Seed of the resampling.
 
-    Raises
-    ------
-    FitError
-        If `n` is 0.
+def number_clusters(units: StrArray) -> IntArray | None:
+    """Number the rows (n,) by what they belong to; return None if every row stands for itself."""
+    names, clusters = np.unique(units, return_inverse=True)
+    return None if len(names) == len(units) else clusters
+
+
+def effective_rows(values: Float64Array, clusters: IntArray | None, confidence: float = CONFIDENCE) -> float:
+    """Return how many independent rows would tell the mean of `values` as precisely as these rows in clusters do.
+
+    This is the number of rows divided by the design effect: the variance of the mean between clusters over that of
+    independent rows (Kish 1965), at least 1. Few clusters estimate this variance badly; Student's t in place of the
+    normal distribution accounts for that (Korn and Graubard 1998). Where all values are equal, nothing can be
+    estimated, and the rows of a cluster count as one.
 
     Examples
     --------
-    >>> values = np.arange(100.0)
-    >>> low, high = bootstrap(lambda rows: values[rows].mean(axis=1), 100)
-    >>> low < 49.5 < high
-    True
+    >>> values = np.repeat([1.0, 0.0, 1.0, 1.0, 0.0, 1.0], 10)  # six persons, ten equal photos of each
+    >>> f"{effective_rows(values, np.repeat(np.arange(6), 10)):.1f}"
+    '3.0'
     """
-    if n < 1:
-        raise FitError("an interval needs at least one test row, got none")
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK // n)
-    sizes = [min(step, draws - start) for start in range(0, draws, step)]
-    values = np.concatenate([statistic(rng.integers(0, n, (size, n))) for size in sizes])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    n = len(values)
+    if clusters is None:
+        return float(n)
+    sizes = np.bincount(clusters)
+    count = len(sizes)
+    if count == 1:
+        return 1.0
+    errors = values - values.mean()
+    totals = np.bincount(clusters, weights=errors)
+    of_rows = errors @ errors * n / (n - 1)
+    between = totals @ totals * count / (count - 1)
+    effect = max(1.0, between / of_rows) if of_rows > 0 else float(sizes @ sizes) / n
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    return float(n / effect * (z / stdtrit(count - 1, 0.5 + confidence / 2)) ** 2)
 
 
-def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> float:
-    """Test whether two models err equally often on one test set; return the exact two-sided p-value (McNemar 1947).
+def paired_interval(
+    right_a: BoolArray, right_b: BoolArray, clusters: IntArray | None = None, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Return an interval for how much more often model a is right than model b, on the same test rows.
+
+    This is Tango's score interval (Tango 1998) for `effective_rows` of the differences. Where it would leave out 0
+    although `mcnemar` finds no difference at this level, it is extended to 0: it never claims more than the exact test.
 
     Parameters
     ----------
     right_a, right_b : (n,) bool
         Whether each model predicted each row right.
+    clusters : (n,) int64, optional
+    confidence : float, default 0.95
+
+    Examples
+    --------
+    >>> low, high = paired_interval(np.arange(100) < 90, np.arange(100) < 84)
+    >>> f"{low:.3f} to {high:.3f}"
+    '0.021 to 0.125'
+    """
+    differences = right_a.astype(np.int64) - right_b
+    n = effective_rows(differences.astype(np.float64), clusters, confidence)
+    low, high = tango(n * float(np.mean(differences > 0)), n * float(np.mean(differences < 0)), n, confidence)
+    if (low > 0 or high < 0) and mcnemar(right_a, right_b, clusters) >= 1 - confidence:
+        return min(low, 0.0), max(high, 0.0)
+    return low, high
+
+
+def tango(only_a: float, only_b: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return Tango's score interval for the difference of two paired proportions (Tango 1998).
+
+    `only_a` and `only_b` of `n` rows were predicted right by model a alone and by model b alone. The interval holds the
+    differences that a score test does not reject.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+
+    def score(difference: float) -> float:
+        linear = (2 * n - only_a + only_b) * difference - only_a - only_b
+        constant = -only_b * difference * (1 - difference)
+        likeliest = (math.sqrt(max(linear * linear - 8 * n * constant, 0)) - linear) / (4 * n)  # share of b alone
+        variance = n * (2 * likeliest + difference * (1 - difference))
+        ahead = only_a - only_b - n * difference
+        return ahead / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, ahead) if ahead else 0.0
+
+    def bound(inside: float, outside: float) -> float:
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if abs(score(middle)) <= z else (inside, middle)
+        return inside
+
+    estimate = (only_a - only_b) / n
+    return bound(estimate, -1.0), bound(estimate, 1.0)
+
+
+def mcnemar(right_a: BoolArray, right_b: BoolArray, clusters: IntArray | None = None) -> float:
+    """Test whether two models err equally often on the same test rows; return the exact two-sided p-value.
+
+    If they do, then in each cluster one model is as likely to be ahead by a number of rows as the other. Without
+    clusters this is McNemar's exact test (McNemar 1947); with clusters, the signs of their totals are flipped.
+
+    Parameters
+    ----------
+    right_a, right_b : (n,) bool
+        Whether each model predicted each row right.
+    clusters : (n,) int64, optional
 
     Raises
     ------
@@ -116,12 +182,54 @@ def mcnemar(right_a: NDArray[np.bool_], right_b: NDArray[np.bool_]) -> float:
     --------
     >>> mcnemar(np.array([True] * 6), np.array([False] * 6))
     0.03125
+    >>> mcnemar(np.array([True] * 6), np.array([False] * 6), np.array([0, 0, 1, 1, 2, 2]))
+    0.25
     """
     if right_a.shape != right_b.shape:
         raise FitError(f"expected two models on one test set, got {len(right_a)} and {len(right_b)} rows")
-    only_a = int(np.sum(right_a & ~right_b))
-    only_b = int(np.sum(right_b & ~right_a))
-    return min(1.0, 2.0 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
+    leads = right_a.astype(np.int64) - right_b
+    if clusters is not None:
+        leads = np.bincount(clusters, weights=leads).astype(np.int64)
+    sizes, counts = np.unique(np.abs(leads[leads != 0]), return_counts=True)
+    chances = np.ones(1)  # of each sum of the leads that are a's, if every lead is a's or b's by the toss of a coin
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        tossed = np.zeros(size * count + 1)
+        tossed[::size] = np.diff(bdtr(np.arange(count + 1.0), count, 0.5), prepend=0)
+        chances = np.convolve(chances, tossed)
+    fewer = int(min(leads[leads > 0].sum(), -leads[leads < 0].sum()))
+    return min(1.0, 2.0 * float(chances[: fewer + 1].sum()))
+
+
+def smallest_difference(n: float, disagreement: float, comparisons: int = 1, power: float = 0.8) -> float:
+    """Return the smallest difference of two accuracies that a paired test at 5 % finds with this power.
+
+    This is the usual formula for McNemar's test (Connor 1987). Two models that differ by a share d disagree on a share
+    d of the rows or more; where `disagreement` is less than the result would be, the result is taken for it.
+
+    Parameters
+    ----------
+    n : float
+        Number of test rows; of rows in groups, what `effective_rows` makes of them.
+    disagreement : float
+        Share of the rows on which one model is right and the other is not.
+    comparisons : int, default 1
+        Number of tests planned, each then at 5 % / `comparisons` (Bonferroni's correction).
+    power : float, default 0.8
+
+    Examples
+    --------
+    >>> f"{smallest_difference(400, 0.1):.3f} {smallest_difference(400, 0.1, comparisons=10):.3f}"
+    '0.044 0.057'
+    """
+    z_level = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / comparisons / 2)
+    z_power = NormalDist().inv_cdf(power)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        share = max(disagreement, middle)
+        found = middle * math.sqrt(n) >= z_level * math.sqrt(share) + z_power * math.sqrt(share - middle * middle)
+        low, high = (low, middle) if found else (middle, high)
+    return high
 
 
 def corrected_t_test(differences: Float64Array, n_train: int, n_test: int) -> tuple[float, float]:
@@ -162,5 +270,10 @@ def corrected_t_test(differences: Float64Array, n_train: int, n_test: int) -> tu
     mean = float(np.mean(differences))
     if np.ptp(differences) < _SAME:
         return (0.0, 1.0) if abs(mean) < _SAME else (math.copysign(math.inf, mean), math.nan)
-    t = mean / math.sqrt(float(np.var(differences, ddof=1)) * (1 / k + n_test / n_train))
+    t = mean / corrected_error(differences, n_train, n_test)
     return t, 2 * float(stdtr(k - 1, -abs(t)))
+
+
+def corrected_error(differences: Float64Array, n_train: int, n_test: int) -> float:
+    """Return the standard error of the mean difference over repeated splits, as `corrected_t_test` has it."""
+    return math.sqrt(float(np.var(differences, ddof=1)) * (1 / len(differences) + n_test / n_train))

@@ -84,11 +84,8 @@ def group_notes(train: IntArray, val: IntArray, test: IntArray, groups: StrArray
 
 
 def cluster_notes(groups: StrArray) -> list[str]:
-    """Return a note that intervals are too narrow if test rows (n,) come in groups, such as photos of a few people."""
+    """Return a note if test rows (n,) come in groups, such as photos of a few people."""
     names, counts = np.unique(groups[groups != ""], return_counts=True)
     if not (counts > 1).any():
         return []
-    return [
-        f"{counts.sum()} test rows come from {len(names)} groups: intervals and tests assume independent rows, so they "
-        "claim too much if rows of a group are alike"
-    ]
+    return [f"{counts.sum()} test rows come from {len(names)} groups, so intervals and tests are over groups, not rows"]

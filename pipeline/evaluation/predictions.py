@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray, StrArray
 from pipeline.evaluation.calibration import tempered
-from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.intervals import accuracy_interval, effective_rows, number_clusters
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.rows import Table
 
@@ -19,7 +19,7 @@ from pipeline.evaluation.rows import Table
 class Predictions:
     """What one model, or the models of a cross-validation, predicted on each test row.
 
-    A run folder keeps the first four columns alone.
+    A run folder keeps the first four columns and the groups.
 
     Parameters
     ----------
@@ -35,6 +35,8 @@ class Predictions:
         Calibrate the probabilities of each row, see `pipeline.evaluation.calibration`.
     folds : (n,) int64, optional
         The fold of each row in a cross-validation.
+    groups : (n,) str, optional
+        The group of each row, ``""`` for none; None in run folders that do not have them yet.
     """
 
     uris: StrArray
@@ -44,6 +46,13 @@ class Predictions:
     probabilities: Float64Array | None = None
     temperatures: Float64Array | None = None
     folds: IntArray | None = None
+    groups: StrArray | None = None
+
+    @property
+    def units(self) -> StrArray:
+        """What each row belongs to (n,): its group, or the image alone. Rows of one unit are alike."""
+        alone = np.char.add("image ", self.uris)
+        return alone if self.groups is None else np.where(self.groups == "", alone, np.char.add("group ", self.groups))
 
     @property
     def right(self) -> BoolArray:
@@ -89,7 +98,8 @@ def collect_predictions(
     of_all = np.concatenate(given)[order] if given else None
     of_rows = np.repeat(told, sizes)[order] if len(told) == len(tests) else None
     folds = np.repeat(np.arange(len(tests)), sizes)[order] if len(tests) > 1 else None
-    found = Predictions(table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds)
+    columns = (table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds, table.groups[rows])
+    found = Predictions(*columns)
     calibrated = found.calibrated
     sure = of_all if calibrated is None else calibrated
     return found if sure is None else replace(found, probability=sure[np.arange(len(labels)), labels])
@@ -98,10 +108,13 @@ def collect_predictions(
 def measure(predictions: Predictions, n_classes: int) -> dict[str, Any]:
     """Return the keys of a `FitResult` that measure predictions over `n_classes`."""
     calibrated, temperatures = predictions.calibrated, predictions.temperatures
-    y_true, right = predictions.y_true, predictions.right
+    y_true, right, clusters = predictions.y_true, predictions.right, number_clusters(predictions.units)
+    n_effective = effective_rows(right.astype(np.float64), clusters)
     return {
         "n_test": len(y_true),
-        "accuracy_ci95": wilson(int(right.sum()), len(right)),
+        "n_groups": len(right) if clusters is None else int(clusters.max()) + 1,
+        "n_effective": n_effective,
+        "accuracy_ci95": accuracy_interval(float(right.mean()), len(right), n_effective),
         **asdict(evaluate(y_true, predictions.y_pred, n_classes, predictions.probabilities)),
         "temperature": None if temperatures is None else float(np.median(temperatures)),
         "log_loss_calibrated": None if calibrated is None else log_loss(y_true, calibrated),

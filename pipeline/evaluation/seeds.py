@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import numpy as np
 
-from pipeline.evaluation.comparisons import compare_over_splits
-from pipeline.evaluation.intervals import wilson
+from pipeline.arrays import BoolArray, StrArray
+from pipeline.evaluation.comparisons import compare_over_splits, compare_with_chosen, may_be_best
+from pipeline.evaluation.intervals import FEWEST_SPLITS, accuracy_interval
 from pipeline.evaluation.predictions import Predictions
 from pipeline.results import FitResult, SeedSummary
 
@@ -16,8 +18,7 @@ from pipeline.results import FitResult, SeedSummary
 def summarise_seeds(results: Sequence[FitResult], predictions: Sequence[Predictions]) -> list[SeedSummary]:
     """Summarise each layer, head and number of shots over seeds, in order; return nothing for a single seed.
 
-    Heads are compared if they share their splits and the test rows differ between splits, which is what the corrected
-    resampled t-test needs.
+    Heads of the same shots are compared if their test rows are the same for each seed.
     """
     cells: dict[tuple[str, str, int | str], list[int]] = {}
     for index, result in enumerate(results):
@@ -27,16 +28,37 @@ def summarise_seeds(results: Sequence[FitResult], predictions: Sequence[Predicti
     found = {cell: _summary([results[index] for index in indices]) for cell, indices in cells.items()}
     for shots in dict.fromkeys(result.shots for result in results):
         rivals = [cell for cell in cells if cell[2] == shots]
-        tests = {tuple(predictions[index].uris.tobytes() for index in cells[cell]) for cell in rivals}
-        one = results[cells[rivals[0]][0]]
-        resampled = len(set(next(iter(tests)))) > 1 or one.cv is not None
-        if len(tests) > 1 or not resampled:
+        said = [[predictions[index] for index in cells[cell]] for cell in rivals]
+        tests = {tuple(one.uris.tobytes() for one in of_head) for of_head in said}
+        if len(tests) > 1:
             continue
-        splits = [np.concatenate([predictions[index].accuracies() for index in cells[cell]]) for cell in rivals]
-        p_values = compare_over_splits(splits, one.n_pool, one.n_test // (one.cv or 1))
-        for cell, p in zip(rivals, p_values, strict=True):
-            found[cell] = replace(found[cell], p_vs_best=p)
+        right, units = np.array([pool_seeds(of_head)[0] for of_head in said]), pool_seeds(said[0])[1]
+        validated = [_mean_validation([results[index] for index in cells[cell]]) for cell in rivals]
+        one = results[cells[rivals[0]][0]]
+        shared = len(set(next(iter(tests)))) == 1 and one.cv is None
+        splits = [np.concatenate([each.accuracies() for each in of_head]) for of_head in said]
+        if shared or len(splits[0]) < FEWEST_SPLITS:
+            p_values = compare_with_chosen(right, units, validated)
+        else:
+            p_values = compare_over_splits(splits, validated, one.n_pool, one.n_test // (one.cv or 1))
+        for cell, p, best in zip(rivals, p_values, may_be_best(right, units), strict=True):
+            may_be = bool(best) if len(rivals) > 1 else None
+            found[cell] = replace(found[cell], p_vs_best=p, in_best_set=may_be, shared_test=shared)
     return list(found.values())
+
+
+def pool_seeds(predictions: Sequence[Predictions]) -> tuple[BoolArray, StrArray]:
+    """Return whether each test row of each seed was predicted right, and what each row belongs to.
+
+    An image that several seeds test gives several rows of one unit, so it does not count as several images.
+    """
+    right = np.concatenate([each.right for each in predictions])
+    return right, np.concatenate([each.units for each in predictions])
+
+
+def _mean_validation(results: Sequence[FitResult]) -> float | None:
+    scores = [result.validation_accuracy for result in results]
+    return None if None in scores else fmean(score for score in scores if score is not None)
 
 
 def _summary(results: Sequence[FitResult]) -> SeedSummary:
@@ -50,7 +72,7 @@ def _summary(results: Sequence[FitResult]) -> SeedSummary:
         shots=one.shots,
         seeds=len(results),
         accuracy_mean=mean,
-        accuracy_ci95=wilson(round(mean * one.n_test), one.n_test),
+        accuracy_ci95=accuracy_interval(mean, one.n_test, one.n_effective),
         accuracy_sd=float(accuracies.std(ddof=1)),
         accuracy_min=float(accuracies.min()),
         accuracy_max=float(accuracies.max()),

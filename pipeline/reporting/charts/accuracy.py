@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from pipeline.evaluation.intervals import wilson
+from pipeline.evaluation.intervals import accuracy_interval
 from pipeline.reporting.charts.theme import MARKERS, Theme, short
 from pipeline.results import FitResult
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart: k points from left to right with intervals, perhaps with names and the values of seeds."""
+    """One line of a chart: k points from left to right with intervals, perhaps with names and the values of seeds.
+
+    `best` tells which points may be the best of the whole chart, ``()`` where that is unknown; `chosen` is the index of
+    the point that is best on validation, None if nothing was validated.
+    """
 
     label: str
     x: Sequence[float]
@@ -24,24 +28,40 @@ class Line:
     names: Sequence[str] = ()
     seeds: Sequence[Sequence[float]] = ()
     dashed: bool = False
+    best: Sequence[bool] = ()
+    chosen: int | None = None
 
 
-def depth_line(label: str, results: Mapping[int, Sequence[FitResult]]) -> Line:
-    """Return the line through mean accuracies, with Wilson's intervals, of results by position and then by seed."""
+def depth_line(
+    label: str, results: Mapping[int, Sequence[FitResult]], best: Collection[tuple[str, str, int | str]] = ()
+) -> Line:
+    """Return the line through mean accuracies, with Wilson's intervals, of results by position and then by seed.
+
+    `best` is that of `pipeline.fit.FitReport.may_be_best`.
+    """
     seeds = [[result.accuracy for result in group] for group in results.values()]
     means = [float(np.mean(accuracies)) for accuracies in seeds]
-    tests = [group[0].n_test for group in results.values()]
-    intervals = [wilson(round(mean * n), n) for mean, n in zip(means, tests, strict=True)]
-    return Line(label, list(results), means, intervals, [group[0].layer for group in results.values()], seeds)
+    intervals = [
+        accuracy_interval(mean, group[0].n_test, group[0].n_effective)
+        for mean, group in zip(means, results.values(), strict=True)
+    ]
+    ones = [group[0] for group in results.values()]
+    among = [(one.layer, one.head, one.shots) in best for one in ones] if best else ()
+    validated = [
+        float(np.mean([np.nan if one.validation_accuracy is None else one.validation_accuracy for one in group]))
+        for group in results.values()
+    ]
+    chosen = None if np.isnan(validated).any() else int(np.argmax(validated))
+    return Line(label, list(results), means, intervals, [one.layer for one in ones], seeds, best=among, chosen=chosen)
 
 
 def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[str, float] | None = None) -> None:
-    """Draw accuracy against depth with intervals, and name the layer at each line's peak.
+    """Draw accuracy against depth with intervals, name the layer that validation chose, and fill what may be the best.
 
     The points of the lines, at most 8, are layers from the image upwards; `baseline` is the name and accuracy of a
-    horizontal line to compare with. A single line has its peak named beside the point, and a dot for each seed. Several
-    lines have their peaks named in the legend, and are shifted sideways a little, so that their intervals do not hide
-    each other. Ticks and legend are left to the caller.
+    horizontal line to compare with. A single line has its layer named beside the point, and a dot for each seed. With
+    several lines, layers are named in the legend, and the lines are shifted sideways a little, so that their intervals
+    do not hide each other. Ticks and legend are left to the caller.
     """
     alone = len(lines) == 1
     gap = min((float(np.diff(line.x).min()) for line in lines if len(line.x) > 1), default=1.0)
@@ -50,21 +70,25 @@ def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[
         y = np.asarray(line.y)
         x = np.asarray(line.x) + 0.5 * gap * (number - (len(lines) - 1) / 2) / len(lines)
         errors = np.abs(np.array(line.intervals).T - y)
-        peak = int(y.argmax())
-        peak_text = f"{short(line.names[peak])} {theme.share(y[peak])}"
-        peak_color = theme.accent if alone else color
-        label = line.label if alone else f"{line.label}: {peak_text}"
+        named = "" if line.chosen is None else f"{short(line.names[line.chosen])} {theme.share(y[line.chosen])}"
         axes.errorbar(
             x, y, errors, color=color, marker=marker, markersize=5, capsize=3, linewidth=1.8, elinewidth=1.2,
-            label=label,
+            label=line.label if alone or not named else f"{line.label}: {named}",
         )  # fmt: skip
-        axes.plot(x[peak], y[peak], marker, color=peak_color, markersize=9, zorder=3)
+        if line.best:
+            out = ~np.array(line.best)
+            paper = axes.get_facecolor() if theme.paper != "none" else theme.grid
+            axes.plot(x[out], y[out], marker, color=color, markerfacecolor=paper, markersize=5, zorder=3)
+        if line.chosen is not None:
+            ring_color = theme.accent if alone else color
+            axes.plot(x[line.chosen], y[line.chosen], "o", color=ring_color, fillstyle="none", markersize=11, zorder=3)
         if alone:
             for position, values in zip(x, line.seeds, strict=False):
                 axes.plot(np.full(len(values), position), values, ".", color=theme.ink, alpha=0.5, zorder=3)
-            top = max([line.intervals[peak][1], *(line.seeds[peak] if line.seeds else ())])
+        if alone and line.chosen is not None:
+            top = max([line.intervals[line.chosen][1], *(line.seeds[line.chosen] if line.seeds else ())])
             axes.annotate(
-                peak_text, (x[peak], top), (0, 8), textcoords="offset points", color=peak_color, weight="bold",
+                named, (x[line.chosen], top), (0, 8), textcoords="offset points", color=theme.accent, weight="bold",
                 ha="center",
             )  # fmt: skip
     if baseline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
     title = f"{kept.head} on {kept.layer}, {kept.accuracy:.3f} on {kept.n_test} test images"
     paths = save(confusion_figure(predictions.y_true, predictions.y_pred, report.classes, title), folder, "confusion")
     if len({result.layer for result in report.results}) > 1:
-        paths += save(depth_figure(report.results), folder, "depth")
+        paths += save(depth_figure(report.results, report.may_be_best), folder, "depth")
     if len({result.shots for result in report.results}) > 1:
         paths += save(labels_figure(report.results, len(report.classes)), folder, "budget")
     if predictions.probabilities is not None:
@@ -51,19 +51,23 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
     return paths
 
 
-def depth_figure(results: Sequence[FitResult]) -> Figure:
-    """Return accuracy over the layers of one backbone in the order of the results, a line for each head and shots."""
+def depth_figure(results: Sequence[FitResult], best: Collection[tuple[str, str, int | str]] = ()) -> Figure:
+    """Return accuracy over the layers of one backbone in the order of the results, a line for each head and shots.
+
+    `best` is that of `pipeline.fit.FitReport.may_be_best`.
+    """
     layers = sorted(dict.fromkeys(result.layer for result in results), key=lambda layer: layer != "input")
     lines = []
     for label, members in _grouped(results, lambda result: (result.head, result.shots)).items():
         groups = {x: [result for result in members if result.layer == layer] for x, layer in enumerate(layers)}
-        lines.append(depth_line(label, {x: group for x, group in groups.items() if group}))
+        lines.append(depth_line(label, {x: group for x, group in groups.items() if group}, best))
     dots = ", dots are seeds" if len(lines) == 1 and len({result.seed for result in results}) > 1 else ""
     with SCREEN.figure(max(8, 0.6 * len(layers) + 4), 4.6) as figure:
         axes = figure.subplots()
         draw_depth(axes, lines, SCREEN)
         axes.set_xticks(np.arange(len(layers)), [short(layer, 28) for layer in layers], rotation=30, ha="right")
-        axes.set_title(f"Accuracy by layer, with 95 % intervals{dots}\n{_subject(results)}")
+        among = ", filled points may be the best" if best else ""
+        axes.set_title(f"Accuracy by layer, with 95 % intervals{among}{dots}\n{_subject(results)}")
         _add_legend(figure, lines)
     return figure
 

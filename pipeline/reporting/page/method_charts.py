@@ -13,7 +13,8 @@ from matplotlib.ticker import LogLocator
 from pipeline.arrays import Float64Array, IntArray
 from pipeline.comparing.answer import ExtractionTimes, duration, percent, seconds
 from pipeline.comparing.folder import HEAD
-from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of
+from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of, is_validated
+from pipeline.comparing.paired import BestSet
 from pipeline.reporting.charts.accuracy import Line, draw_depth, draw_labels
 from pipeline.reporting.charts.theme import MARKERS, MOST_LINES
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
@@ -33,7 +34,7 @@ class Chart:
     rows: Sequence[Sequence[Any]]
 
 
-def depth_chart(board: Leaderboard) -> Chart | None:
+def depth_chart(board: Leaderboard, among: BestSet | None) -> Chart | None:
     """Return accuracy over depth, a line for each backbone under its best head; None if no backbone has two layers."""
     backbones = dict(list(_by_depth(board).items())[:MOST_LINES])
     if not backbones:
@@ -45,6 +46,8 @@ def depth_chart(board: Leaderboard) -> Chart | None:
             [score.accuracy for score in scores],
             [score.interval for score in scores],
             tuple(score.method.layer for score in scores),
+            best=[score.name in among.methods for score in scores] if among else (),
+            chosen=scores.index(best_of(scores)) if is_validated(scores) else None,  # type: ignore[arg-type]
         )
         for name, scores in backbones.items()
     ]
@@ -63,7 +66,10 @@ def depth_chart(board: Leaderboard) -> Chart | None:
         for name, scores in backbones.items()
         for score in scores
     ]
-    caption = "Each backbone under the head that is best at its best layer; bars are 95 % intervals."
+    caption = (
+        "Each backbone under its best head; bars are 95 % intervals, and a ring marks the layer chosen on validation."
+    )
+    caption += " Filled points may be the best of all methods." if among else ""
     columns = ("backbone", "head", "layer", "accuracy", "95 % from", "to")
     return Chart("Where in the network are the useful features?", caption, svg, columns, rows)
 
@@ -78,7 +84,7 @@ def labels_chart(board: Leaderboard) -> Chart | None:
     lines, rows = [], []
     for method in methods[:MOST_LINES]:
         scores = [board.scores[method, shots] for shots in board.shots if (method, shots) in board.scores]
-        labels = [_labels_a_class(score) for score in scores]
+        labels = [score.labels_a_class for score in scores]
         spans = [(min(score.accuracies), max(score.accuracies)) for score in scores]
         means = [score.accuracy for score in scores]
         lines.append(Line(scores[0].name, labels, means, spans, dashed=not method.is_frozen))
@@ -86,7 +92,7 @@ def labels_chart(board: Leaderboard) -> Chart | None:
             (score.name, score.shots, f"{label:.0f}", percent(score.accuracy), *map(percent, span))
             for score, label, span in zip(scores, labels, spans, strict=True)
         ]
-    ticks = sorted({round(_labels_a_class(score)) for score in board.scores.values()})
+    ticks = sorted({round(score.labels_a_class) for score in board.scores.values()})
     with PAGE.figure(WIDTH, HEIGHT) as figure:
         draw_labels(figure.subplots(), lines, {tick: f"{tick:g}" for tick in ticks}, PAGE)
         add_legend(figure)
@@ -103,7 +109,9 @@ def cost_chart(board: Leaderboard, extraction: ExtractionTimes) -> Chart:
     values = np.array([score.accuracy for score in scores])
     names = [score.name for score in scores]
     with PAGE.figure(WIDTH, HEIGHT) as figure:
-        _draw_cost(figure.subplots(), costs, values, [score.method.group for score in scores], names)
+        chosen = best_of(scores)
+        named = scores.index(chosen) if chosen is not None and is_validated(scores) else None
+        _draw_cost(figure.subplots(), costs, values, [score.method.group for score in scores], names, named)
         add_legend(figure, columns=2)
         svg = to_svg(figure, "Test accuracy against seconds for every method; the numbers are in the table below.")
     unbeaten = set(pareto(costs, values).tolist())
@@ -111,7 +119,8 @@ def cost_chart(board: Leaderboard, extraction: ExtractionTimes) -> Chart:
         (names[index], duration(costs[index]), percent(values[index]), "yes" if index in unbeaten else "")
         for index in np.argsort(costs, kind="stable").tolist()
     ]
-    caption = "The black line joins the methods that no other beats in both time and accuracy."
+    caption = "The black line joins the methods that no other beats in both time and test accuracy."
+    caption += "" if named is None else " The one with a name is the best on validation."
     return Chart("What does accuracy cost?", caption, svg, ("method", "time", "accuracy", "unbeaten"), rows)
 
 
@@ -124,9 +133,14 @@ def pareto(costs: Float64Array, values: Float64Array) -> IntArray:
 
 
 def _draw_cost(
-    axes: Axes, seconds: Float64Array, accuracies: Float64Array, groups: Sequence[str], names: Sequence[str]
+    axes: Axes,
+    seconds: Float64Array,
+    accuracies: Float64Array,
+    groups: Sequence[str],
+    names: Sequence[str],
+    named: int | None,
 ) -> None:
-    """Draw accuracy against seconds; join the points that nothing beats in both, and name the most accurate one."""
+    """Draw accuracy against seconds; join the points that nothing beats in both, and name the one at index `named`."""
     coloured = list(dict.fromkeys(groups))[:MOST_LINES]
     shown = [group if group in coloured else "others" for group in groups]
     for number, group in enumerate(dict.fromkeys(shown)):
@@ -137,12 +151,13 @@ def _draw_cost(
         )
     front = pareto(seconds, accuracies)
     axes.plot(seconds[front], accuracies[front], color=PAGE.ink, linewidth=1, drawstyle="steps-post", zorder=0)
-    lowest, highest, best = seconds.min(), seconds.max(), front[-1]
-    in_left_half = np.log(seconds[best] / lowest) < np.log(highest / lowest) / 2
-    axes.annotate(
-        names[best], (seconds[best], accuracies[best]), (0, 8), textcoords="offset points",
-        ha="left" if in_left_half else "right", fontsize=8, weight="bold",
-    )  # fmt: skip
+    lowest, highest = seconds.min(), seconds.max()
+    if named is not None:
+        in_left_half = np.log(seconds[named] / lowest) < np.log(highest / lowest) / 2
+        axes.annotate(
+            names[named], (seconds[named], accuracies[named]), (0, 8), textcoords="offset points",
+            ha="left" if in_left_half else "right", fontsize=8, weight="bold",
+        )  # fmt: skip
     axes.set_xlabel("seconds, including the extraction of all images")
     if highest > 3 * lowest:
         axes.set_xscale("log")
@@ -176,17 +191,6 @@ def _by_depth(board: Leaderboard) -> dict[str, list[MethodScore]]:
         deep = [score for score in scores if score.method.layer != "input" and score.first.depth is not None]
         ordered = sorted(deep, key=lambda score: score.first.depth or 0)
         name = f"{method.backbone}, {method.pool}" if several_pools else method.backbone
-        if len(ordered) > 1 and (name not in backbones or _peak(ordered) > _peak(backbones[name])):
+        if len(ordered) > 1 and (name not in backbones or best_of([*backbones[name], *ordered]) in ordered):
             backbones[name] = ordered
     return backbones
-
-
-def _peak(scores: Sequence[MethodScore]) -> float:
-    return max(score.accuracy for score in scores)
-
-
-def _labels_a_class(score: MethodScore) -> float:
-    result = score.first.result
-    return (
-        float(score.shots) if score.shots != "all" else (result.n_train + result.n_val) / max(1, score.first.n_classes)
-    )

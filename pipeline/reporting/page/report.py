@@ -17,7 +17,6 @@ from pipeline.comparing.answer import (
     answer,
     duration,
     extraction_seconds,
-    p_text,
     percent,
     points,
     seconds,
@@ -26,7 +25,6 @@ from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards, shots_order
 from pipeline.comparing.paired import LEVEL, compare_scores
-from pipeline.evaluation.comparisons import holm
 from pipeline.evaluation.metrics import count
 from pipeline.evaluation.predictions import Predictions
 from pipeline.images.sources.registry import ImageSource
@@ -70,7 +68,7 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
         style=(here / "report.css").read_text(encoding="utf-8"),
         script=(here / "report.js").read_text(encoding="utf-8"),
         chapters=chapters,
-        table=_table(found, extraction),
+        table=_table(chapters, extraction),
         several=len(found) > 1,
         info=info,
         costs=[cost for cost in info.extractions.values() if cost.computed and cost.seconds],
@@ -90,7 +88,11 @@ def _chapter(
     classes = seen.images.classes
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
     predictions = {score.first.key: folder.predictions(score.first.key) for score in chosen}
-    charts = [depth_chart(board), labels_chart(board), cost_chart(board, extraction)]
+    charts = [
+        depth_chart(board, verdict.best_sets.get(board.shots[-1])),
+        labels_chart(board),
+        cost_chart(board, extraction),
+    ]
     charts += [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
     if verdict.frozen is not None:
         key, layer = verdict.frozen.first.key, verdict.frozen.method.layer
@@ -98,6 +100,7 @@ def _chapter(
             charts.append(map_chart(*lay_out_map(seen.features[key], layer, predictions[key]), classes, layer))
     unreadable = _unreadable(seen.files)
     return {
+        "board": board,
         "source": board.source,
         "anchor": f"source-{number}",
         "answer": verdict,
@@ -110,13 +113,16 @@ def _chapter(
     }
 
 
-def _table(found: Sequence[Leaderboard], extraction: ExtractionTimes) -> list[dict[str, Any]]:
+def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> list[dict[str, Any]]:
     """Return a row for each method and number of labels, the most accurate first."""
-    scores = [(board.source, score) for board in found for score in board.scores.values()]
-    scores.sort(key=lambda pair: (shots_order(pair[1].shots), pair[1].accuracy), reverse=True)
+    scores = [
+        (one["source"], score, one["answer"].best_sets) for one in chapters for score in one["board"].scores.values()
+    ]
+    scores.sort(key=lambda row: (shots_order(row[1].shots), row[1].accuracy), reverse=True)
     rows = []
-    for source, score in scores:
+    for source, score, best_sets in scores:
         low, high = score.interval
+        among = best_sets.get(score.shots)
         rows.append(
             {
                 "source": source,
@@ -126,6 +132,7 @@ def _table(found: Sequence[Leaderboard], extraction: ExtractionTimes) -> list[di
                 "seeds": len(score.by_seed),
                 "accuracy": score.accuracy,
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
+                "best": "–" if among is None else "yes" if score.name in among.methods else "no",
                 "per_class": score.mean("mean_per_class_accuracy"),
                 "f1": score.mean("macro_f1"),
                 "log_loss": _calibrated(score, "log_loss"),
@@ -144,19 +151,24 @@ def _calibrated(score: MethodScore, key: str) -> float | None:
 
 
 def _differences(board: Leaderboard, folder: RunFolder) -> dict[str, Any] | None:
-    """Return names of the leading methods, and by how many points the row's is ahead of the column's, p, and if so."""
+    """Return the leading methods, by how many points the row's is ahead of the column's, and if that is real.
+
+    The intervals hold for all pairs together (Bonferroni's correction).
+    """
     scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
     scores.sort(key=lambda score: -score.accuracy)
     pairs = list(combinations(range(len(scores)), 2))
-    tested = [compare_scores(scores[a], scores[b], folder.predictions) for a, b in pairs]
-    known = [(pair, test) for pair, test in zip(pairs, tested, strict=True) if test is not None]
-    if not known:
+    confidence = 1 - LEVEL / max(1, len(pairs))
+    tested = [compare_scores(scores[a], scores[b], folder.predictions, confidence=confidence) for a, b in pairs]
+    if not any(tested):
         return None
-    adjusted = holm([test.p for _, test in known])
     cells: list[list[tuple[str, str, bool] | None]] = [[None] * len(scores) for _ in scores]
-    for ((a, b), test), p in zip(known, adjusted, strict=True):
-        for row, column, sign in ((a, b, 1), (b, a, -1)):
-            cells[row][column] = (points(sign * test.difference), p_text(p), p < LEVEL)
+    for (a, b), test in zip(pairs, tested, strict=True):
+        if test is not None:
+            for row, column, sign in ((a, b, 1), (b, a, -1)):
+                low, high = sorted((sign * test.low, sign * test.high))
+                interval = f"{points(low)} to {points(high)}"
+                cells[row][column] = (points(sign * test.difference), interval, test.is_real)
     return {"names": [score.name for score in scores], "cells": cells}
 
 

@@ -7,17 +7,18 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from pipeline.comparing.answer import duration, percent, points
-from pipeline.comparing.estimate import Planned
+from pipeline.comparing.estimate import Planned, Power
 from pipeline.comparing.folder import JobResult
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.paired import Against
+from pipeline.comparing.paired import Against, BestSet
 from pipeline.reporting.terminal.tables import rows_table
 
 MOST_ROWS = 12
 
 
-def score_table(results: Sequence[JobResult]) -> Table:
-    """Return the best methods of each source and number of labels, means over seeds."""
+def score_table(results: Sequence[JobResult], best_sets: Sequence[BestSet]) -> Table:
+    """Return the most accurate methods of each source and number of labels, means over seeds."""
+    among = {(one.source, one.shots): one.methods for one in best_sets}
     rows = []
     for board in leaderboards(results):
         for shots in reversed(board.shots):
@@ -27,10 +28,12 @@ def score_table(results: Sequence[JobResult]) -> Table:
                 low, high = score.interval
                 interval = f"{100 * low:.1f}–{100 * high:.1f}"
                 seconds = duration(score.mean("seconds") or 0.0)
-                rows.append((board.source, str(shots), score.name, percent(score.accuracy), interval, seconds))
+                known = among.get((board.source, shots))
+                best = "-" if known is None else "yes" if score.name in known else "no"
+                rows.append((board.source, str(shots), score.name, percent(score.accuracy), interval, best, seconds))
             if len(scores) > most:
-                rows.append(("", "", f"… and {len(scores) - most} more", "", "", ""))
-    return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "training"), rows)
+                rows.append(("", "", f"… and {len(scores) - most} more", "", "", "", ""))
+    return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "may be best", "training"), rows)
 
 
 def plan_tables(planned: Sequence[Planned]) -> Iterator[Table]:
@@ -55,6 +58,22 @@ def plan_line(planned: Sequence[Planned]) -> str:
     left = [job for job in planned if not job.done]
     seconds, size = sum(job.seconds for job in left), size_text(sum(job.bytes for job in left)) or "0 MB"
     return f"{len(planned)} jobs, {len(planned) - len(left)} of them done; about {duration(seconds)} and {size} to go"
+
+
+def power_line(power: Power) -> str:
+    """Return which differences the test images of a source can show."""
+    found = f"a difference of {100 * power.smallest:.1f} points is found with 80 % power"
+    if power.comparisons > 1:
+        found += f" (of {100 * power.smallest_of_all:.1f} points with all {power.comparisons} comparisons planned)"
+    alike = (
+        f"; they come in {power.groups} groups, and the more the images of a group are alike, the less they show"
+        if power.groups < power.test_images
+        else ""
+    )
+    return (
+        f"{power.source}: about {power.test_images} test images. If two methods disagree on "
+        f"{100 * power.disagreement:.0f} % of these, {found}{alike}"
+    )
 
 
 def against_lines(against: Against | None) -> list[str]:

@@ -57,21 +57,21 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
 
 
 def fit_table(results: Sequence[FitResult]) -> Table:
-    """One row for each result, the most accurate in bold; values that all rows share are in the title instead."""
+    """One row for each result, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
         **_columns(results, "backbone", "pool", "layer", "head", "seed", "shots"),
         "folds": [str(result.cv or "-") for result in results],
-        "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
+        "train/val/test": [_counts(result) for result in results],
     }
     measured = {"chosen": [_params(result) for result in results], **_measured(results)}
-    return _compared(settings, measured, [result.accuracy for result in results])
+    return _compared(settings, measured, results)
 
 
 def finetune_table(results: Sequence[FinetuneResult]) -> Table:
-    """One row for each run, the most accurate in bold; values that all rows share are in the title instead."""
+    """One row for each run, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
         **_columns(results, "freeze", "seed", "shots"),
-        "train/val/test": [f"{result.n_train}/{result.n_val}/{result.n_test}" for result in results],
+        "train/val/test": [_counts(result) for result in results],
         "trained weights": [f"{result.trainable_parameters:,}" for result in results],
     }
     measured = {
@@ -81,20 +81,22 @@ def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     }
     one = results[0]
     title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
-    return _compared(settings, measured, [result.accuracy for result in results], title)
+    return _compared(settings, measured, results, title)
 
 
 def seeds_table(summary: Sequence[SeedSummary]) -> Table:
     """One row for each head over its seeds: an interval for other test rows, and the spread over the seeds' draws."""
     settings = _columns(summary, "backbone", "pool", "layer", "head", "shots")
+    shared = all(row.shared_test for row in summary)
+    drawn = "of training rows; all have the same test rows" if shared else "of training and test rows"
     measured = {
         "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
         "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
         "sd over seeds": [f"{row.accuracy_sd:.3f}" for row in summary],
         "lowest–highest seed": [f"{row.accuracy_min:.3f}–{row.accuracy_max:.3f}" for row in summary],
-        "p vs best": [_p_value(row.p_vs_best) for row in summary],
+        **_judged(summary),
     }
-    return _compared(settings, measured, [row.accuracy_mean for row in summary], f"over {summary[0].seeds} seeds")
+    return _compared(settings, measured, summary, f"over {summary[0].seeds} seeds, each a draw {drawn}")
 
 
 def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
@@ -109,22 +111,41 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
         "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
         "log-loss": [_calibrated(result) for result in results],
-        "p vs best": [_p_value(result.p_vs_best) for result in results],
+        **_judged(results),
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
 
 
+def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, list[str]]:
+    """Return the columns on which results differ by more than chance; the chosen result has no p-value."""
+    return {
+        "p vs chosen": [_p_value(record.p_vs_best) for record in records],
+        "may be best": [
+            "-" if record.in_best_set is None else "yes" if record.in_best_set else "no" for record in records
+        ],
+    }
+
+
+def _counts(result: FitResult) -> str:
+    """Return the numbers of training, validation and test rows, and in how many groups the test rows come."""
+    grouped = result.n_groups is not None and result.n_groups < result.n_test
+    return f"{result.n_train}/{result.n_val}/{result.n_test}" + (f" in {result.n_groups} groups" if grouped else "")
+
+
 def _compared(
-    settings: dict[str, list[str]], measured: dict[str, list[str]], accuracies: Sequence[float], *title: str
+    settings: dict[str, list[str]],
+    measured: dict[str, list[str]],
+    records: Sequence[FitResult] | Sequence[SeedSummary],
+    *title: str,
 ) -> Table:
-    """Return a table of results, the most accurate in bold; settings that all share are in the title instead."""
+    """Return a table of results, those that may be the best in bold; settings that all share are in the title."""
     shared = [name for name, cells in settings.items() if len(set(cells)) == 1 and cells[0] != "-"]
     heading = ", ".join([*title, *(f"{name} {settings[name][0]}" for name in shared)])
     columns = {
         name: cells for name, cells in (settings | measured).items() if name not in shared and set(cells) != {"-"}
     }
-    best = [accuracy == max(accuracies) for accuracy in accuracies]
-    return rows_table(columns, zip(*columns.values(), strict=True), heading, best)
+    bold = [bool(record.in_best_set) for record in records]
+    return rows_table(columns, zip(*columns.values(), strict=True), heading, bold)
 
 
 def _p_value(p: float | None) -> str:
