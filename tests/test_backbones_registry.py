@@ -170,7 +170,7 @@ def test_networks_of_one_size_refuse_or_are_built_for_another() -> None:
         sketch("vit_b_16", size=256)
     assert sketch("timm/test_vit", size=96).traced.shapes["blocks.0"] == (37, 64)
     assert sketch("vit_h_14").preprocessing.size == (518, 518), "built for the size of its default weights"
-    with pytest.raises(BackboneError, match="positive number of pixels, not 0"):
+    with pytest.raises(BackboneError, match="a number of pixels from 1 to 4096, not 0"):
         sketch("resnet18", size=0)
     with pytest.raises(BackboneError, match=r"squeezenet1_1 does not run on 10x10 images \(.+\); leave out the size"):
         _ = sketch("squeezenet1_1", size=10).traced
@@ -297,9 +297,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the backbones that were loaded since."""
     loaded: list[str] = []
 
-    def load(name: str, size: int | None = None) -> object:
+    def load(name: str, size: int | None = None, white: int | None = None) -> object:
         loaded.append(name)
-        return load_backbone(name, size)
+        return load_backbone(name, size, white)
 
     monkeypatch.setattr("pipeline.backbones.registry.load_backbone", load)
     return loaded
