@@ -1015,7 +1015,7 @@ def in_child(forge: Forge, seeds: range) -> Generator[dict[str, Any], None, None
         try:
             os.close(receiving)
             if engine := sys.modules.get("pipeline.engines.engine"):
-                engine._process = None  # with one thread a network runs in a fork, too
+                vars(engine)["_process"] = None  # with one thread a network runs in a fork, too
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
