@@ -19,7 +19,14 @@ from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.top import tuned_backbone
-from pipeline.backbones.weights import SUFFIXES, build_untouched, fill_weights, read_state_dict, weights_digest
+from pipeline.backbones.weights import (
+    SUFFIXES,
+    build_untouched,
+    fill_weights,
+    read_state_dict,
+    weights_digest,
+    weights_of,
+)
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -92,7 +99,8 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     ----------
     name : str
         ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. If the file is a
-        saved fine-tuned network, the result has the classes that it was fine-tuned to.
+        saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint without a
+        classifier, the layer ``logits`` is what the classifier would read.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
 
@@ -123,14 +131,16 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     preprocessing = _resized(zoo.preprocessing(bare, tag), size)
     if tag is not None:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
+        classifier = zoo.classifier(bare, module)
     elif weights.startswith(RANDOM):
         module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
+        classifier = zoo.classifier(bare, module)
     else:
-        module = _from_file(zoo, bare, Path(weights), size)
+        module, classifier = _from_file(zoo, bare, Path(weights), size)
         label = Path(weights).name
     module = module.eval().requires_grad_(False).float()
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
-    digest, classifier = weights_digest(module.state_dict()), zoo.classifier(bare, module)
+    digest = weights_digest(module.state_dict())
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
 
 
@@ -212,16 +222,24 @@ def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
     )
 
 
-def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> nn.Module:
-    """Return the network with the weights in `path`, and with as many classes as they have."""
-    state = read_state_dict(path)
+def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Module, str | None]:
+    """Return the network with the weights in `path`, and the name of its classifier.
+
+    It has as many classes as the weights. If they have no classifier, there is an identity in its place.
+    """
     module = build_untouched(lambda: zoo.build(name, size, None))
-    key = f"{zoo.classifier(name, module)}.weight"
-    classes = _rows(state.get(key))
-    if classes and classes != _rows(module.state_dict().get(key)):
-        module = build_untouched(lambda: zoo.build(name, size, classes))
-    fill_weights(module, state, f"{path.name} for {name}")
-    return module
+    source = f"{path.name} for {name}"
+    state = weights_of(module, read_state_dict(path), source)
+    classifier = zoo.classifier(name, module)
+    own = {key: item for key, item in module.state_dict().items() if key.startswith(f"{classifier}.")}
+    if classifier is not None and not own.keys() & state.keys():
+        module.set_submodule(classifier, nn.Identity())
+    else:
+        classes = _rows(state.get(f"{classifier}.weight"))
+        if classes and classes != _rows(own.get(f"{classifier}.weight")):
+            module = build_untouched(lambda: zoo.build(name, size, classes))
+    fill_weights(module, state, source)
+    return module, classifier
 
 
 def _rows(tensor: Tensor | None) -> int:

@@ -41,7 +41,7 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the weights `tag` of `name` are in torch hub's local cache or in an installed package."""
-    return _downloaded(name, tag) or (name, tag) in _PACKAGES and is_installed(_PACKAGES[name, tag])
+    return _downloaded(name, tag) or ((name, tag) in _PACKAGES and is_installed(_PACKAGES[name, tag]))
 
 
 def _downloaded(name: str, tag: str) -> bool:
