@@ -16,7 +16,7 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
 DEFAULT_POOL = "avg"
 DEFAULT_CACHE = "thawline-cache"
-POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten")
+POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten", "cls", "cls+avg")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
@@ -132,6 +132,9 @@ class LayerSpec:
         One of `STORES`: the dtype on disk.
     decode : int
         The `DECODE_POLICY` that the images were decoded with.
+    prefix_tokens : int, optional
+        For a layer that gives tokens: how many of them are not patches. Specs of before were made without it; their
+        features are the means of all tokens, whatever the pooling.
     """
 
     backbone: str
@@ -142,15 +145,17 @@ class LayerSpec:
     precision: str
     store: str = "float32"
     decode: int = DECODE_POLICY
+    prefix_tokens: int | None = None
 
     @property
     def fingerprint(self) -> str:
         """Digest of all fields, 32 hex characters."""
-        return fingerprint_of(asdict(self))
+        return fingerprint_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; `from_json` is its inverse."""
-        return json_fields(self)
+        """Return a JSON-ready dictionary, without `prefix_tokens` if it is None; `from_json` is its inverse."""
+        fields = json_fields(self)
+        return fields if self.prefix_tokens is not None else {k: v for k, v in fields.items() if k != "prefix_tokens"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:

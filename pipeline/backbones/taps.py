@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, find_tap, resolve_layers
+from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, pooled_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
 from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.trace import Traced, hooked
@@ -55,8 +55,7 @@ class TappedNetwork(nn.Module):
     def __init__(self, backbone: Backbone, layers: tuple[str, ...], pool: str) -> None:
         super().__init__()
         check_pool(pool)
-        found = {layer: find_tap(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
-        taps = {layer: item for layer, item in found.items() if item is not None}
+        taps = {layer: pooled_tap(backbone, layer, pool) for layer in layers if layer != INPUT}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
         preprocessing = asdict(backbone.preprocessing)
         self.identity = fingerprint_of([backbone.name, backbone.weights_digest, layers, pool, preprocessing])

@@ -47,7 +47,7 @@ def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
     possible: dict[fx.Node, LayerNode] = {}
     for node in cut_nodes(read.node.graph):
         line = _layer_node(node)
-        if line is not None and line.layout != "tokens" and position[node] <= position[read.node]:
+        if line is not None and line.layout.kind != "tokens" and position[node] <= position[read.node]:
             above = nodes_between(node, [read.node])
             if above is not None and not _shares_weights(traced, above):
                 possible[node] = line

@@ -77,12 +77,25 @@ class FeatureExtractor:
         return {name: [name] for name in self.layers} | resolved_aliases(self.backbone)
 
     def spec(self, layer: str, request: Request) -> LayerSpec:
-        """Return what exactly produces the features of one of `layers`, for one of `requests`."""
+        """Return what exactly produces the features of one of `layers`, for one of `requests`.
+
+        Raises `BackboneError` if the pooling does not suit the layer.
+        """
+        from pipeline.backbones.layers import INPUT, pooled_tap
+
         backbone = self.backbone
+        layout = None if layer == INPUT else pooled_tap(backbone, layer, request.pool).layout
         preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
         precision = self._resolved.precision
         return LayerSpec(
-            backbone.name, backbone.weights_digest, layer, request.pool, preprocessing, precision, request.store
+            backbone.name,
+            backbone.weights_digest,
+            layer,
+            request.pool,
+            preprocessing,
+            precision,
+            request.store,
+            prefix_tokens=layout.order.prefix if layout is not None and layout.kind == "tokens" else None,
         )
 
     def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:

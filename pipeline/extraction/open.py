@@ -105,7 +105,7 @@ def check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | Non
     for found, wanted in zip(specs, expect or (), strict=False):
         if replace(found, precision=wanted.precision) != wanted:
             old, new = wanted.to_json(), found.to_json()
-            changed = ", ".join(key for key in old if old[key] != new[key] and key != "precision")
+            changed = ", ".join(key for key in old | new if old.get(key) != new.get(key) and key != "precision")
             raise ModelFileError(
                 f"the model was trained on other features of {wanted.backbone} {wanted.layer}: {changed} differ here; "
                 "use the weights and versions it was trained with, or train it again"

@@ -13,7 +13,7 @@ from features_cache import DONE, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import INPUT, PENULTIMATE
-from pipeline.backbones.pooling import pooled_dim
+from pipeline.backbones.pooling import Layout, pooled_dim
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import top_input
 from pipeline.engines.select import Resolved, resolve
@@ -96,7 +96,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     resolved = resolve(setup.engine, setup.device, setup.precision)
     backbone = load_backbone(setup.backbone, setup.size)
     line, read = line_of(backbone, setup.freeze), top_input(backbone)
-    pooled = read._replace(layout="vector")
+    pooled = read._replace(layout=Layout("vector"))
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
     image = _extract_plain(setup, INPUT) if recipe.top == "direct" and (cached or setup.head_first) else None
     features = _extract_plain(setup, PENULTIMATE) if setup.head_first else None

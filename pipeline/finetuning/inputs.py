@@ -62,9 +62,9 @@ def unflattened(flat: Float32Array, line: LayerNode) -> Tensor:
 
     This is all numpy: torch would start OpenMP threads for the thread that reads ahead, and slow down the training.
     """
-    if line.layout == "vector":
+    if line.layout.kind == "vector":
         return torch.from_numpy(flat)
-    if line.layout == "map_last":
+    if line.layout.kind == "map_last":
         height, width, channels = line.shape
         return torch.from_numpy(flat.reshape(-1, channels, height, width).transpose(0, 2, 3, 1))
     maps = np.ascontiguousarray(flat.reshape(-1, *line.shape).transpose(0, 2, 3, 1))
