@@ -16,7 +16,9 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
 DEFAULT_POOL = "avg"
 DEFAULT_CACHE = "thawline-cache"
-POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten", "cls", "cls+avg")
+NO_POOL = "none"
+"""The pool that keeps activations whole."""
+POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten", "cls", "cls+avg", NO_POOL)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")

@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from features_cache import nearest
 from pipeline.errors import BackboneError
-from pipeline.spec import POOLS
+from pipeline.spec import NO_POOL, POOLS
 
 GEM_POWER = 3.0
 GEM_FLOOR = 1e-6
@@ -88,6 +88,7 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "gem": _generalised_mean,
     "grid2": _grid_of_means,
     "flatten": _flatten,
+    NO_POOL: _flatten,
 }
 """By name: functions of maps (n, c, h, w) of any float dtype that return float32 features (n, d) in new memory."""
 TOKEN_POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -140,6 +141,16 @@ def misfit(pool: str, layout: Layout) -> str:
     return ""
 
 
+def kept_shape(shape: tuple[int, ...], layout: Layout, pool: str) -> tuple[int, ...]:
+    """Return the shape of the array whose values, in C order, are a feature vector; () if it is just a vector.
+
+    The pool ``none`` keeps maps as (c, h, w), also those with channels last, and sequences as (tokens, d).
+    """
+    if pool != NO_POOL or layout.kind == "vector":
+        return ()
+    return (shape[2], *shape[:2]) if layout.kind == "map_last" else shape
+
+
 def pooled_dim(shape: tuple[int, ...], layout: Layout, pool: str) -> int:
     """Return the length of the feature vector that `pool` makes of activations of `shape` (no batch axis)."""
     return _pooled(torch.empty(1, *shape, device="meta"), layout, pool).shape[1]
@@ -152,6 +163,8 @@ def _pooled(x: Tensor, layout: Layout, pool: str) -> Tensor:
         return POOLINGS[pool](x)
     if layout.kind == "map_last":
         return POOLINGS[pool](x.permute(0, 3, 1, 2))
+    if pool == NO_POOL:
+        return _flatten(x)
     patches = x[:, layout.order.prefix :].transpose(1, 2)
     patches = patches.unflatten(2, (layout.side, layout.side)) if layout.side else patches.unsqueeze(3)
     return TOKEN_POOLINGS[pool](x[:, 0], patches) if pool in TOKEN_POOLINGS else POOLINGS[pool](patches)
@@ -160,9 +173,9 @@ def _pooled(x: Tensor, layout: Layout, pool: str) -> Tensor:
 class Pool(nn.Module):
     """Pool activations of a layout to features by one of `pipeline.spec.POOLS`.
 
-    Vectors are kept, whatever the pooling. Of tokens, the patches are pooled like a map with one position for each;
-    ``cls`` takes the class token instead, and ``cls+avg`` joins both. Features are always new float32 memory, so that
-    nothing that a network does in place afterwards can change them.
+    Vectors are kept, whatever the pooling; ``none`` keeps all values of all activations. Of tokens, the patches are
+    pooled like a map with one position for each; ``cls`` takes the class token instead, and ``cls+avg`` joins both.
+    Features are always new float32 memory, so that nothing that a network does in place afterwards can change them.
 
     Examples
     --------

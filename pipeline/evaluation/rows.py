@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def select(
         Names, or the aliases by which they were extracted (``stages``); ``A+B`` joins two. By default every layer of
         the files that fit, which must be of one source, backbone and pool.
     source, backbone, pool : str, optional
-        Handles that narrow the files.
+        Handles that narrow the files. Without a pool, files of whole activations are passed over if there are others.
 
     Raises
     ------
@@ -122,6 +122,8 @@ def select(
         If joined files have different classes, or nothing is extracted yet.
     """
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
+    if pool is None:
+        catalog = catalog.only(pooled(catalog.files) or catalog.files)
     tables: dict[tuple[CacheFile, ...], Table] = {}
     selected = []
     for joined in _names(catalog, catalog.fitting(**narrowed), layers):
@@ -133,6 +135,11 @@ def select(
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
     return selected
+
+
+def pooled(files: Iterable[CacheFile]) -> list[CacheFile]:
+    """Return the files that hold no whole activations, only vectors."""
+    return [file for file in files if not any(info.shape for info in file.layers.values())]
 
 
 def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | None) -> list[str]:

@@ -27,9 +27,8 @@ from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.recipe import Recipe
 from pipeline.images.sources.registry import open_source
 from pipeline.results import ExtractResult, Progress
-from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, NO_POOL, Request
 
-FLAT = "flatten"
 FOLDER = "finetune"
 """Folder inside the cache folder, for checkpoints and for cache files that only training reads. Other readers of the
 cache folder do not look into it."""
@@ -105,7 +104,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
         listing = features or image or _extract_plain(setup, INPUT)
         images = DecodedImages(open_source(setup.source), backbone.preprocessing, recipe.augment, setup.workers)
         return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
-    layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, FLAT)
+    layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, _keeping(line.layout))
     if setup.freeze != ALL or recipe.views is not None:
         dim = pooled_dim(line.shape, line.layout, pool)
         _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
@@ -114,6 +113,11 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     views = () if recipe.views is None else _extract_views(setup, draws, table, layer, (file, image))
     reader = CachedActivations(layer, pooled if setup.freeze == ALL else line, (file, image), views)
     return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
+
+
+def _keeping(layout: Layout) -> str:
+    """Return the pool that keeps all activations; maps had ``flatten`` before there was ``none``, which is the same."""
+    return NO_POOL if layout.kind == "tokens" else "flatten"
 
 
 def splits_of(table: Table, seed: int, shots: int | str) -> Splits:
