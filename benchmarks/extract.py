@@ -75,7 +75,7 @@ class Photos(Dataset[torch.Tensor]):
 def without_classifier(backbone: Backbone) -> Iterator[torch.nn.Module]:
     """Give the network with its classifier taken off, and put that back afterwards."""
     network = backbone.module
-    name, _, last = str(backbone.classifier).rpartition(".")
+    name, _, last = backbone.classifiers[0].rpartition(".")
     parent = network.get_submodule(name)
     classifier = getattr(parent, last)
     setattr(parent, last, torch.nn.Identity())

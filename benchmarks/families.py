@@ -139,19 +139,27 @@ def features(backbone: Backbone, pixels: Tensor) -> float:
     modules = dict(backbone.module.named_modules())
     layers = [name for name in layers_of(backbone) if name in modules or name == PENULTIMATE]
     seen: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: Any, args: Any, value: Any) -> None:
             seen.setdefault(name, value.clone())
-            if name == backbone.classifier:
-                seen.setdefault(PENULTIMATE, args[0].clone())
+            if name in backbone.classifiers:
+                read.setdefault(name, args[0].clone())
 
         return hook
 
     scale, shift = normalisation(backbone.preprocessing)
     with torch.inference_mode():
-        with hooked(backbone.module, {name: keep(name) for name in layers if name != PENULTIMATE}):
+        names = {*layers, *backbone.classifiers} - {PENULTIMATE, LOGITS}
+        with hooked(backbone.module, {name: keep(name) for name in names}):
             answer = backbone.module(pixels.permute(0, 3, 1, 2).float() * scale + shift)
+        if read:
+            vectors: list[Tensor] = []  # classifiers may read the same one
+            for name in backbone.classifiers:
+                if not any(torch.equal(read[name], other) for other in vectors):
+                    vectors.append(read[name])
+            seen[PENULTIMATE] = torch.cat([vector.flatten(1) for vector in vectors], 1)
         pooled = {
             name: "avg" if name == PENULTIMATE else NO_POOL for name in layers
         }  # none would take the map before it

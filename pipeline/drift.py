@@ -144,5 +144,7 @@ def _features(file: CacheFile, layer: str, rows: IntArray) -> NDArray[np.float32
     features = np.asarray(file.features(layer, rows), np.float32)
     bad = file.uris[rows[~np.isfinite(features).all(axis=1)]]
     if bad.size:
-        raise not_finite(f"{layer} of {file.path.name}", bad, len(rows))
+        raise not_finite(
+            f"{layer} of {file.path.name}", bad, len(rows), {str(file.layers[layer].spec.get("precision"))}
+        )
     return features

@@ -127,7 +127,8 @@ def _network_parts(path: str | Path) -> _Parts:
 def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
     """Load the backbone that a model was trained on; raise `ModelFileError` if it is another one here."""
     backbone = load_backbone(name, size)
-    if (backbone.weights_digest, backbone.preprocessing) != (spec.weights_digest, spec.preprocessing):
+    here = backbone.weights_digest, backbone.preprocessing, backbone.heads(spec.layer)
+    if here != (spec.weights_digest, spec.preprocessing, spec.heads):
         raise ModelFileError(
             f"{backbone.handle} has other weights or another preprocessing here than when the model was trained; "
             "use the weights and versions it was trained with, or train it again"

@@ -182,5 +182,5 @@ def _result(part: Path | CacheFiller, notes: list[str], seconds: float, clock: C
         seconds=seconds if filler else 0.0,
         images_per_second=computed / seconds if computed else 0.0,
         bound=clock.bound if computed else None,
-        notes=notes + (filler.engine.notes if filler else []),
+        notes=notes + (filler.notes if filler else []),
     )

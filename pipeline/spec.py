@@ -112,6 +112,9 @@ class View(Preprocessing):
         return *super().geometry, self.augment, self.view
 
 
+_UNSAID = (("heads", 1), ("prefix_tokens", None))
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """Everything that can change a value of one layer's features.
@@ -134,9 +137,12 @@ class LayerSpec:
         One of `STORES`: the dtype on disk.
     decode : int
         The `DECODE_POLICY` that the images were decoded with.
+    heads : int
+        For the layer ``penultimate``, the number of classifiers that read it; 1 for any other. Before there was this
+        field, features were those that the first of several reads.
     prefix_tokens : int, optional
-        For a layer that gives tokens: how many of them are not patches. Specs of before were made without it; their
-        features are the means of all tokens, whatever the pooling.
+        For a layer that gives tokens: how many of them are not patches. Before there was this field, features were the
+        means of all tokens, whatever the pooling.
     """
 
     backbone: str
@@ -147,6 +153,7 @@ class LayerSpec:
     precision: str
     store: str = "float32"
     decode: int = DECODE_POLICY
+    heads: int = 1
     prefix_tokens: int | None = None
 
     @property
@@ -155,9 +162,13 @@ class LayerSpec:
         return fingerprint_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary, without `prefix_tokens` if it is None; `from_json` is its inverse."""
+        """Return a JSON-ready dictionary; `from_json` is its inverse.
+
+        It has `heads` and `prefix_tokens` only where they differ from the defaults, so that specs without a need for
+        them are those of before.
+        """
         fields = json_fields(self)
-        return fields if self.prefix_tokens is not None else {k: v for k, v in fields.items() if k != "prefix_tokens"}
+        return {key: value for key, value in fields.items() if (key, value) not in _UNSAID}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:

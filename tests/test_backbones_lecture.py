@@ -170,7 +170,7 @@ def test_the_network_is_the_published_one(loaded: Loaded) -> None:
     assert backbone.name == f"{zoo}/{expected.name}"
     assert backbone.handle == f"{expected.name}@random:0"
     assert sum(item.numel() for item in backbone.module.parameters()) == expected.parameters
-    assert backbone.classifier == expected.logits
+    assert backbone.classifiers == (expected.logits,)
     assert backbone.preprocessing.size == (expected.side, expected.side)
     assert backbone.preprocessing.resize == expected.resize
     assert not any(part.training for part in backbone.module.modules())

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -12,9 +15,12 @@ from timm.data import create_transform, resolve_data_config
 from timm.models import create_model, get_pretrained_cfg
 from torchvision.transforms import CenterCrop, Resize
 
+from features_cache import open_cache
+from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.registry import list_backbones, load_backbone, sketch
 from pipeline.errors import BackboneError
+from pipeline.extract import extract
 
 TINY = "timm/test_resnet"  # 0.5 million parameters
 
@@ -220,7 +226,7 @@ def test_the_classifier_takes_the_files_number_of_classes(tmp_path: Path, name: 
         "efficientnet_lite0": lambda: create_model("tf_efficientnet_lite0", num_classes=7),
     }[name]()
     backbone = load_backbone(f"{name}@{save(plain.state_dict(), tmp_path / 'seven.safetensors')}")
-    assert backbone.module.get_submodule(backbone.classifier).weight.shape[0] == 7
+    assert backbone.module.get_submodule(backbone.classifiers[0]).weight.shape[0] == 7
 
 
 def test_auxiliary_heads_in_a_file_are_left_out(tmp_path: Path) -> None:
@@ -281,3 +287,112 @@ def test_a_broken_file_in_the_cache_is_one_line(offline: Path) -> None:
     (offline / "checkpoints" / "resnet18-f37072fd.pth").write_bytes(b"half a downlo")
     with pytest.raises(BackboneError, match="no weights for resnet18"):
         load_backbone("resnet18")
+
+
+# Weights that change behind a name
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backbones that were loaded since."""
+    loaded: list[str] = []
+
+    def load(name: str, size: int | None = None) -> object:
+        loaded.append(name)
+        return load_backbone(name, size)
+
+    monkeypatch.setattr("pipeline.backbones.registry.load_backbone", load)
+    return loaded
+
+
+def in_torch_hub(folder: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    state = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    torch.save(state, folder / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+    return "squeezenet1_1"
+
+
+def in_the_hub(folder: Path, seed: int) -> str:
+    """A newer revision for each seed."""
+    torch.manual_seed(seed)
+    repository = folder / "hub" / "models--timm--test_resnet.r160_in1k"
+    (repository / "snapshots" / f"revision{seed}").mkdir(parents=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(f"revision{seed}")
+    save(tiny_state(), repository / "snapshots" / f"revision{seed}" / "model.safetensors")
+    return "test_resnet"
+
+
+def by_url(folder: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    file = str(get_pretrained_cfg("lcnet_050").url).rsplit("/", 1)[-1]
+    torch.save(create_model("lcnet_050").state_dict(), folder / "checkpoints" / file)
+    return "lcnet_050"
+
+
+def in_a_file(folder: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    return f"{TINY}@{save(tiny_state(), folder / 'mine.safetensors')}"
+
+
+@pytest.mark.parametrize("put", [in_torch_hub, in_the_hub, by_url, in_a_file])
+def test_replaced_weights_are_noticed_by_the_same_request(
+    put: Callable[[Path, int], str], offline: Path, loads: list[str], make_photos: Callable[..., Path]
+) -> None:
+    photos, cache, how = make_photos(each=1), offline / "cache", {"size": 32, "engine": "torch", "precision": "fp32"}
+
+    def features(seed: int | None) -> tuple[int, np.ndarray]:
+        name = put(offline, seed) if seed is not None else asked[0]
+        asked.append(name)
+        (result,) = extract(photos, [name], output=cache, **how)
+        return result.computed, open_cache(result.path).features("penultimate", np.arange(3))
+
+    asked: list[str] = []
+    (computed, first), (again, same) = features(0), features(None)
+    assert (computed, again, len(loads)) == (3, 0, 1), "the second request needs no network"
+    assert np.array_equal(first, same)
+    computed, other = features(1)
+    assert (computed, len(loads)) == (3, 2)
+    assert np.array_equal(other, extract_anew(photos, asked[0], offline, how))
+    assert not np.array_equal(other, first)
+    assert (features(None)[0], len(loads)) == (0, 3), "the network was loaded by `extract_anew` only"
+
+
+def extract_anew(photos: Path, name: str, folder: Path, how: dict[str, Any]) -> np.ndarray:
+    (result,) = extract(photos, [name], output=folder / "anew", **how)
+    return open_cache(result.path).features("penultimate", np.arange(3))
+
+
+def test_a_cache_made_elsewhere_is_checked_against_the_weights_once(
+    loads: list[str], make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def request() -> int:
+        how = {"size": 32, "engine": "torch", "precision": "fp32"}
+        return extract(photos, ["test_resnet@random:5"], output=tmp_path / "cache", **how)[0].computed
+
+    photos = make_photos(each=1)
+    assert request() == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user"))
+    assert (request(), request(), loads) == (0, 0, ["test_resnet@random:5"] * 2)
+    record = next((tmp_path / "another user").rglob("weights/*.json"))
+    for damaged in ("null", '{"setting": 3', record.read_text().replace("heads", "tails")):
+        record.write_text(damaged)
+        assert request() == 0
+    assert len(loads) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(photos / "red" / "0.png" / "no folder"))
+    assert (request(), len(loads)) == (0, 6), "nothing can be noted, so the network is loaded every time"
+
+
+def test_tagged_weights_that_are_no_numbers_are_refused(offline: Path) -> None:
+    name = in_torch_hub(offline, 0)
+    path = offline / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    torch.save(torch.load(path) | {"features.0.bias": torch.full((64,), torch.nan)}, path)
+    with pytest.raises(BackboneError, match=r"squeezenet1_1 holds 64 NaN or .* first in features.0.bias"):
+        load_backbone(name)
+
+
+def test_what_the_embedded_weights_stand_for_is_their_file() -> None:
+    path = embedded.weights_file("efficientnet_lite0")
+    assert embedded.weights_paths("efficientnet_lite0", "imagenet") == [path]

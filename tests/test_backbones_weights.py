@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import tap
-from pipeline.backbones.weights import read_state_dict, weights_digest
+from pipeline.backbones.weights import check_finite, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 
 
@@ -117,6 +117,28 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "unexpected: layer9.weight" in message
     assert "conv1.weight (64, 1, 7, 7) for (64, 3, 7, 7)" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "count"), [("layer1.0.conv1.weight", float("nan"), 9), ("bn1.running_var", float("inf"), 1)]
+)
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, name: str, bad: float, count: int) -> None:
+    given = state()
+    given[name].view(-1)[:count] = bad
+    given["fc.bias"][0] = -float("inf")
+    torch.save(given, path := tmp_path / "diverged.pth")
+    message = f"diverged.pth holds {count + 1} NaN or infinite weights, first in {name}, as training that diverged"
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(f"resnet18@{path}")
+
+
+def test_infinite_bounds_are_weights_like_others() -> None:
+    module = nn.Linear(2, 3)
+    module.register_buffer("upper", torch.tensor(float("inf")))
+    check_finite(module, "bounds")
+    module.upper.fill_(float("nan"))
+    with pytest.raises(BackboneError, match="bounds holds 1 NaN or infinite weights, first in upper"):
+        check_finite(module, "bounds")
 
 
 class Attack:

@@ -106,7 +106,7 @@ def test_what_cannot_be_folded_is_left() -> None:
             part.running_mean.uniform_(-1, 1)
             part.running_var.uniform_(0.5, 2)
     preprocessing = Preprocessing((8, 8), 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    backbone = Backbone("toy/net", "net", "", "", module.eval().requires_grad_(False), preprocessing, "head")
+    backbone = Backbone("toy/net", "net", "", "", module.eval().requires_grad_(False), preprocessing, ("head",))
     network = tap(backbone, ["logits"])
     body = folded(network.body)
     kept = [name for name, part in body.named_modules() if isinstance(part, nn.BatchNorm2d)]

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from features_cache import DONE, PENDING, CacheWriter, Catalog, open_cache, verify
-from pipeline.errors import BackboneError, EngineError, SourceError
+from pipeline.backbones.registry import load_backbone
+from pipeline.errors import BackboneError, EngineError, FitError, SourceError
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
+from pipeline.fit import fit
 from pipeline.images.sources import folder
 from pipeline.results import ExtractResult
 
@@ -210,3 +213,19 @@ def test_progress_and_result_say_what_bounds_the_speed(make_photos: Callable[...
     assert all(state in ("bound by decode", "bound by model", "bound by disk") for state in states)
     (again,) = extract(tmp_path / "photos", [ONE], output=tmp_path, **OPTIONS)
     assert again.bound is None
+
+
+def test_rows_whose_features_are_no_numbers_are_counted(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    state = load_backbone(ONE).module.state_dict()
+    state["fc.weight"] = torch.full_like(state["fc.weight"], 1e38)  # finite, but their sums are not
+    torch.save(state, path := tmp_path / "large.pth")
+    photos, how = make_photos(each=2), OPTIONS | {"layers": ["fc"]}
+    (result,) = extract(photos, [f"{ONE.partition('@')[0]}@{path}"], output=tmp_path / "cache", **how)
+    file = open_cache(result.path)
+    bad = file.uris[~np.isfinite(file.matrix("fc")).all(axis=1)]
+    assert (result.done, len(bad) > 0) == (6, True)
+    assert result.notes == [
+        f"{len(bad)} rows have NaN or infinite features, first {bad[0]}; no head can be fitted on them"
+    ]
+    with pytest.raises(FitError, match=rf"in {len(bad)} of 6 rows, first {bad[0]}; they were computed in fp32"):
+        fit(tmp_path / "cache")

@@ -77,7 +77,7 @@ def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     trunk, body = split(loaded, find_line(loaded, line))
     assert trunk is not None
-    classify = loaded.module.get_submodule(str(loaded.classifier))
+    classify = loaded.module.get_submodule(loaded.classifiers[0])
     with torch.inference_mode():
         features = body(trunk(x))
         assert torch.equal(classify(features.flatten(1)), loaded.module(x))

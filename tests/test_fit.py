@@ -423,6 +423,22 @@ def test_features_that_are_no_numbers_are_refused_by_layer_and_count(make_cache:
         fit(make_cache(features=values))
 
 
+@pytest.mark.parametrize(
+    ("precision", "way"),
+    [("bf16", "extract again with precision fp32"), ("fp32", "look at the weights of the network")],
+)
+def test_what_to_do_about_features_that_are_no_numbers_depends_on_the_precision(
+    make_cache: Make, precision: str, way: str
+) -> None:
+    values = {"low": clouds(np.arange(90) % 3, 6)}
+    values["low"][5] = np.nan
+    cache = make_cache(features=values, dims={"low": 6})
+    catalog = Catalog(cache)
+    catalog.files[0].layers["low"].spec["precision"] = precision
+    with pytest.raises(FitError, match=way):
+        fit(catalog, ["low"])
+
+
 def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> None:
     values = {"low": clouds(np.arange(90) % 3, 6)}
     values["low"][5] = np.nan

@@ -15,7 +15,7 @@ from pipeline.backbones.layers import list_layers, resolve_layers
 from pipeline.backbones.pooling import POOLINGS
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.taps import tap
+from pipeline.backbones.taps import normalisation, tap
 from pipeline.backbones.trace import hooked
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
@@ -28,7 +28,7 @@ def wrap(module: nn.Module, classifier: str | None = None, side: int = SIDE) -> 
     """A backbone around a network of our own."""
     frozen = module.eval().requires_grad_(False)
     preprocessing = Preprocessing((side, side), side, "bilinear", PREPROCESSING.mean, PREPROCESSING.std)
-    return Backbone("own/net", "net", "random:0", "", frozen, preprocessing, classifier)
+    return Backbone("own/net", "net", "random:0", "", frozen, preprocessing, (classifier,) if classifier else ())
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +443,7 @@ def test_hooks_are_always_taken_off(pixels: Tensor, fails: bool) -> None:
 @pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_maxvit", "timm/test_resnet"])
 def test_other_families_give_their_own_output(name: str) -> None:
     backbone = load_backbone(f"{name}@random:0")
-    nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifier).weight, std=0.1)
+    nn.init.trunc_normal_(backbone.module.get_submodule(backbone.classifiers[0]).weight, std=0.1)
     side = backbone.preprocessing.size[0]
     pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8)
     mean, std = (
@@ -452,3 +452,36 @@ def test_other_families_give_their_own_output(name: str) -> None:
     with torch.inference_mode():
         wanted = backbone.module((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
         torch.testing.assert_close(tap(backbone, ["logits"])(pixels)[0], wanted, rtol=1e-3, atol=1e-4)
+
+
+class KeepsTables(nn.Module):
+    """As ConViT does: what it makes of the input's size is kept for later, in a buffer, an attribute, a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        self.last: Tensor | None = None
+        self.by_side: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.table.shape[0] != y.shape[-1]:
+            self.table = torch.arange(y.shape[-1]).float() + 0 * y.mean()
+        self.last = self.by_side[0] = self.table + 0 * y.mean()
+        return y * self.table + self.by_side[0] + self.last
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["traced", "not traced"])
+def test_nothing_of_the_shape_pass_stays_in_the_network(leaf: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if leaf:
+        monkeypatch.setattr("pipeline.backbones.trace.get_notrace_modules", lambda: [KeepsTables])
+    module = nn.Sequential(KeepsTables(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    backbone, keeps = wrap(module, "3"), module[0]
+    assert (backbone.traced.graph is not None) == leaf
+    assert (type(keeps.table), keeps.table.shape, keeps.last, keeps.by_side) == (Tensor, (1,), None, {})
+    pixels = torch.randint(0, 256, (2, SIDE, SIDE, 3), dtype=torch.uint8)
+    scale, shift = normalisation(backbone.preprocessing)
+    with torch.inference_mode():
+        (found,) = tap(backbone, ["logits"])(pixels)
+        torch.testing.assert_close(found, module(pixels.permute(0, 3, 1, 2) * scale + shift))

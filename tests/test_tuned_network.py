@@ -17,7 +17,7 @@ from sklearn.metrics import log_loss
 
 from features_cache import DONE, open_cache
 from pipeline.backbones.layers import list_layers
-from pipeline.backbones.network_file import TOP_LAYER, TunedModel, describe_network, save_network
+from pipeline.backbones.network_file import TOP_LAYER, TunedModel, describe_network, load_network, save_network
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.taps import tap
 from pipeline.backbones.weights import weights_digest
@@ -71,6 +71,16 @@ def test_it_has_the_layers_of_its_backbone_and_a_new_head(tmp_path: Path) -> Non
     assert found[TOP_LAYER].shape == (3,)
     assert found[TOP_LAYER].aliases == ("logits",)
     assert "stages" in found["layer2"].aliases
+
+
+def test_a_network_that_diverged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.safetensors"
+    saved(path)
+    model, tensors = load_network(path)
+    tensors["layer4.0.conv1.weight"][0, 0, 0] = np.nan
+    save_network(path, model, tensors)
+    with pytest.raises(BackboneError, match=r"tuned.safetensors holds 3 NaN .* first in layer4.0.conv1.weight"):
+        load_backbone(f"{NET}@{path}")
 
 
 def test_another_architecture_or_size_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Rules that find what the aliases ``penultimate`` and ``stages`` stand for in a traced network.
+"""Rules that find what the aliases ``penultimate``, ``stages`` and ``logits`` stand for in a traced network.
 
 timm's own `feature_info` is not used: it adds the stems of ResNets (``act1``), leaves out the stages of EfficientNets
 that keep the resolution, does not exist for torchvision's networks, and caches of ``stages`` would be computed anew.
@@ -6,15 +6,19 @@ that keep the resolution, does not exist for torchvision's networks, and caches 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import ceil
 
+import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import fx, nn
 
 from pipeline.backbones.pooling import layout_of
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.trace import SHAPE, Traced
+from pipeline.backbones.trace import LOGITS, SHAPE, TENSORS, Traced
+from pipeline.errors import BackboneError
 
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
@@ -25,11 +29,43 @@ _BLOCK_LAYERS = 2
 
 def classifier_input(traced: Traced) -> fx.Node | None:
     """Return the node that the classifier reads, or the network's output where the network has no classifier."""
-    if traced.graph is None:
-        return None
+    if traced.graph is None or traced.joined is not None:
+        return traced.joined
     reader = traced.nodes.get(traced.classifier or "") or traced.graph.output_node()
     read = reader.args[0]
     return read if isinstance(read, fx.Node) else None
+
+
+def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
+    """Return a network with several classifiers with the layer of its class scores, and what the classifiers read.
+
+    That is the last vector that they all depend on alone. Where there is none, a node is added to the graph that joins
+    what each of them reads, tokens averaged.
+    """
+    graph, readers = traced.graph, [traced.nodes[path] for path in classifiers if path in traced.nodes]
+    scores = graph.output_node().args[0] if graph is not None else None
+    if graph is None or not isinstance(scores, fx.Node) or not readers:
+        return traced
+    order = list(graph.nodes)
+    first = min(map(order.index, readers))
+    common = [node for node in cut_nodes(graph) if order.index(node) < first][-1:]
+    shared = next((node for node in common if _kind(node) == "vector"), None)
+    shapes = traced.shapes | {LOGITS: scores.meta[SHAPE]}
+    nodes = traced.nodes | {LOGITS: scores}
+    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers))
+
+
+def _join(graph: fx.Graph, readers: Sequence[fx.Node]) -> fx.Node:
+    reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
+    if not {_kind(node) for node in reads} <= {"vector", "tokens"}:
+        raise BackboneError(
+            "its classifiers read neither vectors nor tokens, which cannot be joined; use another network"
+        )
+    with graph.inserting_before(graph.output_node()):
+        vectors = [node if _kind(node) == "vector" else graph.call_method("mean", (node, 1)) for node in reads]
+        joined = graph.call_function(torch.cat, (vectors, 1))
+    joined.meta |= {SHAPE: (sum(node.meta[SHAPE][-1] for node in reads),), TENSORS: True}
+    return joined
 
 
 def last_map(traced: Traced) -> fx.Node | None:
@@ -61,11 +97,15 @@ def classifier_reads(traced: Traced) -> str:
     )
 
 
+def _kind(node: fx.Node) -> str:
+    layout = layout_of(node.meta.get(SHAPE, ()))
+    return "" if layout is None else layout.kind
+
+
 def _side(node: fx.Node) -> int | None:
     """Return the side of the map that `node` gives; None if that is no map, or a map of 1 x 1."""
     shape = node.meta.get(SHAPE, ())
-    layout = layout_of(shape)
-    return int(shape[1]) if layout is not None and layout.kind.startswith("map") and shape[1] > 1 else None
+    return int(shape[1]) if _kind(node) in ("map", "map_last") and shape[1] > 1 else None
 
 
 def _extent(node: fx.Node, traced: Traced) -> int:
@@ -77,8 +117,7 @@ def _extent(node: fx.Node, traced: Traced) -> int:
 
 def _channels(node: fx.Node) -> int:
     shape = node.meta[SHAPE]
-    layout = layout_of(shape)
-    return int(shape[0] if layout is not None and layout.kind == "map" else shape[-1])
+    return int(shape[0] if _kind(node) == "map" else shape[-1])
 
 
 def _only_pools(node: fx.Node, module: nn.Module) -> bool:

@@ -7,7 +7,8 @@ from functools import cached_property
 
 from torch import nn
 
-from pipeline.backbones.trace import Traced, trace
+from pipeline.backbones.aliases import join_classifiers
+from pipeline.backbones.trace import PENULTIMATE, Traced, trace
 from pipeline.spec import Preprocessing
 
 
@@ -25,8 +26,8 @@ class Backbone:
     module : torch.nn.Module
         In eval mode, float32, without gradients.
     preprocessing : Preprocessing
-    classifier : str or None
-        Dotted name of the classifier; None if the network has none.
+    classifiers : tuple of str
+        Dotted names of the classifiers: most networks have one, some none, and some combine the scores of several.
     """
 
     name: str
@@ -35,9 +36,15 @@ class Backbone:
     weights_digest: str
     module: nn.Module
     preprocessing: Preprocessing
-    classifier: str | None
+    classifiers: tuple[str, ...]
+
+    def heads(self, layer: str) -> int:
+        """Return `pipeline.spec.LayerSpec.heads` of the features of a layer."""
+        return max(1, len(self.classifiers)) if layer == PENULTIMATE else 1
 
     @cached_property
     def traced(self) -> Traced:
         """The network's graph with the names and shapes of its layers; traced on first use."""
-        return trace(self.module, self.preprocessing.size, self.classifier, self.handle)
+        only = self.classifiers[0] if len(self.classifiers) == 1 else None
+        traced = trace(self.module, self.preprocessing.size, only, self.handle)
+        return join_classifiers(traced, self.classifiers) if len(self.classifiers) > 1 else traced

@@ -12,13 +12,11 @@ from features_cache import nearest
 from pipeline.backbones.aliases import classifier_input, last_map, stages
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of, misfit
-from pipeline.backbones.trace import SHAPE, Shape, Traced
+from pipeline.backbones.trace import LOGITS, PENULTIMATE, SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
 
 INPUT = "input"
-PENULTIMATE = "penultimate"
 STAGES = "stages"
-LOGITS = "logits"
 ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 
 
@@ -46,6 +44,8 @@ def list_layers(backbone: Backbone) -> list[LayerRow]:
     for name in [name for name, node in traced.nodes.items() if node is read][-1:]:  # the outermost
         aliases.setdefault(name, []).append(PENULTIMATE)
     rows = [LayerRow(name, shape, tuple(aliases.get(name, ()))) for name, shape in traced.shapes.items()]
+    if traced.joined is not None and traced.joined not in traced.nodes.values():
+        rows.insert(-1, LayerRow(PENULTIMATE, traced.joined.meta[SHAPE], (PENULTIMATE,)))
     return [LayerRow(INPUT, (3, *backbone.preprocessing.size), (INPUT,)), *rows]
 
 

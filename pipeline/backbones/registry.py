@@ -17,11 +17,13 @@ from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.known import Known, remember, take_stamps
 from pipeline.backbones.network_file import describe_network, is_network_file
 from pipeline.backbones.top import tuned_backbone
 from pipeline.backbones.weights import (
     SUFFIXES,
     build_untouched,
+    check_finite,
     fill_weights,
     read_state_dict,
     weights_digest,
@@ -46,6 +48,9 @@ class Zoo(Protocol):
     def cached(self, name: str, tag: str) -> bool:
         """Tell whether these weights are on this machine."""
 
+    def weights_paths(self, name: str, tag: str) -> list[Path]:
+        """Return the files that decide what the tag stands for on this machine, whether they exist or not."""
+
     def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
         """Return the network without pretrained weights; it has its own number of classes if `classes` is None."""
 
@@ -55,8 +60,8 @@ class Zoo(Protocol):
     def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
         """Return how these weights expect images to be prepared; None stands for the default tag."""
 
-    def classifier(self, name: str, module: nn.Module) -> str | None:
-        """Return the dotted name of the classifier of a network that this zoo built; None if it has none."""
+    def classifiers(self, name: str, module: nn.Module) -> tuple[str, ...]:
+        """Return the dotted names of the classifiers of a network that this zoo built; most have one, some none."""
 
 
 ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
@@ -114,15 +119,24 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     Examples
     --------
     >>> backbone = load_backbone("resnet18@random:0", size=128)
-    >>> backbone.name, backbone.classifier
-    ('torchvision/resnet18', 'fc')
+    >>> backbone.name, backbone.classifiers
+    ('torchvision/resnet18', ('fc',))
     >>> backbone.preprocessing.size, backbone.preprocessing.resize
     ((128, 128), 146)
     """
+    stamps = take_stamps(_weights_paths(name))
+    backbone = _load(name, size)
+    if not any(stamp[1:] for stamp in stamps):  # nothing was here, so the weights were downloaded
+        stamps = take_stamps(_weights_paths(name))
+    remember(name, size, stamps, Known(backbone.weights_digest, len(backbone.classifiers)))
+    return backbone
+
+
+def _load(name: str, size: int | None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
         side = size or describe_network(weights).scores.preprocessing.size[0]
-        return tuned_backbone(load_backbone(f"{zoo_name}/{bare}@random:0", side), Path(weights))
+        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", side), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     label, tag = weights, None
@@ -131,17 +145,27 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     preprocessing = _resized(zoo.preprocessing(bare, tag), size)
     if tag is not None:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
-        classifier = zoo.classifier(bare, module)
+        classifiers = zoo.classifiers(bare, module)
     elif weights.startswith(RANDOM):
         module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
-        classifier = zoo.classifier(bare, module)
+        classifiers = zoo.classifiers(bare, module)
     else:
-        module, classifier = _from_file(zoo, bare, Path(weights), size)
+        module, classifiers = _from_file(zoo, bare, Path(weights), size)
         label = Path(weights).name
     module = module.eval().requires_grad_(False).float()
+    check_finite(module, name)
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
     digest = weights_digest(module.state_dict())
-    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifier)
+    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
+
+
+def _weights_paths(name: str) -> list[Path]:
+    zoo_name, bare, weights = _parse(name)
+    if weights.startswith(RANDOM):
+        return []
+    if weights.endswith(SUFFIXES) or is_network_file(weights):
+        return [Path(weights).absolute()]
+    return ZOOS[zoo_name].weights_paths(bare, _tag(bare, weights, ZOOS[zoo_name].tags(bare)))
 
 
 def check_weights(name: str) -> None:
@@ -169,8 +193,8 @@ def sketch(name: str, size: int | None = None) -> Backbone:
 
     def build() -> Backbone:
         module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
-        classifier = zoo.classifier(bare, module)
-        return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifier)
+        classifiers = zoo.classifiers(bare, module)
+        return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifiers)
 
     try:
         with torch.device("meta"):
@@ -222,24 +246,30 @@ def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
     )
 
 
-def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Module, str | None]:
-    """Return the network with the weights in `path`, and the name of its classifier.
+def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network with the weights in `path`, and the names of its classifiers.
 
-    It has as many classes as the weights. If they have no classifier, there is an identity in its place.
+    It has as many classes as the weights. Where these have no classifier, there are identities in its place.
     """
     module = build_untouched(lambda: zoo.build(name, size, None))
     source = f"{path.name} for {name}"
     state = weights_of(module, read_state_dict(path), source)
-    classifier = zoo.classifier(name, module)
-    own = {key: item for key, item in module.state_dict().items() if key.startswith(f"{classifier}.")}
-    if classifier is not None and not own.keys() & state.keys():
-        module.set_submodule(classifier, nn.Identity())
+    classifiers = zoo.classifiers(name, module)
+    own = {
+        key: item
+        for key, item in module.state_dict().items()
+        if key.startswith(tuple(f"{one}." for one in classifiers))
+    }
+    if classifiers and not own.keys() & state.keys():
+        for one in classifiers:
+            module.set_submodule(one, nn.Identity())
     else:
-        classes = _rows(state.get(f"{classifier}.weight"))
-        if classes and classes != _rows(own.get(f"{classifier}.weight")):
+        key = next((f"{one}.weight" for one in classifiers), "")
+        classes = _rows(state.get(key))
+        if classes and classes != _rows(own.get(key)):
             module = build_untouched(lambda: zoo.build(name, size, classes))
     fill_weights(module, state, source)
-    return module, classifier
+    return module, classifiers
 
 
 def _rows(tensor: Tensor | None) -> int:

@@ -57,8 +57,9 @@ class TappedNetwork(nn.Module):
         check_pool(pool)
         taps = {layer: pooled_tap(backbone, layer, pool) for layer in layers if layer != INPUT}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
-        preprocessing = asdict(backbone.preprocessing)
-        self.identity = fingerprint_of([backbone.name, backbone.weights_digest, layers, pool, preprocessing])
+        computed = [backbone.name, backbone.weights_digest, layers, pool, asdict(backbone.preprocessing)]
+        heads = max(map(backbone.heads, layers))
+        self.identity = fingerprint_of([*computed, heads] if heads > 1 else computed)
         self.dims = {
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers

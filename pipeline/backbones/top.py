@@ -14,7 +14,7 @@ from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.taps import INPUT_DIM, small_image
 from pipeline.backbones.thaw_line import top_input
 from pipeline.backbones.trace import SHAPE, TENSORS, Traced
-from pipeline.backbones.weights import fill_weights, weights_digest
+from pipeline.backbones.weights import check_finite, fill_weights, weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.spec import DEFAULT_POOL
 
@@ -114,9 +114,10 @@ def tuned_backbone(base: Backbone, path: Path) -> Backbone:
         versions = ", ".join(f"{library} {version}" for library, version in model.versions.items())
         raise ModelFileError(f"{error}; or use the libraries it was made with: {versions}") from error
     module = traced.module.eval().requires_grad_(False)
+    check_finite(module, str(path))
     handle = f"{base.handle.partition('@')[0]}@{path.name}"
     digest = weights_digest(module.state_dict())
-    backbone = Backbone(base.name, handle, path.name, digest, module, preprocessing, TOP_LAYER)
+    backbone = Backbone(base.name, handle, path.name, digest, module, preprocessing, (TOP_LAYER,))
     backbone.traced = traced
     return backbone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ SHAPE = "shape"
 """Key in a node's `meta` for the shape of its value, without the batch axis."""
 TENSORS = "tensors"
 """Key in a node's `meta` for whether its value is or holds a tensor; some nodes only compute sizes."""
+PENULTIMATE = "penultimate"
+"""Alias of what the classifier reads."""
+LOGITS = "logits"
+"""Alias of the layer that gives the class scores, and the name of that layer where several classifiers share in it."""
+_NUMBER = re.compile(r"(?<=.)_([0-9]+)$")
 _BATCH = 2
 """Images in the pass that finds the shapes; some networks drop the batch axis of a single image."""
 
@@ -40,6 +46,9 @@ class Traced:
 
     Where the network cannot be traced, `graph` is None and `nodes` is empty: only modules can be tapped, by hooks. Then
     `read` is the shape of what the classifier reads; else the graph says so.
+
+    In a network with several classifiers, `classifier` is `LOGITS`, the layer of the scores that the network makes of
+    theirs, and `joined` is the node of what they read.
     """
 
     module: nn.Module
@@ -49,6 +58,7 @@ class Traced:
     shapes: dict[str, Shape]
     read: Shape | None
     tokens: TokenOrder
+    joined: fx.Node | None = None
 
 
 class _Tracer(NodePathTracer):  # type: ignore[misc]
@@ -60,6 +70,18 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
             autowrap_functions=tuple(get_notrace_functions()),
         )
         self.returned: dict[str, fx.Node] = {}
+        self._numbers: dict[str, int] = {}  # by name without its number, that of the newest node
+
+    def _get_node_qualname(self, module_qualname: str, node: fx.Node) -> str:
+        """Return torchvision's name of a node, which compares all names before: 18 s for the 3,813 of MobileNetV5."""
+        name = module_qualname if node.op == "call_module" else f"{module_qualname}.{node}".removeprefix(".")
+        name = _NUMBER.sub("", name)
+        if name in self._numbers:
+            name = f"{name}_{self._numbers[name] + 1}"
+        self._numbers[name] = 0
+        if number := _NUMBER.search(name):
+            self._numbers[name[: number.start()]] = int(number[1])
+        return name
 
     def create_args_for_root(self, root_fn: Callable[..., Any], *rest: Any) -> tuple[Callable[..., Any], list[Any]]:
         """Trace with the images as the only input; symbols for masks and options would not keep their defaults."""
@@ -102,12 +124,13 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
     Raises `BackboneError`, about the network `name`, if it does not run on images of `size` (height, width).
     """
     tracer = _Tracer()
-    try:
-        graph = tracer.trace(module)
-    except Exception:  # tracing runs the network's code on symbols, which can raise anything
-        shapes, read = _module_shapes(module, size, classifier, name)
-        return Traced(module, classifier, None, {}, shapes, read, _token_order(module))
-    _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
+    with _unchanged(module):
+        try:
+            graph = tracer.trace(module)
+        except Exception:  # tracing runs the network's code on symbols, which can raise anything
+            shapes, read = _module_shapes(module, size, classifier, name)
+            return Traced(module, classifier, None, {}, shapes, read, _token_order(module))
+        _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
     position = {node: index for index, node in enumerate(graph.nodes)}
     named = {path: node for node, path in tracer.node_to_qualname.items()} | tracer.returned
     named = {path: node for path, node in named.items() if path and node.op != "placeholder" and SHAPE in node.meta}
@@ -138,6 +161,25 @@ def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, i
     raise BackboneError(
         f"{name} does not run on {size[0]}x{size[1]} images ({first_line(failed)}); leave out the size or give another"
     ) from failed
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Put back all attributes and buffers after the block: networks that keep tables would keep symbols and fakes.
+
+    Constants that tracing made attributes of `module` stay, because the graph refers to them.
+    """
+    parts = [vars(part) for part in module.modules()]
+    containers = [item for part in parts for item in (part, *part.values()) if isinstance(item, dict | list)]
+    before = [(container, container.copy()) for container in containers]
+    try:
+        yield
+    finally:
+        constants = {name: value for name, value in vars(module).items() if name.startswith("_tensor_constant")}
+        for container, contents in before:
+            container.clear()
+            (container.update if isinstance(container, dict) else container.extend)(contents)
+        vars(module).update(constants)
 
 
 @contextmanager

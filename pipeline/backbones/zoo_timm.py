@@ -38,13 +38,28 @@ def cached(name: str, tag: str) -> bool:
     return _cached_file(_config(name, tag)) is not None
 
 
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the file that names the newest revision in the hub's cache, the files of it, and that of torch's hub."""
+    config, paths = _config(name, tag), []
+    if config.hf_hub_id:
+        folder = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{config.hf_hub_id.replace('/', '--')}")
+        newest = folder / "refs" / "main"
+        revision = newest.read_text() if newest.is_file() else ""
+        paths = [newest, *(folder / "snapshots" / revision / file for file in _hub_files(config))]
+    return paths + ([hub_file(config.url)] if isinstance(config.url, str) else [])
+
+
+def _hub_files(config: PretrainedCfg) -> tuple[str, ...]:
+    return (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
+
+
 def _config(name: str, tag: str | None) -> PretrainedCfg:
     return get_pretrained_cfg(f"{name}.{tag}" if tag else name) or PretrainedCfg()
 
 
 def _cached_file(config: PretrainedCfg) -> Path | None:
     if config.hf_hub_id:
-        for file in (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES:
+        for file in _hub_files(config):
             found = huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file)
             if isinstance(found, str):
                 return Path(found)
@@ -102,8 +117,8 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     )
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
-    """Return the dotted name of the classifier, of the first one if there are several; None if there is none."""
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
+    """Return the dotted names of the classifiers; some networks have several, whose scores they combine."""
     found = _config(name, None).classifier
-    first = found[0] if isinstance(found, tuple | list) else found
-    return first if isinstance(first, str) and first in dict(module.named_modules()) else None
+    named, modules = found if isinstance(found, tuple | list) else (found,), dict(module.named_modules())
+    return tuple(path for path in named if path in modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torchvision
@@ -12,8 +13,8 @@ from pipeline.backbones.weights import (
     downloading,
     fill_weights,
     hub_file,
-    is_installed,
     packaged_file,
+    packaged_files,
     read_state_dict,
 )
 from pipeline.errors import BackboneError
@@ -41,11 +42,13 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the weights `tag` of `name` are in torch hub's local cache or in an installed package."""
-    return _downloaded(name, tag) or ((name, tag) in _PACKAGES and is_installed(_PACKAGES[name, tag]))
+    return any(path.is_file() for path in weights_paths(name, tag))
 
 
-def _downloaded(name: str, tag: str) -> bool:
-    return hub_file(get_model_weights(name)[tag].url).is_file()
+def weights_paths(name: str, tag: str) -> list[Path]:
+    """Return the file in torch hub's local cache, and those in the package if there is one."""
+    package = _PACKAGES.get((name, tag))
+    return [hub_file(get_model_weights(name)[tag].url), *(packaged_files(package, "weights") if package else ())]
 
 
 def build(name: str, size: int | None, classes: int | None) -> nn.Module:
@@ -62,7 +65,7 @@ def build(name: str, size: int | None, classes: int | None) -> nn.Module:
 
 def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
     """Return the network with the weights `tag`, from the local cache, from a package, or downloaded."""
-    if cached(name, tag) and not _downloaded(name, tag):
+    if cached(name, tag) and not weights_paths(name, tag)[0].is_file():
         module = build(name, size, None)
         package = _PACKAGES[name, tag]
         fill_weights(module, read_state_dict(packaged_file(package, "weights", f"--no-deps {package}")), name)
@@ -105,7 +108,7 @@ def preprocessing(name: str, tag: str | None) -> Preprocessing:
     )
 
 
-def classifier(name: str, module: nn.Module) -> str | None:
+def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted name of the classifier: the last linear or convolution layer, by torchvision's convention."""
     found = [path for path, part in module.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-    return found[-1] if found else None
+    return tuple(found[-1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,15 +167,16 @@ def require_finite(layer: Layer) -> None:
         finite = np.isfinite(layer.features(index)).all(axis=1)
         bad += index[~finite].tolist()
     if bad:
-        raise not_finite(layer.name, layer.table.uris[bad], len(layer.table.labels))
+        precisions = {str(info.spec.get("precision")) for _, info in layer.parts}
+        raise not_finite(layer.name, layer.table.uris[bad], len(layer.table.labels), precisions)
 
 
-def not_finite(layer: str, bad: NDArray[np.str_], count: int) -> FitError:
-    """Return the error that the `bad` ones of `count` images have NaN or infinite features."""
-    return FitError(
-        f"layer {layer} has NaN or infinite features in {len(bad)} of {count} rows, first {bad[0]}; "
-        "extract again with precision fp32, or store float32"
-    )
+def not_finite(layer: str, bad: NDArray[np.str_], count: int, precisions: Collection[str]) -> FitError:
+    """Return the error that the `bad` ones of `count` images have NaN or infinite features in these precisions."""
+    way = "extract again with precision fp32"
+    if set(precisions) == {"fp32"}:
+        way = "they were computed in fp32, so look at the weights of the network, or use another"
+    return FitError(f"layer {layer} has NaN or infinite features in {len(bad)} of {count} rows, first {bad[0]}; {way}")
 
 
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:

@@ -96,6 +96,7 @@ class FeatureExtractor:
             precision,
             request.store,
             prefix_tokens=layout.order.prefix if layout is not None and layout.kind == "tokens" else None,
+            heads=backbone.heads(layer),
         )
 
     def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:

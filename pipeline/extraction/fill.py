@@ -70,6 +70,8 @@ class CacheFiller:
         (n,) bool, the rows asked for that were pending at the start.
     computed : int
         Rows whose features were computed and written so far.
+    bad : list of int
+        Rows that were written with NaN or infinite features.
     """
 
     def __init__(self, writer: CacheWriter, engine: Engine, asked: BoolArray, on_error: str, clock: Clock) -> None:
@@ -81,9 +83,19 @@ class CacheFiller:
         self.pending[writer.pending()] = True
         self.pending &= asked
         self.computed = 0
+        self.bad: list[int] = []
         folder: Path = writer.cache.path.parent
         self._donors = Donors(folder, {info.fingerprint for info in layers.values()})
         self._running: deque[tuple[list[LoadedImage], Running]] = deque()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the features that were written."""
+        if not self.bad:
+            return self.engine.notes
+        first = self.writer.cache.uris[min(self.bad)]
+        text = f"{len(self.bad)} rows have NaN or infinite features, first {first}; no head can be fitted on them"
+        return [*self.engine.notes, text]
 
     def knows(self, digest: bytes) -> bool:
         """Tell whether the features of an image exist already, in any file of the folder."""
@@ -120,7 +132,10 @@ class CacheFiller:
 
     def _write(self, images: Sequence[LoadedImage], features: dict[str, np.ndarray]) -> None:
         digests = np.frombuffer(b"".join(image.digest for image in images), np.uint8).reshape(-1, DIGEST_SIZE)
-        self.writer.write([image.row for image in images], features, digests)
+        rows = np.array([image.row for image in images], np.int64)
+        self.writer.write(rows, features, digests)
+        finite = np.all([np.isfinite(values).all(axis=1) for values in features.values()], axis=0)
+        self.bad += rows[~finite].tolist()
 
     def _write_copies(self, images: Sequence[LoadedImage]) -> None:
         """Write the rows whose features exist already: computed earlier in this run, or in any file of the folder."""

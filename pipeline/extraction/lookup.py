@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from features_cache import CacheError, CacheFile, Catalog, Rows, same_rows
+from pipeline.backbones.known import recall
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request
 
@@ -38,7 +39,8 @@ def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
 def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:
     """Return the file that holds each layer of `request`, or None if any layer is in no file of the same request.
 
-    Files record what aliases stood for when they were made, so no network is needed.
+    Files record what aliases stood for when they were made, so no network is needed where it is known what weights the
+    backbone's name stands for.
     """
     alike = _alike(files, request)
     found: dict[str, CacheFile] = {}
@@ -61,14 +63,21 @@ def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
 
 
 def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
-    """Return the files of the same request, apart from its layers, whose images were decoded by the present rules."""
-    asked = request.to_json()
+    """Return the files of the same request, apart from its layers, made with the present weights and decoding rules.
+
+    There are none if the weights behind the backbone's name may have changed since they were last loaded.
+    """
+    asked, known = request.to_json(), recall(request.backbone, request.size)
     del asked["layers"]
+    if known is None:
+        return []
+    present = {"decode": DECODE_POLICY, "weights_digest": known.weights_digest}
     return [
         file
         for file in files
         if asked.items() <= file.request.items()
-        and all(info.spec["decode"] == DECODE_POLICY for info in file.layers.values())
+        and (known.heads < 2 or file.request["aliases"].get("logits") == ["logits"])  # else the first head's alone
+        and all(present.items() <= info.spec.items() for info in file.layers.values())
     ]
 
 

@@ -1,0 +1,90 @@
+"""What the names of backbones stand for on this machine, noted when they are loaded; nothing here imports torch.
+
+The file behind a tag may be replaced: in torch's hub folder, in the Hugging Face cache, in a package. So a request is
+answered from a cache without its network only while the files that were behind its name are as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from platformdirs import user_cache_path
+
+from features_cache.atomic import atomic_write
+from pipeline.provenance import installed_version
+from pipeline.spec import fingerprint_of
+
+_LIBRARIES = ("thawline", "torch", "torchvision", "timm")
+_PLACES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+"""Environment variables that say where the libraries look for weights."""
+
+Stamp = list[Any]
+"""Path of a file, its size in bytes, its times of modification and change in ns; the path alone if it is missing."""
+
+
+class Known(NamedTuple):
+    """What `pipeline.backbones.registry.load_backbone` found: the digest of the weights, and how many classifiers."""
+
+    weights_digest: str
+    heads: int
+
+
+def take_stamps(paths: Iterable[Path]) -> list[Stamp]:
+    """Return a stamp of each path, which differs once the file is another one."""
+    return [_stamp(path) for path in paths]
+
+
+def _stamp(path: Path) -> Stamp:
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def remember(name: str, size: int | None, stamps: list[Stamp], known: Known) -> None:
+    """Note what `name` stands for with the input size `size`, as long as `stamps` and the libraries stay the same.
+
+    Without a folder to note it in, the next request loads the network again.
+    """
+    record = {"setting": _setting(), "stamps": stamps, **known._asdict()}
+    path = _path(name, size)
+    with suppress(OSError):
+        if _read(path) != record:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as draft:
+                draft.write_text(json.dumps(record))
+
+
+def recall(name: str, size: int | None) -> Known | None:
+    """Return what `name` stands for; None if it must be loaded to find out."""
+    record = _read(_path(name, size))
+    try:
+        if record["setting"] != _setting() or record["stamps"] != [
+            _stamp(Path(stamp[0])) for stamp in record["stamps"]
+        ]:
+            return None
+        return Known(record["weights_digest"], record["heads"])
+    except (KeyError, TypeError, IndexError):  # never written, or not by this version
+        pass
+    return None
+
+
+def _path(name: str, size: int | None) -> Path:
+    return user_cache_path("thawline") / "weights" / f"{fingerprint_of([name, size])}.json"
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _setting() -> dict[str, str]:
+    return {name: installed_version(name) for name in _LIBRARIES} | {name: os.environ.get(name, "") for name in _PLACES}
