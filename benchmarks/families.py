@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from features_cache import ThawlineError
+from pipeline.backbones.aliases import LOGITS, PENULTIMATE
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.layers import LOGITS, PENULTIMATE, find_tap, resolved_aliases
+from pipeline.backbones.layers import find_tap, resolved_aliases
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import normalisation, tap
 from pipeline.backbones.thaw_line import find_line, possible_lines, split, top_input
 from pipeline.backbones.trace import hooked
-from pipeline.errors import ThawlineError
 from pipeline.spec import NO_POOL
 
 LIMIT_S = 300
@@ -103,7 +104,8 @@ def run(family: str, network: str) -> dict[str, Any]:
         return {"family": family, "network": network, "error": f"not done in {LIMIT_S} s"}
     if child.returncode:
         return {"family": family, "network": network, "error": child.stderr.strip().splitlines()[-1][:200]}
-    return json.loads(child.stdout.splitlines()[-1]) | {"seconds": round(time.perf_counter() - began, 1)}
+    row: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def check(family: str, network: str) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def thaw_line(backbone: Backbone, pixels: Tensor) -> int | str:
 
 def onnx(backbone: Backbone, pixels: Tensor) -> float:
     """Return the largest relative difference of ONNX Runtime's features to torch's."""
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     network = tap(backbone, [name for name in (PENULTIMATE, LOGITS) if name in resolved_aliases(backbone)])
     names = [f"out{index}" for index in range(len(network.layers))]
@@ -222,6 +224,7 @@ def onnx(backbone: Backbone, pixels: Tensor) -> float:
         dynamo=True,
         verbose=False,
     )
+    assert program is not None
     with tempfile.TemporaryDirectory() as folder:
         program.save(path := Path(folder) / "network.onnx")
         session = onnxruntime.InferenceSession(path)

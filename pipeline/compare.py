@@ -100,7 +100,7 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
     for tune, (_, key) in comparison.finetunes().items():
         images = comparison.images[tune.source]
         activations = (tune.source, *(value for key, value in tune.options if key in ACTIVATIONS))
-        planned.append(plan_finetune(tune, folder.has(key), images, stores=activations not in stored))
+        planned.append(plan_finetune(tune, comparison.is_kept(tune, key), images, stores=activations not in stored))
         stored.add(activations)
     return planned
 

@@ -45,6 +45,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
+def one_line(error: Exception) -> str:
+    """Return all of another library's error in one line, 500 characters at most, where its first line says little."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
 @contextmanager
 def resumable() -> Iterator[None]:
     """Note on an interrupt that nothing is lost, for work whose parts are kept as they come; also a decorator."""

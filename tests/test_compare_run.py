@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 from rich.progress import Progress as Bars
 from scipy.stats import binomtest
 
 from features_cache import CacheLockedError, ThawlineError
+from pipeline.backbones.registry import load_backbone
 from pipeline.compare import CompareReport, compare, dry_run
 from pipeline.comparing import comparison
 from pipeline.comparing.answer import answer, extraction_seconds, seconds
@@ -376,8 +379,10 @@ head = "centroid"
     assert list(dict.fromkeys(layer for _, layer in deep)) == ["layer1", "layer4", "penultimate"]
 
 
-def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The calls of `pipeline.finetune.finetune`, which loads the network but fits a head instead."""
+    made_calls: list[Any] = []
     module = ModuleType("pipeline.finetune")
 
     @dataclass
@@ -389,7 +394,8 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
         extracted: list[list[Any]]
 
     def finetune(source: str, seeds: list[int], shots: list[Any], **options: Any) -> Report:
-        calls.append((seeds, shots, options["freeze"], options["backbone"]))
+        made_calls.append((seeds, shots, options["freeze"], options["backbone"]))
+        load_backbone(options["backbone"], options["size"])
         made = fit(options["output"], ["layer1"], seeds=seeds, shots=shots, jobs=1)
         return Report(
             [FinetuneResult(**vars(result) | tuned) for result in made.results],
@@ -402,12 +408,38 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, monkeypatch: 
     module.finetune = finetune  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pipeline.finetune", module)
     tuned = {"kind": "finetune", "freeze": "all", "validation_accuracy": 0.6}
+    return made_calls
+
+
+def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, calls: list[Any]) -> None:
     plan.write_text(plan.read_text() + '\n[[finetune]]\nbackbone = "test_resnet@random:0"\nsize = 32\nseed = 0\n')
     report = compare(plan, run)
     assert [(seeds, shots) for seeds, shots, *_ in calls] == [([0], [2]), ([0], ["all"])]
     tunes = [one for one in report.results if one.result.kind == "finetune"]
     assert [one.options["epochs"] for one in tunes] == [Recipe.epochs] * 2
     assert any("Fine-tuning against freezing" in sentence for sentence in report.answer)
+
+
+def test_a_fine_tune_is_repeated_once_the_weights_behind_its_name_are_others(
+    plan: Path, run: Path, calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(seed: int) -> None:
+        torch.manual_seed(seed)
+        torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    weights = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    weights.parent.mkdir(parents=True)
+    put(0)
+    tune = '\n[[finetune]]\nbackbone = "squeezenet1_1"\nsize = 32\nseed = 0\nshots = "all"\n'
+    plan.write_text(plan.read_text() + tune)
+    assert [compare(plan, run).computed for _ in range(2)] == [1, 0]
+    weights.touch()
+    assert compare(plan, run).computed == 0, "another time, the same weights"
+    put(1)
+    assert not dry_run(plan, run)[-1].done
+    assert [compare(plan, run).computed for _ in range(2)] == [1, 0]
+    assert len(calls) == 2
 
 
 def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:

@@ -265,12 +265,15 @@ def test_a_compiler_that_fails_without_a_word_is_one_line(monkeypatch: pytest.Mo
 @NO_OPENVINO
 def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("no such operation\nmore")
+        raise RuntimeError(
+            "Check 'false' failed at report.cpp:151:\nModel wasn't converted:\n-- No rule for aten.eigh\n"
+        )
 
     monkeypatch.setattr("pipeline.engines.openvino_engine.convert", fail)
     built = build_engine(tap(lively("resnet18"), ["layer2"]), resolve("openvino", "cpu", "fp32"), 2)
     assert built.resolved == Resolved("torch", "cpu", "fp32")
-    assert built.notes == ["OpenVINO cannot run resnet18@random:0, so torch computes: no such operation"]
+    whole = "Check 'false' failed at report.cpp:151: Model wasn't converted: -- No rule for aten.eigh"
+    assert built.notes == [f"OpenVINO cannot run resnet18@random:0, so torch computes: {whole}"]
     (pixels,) = batches([2])
     ((features,),) = stream(built, [pixels])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Rules that find what the aliases ``penultimate``, ``stages`` and ``logits`` stand for in a traced network.
+"""The aliases of layers, and rules that find what they stand for in a traced network.
 
 timm's own `feature_info` is not used: it adds the stems of ResNets (``act1``), leaves out the stages of EfficientNets
 that keep the resolution, does not exist for torchvision's networks, and caches of ``stages`` would be computed anew.
@@ -17,9 +17,15 @@ from torch import fx, nn
 
 from pipeline.backbones.pooling import layout_of
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.trace import LOGITS, SHAPE, TENSORS, Traced
+from pipeline.backbones.trace import SHAPE, TENSORS, Traced
 from pipeline.errors import BackboneError
 
+INPUT = "input"
+PENULTIMATE = "penultimate"
+STAGES = "stages"
+LOGITS = "logits"
+"""Also the name of a layer, where several classifiers have a part in the class scores."""
+ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
 _WEIGHTS = (nn.Conv2d, nn.Linear)
@@ -36,11 +42,11 @@ def classifier_input(traced: Traced) -> fx.Node | None:
     return read if isinstance(read, fx.Node) else None
 
 
-def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
+def join_classifiers(traced: Traced, classifiers: Sequence[str], name: str) -> Traced:
     """Return a network with several classifiers with the layer of its class scores, and what the classifiers read.
 
     That is the last vector that they all depend on alone. Where there is none, a node is added to the graph that joins
-    what each of them reads, tokens averaged.
+    what each of them reads, tokens averaged. Raises `BackboneError`, about `name`, if they read other things.
     """
     graph, readers = traced.graph, [traced.nodes[path] for path in classifiers if path in traced.nodes]
     scores = graph.output_node().args[0] if graph is not None else None
@@ -52,17 +58,19 @@ def join_classifiers(traced: Traced, classifiers: Sequence[str]) -> Traced:
     shared = next((node for node in common if _kind(node) == "vector"), None)
     shapes = traced.shapes | {LOGITS: scores.meta[SHAPE]}
     nodes = traced.nodes | {LOGITS: scores}
-    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers))
+    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers, name))
 
 
-def _join(graph: fx.Graph, readers: Sequence[fx.Node]) -> fx.Node:
+def _join(graph: fx.Graph, readers: Sequence[fx.Node], name: str) -> fx.Node:
     reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
     if not {_kind(node) for node in reads} <= {"vector", "tokens"}:
-        raise BackboneError(
-            "its classifiers read neither vectors nor tokens, which cannot be joined; use another network"
-        )
+        raise BackboneError(f"the classifiers of {name} read neither vectors nor tokens; use another network")
     with graph.inserting_before(graph.output_node()):
-        vectors = [node if _kind(node) == "vector" else graph.call_method("mean", (node, 1)) for node in reads]
+        vectors = list(reads)
+        for index, node in enumerate(reads):
+            if _kind(node) == "tokens":
+                vectors[index] = graph.call_method("mean", (node, 1))
+                vectors[index].meta |= {SHAPE: node.meta[SHAPE][1:], TENSORS: True}
         joined = graph.call_function(torch.cat, (vectors, 1))
     joined.meta |= {SHAPE: (sum(node.meta[SHAPE][-1] for node in reads),), TENSORS: True}
     return joined

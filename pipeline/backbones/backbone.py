@@ -7,8 +7,8 @@ from functools import cached_property
 
 from torch import nn
 
-from pipeline.backbones.aliases import join_classifiers
-from pipeline.backbones.trace import PENULTIMATE, Traced, trace
+from pipeline.backbones.aliases import PENULTIMATE, join_classifiers
+from pipeline.backbones.trace import Traced, trace
 from pipeline.spec import Preprocessing
 
 
@@ -47,4 +47,4 @@ class Backbone:
         """The network's graph with the names and shapes of its layers; traced on first use."""
         only = self.classifiers[0] if len(self.classifiers) == 1 else None
         traced = trace(self.module, self.preprocessing.size, only, self.handle)
-        return join_classifiers(traced, self.classifiers) if len(self.classifiers) > 1 else traced
+        return traced if len(self.classifiers) < 2 else join_classifiers(traced, self.classifiers, self.handle)

@@ -53,9 +53,9 @@ def remember(name: str, size: int | None, stamps: list[Stamp], known: Known) -> 
     Without a folder to note it in, the next request loads the network again.
     """
     record = {"setting": _setting(), "stamps": stamps, **known._asdict()}
-    path = _path(name, size)
-    with suppress(OSError):
-        if _read(path) != record:
+    if _read(name, size) != record:
+        with suppress(OSError, RuntimeError):
+            path = _path(name, size)
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as draft:
                 draft.write_text(json.dumps(record))
@@ -63,27 +63,28 @@ def remember(name: str, size: int | None, stamps: list[Stamp], known: Known) -> 
 
 def recall(name: str, size: int | None) -> Known | None:
     """Return what `name` stands for; None if it must be loaded to find out."""
-    record = _read(_path(name, size))
+    record = _read(name, size)
     try:
-        if record["setting"] != _setting() or record["stamps"] != [
-            _stamp(Path(stamp[0])) for stamp in record["stamps"]
-        ]:
-            return None
-        return Known(record["weights_digest"], record["heads"])
-    except (KeyError, TypeError, IndexError):  # never written, or not by this version
-        pass
-    return None
+        present = {"setting": _setting(), "stamps": [_stamp(Path(stamp[0])) for stamp in record["stamps"]]}
+        known = Known(record["weights_digest"], record["heads"])
+        return known if present.items() <= record.items() else None
+    except (AttributeError, KeyError, TypeError, IndexError):  # never written, or not by this version
+        return None
+
+
+def _read(name: str, size: int | None) -> Any:
+    try:
+        return json.loads(_path(name, size).read_bytes())
+    except (OSError, ValueError, RuntimeError):
+        return {}
 
 
 def _path(name: str, size: int | None) -> Path:
-    return user_cache_path("thawline") / "weights" / f"{fingerprint_of([name, size])}.json"
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
+    """Return where the note on a name is kept; raises `RuntimeError` where there is no home directory."""
+    path = user_cache_path("thawline") / "weights" / f"{fingerprint_of([name, size])}.json"
+    if not path.is_absolute():  # what older versions of platformdirs return
+        raise RuntimeError("no home directory")
+    return path
 
 
 def _setting() -> dict[str, str]:

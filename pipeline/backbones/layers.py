@@ -9,15 +9,20 @@ from typing import NamedTuple
 from torch import fx
 
 from features_cache import nearest
-from pipeline.backbones.aliases import classifier_input, last_map, stages
+from pipeline.backbones.aliases import (
+    ALIASES,
+    INPUT,
+    LOGITS,
+    PENULTIMATE,
+    STAGES,
+    classifier_input,
+    last_map,
+    stages,
+)
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.pooling import Layout, layout_of, misfit
-from pipeline.backbones.trace import LOGITS, PENULTIMATE, SHAPE, Shape, Traced
+from pipeline.backbones.trace import SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
-
-INPUT = "input"
-STAGES = "stages"
-ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 
 
 class LayerRow(NamedTuple):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from pipeline.backbones.aliases import INPUT, PENULTIMATE
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.layers import INPUT, PENULTIMATE, Tap, pooled_tap, resolve_layers
+from pipeline.backbones.layers import Tap, pooled_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, kept_shape, pooled_dim
 from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.trace import Traced, hooked

@@ -25,10 +25,6 @@ SHAPE = "shape"
 """Key in a node's `meta` for the shape of its value, without the batch axis."""
 TENSORS = "tensors"
 """Key in a node's `meta` for whether its value is or holds a tensor; some nodes only compute sizes."""
-PENULTIMATE = "penultimate"
-"""Alias of what the classifier reads."""
-LOGITS = "logits"
-"""Alias of the layer that gives the class scores, and the name of that layer where several classifiers share in it."""
 _NUMBER = re.compile(r"(?<=.)_([0-9]+)$")
 _BATCH = 2
 """Images in the pass that finds the shapes; some networks drop the batch axis of a single image."""
@@ -47,8 +43,8 @@ class Traced:
     Where the network cannot be traced, `graph` is None and `nodes` is empty: only modules can be tapped, by hooks. Then
     `read` is the shape of what the classifier reads; else the graph says so.
 
-    In a network with several classifiers, `classifier` is `LOGITS`, the layer of the scores that the network makes of
-    theirs, and `joined` is the node of what they read.
+    In a network with several classifiers, `classifier` is ``"logits"``, the layer of the scores that the network makes
+    of theirs, and `joined` is the node of what they read.
     """
 
     module: nn.Module

@@ -51,15 +51,15 @@ def check_finite(module: nn.Module, source: str) -> None:
     A ReLU turns NaN into 0 in some engines, so the features could look sound. Infinite scalars pass; they are bounds
     that clip nothing.
     """
-    bad = {}
-    for name, item in module.state_dict().items():
-        if item.is_floating_point() and item.numel() and not all(map(torch.isfinite, item.aminmax())):
-            bad[name] = int((~item.isfinite() if item.ndim else item.isnan()).sum())
-    bad = {name: count for name, count in bad.items() if count}
-    if bad:
+    bad = {
+        name: int((~item.isfinite() if item.ndim else item.isnan()).sum())
+        for name, item in module.state_dict().items()
+        if item.is_floating_point() and item.numel() and not all(map(torch.isfinite, item.aminmax()))
+    }
+    if any(bad.values()):
         raise BackboneError(
-            f"{source} holds {sum(bad.values())} NaN or infinite weights, first in {next(iter(bad))}, as training that "
-            "diverged leaves them; use other weights"
+            f"{source} holds {sum(bad.values())} NaN or infinite weights, first in {next(filter(bad.get, bad))}, as "
+            "training that diverged leaves them; use other weights"
         )
 
 

@@ -121,4 +121,4 @@ def classifiers(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the dotted names of the classifiers; some networks have several, whose scores they combine."""
     found = _config(name, None).classifier
     named, modules = found if isinstance(found, tuple | list) else (found,), dict(module.named_modules())
-    return tuple(path for path in named if path in modules)
+    return tuple(path for path in named if isinstance(path, str) and path in modules)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.backbones.known import recall
 from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
 from pipeline.comparing.folder import Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
@@ -56,14 +57,26 @@ class Comparison:
         keys = (finetune_key(job, self.images[job.source].name, listings[job.source]) for _, job in asked)
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
+    def weights_of(self, job: Finetune) -> str | None:
+        """Return the digest of the pretrained weights that a fine-tune begins with; None if it is not known."""
+        options = dict(job.options)
+        known = recall(str(options["backbone"]), options.get("size")) if options.get("init") != "random" else None
+        return None if known is None else known.weights_digest
+
+    def is_kept(self, job: Finetune, key: str) -> bool:
+        """Tell whether a fine-tune is finished, and the weights behind its backbone's name are still the same."""
+        return self.folder.has(key) and self.folder.results[key].weights in (None, self.weights_of(job))
+
     def is_done(self) -> bool:
         """Tell whether the folder holds the results of all jobs and no others."""
-        keys = {key for _, key in self.finetunes().values()}
+        tunes = self.finetunes()
+        keys = {key for _, key in tunes.values()}
         for extraction, found in self.features.items():
             if found is None or not found.complete:
                 return False
             keys |= set(self.fits(extraction, found).values())
-        return keys == set(self.folder.results) and all(map(self.folder.has, keys))
+        kept = all(self.is_kept(job, key) for job, (_, key) in tunes.items())
+        return kept and keys == set(self.folder.results) and all(map(self.folder.has, keys))
 
     def keep(self, result: JobResult, predictions: Predictions) -> None:
         """Keep a result on disk and report progress."""

@@ -94,7 +94,7 @@ def _rows(images: ImageSource, shots: int | str) -> int:
 @cache
 def count_values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
     """Return the number of activations of one image at a thaw line, and the number of thawed weights."""
-    from pipeline.backbones.layers import PENULTIMATE
+    from pipeline.backbones.aliases import PENULTIMATE
     from pipeline.backbones.registry import sketch
     from pipeline.backbones.taps import tap
     from pipeline.finetuning.network import ALL, ThawedNetwork, line_of

@@ -51,7 +51,8 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
 @cache
 def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
     """Return the index of each layer in the order of computation, from the image upwards."""
-    from pipeline.backbones.layers import LOGITS, PENULTIMATE, list_layers
+    from pipeline.backbones.aliases import LOGITS, PENULTIMATE
+    from pipeline.backbones.layers import list_layers
     from pipeline.backbones.registry import sketch
 
     rows = list_layers(sketch(request.backbone, request.size))

@@ -35,7 +35,8 @@ class JobResult:
     `key` says what the result depends on, see `pipeline.invalidation`; `n_classes` is 0 in run folders made before it
     was kept. `precision`, `store`, `size` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`, and
     `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
-    fine-tune, as the plan names them, without backbone and freeze.
+    fine-tune, as the plan names them, without backbone and freeze, and `weights` is the digest of those it began with,
+    None in older run folders.
     """
 
     key: str
@@ -48,12 +49,14 @@ class JobResult:
     drop_leaks: bool = False
     depth: int | None = None
     options: dict[str, OptionValue] = field(default_factory=dict)
+    weights: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of `results.jsonl`: the result's own keys, and what a comparison adds."""
         own = to_json(self)
         result = own.pop("result")
-        kept = ("options",) if self.result.kind == FINETUNE else ("precision", "store", "size", "drop_leaks", "depth")
+        of_heads = ("precision", "store", "size", "drop_leaks", "depth")
+        kept = ("options", "weights") if self.result.kind == FINETUNE else of_heads
         return {**{name: own[name] for name in ("key", "source", "n_classes")}, **result, **{k: own[k] for k in kept}}
 
     @classmethod

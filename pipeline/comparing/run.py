@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,10 @@ def run(comparison: Comparison) -> None:
     # if an extraction failed, the results of its source may still be valid
     unsure = {comparison.images[extraction.source].name for extraction in failed}
     folder.keep_only(keys | {key for key, result in folder.results.items() if result.source in unsure})
-    missing = [(job, line, key) for job, (line, key) in tunes.items() if not folder.has(key)]
+    for job, (_, key) in tunes.items():
+        if folder.has(key) and not comparison.is_kept(job, key) and comparison.weights_of(job) is None:
+            _load(job)  # to find out whether its weights are still the same
+    missing = [(job, line, key) for job, (line, key) in tunes.items() if not comparison.is_kept(job, key)]
     comparison.total = len(comparison.failures) + sum(len(jobs) for _, jobs in pending) + len(missing)
     for found, jobs in pending:
         for block in rectangles(list(jobs)):
@@ -187,9 +191,18 @@ def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, 
     for results in report.extracted:
         _note_costs(comparison.folder, source.name, options.get("size"), results)
     own = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
-    result = JobResult(key, source.name, report.results[0], len(source.classes), options=own)
+    weights = comparison.weights_of(job)
+    result = JobResult(key, source.name, report.results[0], len(source.classes), options=own, weights=weights)
     comparison.keep(result, report.predictions[0])
     comparison.notes += report.notes
+
+
+def _load(job: Finetune) -> None:
+    from pipeline.backbones.registry import load_backbone
+
+    options = dict(job.options)
+    with suppress(ThawlineError):  # training will say why
+        load_backbone(str(options["backbone"]), options.get("size"))
 
 
 def _prefixed(progress: Progress, prefix: str) -> Progress:

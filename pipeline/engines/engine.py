@@ -13,7 +13,7 @@ from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import TorchEngine
-from pipeline.errors import first_line
+from pipeline.errors import one_line
 
 Running = Callable[[], list[np.ndarray]]
 """A batch that is being computed: call it once to wait for a float32 (k, d) of each layer, in order."""
@@ -48,7 +48,7 @@ def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) ->
         return OpenVinoEngine(network, resolved, batch_size)
     except Exception as error:  # conversion fails in as many ways as there are networks
         engine = TorchEngine(network, replace(resolved, engine="torch"), batch_size)
-        engine.notes.append(f"OpenVINO cannot run {network.name}, so torch computes: {first_line(error)}")
+        engine.notes.append(f"OpenVINO cannot run {network.name}, so torch computes: {one_line(error)}")
         return engine
 
 

@@ -81,7 +81,8 @@ class FeatureExtractor:
 
         Raises `BackboneError` if the pooling does not suit the layer.
         """
-        from pipeline.backbones.layers import INPUT, pooled_tap
+        from pipeline.backbones.aliases import INPUT
+        from pipeline.backbones.layers import pooled_tap
 
         backbone = self.backbone
         layout = None if layer == INPUT else pooled_tap(backbone, layer, request.pool).layout

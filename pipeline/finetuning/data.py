@@ -11,8 +11,8 @@ import numpy as np
 
 from features_cache import DONE, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
+from pipeline.backbones.aliases import INPUT, PENULTIMATE
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.layers import INPUT, PENULTIMATE
 from pipeline.backbones.pooling import Layout, pooled_dim
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import top_input

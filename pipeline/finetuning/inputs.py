@@ -12,7 +12,7 @@ from torch import Tensor
 
 from features_cache import CacheFile
 from pipeline.arrays import Float32Array, IntArray
-from pipeline.backbones.layers import INPUT
+from pipeline.backbones.aliases import INPUT
 from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.ahead import map_ahead
