@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from platformdirs import user_cache_path
 
-from features_cache.atomic import atomic_write
+from features_cache import atomic_write
 from pipeline.provenance import installed_version
 from pipeline.spec import fingerprint_of
 
