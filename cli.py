@@ -1,82 +1,84 @@
-"""The command `thawline`.
+"""Start the command `thawline`, and end it with one line and the right exit code, whatever comes.
 
-What is heavy is imported inside the commands, so that ``--help`` answers at once.
+Everything is imported inside, so that an interrupt while modules are being imported is one line, too.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
-import click
-
-from features_cache import ThawlineError
-from pipeline.commands.cache import cache_group
-from pipeline.commands.compare import compare
-from pipeline.commands.demo import demo
-from pipeline.commands.drift import drift
-from pipeline.commands.export import export
-from pipeline.commands.extract import extract
-from pipeline.commands.finetune import finetune
-from pipeline.commands.fit import fit
-from pipeline.commands.networks import backbones, layers
-from pipeline.commands.predict import predict
-from pipeline.commands.rank import rank
-from pipeline.provenance import installed_version
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
-
-
-@click.group(context_settings=CONTEXT)
-@click.version_option(installed_version("thawline"))
-def thawline() -> None:
-    """Turn images into a trained classifier: frozen CNN features, cached once; scikit-learn heads on top."""
-
-
-for command in (
-    demo, backbones, layers, extract, cache_group, fit, finetune, predict, export, rank, drift, compare,
-):  # fmt: skip
-    thawline.add_command(command)
+INTERRUPTED = 130
+"""Exit code, as shells have it: 128 and the number of the signal."""
 
 
 @contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C does, so that writers commit what is finished."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _handling_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C does, so that writers commit what is finished; see `_interrupt` for both."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else _interrupt)  # jobs behind a shell's `&`
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt`; but end at once while modules are being imported, as a kill would.
+
+    Libraries whose native parts are being imported swallow the exception, or abort.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            cursor = b"\x1b[?25h" if sys.stderr.isatty() else b""  # which a progress bar hides
+            os.write(2, cursor + b"thawline: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Run the command line: 0 done, 1 an error of ours or the system's, 2 wrong usage, 130 interrupted."""
     try:
-        with _interrupt_on_sigterm():
-            thawline(prog_name="thawline", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except ThawlineError as error:
-        click.echo(f"thawline: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        click.echo(f"thawline: {error.filename or 'system'}: {error.strerror or error}", err=True)
-        sys.exit(1)
+        with _handling_interrupts():
+            from pipeline.commands.group import thawline
+            from pipeline.commands.output import bear_any_encoding, counted_warnings, keep_matplotlibs_cache
+
+            bear_any_encoding()
+            keep_matplotlibs_cache()
+            with counted_warnings():
+                thawline(prog_name="thawline", standalone_mode=False)
     except BaseException as error:
         behind = list(_chain(error))
-        if not any(isinstance(each, KeyboardInterrupt | click.Abort) for each in behind):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries still clear up: pressed twice is no second error
-        notes = [note for each in behind for note in getattr(each, "__notes__", ())]
-        click.echo("; ".join(["thawline: interrupted", *notes]), err=True)
-        sys.exit(130)
+        if any(isinstance(each, KeyboardInterrupt) for each in behind):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # libraries still clear up: pressed twice is no second error
+            notes = [note for each in behind for note in getattr(each, "__notes__", ())]
+            print("; ".join(["thawline: interrupted", *notes]), file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        sys.exit(_tell(error))
+
+
+def _tell(error: BaseException) -> int:
+    """Print what the user should know about an error, and return the exit code; raise what is a fault of ours."""
+    import click
+
+    from features_cache import ThawlineError
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, OSError):
+        error = ThawlineError(f"{error.filename or 'system'}: {error.strerror or error}")
+    if not isinstance(error, ThawlineError):
+        raise error
+    print(f"thawline: {error}", file=sys.stderr)
+    return 1
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

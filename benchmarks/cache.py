@@ -1,6 +1,6 @@
 """What the cache costs, in one run on this machine: ``python benchmarks/cache.py``.
 
-Kills and damages have harnesses of their own beside this file, ``kills.py`` and ``damage.py``.
+Kills, and damaged and forged files, have harnesses of their own beside this file, ``kills.py`` and ``fuzz.py``.
 """
 
 from __future__ import annotations

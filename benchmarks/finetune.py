@@ -113,8 +113,8 @@ def trunk_rows(folder: Path, name: str, lines: list[str], cache: Path) -> list[d
     for precision in dict.fromkeys(("fp32", resolve().precision)):
         for line in lines:
             setup = TrainingSetup(
-                folder, name, line, Recipe(), "pretrained", False, False, cache, precision, "float32", None, "auto",
-                "cpu", None, silent, lambda _: None,
+                source, name, line, Recipe(), "pretrained", False, False, cache, precision, "float32", None, None,
+                "auto", "cpu", None, silent, lambda _: None,
             )  # fmt: skip
             data = prepare_data(setup, [(0, "all")])
             images = DecodedImages(source, data.backbone.preprocessing, "none")

@@ -3,9 +3,9 @@
 ``X, y = open_cache("photos-resnet50-0a1b2c3d.h5").xy("penultimate", "train")`` reads one; FORMAT.md describes it.
 """
 
-from features_cache.atomic import atomic_write
-from features_cache.catalog import Catalog, file_name
-from features_cache.convert import digest_keys
+from features_cache.atomic import atomic_write, scratch_folder
+from features_cache.catalog import Catalog, check_twins, file_name, same_listing
+from features_cache.convert import digest_keys, parse_json
 from features_cache.errors import (
     AmbiguousCacheError,
     CacheError,
@@ -44,6 +44,7 @@ __all__ = [
     "VerifyReport",
     "WriterLock",
     "atomic_write",
+    "check_twins",
     "digest_keys",
     "drop_redundant",
     "explained",
@@ -54,9 +55,12 @@ __all__ = [
     "nearest_beside",
     "open_cache",
     "open_own",
+    "parse_json",
     "prune",
     "repair",
+    "same_listing",
     "same_rows",
+    "scratch_folder",
     "superseded",
     "verify",
 ]

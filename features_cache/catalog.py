@@ -6,14 +6,13 @@ import copy
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from features_cache.errors import AmbiguousCacheError, CacheError, nearest
-from features_cache.layout import DONE
 from features_cache.reader import CacheFile, open_cache
 
 _SUPERSEDED = re.compile(r"(.+)\.superseded-(\d+)\.h5", re.DOTALL)
@@ -43,6 +42,7 @@ class Catalog:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.files: list[CacheFile] = []
+        self._agreeing: set[tuple[str, ...]] = set()  # sources whose files agree
         self.problems: list[CacheError] = []
         if not self.path.is_dir():
             self.files = [open_cache(self.path)]
@@ -56,19 +56,16 @@ class Catalog:
             why = str(self.problems[0]) if self.problems else "it holds no cache file (.h5)"
             raise CacheError(f"no cache in {self.path}: {why}; run the extraction with this folder as its output")
 
-    def only(self, files: Sequence[CacheFile]) -> Catalog:
+    def only(self, files: Iterable[CacheFile]) -> Catalog:
         """Return a catalog of some of the files."""
         catalog = copy.copy(self)
-        catalog.files = list(files)
+        catalog.files, catalog._agreeing = list(files), set()
         return catalog
 
     def find(
         self, layer: str | None = None, source: str | None = None, backbone: str | None = None, pool: str | None = None
     ) -> CacheFile:
         """Return the one file that matches every argument that is not ``None``.
-
-        Files with equal handles and an equal fingerprint for `layer` are equivalent; the one with the most finished
-        rows is returned.
 
         Parameters
         ----------
@@ -80,18 +77,46 @@ class Catalog:
         Raises
         ------
         CacheError
-            No file matches; the message lists what exists.
+            No file matches; the message lists what exists. Or `check_source` refuses the file.
         AmbiguousCacheError
             Several match; the message lists them.
         """
         fitting = self.fitting(source, backbone, pool)
         if layer is not None:
             fitting = self._narrow(fitting, "layer", layer, [set(file.layers) for file in fitting])
-            if self.is_one_cache(fitting) and len({file.layers[layer].fingerprint for file in fitting}) == 1:
-                return max(fitting, key=lambda file: np.count_nonzero(file.states == DONE))
+            check_twins(fitting, layer)
         if len(fitting) > 1:
             raise self.ambiguous(fitting)
+        self.check_source(fitting[0])
         return fitting[0]
+
+    def check_source(self, file: CacheFile) -> None:
+        """Check that the files of one source hold the same images with the same labels, splits and groups.
+
+        Parameters
+        ----------
+        file : CacheFile
+            One of `files`; those of the same source are compared with it.
+
+        Raises
+        ------
+        AmbiguousCacheError
+            Two of them hold the same features, see `check_twins`.
+        CacheError
+            They differ, because the source changed between the extractions.
+        """
+        if _source_of(file) in self._agreeing:
+            return
+        files = [other for other in self.files if _source_of(other) == _source_of(file)]
+        check_twins(files)
+        for other in files:
+            if differing := _differing_rows(file, other):
+                raise CacheError(
+                    f"{file.path.name} and {other.path.name} in {self.path} show one source at different times, they "
+                    f"differ in {differing}; extract {_location(file)} into this folder again, which brings all of its "
+                    "files up to date, or name one file instead of the folder"
+                )
+        self._agreeing.add(_source_of(file))
 
     def fitting(
         self, source: str | None = None, backbone: str | None = None, pool: str | None = None
@@ -141,6 +166,69 @@ class Catalog:
             known = list(dict.fromkeys(name for names in offered for name in sorted(names)))
             raise CacheError(f"{self.path} has no {key} {wanted}; it has {', '.join(known)}{nearest(wanted, known)}")
         return fitting
+
+
+def check_twins(files: Sequence[CacheFile], layer: str | None = None) -> None:
+    """Refuse files that hold the same features of one source: it is not clear which of them to read or to continue.
+
+    Parameters
+    ----------
+    files : sequence of CacheFile
+    layer : str, optional
+        Compare only the features of this layer, by default those of all layers.
+
+    Raises
+    ------
+    AmbiguousCacheError
+        A file is a copy of another, or two processes extracted one layer at the same time.
+    """
+    holders: dict[tuple[Any, ...], CacheFile] = {}
+    for file in files:
+        for name, info in file.layers.items() if layer is None else [(layer, file.layers[layer])]:
+            first = holders.setdefault((info.fingerprint, *sorted(file.handles.items())), file)
+            if first is not file:
+                raise AmbiguousCacheError(
+                    f"{first.path.name} and {file.path.name} in {file.path.parent} both hold {name} of "
+                    f"{_location(file)}; delete one of them, or move it to another folder"
+                )
+
+
+def same_listing(one: CacheFile, other: CacheFile) -> bool:
+    """Return whether two files have the same images in the same order, with the same labels, splits and groups.
+
+    Checksums are compared instead of the columns that they cover.
+    """
+    first, second = (file.array("/rows/source_crc") for file in (one, other))
+    return one.classes == other.classes and np.array_equal(first, second)
+
+
+def _source_of(file: CacheFile) -> tuple[str, ...]:
+    return file.handles.get("source", ""), file.handles.get("location", "")
+
+
+def _location(file: CacheFile) -> str:
+    return file.handles.get("location") or file.handles.get("source", "")
+
+
+def _differing_rows(one: CacheFile, other: CacheFile) -> str:
+    """Count the images that only one file has, and the labels, splits and groups that differ: ``"2 labels, 1 split"``.
+
+    The result is empty if the files agree; the order of rows does not matter. Raises `DamagedCacheError` if they differ
+    because one is damaged.
+    """
+    if same_listing(one, other):
+        return ""
+    one.check_columns()
+    other.check_columns()
+    _, *rows = np.intersect1d(one.array("/rows/uri"), other.array("/rows/uri"), return_indices=True)
+    columns = [
+        {"label": np.array([*file.classes, ""])[file.labels], "split": file.splits, "group": file.groups}
+        for file in (one, other)
+    ]
+    counts = {"image": one.n_rows + other.n_rows - 2 * len(rows[0])}
+    for name in columns[0]:
+        counts[name] = int((columns[0][name][rows[0]] != columns[1][name][rows[1]]).sum())
+    return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)
 
 
 def is_superseded(path: Path) -> bool:

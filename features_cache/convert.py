@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from features_cache.errors import CacheError
 from features_cache.layout import DIGEST_BYTES, DTYPES, REASON_BYTES, RECORD, LayerInfo, text_width
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return the value of strict JSON; raises `ValueError` for anything else.
+
+    NaN, infinities and numbers too large for a float, which Python's own reader takes, are refused: they could not be
+    written again.
+    """
+
+    def finite(text: str) -> float:
+        if not math.isfinite(value := float(text)):
+            raise ValueError(f"expected a finite number, got {text:.20}")
+        return value
+
+    def whole(text: str) -> int:
+        finite(text)
+        return int(text)
+
+    try:
+        return json.loads(content, parse_constant=finite, parse_float=finite, parse_int=whole)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON: {error}") from None
 
 
 def stored_features(values: ArrayLike, layer: LayerInfo, count: int) -> NDArray[np.floating]:

@@ -7,14 +7,23 @@ to do. The command line prints that line and exits with 1.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 class ThawlineError(Exception):
-    """Base of all errors that thawline raises on purpose."""
+    """Base of all errors that thawline raises on purpose.
+
+    Control characters in the message, which come from files and their names, are escaped: it is one line.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_NO_TEXT.sub(lambda found: ascii(found[0])[1:-1], message))
 
 
 class CacheError(ThawlineError):

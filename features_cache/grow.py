@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from features_cache.catalog import superseded_files
 from features_cache.checksums import crc_rows, records_of, sound_results, sound_sources
-from features_cache.convert import fixed_text
+from features_cache.convert import digest_keys, fixed_text
 from features_cache.errors import CacheError, explained
 from features_cache.layout import DONE, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
 from features_cache.ledger import Ledger
@@ -34,8 +34,17 @@ def same_rows(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
     )
 
 
-def match_rows(file: CacheFile, rows: Rows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Match finished rows of `file` to `rows` by uri, size and modification time.
+def match_rows(
+    file: CacheFile, rows: Rows, digests: NDArray[np.uint8] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Match finished rows of `file` to `rows`: by digest where it is known, else by uri, size and modification time.
+
+    Parameters
+    ----------
+    file : CacheFile
+    rows : Rows
+    digests : ndarray of uint8, shape (n, 16), optional
+        Digests of the images of `rows`; zeros where one is not known.
 
     Returns
     -------
@@ -43,12 +52,16 @@ def match_rows(file: CacheFile, rows: Rows) -> tuple[NDArray[np.int64], NDArray[
         Row numbers in `rows` (ascending) and in `file`.
     """
     finished = np.flatnonzero(~file.pending)
-    place = dict(zip(file.uris[finished].tolist(), finished.tolist(), strict=True))
-    old = np.array([place.get(uri, -1) for uri in rows.uris], np.int64)
+    row_of = dict(zip(file.uris[finished].tolist(), finished.tolist(), strict=True))
+    old = np.array([row_of.get(uri, -1) for uri in rows.uris], np.int64)
+    same = (file.sizes[old] == np.asarray(rows.sizes)) & (file.mtimes_ns[old] == np.asarray(rows.mtimes_ns))
+    old[~same] = -1
+    if digests is not None:
+        known = np.flatnonzero(digests.any(axis=1))
+        by_digest = dict(zip(digest_keys(file.digests[finished]).tolist(), finished.tolist(), strict=True))
+        old[known] = [by_digest.get(key, -1) for key in digest_keys(digests[known]).tolist()]
     new = np.flatnonzero(old >= 0)
-    old = old[new]
-    same = (file.sizes[old] == np.asarray(rows.sizes)[new]) & (file.mtimes_ns[old] == np.asarray(rows.mtimes_ns)[new])
-    return new[same], old[same]
+    return new, old[new]
 
 
 def grow(
@@ -60,6 +73,7 @@ def grow(
     request: Mapping[str, Any],
     *,
     carry: bool = True,
+    digests: NDArray[np.uint8] | None = None,
 ) -> CacheWriter:
     """Replace the file at `path` by one for `rows`, and open it for writing.
 
@@ -72,9 +86,11 @@ def grow(
     path : str or Path
         An existing file.
     rows, classes, layers, handles, request
-        As for `CacheWriter.create`; the layers must be those of the old file.
+        As for `CacheWriter.create`; the layers must be those of the old file if its rows are carried over.
     carry : bool, default True
-        Carry rows over by uri, size and time. If False, every row is pending until its image has been read.
+        Carry rows over, see `match_rows`. If False, every row is pending until its image has been read.
+    digests : ndarray of uint8, shape (n, 16), optional
+        As for `match_rows`.
 
     Raises
     ------
@@ -86,12 +102,12 @@ def grow(
     path = Path(path)
     with locking(path) as lock:
         old = open_cache(path)
-        if [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
+        if carry and [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
             raise CacheError(f"{path} holds other layers than the requested ones; make a new file for them")
         temporary = temporary_path(path)
         build_file(temporary, rows, classes, layers, handles, request)
         if carry:
-            _carry(old, temporary, *match_rows(old, rows))
+            _carry(old, temporary, *match_rows(old, rows, digests))
         with explained(path, "write"):
             _set_aside(path)
             temporary.replace(path)
@@ -101,7 +117,8 @@ def grow(
 
 def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
     """Copy the table of runs and all finished rows whose checksums hold."""
-    ledger = Ledger(open_cache(target))
+    new_file = open_cache(target)
+    ledger = Ledger(new_file)
     chunk = max(1, _CHUNK_BYTES // sum(layer.row_bytes for layer in old.layers.values()))
     try:
         ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
@@ -113,6 +130,7 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
             for name, values in stored.items():
                 sound &= (crc_rows(values) == old.array(f"/crc/{name}")[before]) | (states == UNREADABLE)
             found = records_of(old, before)
+            found["size"], found["mtime_ns"] = new_file.sizes[new], new_file.mtimes_ns[new]
             for state in (DONE, UNREADABLE):
                 take = np.flatnonzero(sound & (states == state))
                 taken = {name: values[take] for name, values in stored.items()} if state == DONE else {}

@@ -8,7 +8,6 @@ the file is created, so one damaged bit is found before any offset is used.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from features_cache.convert import parse_json
 from features_cache.errors import CacheError, DamagedCacheError, explained
 from features_cache.layout import DTYPES, MAGIC, VERSION, ArrayInfo, LayerInfo, lay_out_arrays
 
@@ -104,7 +104,7 @@ def read_header(path: Path) -> Header:
         raise _refused(path, "its structure does not match its own digest")
     try:
         return _interpret(line, head, table_bytes, file_bytes)
-    except (ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise _refused(path, f"its table contradicts the format ({_one_line(error)})") from error
 
 
@@ -138,7 +138,7 @@ def _parse_line(path: Path, line: bytes) -> tuple[int, int, int, str]:
 
 def _interpret(line: bytes, head: bytes, table_bytes: int, file_bytes: int) -> Header:
     """Build the header from bytes with a correct digest; they may still be forged, so every value is checked."""
-    table = json.loads(head[len(line) : len(line) + table_bytes])
+    table = parse_json(head[len(line) : len(line) + table_bytes])
     layers = [_layer(entry) for entry in _typed(table, "layers", list)]
     arrays = {str(name): _array(entry) for name, entry in _typed(table, "arrays", dict).items()}
     n_rows = _count(table["rows"], 1)

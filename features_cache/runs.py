@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from features_cache.convert import parse_json
 from features_cache.layout import RUN_BYTES
 
 
@@ -29,8 +30,8 @@ def decode_run(raw: bytes) -> dict[str, Any] | None:
     if crc != f"{zlib.crc32(text):08x}".encode():
         return None
     try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
+        record = parse_json(text)
+    except ValueError:
         return None
     return record if isinstance(record, dict) and type(record.get("run")) is int else None
 

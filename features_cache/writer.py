@@ -93,7 +93,7 @@ class CacheWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
         with locking(path) as lock:
             if path.exists():
-                raise CacheError(f"{path} already exists; resume it or choose another name")
+                raise CacheError(f"{path} already exists; run the same command again, or choose another name")
             temporary = temporary_path(path)
             build_file(temporary, rows, classes, layers, handles, request)
             with explained(path, "write"):

@@ -91,10 +91,10 @@ def dry_run(plan: str | Path, output: str | Path) -> list[Planned]:
     comparison = _prepare(plan, output, None)
     folder, planned = comparison.folder, []
     for extraction, found, jobs in check_plan(comparison):
-        images = comparison.images[extraction.source]
-        planned.append(plan_extraction(extraction, found, images, folder))
+        images, name = comparison.images[extraction.source], comparison.names[extraction.source]
+        planned.append(plan_extraction(extraction, found, len(images.items), name, folder))
         for job in jobs:
-            done = found.complete and folder.has(fit_key(job, found, images.name))
+            done = found.complete and folder.has(fit_key(job, found, name))
             planned.append(plan_fit(job, found, done, images, folder))
     stored: set[tuple[object, ...]] = set()
     for tune, (_, key) in comparison.finetunes().items():
@@ -157,11 +157,11 @@ def _write_report(comparison: Comparison) -> None:
 
     if not comparison.folder.results:
         return
-    seen = {source.name: Seen(source, {}) for source in comparison.images.values()}
+    seen = {comparison.names[source]: Seen(images, {}) for source, images in comparison.images.items()}
     for extraction, found in comparison.features.items():
         if found is not None and found.files:
             fitted = dict.fromkeys(comparison.fits(extraction, found).values(), found)
-            seen[comparison.images[extraction.source].name].features.update(fitted)
+            seen[comparison.names[extraction.source]].features.update(fitted)
     comparison.folder.write("report.html", render(comparison.folder, comparison.plan.text, seen))
 
 

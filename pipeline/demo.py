@@ -15,7 +15,7 @@ from pipeline.images.decode import decode
 from pipeline.images.sources.registry import open_source
 from pipeline.reporting.charts.accuracy import depth_line, draw_depth
 from pipeline.reporting.charts.confusion import confusion_counts, draw_confusion
-from pipeline.reporting.charts.theme import SCREEN
+from pipeline.reporting.charts.theme import SCREEN, save_figure
 from pipeline.results import ExtractResult, FitResult, Progress
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _draw(report: FitReport, layers: Sequence[Sequence[FitResult]], raw: float, 
         draw_confusion(axes, counts, report.classes)
         axes.set_title(f"{kept.head} on {kept.layer}, seed {kept.seed}: {kept.accuracy:.3f}")
         _draw_mistakes(bottom, report)
-        figure.savefig(path, dpi=130)
+        save_figure(figure, path, dpi=130)
 
 
 def _draw_mistakes(figure: SubFigure, report: FitReport) -> None:

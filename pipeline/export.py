@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -67,7 +67,7 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     """
     if find_spec("onnxscript") is None:
         raise ModelFileError("ONNX files need two more packages: pip install 'thawline[onnx]'")
-    path = check_destination(path)
+    path = check_destination(path, ".onnx")
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
     network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
     graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)
@@ -127,8 +127,11 @@ def _network_parts(path: str | Path) -> _Parts:
 def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
     """Load the backbone that a model was trained on; raise `ModelFileError` if it is another one here."""
     backbone = load_backbone(name, size)
+    wanted = replace(
+        spec.preprocessing, white=backbone.preprocessing.white
+    )  # the graph takes pixels after this scaling
     here = backbone.weights_digest, backbone.preprocessing, backbone.heads(spec.layer)
-    if here != (spec.weights_digest, spec.preprocessing, spec.heads):
+    if here != (spec.weights_digest, wanted, spec.heads):
         raise ModelFileError(
             f"{backbone.handle} has other weights or another preprocessing here than when the model was trained; "
             "use the weights and versions it was trained with, or train it again"

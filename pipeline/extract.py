@@ -8,7 +8,7 @@ never imports torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from features_cache import DONE, UNREADABLE, CacheError, drop_redundant, open_cache
+from features_cache import DONE, UNREADABLE, CacheError, CacheFile, drop_redundant
 from pipeline.errors import SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, fill
 from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
-from pipeline.extraction.open import Destination, check_expected, open_files
-from pipeline.images.sources.registry import open_source
+from pipeline.extraction.open import Destination, bring_up_to_date, check_expected, open_files
+from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
     DEFAULT_BACKBONE,
@@ -36,7 +36,7 @@ from pipeline.spec import (
 
 
 def extract(
-    source: str | Path,
+    source: str | Path | ImageSource,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     layers: Sequence[str] = (DEFAULT_LAYER,),
     pool: str = DEFAULT_POOL,
@@ -45,6 +45,7 @@ def extract(
     precision: str = "auto",
     store: str = "float32",
     size: int | None = None,
+    white: int | None = None,
     engine: str = "auto",
     device: str = "auto",
     batch_size: int | None = None,
@@ -59,10 +60,14 @@ def extract(
 ) -> list[ExtractResult]:
     """Cache the features of `layers` of every backbone for every image of `source`.
 
+    If the source changed, the files of its other layers in the folder follow: they get its present images, labels,
+    splits and groups, and keep the features that they have.
+
     Parameters
     ----------
-    source : str or Path
-        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``.
+    source : str, Path or ImageSource
+        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``; or what
+        `pipeline.images.sources.registry.open_source` returned, so that several calls are of one listing.
     backbones : sequence of str, default ("efficientnet_lite0",)
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)
@@ -78,6 +83,9 @@ def extract(
         Dtype on disk.
     size : int, optional
         Side of the square network input, pixels; the backbone's own by default.
+    white : int, optional
+        The level that is white in grey images wider than 8 bits, such as 4095 where 16-bit files hold 12 bits. By
+        default 65,535, or what the tags of a TIFF say.
     engine, device : str, default "auto"
         What computes the features; they differ by rounding only.
     batch_size, workers : int, optional
@@ -126,10 +134,10 @@ def extract(
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
     destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
-    found: dict[str, list[Path | CacheFiller]] = {}
+    found: dict[str, list[CacheFile | CacheFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
     for name in dict.fromkeys(backbones):
-        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name))
+        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name), white=white)
         requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
         found[name], missing = [], []
         for request in requests:
@@ -138,7 +146,7 @@ def extract(
                 missing.append(request)
                 continue
             check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
-            found[name] += [file.path for file in dict.fromkeys(complete.values())]
+            found[name] += dict.fromkeys(complete.values())
         if missing:
             extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
             extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
@@ -146,7 +154,7 @@ def extract(
     with ExitStack() as writers:
         for name, extractor in extractors.values():  # every network is loaded before the first file is created
             for opened in open_files(destination, extractor, expect):
-                if isinstance(opened, Path):
+                if isinstance(opened, CacheFile):
                     found[name].append(opened)
                     continue
                 writers.enter_context(opened)
@@ -160,12 +168,25 @@ def extract(
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
-    return [_result(part, images.notes, seconds, clock) for part in parts]
+    few_levels = _few_levels(max((filler.few_levels for filler in fillers), default=0))
+    notes = [*images.notes, *few_levels, *bring_up_to_date(destination, list(map(_file_of, parts)))]
+    return [_result(part, notes, seconds, clock) for part in parts]
 
 
-def _result(part: Path | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
-    filler = part if isinstance(part, CacheFiller) else None
-    file = open_cache(part.writer.cache.path if isinstance(part, CacheFiller) else part)
+def _few_levels(count: int) -> Iterator[str]:
+    if count:
+        yield (
+            f"{count} grey images wider than 8 bits use less than a quarter of the range up to 65,535, so few grey "
+            "levels are left of them: if they hold 10, 12 or 14 bits, set white to 1023, 4095 or 16383"
+        )
+
+
+def _file_of(part: CacheFile | CacheFiller) -> CacheFile:
+    return part.writer.cache if isinstance(part, CacheFiller) else part
+
+
+def _result(part: CacheFile | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
+    file, filler = _file_of(part), part if isinstance(part, CacheFiller) else None
     computed = filler.computed if filler else 0
     done = int((file.states == DONE).sum())
     return ExtractResult(

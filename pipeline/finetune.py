@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.evaluation.comparisons import compare_models, preference, tie_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
+from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.model_file import check_destination
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
 
@@ -54,7 +56,7 @@ class FinetuneReport:
 
 
 def finetune(
-    source: str | Path,
+    source: str | Path | ImageSource,
     backbone: str = DEFAULT_BACKBONE,
     *,
     freeze: str = "all",
@@ -68,6 +70,7 @@ def finetune(
     precision: str = "auto",
     store: str = "float32",
     size: int | None = None,
+    white: int | None = None,
     engine: str = "auto",
     device: str = "auto",
     workers: int | None = None,
@@ -79,7 +82,7 @@ def finetune(
 
     Parameters
     ----------
-    source : str or Path
+    source : str, Path or ImageSource
         Anything `pipeline.extract.extract` takes, with labels.
     backbone : str, default "efficientnet_lite0"
         ``NAME`` or ``NAME@WEIGHTS``.
@@ -100,10 +103,11 @@ def finetune(
         Record the norms of each thawed layer's gradients, steps and weights, and its dead units, in the history of the
         results (see `pipeline.finetuning.watch.GradientWatch`), and add a note where they look bad.
     save : str or Path, optional
-        Write the network that was trained with the most shots to this file; ties go to the higher validation accuracy.
+        Write the network that was trained with the most shots to this ``.safetensors`` file; ties go to the higher
+        validation accuracy.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
-    store, size, engine, device, workers
+    store, size, white, engine, device, workers
         As for extraction.
     progress : callable, optional
         ``progress(done, total, text, latest losses)``.
@@ -127,21 +131,22 @@ def finetune(
         If the thaw line cannot be drawn there; the message says where it can.
     ThawlineError
         Whatever extraction raises.
+    ModelFileError
+        If the model cannot be written; before any work where `save` says so already.
     """
+    destination = None if save is None else check_destination(save, ".safetensors")
     from pipeline.finetuning.data import TrainingSetup, prepare_data
     from pipeline.finetuning.network import save_finetuned
     from pipeline.finetuning.recipe import check_start, make_recipe
     from pipeline.finetuning.run import run_training
-    from pipeline.model_file import check_destination
 
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
     check_draws(seeds, shots)
-    destination = None if save is None else check_destination(save)
     notes: list[str] = []
     setup = TrainingSetup(
-        source, backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision, store, size,
-        engine, device, workers, progress or silent, say or notes.append,
+        open_source(source), backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision,
+        store, size, white, engine, device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     results: list[FinetuneResult] = []
     predictions: list[Predictions] = []

@@ -105,7 +105,7 @@ def fit(
     drop_leaks : bool, default False
         Leave out test images whose bytes equal those of training images.
     save : str or Path, optional
-        Write a model here, as a skops file: of those with the most shots, the one of best validation accuracy.
+        Write a model to this ``.skops`` file: of those with the most shots, the one of best validation accuracy.
     jobs : int, optional
         Number of fits at a time, each on one BLAS thread; by default one per core.
     device : str, default "auto"
@@ -143,7 +143,7 @@ def fit(
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads(heads, device)
-    destination = None if save is None else check_destination(save)
+    destination = None if save is None else check_destination(save, ".skops")
     selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; name one source")

@@ -131,17 +131,23 @@ def named(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def check_destination(path: str | Path) -> Path:
+def check_destination(path: str | Path, ending: str) -> Path:
     """Return `path` if a file can be written there; called before the work that would be lost.
 
     Raises
     ------
     ModelFileError
-        If it is a folder, or its own folder does not exist or is not writable.
+        If its name does not end in `ending`, it is there and no file, or its own folder does not exist or is not
+        writable.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ModelFileError(f"cannot write a file to {path}, which is a folder; name a file in it")
+    if path.suffix.lower() != ending:
+        raise ModelFileError(
+            f"cannot write {path}: expected a name that ends in {ending}, such as {path.with_suffix(ending).name}"
+        )
+    if path.exists() and not path.is_file():
+        kind = "a folder; name a file in it" if path.is_dir() else "no regular file; use another name"
+        raise ModelFileError(f"cannot write a file to {path}, which is {kind}")
     if not path.parent.is_dir():
         raise ModelFileError(f"cannot write {path.name}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK):

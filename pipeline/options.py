@@ -101,7 +101,7 @@ def _is_rate(value: Any) -> bool:
     return bool(layer) and not POSITIVE.problem(rate)
 
 
-TEXT = Kind(str, "a text", lambda value: bool(value.strip()))
+TEXT = Kind(str, "a text", lambda value: bool(value.strip()) and "\0" not in value)
 FLAG = Kind(bool, "true or false")
 FILE = Kind(Path, "a file")
 FOLDER = Kind(Path, "a folder")
@@ -175,6 +175,7 @@ JSON = Option("json", FLAG, "Print one JSON document on stdout.", default=False,
 SIZE_HELP = "Side of the network's input, in pixels; default: the backbone's own."
 CLASSES_HELP = "Give every class the same weight, whatever its number of images."
 SIZE = crossed("size", whole(), SIZE_HELP)
+WHITE = crossed("white", whole(), "Level that is white in grey images wider than 8 bits, such as 4095 for 12 bits.")
 STORE = crossed("store", choice(*STORES), "Number type of the features on disk.", "float32")
 WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)
 ENGINE = once("engine", choice(*ENGINES), "What runs the network.", "auto")
@@ -196,6 +197,7 @@ EXTRACT = (
     crossed("precision", choice(*PRECISIONS), "auto is bf16 if the hardware supports it.", "auto"),
     STORE,
     SIZE,
+    WHITE,
     once("batch-size", whole(), "Images per forward pass; auto suits the machine.", auto=True),
     WORKERS,
     once("on-error", choice("skip", "stop"), "What to do when an image is unreadable.", "skip"),
@@ -214,7 +216,7 @@ FIT = (
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
     once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
-    Option("save", FILE, "Write the best model (most shots, then best by validation) to this file."),
+    Option("save", FILE, "Write the best model (most shots, then best by validation) as this .skops file."),
     Option("plot", FOLDER, "Draw the results into this folder."),
     once("jobs", whole(), "Fits at a time; default: one per core."),
     replace(DEVICE, help="Where logreg is trained: cpu (which auto means), cuda or cuda:N."),
@@ -255,6 +257,7 @@ FINETUNE = (
     crossed("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
     replace(STORE, help="Number type of the cached activations."),
     SIZE,
+    WHITE,
     WORKERS,
     ENGINE,
     DEVICE,
@@ -267,12 +270,12 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "fit": FIT,
     "finetune": FINETUNE,
     "predict": (
-        Option("csv", FILE, "Write the predictions to this file."),
+        Option("csv", FILE, "Write the predictions as this .csv file."),
         Option("output", TEXT, "Cache folder to work through, so that a long run can resume.", short="o"),
         ENGINE,
         DEVICE,
     ),
-    "export": (Option("onnx", FILE, "The file to write.", required=True, stage_name="path"),),
+    "export": (Option("onnx", FILE, "The .onnx file to write.", required=True, stage_name="path"),),
     "rank": (
         WHICH_SOURCE,
         replace(WHICH_BACKBONE, help="Only this backbone."),

@@ -9,21 +9,22 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import numpy as np
 
-from features_cache import DONE, CacheFile, open_cache
+from features_cache import DONE, UNREADABLE, CacheFile, atomic_write, explained, open_cache, scratch_folder
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.errors import EngineError, resumable
+from pipeline.evaluation.rows import join_rows
 from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
-from pipeline.images.sources.registry import open_source
+from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Prediction, Progress
-from pipeline.spec import LayerSpec
+from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec
 
 WORTH_KEEPING = 1000
 """Features of more images than this are kept in `KEPT_FOLDER` if no folder was named."""
@@ -31,6 +32,8 @@ KEPT_FOLDER = "thawline-predictions"
 """Not the default folder of extraction: a second source there would make the next ``fit`` ambiguous."""
 CHUNK = 4096
 """Rows that the model predicts at once."""
+CHANGED = "it changed while the model's layers were extracted"
+"""Why an image has no label although each layer could be computed."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,17 @@ def predict(
     Prediction(uri='cat/0.png', label='cat', probability=..., state='done', reason='')
     """
     used, layers = _load(model)
+    images = open_source(source)  # once, so that all layers are of the same images
     notes: list[str] = []
-    with _cache_folder(source, output, notes) as folder:
-        files = []
+    if any(spec.decode != DECODE_POLICY for *_, spec in layers):
+        layers = [layer._replace(spec=_of_todays_rules(layer.spec)) for layer in layers]
+        notes += _misread(images)
+    with _cache_folder(images, output, notes) as folder:
+        paths = []
         for backbone, size, spec in layers:
             precision = _available_precision(spec.precision, engine, device, notes)
             results = extract(
-                source,
+                images,
                 [backbone],
                 [spec.layer],
                 spec.pool,
@@ -97,13 +104,15 @@ def predict(
                 precision=precision,
                 store=spec.store,
                 size=size,
+                white=spec.preprocessing.white,
                 engine=engine,
                 device=device,
                 expect=[spec],
                 progress=progress,
             )
             notes += results[0].notes
-            files.append(open_cache(results[0].path))
+            paths.append(results[0].path)
+        files = [open_cache(path) for path in paths]
         return PredictReport(_label(used, [layer.spec for layer in layers], files), list(dict.fromkeys(notes)))
 
 
@@ -123,14 +132,29 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
     saved = load_model(path)
     requests = [layer["request"] for layer in saved.layers]
     return saved, [
-        _Layer(str(request.get("backbone")), request.get("size"), spec)
-        for request, spec in zip(requests, saved.specs, strict=True)
+        _Layer(request["backbone"], request["size"], spec) for request, spec in zip(requests, saved.specs, strict=True)
     ]
 
 
+def _of_todays_rules(spec: LayerSpec) -> LayerSpec:
+    """Return the features to ask for instead of those of older decoding rules; see `pipeline.spec.DECODE_POLICY`."""
+    return replace(spec, decode=DECODE_POLICY) if spec.decode in range(1, DECODE_POLICY) else spec
+
+
+def _misread(images: ImageSource) -> Iterator[str]:
+    if any(item.uri.lower().endswith(REDECODED) for item in images.items):
+        yield (
+            "the model was trained by older decoding rules, which misread grey TIFFs of more than 8 bits: "
+            "train it again if it saw such images"
+        )
+
+
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
-    """Write ``uri,label,probability,state,reason`` rows; absent values are empty."""
-    with path.open("w", newline="", encoding="utf-8") as stream:
+    """Write ``uri,label,probability,state,reason`` rows; absent values are empty.
+
+    An existing file is replaced, and stays as it was after an error. Raises `CacheError` if it cannot be written.
+    """
+    with explained(path, "write"), atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("uri", "label", "probability", "state", "reason"))
         for item in predictions:
@@ -152,8 +176,8 @@ def _available_precision(wanted: str, engine: str, device: str, notes: list[str]
 
 
 @contextmanager
-def _cache_folder(source: str | Path, output: str | Path | None, notes: list[str]) -> Iterator[Path]:
-    if output is None and len(open_source(source).items) > WORTH_KEEPING:
+def _cache_folder(images: ImageSource, output: str | Path | None, notes: list[str]) -> Iterator[Path]:
+    if output is None and len(images.items) > WORTH_KEEPING:
         output = KEPT_FOLDER
         notes.append(
             f"the features of these images are kept in {KEPT_FOLDER}; delete it, or set output to another folder"
@@ -162,25 +186,28 @@ def _cache_folder(source: str | Path, output: str | Path | None, notes: list[str
         with resumable():
             yield Path(output)
     else:
-        with TemporaryDirectory(prefix="thawline-") as folder:
+        with scratch_folder(gettempdir()) as folder:
             yield Path(folder)
 
 
 def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Sequence[CacheFile]) -> list[Prediction]:
-    """Run the model over the rows that are done; all `files` have the same rows in the same order."""
+    """Run the model over the images whose features are in all `files`, of the same bytes."""
     for file in files:
         file.check_columns()
-    done = np.all([file.states == DONE for file in files], axis=0)
+    unread = [(file, np.flatnonzero(file.states == UNREADABLE)) for file in files]
+    reasons = {uri: why for file, rows in unread for uri, why in zip(file.uris[rows], file.reasons[rows], strict=True)}
     predictions = [
-        Prediction(uri, None, None, "unreadable", next(filter(None, reasons), ""))
-        for uri, *reasons in zip(files[0].uris.tolist(), *(file.reasons.tolist() for file in files), strict=True)
+        Prediction(uri, None, None, "unreadable", str(reasons.get(uri, CHANGED))) for uri in files[0].uris.tolist()
     ]
-    rows = np.flatnonzero(done)
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        parts = [file.features(spec.layer, chunk).astype(np.float32) for file, spec in zip(files, specs, strict=True)]
+    rows = join_rows(files, files[0].states == DONE)
+    for start in range(0, len(rows[0]), CHUNK):
+        chunks = [numbers[start : start + CHUNK] for numbers in rows]
+        parts = [
+            file.features(spec.layer, chunk).astype(np.float32)
+            for file, spec, chunk in zip(files, specs, chunks, strict=True)
+        ]
         labels, probabilities = model.predict(np.concatenate(parts, axis=1))
-        for index, row in enumerate(chunk):
+        for index, row in enumerate(chunks[0]):
             probability = None if probabilities is None else float(probabilities[index])
             predictions[row] = Prediction(predictions[row].uri, model.classes[labels[index]], probability, "done")
     return predictions

@@ -19,6 +19,7 @@ from pipeline.evaluation.rows import Layer, pooled, require_finite, select
 from pipeline.evaluation.split_layers import split_layers
 from pipeline.fit import fit
 from pipeline.results import Agreement, LayerScore, Progress
+from pipeline.spec import aliases_of
 
 MOST_ROWS = 4096
 """Number of training rows that are scored if some layer is wider than this. Time grows with the cube of the smaller."""
@@ -87,8 +88,9 @@ def rank(
     """
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
-    files = pooled(files) or files
-    layers = [layer for file in files for layer in select(Catalog(file.path))]
+    catalog.check_source(files[0])
+    alone = [Catalog(file.path) for file in pooled(files) or files]
+    layers = [layer for one in alone for layer in select(one)]
     split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)
     scores, notes = [], []
@@ -102,11 +104,7 @@ def rank(
     if limited:
         notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
     if fitted:
-        accuracies = [
-            result.accuracy
-            for file in files
-            for result in fit(Catalog(file.path), seeds=[seed], progress=progress).results
-        ]
+        accuracies = [result.accuracy for one in alone for result in fit(one, seeds=[seed], progress=progress).results]
         scores = [replace(score, accuracy=accuracy) for score, accuracy in zip(scores, accuracies, strict=True)]
     ranking = sorted(scores, key=lambda score: -score.logme)
     return RankReport(ranking, agreements(ranking) if fitted else [], list(dict.fromkeys(notes)))
@@ -150,7 +148,7 @@ def _score(layer: Layer, rows: IntArray) -> LayerScore:
         raise FitError("ranking needs training rows of at least two classes")
     features = layer.features(rows)
     file, info = layer.parts[0]
-    are_logits = info.name in file.request.get("aliases", {}).get("logits", ())
+    are_logits = info.name in aliases_of(file.request).get("logits", ())
     with threadpool_limits(1):  # two threads would mostly wait for each other
         scores = logme(features, labels), h_score(features, labels)
     return LayerScore(

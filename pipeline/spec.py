@@ -9,8 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.results import from_json
+
+if TYPE_CHECKING:
+    from features_cache import CacheFile
+
+R = TypeVar("R")
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
@@ -22,11 +29,27 @@ POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten", "cls", "cls+avg", N
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 NO_AUGMENT = "none"
-DECODE_POLICY = 1
-"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
+LONGEST_SIDE = 4096
+"""Longest side of a network's input, in pixels: a forged size must not take all memory."""
+DECODE_POLICY = 2
+"""Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels.
+
+2 differs from 1 in TIFFs alone: grey ones whose samples are wider than 8 bits follow their tags. Features that were
+made by 1 are kept for all other images (`pipeline.extraction.fill`).
+"""
+REDECODED = (".tif", ".tiff")
+"""How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+_UNSAID = {"white": None, "heads": 1, "prefix_tokens": None}
+"""Fields that are newer than files without them, and their values there."""
+
+
+def is_outdated(file: CacheFile) -> bool:
+    """Tell whether the images of a cache file were decoded by other rules than today's."""
+    return any(info.spec.get("decode") != DECODE_POLICY for info in file.layers.values())
 
 
 def canonical_json(value: Any) -> str:
@@ -41,14 +64,28 @@ def canonical_json(value: Any) -> str:
 
 
 def json_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass as JSON would read them back, with lists for tuples."""
-    fields: dict[str, Any] = json.loads(canonical_json(asdict(record)))
+    """Return the fields of a dataclass as JSON would read them back, with lists for tuples.
+
+    Newer fields are left out where they say what older files mean, so that fingerprints stay the same.
+    """
+    said = asdict(
+        record, dict_factory=lambda pairs: {key: one for key, one in pairs if key not in _UNSAID or _UNSAID[key] != one}
+    )
+    fields: dict[str, Any] = json.loads(canonical_json(said))
     return fields
 
 
 def fingerprint_of(value: Any) -> str:
     """Return the blake2b-128 hex digest (32 characters) of the canonical JSON of `value`."""
     return hashlib.blake2b(canonical_json(value).encode(), digest_size=16).hexdigest()
+
+
+def _read(kind: type[R], value: Any) -> R:
+    """Return a record of JSON; a key that this version does not know, which would change values, is a `ValueError`."""
+    found = from_json(kind, value)
+    if unknown := set(value) - set(vars(found)):
+        raise ValueError(f"the key {min(unknown)!r} is not known")
+    return found
 
 
 @dataclass(frozen=True)
@@ -65,6 +102,8 @@ class Preprocessing:
         ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; all but the last are antialiased.
     mean, std : tuple of float
         Of each channel (RGB), on a scale where white is 1.
+    white : int, optional
+        The level that is white in grey images wider than 8 bits, see `pipeline.images.decode.decode`.
     """
 
     size: tuple[int, int]
@@ -72,17 +111,25 @@ class Preprocessing:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    white: int | None = field(default=None, kw_only=True)
 
     @property
     def geometry(self) -> tuple[Any, ...]:
         """Everything that decides about the pixels; networks of equal geometry can share them."""
-        return self.size, self.resize, self.interpolation
+        return self.size, self.resize, self.interpolation, self.white
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild from the fields that were read back from JSON; lists become tuples."""
-        fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-        return View(**fields) if "view" in fields else cls(**fields)
+        """Rebuild from the fields that were read back from JSON, or raise `ValueError` if one makes no sense."""
+        found: Preprocessing = _read(View if isinstance(value, Mapping) and "view" in value else cls, value)
+        before_crop = found.resize if isinstance(found.resize, tuple) else (found.resize,)
+        if not all(1 <= side <= LONGEST_SIDE for side in found.size):
+            raise ValueError(f"expected an input of 1 to {LONGEST_SIDE} pixels, got {max(found.size)}")
+        if not all(1 <= side <= 2 * LONGEST_SIDE for side in before_crop):
+            raise ValueError(f"expected a resize to 1 to {2 * LONGEST_SIDE} pixels, got {max(before_crop)}")
+        if found.interpolation not in INTERPOLATIONS or not all(std > 0 for std in found.std):
+            raise ValueError("expected a known interpolation, and standard deviations above 0")
+        return found
 
     def viewed(self, augment: str, view: int | None) -> Preprocessing:
         """Return the preprocessing of one augmented view; of the plain image if `view` is None."""
@@ -95,7 +142,7 @@ class View(Preprocessing):
 
     Parameters
     ----------
-    size, resize, interpolation, mean, std
+    size, resize, interpolation, mean, std, white
         As in `Preprocessing`.
     augment : str
         ``"crop"``, ``"flip"`` and ``"colour"``, joined by ``+``.
@@ -110,9 +157,6 @@ class View(Preprocessing):
     def geometry(self) -> tuple[Any, ...]:
         """Everything that decides about the pixels; each view has its own."""
         return *super().geometry, self.augment, self.view
-
-
-_UNSAID = (("heads", 1), ("prefix_tokens", None))
 
 
 @dataclass(frozen=True)
@@ -162,19 +206,17 @@ class LayerSpec:
         return fingerprint_of(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-ready dictionary; `from_json` is its inverse.
-
-        It has `heads` and `prefix_tokens` only where they differ from the defaults, so that specs without a need for
-        them are those of before.
-        """
-        fields = json_fields(self)
-        return {key: value for key, value in fields.items() if (key, value) not in _UNSAID}
+        """Return a JSON-ready dictionary; `from_json` is its inverse."""
+        return json_fields(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
-        """Rebuild a spec from `to_json`'s dictionary."""
-        fields = dict(value)
-        return cls(preprocessing=Preprocessing.from_json(fields.pop("preprocessing")), **fields)
+        """Rebuild a spec from `to_json`'s dictionary, or raise `ValueError` if it is none."""
+        fields = dict(value) if isinstance(value, Mapping) else {}
+        found = _read(cls, fields | {"preprocessing": Preprocessing.from_json(fields.get("preprocessing", {}))})
+        if found.pool not in POOLS or found.precision not in PRECISIONS or found.store not in STORES:
+            raise ValueError("expected a known pooling, precision and dtype")
+        return found
 
 
 @dataclass(frozen=True)
@@ -197,6 +239,8 @@ class Request:
         What the augmented view is made of, as in `View`.
     view : int, optional
         Number of the augmented view; None for plain images.
+    white : int, optional
+        As in `Preprocessing`.
     """
 
     backbone: str
@@ -208,7 +252,16 @@ class Request:
     weights_file: str | None = None
     augment: str = NO_AUGMENT
     view: int | None = None
+    white: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""
         return json_fields(self)
+
+
+def aliases_of(request: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the layers that each name stands for, as the request of a cache file says; none if it makes no sense."""
+    aliases = request.get("aliases")
+    layers = aliases.values() if isinstance(aliases, dict) else [None]
+    sound = all(isinstance(one, list) and one and all(isinstance(name, str) for name in one) for one in layers)
+    return dict(aliases or {}) if sound else {}

@@ -94,7 +94,8 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         X : sequence
-            Paths, Pillow images of any mode, and uint8 arrays of shape (h, w, 3) or (h, w), in any mixture.
+            Paths, Pillow images of any mode, and uint8 arrays of shape (h, w, 3) or (h, w), in any mixture; or one
+            column of these: a data frame, an array (n, 1), or a list of lists.
         y : ignored
             For pipelines, which pass labels.
 
@@ -140,6 +141,9 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         )
 
     def _extractor(self) -> FeatureExtractor:
+        from pipeline.engines.engine import claim_process
+
+        claim_process()
         request = Request(self.backbone, tuple(self.layer.split("+")), self.pool, self.precision, size=self.size)
         return _load(request, self.engine, self.device, _stamp(self.backbone))
 
@@ -168,18 +172,27 @@ def _dims(extractor: FeatureExtractor) -> dict[str, int]:
     return extractor.tapped(extractor.layers).dims
 
 
-def _checked(X: Sequence[AnyImage]) -> list[AnyImage]:
-    """Return `X` as a list, after checking the types of its items."""
+def _checked(X: Any) -> list[AnyImage]:
+    """Return `X` as a list, after checking the types of its items; a table of one column is that column."""
     expected = "paths, Pillow images or uint8 arrays of shape (h, w, 3) or (h, w)"
     if isinstance(X, str | PathLike | Image.Image):
         raise SourceError(f"expected a list of {expected}, not a single {type(X).__name__}: put it in a list")
-    images = list(X)
+    columns = getattr(X, "columns", None)  # a data frame, which would give the names of its columns
+    if columns is not None and len(columns) != 1:
+        raise SourceError(f"expected one column of paths, got {len(columns)}: {', '.join(map(str, columns))}")
+    images = [_only_cell(row) for row in (X if columns is None else X.to_numpy())]
     for index, image in enumerate(images):
         if not (isinstance(image, str | PathLike | Image.Image) or _is_pixels(image)):
             is_array = isinstance(image, np.ndarray)
             kind = f"{image.dtype} array of shape {image.shape}" if is_array else type(image).__name__
             raise SourceError(f"expected {expected}, but item {index} is a {kind}")
     return images
+
+
+def _only_cell(row: Any) -> Any:
+    """Return what is in a row of one cell, such as ``["a.png"]``; anything else is an image, or nothing of ours."""
+    is_row = isinstance(row, list | tuple) or (isinstance(row, np.ndarray) and row.dtype.kind in "OU")
+    return row[0] if is_row and len(row) == 1 and not isinstance(row[0], list | tuple) else row
 
 
 def _is_pixels(image: Any) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -54,6 +55,29 @@ def write_photos() -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def bad_exif() -> Callable[[int], bytes]:
+    """Make a JPEG that is turned by its EXIF data, which break off after so many bytes of the second entry."""
+
+    def make(kept: int) -> bytes:
+        turned = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"
+        exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + turned + b"\x10\x01\x02\0\xff\xff\xff\xff"[:kept]
+        file = io.BytesIO()
+        Image.new("RGB", (40, 20), (kept, 0, 0)).save(file, "JPEG", exif=exif)
+        return file.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def file_limit() -> Iterator[None]:
+    """Let the system refuse files of more than 4 kB, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from features_cache import atomic_write
+from features_cache import atomic_write, scratch_folder
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -67,3 +71,33 @@ def test_a_folder_in_the_way_stays(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "a.txt") as draft:
         draft.write_text("new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_folders_of_killed_processes_are_deleted_and_no_others(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from features_cache import scratch_folder\n"
+        "folder = scratch_folder(sys.argv[1]); print(folder.name, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+    killed, living = subprocess.Popen(command, **pipes), subprocess.Popen(command, **pipes)
+    left, used = Path(killed.stdout.readline().strip()), Path(living.stdout.readline().strip())
+    (left / "rows").write_bytes(b"rows")
+    killed.kill()
+    killed.communicate()
+    machine = left.name.split("-")[1]
+    others = [
+        left.with_name(left.name.replace(machine, "0" * len(machine))),
+        left.with_name(f".thawline-{machine}-{killed.pid}"),
+        tmp_path / "photos",
+    ]
+    for other in others:
+        other.mkdir()
+    link = left.with_name(left.name + "x")
+    link.symlink_to(tmp_path / "photos")
+    with scratch_folder(tmp_path) as folder:
+        assert set(tmp_path.iterdir()) == {*others, used, link, Path(folder)}
+    assert used.is_dir()
+    living.communicate("\n")
+    assert not used.exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from features_cache import (
     CacheFile,
     CacheWriter,
     Catalog,
+    DamagedCacheError,
     Donors,
     LayerInfo,
     Rows,
@@ -365,13 +367,61 @@ def test_files_that_no_option_tells_apart_are_told_by_what_differs(tmp_path: Pat
         Catalog(tmp_path).find("a")
 
 
-def test_of_equivalent_files_the_fullest_is_found(tmp_path: Path) -> None:
-    for name, count in (("a", 1), ("b", 3), ("c", 2)):
-        make(tmp_path / f"{name}.h5", dict(list(BASE.items())[:count]), handles={"source": "s"})
-    assert Catalog(tmp_path).find("a").path.name == "b.h5"
-    make(tmp_path / "d.h5", BASE, handles={"source": "s", "location": "/elsewhere"})
+def test_a_copy_in_the_same_folder_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    shutil.copy(make(tmp_path / "a.h5", BASE, handles={"source": "s"}), tmp_path / "b.h5")
+    with pytest.raises(AmbiguousCacheError, match=r"a\.h5 and b\.h5 in .* both hold a of s; delete one of them"):
+        Catalog(tmp_path).find("a")
+    make(tmp_path / "c.h5", BASE, LAYERS[:1], {"source": "s", "location": "/elsewhere"})
+    assert Catalog(tmp_path).find("a", source="/elsewhere").path.name == "c.h5"
+    (tmp_path / "b.h5").unlink()
     with pytest.raises(AmbiguousCacheError, match="location /elsewhere"):
         Catalog(tmp_path).find("a")
-    assert Catalog(tmp_path).find("a", source="/elsewhere").path.name == "d.h5"
-    with pytest.raises(AmbiguousCacheError, match="4 files"):
+    with pytest.raises(AmbiguousCacheError, match="2 files"):
         Catalog(tmp_path).find()
+
+
+LISTINGS: dict[str, tuple[Source, str | None]] = {
+    "the same": (BASE, None),
+    "another order": (dict(reversed(BASE.items())), None),
+    "edited": (BASE | {"3.png": ("image edited", 1)}, None),  # told by digest, and both are labelled alike
+    "relabelled": ({k: (v, 1 - label) for k, (v, label) in BASE.items()}, "in 9 labels;"),
+    "added": (BASE | {"new.png": ("image new", 1)}, "in 1 image;"),
+    "renamed": ({f"z{k}" if k == "0.png" else k: v for k, v in BASE.items()}, "in 2 images;"),
+}
+
+
+@pytest.mark.parametrize("case", LISTINGS)
+def test_files_of_one_source_at_different_times_are_refused(tmp_path: Path, case: str) -> None:
+    other, message = LISTINGS[case]
+    make(tmp_path / "one.h5", BASE, LAYERS[:1], {"source": "s"})
+    make(tmp_path / "other.h5", other, LAYERS[1:], {"source": "s"})
+    for layer in ("a", "b"):
+        catalog = Catalog(tmp_path)
+        if message is None:
+            assert layer in catalog.find(layer).layers
+        else:
+            with pytest.raises(CacheError, match=rf"(one|other)\.h5 and .*{message} extract s into this folder again"):
+                catalog.find(layer)
+        assert layer in Catalog(tmp_path / ("one.h5" if layer == "a" else "other.h5")).find(layer).layers
+
+
+def test_damage_is_told_before_files_that_disagree(tmp_path: Path) -> None:
+    make(tmp_path / "one.h5", BASE, LAYERS[:1], {"source": "s"})
+    other = make(tmp_path / "other.h5", LISTINGS["relabelled"][0], LAYERS[1:], {"source": "s"})
+    place = open_cache(other).header.arrays["/rows/label"]
+    with other.open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\7")
+    with pytest.raises(DamagedCacheError, match=r"other\.h5 is damaged in 1 of 9 rows"):
+        Catalog(tmp_path).find("a")
+
+
+def test_known_digests_decide_what_is_carried_over(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.h5", BASE)
+    swapped = BASE | {"0.png": BASE["1.png"], "1.png": BASE["0.png"], "moved.png": BASE["2.png"]}
+    digests = np.array([list(digest_of(content)) for content, _ in swapped.values()], np.uint8)
+    assert regrow(path, swapped, digests=digests) == []
+    check(open_cache(path), swapped)
+    digests[3] = 0  # not known: uri, size and time decide
+    digests[4] = 1  # known to be other bytes now
+    assert regrow(path, swapped, digests=digests) == ["image 4"]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,10 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features_cache import Catalog
+import cli
+from features_cache import CacheError, Catalog
 from pipeline.extract import extract
 from pipeline.fit import fit
-from pipeline.predict import predict
+from pipeline.predict import predict, write_csv
+from pipeline.results import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = tuple(
@@ -35,8 +39,8 @@ def test_help_answers_without_heavy_imports() -> None:
     heavy = {"torch", "openvino", "timm", "sklearn", "h5py", "matplotlib", "PIL", "rich"}
     calls = [["--help"], *[[name, "--help"] for name in COMMANDS]]
     code = (
-        f"import sys, cli\nfor call in {calls!r}:\n"
-        " try:\n  cli.thawline(call)\n except SystemExit as e: assert e.code == 0, call\n"
+        f"import sys, cli\nfrom pipeline.commands.group import thawline\nfor call in {calls!r}:\n"
+        " try:\n  thawline(call)\n except SystemExit as e: assert e.code == 0, call\n"
         f" assert not set(sys.modules) & {heavy!r}, (call, set(sys.modules) & {heavy!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
@@ -128,6 +132,13 @@ def test_joined_layers_are_predicted_each_at_its_own_precision(
         (("predict", "noise.h5", "photos"), ("noise.h5",)),
         (("layers", "resnet81"), ("resnet81", "resnet18")),
         (("backbones", "no-such-thing"), ("no-such-thing",)),
+        (("fit", "nowhere", "--save", "m.pkl"), ("m.pkl", "such as m.skops")),
+        (("finetune", "nowhere", "--save", "m.pth"), ("m.pth", "such as m.safetensors")),
+        (("finetune", "nowhere", "--save", "no/m.safetensors"), ("no folder no",)),
+        (("finetune", "nowhere", "--picture", "p.jpg"), ("p.jpg", "such as p.png")),
+        (("export", "nowhere", "--onnx", "m.pt"), ("m.pt", "such as m.onnx")),
+        (("export", "nowhere", "--onnx", "no/m.onnx"), ("no folder no",)),
+        (("predict", "nowhere", "photos", "--csv", "p.json"), ("p.json", "such as p.csv")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -139,6 +150,14 @@ def test_bad_input_is_one_line(
     (tmp_path / "a-file").write_text("not a folder")
     (tmp_path / "noise.h5").write_bytes(bytes(range(256)) * 40)
     thawline(*arguments, cwd=tmp_path).assert_one_line(*parts)
+
+
+def test_predictions_that_cannot_be_written_leave_the_old_file(tmp_path: Path, file_limit: None) -> None:
+    path = tmp_path / "predictions.csv"
+    path.write_text("old")
+    with pytest.raises(CacheError, match="file-size limit"):
+        write_csv([Prediction(f"{number}.png", "cat", 0.5, "done") for number in range(1000)], path)
+    assert [found.read_text() for found in tmp_path.iterdir()] == ["old"]
 
 
 def test_usage_errors_exit_with_2(thawline: Thawline, tmp_path: Path) -> None:
@@ -186,6 +205,40 @@ def test_on_error_stop_keeps_what_was_computed(
     assert result["computed"] < 24
 
 
+def test_output_in_any_encoding(
+    thawline: Thawline, make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache, model = make_photos(("猫", "b"), each=10), tmp_path / "cache", tmp_path / "m.skops"
+    extract(photos, ["test_resnet@random:0"], ["layer1"], output=cache, engine="torch")
+    printed = {}
+    for command in (("fit", cache, "--save", model), ("predict", model, photos)):
+        bytes_written = io.BytesIO()
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["thawline", *map(str, command)])
+            patch.setattr("sys.stdout", io.TextIOWrapper(bytes_written, encoding="cp1252", write_through=True))
+            cli.main()
+            printed[command[0]] = bytes_written.getvalue().decode("cp1252")
+    assert re.search(r"\d -> \d", printed["fit"]), "log-loss before and after calibration"
+    assert "\N{EN DASH}" in printed["fit"], "which cp1252 has"
+    assert r"\u732b/0.png" in printed["predict"]
+    document = thawline("predict", model, photos, "--json")
+    assert document.stdout.isascii()
+    assert {found["label"] for found in document.json["predictions"]} == {"猫", "b"}
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_a_library_are_one_note(
+    thawline: Thawline, bad_exif: Callable[[int], bytes], tmp_path: Path
+) -> None:
+    for kept in range(1, 6):
+        (tmp_path / f"{kept}.jpg").write_bytes(bad_exif(kept))
+    done = thawline("extract", tmp_path, *TORCH, "-l", "input", "-o", tmp_path / "cache", "--json")
+    assert done.json["caches"][0]["done"] == 5
+    (note,) = [line for line in done.stderr.splitlines() if "PIL" in line]
+    assert note.startswith("note: 5 warnings of PIL, first: Corrupt EXIF data.")
+    assert "UserWarning" not in done.stderr
+
+
 def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monkeypatch: pytest.MonkeyPatch) -> None:
     def importing(*_: object, **__: object) -> None:
         try:
@@ -199,12 +252,27 @@ def test_an_interrupt_in_the_middle_of_an_import_is_one(thawline: Thawline, monk
     assert done.stderr == "thawline: interrupted\n", "a command that keeps nothing promises nothing"
 
 
+def test_an_interrupt_of_imports_that_swallow_it_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(10)\n"
+        "except BaseException:\n"
+        "    pass\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    code = "import signal, cli; signal.signal(signal.SIGINT, signal.default_int_handler); cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (130, "thawline: interrupted\n")
+
+
 def test_who_interrupts_twice_sees_no_second_error() -> None:
     code = (
-        "import atexit, os, signal, cli\n"
+        "import atexit, os, signal, cli, pipeline.commands.group as group\n"
         "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
         "def interrupt(**_): raise KeyboardInterrupt\n"
-        "cli.thawline = interrupt\n"
+        "group.thawline = interrupt\n"
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -99,7 +99,7 @@ def test_the_order_of_a_fine_tunes_options_stays() -> None:
     crossed = [key for key, option in TABLES["finetune"].items() if option.crossed and key not in ("shots", "seed")]
     assert " ".join(crossed) == (
         "backbone freeze init head-first top lr layer-decay lr-at epochs patience batch-size optimizer schedule warmup "
-        "weight-decay label-smoothing class-weights augment views clip precision store size"
+        "weight-decay label-smoothing class-weights augment views clip precision store size white"
     )
 
 
@@ -167,6 +167,7 @@ def test_paths_are_relative_to_the_plan(tmp_path: Path) -> None:
         (("source =", "source ="), ()),
         (('"photos"', '"phots"'), ("line 1", "phots", "photos")),
         (('"photos"', '"empty"'), ("line 1", "empty")),
+        (('"photos"', '"a\\u0000"'), ("line 1", "'source'", "a text")),
         (("[0, 1]", "[0, 1"), ("plan.toml", "TOML", "line")),
         (("[0, 1]", "[0, 0]"), ("line 2", "'seed'", "twice")),
         (("[0, 1]", "-1"), ("line 2", "'seed'", "-1")),
@@ -240,6 +241,7 @@ EXAMPLES: dict[str, dict[str, list[Any]]] = {
         "precision": ["auto", "fp32"],
         "store": list(STORES),
         "size": [32, 64],
+        "white": [1023, 4095],
         "batch-size": [1],
         "on-error": ["skip", "stop"],
         "workers": [1],
@@ -282,6 +284,7 @@ EXAMPLES: dict[str, dict[str, list[Any]]] = {
         "precision": ["auto", "fp32"],
         "store": list(STORES),
         "size": [32, 64],
+        "white": [1023, 4095],
         "seed": [0, 7],
         "shots": [1, "all"],
         "engine": ["auto", "torch"],

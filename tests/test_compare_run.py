@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress as Bars
 from scipy.stats import binomtest
@@ -226,12 +227,56 @@ def test_damaged_predictions_are_named(tmp_path: Path) -> None:
     said = Predictions(np.array(["a"]), np.array([0]), np.array([1]), None)
     folder = RunFolder(tmp_path)
     with folder.claim():
-        folder.append(record("one"), said)
+        folder.append(record("one", n_test=1), said)
     assert not folder.predictions("one").right.any()
     file = tmp_path / "predictions" / "one.npz"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(RunFolderError, match=r"one\.npz is damaged; remove it"):
         folder.predictions("one")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"uris": np.array(["a", "a"])},
+        {"uris": np.array([b"a", b"b"])},
+        {"y_true": np.array([0])},
+        {"y_true": np.array([0, -1])},
+        {"y_pred": np.array([0, 2])},
+        {"y_pred": np.array([0.0, 1.0])},
+        {"probability": np.array(["x", "y"])},
+    ],
+)
+def test_columns_that_are_not_those_of_the_test_images_are_damage(
+    tmp_path: Path, columns: dict[str, NDArray[Any]]
+) -> None:
+    sound = {"uris": np.array(["a", "b"]), "y_true": np.array([0, 1]), "y_pred": np.array([0, 1])}
+    folder = RunFolder(tmp_path)
+    with folder.claim():
+        folder.append(record("one", n_test=2), Predictions(**sound, probability=np.array([0.5, 0.5])))
+    assert folder.predictions("one").right.all()
+    np.savez(tmp_path / "predictions" / "one.npz", **sound | columns)
+    with pytest.raises(RunFolderError, match=r"one\.npz is damaged"):
+        folder.predictions("one")
+
+
+def test_predictions_that_unpack_to_more_than_any_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Predictions(np.array(["a" * 1000]), np.array([0]), np.array([1]), None)
+    folder = RunFolder(tmp_path)
+    with folder.claim():
+        folder.append(record("one", n_test=1), said)
+    assert (tmp_path / "predictions" / "one.npz").stat().st_size < 2000
+    monkeypatch.setattr("pipeline.comparing.folder.PREDICTIONS_LIMIT", 4000)
+    with pytest.raises(RunFolderError, match=r"one\.npz is damaged"):
+        folder.predictions("one")
+
+
+@pytest.mark.parametrize("shots", ["alé", 0, -1])
+def test_shots_that_make_no_sense_are_damage(tmp_path: Path, shots: int | str) -> None:
+    line = json.dumps(record("x").to_json() | {"shots": shots})
+    (tmp_path / "results.jsonl").write_text(f"{line}\n")
+    with pytest.raises(RunFolderError, match="line 1 is damaged: 'shots': expected"):
+        RunFolder(tmp_path)
 
 
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
@@ -448,6 +493,18 @@ def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path,
     assert planned[0].bytes == 24 * (32 + 3072) * 4, "24 images, float32"
     assert all(job.seconds > 0 and not job.done for job in planned)
     assert all(job.done for job in dry_run(plan, run))
+
+
+def test_a_dry_run_names_a_source_once(photos: Path, tmp_path: Path, thawline: Callable[..., Any]) -> None:
+    second = shutil.copytree(photos, tmp_path / "second")
+    plan = tmp_path / "plan.toml"
+    extraction = '[[extract]]\nlayer = "input"\nbackbone = "test_resnet@random:0"\nsize = 32\n'
+    plan.write_text(f'source = ["{photos}", "{second}"]\n{extraction}[[fit]]\nhead = ["centroid", "knn"]\n')
+    done = thawline("compare", plan, "-o", tmp_path / "run", "--dry-run")
+    assert done.stdout.count(str(photos)) == done.stdout.count(str(second)) == 1
+    assert done.stdout.count("fit centroid on input of test_resnet@random:0, seed 0, shots all  ") == 2
+    jobs = thawline("compare", plan, "-o", tmp_path / "run", "--dry-run", "--json").json["jobs"]
+    assert [job["source"] for job in jobs].count(str(photos)) == 3
 
 
 def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> None:

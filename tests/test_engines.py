@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.spec import Preprocessing
 if TYPE_CHECKING:
     import openvino
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE = 64
 LAYERS = ["stages", "penultimate", "logits", "input"]
 NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
@@ -303,6 +305,46 @@ def conversions(conv1: openvino.Model, monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr("pipeline.engines.openvino_engine.convert", shared)
     monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", lambda _name: tmp_path)
     return calls
+
+
+@NO_OPENVINO
+def test_only_our_own_cache_folder_is_written_in_the_home_directory(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_photos(each=1)
+    run = (
+        "import cli, sys\n"
+        "sys.argv = 'thawline extract photos -b test_resnet@random:0 --size 32 -l layer1 --device cpu'.split()\n"
+        "cli.main()\n"
+        "import matplotlib.font_manager"
+    )
+    home = tmp_path / "home"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(home), "XDG_CACHE_HOME": ""}
+    environment.pop("MPLCONFIGDIR", None)
+    home.mkdir()
+    done = subprocess.run([sys.executable, "-c", run], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folders = {path.relative_to(home).parts[:3] for path in home.rglob("*")}
+    ours = (".cache", "thawline")
+    assert folders == {ours[:1], ours, (*ours, "openvino"), (*ours, "matplotlib")}
+
+
+@pytest.mark.parametrize("failing", [True, False], ids=["platformdirs fails", "older platformdirs"])
+def test_without_a_home_directory_nothing_is_kept(
+    conversions: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, failing: bool
+) -> None:
+    from pipeline.engines.openvino_engine import converted
+
+    def cache_path(_name: str) -> Path:
+        if failing:
+            raise RuntimeError("could not determine the home directory")
+        return Path("~/.cache/thawline")
+
+    monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", cache_path)
+    monkeypatch.chdir(tmp_path)
+    _, notes = converted(tap(lively("resnet18"), ["conv1"]), 1)
+    assert [note for note in notes if "cannot be kept" in note and "home directory" in note] == notes != []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_converted_models_are_kept_and_the_least_used_go(

@@ -2,21 +2,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from features_cache import DONE, PENDING, CacheWriter, Catalog, open_cache, verify
+from features_cache import DONE, PENDING, CacheWriter, Catalog, DamagedCacheError, open_cache, verify
 from pipeline.backbones.registry import load_backbone
 from pipeline.errors import BackboneError, EngineError, FitError, SourceError
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
+from pipeline.extraction.lookup import rows_of
 from pipeline.fit import fit
 from pipeline.images.sources import folder
+from pipeline.images.sources.registry import open_source
 from pipeline.results import ExtractResult
+from pipeline.spec import aliases_of
 
 ONE, OTHER, LARGER = "test_resnet@random:0", "test_efficientnet@random:1", "googlenet@random:0"
 OPTIONS = {"layers": ["penultimate"], "size": 64, "precision": "fp32", "engine": "torch"}
@@ -172,11 +177,33 @@ def test_layers_are_found_by_name_and_by_alias_however_they_were_asked_for(
     assert paths(["stages"]) == first | second
     assert paths(["logits"]) == second
     assert [layer.name for layer in select(Catalog(cache), ["stages", "logits"])] == [*names, "fc"]
-    monkeypatch.setattr(
-        "pipeline.extraction.lookup.DECODE_POLICY", 0
-    )  # as if other rules had held when the files were made
+    monkeypatch.setattr("pipeline.spec.DECODE_POLICY", 0)  # as if other rules had held when the files were made
     with pytest.raises(TypeError, match="NoneType"):
         paths(["stages"])
+
+
+@pytest.mark.parametrize(
+    "spec", [{}, {"decode": []}, {"pool": 1}, {"precision": None}, {"preprocessing": {"size": "x"}}]
+)
+def test_a_cache_that_does_not_say_how_it_was_extracted_is_refused(
+    make_photos: Callable[..., Path], tmp_path: Path, spec: dict[str, Any]
+) -> None:
+    photos, cache = make_photos(classes=("one",), each=2), tmp_path / "cache"
+    (result,) = extract(photos, [ONE], output=cache, **OPTIONS)
+    file = open_cache(result.path)
+    layers = [replace(info, spec=info.spec | spec if spec else {}) for info in file.layers.values()]
+    Path(result.path).unlink()
+    CacheWriter.create(
+        result.path, rows_of(open_source(photos)), file.classes, layers, file.handles, file.request
+    ).close()
+    with pytest.raises(DamagedCacheError, match=r"does not say how its layers were extracted: (expected|the key)"):
+        extract(photos, [ONE], output=cache, **OPTIONS)
+
+
+@pytest.mark.parametrize("aliases", [None, 1.5, {"penultimate": 1}, {"penultimate": [1]}, {"penultimate": []}])
+def test_aliases_that_make_no_sense_are_none(aliases: Any) -> None:
+    assert aliases_of({"aliases": aliases}) == {}
+    assert aliases_of({"aliases": {"stages": ["a", "b"]}}) == {"stages": ["a", "b"]}
 
 
 @pytest.mark.parametrize("grown", [False, True])

@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows
+from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows, scratch_folder
 from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.intervals import corrected_t_test, mcnemar, wilson
@@ -68,6 +68,7 @@ def make_cache(tmp_path: Path) -> Make:
         features: dict[str, np.ndarray] | None = None,
         classes: Sequence[str] = CLASSES,
         groups: Sequence[str] | None = None,
+        source: str = "photos",
     ) -> Path:
         labels = np.arange(n) % 3 if labels is None else np.asarray(labels)
         layers = [
@@ -82,7 +83,7 @@ def make_cache(tmp_path: Path) -> Make:
             zeros,
             zeros,
         )
-        handles = {"source": "photos", "backbone": backbone, "pool": "avg"}
+        handles = {"source": source, "backbone": backbone, "pool": "avg"}
         request = {"backbone": backbone, "layers": list(dims), "pool": "avg", "size": None, "precision": "auto"}
         request["aliases"] = {"stages": list(dims)}
         path = tmp_path / name
@@ -270,7 +271,7 @@ def test_no_worker_and_no_memory_map_outlives_the_process(make_cache: Make, tmp_
 
 def test_layers_of_sources_with_other_classes_are_refused(make_cache: Make) -> None:
     first = make_cache(name="cache/a.h5", dims={"low": 4})
-    make_cache(name="cache/b.h5", dims={"top": 4}, classes=("x", "y", "z"))
+    make_cache(name="cache/b.h5", dims={"top": 4}, classes=("x", "y", "z"), source="drawings")
     with pytest.raises(FitError, match="different classes"):
         fit(first.parent, layers=["low", "top"])
 
@@ -627,3 +628,31 @@ def test_groups_in_test_are_told_to_make_intervals_too_narrow(make_cache: Make) 
     splits = ["train"] * 60 + ["test"] * 30
     report = fit(make_cache(dims={"low": 6}, groups=groups, splits=splits), heads=["centroid"])
     assert any("30 test rows come from 10 groups" in note for note in report.notes)
+
+
+def test_nothing_is_left_of_a_fit_that_was_killed(make_cache: Make, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from pipeline.fit import fit\n"
+        "def kill(*_):\n"
+        "    tasks = Path(f'/proc/{os.getpid()}/task').iterdir()\n"
+        "    print(*(child for task in tasks for child in (task / 'children').read_text().split()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "fit(sys.argv[1], ['top'], ['centroid'], seeds=(0, 1, 2), jobs=2, on_result=kill)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JOBLIB_TEMP_FOLDER": str(shared)}
+    cache = make_cache(n=2000)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(cache)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    children = [Path("/proc", number) for number in killed.stdout.split()]
+    assert len(children) > 2, "two workers, and who clears up after them"
+    deadline = time.monotonic() + 30
+    while any(child.exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [child for child in children if child.exists()] == []
+    with scratch_folder(shared) as folder:
+        assert list(shared.iterdir()) == [Path(folder)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import UnreadableImageError
-from pipeline.images.decode import PIXEL_LIMIT, REASON_LENGTH, decode, from_pillow
+from pipeline.images.decode import PIXEL_LIMIT, REASON_LENGTH, as_array, decode, from_pillow
+from pipeline.images.formats import has_image_header
 from pipeline.images.sources.digits import open_digits
 
 GENERATOR = np.random.default_rng(5)
@@ -58,13 +60,16 @@ def wide_png(values: np.ndarray, colour: int, *extra: tuple[bytes, bytes]) -> by
     return png(values.shape[1], values.shape[0], 16, colour, rows, *extra)
 
 
-def tiff(values: np.ndarray, endian: str = "<") -> bytes:
-    """Write one grey strip, its bits and sample format from the dtype, as an uncompressed TIFF."""
+def tiff(values: np.ndarray, endian: str = "<", photometric: int = 1, packed: int | None = None) -> bytes:
+    """Write one grey strip as an uncompressed TIFF; its dtype gives bits and format, unless bits are `packed`."""
     height, width = values.shape
     sample_format = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     data = values.astype(values.dtype.newbyteorder(endian)).tobytes()
-    bits = values.dtype.itemsize * 8
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    bits = packed or values.dtype.itemsize * 8
+    if packed:
+        text = "".join(f"{value:0{packed}b}" for value in values.ravel())
+        data = int(text, 2).to_bytes(len(text) // 8, "big")
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, height)]
     tags += [(279, len(data)), (339, sample_format)]
     entries = b"".join(struct.pack(f"{endian}HHII", tag, 4, 1, value) for tag, value in tags)
     header = (b"II" if endian == "<" else b"MM") + struct.pack(f"{endian}HI", 42, 8 + len(data))
@@ -217,6 +222,56 @@ def test_a_dark_wide_picture_stays_dark() -> None:
 )
 def test_values_without_a_stated_white_span_black_to_white(values: np.ndarray, expected: list[list[int]]) -> None:
     check(tiff(values), np.array(expected))
+
+
+@pytest.mark.parametrize("white", [65_535, 255, 1])
+def test_a_grey_tiff_whose_white_is_zero_is_inverted(white: int) -> None:
+    shades = WIDE / 65_535
+    check(tiff(((1 - shades) * white).astype(np.float32), photometric=0), np.rint(shades * 255), tolerance=1)
+    check(tiff(65_535 - WIDE, photometric=0), np.rint(shades * 255), tolerance=1)
+    check(tiff(255 - GREYS, photometric=0), GREYS)
+
+
+def test_a_tiff_of_12_bits_has_a_white_of_4095() -> None:
+    check(tiff(np.array([[0, 1_000, 2_048, 4_095]], np.uint16), packed=12), np.array([[0, 62, 128, 255]]))
+
+
+def test_unsigned_32_bit_values_do_not_wrap() -> None:
+    values = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    check(tiff(values), np.array([[0, 128, 255]]))
+
+
+TWELVE_BITS = np.array([[0, 16, 2_048, 4_095, 4_096, 65_535]], np.uint16)
+
+
+@pytest.mark.parametrize("encoded", [tiff(TWELVE_BITS), wide_png(TWELVE_BITS, GREY), tiff(TWELVE_BITS.astype("f4"))])
+def test_a_stated_white_scales_and_clips(encoded: bytes) -> None:
+    picture = decode(encoded, white=4_095)
+    np.testing.assert_array_equal(np.asarray(picture.image)[0, :, 0], [0, 1, 128, 255, 255, 255])
+    assert not picture.few_levels
+
+
+def test_a_stated_white_leaves_8_bits_alone_and_is_inverted_with_the_others() -> None:
+    np.testing.assert_array_equal(np.asarray(decode(encode(GREYS, "PNG"), white=16).image)[..., 0], GREYS)
+    picture = decode(tiff(TWELVE_BITS, photometric=0), white=4_095)
+    np.testing.assert_array_equal(np.asarray(picture.image)[0, :, 0], [255, 254, 127, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("top", "few"), [(0, False), (1_023, True), (16_383, True), (16_384, False)])
+def test_pictures_that_keep_few_levels_are_marked(top: int, few: bool) -> None:
+    values = np.linspace(0, top, 200).round().astype(np.uint16).reshape(10, 20)
+    assert decode(tiff(values)).few_levels == few
+    assert decode(wide_png(values, GREY)).few_levels == few
+    assert not decode(encode(GREYS, "PNG")).few_levels
+
+
+def test_large_pictures_are_converted_in_parts_as_small_ones_are_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [wide_png(WIDE, GREY), tiff(WIDE.astype(np.float32) - 7), encode(np.dstack([COLOURS, GREYS]), "PNG")]
+    expected = [pixels_of(data) for data in files]
+    monkeypatch.setattr("pipeline.images.decode._BAND_PIXELS", 17 * 5)
+    for data, pixels in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(pixels_of(data), pixels)
+        np.testing.assert_array_equal(as_array(decode(data).image), pixels)
 
 
 def test_digits_have_a_white_of_16() -> None:
@@ -540,3 +595,28 @@ def test_many_threads_at_once() -> None:
     alone = [outcome(data) for data in files]
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(outcome, files)) == alone
+
+
+def test_a_warning_that_is_an_error_refuses_no_image(bad_exif: Callable[[int], bytes]) -> None:
+    data = bad_exif(5)
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        expected, opened = decode(data), Image.open(BytesIO(data))
+    opened.getexif = lambda: Image.open(BytesIO(data)).getexif()  # type: ignore[method-assign]  # warns again
+    assert expected.size == (20, 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for picture in (decode(data), from_pillow(opened)):
+            assert (picture.size, picture.image.tobytes()) == (expected.size, expected.image.tobytes())
+        with pytest.raises(UserWarning, match="as before"):
+            warnings.warn("as before", stacklevel=1)
+
+
+def test_a_header_whose_reader_warns_is_one() -> None:
+    file = BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "TIFF")
+    data = bytearray(file.getvalue())
+    entries = int.from_bytes(data[4:8], "little")
+    data[entries] += 40  # more entries than there are
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert has_image_header(BytesIO(bytes(data)))

@@ -209,7 +209,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
 def test_walk_takes_any_suffix(tmp_path: Path) -> None:
     make(tmp_path, "a.tar", "sub/B.TAR", "c.jpg", "tar")
-    assert {found.uri for found in walk(tmp_path, lambda _, ending: ending == ".tar")[0]} == {"a.tar", "sub/B.TAR"}
+    assert {found.uri for found in walk(tmp_path, lambda _, extension: extension == ".tar")[0]} == {
+        "a.tar",
+        "sub/B.TAR",
+    }
 
 
 def test_pictures_that_are_not_read_are_counted_beside_those_that_are(tmp_path: Path) -> None:
@@ -252,7 +255,7 @@ def test_everything_left_aside_is_counted_by_its_ending(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert [item.uri for item in source.items] == ["a.jpg"]
     counts = {
-        "without ending": 1,
+        "without extension": 1,
         ".dcm": 2,
         ".svs": 1,
         ".txt": 1,
@@ -264,7 +267,7 @@ def test_everything_left_aside_is_counted_by_its_ending(tmp_path: Path) -> None:
     }
     assert source.passed_over == counts
     assert "2 .dcm" in source.notes[0]
-    assert "1 with other endings" in source.notes[0]
+    assert "1 with other extensions" in source.notes[0]
 
 
 names = st.sampled_from(["cat", "dog", "Train", "test", "valid"])

@@ -24,6 +24,7 @@ import pipeline.images.decode
 import pipeline.images.loader
 from pipeline.errors import UnreadableImageError
 from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load_images
+from pipeline.images.resize import PreparedImage
 from pipeline.images.sources.items import ImageSource, Item
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
@@ -124,7 +125,7 @@ def test_full_batches_in_order(workers: int) -> None:
 def test_rows_that_need_no_decoding_do_not_pile_up() -> None:
     levels = [7, *range(20, 20 + 100), *[7] * 1500]
     batches = list(
-        load_images(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found: found != digest(7))
+        load_images(source_of(levels), np.arange(len(levels)), [SMALL], 512, known=lambda found, _: found != digest(7))
     )
     assert [len(decoded(batch)) for batch in batches] == [1, 0, 0, 0]
     assert [len(known_ones(batch)) + len(duplicates(batch)) for batch in batches] == [512, 512, 512, 64]
@@ -173,7 +174,7 @@ def test_equal_bytes_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_known_rows_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def known(key: bytes) -> bool:
+    def known(key: bytes, _: bytes) -> bool:
         asked.append(key)
         return key in {digest(1), digest(BAD)}
 
@@ -207,7 +208,7 @@ def test_the_number_of_workers_changes_nothing(levels: list[int], batch_size: in
     one, four = (
         list(
             load_images(
-                source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key: key == digest(3)
+                source_of(levels), range(len(levels)), [SMALL], batch_size, workers, lambda key, _: key == digest(3)
             )
         )
         for workers in (1, 4)
@@ -272,7 +273,7 @@ def test_few_files_wait_to_be_decoded(workers: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         pipeline.images.loader,
         "prepare_all",
-        lambda data, wanted: (go.wait(20) and np.zeros((4, 5, 3), np.uint8),),
+        lambda data, wanted: PreparedImage((go.wait(20) and np.zeros((4, 5, 3), np.uint8),), few_levels=False),
     )
     begun: set[int] = set()
     limit = max(MIN_READERS, workers) + workers
@@ -329,7 +330,7 @@ def test_control_c_while_waiting() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("in a reader"), MemoryError(), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [ZeroDivisionError("in a reader"), KeyboardInterrupt()], ids=repr)
 def test_what_a_reader_raises_reaches_the_consumer(error: BaseException) -> None:
     def fail(row: int) -> None:
         if row == 11:
@@ -363,8 +364,18 @@ def test_what_memory_does_not_suffice_for_is_a_failure_that_may_pass(monkeypatch
     ]
 
 
+def test_a_file_that_memory_does_not_suffice_for_is_a_failure_that_may_pass() -> None:
+    def short(row: int) -> None:
+        if row == 1:
+            raise MemoryError
+
+    (batch,) = load_images(source_of([7, 8, 9], short), range(3), [SMALL], batch_size=3)
+    assert failures(batch) == [(1, "not enough memory", b"")]
+    assert len(decoded(batch)) == 2
+
+
 def test_what_known_raises_reaches_the_consumer() -> None:
-    def known(key: bytes) -> bool:
+    def known(key: bytes, _: bytes) -> bool:
         raise LookupError("in known")
 
     with pytest.raises(LookupError, match="in known"):

@@ -101,6 +101,13 @@ def test_the_class_member_comes_before_json_and_names_reach_to_the_first_dot(tmp
     assert labels_of(shard) == {"x.tar/s/1.left.jpg": "cls", "x.tar/s/1.right.png": "cls"}
 
 
+def test_a_label_is_one_class_however_json_writes_it(tmp_path: Path) -> None:
+    labels = {"1": b"1", "2": b"1.0", "3": b'"1"', "4": b"0.5", "5": b"NaN"}
+    members = [(f"{key}.json", b'{"label": ' + label + b"}") for key, label in labels.items()]
+    shard = write_tar(tmp_path / "x.tar", *members, *((f"{key}.jpg", b"x") for key in labels))
+    assert list(labels_of(shard).values()) == ["1", "1", "1", "0.5", ""]
+
+
 @pytest.mark.parametrize(
     ("member", "message"),
     [
@@ -177,6 +184,14 @@ def test_a_shard_cut_short_is_named(tmp_path: Path, kept: int) -> None:
         open_source(shard)
 
 
+def test_a_header_that_asks_for_gigabytes_is_damage(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(SourceError, match="damaged or another file: a header of 1099511627776 bytes"):
+        open_source(tmp_path / "a.tar")
+
+
 def test_a_compressed_shard_is_named(tmp_path: Path) -> None:
     shard = tmp_path / "x.tar"
     with tarfile.open(shard, "w:gz") as archive:
@@ -218,20 +233,31 @@ def test_members_are_taken_by_their_header_and_the_others_are_counted(tmp_path: 
 @pytest.mark.parametrize(
     "stems", [("2024.05.01", "2024.05.02"), ("set v1.0", "set v1.1"), ("d.x/s0.25_a", "d.x/s0.25_b")]
 )
-@pytest.mark.parametrize("ending", [".cls", ".json"])
-def test_names_with_dots_keep_their_own_labels(tmp_path: Path, stems: tuple[str, str], ending: str) -> None:
+@pytest.mark.parametrize("extension", [".cls", ".json"])
+def test_names_with_dots_keep_their_own_labels(tmp_path: Path, stems: tuple[str, str], extension: str) -> None:
     first, second = stems
-    labels = {".cls": (b"cat", b"dog"), ".json": (b'{"label": "cat"}', b'{"label": "dog"}')}[ending]
+    labels = {".cls": (b"cat", b"dog"), ".json": (b'{"label": "cat"}', b'{"label": "dog"}')}[extension]
     members = [
         (first + ".jpg", b"x"),
         (second + ".jpg", b"y"),
-        (first + ending, labels[0]),
-        (second + ending, labels[1]),
+        (first + extension, labels[0]),
+        (second + extension, labels[1]),
     ]
     expected = {f"x.tar/{first}.jpg": "cat", f"x.tar/{second}.jpg": "dog"}
     assert labels_of(write_tar(tmp_path / "x.tar", *members)) == expected
     alone = write_tar(tmp_path / "y.tar", *members[:3])
     assert labels_of(alone) == {f"y.tar/{first}.jpg": "cat", f"y.tar/{second}.jpg": ""}, "no label of another image"
+
+
+def test_images_that_a_label_of_their_sample_does_not_reach_are_named(tmp_path: Path) -> None:
+    members = [("d/000.left.jpg", b"x"), ("d/000.target.cls", b"cat"), ("001.jpg", b"y"), ("002.left.jpg", b"z")]
+    source = open_source(write_tar(tmp_path / "x.tar", *members, ("002.json", b"{}")))
+    assert {item.label for item in source.items} == {-1}
+    (note,) = source.notes
+    assert note == (
+        "1 images such as x.tar/d/000.left.jpg have no label, though a label has the same name up to the first dot: "
+        "if it is theirs, call it 000.cls"
+    )
 
 
 @pytest.mark.parametrize("names", [("1.cls", "1.cls"), ("1.a.cls", "1.b.cls")])

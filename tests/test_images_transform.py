@@ -200,5 +200,5 @@ def test_networks_of_equal_geometry_share_one_decode_and_one_resize(monkeypatch:
         monkeypatch.setattr(transform, name, lambda *args, name=name, plain=plain: calls.append(name) or plain(*args))
     found = prepare_all(buffer.getvalue(), wanted)
     assert sorted(calls) == ["decode", "decode", "resize_and_crop", "resize_and_crop"]
-    for pixels, one in zip(found, expected, strict=True):
+    for pixels, one in zip(found.pixels, expected, strict=True):
         np.testing.assert_array_equal(pixels, one)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import skops.io
 from sklearn.decomposition import PCA
 from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import PolynomialFeatures
 
 from pipeline.errors import ModelFileError
 from pipeline.evaluation.calibration import tempered
@@ -114,13 +116,20 @@ def test_saving_replaces_a_file_at_once_and_leaves_nothing_else(
 
 
 def test_places_that_cannot_take_a_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"m\.pth: expected a name that ends in \.skops, such as m\.skops"):
+        check_destination(tmp_path / "m.pth", ".skops")
+    (tmp_path / "folder.skops").mkdir()
     with pytest.raises(ModelFileError, match="which is a folder; name a file in it"):
-        check_destination(tmp_path)
+        check_destination(tmp_path / "folder.skops", ".skops")
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(ModelFileError, match="no regular file"):
+        check_destination(tmp_path / "pipe.csv", ".csv")
     with pytest.raises(ModelFileError, match="no folder"):
-        check_destination(tmp_path / "no" / "m.skops")
+        check_destination(tmp_path / "no" / "m.skops", ".skops")
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelFileError, match="no folder"):
-        check_destination(tmp_path / "file" / "m.skops")
+        check_destination(tmp_path / "file" / "m.skops", ".skops")
+    assert check_destination(tmp_path / "m.SKOPS", ".skops") == tmp_path / "m.SKOPS"
 
 
 def test_features_of_another_width_are_refused() -> None:
@@ -258,13 +267,35 @@ def test_something_else_than_a_pipeline_is_refused(tmp_path: Path, content: Any,
         load_model(tmp_path / "m.skops")
 
 
+def test_what_takes_more_memory_than_its_file_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "m.skops"
+    forge(path, Pipeline([("classifier", PolynomialFeatures(30))]))
+    with pytest.raises(ModelFileError, match="types that no saved head has: PolynomialFeatures"):
+        load_model(path)
+    save_model(path, trained())
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    schema = json.loads(members["schema.json"])
+    first = next(name for name in members if name.endswith(".npy"))
+    array = {"__class__": "ndarray", "__module__": "numpy", "__loader__": "NdArrayNode", "type": "numpy", "file": first}
+    schema["content"]["content"]["more"] = {"a": array | {"__id__": 1}, "b": array | {"__id__": 2}}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, member in members.items():
+            archive.writestr(name, json.dumps(schema) if name == "schema.json" else member)
+    rewrite(path)
+    with pytest.raises(ModelFileError, match=r"no saved head has: .*\.npy, twice"):
+        load_model(path)
+
+
 def test_a_forged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
     path = tmp_path / "m.skops"
     save_model(path, trained())
     with zipfile.ZipFile(path) as archive:
         description = archive.read("thawline.json")
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("schema.json", json.dumps({"__loader__": "ObjectNode", "content": []}))
+        archive.writestr(
+            "schema.json", json.dumps({"__loader__": "ObjectNode", "__class__": "Pipeline", "content": []})
+        )
         archive.writestr("thawline.json", description)
     rewrite(path)
     with pytest.raises(ModelFileError, match="does not hold a scikit-learn pipeline"):
@@ -305,5 +336,5 @@ def test_a_classifier_that_fails_or_knows_other_classes_is_told_in_one_line() ->
 
 @pytest.mark.parametrize("spec", [SPEC, {"layer": "top", "preprocessing": 3}, {"layer": "top", "preprocessing": None}])
 def test_a_layer_that_is_not_fully_described_is_told_in_one_line(spec: dict[str, Any]) -> None:
-    with pytest.raises(ModelFileError, match="does not say how its layers were extracted; fit and save it again"):
+    with pytest.raises(ModelFileError, match=r"does not say how its layers were extracted: .*; fit and save it again"):
         trained(layers=[LAYER | {"spec": spec}]).specs  # noqa: B018

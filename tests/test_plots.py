@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from features_cache import CacheError
 from pipeline.evaluation.intervals import wilson
 from pipeline.extract import extract
 from pipeline.reporting.charts.accuracy import Line, draw_depth
@@ -16,8 +20,17 @@ from pipeline.reporting.charts.confusion import confusion_figure
 from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.fit_pictures import depth_figure, labels_figure, save
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.theme import LONGEST, MOST_LINES, SCREEN, Theme, short
-from pipeline.reporting.page.svg import PAGE
+from pipeline.reporting.charts.theme import (
+    LONGEST,
+    MOST_LINES,
+    SCREEN,
+    Theme,
+    _fonts_for,
+    characters_without_font,
+    save_figure,
+    short,
+)
+from pipeline.reporting.page.svg import PAGE, to_svg
 from pipeline.results import FitResult
 
 
@@ -132,6 +145,14 @@ def test_the_map_colours_what_can_be_told_apart(k: int, n: int, legend: int) -> 
         assert len(looks) == legend, "no two classes look the same"
 
 
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, file_limit: None) -> None:
+    path = tmp_path / "confusion.png"
+    path.write_bytes(b"old")
+    with pytest.raises(CacheError, match="file-size limit"):
+        save_figure(confusion_figure(*predictions(2)), path, dpi=100)
+    assert [found.read_bytes() for found in tmp_path.iterdir()] == [b"old"]
+
+
 def test_long_names_are_shortened_in_the_middle() -> None:
     assert short("cat") == "cat"
     long = short("a" * 50 + "z" * 50)
@@ -144,6 +165,48 @@ def test_a_name_with_dollars_is_no_formula(tmp_path: Path) -> None:
     y = np.array([0, 1])
     _, svg = save(confusion_figure(y, y, ["US$_1$", "cat"]), tmp_path, "m")
     assert "US$_1$</text>" in svg.read_text()
+
+
+@pytest.fixture
+def cat_font(tmp_path: Path) -> Iterator[str]:
+    """The name of an installed font that has one Chinese character."""
+    pen = TTGlyphPen(None)
+    for number, point in enumerate([(0, 0), (0, 1000), (1000, 1000), (1000, 0)]):
+        (pen.lineTo if number else pen.moveTo)(point)
+    pen.closePath()
+    font = FontBuilder(1000)
+    font.setupGlyphOrder([".notdef", "cat"])
+    font.setupCharacterMap({ord("猫"): "cat"})
+    font.setupGlyf({".notdef": pen.glyph(), "cat": pen.glyph()})
+    font.setupHorizontalMetrics(dict.fromkeys((".notdef", "cat"), (1000, 0)))
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Cat Sans", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "cat.ttf")
+    fonts = list(fontManager.ttflist)
+    fontManager.addfont(tmp_path / "cat.ttf")
+    _fonts_for.cache_clear()
+    yield "Cat Sans"
+    fontManager.ttflist = fonts
+    _fonts_for.cache_clear()
+
+
+def test_names_are_drawn_with_a_font_that_has_their_characters(cat_font: str, tmp_path: Path) -> None:
+    y, found, _ = predictions(2)
+    figure = confusion_figure(y, found, ["猫", "dog"])
+    save(figure, tmp_path, "confusion")
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        assert axis.get_ticklabels()[0].get_fontfamily()[-1] == cat_font
+    assert characters_without_font(["猫", "dog"]) == ""
+
+
+def test_characters_that_no_font_has_are_told_and_raise_no_warning(tmp_path: Path) -> None:
+    y, found, _ = predictions(2)
+    picture, drawing = save(confusion_figure(y, found, ["\ue123\ue124", "dog"]), tmp_path, "confusion")
+    assert picture.stat().st_size > 1000
+    assert "\ue123\ue124" in drawing.read_text(encoding="utf-8")
+    assert to_svg(confusion_figure(y, found, ["\ue123", "dog"]), "a chart").count("<svg") == 1
 
 
 @pytest.mark.parametrize(("theme", "peak"), [(SCREEN, "b 0.900"), (PAGE, "b 90.0")])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import re
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
@@ -19,6 +21,7 @@ from sklearn.pipeline import FeatureUnion, make_pipeline
 from sklearn.utils import estimator_checks, get_tags
 
 from features_cache import ThawlineError, open_cache
+from pipeline.engines.engine import claim_process
 from pipeline.errors import BackboneError, EngineError, SourceError, UnreadableImageError
 from pipeline.extract import extract
 from pipeline.transformer import ImageFeatures
@@ -42,6 +45,26 @@ def test_a_picture_gives_the_same_features_however_it_is_given(tmp_path: Path) -
     assert features.dtype == np.float32
     assert np.ptp(features, axis=0).max() == 0
     assert features.std() > 0
+
+
+def test_a_column_of_paths_is_taken_in_any_form(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    names = []
+    for number, picture in enumerate(pictures(2)):
+        names.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(picture).save(names[-1])
+    frame = pandas.DataFrame({"path": names, "label": ["a", "b"]})
+    features = ImageFeatures(**SMALL)
+    expected = features.transform(names)
+    columns = (frame["path"], frame[["path"]], frame["path"].to_numpy(), frame[["path"]].to_numpy(), np.array(names))
+    for column in (*columns, np.array(names)[:, None], [[name] for name in names]):
+        np.testing.assert_array_equal(features.fit_transform(column), expected)
+    selected = ColumnTransformer([("deep", features, ["path"])]).fit_transform(frame)
+    np.testing.assert_array_equal(selected, expected)
+    with pytest.raises(SourceError, match="one column of paths, got 2: path, label"):
+        features.fit(frame)
+    with pytest.raises(SourceError, match=r"item 0 is a object array of shape \(2,\)"):
+        features.fit(frame.to_numpy())
 
 
 def test_a_grey_array_is_its_rgb_picture() -> None:
@@ -152,6 +175,42 @@ def test_threads_may_share_a_network() -> None:
         results = list(threads.map(lambda _: ImageFeatures(**SMALL).transform(images), range(4)))
     for result in results:
         np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # by newer Pythons
+@pytest.mark.parametrize("engine", ["openvino", "torch"])
+def test_a_process_forked_after_use_is_told_at_once(engine: str) -> None:
+    images = pictures(2)
+    features = ImageFeatures(**SMALL | {"engine": engine})
+    features.transform(images)
+
+    def use(answers: Any) -> None:
+        for call in (features.transform, ImageFeatures(**TORCH | {"layer": "blocks.0"}).fit):
+            try:
+                answers.put(str(call(images)))
+            except EngineError as error:
+                answers.put(str(error))
+
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=use, args=(answers,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0, "it waits"
+    for _ in range(2):
+        assert "forked" in (told := answers.get())
+        assert "spawn" in told
+    assert features.transform(images).shape == (2, DIM), "the parent goes on"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_process_forked_before_use_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engines.engine._process", None)
+    child = multiprocessing.get_context("fork").Process(target=claim_process)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    claim_process()
 
 
 def test_tags_say_what_it_takes() -> None:

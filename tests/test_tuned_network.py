@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,35 @@ def test_a_description_that_lacks_something_is_refused(tmp_path: Path, field: st
     save_file(load_file(path), path, {"thawline": json.dumps(described | {field: wrong[field]})})
     with pytest.raises(ModelFileError, match=f"does not say its {field}"):
         predict(path, tmp_path)
+
+
+def test_a_million_classes_are_refused_before_they_take_memory(tmp_path: Path) -> None:
+    path = tmp_path / "tuned.safetensors"
+    saved(path)
+    many = replace(describe_network(path), classes=("",) * 1_000_000)
+    save_network(path, many, load_file(path))
+    with pytest.raises(ModelFileError, match="holds no linear top of 1000000 classes for timm/test_resnet"):
+        load_backbone(f"{NET}@{path}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("size", size) for size in ([0, 48], [2**31, 2**31], None)),
+        *(("mean", [None] * 3), ("std", [0, 0, 0]), ("resize", -8), ("interpolation", "best")),
+        *(("precision", True), ("pool", "x"), ("later", 1)),
+    ],
+)
+def test_a_spec_that_makes_no_sense_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "tuned.safetensors"
+    saved(path)
+    with safe_open(path, "np") as file:
+        described = json.loads(file.metadata()["thawline"])
+    inner = described["scores"]["preprocessing"] if key in described["scores"]["preprocessing"] else described["scores"]
+    inner[key] = value
+    save_file(load_file(path), path, {"thawline": json.dumps(described)})
+    with pytest.raises(ModelFileError, match="does not say its scores"):
+        load_backbone(f"{NET}@{path}")
 
 
 def test_a_stopped_prediction_goes_on(make_photos: Photos, tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_one_decode_serves_plain_and_views(backbone: Any) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "jpeg")
     wanted = [backbone.preprocessing, *(backbone.preprocessing.viewed(AUGMENT, view) for view in range(3))]
-    for found, one in zip(prepare_all(buffer.getvalue(), wanted), wanted, strict=True):
+    for found, one in zip(prepare_all(buffer.getvalue(), wanted).pixels, wanted, strict=True):
         np.testing.assert_array_equal(found, prepare(buffer.getvalue(), one))
     assert len({one.geometry for one in wanted}) == 4
 

@@ -18,6 +18,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy.special import softmax
 
+from features_cache import parse_json
 from pipeline.model_file import ModelFormat, reading, writing
 from pipeline.spec import LayerSpec
 
@@ -110,7 +111,7 @@ def _header(path: Path) -> dict[str, str]:
 def _read_description(path: Path) -> dict[str, Any]:
     """Return the description, once format and version are checked."""
     with reading(path):
-        description = json.loads(_header(path).get(_KEY, "null"))
+        description = parse_json(_header(path).get(_KEY, "null"))
     return FORMAT.check(path, description)
 
 
@@ -118,7 +119,7 @@ def _model(path: Path, description: Mapping[str, Any]) -> TunedModel:
     fields = FORMAT.read_fields(path, description)
     try:
         scores = LayerSpec.from_json(fields["scores"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # not what `to_json` gives
+    except ValueError as error:
         raise FORMAT.lacks(path, "scores") from error
     return TunedModel(**fields | {"scores": scores, "classes": tuple(fields["classes"])})
 

@@ -30,7 +30,7 @@ from pipeline.backbones.weights import (
     weights_of,
 )
 from pipeline.errors import BackboneError
-from pipeline.spec import Preprocessing
+from pipeline.spec import LONGEST_SIDE, Preprocessing
 
 
 class Zoo(Protocol):
@@ -97,7 +97,7 @@ def list_backbones(pattern: str = "") -> list[BackboneRow]:
     return rows
 
 
-def load_backbone(name: str, size: int | None = None) -> Backbone:
+def load_backbone(name: str, size: int | None = None, white: int | None = None) -> Backbone:
     """Load a network by name.
 
     Parameters
@@ -108,6 +108,8 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
         classifier, the layer ``logits`` is what the classifier would read.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
+    white : int, optional
+        As in `pipeline.spec.Preprocessing`; a fine-tuned network brings its own.
 
     Raises
     ------
@@ -125,24 +127,24 @@ def load_backbone(name: str, size: int | None = None) -> Backbone:
     ((128, 128), 146)
     """
     stamps = take_stamps(_weights_paths(name))
-    backbone = _load(name, size)
+    backbone = _load(name, size, white)
     if not any(stamp[1:] for stamp in stamps):  # nothing was here, so the weights were downloaded
         stamps = take_stamps(_weights_paths(name))
     remember(name, size, stamps, Known(backbone.weights_digest, len(backbone.classifiers)))
     return backbone
 
 
-def _load(name: str, size: int | None) -> Backbone:
+def _load(name: str, size: int | None, white: int | None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
         side = size or describe_network(weights).scores.preprocessing.size[0]
-        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", side), Path(weights))
+        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", side, white), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     label, tag = weights, None
     if not (weights.startswith(RANDOM) or weights.endswith(SUFFIXES)):
         label = tag = _tag(bare, weights, tags)
-    preprocessing = _resized(zoo.preprocessing(bare, tag), size)
+    preprocessing = replace(_resized(zoo.preprocessing(bare, tag), size), white=white)
     if tag is not None:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
         classifiers = zoo.classifiers(bare, module)
@@ -280,8 +282,8 @@ def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
     """Return `own` for another input size, with resize and crop in the same proportion."""
     if size is None:
         return own
-    if size < 1:
-        raise BackboneError(f"the input size must be a positive number of pixels, not {size}")
+    if not 1 <= size <= LONGEST_SIDE:
+        raise BackboneError(f"the input size must be a number of pixels from 1 to {LONGEST_SIDE}, not {size}")
 
     def scaled(edge: int) -> int:
         return max(size, round(edge * size / own.size[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from pipeline.backbones.layers import Tap, pooled_tap, resolve_layers
 from pipeline.backbones.pooling import Pool, check_pool, kept_shape, pooled_dim
 from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.trace import Traced, hooked
-from pipeline.spec import Preprocessing, fingerprint_of
+from pipeline.spec import Preprocessing, fingerprint_of, json_fields
 
 INPUT_SIDE = 32
 INPUT_DIM = 3 * INPUT_SIDE**2
@@ -58,7 +57,8 @@ class TappedNetwork(nn.Module):
         check_pool(pool)
         taps = {layer: pooled_tap(backbone, layer, pool) for layer in layers if layer != INPUT}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
-        computed = [backbone.name, backbone.weights_digest, layers, pool, asdict(backbone.preprocessing)]
+        preprocessing = json_fields(backbone.preprocessing)
+        computed = [backbone.name, backbone.weights_digest, layers, pool, preprocessing]
         heads = max(map(backbone.heads, layers))
         self.identity = fingerprint_of([*computed, heads] if heads > 1 else computed)
         self.dims = {

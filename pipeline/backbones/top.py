@@ -107,7 +107,15 @@ def tuned_backbone(base: Backbone, path: Path) -> Backbone:
             f"{path} holds {name} for {preprocessing.size[0]} pixels, not {base.name} for "
             f"{base.preprocessing.size[0]}; use {name}@{path}, without a size"
         )
-    traced = with_top(base, new_top(base, model.top, len(model.classes)), len(model.classes))
+    top_input(base)  # traces the network, which cannot be done on the meta device
+    with torch.device("meta"):  # takes no memory: the number of classes may be forged
+        top = new_top(base, model.top, len(model.classes))
+    shapes = {f"{TOP_LAYER}.{key}": item.shape for key, item in top.state_dict().items()}
+    if any(key not in tensors or tensors[key].shape != shape for key, shape in shapes.items()):
+        raise ModelFileError(
+            f"{path} holds no {model.top} top of {len(model.classes)} classes for {name}; fine-tune and save it again"
+        )
+    traced = with_top(base, top.to_empty(device="cpu"), len(model.classes))
     try:
         fill_weights(traced.module, {name: torch.from_numpy(item) for name, item in tensors.items()}, path.name)
     except BackboneError as error:

@@ -30,7 +30,7 @@ def cache_ls(cache: str, as_json: bool) -> None:
         return
     print_table(listing_table(listing.files))
     for problem in listing.problems:
-        click.echo(f"unusable: {problem}", err=True)
+        click.echo(f"problem: {problem}", err=True)
     if listing.superseded:
         megabytes = sum(file["bytes"] for file in listing.superseded) / 1e6
         click.echo(f"{len(listing.superseded)} superseded files, {megabytes:.1f} MB; see `thawline cache prune`")

@@ -46,11 +46,12 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
 
 def _print_jobs(plan: str, output: str, as_json: bool) -> None:
     from pipeline.compare import dry_run
-    from pipeline.reporting.terminal.compare_tables import plan_line, plan_table
+    from pipeline.reporting.terminal.compare_tables import plan_line, plan_tables
 
     planned = dry_run(plan, output)
     if as_json:
         print_json({"jobs": planned})
         return
-    print_table(plan_table(planned))
+    for table in plan_tables(planned):
+        print_table(table)
     click.echo(plan_line(planned))

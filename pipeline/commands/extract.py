@@ -21,11 +21,15 @@ def extract(source: str, as_json: bool, **options: Any) -> None:
     SOURCE is a folder of class folders (with or without train/val/test above them), a folder of images, one image, a
     .csv or .parquet manifest, a .tar shard or a folder of them, or the word digits.
     """
+    from features_cache import open_cache
+    from pipeline.evaluation.rows import check_readable
     from pipeline.extract import extract as run
     from pipeline.reporting.terminal.tables import extract_table, unreadable_lines
 
     results = with_progress(run, source, **options)
     say_all(note for result in results for note in result.notes)
+    for result in results:
+        check_readable(open_cache(result.path))
     for line in unreadable_lines(results):
         click.echo(line, err=True)
     if as_json:

@@ -31,7 +31,7 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
     from pipeline.reporting.terminal.tables import finetune_table
 
     if picture:
-        check_destination(picture)
+        check_destination(picture, ".png")
     report = with_progress(run, source, say=say, **options)
     say_all(report.notes)
     if as_json:

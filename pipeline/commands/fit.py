@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands.click_options import options_of
-from pipeline.commands.output import print_json, print_table, say_all, with_progress
+from pipeline.commands.output import print_json, print_table, say, say_all, with_progress
 
 if TYPE_CHECKING:
     from pipeline.fit import FitReport
@@ -58,7 +58,13 @@ def _draw(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) 
     from features_cache import Catalog
     from pipeline.evaluation.rows import select
     from pipeline.reporting.charts.fit_pictures import draw_fit
+    from pipeline.reporting.charts.theme import characters_without_font
 
+    if lacking := characters_without_font(report.classes):
+        say(
+            f"no installed font has {lacking[:20]}, so the .png pictures show boxes for them; install one, such as "
+            "Noto Sans CJK for Chinese and Japanese, or use the .svg pictures"
+        )
     narrowed = (options["source"], options["backbone"], options["pool"])
     layer = select(Catalog(cache), [report.results[report.best].layer], *narrowed)[0]
     return [str(path) for path in draw_fit(report, layer, folder)]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -16,6 +23,60 @@ if TYPE_CHECKING:
 Report = TypeVar("Report")
 UNFOLDED = 10_000
 """Width of a line, in characters, when stdout is a file or a pipe: paths stay whole."""
+
+_PLAIN = str.maketrans({"→": "->", "–": "-", "−": "-", "×": "x", "…": "..."})
+"""Characters in our own texts that some encodings lack, and what stands for them there."""
+
+
+def bear_any_encoding() -> None:
+    r"""Let stdout and stderr take any text: what their encoding lacks is printed as ``->`` or ``\u732b``."""
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        text = error.object[error.start : error.end].translate(_PLAIN)
+        return text.encode("ascii", "backslashreplace").decode(), error.end
+
+    codecs.register_error("thawline", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="thawline")
+
+
+def keep_matplotlibs_cache() -> None:
+    """Let matplotlib list the fonts in our own cache folder, unless the user names another or there is no home."""
+    with suppress(ImportError, RuntimeError):
+        from platformdirs import user_cache_path
+
+        os.environ.setdefault("MPLCONFIGDIR", str(user_cache_path("thawline") / "matplotlib"))
+
+
+@contextmanager
+def counted_warnings() -> Iterator[None]:
+    """Print the warnings of each library as one note, with their number, when the command is over."""
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+
+    def count(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _, installed, path = filename.rpartition("site-packages" + os.sep)
+        library = path.partition(os.sep)[0] if installed else Path(filename).name
+        first.setdefault(library, " ".join(str(message).split()))
+        counts[library] += 1
+
+    before, warnings.showwarning = warnings.showwarning, count
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+        for library, number in counts.items():
+            say(f"{number} warning{'s' * (number > 1)} of {library}, first: {first[library]}")
 
 
 def with_progress(stage: Callable[..., Report], *args: Any, **options: Any) -> Report:
@@ -38,8 +99,8 @@ def say_all(notes: Iterable[str]) -> None:
 
 
 def print_json(document: Any) -> None:
-    """Print the one JSON document: a record, or a dictionary that holds records."""
-    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False, default=_record))
+    """Print the one JSON document, in ASCII: a record, or a dictionary that holds records."""
+    click.echo(json.dumps(document, allow_nan=False, default=_record))
 
 
 def print_table(table: Table | Group) -> None:

@@ -23,7 +23,7 @@ def predict(model: str, source: str, csv: Path | None, as_json: bool, **options:
     from pipeline.reporting.terminal.tables import count_table, prediction_table
 
     if csv:
-        check_destination(csv)
+        check_destination(csv, ".csv")
     report = with_progress(run, model, source, **options)
     say_all(report.notes)
     if csv:

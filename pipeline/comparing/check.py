@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
@@ -17,7 +16,7 @@ from pipeline.spec import NO_POOL
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
-    """Return the plan's sources by location, which is also the name of those that would share one."""
+    """Return the plan's sources by location."""
     written = plan.meaning["source"]
     opened = {}
     for text, source in zip(written if isinstance(written, list) else [written], plan.sources, strict=True):
@@ -26,11 +25,7 @@ def open_sources(plan: Plan) -> dict[str, ImageSource]:
         if (n_classes := len(opened[source].classes)) < 2:
             message = f"{source}: a comparison needs images of at least two classes, found {n_classes}"
             raise plan.error(message, text=text)
-    names = Counter(images.name for images in opened.values())
-    return {
-        source: images if names[images.name] == 1 else replace(images, name=images.location)
-        for source, images in opened.items()
-    }
+    return opened
 
 
 def check_heads(plan: Plan) -> None:

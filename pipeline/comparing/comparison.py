@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 class Comparison:
     """What a plan asks for, and what of that is done.
 
-    `images` has each source as named in the plan, `features` None for an extraction of which nothing is known yet.
-    `computed` counts the jobs done in this run; `total` those to do in all, including those that fail.
+    `images` has each source of the plan, listed once for the whole run, `features` None for an extraction of which
+    nothing is known yet. `computed` counts the jobs done in this run; `total` those to do in all, including those that
+    fail.
     """
 
     plan: Plan
@@ -37,6 +40,15 @@ class Comparison:
     computed: int = 0
     total: int = 0
 
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """How results name each source: by its name, or by its location if another has the same name."""
+        counts = Counter(images.name for images in self.images.values())
+        return {
+            source: images.name if counts[images.name] == 1 else images.location
+            for source, images in self.images.items()
+        }
+
     def look_up(self, extraction: Extraction) -> Features | None:
         """Look up in the cache what is extracted."""
         return find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
@@ -47,14 +59,14 @@ class Comparison:
 
     def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
         """Return the fits on the features of an extraction, each with its key."""
-        source = self.images[extraction.source].name
+        source = self.names[extraction.source]
         return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
 
     def finetunes(self) -> dict[Finetune, tuple[PlanTable, str]]:
         """Return the fine-tunes, each with its line of the plan and its key."""
         asked = finetunes(self.plan)
         listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
-        keys = (finetune_key(job, self.images[job.source].name, listings[job.source]) for _, job in asked)
+        keys = (finetune_key(job, self.names[job.source], listings[job.source]) for _, job in asked)
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
     def weights_of(self, job: Finetune) -> str | None:

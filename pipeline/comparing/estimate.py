@@ -34,23 +34,24 @@ class Planned:
     """A job in words, with a guess at the seconds it will take and at the bytes it will add to the cache."""
 
     job: str
+    source: str
     done: bool
     seconds: float
     bytes: int
 
 
-def plan_extraction(extraction: Extraction, found: Features, images: ImageSource, folder: RunFolder) -> Planned:
+def plan_extraction(extraction: Extraction, found: Features, n_images: int, source: str, folder: RunFolder) -> Planned:
     """Return an extraction with a guess at its time and disk space."""
     asked = extraction.request
     width = 2 if asked.store == "float16" else 4
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
     if found.complete:
-        return Planned(job, True, 0.0, 0)
-    measured = extraction_seconds(folder.read_info()).get((images.name, asked.backbone))
+        return Planned(job, extraction.source, True, 0.0, 0)
+    measured = extraction_seconds(folder.read_info()).get((source, asked.backbone))
     flops, speed = operations(asked.backbone, asked.size), _speed()
-    n_images, cores = len(images.items), os.cpu_count() or 1
+    cores = os.cpu_count() or 1
     guess = START + n_images * (flops / speed + 1 / (DECODED * cores))
-    return Planned(job, False, measured or guess, n_images * sum(found.dims.values()) * width)
+    return Planned(job, extraction.source, False, measured or guess, n_images * sum(found.dims.values()) * width)
 
 
 def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
@@ -64,7 +65,7 @@ def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder:
     ]
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
     guess = find_head(fit.head).family.cost * _rows(images, fit.shots) * dim
-    return Planned(str(fit), done, 0.0 if done else fmean(alike) if alike else guess, 0)
+    return Planned(str(fit), fit.extraction.source, done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 
 def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: bool) -> Planned:
@@ -74,7 +75,7 @@ def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: boo
     """
     options = dict(job.options)
     if done:
-        return Planned(str(job), True, 0.0, 0)
+        return Planned(str(job), job.source, True, 0.0, 0)
     backbone, freeze, size = str(options["backbone"]), str(options["freeze"]), options.get("size")
     share = TRAINED_SHARE.get(freeze, 0.5)
     flops = operations(backbone, size)
@@ -82,7 +83,7 @@ def plan_finetune(job: Finetune, done: bool, images: ImageSource, *, stores: boo
     activations, weights = count_values(backbone, freeze, options["top"], size, len(images.classes))
     views = options.get("views", 0 if options["augment"] == NO_AUGMENT else -1)  # -1: no activations are cached
     cached = len(images.items) * activations * (1 + views) * np.dtype(options["store"]).itemsize if stores else 0
-    return Planned(str(job), False, seconds, cached + 4 * weights)
+    return Planned(str(job), job.source, False, seconds, cached + 4 * weights)
 
 
 def _rows(images: ImageSource, shots: int | str) -> int:

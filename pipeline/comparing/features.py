@@ -12,7 +12,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.spec import Request, fingerprint_of
+from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> F
         return None
     rows = rows_of(images)
     complete = all(is_complete(file, rows, images.classes) for file in answer.values())
-    known = {alias: names for file in answer.values() for alias, names in file.request["aliases"].items()}
+    known = {alias: names for file in answer.values() for alias, names in aliases_of(file.request).items()}
     aliases = {alias: known[alias] for alias in extraction.request.layers}
     return Features(aliases, {name: file.layers[name].dim for name, file in answer.items()}, answer, complete)
 
@@ -78,8 +78,12 @@ def fit_key(fit: Fit, features: Features, source: str) -> str:
 
 
 def listing_digest(images: ImageSource) -> str:
-    """Return a digest of a source's classes and items; an image counts by its name, size and time of change."""
-    return fingerprint_of([images.classes, images.items])
+    """Return a digest of a source's classes and items; an image counts by its name, size and time of change.
+
+    Decoding rules count only where they can differ, so that all other results outlive them.
+    """
+    redecoded = any(item.uri.lower().endswith(REDECODED) for item in images.items)
+    return fingerprint_of([images.classes, images.items, *([DECODE_POLICY] if redecoded else [])])
 
 
 def finetune_key(job: Finetune, source: str, listing: str) -> str:

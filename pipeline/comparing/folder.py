@@ -17,13 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from features_cache import WriterLock, atomic_write, nearest, open_own
+from features_cache import WriterLock, atomic_write, nearest, open_own, parse_json
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.predictions import Predictions
+from pipeline.options import SHOTS_OR_ALL
 from pipeline.results import FinetuneResult, FitResult, from_json, to_json
 
 HEAD, FINETUNE = "head", "finetune"
 KINDS = {HEAD: FitResult, FINETUNE: FinetuneResult}
+
+PREDICTIONS_LIMIT = 1 << 30
+"""Most bytes of a model's predictions, unpacked: a forged file of some kilobytes must not take all memory."""
 
 OptionValue = str | int | float | bool | None
 
@@ -33,8 +37,8 @@ class JobResult:
     """The result of one job, as `fit` or `finetune` returned it, and what the comparison adds.
 
     `key` says what the result depends on, see `pipeline.invalidation`; `n_classes` is 0 in run folders made before it
-    was kept. `precision`, `store`, `size` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`, and
-    `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
+    was kept. `precision`, `store`, `size`, `white` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`,
+    and `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
     fine-tune, as the plan names them, without backbone and freeze, and `weights` is the digest of those it began with,
     None in older run folders.
     """
@@ -46,6 +50,7 @@ class JobResult:
     precision: str | None = None
     store: str | None = None
     size: tuple[int, int] | None = None
+    white: int | None = None
     drop_leaks: bool = False
     depth: int | None = None
     options: dict[str, OptionValue] = field(default_factory=dict)
@@ -55,8 +60,8 @@ class JobResult:
         """Return the line of `results.jsonl`: the result's own keys, and what a comparison adds."""
         own = to_json(self)
         result = own.pop("result")
-        of_heads = ("precision", "store", "size", "drop_leaks", "depth")
-        kept = ("options", "weights") if self.result.kind == FINETUNE else of_heads
+        of_head = ("precision", "store", "size", "white", "drop_leaks", "depth")
+        kept = ("options", "weights") if self.result.kind == FINETUNE else of_head
         return {**{name: own[name] for name in ("key", "source", "n_classes")}, **result, **{k: own[k] for k in kept}}
 
     @classmethod
@@ -70,6 +75,8 @@ class JobResult:
             raise ValueError(
                 f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
             )
+        if problem := SHOTS_OR_ALL.problem(result.shots):
+            raise ValueError(f"'shots': {problem}")
         return from_json(cls, document | {"result": result})
 
 
@@ -189,7 +196,11 @@ class RunFolder:
         file = self._predictions_file(key)
         try:
             with _explained(self.path, "read"), file.open("rb") as stream, np.load(stream) as stored:
-                return Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                if sum(member.file_size for member in stored.zip.infolist()) > PREDICTIONS_LIMIT:
+                    raise ValueError("it would unpack to more than any predictions")
+                found = Predictions(stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
+                _check(found, self.results[key])
+                return found
         except RunFolderError:
             raise
         except Exception as error:  # damaged bytes make numpy's reader raise nearly anything
@@ -206,7 +217,7 @@ class RunFolder:
         with _explained(self.path, "read"):
             content = file.read_bytes() if file.exists() else b"{}"
         try:
-            return from_json(RunInfo, _parse(content))
+            return from_json(RunInfo, parse_json(content))
         except ValueError as error:
             raise RunFolderError(f"{file} is damaged: {error}; remove the file") from None
 
@@ -235,7 +246,7 @@ class RunFolder:
         whole, _, torn = content.rpartition(b"\n")
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
-                result = JobResult.from_json(_parse(line))
+                result = JobResult.from_json(parse_json(line))
             except ValueError as error:
                 raise RunFolderError(
                     f"{self._lines} line {number} is damaged: {error}; remove the line to have its job run again"
@@ -247,6 +258,17 @@ class RunFolder:
                 os.ftruncate(descriptor, len(content) - len(torn))
             finally:
                 os.close(descriptor)
+
+
+def _check(found: Predictions, job: JobResult) -> None:
+    """Raise `ValueError` unless the columns are those of the test images of a job."""
+    n_test = (job.result.n_test,)
+    columns = [(found.uris, "U"), (found.y_true, "i"), (found.y_pred, "i"), (found.probability, "f")]
+    if not all(column is None or (column.dtype.kind == kind and column.shape == n_test) for column, kind in columns):
+        raise ValueError("a column is of another type or length")
+    labels = np.concatenate([found.y_true, found.y_pred])
+    if labels.min() < 0 or (job.n_classes and labels.max() >= job.n_classes) or len(set(found.uris)) < len(found.uris):
+        raise ValueError("a label has no class, or an image occurs twice")
 
 
 def open_finished(path: str | Path) -> RunFolder:
@@ -268,18 +290,6 @@ def _append(path: Path, results: Iterable[JobResult]) -> None:
 
 def _to_lines(results: Iterable[JobResult]) -> str:
     return "".join(json.dumps(one.to_json(), ensure_ascii=False, allow_nan=False) + "\n" for one in results)
-
-
-def _parse(content: bytes) -> Any:
-    """Return strict JSON; raises `ValueError` also for NaN and infinities, which we never write."""
-    try:
-        return json.loads(content, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        raise ValueError("expected JSON, found something else") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
 
 
 def _cell(value: Any) -> Any:

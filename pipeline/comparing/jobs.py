@@ -65,11 +65,12 @@ def extractions(plan: Plan) -> list[Extraction]:
     """Return the plan's extractions, in its order; raises `PlanError` if two ask for the same layer."""
     found: list[Extraction] = []
     for line in plan.of("extract"):
-        values = {key: line.values.get(key, (None,)) for key in ("backbone", "pool", "precision", "store", "size")}
+        keys = ("backbone", "pool", "precision", "store", "size", "white")
+        values = {key: line.values.get(key, (None,)) for key in keys}
         for source, backbone, *settings in itertools.product(plan.sources, *values.values()):
-            pool, precision, store, size = settings
+            pool, precision, store, size, white = settings
             digest = weights_file_digest(backbone)
-            request = Request(backbone, line.values["layer"], pool, precision, store, size, digest)
+            request = Request(backbone, line.values["layer"], pool, precision, store, size, digest, white=white)
             found.append(Extraction(source, request, line))
     seen: set[tuple[str, ...]] = set()
     for extraction in found:

@@ -12,8 +12,9 @@ from pipeline.evaluation.intervals import wilson
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult
 
-_SETTINGS = ("size", "precision", "store")
+_SETTINGS = ("size", "white", "precision", "store")
 _EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
+_WORDS = {"white": "white {}", **_EVALUATION}
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,9 @@ class Method:
     """What was trained and how: two results are of one method if they differ in source, shots or seed alone.
 
     `head` is the name of the head, or of a fine-tune's top. `layer` is what a head was fitted on, ``""`` for a
-    fine-tune; `freeze` is up to where a fine-tune was frozen, ``""`` for a head. `size`, `precision` and `store` are
-    those of a head's features, None for a fine-tune and in old run folders; `options` are all other options of a
-    fine-tune.
+    fine-tune; `freeze` is up to where a fine-tune was frozen, ``""`` for a head. `size`, `white`, `precision` and
+    `store` are those of a head's features, None for a fine-tune and in old run folders; `options` are all other options
+    of a fine-tune.
 
     Examples
     --------
@@ -39,6 +40,7 @@ class Method:
     freeze: str = ""
     pool: str = ""
     size: tuple[int, int] | None = None
+    white: int | None = None
     precision: str | None = None
     store: str | None = None
     balanced: bool = False
@@ -69,6 +71,7 @@ def method_of(job: JobResult) -> Method:
         freeze=freeze,
         pool=result.pool,
         size=job.size,
+        white=job.white,
         precision=job.precision,
         store=job.store,
         balanced=result.balanced,
@@ -193,7 +196,7 @@ def _name(method: Method, varying: set[str], varying_options: Sequence[str]) -> 
         parts = [words.get(method.freeze, f"fine-tuned above {method.freeze}")]
         parts += [f"{key} {options[key]}" for key in varying_options if key in options]
     shown = {name: getattr(method, name) for name in ("backbone", *_SETTINGS, *_EVALUATION) if name in varying}
-    parts += [_EVALUATION.get(name, "{}").format(_text(value)) for name, value in shown.items() if value]
+    parts += [_WORDS.get(name, "{}").format(_text(value)) for name, value in shown.items() if value]
     if "pool" in varying and method.is_frozen:
         parts.append(method.pool)
     return ", ".join(parts)

@@ -43,7 +43,7 @@ def run(comparison: Comparison) -> None:
     tunes = comparison.finetunes()
     keys |= {key for _, key in tunes.values()}
     # if an extraction failed, the results of its source may still be valid
-    unsure = {comparison.images[extraction.source].name for extraction in failed}
+    unsure = {comparison.names[extraction.source] for extraction in failed}
     folder.keep_only(keys | {key for key, result in folder.results.items() if result.source in unsure})
     for job, (_, key) in tunes.items():
         if folder.has(key) and not comparison.is_kept(job, key) and comparison.weights_of(job) is None:
@@ -87,12 +87,13 @@ def _extract(comparison: Comparison, group: Sequence[Extraction]) -> None:
     from pipeline.extract import extract
 
     first = group[0]
+    images = comparison.images[first.source]
     asked, how = first.request, first.line.how() | {"output": comparison.cache(first.line)}
     backbones = [extraction.request.backbone for extraction in group]
-    settings: dict[str, Any] = {"precision": asked.precision, "store": asked.store, "size": asked.size}
+    settings: dict[str, Any] = {name: getattr(asked, name) for name in ("precision", "store", "size", "white")}
     progress = _prefixed(comparison.progress, "extract ")
-    results = extract(first.source, backbones, asked.layers, asked.pool, progress=progress, **settings, **how)
-    _note_costs(comparison.folder, comparison.images[first.source].name, asked.size, results)
+    results = extract(images, backbones, asked.layers, asked.pool, progress=progress, **settings, **how)
+    _note_costs(comparison.folder, comparison.names[first.source], asked.size, results)
     for extraction in group:
         found, known = comparison.look_up(extraction), comparison.features[extraction]
         if found is None and len(group) > 1:
@@ -159,12 +160,13 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
         spec = found.files[part].layers[part].spec
         job = JobResult(
             key=keys[result.layer, result.head, result.seed, result.shots],
-            source=source.name,
+            source=comparison.names[one.extraction.source],
             result=result,
             n_classes=len(source.classes),
             precision=spec["precision"],
             store=spec["store"],
             size=tuple(spec["preprocessing"]["size"]),
+            white=spec["preprocessing"].get("white"),
             drop_leaks=options.get("drop_leaks", False),
             depth=depth_of.get(result.layer),
         )
@@ -187,12 +189,12 @@ def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, 
     source, options = comparison.images[job.source], tune_parameters(job.options)
     how = line.how() | {"output": comparison.cache(line)}
     progress = _prefixed(comparison.progress, f"finetune {options['backbone']} ")
-    report = finetune(job.source, seeds=[job.seed], shots=[job.shots], progress=progress, **options, **how)
+    report = finetune(source, seeds=[job.seed], shots=[job.shots], progress=progress, **options, **how)
     for results in report.extracted:
-        _note_costs(comparison.folder, source.name, options.get("size"), results)
+        _note_costs(comparison.folder, comparison.names[job.source], options.get("size"), results)
     own = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
-    weights = comparison.weights_of(job)
-    result = JobResult(key, source.name, report.results[0], len(source.classes), options=own, weights=weights)
+    name, weights = comparison.names[job.source], comparison.weights_of(job)
+    result = JobResult(key, name, report.results[0], len(source.classes), options=own, weights=weights)
     comparison.keep(result, report.predictions[0])
     comparison.notes += report.notes
 

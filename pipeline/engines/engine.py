@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import TorchEngine
-from pipeline.errors import one_line
+from pipeline.errors import EngineError, one_line
 
 Running = Callable[[], list[np.ndarray]]
 """A batch that is being computed: call it once to wait for a float32 (k, d) of each layer, in order."""
@@ -32,6 +33,24 @@ class Engine(Protocol):
 
     def start(self, pixels: np.ndarray) -> Running:
         """Begin with uint8 (k, h, w, 3); k is at most the batch size that the engine was built for, perhaps 0."""
+
+
+_process: int | None = None
+"""The process that runs networks here; a copy of its memory is not enough to go on in another."""
+
+
+def claim_process() -> None:
+    """Raise `EngineError` in a process that was forked after its parent used a network.
+
+    The threads of torch and OpenVINO do not live in such a process, which would wait for them for ever.
+    """
+    global _process
+    _process = _process or os.getpid()
+    if _process != os.getpid():
+        raise EngineError(
+            "this process was forked after its parent had loaded a network, which cannot run in both; start processes "
+            "afresh, with multiprocessing.get_context('spawn') or joblib's 'loky', or fork before a network is used"
+        )
 
 
 def build_engine(network: TappedNetwork, resolved: Resolved, batch_size: int) -> Engine:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_n
 from platformdirs import user_cache_path
 from torch.export.decomp_utils import CustomDecompTable
 
+from features_cache import scratch_folder
 from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import padded
@@ -68,13 +68,12 @@ def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, 
     torch's export and OpenVINO's frontend may raise anything for a network that they do not understand.
     """
     key = stage_key("converted model", network=network.identity, batch_size=batch_size)
-    path = user_cache_path("thawline") / "openvino" / key
     notes: list[str] = []
-    model = _kept(path)
+    model = _kept(key)
     if model is None:
         model = convert(network, batch_size)
         try:
-            _keep(model, path)
+            _keep(model, key)
         except (OSError, RuntimeError) as error:
             notes.append(
                 f"the converted {network.name} cannot be kept, so the next run converts it again: {first_line(error)}"
@@ -99,9 +98,18 @@ def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
     return frontend.convert(frontend.load(decoder))
 
 
-def _kept(path: Path) -> openvino.Model | None:
-    """Return the model that is kept at `path`; None where there is none, or not the one that was saved."""
+def _path(key: str) -> Path:
+    """Return where a model is kept; raises `RuntimeError` where there is no home directory."""
+    path = user_cache_path("thawline") / "openvino" / key
+    if not path.is_absolute():  # what older versions of platformdirs return
+        raise RuntimeError("no home directory; set XDG_CACHE_HOME")
+    return path
+
+
+def _kept(key: str) -> openvino.Model | None:
+    """Return the model that is kept under `key`; None where there is none, or not the one that was saved."""
     try:
+        path = _path(key)
         if (path / _DIGEST).read_text() != _digest(path):
             return None
         path.touch()
@@ -110,10 +118,11 @@ def _kept(path: Path) -> openvino.Model | None:
         return None
 
 
-def _keep(model: openvino.Model, path: Path) -> None:
+def _keep(model: openvino.Model, key: str) -> None:
     """Save under another name and rename: whoever reads or converts the same model meanwhile loses nothing."""
+    path = _path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as name:
+    with scratch_folder(path.parent) as name:
         draft = Path(name) / "model"
         openvino.save_model(model, draft / "model.xml", compress_to_fp16=False)
         (draft / _DIGEST).write_text(_digest(draft))

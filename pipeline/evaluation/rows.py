@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
+from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
 _CHUNK = 4096
 
@@ -121,6 +123,7 @@ def select(
     FitError
         If joined files have different classes, or nothing is extracted yet.
     """
+    catalog, older = _by_todays_rules(catalog)
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
     if pool is None:
         catalog = catalog.only(pooled(catalog.files) or catalog.files)
@@ -131,7 +134,8 @@ def select(
         files = [catalog.find(layer=name, **narrowed) for name in names]
         key = tuple(dict.fromkeys(files))
         if key not in tables:
-            tables[key] = _tabulate(key)
+            table = _tabulate(key)
+            tables[key] = replace(table, notes=(*table.notes, *older, *_misread(key)))
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
     return selected
@@ -140,6 +144,32 @@ def select(
 def pooled(files: Iterable[CacheFile]) -> list[CacheFile]:
     """Return the files that hold no whole activations, only vectors."""
     return [file for file in files if not any(info.shape for info in file.layers.values())]
+
+
+def _by_todays_rules(catalog: Catalog) -> tuple[Catalog, list[str]]:
+    """Leave out files of older rules if one of today's has the same layers; name those in notes."""
+    made_for = {file: [_apart_from_rules(file, info) for info in file.layers.values()] for file in catalog.files}
+    of_today = {key: file for file, keys in made_for.items() if not is_outdated(file) for key in keys}
+    replaced = {
+        file: of_today[keys[0]] for file, keys in made_for.items() if is_outdated(file) and of_today.keys() >= set(keys)
+    }
+    return catalog.only(file for file in catalog.files if file not in replaced), [
+        f"{old.path.name} is not read: {new.path.name} has its layers by today's rules" for old, new in replaced.items()
+    ]
+
+
+def _apart_from_rules(file: CacheFile, info: LayerInfo) -> str:
+    return canonical_json([file.handles, {**info.spec, "decode": None, "prefix_tokens": None}])
+
+
+def _misread(files: Sequence[CacheFile]) -> Iterator[str]:
+    """Name the TIFFs that older decoding rules may have misread."""
+    uris = {uri for file in files if is_outdated(file) for uri in file.uris[file.states == DONE].tolist()}
+    if tiffs := sum(uri.lower().endswith(REDECODED) for uri in uris):
+        yield (
+            f"{tiffs} TIFFs were decoded by older rules, which misread grey ones of more than 8 bits: "
+            "run the same extract again"
+        )
 
 
 def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | None) -> list[str]:
@@ -156,7 +186,7 @@ def stands_for(files: Sequence[CacheFile], name: str) -> Sequence[str]:
     """Return the layers that a name or alias (``stages``) stands for in `files`; an unknown name is returned as is."""
     if any(name in file.layers for file in files):
         return [name]
-    return next((file.request["aliases"][name] for file in files if name in file.request.get("aliases", {})), [name])
+    return next((found for file in files if (found := aliases_of(file.request).get(name))), [name])
 
 
 def require_finite(layer: Layer) -> None:
@@ -179,10 +209,24 @@ def not_finite(layer: str, bad: NDArray[np.str_], count: int, precisions: Collec
     return FitError(f"layer {layer} has NaN or infinite features in {len(bad)} of {count} rows, first {bad[0]}; {way}")
 
 
+def check_readable(file: CacheFile) -> None:
+    """Raise `FitError` if no image of a file can be read: it says what is wrong with the first, and what may be."""
+    if not (file.states == UNREADABLE).all():
+        return
+    hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
+    missing, location = bool((file.sizes < 0).all()), file.handles.get("location", "")
+    if missing and "\\" in str(file.uris[0]):
+        hints.append("write / between folders instead of \\")
+    if missing and location.lower().endswith((".csv", ".parquet")):
+        hints.append(f"paths are relative to the manifest's folder, {PurePosixPath(location).parent}")
+    raise FitError("; ".join(hints))
+
+
 def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     first = files[0]
     for file in files:
         file.check_columns()
+    check_readable(first)
     usable = (first.states == DONE) & (first.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")
@@ -191,11 +235,10 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
         "not extracted yet": first.states == PENDING,
         "without a label": (first.states == DONE) & (first.labels < 0),
     }
-    rows = [np.flatnonzero(usable)]
     for other in files[1:]:
         if other.classes != first.classes:
             raise FitError(f"{first.path.name} and {other.path.name} have different classes; join layers of one source")
-        rows = _in_both(first, rows, other)
+    rows = join_rows(files, usable)
     counts = {reason: int(mask.sum()) for reason, mask in reasons.items()}
     counts["not in every joined file"] = int(usable.sum()) - len(rows[0])
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
@@ -214,12 +257,27 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     )
 
 
-def _in_both(first: CacheFile, rows: list[IntArray], other: CacheFile) -> list[IntArray]:
-    """Keep the rows that `other` holds too, with the same bytes, and append their numbers in `other`."""
-    done = np.flatnonzero(other.states == DONE)
-    row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
-    found = np.array([row_of.get(key, -1) for key in _keys(first, rows[0])], np.int64)
-    return [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+def join_rows(files: Sequence[CacheFile], usable: NDArray[np.bool_]) -> list[IntArray]:
+    """Find the same images in several files: by uri and digest, because files may differ in their rows.
+
+    Parameters
+    ----------
+    files : sequence of CacheFile
+    usable : (n_rows,) bool
+        The rows of the first file to look for.
+
+    Returns
+    -------
+    list of (k,) int64
+        For each file, the rows of the images that are done in all.
+    """
+    rows = [np.flatnonzero(usable & (files[0].states == DONE))]
+    for other in files[1:]:
+        done = np.flatnonzero(other.states == DONE)
+        row_of = dict(zip(_keys(other, done), done.tolist(), strict=True))
+        found = np.array([row_of.get(key, -1) for key in _keys(files[0], rows[0])], np.int64)
+        rows = [numbers[found >= 0] for numbers in rows] + [found[found >= 0]]
+    return rows
 
 
 def _keys(file: CacheFile, rows: IntArray) -> list[tuple[str, bytes]]:

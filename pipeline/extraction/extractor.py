@@ -41,7 +41,7 @@ class FeatureExtractor:
     Raises
     ------
     BackboneError, EngineError
-        The network, its weights, a layer or the engine is not available.
+        The network, its weights, a layer or the engine is not available, or `claim_process` refuses this process.
     """
 
     def __init__(
@@ -54,10 +54,12 @@ class FeatureExtractor:
     ) -> None:
         from pipeline.backbones.layers import resolve_layers
         from pipeline.backbones.registry import load_backbone
+        from pipeline.engines.engine import claim_process
 
+        claim_process()
         first = requests[0]
         self.requests = requests
-        self.backbone: Backbone = load_backbone(first.backbone, first.size)
+        self.backbone: Backbone = load_backbone(first.backbone, first.size, first.white)
         self.layers = resolve_layers(self.backbone, first.layers)
         self._resolved = _resolved(requests, files, engine, device)
         self._pool, self._batch_size = first.pool, batch_size or self._resolved.batch_size

@@ -17,6 +17,8 @@ import numpy as np
 from features_cache import CacheWriter, Donors
 from pipeline.arrays import BoolArray
 from pipeline.errors import SourceError
+from pipeline.extraction.lookup import older_fingerprints
+from pipeline.images.formats import is_tiff
 from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load_images
 from pipeline.images.sources.registry import ImageSource
 from pipeline.provenance import installed_version
@@ -70,6 +72,8 @@ class CacheFiller:
         (n,) bool, the rows asked for that were pending at the start.
     computed : int
         Rows whose features were computed and written so far.
+    few_levels : int
+        Rows among these whose images lost most grey levels, see `pipeline.images.decode.FEW_LEVELS`.
     bad : list of int
         Rows that were written with NaN or infinite features.
     """
@@ -82,10 +86,13 @@ class CacheFiller:
         self.pending = np.zeros(writer.cache.n_rows, bool)
         self.pending[writer.pending()] = True
         self.pending &= asked
-        self.computed = 0
+        self.computed = self.few_levels = 0
         self.bad: list[int] = []
         folder: Path = writer.cache.path.parent
-        self._donors = Donors(folder, {info.fingerprint for info in layers.values()})
+        specs = [LayerSpec.from_json(info.spec) for info in layers.values()]
+        fingerprints = zip(*([spec.fingerprint, *older_fingerprints(spec)] for spec in specs), strict=True)
+        self._donors = [Donors(folder, set(alike)) for alike in fingerprints]  # those of today's decoding rules first
+        self._tiffs: set[bytes] = set()
         self._running: deque[tuple[list[LoadedImage], Running]] = deque()
 
     @property
@@ -97,9 +104,17 @@ class CacheFiller:
         text = f"{len(self.bad)} rows have NaN or infinite features, first {first}; no head can be fitted on them"
         return [*self.engine.notes, text]
 
-    def knows(self, digest: bytes) -> bool:
-        """Tell whether the features of an image exist already, in any file of the folder."""
-        return digest in self._donors
+    def knows(self, digest: bytes, data: bytes) -> bool:
+        """Tell whether the features of an image with this digest and these bytes exist, in any file of the folder.
+
+        Files of older decoding rules count unless the image is a TIFF, which those decoded differently.
+        """
+        if is_tiff(data):
+            self._tiffs.add(digest)
+        return any(digest in donors for donors in self._donors_of(digest))
+
+    def _donors_of(self, digest: bytes) -> list[Donors]:
+        return self._donors[:1] if digest in self._tiffs else self._donors
 
     def feed(self, batch: list[LoadedImage], index: int) -> None:
         """Start on the pending rows of a batch; `index` is that of this file's preprocessing among the pixels."""
@@ -126,6 +141,7 @@ class CacheFiller:
         computed = [image for image in images if image.pixels is not None]
         self._write(computed, dict(zip(self.writer.cache.layers, arrays, strict=True)))
         self.computed += len(computed)
+        self.few_levels += sum(image.few_levels for image in computed)
         self._write_copies(images)
         self._write_failures(images)
         self._clock.spend("disk", began)
@@ -148,12 +164,16 @@ class CacheFiller:
         if not duplicates and not known:
             return
         originals = [row for _, row in duplicates]
-        donors = [self._donors[image.digest] for image in known]
+        donors = [self._donated(image.digest) for image in known]
         features = {
             name: np.concatenate([self.writer.read(name, originals), *(donor[name][None] for donor in donors)])
             for name in self.writer.cache.layers
         }
         self._write([*(image for image, _ in duplicates), *known], features)
+
+    def _donated(self, digest: bytes) -> dict[str, np.ndarray]:
+        holders = self._donors_of(digest)
+        return next((donors for donors in holders if digest in donors), holders[0])[digest]
 
     def _write_failures(self, images: Sequence[LoadedImage]) -> None:
         for image in images:
@@ -198,8 +218,8 @@ def fill(
     preprocessings = [filler.preprocessing for filler in fillers]
     batch_size = batch_size or fillers[0].engine.resolved.batch_size
 
-    def known(digest: bytes) -> bool:
-        return all(filler.knows(digest) for filler in fillers)
+    def known(digest: bytes, data: bytes) -> bool:
+        return all(filler.knows(digest, data) for filler in fillers)
 
     with closing(load_images(images, pending, preprocessings, batch_size, workers, known)) as batches:
         waited = time.perf_counter()

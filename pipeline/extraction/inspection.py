@@ -54,7 +54,7 @@ class FileSummary:
 
 @dataclass(frozen=True)
 class Listing:
-    """A cache folder: its files, why others are unusable, and which files are superseded."""
+    """A cache folder: its files, why others are unusable or do not fit together, and which files are superseded."""
 
     files: list[FileSummary]
     problems: list[str]
@@ -102,7 +102,14 @@ def list_files(cache: str | Path) -> Listing:
     catalog = Catalog(cache)
     folder = catalog.path if catalog.path.is_dir() else catalog.path.parent
     old = [{"path": str(path), "bytes": path.stat().st_size} for path in superseded(folder)]
-    return Listing([summarize(file) for file in catalog.files], [str(error) for error in catalog.problems], old)
+    sources = {(file.handles.get("source"), file.handles.get("location")): file for file in catalog.files}
+    problems = list(catalog.problems)
+    for file in sources.values():
+        try:
+            catalog.check_source(file)
+        except CacheError as error:
+            problems.append(error)
+    return Listing([summarize(file) for file in catalog.files], list(map(str, problems)), old)
 
 
 def summarize(file: CacheFile) -> FileSummary:

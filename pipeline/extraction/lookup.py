@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from features_cache import CacheError, CacheFile, Catalog, Rows, same_rows
+from features_cache import CacheError, CacheFile, Catalog, DamagedCacheError, Rows, check_twins, same_rows
 from pipeline.backbones.known import recall
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import DECODE_POLICY, LayerSpec, Request
+from pipeline.spec import LayerSpec, Request, aliases_of, is_outdated
 
 
 def rows_of(images: ImageSource) -> Rows:
@@ -28,12 +29,31 @@ def rows_of(images: ImageSource) -> Rows:
 
 
 def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
-    """Return the cache files in `folder` that hold images of this source."""
+    """Return the cache files in `folder` that hold images of this source.
+
+    Raises as `check_twins`, and `DamagedCacheError` if a file does not say how its layers were extracted.
+    """
     try:
         files = Catalog(folder).files
     except CacheError:  # nothing usable yet; a damaged file of the name that is needed is refused later
         return []
-    return [file for file in files if file.handles.get("location") == images.location]
+    found = [file for file in files if file.handles.get("location") == images.location]
+    for file in found:
+        _check(file)
+    check_twins(found)
+    return found
+
+
+def _check(file: CacheFile) -> None:
+    try:
+        for info in file.layers.values():
+            LayerSpec.from_json(info.spec)
+        if "backbone" not in file.handles:
+            raise ValueError("the key 'backbone' is missing")
+    except ValueError as error:
+        raise DamagedCacheError(
+            f"{file.path} does not say how its layers were extracted: {error}; delete it and extract again"
+        ) from error
 
 
 def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, CacheFile] | None:
@@ -45,7 +65,7 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
     alike = _alike(files, request)
     found: dict[str, CacheFile] = {}
     for alias in request.layers:
-        names = next((file.request["aliases"][alias] for file in alike if alias in file.request["aliases"]), None)
+        names = next((known for file in alike if (known := aliases_of(file.request).get(alias))), None)
         if names is None:
             return None
         for name in names:
@@ -58,7 +78,8 @@ def find_answer(files: Sequence[CacheFile], request: Request) -> dict[str, Cache
 
 def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
     """Return the precision of a file of the same request, with which ``auto`` continues."""
-    specs = [info.spec for file in _alike(files, request) for info in file.layers.values()]
+    alike = sorted(_same_request(files, request), key=is_outdated)
+    specs = [info.spec for file in alike for info in file.layers.values()]
     return specs[0]["precision"] if specs else None
 
 
@@ -67,23 +88,36 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
 
     There are none if the weights behind the backbone's name may have changed since they were last loaded.
     """
-    asked, known = request.to_json(), recall(request.backbone, request.size)
-    del asked["layers"]
+    known = recall(request.backbone, request.size)
     if known is None:
         return []
-    present = {"decode": DECODE_POLICY, "weights_digest": known.weights_digest}
     return [
         file
-        for file in files
-        if asked.items() <= file.request.items()
-        and (known.heads < 2 or file.request["aliases"].get("logits") == ["logits"])  # else the first head's alone
-        and all(present.items() <= info.spec.items() for info in file.layers.values())
+        for file in _same_request(files, request)
+        if not is_outdated(file)
+        and (known.heads < 2 or aliases_of(file.request).get("logits") == ["logits"])  # else of the first head alone
+        and all(info.spec["weights_digest"] == known.weights_digest for info in file.layers.values())
+    ]
+
+
+def _same_request(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
+    asked = request.to_json()
+    del asked["layers"]
+    return [
+        file for file in files if asked.items() <= file.request.items() and file.request.get("white") == request.white
     ]
 
 
 def find_holder(files: Sequence[CacheFile], spec: LayerSpec) -> CacheFile | None:
-    """Return the file that was made for exactly these features, filled or not."""
-    return next((file for file in files for info in file.layers.values() if info.fingerprint == spec.fingerprint), None)
+    """Return the file that was made for exactly these features, filled or not; else one with older decoding rules."""
+    fingerprints = [spec.fingerprint, *older_fingerprints(spec)]
+    holds = [(file, info.fingerprint) for file in files for info in file.layers.values()]
+    return next((file for one in fingerprints for file, found in holds if found == one), None)
+
+
+def older_fingerprints(spec: LayerSpec) -> list[str]:
+    """Return the fingerprints of the same features under older decoding rules, the latest first."""
+    return [replace(spec, decode=decode).fingerprint for decode in reversed(range(1, spec.decode))]
 
 
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:

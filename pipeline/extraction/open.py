@@ -5,14 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from features_cache import CacheFile, CacheWriter, LayerInfo, Rows, file_name, grow, open_cache, same_rows
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import (
+    PENDING,
+    CacheError,
+    CacheFile,
+    CacheWriter,
+    LayerInfo,
+    Rows,
+    drop_redundant,
+    file_name,
+    grow,
+    open_cache,
+    same_listing,
+    same_rows,
+)
 from pipeline.arrays import BoolArray
 from pipeline.errors import ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.lookup import find_answer, find_holder, is_complete
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import LayerSpec, Request, fingerprint_of
+from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +57,13 @@ class Destination:
     files: Sequence[CacheFile]
     rehash: bool
 
+    def has_rows_of(self, file: CacheFile) -> bool:
+        """Tell whether `file` has exactly these rows."""
+        return same_rows(file, self.rows, self.images.classes)
+
     def has_all_of(self, file: CacheFile) -> bool:
         """Tell whether nothing is left to do for `file`: it has exactly these rows, and none of `asked` is pending."""
-        return not self.rehash and is_complete(file, self.rows, self.images.classes, self.asked)
+        return not (self.rehash or is_outdated(file)) and is_complete(file, self.rows, self.images.classes, self.asked)
 
     def find_complete(self, request: Request) -> dict[str, CacheFile] | None:
         """Return the file of each layer of `request`, or None if a layer has none or a file is not complete."""
@@ -52,8 +73,8 @@ class Destination:
 
 def open_files(
     destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
-) -> Iterator[Path | CacheWriter]:
-    """Yield the files that hold the layers of an extractor's requests: paths of complete ones, writers of the others.
+) -> Iterator[CacheFile | CacheWriter]:
+    """Yield what holds the layers of an extractor's requests: files that are complete, and writers of the others.
 
     Parameters
     ----------
@@ -67,19 +88,36 @@ def open_files(
         check_expected(specs.values(), expect)
         holders = {name: find_holder(destination.files, spec) for name, spec in specs.items()}
         for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            yield file.path if destination.has_all_of(file) else _continue(file, destination, extractor)
+            yield file if destination.has_all_of(file) else _continue(file, destination, extractor)
         missing = {name: spec for name, spec in specs.items() if holders[name] is None}
         if missing:
             yield _create(missing, request, destination, extractor)
 
 
 def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
-    """Open a file that lacks rows, or that was made for other rows."""
+    """Open a file that lacks rows, or that was made for other rows or by older decoding rules.
+
+    The rows of older rules are not carried over: `CacheFiller` copies those that the rules of today leave as they are.
+    """
     extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
-    if same_rows(file, destination.rows, destination.images.classes) and not destination.rehash:
-        return CacheWriter.resume(file.path)
-    old = list(file.layers.values()), file.handles, file.request
-    return grow(file.path, destination.rows, destination.images.classes, *old, carry=not destination.rehash)
+    carry = not destination.rehash and not is_outdated(file)
+    if carry and destination.has_rows_of(file):
+        writer = CacheWriter.resume(file.path)
+        if destination.has_rows_of(writer.cache):  # another process may have replaced the file before it was locked
+            return writer
+        writer.close()
+    return _grow(file, [_of_today(info) for info in file.layers.values()], destination, carry=carry)
+
+
+def _grow(file: CacheFile, layers: Sequence[LayerInfo], destination: Destination, **how: Any) -> CacheWriter:
+    """Replace a file by one for the rows of `destination`; `how` as for `features_cache.grow`."""
+    listing = destination.rows, destination.images.classes
+    return grow(file.path, *listing, layers, file.handles, file.request, **how)
+
+
+def _of_today(info: LayerInfo) -> LayerInfo:
+    spec = replace(LayerSpec.from_json(info.spec), decode=DECODE_POLICY)
+    return replace(info, spec=spec.to_json(), fingerprint=spec.fingerprint)
 
 
 def _create(
@@ -96,11 +134,61 @@ def _create(
     handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}
     if request.view is not None:
         handles["view"] = f"{request.augment} {request.view}"
-    if path.exists():
-        open_cache(path)  # a damaged file of this name raises its own error
+    if path.exists():  # another process made it since; a damaged file raises its own error
+        return _continue(open_cache(path), destination, extractor)
     extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
     asked = request.to_json() | {"aliases": extractor.aliases}
     return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
+
+
+def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -> list[str]:
+    """Give the other cache files of the source the rows of `destination`, with the features that they have.
+
+    Nothing is computed: a row of which a file has no features is pending afterwards.
+
+    Parameters
+    ----------
+    destination : Destination
+    extracted : sequence of CacheFile
+        Files with exactly these rows. Their digests tell which rows of the other files are still valid.
+
+    Returns
+    -------
+    list of str
+        Notes on what was changed, and on files that could not be.
+    """
+    if not extracted:
+        return []
+    own = {file.path for file in extracted}
+    digests = np.zeros(extracted[0].digests.shape, np.uint8)
+    for file in extracted:
+        known = (file.states != PENDING) & file.digests.any(axis=1)
+        digests[known] = file.digests[known]
+    changed, notes = [], []
+    for file in destination.files:
+        try:
+            if file.path in own or open_cache(file.path).header.line != file.header.line:
+                continue  # another process has replaced it since this run began, and may know a later listing
+            if not _is_behind(file, extracted[0], digests):
+                continue
+            with _grow(file, list(file.layers.values()), destination, digests=digests) as writer:
+                pending = len(writer.pending())
+            drop_redundant(file.path)
+        except CacheError as error:
+            notes.append(f"{file.path.name} could not be brought up to date: {error}")
+        else:
+            changed.append(file.path.name + (f" ({pending} rows left pending)" if pending else ""))
+    if changed:
+        notes.append(f"the source changed, so its other cache files were brought up to date: {', '.join(changed)}")
+    return notes
+
+
+def _is_behind(file: CacheFile, latest: CacheFile, digests: NDArray[np.uint8]) -> bool:
+    """Tell whether a file's listing differs from that of `latest`, or the bytes of an image from `digests`."""
+    if not same_listing(file, latest):
+        return True
+    rows = np.flatnonzero((file.states != PENDING) & (file.digests != digests).any(axis=1))
+    return bool((file.digests[rows].any(axis=1) & digests[rows].any(axis=1)).any())
 
 
 def check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | None) -> None:

@@ -25,7 +25,7 @@ from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_
 from pipeline.finetuning.inputs import CachedActivations, DecodedImages, Files, InputReader
 from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.recipe import Recipe
-from pipeline.images.sources.registry import open_source
+from pipeline.images.sources.registry import ImageSource
 from pipeline.results import ExtractResult, Progress
 from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, NO_POOL, Request
 
@@ -38,10 +38,11 @@ cache folder do not look into it."""
 class TrainingSetup:
     """The arguments of `pipeline.finetune.finetune` that are the same for all seeds and shots.
 
-    `extracted` collects the results of each call of `pipeline.extract.extract`.
+    `source` is listed once, so that all that is read in a call is of the same images. `extracted` collects the results
+    of each call of `pipeline.extract.extract`.
     """
 
-    source: str | Path
+    source: ImageSource
     backbone: str
     freeze: str
     recipe: Recipe
@@ -52,6 +53,7 @@ class TrainingSetup:
     precision: str
     store: str
     size: int | None
+    white: int | None
     engine: str
     device: str
     workers: int | None
@@ -93,7 +95,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     """
     recipe = setup.recipe
     resolved = resolve(setup.engine, setup.device, setup.precision)
-    backbone = load_backbone(setup.backbone, setup.size)
+    backbone = load_backbone(setup.backbone, setup.size, setup.white)
     line, read = line_of(backbone, setup.freeze), top_input(backbone)
     pooled = read._replace(layout=Layout("vector"))
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
@@ -102,7 +104,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     top_reader = None if features is None else CachedActivations(PENULTIMATE, pooled, (features, image))
     if line is None or not cached:
         listing = features or image or _extract_plain(setup, INPUT)
-        images = DecodedImages(open_source(setup.source), backbone.preprocessing, recipe.augment, setup.workers)
+        images = DecodedImages(setup.source, backbone.preprocessing, recipe.augment, setup.workers, listing.digests)
         return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
     layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, _keeping(line.layout))
     if setup.freeze != ALL or recipe.views is not None:
@@ -165,6 +167,7 @@ def _extract(
         precision=precision,
         store=setup.store,
         size=setup.size,
+        white=setup.white,
         engine=setup.engine,
         device=setup.device,
         workers=setup.workers,
@@ -174,12 +177,16 @@ def _extract(
     setup.extracted.append(results)
     for note in dict.fromkeys(note for result in results for note in result.notes):
         setup.say(note)
-    return [open_cache(result.path) for result in results]
+    files = [open_cache(result.path) for result in results]
+    for file in files:
+        if file.uris.tolist() != [item.uri for item in setup.source.items]:  # another process made it follow the source
+            raise _source_changed(file)
+    return files
 
 
 def _folder(setup: TrainingSetup, layer: str, pool: str) -> Path:
     """Return the user's cache folder if it holds `layer` of all images already, else the folder of training."""
-    images = open_source(setup.source)
+    images = setup.source
     answer, rows = find_answer(files_of(images, setup.output), _request(setup, layer, pool)), rows_of(images)
     held = answer is not None and all(is_complete(file, rows, images.classes) for file in answer.values())
     return setup.output if held else setup.folder
@@ -187,12 +194,13 @@ def _folder(setup: TrainingSetup, layer: str, pool: str) -> Path:
 
 def _request(setup: TrainingSetup, layer: str, pool: str) -> Request:
     digest = weights_file_digest(setup.backbone)
-    return Request(setup.backbone, (layer,), pool, setup.precision, setup.store, setup.size, digest)
+    settings = setup.precision, setup.store, setup.size, digest
+    return Request(setup.backbone, (layer,), pool, *settings, white=setup.white)
 
 
 def _announce_size(setup: TrainingSetup, plain: Request, dim: int, precision: str) -> None:
     """Say how much disk space the activations will take that have no file yet; views are asked for in `precision`."""
-    images = open_source(setup.source)
+    images = setup.source
     files = [*files_of(images, setup.output), *files_of(images, setup.folder)]
     numbers = range(setup.recipe.views or 0)
     views = [replace(plain, precision=precision, augment=setup.recipe.augment, view=number) for number in numbers]
@@ -214,8 +222,10 @@ def _table(files: Sequence[CacheFile]) -> Table:
 
 
 def _require_rows(file: CacheFile, first: CacheFile, rows: IntArray) -> None:
-    """Raise `FitError` unless `file` lists the same images as `first`, and has features of `rows` (k,)."""
-    if not (np.array_equal(file.uris, first.uris) and (file.states[rows] == DONE).all()):
-        raise FitError(
-            f"{file.path.name} lacks images of {first.path.name}: the source changed; run the same command again"
-        )
+    """Raise `FitError` unless `file` has features of the same images in `rows` (k,) as `first`."""
+    if not ((file.states[rows] == DONE).all() and np.array_equal(file.digests[rows], first.digests[rows])):
+        raise _source_changed(file)
+
+
+def _source_changed(file: CacheFile) -> FitError:
+    return FitError(f"the source changed while {file.path.name} was extracted; run the same command again")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from features_cache import CacheFile
@@ -16,7 +17,7 @@ from pipeline.backbones.aliases import INPUT
 from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.ahead import map_ahead
-from pipeline.images.loader import default_workers
+from pipeline.images.loader import default_workers, digest_of
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import Preprocessing
@@ -75,20 +76,26 @@ class DecodedImages:
     """Pixels of the source's images, decoded by `workers` threads (by default one for each core).
 
     `preprocessing` is that of plain images, `augment` (see `pipeline.images.augment`) how views differ from them. Plain
-    images are decoded once, as far as memory for them goes; every view is decoded anew.
+    images are decoded once, as far as memory for them goes; every view is decoded anew. If `digests` (n, 16) of the
+    source's items are given, an image that has other bytes by now is an error.
     """
 
     def __init__(
-        self, source: ImageSource, preprocessing: Preprocessing, augment: str, workers: int | None = None
+        self,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        augment: str,
+        workers: int | None = None,
+        digests: NDArray[np.uint8] | None = None,
     ) -> None:
-        self._source, self._preprocessing, self._augment = source, preprocessing, augment
+        self._source, self._preprocessing, self._augment, self._digests = source, preprocessing, augment, digests
         self._pool = ThreadPoolExecutor(workers or default_workers())
         height, width = preprocessing.size
         self._kept: dict[int, np.ndarray] = {}
         self._most_kept = _KEPT_BYTES // (height * width * 3)
 
     def read(self, rows: IntArray, view: int | None) -> Inputs:
-        """Return uint8 pixels (k, h, w, 3); raises `SourceError` if an image is not readable any more."""
+        """Return uint8 pixels (k, h, w, 3); raises `SourceError` if an image is not the one that it was."""
         if view is None:
             pixels = self._pool.map(self._plain, rows.tolist())
         else:
@@ -107,7 +114,10 @@ class DecodedImages:
     def _decode(self, row: int, preprocessing: Preprocessing) -> np.ndarray:
         item = self._source.items[row]
         try:
-            return prepare(self._source.read(item), preprocessing)
+            data = self._source.read(item)
+            if self._digests is not None and digest_of(data) != self._digests[row].tobytes():
+                raise UnreadableImageError("it has other bytes")
+            return prepare(data, preprocessing)
         except UnreadableImageError as error:
             raise SourceError(f"{item.uri} changed during training: {error}; run the same command again") from error
 

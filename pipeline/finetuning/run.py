@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits,
         "backbone": backbone.name,
         "weights": backbone.weights_digest,
         **({"heads": len(backbone.classifiers)} if len(backbone.classifiers) > 1 else {}),
-        "preprocessing": asdict(backbone.preprocessing),
+        "preprocessing": json_fields(backbone.preprocessing),
         "device": data.resolved.device,
         "seed": seed,
         "n_classes": len(table.classes),

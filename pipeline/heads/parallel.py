@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
+import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import joblib
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
+from features_cache import scratch_folder
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.rows import require_finite
@@ -21,6 +30,9 @@ from pipeline.results import Progress
 
 MOST_CELLS = 1 << 27
 """Weights of a linear head, or probabilities of test rows: 1 GiB of float64."""
+
+_ROOM = 2_000_000_000
+"""Bytes that must be free in memory for rows that workers share, as joblib has it."""
 
 
 def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
@@ -80,7 +92,15 @@ def run_trials(
     on_device, on_cpu = _order(trials)
     workers = min(jobs or joblib.cpu_count(), len(on_cpu)) or 1
     # one trial prepared ahead keeps the workers busy without holding more rows than they use
-    parallel = joblib.Parallel(workers, return_as="generator", batch_size=1, pre_dispatch="n_jobs + 1")
+    parallel = joblib.Parallel(
+        workers,
+        return_as="generator",
+        batch_size=1,
+        pre_dispatch="n_jobs + 1",
+        temp_folder=_shared_folder() if workers > 1 else None,
+        initializer=_end_with,
+        initargs=(os.getpid(),),
+    )
     with threadpool_limits(1 if workers > 1 else None):
         outcomes = itertools.chain.from_iterable(
             run(_tasks([trials[index] for index in part], balanced=balanced, keep=keep))
@@ -122,3 +142,27 @@ def _tasks(trials: Sequence[Trial], *, balanced: bool, keep: bool) -> Iterator[A
         yield joblib.delayed(run_trial)(
             head, prepared[scaling, rotated], len(table.classes), balanced=balanced, keep=keep
         )
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker end soon after its parent, even if that is killed: joblib's keep their rows for minutes."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    if os.getpid() != parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+@cache
+def _shared_folder() -> str:
+    """Return the folder in which joblib shares rows with the workers of this process: in memory where there is room."""
+    memory = Path("/dev/shm")  # noqa: S108 (the folder's name is not guessable, and only its owner may enter it)
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > _ROOM
+    parent = Path(os.environ.get("JOBLIB_TEMP_FOLDER") or (memory if roomy else gettempdir())).expanduser()
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = scratch_folder(parent)
+    atexit.register(folder.cleanup)
+    return folder.name

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
+from features_cache import parse_json
 from pipeline.errors import FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
@@ -39,6 +40,13 @@ FORMAT = ModelFormat(
     remedy="fit and save it again",
 )
 _DESCRIPTION = "thawline.json"
+_CLASSES = frozenset(
+    {"Pipeline", "StandardScaler", "Normalizer", "LogisticRegression", "LinearSVC", "SVC", "KNeighborsClassifier"}
+    | {"RidgeClassifier", "LabelBinarizer", "PCA"}
+)
+"""The scikit-learn classes of saved heads. Others, which skops would trust, may take any amount of memory."""
+_VALUES = frozenset({"DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "NdArrayNode"})
+"""What skops calls the other parts of saved heads."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,10 @@ class SavedModel:
         """Specs of `layers`; raises `ModelFileError` if they do not say what was extracted."""
         try:
             return [LayerSpec.from_json(layer["spec"]) for layer in self.layers]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelFileError(f"the model does not say how its layers were extracted; {FORMAT.remedy}") from error
+        except ValueError as error:
+            raise ModelFileError(
+                f"the model does not say how its layers were extracted: {error}; {FORMAT.remedy}"
+            ) from error
 
     def predict(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
         """Label rows of features.
@@ -139,7 +149,7 @@ def save_model(path: str | Path, model: SavedModel) -> None:
     import skops.io  # imports torch, which nothing else in a fit needs
 
     fields = {name: getattr(model, name) for name in FORMAT.fields}
-    with writing(check_destination(path)) as draft:
+    with writing(check_destination(path, ".skops")) as draft:
         skops.io.dump(model.pipeline, draft)
         with zipfile.ZipFile(draft, "a") as archive:
             description = FORMAT.describe(fields, _content(archive))
@@ -171,7 +181,10 @@ def load_model(path: str | Path) -> SavedModel:
 def _is_layer(layer: Any) -> bool:
     kinds = {"spec": dict, "fingerprint": str, "dim": int, "request": dict}
     typed = isinstance(layer, dict) and all(isinstance(layer.get(name), kind) for name, kind in kinds.items())
-    return typed and layer["dim"] > 0 and isinstance(layer["spec"].get("layer"), str)
+    if not typed or layer["dim"] < 1 or not isinstance(layer["spec"].get("layer"), str):
+        return False
+    request = layer["request"]
+    return isinstance(request.get("backbone"), str) and type(request.get("size", ...)) in (int, type(None))
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -181,9 +194,31 @@ def _read_description(path: Path) -> dict[str, Any]:
         if size > path.stat().st_size:  # what we save is not compressed
             raise ModelFileError(f"{path} was not loaded: it would unpack to {size} bytes; {FORMAT.remedy}")
         found = _DESCRIPTION in archive.namelist()
-        description = FORMAT.check(path, json.loads(archive.read(_DESCRIPTION)) if found else None)
+        description = FORMAT.check(path, parse_json(archive.read(_DESCRIPTION)) if found else None)
         FORMAT.check_digest(path, description, _content(archive))
+        _check_schema(path, parse_json(archive.read("schema.json")))
     return description
+
+
+def _check_schema(path: Path, schema: Any) -> None:
+    """Refuse what skops would load but no saved head has: other classes, and an array that is loaded several times."""
+    strange: set[str] = set()
+    owners: dict[str, Any] = {}
+    waiting = [schema]
+    while waiting:
+        node = waiting.pop()
+        waiting += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        if not isinstance(node, dict) or "__loader__" not in node:
+            continue
+        name = str(node.get("__class__"))
+        if node["__loader__"] not in _VALUES and (node["__loader__"], name in _CLASSES) != ("ObjectNode", True):
+            strange.add(name)
+        if (file := node.get("file")) is not None and owners.setdefault(str(file), node["__id__"]) != node["__id__"]:
+            strange.add(f"{file}, twice")
+    if strange:
+        raise ModelFileError(
+            f"{path} was not loaded: it holds types that no saved head has: {', '.join(sorted(strange))}"
+        )
 
 
 def _read_pipeline(path: Path) -> Pipeline:

@@ -52,8 +52,10 @@ class LoadedImage:
         An earlier row with the same bytes, which was decoded.
     failure : str, optional
         Why the image cannot be read or decoded, in a few words.
+    few_levels : bool
+        Whether it lost most grey levels, see `pipeline.images.decode.FEW_LEVELS`.
 
-    An image with none of the last three is known: the caller said so of its digest.
+    An image with neither pixels nor an original nor a failure is known: the caller said so of its digest.
     """
 
     row: int
@@ -61,11 +63,17 @@ class LoadedImage:
     pixels: tuple[np.ndarray, ...] | None = None
     duplicate_of: int | None = None
     failure: str | None = None
+    few_levels: bool = False
 
     @property
     def known(self) -> bool:
         """Whether the caller has the features of this image already."""
         return self.pixels is None and self.duplicate_of is None and self.failure is None
+
+
+def digest_of(data: bytes) -> bytes:
+    """Return the blake2b-128 of an image file's bytes."""
+    return hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
 
 
 def default_workers() -> int:
@@ -81,7 +89,7 @@ def load_images(
     preprocessings: Sequence[Preprocessing],
     batch_size: int,
     workers: int | None = None,
-    known: Callable[[bytes], bool] | None = None,
+    known: Callable[[bytes, bytes], bool] | None = None,
 ) -> Generator[list[LoadedImage], None, None]:
     """Yield the images of `rows` in batches, strictly in order.
 
@@ -100,8 +108,9 @@ def load_images(
     workers : int, optional
         Images that are decoded at once; by default one for each core that this process may use.
     known : callable, optional
-        Tells whether the features of an image exist already, by its digest (16 bytes); such images are not decoded. It
-        is called by one thread at a time, in row order, for each row that could be read and is no duplicate.
+        Tells whether the features of an image exist already, by its digest (16 bytes) and its file's bytes; such images
+        are not decoded. It is called by one thread at a time, in row order, for each row that could be read and is no
+        duplicate.
 
     Yields
     ------
@@ -125,7 +134,7 @@ class _Loading:
         source: ImageSource,
         preprocessings: Sequence[Preprocessing],
         workers: int,
-        known: Callable[[bytes], bool] | None,
+        known: Callable[[bytes, bytes], bool] | None,
     ) -> None:
         self._source, self._preprocessings, self._known = source, preprocessings, known
         self._decoding = Semaphore(workers)
@@ -138,17 +147,17 @@ class _Loading:
         position, row = numbered
         try:
             data = self._source.read(self._source.items[row])
-            digest = hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()
-        except UnreadableImageError as error:
+            digest = digest_of(data)
+        except (UnreadableImageError, MemoryError) as error:
             with self._turn(position):
-                return LoadedImage(row, failure=str(error))
+                return LoadedImage(row, failure=_reason(error))
         except BaseException:
             with self._turn(position):  # those behind it wait for theirs
                 raise
         with self._turn(position):
             if digest in self._first:
                 return LoadedImage(row, digest, duplicate_of=self._first[digest])
-            if self._known is not None and self._known(digest):
+            if self._known is not None and self._known(digest, data):
                 return LoadedImage(row, digest)
             self._first[digest] = row
         with self._decoding:
@@ -167,11 +176,16 @@ class _Loading:
 
     def _decode(self, row: int, digest: bytes, data: bytes) -> LoadedImage:
         try:
-            return LoadedImage(row, digest, prepare_all(data, self._preprocessings))
+            prepared = prepare_all(data, self._preprocessings)
+            return LoadedImage(row, digest, prepared.pixels, few_levels=prepared.few_levels)
         except UnreadableImageError as error:
             return LoadedImage(row, digest, failure=str(error))
-        except MemoryError:
-            return LoadedImage(row, failure="not enough memory")
+        except MemoryError as error:
+            return LoadedImage(row, failure=_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return "not enough memory" if isinstance(error, MemoryError) else str(error)
 
 
 def _with_failed_duplicates(images: Iterable[LoadedImage]) -> Iterator[LoadedImage]:

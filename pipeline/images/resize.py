@@ -19,15 +19,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.images.augment import changed, parse_augment, random_box, view_generator
-from pipeline.images.decode import Picture, decode
-from pipeline.spec import Preprocessing, View
+from pipeline.images.decode import Picture, as_array, decode
+from pipeline.spec import INTERPOLATIONS, Preprocessing, View
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+_FILTERS = {name: Image.Resampling[name.upper()] for name in INTERPOLATIONS}
 
 _TORCH_FILTERS = ("bilinear", "bicubic")
 
@@ -55,23 +50,32 @@ def prepare(data: bytes, preprocessing: Preprocessing) -> np.ndarray:
     UnreadableImageError
         With a short reason; see `pipeline.images.decode.decode`.
     """
-    return prepare_all(data, [preprocessing])[0]
+    return prepare_all(data, [preprocessing]).pixels[0]
 
 
-def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> tuple[np.ndarray, ...]:
+class PreparedImage(NamedTuple):
+    """One image as several networks' inputs, and whether it lost most grey levels (`decode.FEW_LEVELS`)."""
+
+    pixels: tuple[np.ndarray, ...]
+    few_levels: bool
+
+
+def prepare_all(data: bytes, preprocessings: Sequence[Preprocessing]) -> PreparedImage:
     """Return what `prepare` gives for each of `preprocessings`.
 
-    The bytes are decoded once for each JPEG reduction, and preprocessings of equal geometry share one array.
+    The bytes are decoded once for each JPEG reduction and white level. Preprocessings of equal geometry share one
+    array.
     """
-    pictures: dict[int, Picture] = {}
+    pictures: dict[tuple[int, int | None], Picture] = {}
     prepared: dict[tuple[Any, ...], np.ndarray] = {}
     for preprocessing in preprocessings:
         if preprocessing.geometry not in prepared:
-            floor = jpeg_floor(preprocessing)
-            if floor not in pictures:
-                pictures[floor] = decode(data, floor)
-            prepared[preprocessing.geometry] = _prepared(pictures[floor], preprocessing, data)
-    return tuple(prepared[preprocessing.geometry] for preprocessing in preprocessings)
+            how = jpeg_floor(preprocessing), preprocessing.white
+            if how not in pictures:
+                pictures[how] = decode(data, *how)
+            prepared[preprocessing.geometry] = _prepared(pictures[how], preprocessing, data)
+    pixels = tuple(prepared[preprocessing.geometry] for preprocessing in preprocessings)
+    return PreparedImage(pixels, any(picture.few_levels for picture in pictures.values()))
 
 
 def _prepared(picture: Picture, preprocessing: Preprocessing, data: bytes) -> np.ndarray:
@@ -123,8 +127,11 @@ def _resize_whole(image: Image.Image, size: tuple[int, int], filter_name: str) -
     from torch import from_numpy
     from torch.nn.functional import interpolate
 
-    channels_last = from_numpy(np.array(image)).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = interpolate(channels_last, size=size, mode=filter_name, antialias=True)
+    channels_last = from_numpy(as_array(image)).unsqueeze(0).permute(0, 3, 1, 2)
+    try:
+        resized = interpolate(channels_last, size=size, mode=filter_name, antialias=True)
+    except RuntimeError as error:  # torch's word for a lack of memory, the only thing that can fail here
+        raise MemoryError(str(error)) from error
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 

@@ -11,12 +11,12 @@ from stat import S_ISREG
 
 from pipeline.errors import SourceError
 from pipeline.images.sources.items import (
-    IMAGE_SUFFIXES,
+    IMAGE_EXTENSIONS,
     MISSING_SIZE,
     ImageSource,
     Item,
     build_source,
-    ending_of,
+    extension_of,
     is_image_file,
     read_file,
 )
@@ -48,7 +48,7 @@ def open_folder(path: Path) -> ImageSource | None:
 
 def open_image(path: Path) -> ImageSource | None:
     """Return one image, without a label; None if `path` is no image file."""
-    if not path.is_file() or not is_image_file(path, ending_of(path.name)):
+    if not path.is_file() or not is_image_file(path, extension_of(path.name)):
         return None
     status = path.stat()
     item = Item(path.name, size=status.st_size, mtime_ns=status.st_mtime_ns)
@@ -88,16 +88,16 @@ def splits_and_classes(uris: list[str], root: Path) -> list[tuple[str, str]]:
 def walk(root: Path, is_wanted: Callable[[Path, str], bool]) -> tuple[list[Item], dict[str, int]]:
     """Return the files under `root` that `is_wanted` takes, in no order, without split or class.
 
-    It is called with the path of each regular file and its ending in lower case.
+    It is called with the path of each regular file and its extension in lower case.
 
     Hidden names are left out. Links to files and folders are followed, but a link to a folder that contains it is not.
-    A link that leads nowhere and has an image's ending is kept as a missing file, which cannot be read later.
+    A link that leads nowhere and has an image's extension is kept as a missing file, which cannot be read later.
 
     Returns
     -------
     files : list of Item
     passed_over : dict of str to int
-        How many other files there are of each ending.
+        How many other files there are of each extension.
 
     Raises
     ------
@@ -107,14 +107,14 @@ def walk(root: Path, is_wanted: Callable[[Path, str], bool]) -> tuple[list[Item]
     files: list[Item] = []
     passed_over: Counter[str] = Counter()
     for uri, entry in _entries(root):
-        ending = ending_of(entry.name)
+        extension = extension_of(entry.name)
         item = _item(uri, entry)
         if item is None:
             continue
-        if is_wanted(root / uri, ending) if item.size != MISSING_SIZE else ending in IMAGE_SUFFIXES:
+        if is_wanted(root / uri, extension) if item.size != MISSING_SIZE else extension in IMAGE_EXTENSIONS:
             files.append(item)
         else:
-            passed_over[ending] += 1
+            passed_over[extension] += 1
     return files, dict(passed_over)
 
 

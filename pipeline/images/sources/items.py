@@ -7,34 +7,35 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from unicodedata import normalize
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.decode import has_image_header
+from pipeline.images.formats import START_LENGTH, has_image_header, is_tiff
 
-IMAGE_SUFFIXES = frozenset(
+IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
-    | {".dib", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".mpo", ".avif", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"}
+    | {".ico", ".pcx", ".dds"}
 )
-"""Endings, in lower case, of files that are taken for images without a look inside."""
+"""Extensions, in lower case, of files that are taken for images without a look inside."""
 
-FOREIGN_SUFFIXES = frozenset(
-    {".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".psd", ".psb", ".xcf", ".svg", ".tga", ".exr"}
+FOREIGN_EXTENSIONS = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".psd", ".psb", ".xcf", ".svg", ".tga", ".exr"}
     | {".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".raf", ".orf", ".rw2", ".pef", ".srw", ".raw"}
 )
-"""Endings, in lower case, of pictures that are not read here, even if their first bytes are those of a TIFF."""
+"""Extensions, in lower case, of pictures that are not read here. Camera raw files begin like a TIFF, but are none."""
 
-OTHER_SUFFIXES = frozenset(
+OTHER_EXTENSIONS = frozenset(
     {".csv", ".parquet", ".tar", ".json", ".cls", ".txt", ".xml", ".md", ".html", ".yaml", ".yml", ".py", ".h5"}
     | {".zip", ".gz", ".npy", ".npz", ".mp4", ".mov", ".avi", ".wav", ".xmp", ".aae"}
 )
-"""Endings, in lower case, of files that are no images; listing a folder does not open them."""
+"""Extensions, in lower case, of files that are no images; listing a folder does not open them."""
 
-NO_ENDING = "without ending"
+NO_EXTENSION = "without extension"
 
-ENDINGS_NAMED = 8
-"""Endings that the note on files left aside names; it adds up the others."""
+EXTENSIONS_NAMED = 8
+"""Extensions that the note on files left aside names; it adds up the others."""
 
 FILE_LIMIT = 1 << 30
 """Most bytes of one image file; a larger one, such as a sparse file, is unreadable."""
@@ -90,7 +91,7 @@ class ImageSource:
     reader : callable
         Returns an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
     passed_over : dict of str to int
-        How many files beside the images were left aside, by their endings in lower case.
+        How many files beside the images were left aside, by their extensions in lower case.
     remarks : tuple of str
         What else the user should know about the source.
     """
@@ -107,12 +108,12 @@ class ImageSource:
     def notes(self) -> list[str]:
         """What the user should know: `remarks`, and which files were left aside."""
         counted = sorted(self.passed_over.items(), key=lambda pair: (-pair[1], pair[0]))
-        counts = [f"{count} {ending}" for ending, count in sorted(counted[:ENDINGS_NAMED])]
-        if rest := sum(count for _, count in counted[ENDINGS_NAMED:]):
-            counts.append(f"{rest} with other endings")
+        counts = [f"{count} {extension}" for extension, count in sorted(counted[:EXTENSIONS_NAMED])]
+        if rest := sum(count for _, count in counted[EXTENSIONS_NAMED:]):
+            counts.append(f"{rest} with other extensions")
         if not counts:
             return [*self.remarks]
-        remedy = ": save pictures among them as .jpg or .png" if set(self.passed_over) - OTHER_SUFFIXES else ""
+        remedy = ": save pictures among them as .jpg or .png" if set(self.passed_over) - OTHER_EXTENSIONS else ""
         return [*self.remarks, f"{', '.join(counts)} passed over because thawline cannot read them{remedy}"]
 
     def read(self, item: Item) -> bytes:
@@ -180,34 +181,50 @@ def _can_be_stored(text: str) -> bool:
     return "\0" not in text
 
 
-def ending_of(name: str) -> str:
-    """Return what follows the last dot of a file's name, with the dot, in lower case; `NO_ENDING` if there is none.
+def text_of(value: object) -> str:
+    """Return a label or group that came as text or number: 1 and 1.0 are ``"1"``, None and NaN are ``""``."""
+    if value is None or value != value:  # NaN, a missing number in a data frame
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def extension_of(name: str) -> str:
+    """Return what follows the last dot of a file's name, with the dot, in lower case; `NO_EXTENSION` if there is none.
 
     Examples
     --------
-    >>> ending_of("Photo.JPG"), ending_of("photo")
-    ('.jpg', 'without ending')
+    >>> extension_of("Photo.JPG"), extension_of("photo")
+    ('.jpg', 'without extension')
     """
-    _, dot, ending = name.rpartition(".")  # pathlib's suffix takes longer than the walk of a folder
-    return f".{ending.lower()}" if dot else NO_ENDING
+    _, dot, extension = name.rpartition(".")  # pathlib's suffix takes longer than the walk of a folder
+    return f".{extension.lower()}" if dot else NO_EXTENSION
 
 
-def is_image_file(path: Path, ending: str) -> bool:
-    """Tell whether a regular file is an image: by its ending if that says so, else by its header."""
-    if ending in IMAGE_SUFFIXES:
+def is_image_file(path: Path, extension: str) -> bool:
+    """Tell whether a regular file is an image: by its extension if that says so, else by its header."""
+    if extension in IMAGE_EXTENSIONS:
         return True
-    if ending in FOREIGN_SUFFIXES or ending in OTHER_SUFFIXES:
+    if extension in OTHER_EXTENSIONS:
         return False
     try:
         with path.open("rb") as file:
-            return has_image_header(file)
+            return holds_image(file, extension)
     except OSError:
         return False
 
 
-def is_file_of(path: Path, suffixes: Collection[str]) -> bool:
-    """Tell whether `path` is a regular file, or a link to one, whose ending is one of `suffixes` (in lower case)."""
-    return path.suffix.lower() in suffixes and path.is_file()
+def holds_image(file: BinaryIO, extension: str) -> bool:
+    """Tell whether an open file is an image by its header, although its extension is not that of one."""
+    if extension in FOREIGN_EXTENSIONS:
+        if is_tiff(file.read(START_LENGTH)):
+            return False
+        file.seek(0)
+    return has_image_header(file)
+
+
+def is_file_of(path: Path, extensions: Collection[str]) -> bool:
+    """Tell whether `path` is a regular file, or a link to one, with one of `extensions` (in lower case)."""
+    return path.suffix.lower() in extensions and path.is_file()
 
 
 def check_size(size: int) -> None:

@@ -13,7 +13,7 @@ from textwrap import shorten
 from features_cache import nearest
 from pipeline.errors import SourceError
 from pipeline.images.sources.folder import SPLIT_WORDS
-from pipeline.images.sources.items import ImageSource, Item, build_source, is_file_of, read_file
+from pipeline.images.sources.items import ImageSource, Item, build_source, is_file_of, read_file, text_of
 
 COLUMNS = ("path", "label", "split", "group")
 """The columns that are read. Only the first is required; all others are ignored."""
@@ -76,7 +76,7 @@ def _open_parquet(path: Path) -> ImageSource:
         columns = pq.read_table(path, columns=wanted).to_pydict()  # others may hold whole images
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{path}: expected a Parquet table: {shorten(str(error), MESSAGE_LENGTH)}") from None
-    rows = zip(*(map(_text, columns[name]) for name in wanted), strict=True)
+    rows = zip(*(map(text_of, columns[name]) for name in wanted), strict=True)
     numbered = [(number, list(row)) for number, row in enumerate(rows, start=1)]
     return _open_table(path, _columns(path, wanted), numbered, _columns(path, header))
 
@@ -143,9 +143,3 @@ def _item(folder: Path, uri: str) -> Item:
     except (OSError, ValueError):  # reading it will tell why
         return Item(uri)
     return Item(uri, size=status.st_size, mtime_ns=status.st_mtime_ns)
-
-
-def _text(value: object) -> str:
-    if value is None or value != value:  # NaN, a missing number in a data frame
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

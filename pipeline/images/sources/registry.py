@@ -9,7 +9,7 @@ from features_cache import nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.sources.digits import open_digits
 from pipeline.images.sources.folder import open_folder, open_image
-from pipeline.images.sources.items import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, ImageSource, Item
+from pipeline.images.sources.items import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS, ImageSource, Item
 from pipeline.images.sources.manifest import open_manifest
 from pipeline.images.sources.shards import open_shards
 
@@ -29,12 +29,12 @@ _WORDS: dict[str, Callable[[], ImageSource]] = {"digits": open_digits}
 _EXPECTED = f"{', '.join(_PATHS)}, or {', '.join(map(repr, _WORDS))}"
 
 
-def open_source(path: str | Path) -> ImageSource:
-    """List the images of a source.
+def open_source(path: str | Path | ImageSource) -> ImageSource:
+    """List the images of a source; a source that was listed already is returned as it is.
 
     Parameters
     ----------
-    path : str or Path
+    path : str, Path or ImageSource
         A folder of class folders (optionally under split folders), a flat folder, one image, a ``.csv`` or
         ``.parquet`` manifest, a ``.tar`` shard or a folder of them, or the word ``digits`` (if no such path exists).
 
@@ -56,6 +56,8 @@ def open_source(path: str | Path) -> ImageSource:
     >>> source.items[0].uri
     'digits/0000'
     """
+    if isinstance(path, ImageSource):
+        return path
     where = Path(path)
     try:
         exists = where.exists()
@@ -83,7 +85,7 @@ def _open_path(path: Path) -> ImageSource:
         if source is not None:
             notes = notes or source.notes
     if notes is None:
-        remedy = "; save it as .jpg or .png" if path.suffix.lower() in FOREIGN_SUFFIXES else ""
+        remedy = "; save it as .jpg or .png" if path.suffix.lower() in FOREIGN_EXTENSIONS else ""
         raise SourceError(f"{path}: expected {_EXPECTED}, found another kind of file{remedy}")
     found = "; ".join(["found none", *notes])
-    raise SourceError(f"{path}: expected at least one image ({', '.join(sorted(IMAGE_SUFFIXES))}), {found}")
+    raise SourceError(f"{path}: expected at least one image ({', '.join(sorted(IMAGE_EXTENSIONS))}), {found}")

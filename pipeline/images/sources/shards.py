@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
+from features_cache import parse_json
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.decode import has_image_header
 from pipeline.images.sources.folder import SPLIT_WORDS, walk
 from pipeline.images.sources.items import (
-    FOREIGN_SUFFIXES,
-    IMAGE_SUFFIXES,
-    OTHER_SUFFIXES,
+    IMAGE_EXTENSIONS,
+    OTHER_EXTENSIONS,
     ImageSource,
     Item,
     build_source,
     check_size,
-    ending_of,
+    extension_of,
+    holds_image,
     is_file_of,
+    text_of,
 )
 
-SHARD_SUFFIX = ".tar"
+SHARD_EXTENSION = ".tar"
 
 LABEL_LIMIT = 1 << 20
 """Most bytes of a ``.cls`` or ``.json`` member that holds a label."""
+
+
+READ_LIMIT = 1 << 26
+"""Most bytes that are read at once from a shard while it is listed: a forged header may ask for any number."""
+
+
+class _BoundedReader(BufferedReader):
+    """A file that raises `tarfile.ReadError` where more than `READ_LIMIT` bytes are asked for at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > READ_LIMIT:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Extent(NamedTuple):
@@ -59,15 +73,16 @@ def open_shards(path: Path) -> ImageSource | None:
     passed_over: Counter[str] = Counter()
     if path.is_dir():
         root, name = path, path.name
-        shards, others = walk(path, lambda _, ending: ending == SHARD_SUFFIX)
+        shards, others = walk(path, lambda _, extension: extension == SHARD_EXTENSION)
         passed_over.update(others)
-    elif is_file_of(path, {SHARD_SUFFIX}):
+    elif is_file_of(path, {SHARD_EXTENSION}):
         root, name = path.parent, path.stem
         shards = [Item(path.name)]
     else:
         return None
     labelled: list[tuple[Item, str]] = []
     extents: dict[str, Extent] = {}
+    unreached: list[str] = []
     for shard in sorted(shards):
         split = split_in(shard.uri)
         images, labels, others = _read_shard(root / shard.uri)
@@ -78,9 +93,19 @@ def open_shards(path: Path) -> ImageSource | None:
         for member, extent in images.items():
             item = Item(f"{shard.uri}/{member}", split=split, size=extent.size, mtime_ns=extent.shard_mtime_ns)
             extents[item.uri] = extent
-            labelled.append((item, _label_of(f"{shard.uri}/{member}", _stem(member), labels, by_sample)))
+            label = _label_of(item.uri, _stem(member), labels, by_sample)
+            labelled.append((item, label))
+            if not label and any(by_sample.get(_sample(_stem(member)), ())):
+                unreached.append(item.uri)
     source = build_source(name, path.as_posix(), labelled, lambda item: _read(extents[item.uri]))
-    return replace(source, passed_over=passed_over)
+    remarks = source.remarks
+    if unreached:
+        remarks = (
+            *remarks,
+            f"{len(unreached)} images such as {unreached[0]} have no label, though a label has the same name up to the "
+            f"first dot: if it is theirs, call it {_sample(unreached[0].rpartition('/')[2])}.cls",
+        )
+    return replace(source, passed_over=passed_over, remarks=remarks)
 
 
 def split_in(path: str) -> str:
@@ -91,26 +116,28 @@ def split_in(path: str) -> str:
 
 
 def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter[str]]:
-    """Return the shard's images by member name, its labels by name without ending, and how many others there are.
+    """Return the shard's images by member name, its labels by name without extension, and how many others there are.
 
-    The others are counted by their endings. If several images have the same name, the last one counts.
+    The others are counted by their extensions. If several images have the same name, the last one counts.
     """
     status = shard.stat()
     images: dict[str, Extent] = {}
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
     others: Counter[str] = Counter()
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with _BoundedReader(FileIO(shard)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member, info in _plain_members(archive):
-                suffix = ending_of(member.rpartition("/")[2])
-                if suffix in IMAGE_SUFFIXES or _has_image_header(archive, info, suffix):
+                extension = extension_of(member.rpartition("/")[2])
+                if extension in IMAGE_EXTENSIONS or _has_image_header(archive, info, extension):
                     images[member] = Extent(shard, info.offset_data, info.size, status.st_size, status.st_mtime_ns)
-                elif suffix in {".cls", ".json"}:
-                    found, label = labels[_stem(member)], _label(shard, archive, info, suffix)
-                    if found.setdefault(suffix, label) != label:
-                        raise SourceError(f"{shard}: expected one {member}, found two: {found[suffix]!r} and {label!r}")
+                elif extension in {".cls", ".json"}:
+                    found, label = labels[_stem(member)], _label(shard, archive, info, extension)
+                    if found.setdefault(extension, label) != label:
+                        raise SourceError(
+                            f"{shard}: expected one {member}, found two: {found[extension]!r} and {label!r}"
+                        )
                 else:
-                    others[suffix] += 1
+                    others[extension] += 1
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise SourceError(
             f"{shard}: expected an uncompressed tar file, found a damaged or another file: {error}"
@@ -119,11 +146,9 @@ def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter
     return images, by_stem, others
 
 
-def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, ending: str) -> bool:
-    if ending in FOREIGN_SUFFIXES or ending in OTHER_SUFFIXES:
-        return False
-    file = archive.extractfile(info)
-    return file is not None and has_image_header(cast(BinaryIO, file))
+def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bool:
+    file = None if extension in OTHER_EXTENSIONS else archive.extractfile(info)
+    return file is not None and holds_image(cast(BinaryIO, file), extension)
 
 
 def _plain_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
@@ -163,7 +188,7 @@ def _read(extent: Extent) -> bytes:
 
 
 def _label_of(uri: str, stem: str, labels: Mapping[str, str], by_sample: Mapping[str, set[str]]) -> str:
-    """Return the label of an image, given all labels by name without ending, and by name up to the first dot.
+    """Return the label of an image, given all labels by name without extension, and by name up to the first dot.
 
     A label of the same name comes first, so that names may hold dots (``2024.05.01.jpg``, ``2024.05.01.cls``). By
     WebDataset's rule, names belong together up to their first dot; it is followed where one of the two has no more
@@ -191,7 +216,7 @@ def _sample(member: str) -> str:
     return f"{folder}/{file.split('.')[0]}" if folder else file.split(".")[0]
 
 
-def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix: str) -> str:
+def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> str:
     """Return the label in a ``.cls`` or ``.json`` member; ``""`` if the latter has none."""
     file = archive.extractfile(info)
     data = file.read(LABEL_LIMIT + 1) if file is not None else b""
@@ -199,12 +224,12 @@ def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, suffix:
     if len(data) > LABEL_LIMIT:
         raise SourceError(f"{expected}, found {info.size} bytes")
     try:
-        if suffix == ".cls":
+        if extension == ".cls":
             return data.decode().strip()
-        document = json.loads(data)
-    except (ValueError, RecursionError):
+        document = parse_json(data)
+    except ValueError:
         raise SourceError(f"{expected}, found neither text nor JSON") from None
     value = document.get("label") if isinstance(document, dict) else None
-    if value is not None and not isinstance(value, int | str):
+    if value is not None and not isinstance(value, int | float | str):
         raise SourceError(f"{expected}, found {type(value).__name__}")
-    return "" if value is None else str(value).strip()
+    return text_of(value).strip()

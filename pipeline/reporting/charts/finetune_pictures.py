@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.arrays import Float64Array
-from pipeline.reporting.charts.theme import SCREEN, short
+from pipeline.reporting.charts.theme import SCREEN, save_figure, short
 from pipeline.results import FinetuneResult
 
 MOST_NAMED = 45  # with more layers, only every second, third or so is named
@@ -39,7 +39,7 @@ def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
             axes.legend()
             title = f"freeze {result.freeze}, seed {result.seed}, shots {result.shots}: test {result.accuracy:.3f}"
             axes.set_title(title, fontsize=10)
-        figure.savefig(path, format="png", dpi=120)
+        save_figure(figure, path, dpi=120)
 
 
 def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
@@ -66,7 +66,7 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
             step = -(-len(layers) // MOST_NAMED)
             named = range(len(layers) - 1, -1, -step)
             row[0].set_yticks(list(named), [short(layers[index]) for index in named], fontsize=7)
-        figure.savefig(path, format="png", dpi=120)
+        save_figure(figure, path, dpi=120)
 
 
 def _table(result: FinetuneResult, key: str) -> Float64Array:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pipeline.evaluation.rows import Layer
@@ -15,7 +14,7 @@ from pipeline.reporting.charts.accuracy import Line, depth_line, draw_depth, dra
 from pipeline.reporting.charts.confusion import confusion_figure
 from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.reliability import reliability_figure
-from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, short
+from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, save_figure, short
 from pipeline.results import FitResult
 
 MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and the map shows less
@@ -99,9 +98,8 @@ def labels_figure(results: Sequence[FitResult], n_classes: int) -> Figure:
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``NAME.png`` and ``NAME.svg``, and return their paths."""
     paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    with rc_context(SCREEN.style):
-        for path in paths:
-            figure.savefig(path, dpi=150)
+    for path in paths:
+        save_figure(figure, path, dpi=150)
     return paths
 
 

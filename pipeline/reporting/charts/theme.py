@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
+
+from features_cache import atomic_write, explained
 
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 MOST_LINES = len(MARKERS)  # series that one chart can tell apart
@@ -78,6 +86,67 @@ SCREEN = Theme(
     percent=False,
 )
 """The theme of picture files."""
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a picture in the format that its ending names; a file of that name is replaced.
+
+    Raises
+    ------
+    CacheError
+        The file cannot be written; it is as it was.
+    """
+    with rc_context(SCREEN.style), explained(path, "write"), atomic_write(path) as draft:
+        draw_text(figure, lambda: figure.savefig(draft, dpi=dpi))
+
+
+def draw_text(figure: Figure, draw: Callable[[], None]) -> None:
+    """Call `draw`; if the usual font lacks a character, call it again with other installed fonts behind it.
+
+    A character that no installed font has is drawn as a box; `characters_without_font` tells which these are.
+    """
+    lacking = "Glyph "  # how matplotlib's warning begins
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", lacking)
+        with suppress(UserWarning):
+            draw()
+            return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", lacking)
+        figure.draw_without_rendering()  # which gives the axes their names
+        texts: list[Text] = figure.findobj(Text)
+        families, _ = _fonts_for(frozenset("".join(text.get_text() for text in texts)))
+        for text in texts:
+            text.set_fontfamily([*rcParams["font.family"], *families])
+        draw()
+
+
+def characters_without_font(names: Iterable[str]) -> str:
+    """Return the characters of `names` that no installed font has, sorted."""
+    return "".join(sorted(_fonts_for(frozenset("".join(names)))[1]))
+
+
+@cache
+def _fonts_for(characters: frozenset[str]) -> tuple[list[str], set[str]]:
+    """Return the families that draw what the usual font lacks, best first, and the characters that none draws."""
+    usual = _drawn_by(fontManager.findfont(FontProperties()))
+    missing = {character for character in characters if character.isprintable()} - usual
+    families = []
+    if missing:
+        # the last resort draws a box for everything
+        files = {font.name: font.fname for font in fontManager.ttflist if not font.name.startswith("Last Resort")}
+        drawn = {family: missing & _drawn_by(file) for family, file in sorted(files.items())}
+        while missing and drawn[best := max(drawn, key=lambda family: len(drawn[family] & missing))] & missing:
+            families.append(best)
+            missing -= drawn[best]
+    return families, missing
+
+
+def _drawn_by(file: str) -> set[str]:
+    try:
+        return {chr(code) for code in FT2Font(file).get_charmap()}
+    except (OSError, RuntimeError):  # a damaged font, or one of pictures
+        return set()
 
 
 def short(name: str, longest: int = LONGEST) -> str:

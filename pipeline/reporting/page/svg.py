@@ -10,7 +10,7 @@ from markupsafe import escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pipeline.reporting.charts.theme import Theme
+from pipeline.reporting.charts.theme import Theme, draw_text
 
 # These colours stand for variables of the page's style sheet, which has a value of each for light and for dark.
 _VARIABLES = {
@@ -40,8 +40,13 @@ def to_svg(figure: Figure, label: str) -> str:
     Ids are made unique within the process, because several charts share a page.
     """
     text = io.StringIO()
-    with rc_context(PAGE.style):
+
+    def write() -> None:
+        text.truncate(text.seek(0))
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+
+    with rc_context(PAGE.style):
+        draw_text(figure, write)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

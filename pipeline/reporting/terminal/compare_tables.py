@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
@@ -33,12 +33,21 @@ def score_table(results: Sequence[JobResult]) -> Table:
     return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "training"), rows)
 
 
-def plan_table(planned: Sequence[Planned]) -> Table:
-    """Return one row for each job."""
-    rows = [
-        (job.job, "done" if job.done else f"about {duration(job.seconds)}", size_text(job.bytes)) for job in planned
-    ]
-    return rows_table(("job", "time", "disk"), rows)
+def plan_tables(planned: Sequence[Planned]) -> Iterator[Table]:
+    """Yield a table of each source, with one row for each job."""
+    for source in dict.fromkeys(job.source for job in planned):
+        rows = [
+            (
+                job.job.removesuffix(f", {source}"),
+                "done" if job.done else f"about {duration(job.seconds)}",
+                size_text(job.bytes),
+            )
+            for job in planned
+            if job.source == source
+        ]
+        table = rows_table(("job", "time", "disk"), rows)
+        table.title = source
+        yield table
 
 
 def plan_line(planned: Sequence[Planned]) -> str:
