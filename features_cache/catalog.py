@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ class Catalog:
         if not self.files:
             why = str(self.problems[0]) if self.problems else "it holds no cache file (.h5)"
             raise CacheError(f"no cache in {self.path}: {why}; run the extraction with this folder as its output")
+
+    def only(self, files: Iterable[CacheFile]) -> Catalog:
+        """Return a catalog of some of the files."""
+        catalog = copy.copy(self)
+        catalog.files, catalog._agreeing = list(files), set()
+        return catalog
 
     def find(
         self, layer: str | None = None, source: str | None = None, backbone: str | None = None, pool: str | None = None

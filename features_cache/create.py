@@ -65,6 +65,7 @@ def build_file(
         "request": dict(request),
         "layers": [
             {"name": x.name, "dim": x.dim, "dtype": x.dtype, "fingerprint": x.fingerprint, "spec": dict(x.spec)}
+            | ({"shape": x.shape} if x.shape else {})
             for x in layers
         ],
     }

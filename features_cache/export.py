@@ -24,7 +24,8 @@ def export_features(cache: CacheFile, layer: str, path: str | Path) -> list[Path
 
     ``.npy`` holds the matrix, and ``NAME.npy.csv`` beside it describes its rows. ``.parquet`` has the same columns plus
     ``features``, a fixed-size list. ``.safetensors`` has ``features`` and ``labels`` (int64), with the text columns and
-    class names as JSON in its metadata. `label` is a class name. Missing texts are empty.
+    class names as JSON in its metadata. `label` is a class name. Missing texts are empty. Activations that were kept
+    whole have their shape, in ``.parquet`` as fixed-shape tensors.
 
     Parameters
     ----------
@@ -63,6 +64,7 @@ def export_features(cache: CacheFile, layer: str, path: str | Path) -> list[Path
     if not len(rows):
         raise CacheError(f"{cache.path} has no finished row to export; run the extraction first")
     features = cache.features(layer, slice(None) if len(rows) == cache.n_rows else rows)
+    features = features.reshape(len(rows), *(cache.layer(layer).shape or (-1,)))
     columns = _columns(cache, rows)
     written = [path]
     if path.suffix == ".npy":
@@ -104,8 +106,11 @@ def _parquet(path: Path, features: NDArray[Any], columns: dict[str, list[str]], 
     except ImportError:
         raise CacheError("export to .parquet needs pyarrow; install it with: pip install 'thawline[parquet]'") from None
     arrays: dict[str, Any] = {name: pa.array(columns[name], pa.string()) for name in COLUMNS}
-    flat = pa.array(np.ascontiguousarray(features).reshape(-1))
-    arrays["features"] = pa.FixedSizeListArray.from_arrays(flat, features.shape[1])
+    rows = np.ascontiguousarray(features)
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows[0].size)
+    if rows.ndim > 2:
+        flat = pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type.value_type, rows.shape[1:]), flat)
+    arrays["features"] = flat
     pq.write_table(pa.table(arrays), path)
 
 

@@ -8,6 +8,7 @@ the file is created, so one damaged bit is found before any offset is used.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import stat
@@ -190,8 +191,9 @@ def _layer(entry: dict[str, Any]) -> LayerInfo:
         dtype=_name(entry["dtype"]),
         spec=_typed(entry, "spec", dict),
         fingerprint=_name(entry["fingerprint"]),
+        shape=tuple(_count(size, 1) for size in entry.get("shape", ())),
     )
-    if layer.dtype not in DTYPES or "/" in layer.name:
+    if layer.dtype not in DTYPES or "/" in layer.name or math.prod(layer.shape or (layer.dim,)) != layer.dim:
         raise ValueError(f"layer {layer.name} of type {layer.dtype}")
     return layer
 

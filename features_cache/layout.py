@@ -54,6 +54,8 @@ class LayerInfo:
         Everything that can change a value, as JSON; opaque here.
     fingerprint : str
         Digest of `spec`; equal fingerprints mean interchangeable features.
+    shape : tuple of int
+        Of the array whose values are the feature vector, in C order; empty if that is the vector itself.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LayerInfo:
     dtype: str
     spec: Mapping[str, Any]
     fingerprint: str
+    shape: tuple[int, ...] = ()
 
     @property
     def row_bytes(self) -> int:

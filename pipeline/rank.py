@@ -15,7 +15,7 @@ from pipeline.arrays import IntArray
 from pipeline.diagnostics.transfer_scores import h_score, leep, logme
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import stratified_folds
-from pipeline.evaluation.rows import Layer, require_finite, select
+from pipeline.evaluation.rows import Layer, pooled, require_finite, select
 from pipeline.evaluation.split_layers import split_layers
 from pipeline.fit import fit
 from pipeline.results import Agreement, LayerScore, Progress
@@ -89,7 +89,7 @@ def rank(
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
     catalog.check_source(files[0])
-    alone = [Catalog(file.path) for file in files]
+    alone = [Catalog(file.path) for file in pooled(files) or files]
     layers = [layer for one in alone for layer in select(one)]
     split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)

@@ -23,7 +23,9 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
 DEFAULT_POOL = "avg"
 DEFAULT_CACHE = "thawline-cache"
-POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten")
+NO_POOL = "none"
+"""The pool that keeps activations whole."""
+POOLS = ("avg", "max", "avg+max", "gem", "grid2", "flatten", "cls", "cls+avg", NO_POOL)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "openvino", "torch", "compile")
 STORES = ("float32", "float16")
@@ -41,7 +43,7 @@ REDECODED = (".tif", ".tiff")
 """How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 2
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
-_UNSAID = {"white": None, "heads": 1}
+_UNSAID = {"white": None, "heads": 1, "prefix_tokens": None}
 """Fields that are newer than files without them, and their values there."""
 
 
@@ -180,8 +182,11 @@ class LayerSpec:
     decode : int
         The `DECODE_POLICY` that the images were decoded with.
     heads : int
-        For the layer ``penultimate``, the number of classifiers that read it; 1 for any other. Several are a part of
-        the JSON and of the fingerprint; before, features were those that the first of them reads.
+        For the layer ``penultimate``, the number of classifiers that read it; 1 for any other. Before there was this
+        field, features were those that the first of several reads.
+    prefix_tokens : int, optional
+        For a layer that gives tokens: how many of them are not patches. Before there was this field, features were the
+        means of all tokens, whatever the pooling.
     """
 
     backbone: str
@@ -193,6 +198,7 @@ class LayerSpec:
     store: str = "float32"
     decode: int = DECODE_POLICY
     heads: int = 1
+    prefix_tokens: int | None = None
 
     @property
     def fingerprint(self) -> str:

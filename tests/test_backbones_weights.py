@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.taps import tap
 from pipeline.backbones.weights import check_finite, read_state_dict, weights_digest
 from pipeline.errors import BackboneError
 
@@ -25,6 +28,79 @@ def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
     module = load_backbone(f"resnet18@{path}").module
     assert {item.dtype for item in module.parameters()} == {torch.float32}
     assert torch.equal(module.conv1.weight, halves["conv1.weight"].float())
+
+
+def renamed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: item for name, item in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ddp.pth", lambda own: renamed("module.", own)),
+        ("compiled.pt", lambda own: renamed("_orig_mod.module.", own)),
+        (
+            "lightning.ckpt",
+            lambda own: {"state_dict": renamed("model._orig_mod.", own), "epoch": 3, "loops": {"a": {}}},
+        ),
+        (
+            "trainer.pth.tar",
+            lambda own: {"state_dict": renamed("module.", own), "optimizer": {"state": {0: {"step": own["fc.bias"]}}}},
+        ),
+        ("pytorch_model.bin", lambda own: own),
+        ("averaged.pth", lambda own: renamed("module.", own) | {"n_averaged": torch.tensor(5)}),
+        (
+            "lossy.pth",
+            lambda own: renamed("encoder.", own) | {"loss.weight": torch.ones(5), "fc.weight": torch.ones(2)},
+        ),
+        ("ema.pth", lambda own: {"model": {name: item + 1 for name, item in own.items()}, "model_ema": own}),
+        (
+            "dino.pth",
+            lambda own: {
+                "student": renamed("module.backbone.", {name: item + 1 for name, item in own.items()}),
+                "teacher": renamed("backbone.", own) | {"head.mlp.weight": torch.ones(2)},
+            },
+        ),
+    ],
+)
+def test_checkpoints_of_trainers_load(
+    tmp_path: Path, name: str, content: Callable[[dict[str, Tensor]], dict[str, Any]]
+) -> None:
+    own = state()
+    torch.save(content(own), path := tmp_path / name)
+    assert load_backbone(f"resnet18@{path}").weights_digest == weights_digest(own)
+
+
+def test_a_checkpoint_of_two_equal_networks_is_refused(tmp_path: Path) -> None:
+    own = state()
+    torch.save(renamed("encoder_q.", own) | renamed("encoder_k.", own), path := tmp_path / "moco.pth")
+    with pytest.raises(
+        BackboneError, match=r"holds the weights of several networks \(encoder_q\., encoder_k\.\); save"
+    ):
+        load_backbone(f"resnet18@{path}")
+
+
+def test_without_a_classifier_its_input_is_the_last_layer(tmp_path: Path) -> None:
+    own = {name: item for name, item in state().items() if not name.startswith("fc.")}
+    torch.save(own, path := tmp_path / "headless.pth")
+    network = tap(load_backbone(f"resnet18@{path}"), ["penultimate", "logits"])
+    plain = torchvision.models.resnet18()
+    plain.fc = nn.Identity()
+    plain.load_state_dict(own)
+    pixels = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8)
+    images = pixels.permute(0, 3, 1, 2) * network.scale + network.shift
+    with torch.inference_mode():
+        wanted = plain.eval()(images)
+        for features in network(pixels):
+            torch.testing.assert_close(features, wanted)
+
+
+def test_a_checkpoint_that_contains_itself_ends(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 1}
+    content["self"] = content
+    torch.save(content, path := tmp_path / "loop.pth")
+    with pytest.raises(BackboneError, match="holds no state dict"):
+        read_state_dict(path)
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from pipeline.heads.registry import FAMILIES, SCALINGS
 from pipeline.options import COMMANDS, FINETUNE, OPTIMIZERS, RECIPE, SCHEDULES, TABLES, TOPS, tune_parameters
 from pipeline.predict import predict
 from pipeline.rank import rank
-from pipeline.spec import POOLS, STORES, Request
+from pipeline.spec import STORES, Request
 
 PLAN = """\
 source = "photos"   # beside the plan
@@ -237,7 +237,7 @@ EXAMPLES: dict[str, dict[str, list[Any]]] = {
     "extract": {
         "backbone": ["test_resnet@random:0", "test_resnet@random:1"],
         "layer": [["layer1", "stages", "penultimate"]],
-        "pool": list(POOLS),
+        "pool": ["avg", "max", "avg+max", "gem", "grid2", "flatten"],
         "precision": ["auto", "fp32"],
         "store": list(STORES),
         "size": [32, 64],
@@ -322,6 +322,13 @@ def test_a_dry_run_estimates_every_head_and_every_option(
             assert not job.done
             assert 0 < job.seconds < 3600, job
             assert job.bytes > 0 or job.job.startswith("fit"), job
+
+
+def test_heads_do_not_read_whole_activations(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    make_photos(each=3)
+    text = '[[extract]]\nbackbone = "test_vit@random:0"\npool = ["cls", "none"]\n[[fit]]\n'
+    with pytest.raises(PlanError, match="line 4: pool none keeps whole activations, which heads do not read"):
+        dry_run(write(tmp_path, f'source = "photos"\n{text}'), tmp_path / "run")
 
 
 def test_a_plan_that_is_not_there_names_its_neighbours(tmp_path: Path) -> None:

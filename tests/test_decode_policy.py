@@ -124,7 +124,7 @@ def test_fit_reads_files_of_todays_rules_and_says_so(old_cache: Callable[..., Pa
     old.with_name("older.h5").write_bytes(kept)
     for layer in select(Catalog(tmp_path / "cache")):
         assert [file.path for file, _ in layer.parts] == [old]
-        assert layer.table.notes == (f"older.h5 is not read: {old.name} has its layers by today's decoding rules",)
+        assert layer.table.notes == (f"older.h5 is not read: {old.name} has its layers by today's rules",)
 
 
 @pytest.mark.parametrize("tiffs", [(), ("red/a.tif", "red/b.TIFF")])

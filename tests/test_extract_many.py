@@ -233,9 +233,11 @@ def test_progress_and_result_say_what_bounds_the_speed(make_photos: Callable[...
     calls = []
     (result,) = extract(make_photos(), [ONE], output=tmp_path, progress=lambda *call: calls.append(call), **OPTIONS)
     assert result.bound in ("decode", "model", "disk")
-    assert [done for done, *_ in calls] == [8, 16, 24]
+    assert [done for done, *_ in calls] == [0, 8, 16, 24]
     assert {(total, text) for _, total, text, _ in calls} == {(24, ONE)}
-    assert all(state in ("bound by decode", "bound by model", "bound by disk") for *_, state in calls)
+    megabytes, *states = [state for *_, state in calls]
+    assert megabytes == f"{round(Path(result.path).stat().st_size / 1e6)} MB"
+    assert all(state in ("bound by decode", "bound by model", "bound by disk") for state in states)
     (again,) = extract(tmp_path / "photos", [ONE], output=tmp_path, **OPTIONS)
     assert again.bound is None
 

@@ -69,6 +69,7 @@ def train_on_pixels(
         (NET, "layer4"),
         ("efficientnet_lite0@random:0", "blocks.4"),
         ("googlenet@random:0", "inception4b"),
+        ("test_vit@random:0", "blocks.3"),
     ],
 )
 def test_trunk_and_top_are_bit_equal_to_the_whole(name: str, line: str) -> None:

@@ -9,8 +9,10 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from pipeline.backbones.aliases import classifier_reads
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers, resolve_layers
+from pipeline.backbones.pooling import POOLINGS
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
 from pipeline.backbones.taps import normalisation, tap
@@ -167,7 +169,7 @@ def test_a_module_called_twice_is_tapped_at_its_first_call(pixels: Tensor) -> No
     torch.testing.assert_close(second, (normalised(pixels).relu() - 1).relu().flatten(1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("pool", POOLINGS)
 def test_dims_are_the_lengths_of_the_features(resnet: Backbone, pixels: Tensor, pool: str) -> None:
     network = tap(resnet, ["stages", "penultimate", "logits", "input"], pool)
     with torch.inference_mode():
@@ -236,7 +238,7 @@ class Pair(nn.Module):
         ("idle", "layer idle of net does not give one tensor with a row for each image"),
         ("logits", "net has no classifier, which 'logits' refers to; layers that work: conv"),
         ("penultimate", "net has no classifier, which 'penultimate' refers to"),
-        ("stages", "net has no stages that end in maps; layers that work: conv"),
+        ("stages", "net has no stages; layers that work: conv"),
     ],
 )
 def test_layers_without_features_name_some_that_have(layer: str, message: str) -> None:
@@ -274,10 +276,77 @@ def test_stages_end_where_their_papers_say(name: str, stages: list[str]) -> None
     assert resolve_layers(sketch(name), ["stages"]) == tuple(stages)
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "timm/test_vit", "timm/levit_128"])
-def test_transformers_have_no_stages_of_maps(name: str) -> None:
-    with pytest.raises(BackboneError, match="has no stages that end in maps; layers that work: "):
-        resolve_layers(sketch(name), ["stages"])
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("vit_b_16", [f"encoder.layers.encoder_layer_{number}" for number in (2, 5, 8, 11)]),
+        ("timm/vit_tiny_patch16_224", ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]),
+        ("timm/pit_ti_224", [f"transformers.{number}.blocks" for number in range(3)]),
+        ("timm/gmlp_ti16_224", ["blocks.7", "blocks.14", "blocks.22", "blocks.29"]),
+    ],
+)
+def test_stages_of_tokens_end_with_their_number_or_with_quarters(name: str, stages: list[str]) -> None:
+    assert resolve_layers(sketch(name), ["stages"]) == tuple(stages)
+
+
+def test_a_network_without_blocks_in_a_row_has_no_stages() -> None:
+    with pytest.raises(BackboneError, match="has no stages; layers that work: "):
+        resolve_layers(sketch("timm/crossvit_tiny_240"), ["stages"])
+
+
+@pytest.fixture(scope="module")
+def dinov3() -> Backbone:
+    return load_backbone("vit_tiny_patch16_dinov3_qkvb@random:0", size=64)
+
+
+@pytest.mark.parametrize("layer", ["blocks.5", "norm"])
+def test_tokens_are_told_apart_by_what_timm_knows(dinov3: Backbone, layer: str) -> None:
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    network = tap(dinov3, [layer], "cls")
+    images = pixels.permute(0, 3, 1, 2) * network.scale + network.shift
+    seen: list[Tensor] = []
+    with torch.inference_mode():
+        with hooked(dinov3.module, {layer: lambda _module, _args, value: seen.append(value)}):
+            dinov3.module(images)
+        (tokens,) = seen
+        patches = tokens[:, 5:].transpose(1, 2).unflatten(2, (4, 4))
+        wanted = {
+            "cls": tokens[:, 0],
+            "avg": tokens[:, 5:].mean(1),
+            "cls+avg": torch.cat([tokens[:, 0], tokens[:, 5:].mean(1)], 1),
+            "max": tokens[:, 5:].amax(1),
+            "grid2": nn.functional.avg_pool2d(patches, 2).flatten(1),
+        }
+        for pool, features in wanted.items():
+            (found,) = tap(dinov3, [layer], pool)(pixels)
+            torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "pool", "message"),
+    [
+        ("resnet18", "layer4", "cls", "layer layer4 of resnet18 has no class token, which pool 'cls' needs"),
+        ("timm/gmlp_ti16_224", "blocks.3", "cls+avg", "has no class token"),
+        ("timm/vit_tiny_patch16_224", "blocks.3.attn.q_norm", "avg", "expected cxhxw, tokens x d or d"),
+    ],
+)
+def test_a_pooling_that_does_not_suit_the_layer_is_refused(name: str, layer: str, pool: str, message: str) -> None:
+    with pytest.raises(BackboneError, match=message):
+        tap(sketch(name), [layer], pool)
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("resnet18", "the last map, averaged over its positions"),
+        ("vit_b_16", "the class token"),
+        ("vit_tiny_patch16_dinov3_qkvb", "the mean of the patch tokens"),
+        ("vit_base_patch16_siglip_224", "the tokens, pooled by attention"),
+        ("vgg11", ""),
+    ],
+)
+def test_what_the_classifier_reads_is_said(name: str, reads: str) -> None:
+    assert classifier_reads(sketch(name).traced) == reads
 
 
 @pytest.mark.parametrize(

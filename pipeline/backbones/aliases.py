@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import ceil
 
 import torch
 from timm.layers import SelectAdaptivePool2d
@@ -54,7 +55,7 @@ def join_classifiers(traced: Traced, classifiers: Sequence[str], name: str) -> T
     order = list(graph.nodes)
     first = min(map(order.index, readers))
     common = [node for node in cut_nodes(graph) if order.index(node) < first][-1:]
-    shared = next((node for node in common if layout_of(node.meta[SHAPE]) == "vector"), None)
+    shared = next((node for node in common if _kind(node) == "vector"), None)
     shapes = traced.shapes | {LOGITS: scores.meta[SHAPE]}
     nodes = traced.nodes | {LOGITS: scores}
     return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers, name))
@@ -62,13 +63,12 @@ def join_classifiers(traced: Traced, classifiers: Sequence[str], name: str) -> T
 
 def _join(graph: fx.Graph, readers: Sequence[fx.Node], name: str) -> fx.Node:
     reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
-    layouts = [layout_of(node.meta[SHAPE]) for node in reads]
-    if not set(layouts) <= {"vector", "tokens"}:
+    if not {_kind(node) for node in reads} <= {"vector", "tokens"}:
         raise BackboneError(f"the classifiers of {name} read neither vectors nor tokens; use another network")
     with graph.inserting_before(graph.output_node()):
         vectors = list(reads)
         for index, node in enumerate(reads):
-            if layouts[index] == "tokens":
+            if _kind(node) == "tokens":
                 vectors[index] = graph.call_method("mean", (node, 1))
                 vectors[index].meta |= {SHAPE: node.meta[SHAPE][1:], TENSORS: True}
         joined = graph.call_function(torch.cat, (vectors, 1))
@@ -87,17 +87,45 @@ def last_map(traced: Traced) -> fx.Node | None:
     return node
 
 
+def classifier_reads(traced: Traced) -> str:
+    """Return what the classifier reads, in words, as far as torchvision and timm tell; ``""`` if they do not."""
+    if last_map(traced) is not None:
+        return "the last map, averaged over its positions"
+    pooled = getattr(traced.module, "global_pool", "token" if traced.tokens.has_class else "")
+    return (
+        {
+            "token": "the class token",
+            "avg": "the mean of the patch tokens",
+            "max": "the maximum of the patch tokens",
+            "avgmax": "the mean and the maximum of the patch tokens, averaged",
+            "map": "the tokens, pooled by attention",
+        }.get(pooled, "")
+        if isinstance(pooled, str)
+        else ""
+    )
+
+
+def _kind(node: fx.Node) -> str:
+    layout = layout_of(node.meta.get(SHAPE, ()))
+    return "" if layout is None else layout.kind
+
+
 def _side(node: fx.Node) -> int | None:
     """Return the side of the map that `node` gives; None if that is no map, or a map of 1 x 1."""
     shape = node.meta.get(SHAPE, ())
-    if layout_of(shape) in ("map", "map_last") and shape[1] > 1:
-        return int(shape[1])
-    return None
+    return int(shape[1]) if _kind(node) in ("map", "map_last") and shape[1] > 1 else None
+
+
+def _extent(node: fx.Node, traced: Traced) -> int:
+    """Return the side of a map or of the grid of patch tokens, or the number of tokens that lie on no grid."""
+    shape = node.meta[SHAPE]
+    layout = layout_of(shape, traced.tokens)
+    return _side(node) or (layout.side if layout is not None else 0) or int(shape[0])
 
 
 def _channels(node: fx.Node) -> int:
     shape = node.meta[SHAPE]
-    return int(shape[0] if layout_of(shape) == "map" else shape[-1])
+    return int(shape[0] if _kind(node) == "map" else shape[-1])
 
 
 def _only_pools(node: fx.Node, module: nn.Module) -> bool:
@@ -113,21 +141,34 @@ def stages(traced: Traced) -> tuple[str, ...]:
     A stage ends with the last block before the resolution changes, and where a sequence of blocks ends and the number
     of channels changes. In a network without blocks (VGG, AlexNet) it ends with the last layer before the resolution
     changes. Only layers that every path crosses count, and there are none if most weight layers come after the last.
+    Where no maps are found, stages end with blocks that give tokens: before the number of tokens changes or, if it is
+    the same throughout, with each quarter of the blocks, as DINOv2 is evaluated (Oquab et al. 2023).
     The name of a stage is that of the outermost module around its end that gives maps of the same size and holds no
     other end.
     """
     if traced.graph is None:
         return ()
-    names: dict[fx.Node, list[str]] = {node: [] for node in cut_nodes(traced.graph) if _side(node) is not None}
+    cuts = cut_nodes(traced.graph)
+    maps = _names(traced, [node for node in cuts if _side(node) is not None])
+    blocks = _blocks(traced, maps)
+    ends = _block_ends(traced, maps, blocks) if len(blocks) > 1 else _resolution_ends(traced, maps)
+    if len(ends) > 1 and _is_late(ends[-1], traced):
+        return tuple(_outermost(node, ends, maps, traced) for node in ends)
+    tokens = _names(traced, [node for node in cuts if len(node.meta.get(SHAPE, ())) == 2])
+    blocks = _blocks(traced, tokens)
+    ends = _block_ends(traced, tokens, blocks)
+    if len(ends) == 1:
+        quarters = (ceil(len(blocks) * quarter / 4) for quarter in (1, 2, 3, 4))
+        ends = [blocks[count - 1] for count in dict.fromkeys(quarters)]
+    return tuple(_outermost(node, ends, tokens, traced) for node in ends) if len(ends) > 1 else ()
+
+
+def _names(traced: Traced, nodes: list[fx.Node]) -> dict[fx.Node, list[str]]:
+    names: dict[fx.Node, list[str]] = {node: [] for node in nodes}
     for name, node in traced.nodes.items():
         if node in names:
             names[node].append(name)
-    named = [node for node in names if names[node]]
-    blocks = _blocks(traced, names)
-    ends = _block_ends(traced, names, blocks) if len(blocks) > 1 else _resolution_ends(traced, named)
-    if len(ends) < 2 or not _is_late(ends[-1], traced):
-        return ()
-    return tuple(_outermost(node, ends, names, traced) for node in ends)
+    return names
 
 
 def _is_late(end: fx.Node, traced: Traced) -> bool:
@@ -168,7 +209,7 @@ def _block_ends(traced: Traced, names: dict[fx.Node, list[str]], blocks: list[fx
     return [
         node
         for node, after in pairwise(blocks)
-        if _side(node) != _side(after)
+        if _extent(node, traced) != _extent(after, traced)
         or (
             _channels(node) != _channels(after)
             and any(isinstance(modules.get(name), nn.Sequential) for name in names[node])
@@ -176,7 +217,8 @@ def _block_ends(traced: Traced, names: dict[fx.Node, list[str]], blocks: list[fx
     ] + blocks[-1:]
 
 
-def _resolution_ends(traced: Traced, named: list[fx.Node]) -> list[fx.Node]:
+def _resolution_ends(traced: Traced, names: dict[fx.Node, list[str]]) -> list[fx.Node]:
+    named = [node for node in names if names[node]]
     ends = []
     weighted = False
     for index, node in enumerate(named):
@@ -195,7 +237,8 @@ def _outermost(node: fx.Node, ends: list[fx.Node], names: dict[fx.Node, list[str
         name
         for name in around
         if traced.nodes.get(name) in names
-        and (_side(traced.nodes[name]), _channels(traced.nodes[name])) == (_side(node), _channels(node))
+        and _extent(traced.nodes[name], traced) == _extent(node, traced)
+        and _channels(traced.nodes[name]) == _channels(node)
         and not any(other.startswith(f"{name}.") for other in others)
     ]
     return min(fitting, key=lambda name: name.count(".")) if fitting else names[node][0]

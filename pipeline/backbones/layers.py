@@ -20,7 +20,7 @@ from pipeline.backbones.aliases import (
     stages,
 )
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.pooling import Layout, layout_of
+from pipeline.backbones.pooling import Layout, layout_of, misfit
 from pipeline.backbones.trace import SHAPE, Shape, Traced
 from pipeline.errors import BackboneError
 
@@ -88,7 +88,7 @@ def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
     if layer == STAGES:
         found = stages(traced)
         if not found:
-            raise BackboneError(f"{handle} has no stages that end in maps; {_suggestion(traced)}")
+            raise BackboneError(f"{handle} has no stages; {_suggestion(traced)}")
         return found
     name = traced.classifier if layer == LOGITS else layer
     if name is not None and find_tap(traced, name) is not None:
@@ -145,5 +145,17 @@ def find_tap(traced: Traced, layer: str, pool: str = "avg") -> Tap | None:
         shape = source.meta.get(SHAPE)
     else:
         shape = traced.read if layer == PENULTIMATE else traced.shapes.get(layer)
-    layout = layout_of(shape) if shape is not None else None
+    layout = layout_of(shape, traced.tokens) if shape is not None else None
     return Tap(source, shape, layout) if source and shape and layout else None
+
+
+def pooled_tap(backbone: Backbone, layer: str, pool: str) -> Tap:
+    """Return where to tap a layer that `resolve_layers` gave; raises `BackboneError` if `pool` does not suit it."""
+    tap = find_tap(backbone.traced, layer, pool)
+    if tap is None:
+        raise BackboneError(f"{backbone.handle} has no layer '{layer}'")
+    if problem := misfit(pool, tap.layout):
+        raise BackboneError(
+            f"layer {layer} of {backbone.handle} {problem}, which pool '{pool}' needs; use another, such as avg"
+        )
+    return tap

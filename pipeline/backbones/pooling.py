@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +13,44 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from features_cache import nearest
 from pipeline.errors import BackboneError
+from pipeline.spec import NO_POOL, POOLS
 
-Layout = Literal["map", "map_last", "tokens", "vector"]
 GEM_POWER = 3.0
 GEM_FLOOR = 1e-6
+
+
+class TokenOrder(NamedTuple):
+    """How the tokens of a network follow each other.
+
+    `prefix` tokens come before the patches, the class token first if `has_class`. The patches come row by row if
+    `by_row`.
+    """
+
+    prefix: int = 0
+    has_class: bool = False
+    by_row: bool = True
+
+
+PATCHES_ONLY = TokenOrder()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How to read activations.
+
+    Parameters
+    ----------
+    kind : {"vector", "tokens", "map", "map_last"}
+        Of shape (n, d), (n, tokens, d), (n, c, h, w) or (n, h, w, c).
+    order : TokenOrder
+        Of tokens.
+    side : int
+        Of tokens: the patches are those of a grid of ``side`` x ``side``, row by row; 0 if they are not.
+    """
+
+    kind: Literal["vector", "tokens", "map", "map_last"]
+    order: TokenOrder = PATCHES_ONLY
+    side: int = 0
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -52,53 +88,99 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "gem": _generalised_mean,
     "grid2": _grid_of_means,
     "flatten": _flatten,
+    NO_POOL: _flatten,
 }
-"""By name: functions of maps (n, c, h, w) of any float dtype that return float32 features (n, d) in new memory.
-`pipeline.spec.POOLS` lists the same names for code that must not import torch."""
+"""By name: functions of maps (n, c, h, w) of any float dtype that return float32 features (n, d) in new memory."""
+TOKEN_POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cls": lambda token, _: token.to(torch.float32, copy=True),
+    "cls+avg": lambda token, patches: torch.cat([token.float(), _mean(patches)], 1),
+}
+"""By name: functions of the class token (n, d) and the patches as maps (n, d, h, w)."""
 
 
-def layout_of(shape: tuple[int, ...]) -> Layout | None:
+def layout_of(shape: tuple[int, ...], order: TokenOrder = PATCHES_ONLY) -> Layout | None:
     """Return how to read activations of `shape` (without the batch axis); None for shapes that cannot be pooled.
 
     ``(c, h, w)`` is a map and ``(h, w, c)`` a map with channels last (inputs are square, so the two equal axes are
-    height and width), ``(tokens, d)`` is a sequence, ``(d,)`` a vector.
+    height and width), ``(tokens, d)`` is a sequence, ``(d,)`` a vector. A sequence has the prefix of the network's
+    `order` if the other tokens fill a square.
+
+    Examples
+    --------
+    >>> layout_of((201, 384), TokenOrder(5, has_class=True))
+    Layout(kind='tokens', order=TokenOrder(prefix=5, has_class=True, by_row=True), side=14)
     """
     match shape:
         case (_,):
-            return "vector"
-        case (_, _):
-            return "tokens"
+            return Layout("vector")
+        case (tokens, _):
+            for possible in (order, order._replace(prefix=0, has_class=False)):
+                side = isqrt(max(0, tokens - possible.prefix))
+                if side > 1 and side**2 == tokens - possible.prefix:
+                    return Layout("tokens", possible, side if order.by_row else 0)
+            return Layout("tokens")
         case (_, height, width) if height == width:
-            return "map"
+            return Layout("map")
         case (height, width, _) if height == width:
-            return "map_last"
+            return Layout("map_last")
     return None
 
 
 def check_pool(pool: str) -> None:
-    """Raise `BackboneError` unless `pool` is one of `POOLINGS`."""
-    if pool not in POOLINGS:
-        raise BackboneError(f"unknown pooling '{pool}'{nearest(pool, POOLINGS)}; expected one of {', '.join(POOLINGS)}")
+    """Raise `BackboneError` unless `pool` is one of `pipeline.spec.POOLS`."""
+    if pool not in POOLS:
+        raise BackboneError(f"unknown pooling '{pool}'{nearest(pool, POOLS)}; expected one of {', '.join(POOLS)}")
+
+
+def misfit(pool: str, layout: Layout) -> str:
+    """Return why activations of a layout cannot be pooled by `pool`; ``""`` if they can."""
+    if pool in TOKEN_POOLINGS and layout.kind != "vector" and not layout.order.has_class:
+        return "has no class token"
+    if pool == "grid2" and layout.kind == "tokens" and not layout.side:
+        return "has tokens that lie on no grid"
+    return ""
+
+
+def kept_shape(shape: tuple[int, ...], layout: Layout, pool: str) -> tuple[int, ...]:
+    """Return the shape of the array whose values, in C order, are a feature vector; () if it is just a vector.
+
+    The pool ``none`` keeps maps as (c, h, w), also those with channels last, and sequences as (tokens, d).
+    """
+    if pool != NO_POOL or layout.kind == "vector":
+        return ()
+    return (shape[2], *shape[:2]) if layout.kind == "map_last" else shape
 
 
 def pooled_dim(shape: tuple[int, ...], layout: Layout, pool: str) -> int:
     """Return the length of the feature vector that `pool` makes of activations of `shape` (no batch axis)."""
-    if layout in ("vector", "tokens"):
-        return shape[-1]
-    maps = torch.empty(1, *shape, device="meta")
-    return POOLINGS[pool](maps if layout == "map" else maps.permute(0, 3, 1, 2)).shape[1]
+    return _pooled(torch.empty(1, *shape, device="meta"), layout, pool).shape[1]
+
+
+def _pooled(x: Tensor, layout: Layout, pool: str) -> Tensor:
+    if layout.kind == "vector":
+        return x.to(torch.float32, copy=True)
+    if layout.kind == "map":
+        return POOLINGS[pool](x)
+    if layout.kind == "map_last":
+        return POOLINGS[pool](x.permute(0, 3, 1, 2))
+    if pool == NO_POOL:
+        return _flatten(x)
+    patches = x[:, layout.order.prefix :].transpose(1, 2)
+    patches = patches.unflatten(2, (layout.side, layout.side)) if layout.side else patches.unsqueeze(3)
+    return TOKEN_POOLINGS[pool](x[:, 0], patches) if pool in TOKEN_POOLINGS else POOLINGS[pool](patches)
 
 
 class Pool(nn.Module):
-    """Pool activations of a layout to features by one of the `POOLINGS`.
+    """Pool activations of a layout to features by one of `pipeline.spec.POOLS`.
 
-    Vectors are kept and tokens are averaged, whatever the pooling. Features are always new float32 memory, so that
-    nothing that a network does in place afterwards can change them.
+    Vectors are kept, whatever the pooling; ``none`` keeps all values of all activations. Of tokens, the patches are
+    pooled like a map with one position for each; ``cls`` takes the class token instead, and ``cls+avg`` joins both.
+    Features are always new float32 memory, so that nothing that a network does in place afterwards can change them.
 
     Examples
     --------
     >>> activations = torch.ones(2, 3, 4, 4)
-    >>> Pool("avg+max", "map")(activations).shape
+    >>> Pool("avg+max", Layout("map"))(activations).shape
     torch.Size([2, 6])
     """
 
@@ -111,8 +193,4 @@ class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (n, ...) of any float dtype to (n, d) float32."""
         with torch.autocast(x.device.type, enabled=False):
-            if self.layout == "vector":
-                return x.to(torch.float32, copy=True)
-            if self.layout == "tokens":
-                return x.mean(1, dtype=torch.float32)
-            return POOLINGS[self.pool](x if self.layout == "map" else x.permute(0, 3, 1, 2))
+            return _pooled(x, self.layout, self.pool)

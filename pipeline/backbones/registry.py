@@ -27,6 +27,7 @@ from pipeline.backbones.weights import (
     fill_weights,
     read_state_dict,
     weights_digest,
+    weights_of,
 )
 from pipeline.errors import BackboneError
 from pipeline.spec import LONGEST_SIDE, Preprocessing
@@ -103,7 +104,8 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     ----------
     name : str
         ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. If the file is a
-        saved fine-tuned network, the result has the classes that it was fine-tuned to.
+        saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint without a
+        classifier, the layer ``logits`` is what the classifier would read.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
     white : int, optional
@@ -145,15 +147,17 @@ def _load(name: str, size: int | None, white: int | None) -> Backbone:
     preprocessing = replace(_resized(zoo.preprocessing(bare, tag), size), white=white)
     if tag is not None:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
+        classifiers = zoo.classifiers(bare, module)
     elif weights.startswith(RANDOM):
         module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
+        classifiers = zoo.classifiers(bare, module)
     else:
-        module = _from_file(zoo, bare, Path(weights), size)
+        module, classifiers = _from_file(zoo, bare, Path(weights), size)
         label = Path(weights).name
     module = module.eval().requires_grad_(False).float()
     check_finite(module, name)
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
-    digest, classifiers = weights_digest(module.state_dict()), zoo.classifiers(bare, module)
+    digest = weights_digest(module.state_dict())
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
 
 
@@ -244,16 +248,30 @@ def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
     )
 
 
-def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> nn.Module:
-    """Return the network with the weights in `path`, and with as many classes as they have."""
-    state = read_state_dict(path)
+def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the network with the weights in `path`, and the names of its classifiers.
+
+    It has as many classes as the weights. Where these have no classifier, there are identities in its place.
+    """
     module = build_untouched(lambda: zoo.build(name, size, None))
-    key = next((f"{path}.weight" for path in zoo.classifiers(name, module)), "")
-    classes = _rows(state.get(key))
-    if classes and classes != _rows(module.state_dict().get(key)):
-        module = build_untouched(lambda: zoo.build(name, size, classes))
-    fill_weights(module, state, f"{path.name} for {name}")
-    return module
+    source = f"{path.name} for {name}"
+    state = weights_of(module, read_state_dict(path), source)
+    classifiers = zoo.classifiers(name, module)
+    own = {
+        key: item
+        for key, item in module.state_dict().items()
+        if key.startswith(tuple(f"{one}." for one in classifiers))
+    }
+    if classifiers and not own.keys() & state.keys():
+        for one in classifiers:
+            module.set_submodule(one, nn.Identity())
+    else:
+        key = next((f"{one}.weight" for one in classifiers), "")
+        classes = _rows(state.get(key))
+        if classes and classes != _rows(own.get(key)):
+            module = build_untouched(lambda: zoo.build(name, size, classes))
+    fill_weights(module, state, source)
+    return module, classifiers
 
 
 def _rows(tensor: Tensor | None) -> int:

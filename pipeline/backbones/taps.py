@@ -12,8 +12,8 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from pipeline.backbones.aliases import INPUT, PENULTIMATE
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.layers import Tap, find_tap, resolve_layers
-from pipeline.backbones.pooling import Pool, check_pool, pooled_dim
+from pipeline.backbones.layers import Tap, pooled_tap, resolve_layers
+from pipeline.backbones.pooling import Pool, check_pool, kept_shape, pooled_dim
 from pipeline.backbones.subgraph import build_module, copy_between
 from pipeline.backbones.trace import Traced, hooked
 from pipeline.spec import Preprocessing, fingerprint_of, json_fields
@@ -44,9 +44,9 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
 class TappedNetwork(nn.Module):
     """A frozen network from pixels to pooled features, as `tap` returns it; always in eval mode.
 
-    `identity` is a digest of everything that changes what the network computes, `dims` the length of each layer's
-    features, in the order of the results. `body` maps normalised images to features; it is None where only ``input``
-    is tapped.
+    `identity` is a digest of everything that changes what the network computes. `dims` has the length of each layer's
+    features, in the order of the results, and `shapes` what `kept_shape` says of each. `body` maps normalised images to
+    features; it is None where only ``input`` is tapped.
     """
 
     scale: Tensor
@@ -55,8 +55,7 @@ class TappedNetwork(nn.Module):
     def __init__(self, backbone: Backbone, layers: tuple[str, ...], pool: str) -> None:
         super().__init__()
         check_pool(pool)
-        found = {layer: find_tap(backbone.traced, layer, pool) for layer in layers if layer != INPUT}
-        taps = {layer: item for layer, item in found.items() if item is not None}
+        taps = {layer: pooled_tap(backbone, layer, pool) for layer in layers if layer != INPUT}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
         preprocessing = json_fields(backbone.preprocessing)
         computed = [backbone.name, backbone.weights_digest, layers, pool, preprocessing]
@@ -66,6 +65,7 @@ class TappedNetwork(nn.Module):
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers
         }
+        self.shapes = {layer: kept_shape(item.shape, item.layout, pool) for layer, item in taps.items()}
         self.body = _body(backbone.traced, taps, pool) if taps else None
         scale, shift = normalisation(backbone.preprocessing)
         self.register_buffer("scale", scale, persistent=False)

@@ -40,14 +40,14 @@ def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
     """Return the layers that the thaw line may follow, by name, in order of computation.
 
     Every path from the image to the classifier crosses such a layer, nothing above it needs anything else from below,
-    and its activations are a map or a vector, which a cache can hold. Several names may stand for the same node.
+    and its activations are a map, tokens or a vector, which a cache can hold. Several names may stand for one node.
     """
     traced, read = backbone.traced, top_input(backbone)
     position = {node: index for index, node in enumerate(read.node.graph.nodes)}
     possible: dict[fx.Node, LayerNode] = {}
     for node in cut_nodes(read.node.graph):
         line = _layer_node(node)
-        if line is not None and line.layout != "tokens" and position[node] <= position[read.node]:
+        if line is not None and position[node] <= position[read.node]:
             above = nodes_between(node, [read.node])
             if above is not None and not _shares_weights(traced, above):
                 possible[node] = line

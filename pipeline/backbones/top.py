@@ -148,4 +148,6 @@ def with_top(base: Backbone, top: Top, classes: int) -> Traced:
     graph.output(logits)
     nodes = {name: copies[node] for name, node in base.traced.nodes.items() if node in copies} | {TOP_LAYER: logits}
     shapes = {name: node.meta[SHAPE] for name, node in nodes.items()}
-    return Traced(build_module(graph, base.traced, {TOP_LAYER: top}), TOP_LAYER, graph, nodes, shapes, None)
+    return Traced(
+        build_module(graph, base.traced, {TOP_LAYER: top}), TOP_LAYER, graph, nodes, shapes, None, base.traced.tokens
+    )

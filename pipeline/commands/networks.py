@@ -32,13 +32,17 @@ def backbones(pattern: str, as_json: bool) -> None:
 @options_of("layers")
 def layers(backbone: str, size: int | None, as_json: bool) -> None:
     """List the layers of BACKBONE with shapes and aliases."""
+    from pipeline.backbones.aliases import classifier_reads
     from pipeline.backbones.layers import list_layers
     from pipeline.backbones.registry import sketch
     from pipeline.reporting.terminal.tables import rows_table
 
-    found = list_layers(sketch(backbone, size))
+    network = sketch(backbone, size)
+    found, reads = list_layers(network), classifier_reads(network.traced)
     if as_json:
-        print_json({"layers": [row._asdict() for row in found]})
+        print_json({"layers": [row._asdict() for row in found], "penultimate": reads})
         return
     rows = [(row.name, "×".join(map(str, row.shape)), ", ".join(row.aliases)) for row in found]
     print_table(rows_table(("layer", "shape", "aliases"), rows))
+    if reads:
+        click.echo(f"penultimate is {reads}")

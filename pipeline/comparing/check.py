@@ -12,6 +12,7 @@ from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.options import tune_parameters
+from pipeline.spec import NO_POOL
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
@@ -48,6 +49,9 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
     from pipeline.engines.select import resolve
 
     request, line = extraction.request, extraction.line
+    if request.pool == NO_POOL:
+        message = f"pool {NO_POOL} keeps whole activations, which heads do not read; use another"
+        raise plan.error(message, line.table, line.place, NO_POOL)
     with errors_at(plan, line, request.backbone):
         check_weights(request.backbone)
         backbone = sketch(request.backbone, request.size)

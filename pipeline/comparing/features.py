@@ -32,9 +32,7 @@ class Features:
     def catalog(self) -> Catalog:
         """Return a catalog of these files alone, in which every layer is unique."""
         files = list(dict.fromkeys(self.files.values()))
-        catalog = Catalog(files[0].path)
-        catalog.files = files
-        return catalog
+        return Catalog(files[0].path).only(files)
 
 
 def find_features(extraction: Extraction, images: ImageSource, cache: Path) -> Features | None:

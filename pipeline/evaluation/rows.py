@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -115,7 +114,7 @@ def select(
         Names, or the aliases by which they were extracted (``stages``); ``A+B`` joins two. By default every layer of
         the files that fit, which must be of one source, backbone and pool.
     source, backbone, pool : str, optional
-        Handles that narrow the files.
+        Handles that narrow the files. Without a pool, files of whole activations are passed over if there are others.
 
     Raises
     ------
@@ -126,6 +125,8 @@ def select(
     """
     catalog, older = _by_todays_rules(catalog)
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
+    if pool is None:
+        catalog = catalog.only(pooled(catalog.files) or catalog.files)
     tables: dict[tuple[CacheFile, ...], Table] = {}
     selected = []
     for joined in _names(catalog, catalog.fitting(**narrowed), layers):
@@ -140,23 +141,25 @@ def select(
     return selected
 
 
+def pooled(files: Iterable[CacheFile]) -> list[CacheFile]:
+    """Return the files that hold no whole activations, only vectors."""
+    return [file for file in files if not any(info.shape for info in file.layers.values())]
+
+
 def _by_todays_rules(catalog: Catalog) -> tuple[Catalog, list[str]]:
-    """Leave out files of older decoding rules if one of today's has the same layers; name those in notes."""
+    """Leave out files of older rules if one of today's has the same layers; name those in notes."""
     made_for = {file: [_apart_from_rules(file, info) for info in file.layers.values()] for file in catalog.files}
     of_today = {key: file for file, keys in made_for.items() if not is_outdated(file) for key in keys}
     replaced = {
         file: of_today[keys[0]] for file, keys in made_for.items() if is_outdated(file) and of_today.keys() >= set(keys)
     }
-    narrowed = copy.copy(catalog)
-    narrowed.files = [file for file in catalog.files if file not in replaced]
-    return narrowed, [
-        f"{old.path.name} is not read: {new.path.name} has its layers by today's decoding rules"
-        for old, new in replaced.items()
+    return catalog.only(file for file in catalog.files if file not in replaced), [
+        f"{old.path.name} is not read: {new.path.name} has its layers by today's rules" for old, new in replaced.items()
     ]
 
 
 def _apart_from_rules(file: CacheFile, info: LayerInfo) -> str:
-    return canonical_json([file.handles, {**info.spec, "decode": None}])
+    return canonical_json([file.handles, {**info.spec, "decode": None, "prefix_tokens": None}])
 
 
 def _misread(files: Sequence[CacheFile]) -> Iterator[str]:

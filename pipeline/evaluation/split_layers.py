@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.errors import FitError
 from pipeline.evaluation.folds import cross_splits
 from pipeline.evaluation.rows import Layer
 from pipeline.evaluation.splits import Splits, make_splits
@@ -24,7 +25,15 @@ class SplitLayer:
 def split_layers(
     layers: Sequence[Layer], seeds: Sequence[int], shots: Sequence[int | str], cv: int | None, *, drop_leaks: bool
 ) -> list[SplitLayer]:
-    """Split the rows of each layer; layers of the same files share their splits."""
+    """Split the rows of each layer; layers of the same files share their splits.
+
+    Raises `FitError` if a layer holds whole activations, which heads do not read.
+    """
+    for whole in (layer for layer in layers if any(info.shape for _, info in layer.parts)):
+        raise FitError(
+            f"layer {whole.name} was extracted with pool none, which keeps whole activations; "
+            "extract it with another pool, such as avg"
+        )
     made: dict[tuple[int, int, int | str], list[Splits]] = {}
     found = []
     for layer, seed, count in itertools.product(layers, seeds, shots):

@@ -79,14 +79,28 @@ class FeatureExtractor:
         return {name: [name] for name in self.layers} | resolved_aliases(self.backbone)
 
     def spec(self, layer: str, request: Request) -> LayerSpec:
-        """Return what exactly produces the features of one of `layers`, for one of `requests`."""
+        """Return what exactly produces the features of one of `layers`, for one of `requests`.
+
+        Raises `BackboneError` if the pooling does not suit the layer.
+        """
+        from pipeline.backbones.aliases import INPUT
+        from pipeline.backbones.layers import pooled_tap
+
         backbone = self.backbone
+        layout = None if layer == INPUT else pooled_tap(backbone, layer, request.pool).layout
         preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
         precision = self._resolved.precision
-        spec = LayerSpec(
-            backbone.name, backbone.weights_digest, layer, request.pool, preprocessing, precision, request.store
+        return LayerSpec(
+            backbone.name,
+            backbone.weights_digest,
+            layer,
+            request.pool,
+            preprocessing,
+            precision,
+            request.store,
+            prefix_tokens=layout.order.prefix if layout is not None and layout.kind == "tokens" else None,
+            heads=backbone.heads(layer),
         )
-        return replace(spec, heads=backbone.heads(layer))
 
     def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
         """Return the network from pixels to the features of `layers`."""

@@ -212,7 +212,9 @@ def fill(
     """
     pending = np.flatnonzero(np.any([filler.pending for filler in fillers], axis=0))
     handled = total - len(pending)
+    size = sum(filler.writer.cache.path.stat().st_size for filler in fillers)
     text = ", ".join(dict.fromkeys(filler.writer.cache.handles["backbone"] for filler in fillers))
+    progress(handled, total, text, f"{size / 1e6:,.0f} MB")
     preprocessings = [filler.preprocessing for filler in fillers]
     batch_size = batch_size or fillers[0].engine.resolved.batch_size
 

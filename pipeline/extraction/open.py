@@ -124,8 +124,11 @@ def _create(
     specs: dict[str, LayerSpec], request: Request, destination: Destination, extractor: FeatureExtractor
 ) -> CacheWriter:
     images, backbone = destination.images, extractor.backbone
-    dims = extractor.tapped(tuple(specs)).dims
-    layers = [LayerInfo(name, dims[name], spec.store, spec.to_json(), spec.fingerprint) for name, spec in specs.items()]
+    tapped = extractor.tapped(tuple(specs))
+    layers = [
+        LayerInfo(name, tapped.dims[name], spec.store, spec.to_json(), spec.fingerprint, tapped.shapes.get(name, ()))
+        for name, spec in specs.items()
+    ]
     key = fingerprint_of([images.location, *(layer.fingerprint for layer in layers)])
     path = destination.folder / file_name(images.name, backbone.handle, key)
     handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}

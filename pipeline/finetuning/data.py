@@ -13,7 +13,7 @@ from features_cache import DONE, CacheFile, Catalog, open_cache
 from pipeline.arrays import IntArray
 from pipeline.backbones.aliases import INPUT, PENULTIMATE
 from pipeline.backbones.backbone import Backbone
-from pipeline.backbones.pooling import pooled_dim
+from pipeline.backbones.pooling import Layout, pooled_dim
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import top_input
 from pipeline.engines.select import Resolved, resolve
@@ -27,9 +27,8 @@ from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.recipe import Recipe
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import ExtractResult, Progress
-from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Request
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, NO_POOL, Request
 
-FLAT = "flatten"
 FOLDER = "finetune"
 """Folder inside the cache folder, for checkpoints and for cache files that only training reads. Other readers of the
 cache folder do not look into it."""
@@ -98,7 +97,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     resolved = resolve(setup.engine, setup.device, setup.precision)
     backbone = load_backbone(setup.backbone, setup.size, setup.white)
     line, read = line_of(backbone, setup.freeze), top_input(backbone)
-    pooled = read._replace(layout="vector")
+    pooled = read._replace(layout=Layout("vector"))
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
     image = _extract_plain(setup, INPUT) if recipe.top == "direct" and (cached or setup.head_first) else None
     features = _extract_plain(setup, PENULTIMATE) if setup.head_first else None
@@ -107,7 +106,7 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
         listing = features or image or _extract_plain(setup, INPUT)
         images = DecodedImages(setup.source, backbone.preprocessing, recipe.augment, setup.workers, listing.digests)
         return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
-    layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, FLAT)
+    layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, _keeping(line.layout))
     if setup.freeze != ALL or recipe.views is not None:
         dim = pooled_dim(line.shape, line.layout, pool)
         _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
@@ -116,6 +115,11 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     views = () if recipe.views is None else _extract_views(setup, draws, table, layer, (file, image))
     reader = CachedActivations(layer, pooled if setup.freeze == ALL else line, (file, image), views)
     return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
+
+
+def _keeping(layout: Layout) -> str:
+    """Return the pool that keeps all activations; maps had ``flatten`` before there was ``none``, which is the same."""
+    return NO_POOL if layout.kind == "tokens" else "flatten"
 
 
 def splits_of(table: Table, seed: int, shots: int | str) -> Splits:

@@ -59,13 +59,13 @@ def _features(file: CacheFile, layer: str, rows: IntArray) -> Float32Array:
 
 
 def unflattened(flat: Float32Array, line: LayerNode) -> Tensor:
-    """Undo the pooling ``flatten``: (k, d) to (k, *shape), maps channels-last in memory.
+    """Undo the pool that kept all activations: (k, d) to (k, *shape), maps channels-last in memory.
 
     This is all numpy: torch would start OpenMP threads for the thread that reads ahead, and slow down the training.
     """
-    if line.layout == "vector":
-        return torch.from_numpy(flat)
-    if line.layout == "map_last":
+    if line.layout.kind in ("vector", "tokens"):
+        return torch.from_numpy(flat.reshape(-1, *line.shape))
+    if line.layout.kind == "map_last":
         height, width, channels = line.shape
         return torch.from_numpy(flat.reshape(-1, channels, height, width).transpose(0, 2, 3, 1))
     maps = np.ascontiguousarray(flat.reshape(-1, *line.shape).transpose(0, 2, 3, 1))

@@ -1,0 +1,251 @@
+"""What works with each family of timm and torchvision: ``python benchmarks/families.py --output families.jsonl``.
+
+Takes the smallest network of every family, with random weights, and compares in float32:
+
+- features: every stage, penultimate and logits against plain forward hooks, whole activations, at most 1e-5 relative;
+- openvino: the pooled features of the OpenVINO engine against those of torch, at most 1e-3 relative;
+- thaw line: how many layers it can follow; trunk and thawed part at the middle one against the whole, bit for bit;
+- onnx: penultimate and logits in ONNX Runtime against torch, at most 1e-3 relative.
+
+Each family runs in a process of its own with a time limit. Families that the output file has already are not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from features_cache import ThawlineError
+from pipeline.backbones.aliases import LOGITS, PENULTIMATE
+from pipeline.backbones.backbone import Backbone
+from pipeline.backbones.layers import find_tap, resolved_aliases
+from pipeline.backbones.registry import load_backbone
+from pipeline.backbones.taps import normalisation, tap
+from pipeline.backbones.thaw_line import find_line, possible_lines, split, top_input
+from pipeline.backbones.trace import hooked
+from pipeline.spec import NO_POOL
+
+LIMIT_S = 300
+CHECKS = ("features", "openvino", "thaw line", "onnx")
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Keep the results in this file, and go on with it.")
+@click.option("--family", help="Only this one, in this process; prints JSON.")
+@click.option("--network", help="The network of --family.")
+def main(output: Path | None, family: str | None, network: str | None) -> None:
+    """Print a table of all families, and the counts."""
+    if family and network:
+        print(json.dumps(check(family, network)))
+        return
+    output = output or Path(tempfile.mkdtemp()) / "families.jsonl"
+    done = {row["family"]: row for row in map(json.loads, output.read_text().splitlines())} if output.exists() else {}
+    for name, smallest in families().items():
+        if name not in done:
+            done[name] = run(name, smallest)
+            with output.open("a") as file:
+                file.write(json.dumps(done[name]) + "\n")
+            print(done[name], file=sys.stderr, flush=True)
+    report(list(done.values()))
+
+
+def families() -> dict[str, str]:
+    """Return the smallest network of each family, by the name of the module that defines it."""
+    import timm
+    import torchvision
+
+    members: dict[str, list[str]] = defaultdict(list)
+    for name in timm.list_models():
+        members[f"timm {timm.models.model_entrypoint(name).__module__.rpartition('.')[2]}"].append(f"timm/{name}")
+    for name in torchvision.models.list_models(module=torchvision.models):
+        module = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+        members[f"torchvision {module}"].append(f"torchvision/{name}")
+    return {family: min(names, key=weight) for family, names in sorted(members.items())}
+
+
+def weight(name: str) -> float:
+    """Return the number of parameters of a network, infinity if it cannot be built."""
+    try:
+        with torch.device("meta"):
+            zoo, bare = name.split("/")
+            if zoo == "timm":
+                import timm
+
+                module = timm.create_model(bare)
+            else:
+                import torchvision
+
+                module = torchvision.models.get_model(bare, weights=None)
+        return sum(item.numel() for item in module.parameters())
+    except Exception:  # a network that cannot even be built is the last choice
+        return float("inf")
+
+
+def run(family: str, network: str) -> dict[str, Any]:
+    """Check one family in a process of its own."""
+    command = [sys.executable, __file__, "--family", family, "--network", network]
+    began = time.perf_counter()
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return {"family": family, "network": network, "error": f"not done in {LIMIT_S} s"}
+    if child.returncode:
+        return {"family": family, "network": network, "error": child.stderr.strip().splitlines()[-1][:200]}
+    row: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def check(family: str, network: str) -> dict[str, Any]:
+    """Return what works: for each of `CHECKS` a difference or a count, or why not."""
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"family": family, "network": network}
+    try:
+        backbone = load_backbone(f"{network}@random:0")
+        row["layers"] = len(backbone.traced.shapes)
+        row["traced"] = backbone.traced.graph is not None
+    except ThawlineError as error:
+        return row | {"error": str(error)}
+    height, width = backbone.preprocessing.size
+    pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+    checks: tuple[Callable[[Backbone, Tensor], Any], ...] = (features, openvino, thaw_line, onnx)
+    for name, one in zip(CHECKS, checks, strict=True):
+        try:
+            row[name] = one(backbone, pixels)
+        except Exception as error:  # whatever fails is what this benchmark is there to tell
+            row[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    return row
+
+
+def layers_of(backbone: Backbone) -> list[str]:
+    """Return the stages, penultimate and logits, as far as there are any."""
+    return list(
+        dict.fromkeys(name for names in resolved_aliases(backbone).values() for name in names if name != "input")
+    )
+
+
+def features(backbone: Backbone, pixels: Tensor) -> float:
+    """Return the largest relative difference to what plain hooks see."""
+    modules = dict(backbone.module.named_modules())
+    layers = [name for name in layers_of(backbone) if name in modules or name == PENULTIMATE]
+    seen: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: Any, args: Any, value: Any) -> None:
+            seen.setdefault(name, value.clone())
+            if name in backbone.classifiers:
+                read.setdefault(name, args[0].clone())
+
+        return hook
+
+    scale, shift = normalisation(backbone.preprocessing)
+    with torch.inference_mode():
+        names = {*layers, *backbone.classifiers} - {PENULTIMATE, LOGITS}
+        with hooked(backbone.module, {name: keep(name) for name in names}):
+            answer = backbone.module(pixels.permute(0, 3, 1, 2).float() * scale + shift)
+        if read:
+            vectors: list[Tensor] = []  # classifiers may read the same one
+            for name in backbone.classifiers:
+                if not any(torch.equal(read[name], other) for other in vectors):
+                    vectors.append(read[name])
+            seen[PENULTIMATE] = torch.cat([vector.flatten(1) for vector in vectors], 1)
+        pooled = {
+            name: "avg" if name == PENULTIMATE else NO_POOL for name in layers
+        }  # none would take the map before it
+        found = {name: tap(backbone, [name], pool)(pixels)[0] for name, pool in pooled.items()}
+        if LOGITS in resolved_aliases(backbone):
+            found[LOGITS], seen[LOGITS] = tap(backbone, [LOGITS])(pixels)[0], answer
+    worst = 0.0
+    for name, one in found.items():
+        item = find_tap(backbone.traced, name)
+        wanted = seen[name].permute(0, 3, 1, 2) if item and item.layout.kind == "map_last" else seen[name]
+        worst = max(worst, difference(one, wanted.flatten(1)))
+    return worst
+
+
+def difference(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference, relative to the largest value."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def openvino(backbone: Backbone, pixels: Tensor) -> float | str:
+    """Return the largest relative difference of the engine's features to torch's."""
+    from pipeline.engines.engine import build_engine
+    from pipeline.engines.select import resolve
+
+    network = tap(backbone, layers_of(backbone))
+    engine = build_engine(network, resolve("openvino", "cpu", "fp32"), len(pixels))
+    if engine.notes:
+        return engine.notes[0]
+    arrays = engine.start(pixels.numpy())()
+    with torch.inference_mode():
+        return max(difference(torch.from_numpy(a), b) for a, b in zip(arrays, network(pixels), strict=True))
+
+
+def thaw_line(backbone: Backbone, pixels: Tensor) -> int | str:
+    """Return how many layers the line can follow, if trunk and thawed part together are the whole, bit for bit."""
+    lines = list(possible_lines(backbone))
+    scale, shift = normalisation(backbone.preprocessing)
+    images = pixels.permute(0, 3, 1, 2).float() * scale + shift
+    trunk, body = split(backbone, find_line(backbone, lines[len(lines) // 2]))
+    _, whole = split(backbone, None)
+    assert trunk is not None
+    with torch.inference_mode():
+        same = torch.equal(body(trunk(images)), whole(images))
+    return len(lines) if same else f"differs at {lines[len(lines) // 2]} of {top_input(backbone).shape}"
+
+
+def onnx(backbone: Backbone, pixels: Tensor) -> float:
+    """Return the largest relative difference of ONNX Runtime's features to torch's."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    network = tap(backbone, [name for name in (PENULTIMATE, LOGITS) if name in resolved_aliases(backbone)])
+    names = [f"out{index}" for index in range(len(network.layers))]
+    batch = {0: torch.export.Dim("n")}
+    program = torch.onnx.export(
+        network,
+        (pixels,),
+        input_names=["pixels"],
+        output_names=names,
+        dynamic_shapes=(batch,),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    with tempfile.TemporaryDirectory() as folder:
+        program.save(path := Path(folder) / "network.onnx")
+        session = onnxruntime.InferenceSession(path)
+    with torch.inference_mode():
+        arrays = zip(session.run(None, {"pixels": pixels.numpy()}), network(pixels), strict=True)
+        return max(difference(torch.from_numpy(a), b) for a, b in arrays)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print a line for each family, and how many passed each check."""
+    bounds = {"features": 1e-5, "openvino": 1e-3, "thaw line": float("inf"), "onnx": 1e-3}
+    table = Table("family", "network", "layers", *CHECKS, "seconds", box=None)
+    for row in rows:
+        cells = [row.get("error") or row.get(name, "") for name in CHECKS]
+        shown = [f"{cell:.1e}" if isinstance(cell, float) else str(cell)[:60] for cell in cells]
+        table.add_row(row["family"], row["network"], str(row.get("layers", "")), *shown, str(row.get("seconds", "")))
+    Console(width=220).print(table)
+    for name in CHECKS:
+        passed = sum(isinstance(row.get(name), int | float) and row[name] <= bounds[name] for row in rows)
+        print(f"{name}: {passed} of {len(rows)} families")
+
+
+if __name__ == "__main__":
+    main()
