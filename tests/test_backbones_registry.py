@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from torchvision.transforms import CenterCrop, Resize
 from features_cache import open_cache
 from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
-from pipeline.backbones.registry import list_backbones, load_backbone, sketch
+from pipeline.backbones.registry import check_weights, list_backbones, load_backbone, sketch
+from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError
 from pipeline.extract import extract
 
@@ -280,6 +282,63 @@ def test_weights_in_the_hubs_cache_need_no_network(offline: Path) -> None:
     backbone = load_backbone("test_resnet")
     assert (backbone.weights, backbone.handle) == ("r160_in1k", "test_resnet")
     assert torch.equal(backbone.module.fc.weight, state["fc.weight"])
+
+
+def describe(folder: Path, classes: int = 1000) -> dict[str, torch.Tensor]:
+    """Write a network as timm publishes it; return its weights."""
+    plain = create_model("test_resnet", num_classes=classes)
+    folder.mkdir(parents=True)
+    config = {"architecture": "test_resnet", "num_classes": classes, "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save(plain.state_dict(), folder / "model.safetensors")
+    return plain.state_dict()
+
+
+def test_a_folder_that_timm_wrote_is_a_backbone(offline: Path) -> None:
+    state = describe(offline / "mine", classes=7)
+    name = f"local-dir:{offline / 'mine'}"
+    backbone = load_backbone(name)
+    assert (backbone.name, backbone.handle) == ("timm/test_resnet", name)
+    assert backbone.weights_digest == weights_digest(state)
+    assert backbone.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert sketch(name).traced.shapes["fc"] == (7,)
+    check_weights(name)
+
+
+def test_a_repository_in_the_hubs_cache_is_a_backbone(offline: Path) -> None:
+    repository = offline / "hub" / "models--someone--net"
+    state = describe(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    for name in ("hf-hub:someone/net", "hf_hub:someone/net", "hf-hub:someone/net@abc"):
+        assert load_backbone(name).weights_digest == weights_digest(state)
+
+
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "hf-hub:timm/test_resnet.r160_in1k"])
+def test_timms_own_names_stand_for_the_same_weights(offline: Path, name: str) -> None:
+    state = tiny_state()
+    repository = offline / "hub" / "models--timm--test_resnet.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    save(state, repository / "snapshots" / "abc" / "model.safetensors")
+    backbone = load_backbone(name)
+    assert (backbone.name, backbone.handle) == ("timm/test_resnet", "test_resnet")
+    assert backbone.weights_digest == load_backbone("test_resnet").weights_digest
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet50.a1_in2k", "unknown weights 'a1_in2k' for resnet50; did you mean a1_in1k"),
+        ("local-dir:nowhere", r"local-dir:nowhere: expected the config\.json of a network of timm in .*nowhere"),
+        ("hf-hub:nobody/nothing", "no weights for hf-hub:nobody/nothing: not on this machine, and the download failed"),
+    ],
+)
+def test_names_of_elsewhere_that_do_not_exist_are_one_line(offline: Path, name: str, message: str) -> None:
+    with pytest.raises(BackboneError, match=message) as caught:
+        load_backbone(name)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_file_in_the_cache_is_one_line(offline: Path) -> None:

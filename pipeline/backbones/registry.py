@@ -103,7 +103,8 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     Parameters
     ----------
     name : str
-        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. If the file is a
+        ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. Also timm's
+        ``NAME.TAG``, ``hf-hub:ORG/NAME`` and ``local-dir:PATH``. If the file is a
         saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint without a
         classifier, the layer ``logits`` is what the classifier would read.
     size : int, optional
@@ -142,7 +143,9 @@ def _load(name: str, size: int | None, white: int | None) -> Backbone:
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     label, tag = weights, None
-    if not (weights.startswith(RANDOM) or weights.endswith(SUFFIXES)):
+    if weights.startswith(timm_zoo.ELSEWHERE):
+        tag = weights
+    elif not (weights.startswith(RANDOM) or weights.endswith(SUFFIXES)):
         label = tag = _tag(bare, weights, tags)
     preprocessing = replace(_resized(zoo.preprocessing(bare, tag), size), white=white)
     if tag is not None:
@@ -157,6 +160,8 @@ def _load(name: str, size: int | None, white: int | None) -> Backbone:
     module = module.eval().requires_grad_(False).float()
     check_finite(module, name)
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
+    if weights.startswith(timm_zoo.ELSEWHERE):
+        handle = weights
     digest = weights_digest(module.state_dict())
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
 
@@ -165,6 +170,8 @@ def _weights_paths(name: str) -> list[Path]:
     zoo_name, bare, weights = _parse(name)
     if weights.startswith(RANDOM):
         return []
+    if weights.startswith(timm_zoo.ELSEWHERE):
+        return timm_zoo.weights_paths(bare, weights)
     if weights.endswith(SUFFIXES) or is_network_file(weights):
         return [Path(weights).absolute()]
     return ZOOS[zoo_name].weights_paths(bare, _tag(bare, weights, ZOOS[zoo_name].tags(bare)))
@@ -178,7 +185,7 @@ def check_weights(name: str) -> None:
             raise BackboneError(f"{name}: expected a weights file, found nothing at {weights}")
     elif weights.startswith(RANDOM):
         _seed(weights)
-    else:
+    elif not weights.startswith(timm_zoo.ELSEWHERE):  # whose description was found
         _tag(bare, weights, ZOOS[zoo_name].tags(bare))
 
 
@@ -188,7 +195,7 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     The weights in `name` are ignored, except those of a saved fine-tuned network, because its last layer differs.
     """
     zoo_name, bare, weights = _parse(name)
-    if is_network_file(weights):
+    if is_network_file(weights) or weights.startswith(timm_zoo.ELSEWHERE):
         return load_backbone(name, size)
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
@@ -209,14 +216,28 @@ def sketch(name: str, size: int | None = None) -> Backbone:
 
 def _parse(text: str) -> tuple[str, str, str]:
     """Return the zoo, the name within it, and the weights ('' for the default)."""
+    if text.startswith(timm_zoo.ELSEWHERE):
+        published = text.partition(":")[2].removeprefix("timm/")
+        if text.endswith(f":timm/{published}") and _is_tagged(published):
+            return _parse(f"timm/{published}")  # timm knows it, so that both names share their features
+        return "timm", timm_zoo.architecture(text), text
     name, _, weights = text.partition("@")
     zoo_name, slash, bare = name.rpartition("/")
+    if zoo_name in ("", "timm") and not weights and _is_tagged(bare):
+        bare, _, weights = bare.partition(".")
+        return "timm", bare, weights
     if slash and zoo_name not in ZOOS:
         raise BackboneError(f"unknown zoo '{zoo_name}' in '{text}': expected one of {', '.join(ZOOS)}")
     owner = zoo_name if slash else _owners().get(bare, "")
     if not owner or bare not in ZOOS[owner].names():
         raise BackboneError(f"unknown backbone '{name}'{nearest(bare, _owners())}; `thawline backbones` lists them all")
     return owner, bare, weights
+
+
+def _is_tagged(name: str) -> bool:
+    """Tell whether a name is ``NAME.TAG`` of timm."""
+    bare, dot, _ = name.partition(".")
+    return bool(dot) and bare in timm_zoo.names()
 
 
 @cache

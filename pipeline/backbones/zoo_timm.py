@@ -11,13 +11,18 @@ import timm
 from huggingface_hub.utils import get_session
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from pipeline.backbones.weights import downloading, hub_file
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.spec import Preprocessing
 
+ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
+"""How names begin that stand for a repository or a folder with a network's description and weights, as timm has them.
+Such a name is also the tag of its weights."""
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_DESCRIPTION = "config.json"
 _CONNECT_S = 10.0
 
 
@@ -40,6 +45,9 @@ def cached(name: str, tag: str) -> bool:
 
 def weights_paths(name: str, tag: str) -> list[Path]:
     """Return the file that names the newest revision in the hub's cache, the files of it, and that of torch's hub."""
+    if tag.startswith(ELSEWHERE):
+        folder = _folder(tag)
+        return [folder.parents[1] / "refs" / "main", *(folder / file for file in (_DESCRIPTION, *_HUB_FILES))]
     config, paths = _config(name, tag), []
     if config.hf_hub_id:
         folder = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{config.hf_hub_id.replace('/', '--')}")
@@ -53,7 +61,42 @@ def _hub_files(config: PretrainedCfg) -> tuple[str, ...]:
     return (config.hf_hub_filename,) if config.hf_hub_filename else _HUB_FILES
 
 
+def architecture(name: str) -> str:
+    """Return which network a name that begins as in `ELSEWHERE` stands for; raises `BackboneError` if it is none."""
+    folder = _folder(name)
+    try:
+        return str(load_model_config_from_path(folder)[1])
+    except Exception as error:  # of any kind, for a file from elsewhere
+        raise BackboneError(
+            f"{name}: expected the {_DESCRIPTION} of a network of timm in {folder} ({first_line(error)})"
+        ) from error
+
+
+def _folder(name: str) -> Path:
+    """Return the folder that a name stands for; a repository is downloaded unless the hub's cache has it."""
+    kind, _, place = name.partition(":")
+    if kind == "local-dir":
+        return Path(place).absolute()
+    repository, _, revision = place.partition("@")
+    found = huggingface_hub.try_to_load_from_cache(repository, _DESCRIPTION, revision=revision or None)
+    if not isinstance(found, str):
+        with downloading(name):
+            _reach_hub()
+            found = huggingface_hub.hf_hub_download(repository, _DESCRIPTION, revision=revision or None)
+            held = set(huggingface_hub.list_repo_files(repository, revision=revision or None))
+            weights = next(file for file in _HUB_FILES if file in held)
+            huggingface_hub.hf_hub_download(repository, weights, revision=revision or None)
+    return Path(found).parent
+
+
+def _reach_hub() -> None:
+    """Fail at once without a network: the hub's client would repeat a failed request for most of a minute."""
+    get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_CONNECT_S)
+
+
 def _config(name: str, tag: str | None) -> PretrainedCfg:
+    if tag is not None and tag.startswith(ELSEWHERE):
+        return PretrainedCfg(**load_model_config_from_path(_folder(tag))[0])
     return get_pretrained_cfg(f"{name}.{tag}" if tag else name) or PretrainedCfg()
 
 
@@ -78,14 +121,18 @@ def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
     """Return the network with the weights `tag`, from the local caches or downloaded."""
     config = _config(name, tag)
     options = _sized(name, tag, size)
+    if tag.startswith(ELSEWHERE):
+        try:
+            return create_model(f"local-dir:{_folder(tag)}", pretrained=True, **options)
+        except Exception as error:  # as in `architecture`
+            raise BackboneError(f"{tag} cannot be loaded as {name} ({first_line(error)})") from error
     with downloading(name):
         local = _cached_file(config)
         if local is not None and not config.custom_load:
             # With a given file timm does not ask the server whether there is a newer one.
             options["pretrained_cfg_overlay"] = {"file": str(local)}
         elif local is None and config.hf_hub_id:
-            # The hub's client would repeat a failed request for most of a minute; this request fails at once.
-            get_session().head(huggingface_hub.constants.ENDPOINT, timeout=_CONNECT_S)
+            _reach_hub()
         return create_model(f"{name}.{tag}", pretrained=True, **options)
 
 
