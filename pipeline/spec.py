@@ -23,7 +23,7 @@ STORES = ("float32", "float16")
 NO_AUGMENT = "none"
 DECODE_POLICY = 1
 """Version of how `pipeline.images` decodes; raised whenever the same file could give other pixels."""
-TRAINING_RULES = 2
+TRAINING_RULES = 3
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
 
 

@@ -102,11 +102,14 @@ def compare_over_splits(accuracies: Sequence[Float64Array], n_train: int, n_test
     return compared
 
 
-def preference(shots: int | str, score: float | None, index: int) -> tuple[float, float, int]:
+def preference(
+    shots: int | str, score: float | None, index: int, log_loss: float | None = None
+) -> tuple[float, float, float, int]:
     """Return a sort key of models whose largest is the one to keep: most shots, best validated, first in order.
 
     With few shots there are few validation rows, on which a model may be right by chance. So scores are compared only
-    between models of the same number of shots.
+    between models of the same number of shots. Ties go to the lower log-loss, because many models get all of a few or
+    easy validation rows right.
 
     Parameters
     ----------
@@ -115,10 +118,15 @@ def preference(shots: int | str, score: float | None, index: int) -> tuple[float
         Validation accuracy; None or NaN, if nothing was validated, comes last.
     index : int
         Position among the models.
+    log_loss : float, optional
+        On the validation rows; None or NaN, as without probabilities, comes last.
 
     Examples
     --------
-    >>> max([(5, 1.0), ("all", 0.8), ("all", 0.9)], key=lambda one: preference(*one, index=0))
-    ('all', 0.9)
+    >>> models = [(5, 1.0, 0.1), ("all", 0.8, 0.5), ("all", 0.9, 0.4), ("all", 0.9, 0.3)]
+    >>> max(models, key=lambda one: preference(*one[:2], 0, one[2]))
+    ('all', 0.9, 0.3)
     """
-    return (math.inf if shots == "all" else float(shots), -1.0 if score is None or math.isnan(score) else score, -index)
+    accuracy = -1.0 if score is None or math.isnan(score) else score
+    loss = math.inf if log_loss is None or math.isnan(log_loss) else log_loss
+    return math.inf if shots == "all" else float(shots), accuracy, -loss, -index

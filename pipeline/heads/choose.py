@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from pipeline.arrays import Float32Array, IntArray
-from pipeline.evaluation.calibration import fit_temperature
+from pipeline.evaluation.calibration import useful_temperature
 from pipeline.heads.family import Fitted, Params, Step
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.span import Span, find_span
@@ -57,8 +57,10 @@ class Choice:
     params : dict
     score : float
         Accuracy on the held-out rows of all folds, averaged over classes if balanced; NaN for fixed parameters.
+    log_loss : float or None
+        Mean log-loss on these rows, before calibration; None for fixed parameters, or without probabilities.
     temperature : float or None
-        Calibrates the probabilities of the chosen candidate; fitted on these rows.
+        Calibrates the probabilities of the chosen candidate; fitted on these rows, and None if it would not help.
     unconverged : int
         Number of candidates whose solver hit its iteration limit on some fold.
     tried : int
@@ -67,6 +69,7 @@ class Choice:
 
     params: Params
     score: float
+    log_loss: float | None
     temperature: float | None
     unconverged: int
     tried: int
@@ -120,7 +123,7 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     """
     family = head.family
     if not folds:
-        return Choice(family.fixed, float("nan"), None, 0, 0)
+        return Choice(family.fixed, float("nan"), None, None, 0, 0)
     grid = family.grid(min(len(fold.y) for fold in folds))
     weights = [balanced_weights(fold.y) if balanced else None for fold in folds]
     paths = [
@@ -128,7 +131,8 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ]
     truth = np.concatenate([fold.y_held for fold in folds])
     held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
-    best, most, least, unconverged = 0, -1.0, 0.0, 0
+    best, most, unconverged = 0, -1.0, 0
+    least: float | None = None
     chosen: tuple[Step, ...] = ()
     for number, steps in enumerate(zip(*paths, strict=True)):
         right = np.concatenate([step.predicted for step in steps]) == truth
@@ -137,12 +141,12 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
         if score < most:
             continue
         loss = _log_loss(steps, folds, held_weights)
-        if score > most or loss < least:
+        if score > most or (loss is not None and least is not None and loss < least):
             best, most, least, chosen = number, score, loss, steps
     if most <= 0:  # e.g. all held-out rows are of classes without a training row
-        return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
+        return Choice(family.fixed, float("nan"), None, None, unconverged, len(grid))
     held = [step.probabilities for step in chosen]
-    return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
+    return Choice(grid[best], most / len(truth), least, _temperature(held, folds), unconverged, len(grid))
 
 
 def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
@@ -158,17 +162,21 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
     return notes
 
 
-def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Array) -> float:
-    """Return the summed log-loss of held-out rows whose class has training rows; 0 without probabilities."""
+def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Array) -> float | None:
+    """Return the mean log-loss of held-out rows, 0 for those of classes without a training row.
+
+    It is rounded, so that the order of rows and classes does not break ties. None without probabilities.
+    """
     parts = []
     for step, fold in zip(steps, folds, strict=True):
         if step.probabilities is None:
-            return 0.0
+            return None
         learnt = np.unique(fold.y)
         columns = np.searchsorted(learnt, fold.y_held).clip(max=len(learnt) - 1)
         given = step.probabilities[np.arange(len(columns)), columns]
         parts.append(np.where(learnt[columns] == fold.y_held, given, 1.0))
-    return float(-weights @ np.log(np.maximum(np.concatenate(parts), np.finfo(np.float64).eps)))
+    losses = np.log(np.maximum(np.concatenate(parts), np.finfo(np.float64).eps))
+    return round(float(-weights.astype(np.float64) @ losses) / len(losses), 6)
 
 
 def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
@@ -185,7 +193,7 @@ def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequen
         parts.append(part)
         truths.append(np.searchsorted(classes, fold.y_held[known]))
     truth = np.concatenate(truths)
-    return fit_temperature(np.concatenate(parts), truth) if len(truth) else None
+    return useful_temperature(np.concatenate(parts), truth)
 
 
 def train_final(head: Head, params: Params, scaled: Scaled, y: IntArray, *, balanced: bool = False) -> Fitted:

@@ -75,7 +75,7 @@ def run_trials(
     Pipeline or None
         The best model by `preference`, if asked for.
     """
-    best: tuple[float, float, int] | None = None
+    best: tuple[float, float, float, int] | None = None
     model = None
     on_device, on_cpu = _order(trials)
     workers = min(jobs or joblib.cpu_count(), len(on_cpu)) or 1
@@ -87,7 +87,7 @@ def run_trials(
             for run, part in ((run_one_by_one, on_device), (parallel, on_cpu))
         )
         for done, (index, outcome) in enumerate(zip(on_device + on_cpu, outcomes, strict=True), 1):
-            rank = preference(trials[index].data.shots, outcome.choice.score, index)
+            rank = preference(trials[index].data.shots, outcome.choice.score, index, outcome.choice.log_loss)
             if best is None or rank > best:
                 best, model = rank, outcome.pipeline
             finished(index, replace(outcome, pipeline=None))

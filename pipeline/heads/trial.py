@@ -139,7 +139,7 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, kee
         probabilities = None
         if head.family.probabilities:
             probabilities = np.zeros((len(y_pred), n_classes))
-            probabilities[:, estimator.classes_] = estimator.predict_proba(rows.final.held)
+            probabilities[:, estimator.classes_] = head.family.predict_proba(estimator, rows.final.held)
     return TrialOutcome(
         choice,
         params,
