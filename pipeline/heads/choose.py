@@ -133,7 +133,6 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
     best, most, unconverged = 0, -1.0, 0
     least: float | None = None
-    chosen: tuple[Step, ...] = ()
     for number, steps in enumerate(zip(*paths, strict=True)):
         right = np.concatenate([step.predicted for step in steps]) == truth
         score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # rounded so that equals tie
@@ -142,11 +141,15 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
             continue
         loss = _log_loss(steps, folds, held_weights)
         if score > most or (loss is not None and least is not None and loss < least):
-            best, most, least, chosen = number, score, loss, steps
+            best, most, least = number, score, loss
     if most <= 0:  # e.g. all held-out rows are of classes without a training row
         return Choice(family.fixed, float("nan"), None, None, unconverged, len(grid))
-    held = [step.probabilities for step in chosen]
-    return Choice(grid[best], most / len(truth), least, _temperature(held, folds), unconverged, len(grid))
+    temperature = None
+    if family.probabilities:  # of final fits, which are more exact than the steps of a path
+        fits = [family.fit(grid[best], fold.train, fold.y, weight) for fold, weight in zip(folds, weights, strict=True)]
+        held = [family.predict_proba(fit.estimator, fold.held) for fit, fold in zip(fits, folds, strict=True)]
+        temperature = _temperature(held, folds)
+    return Choice(grid[best], most / len(truth), least, temperature, unconverged, len(grid))
 
 
 def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
@@ -179,13 +182,11 @@ def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Arra
     return round(float(-weights.astype(np.float64) @ losses) / len(losses), 6)
 
 
-def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
+def _temperature(held: Sequence[NDArray[np.float64]], folds: Sequence[Fold]) -> float | None:
     """Fit a temperature on the held-out rows of all folds whose class has training rows."""
     classes = np.unique(np.concatenate([fold.y for fold in folds]))
     parts, truths = [], []
     for probabilities, fold in zip(held, folds, strict=True):
-        if probabilities is None:
-            return None
         learnt = np.unique(fold.y)
         known = np.isin(fold.y_held, learnt)
         part = np.zeros((int(known.sum()), len(classes)))
