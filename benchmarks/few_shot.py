@@ -55,39 +55,42 @@ MOST_TESTED = 1000
 STRENGTH = 20
 """As many rows as the common scale counts for, where standard deviations are shrunk towards it."""
 
-Scaling = Callable[[Float32Array, Float32Array, Float32Array], tuple[Any, Any]]
+Scaling = Callable[[Float32Array, Float32Array, Any], tuple[Any, Any]]
+"""Maps training rows, held-out rows, and the moments of all rows that are not test rows to scaled rows."""
 
 
-def standard(train: Float32Array, held: Float32Array, _: Float32Array, strength: float = 0) -> tuple[Any, Any]:
-    """Standardise by the training rows; variances are shrunk towards their mean by `strength` rows."""
-    mean, variance = train.mean(0, np.float64), train.var(0, dtype=np.float64)
-    variance = (len(train) * variance + strength * variance.mean()) / (len(train) + strength)
-    scale = np.sqrt(np.where(variance > 0, variance, 1))
-    return (train - mean) / scale, (held - mean) / scale
+def moments(rows: Float32Array, strength: float = 0) -> tuple[Any, Any]:
+    """Return the mean and the deviation of each feature; variances are shrunk to their mean as if by `strength` rows."""
+    mean, variance = rows.mean(0), rows.var(0)
+    variance = (len(rows) * variance + strength * variance.mean()) / (len(rows) + strength)
+    return mean, np.sqrt(np.where(variance > 0, variance, 1))
 
 
-def shrunk(train: Float32Array, held: Float32Array, pool: Float32Array) -> tuple[Any, Any]:
-    """Standardise with shrunk variances."""
+def standard(train: Float32Array, held: Float32Array, _: Any, strength: float = 0) -> tuple[Any, Any]:
+    """Standardise by the training rows."""
+    mean, deviation = moments(train, strength)
+    return (train - mean) / deviation, (held - mean) / deviation
+
+
+def shrunk(train: Float32Array, held: Float32Array, pool: Any) -> tuple[Any, Any]:
+    """Standardise with variances shrunk to a common one."""
     return standard(train, held, pool, STRENGTH)
 
 
-def unlabelled(train: Float32Array, held: Float32Array, pool: Float32Array) -> tuple[Any, Any]:
+def unlabelled(train: Float32Array, held: Float32Array, pool: Any) -> tuple[Any, Any]:
     """Standardise by all rows that are not test rows, labelled or not."""
-    scaled, _ = standard(pool, np.concatenate([train, held]), pool)
-    del scaled
-    mean, scale = pool.mean(0, np.float64), pool.std(0, dtype=np.float64)
-    scale[scale == 0] = 1
-    return (train - mean) / scale, (held - mean) / scale
+    mean, deviation = pool
+    return (train - mean) / deviation, (held - mean) / deviation
 
 
-def l2(train: Float32Array, held: Float32Array, _: Float32Array) -> tuple[Any, Any]:
+def l2(train: Float32Array, held: Float32Array, _: Any) -> tuple[Any, Any]:
     """Divide each row by its length."""
     return normalize(train), normalize(held)
 
 
-def centred(train: Float32Array, held: Float32Array, _: Float32Array) -> tuple[Any, Any]:
+def centred(train: Float32Array, held: Float32Array, _: Any) -> tuple[Any, Any]:
     """Subtract the mean of the training rows, then divide each row by its length."""
-    mean = train.mean(0, np.float64)
+    mean = train.mean(0)
     return normalize(train - mean), normalize(held - mean)
 
 
@@ -146,7 +149,7 @@ def write_made(folder: Path, kind: str) -> Path:
     return folder / kind
 
 
-def prepared(scaling: str, train: Float32Array, held: Float32Array, pool: Float32Array, *, rotate: bool) -> Scaled:
+def prepared(scaling: str, train: Float32Array, held: Float32Array, pool: Any, *, rotate: bool) -> Scaled:
     """Scale rows as `pipeline.heads.choose.scale` does, with any of `SCALINGS`."""
     train, held = (np.ascontiguousarray(part, np.float32) for part in SCALINGS[scaling](train, held, pool))
     return Scaled(train, held, None, find_span(train) if rotate and train.shape[1] > len(train) else None)
@@ -170,10 +173,10 @@ def fit_cell(layer: Layer, seed: int, shots: str) -> dict[str, float]:
     splits = make_splits(table.labels, table.splits, table.groups, table.digests, seed, count)
     test = np.random.default_rng(0).permutation(splits.test)[:MOST_TESTED]
     pool = np.setdiff1d(np.arange(len(table.labels)), splits.test)
-    return dict(candidates(layer, splits, test, layer.features(pool), seed))
+    return dict(candidates(layer, splits, test, moments(layer.features(pool)), seed))
 
 
-def candidates(layer: Layer, splits: Splits, test: Any, pool: Float32Array, seed: int) -> Iterator[tuple[str, float]]:
+def candidates(layer: Layer, splits: Splits, test: Any, pool: Any, seed: int) -> Iterator[tuple[str, float]]:
     """Yield each candidate with its accuracy."""
     labels = layer.table.labels
     known = np.concatenate([splits.train, splits.val])
