@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
 from features_cache import Catalog
-from pipeline.arrays import Float32Array
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.rows import Layer, select
-from pipeline.evaluation.splits import Splits, make_splits
+from pipeline.evaluation.splits import make_splits
 from pipeline.extract import extract
-from pipeline.heads.choose import Choice, Scaled, make_fold, search, train_final
-from pipeline.heads.family import Params
-from pipeline.heads.logreg import Logreg
-from pipeline.heads.registry import Head, find_head
+from pipeline.heads.choose import Fold, Scaled, make_fold
+from pipeline.heads.family import Step
+from pipeline.heads.linear import C_GRID
+from pipeline.heads.registry import find_head
 from pipeline.heads.solvers.span import find_span
 
 LAYERS: dict[str, dict[str, Any]] = {
@@ -101,18 +101,11 @@ SCALINGS: dict[str, Scaling] = {
     "shrunk": shrunk,
     "unlabelled": unlabelled,
 }
-FIXED = (1.0, 10.0, 100.0)
+FIXED = (1, 3, 10, 30, 100, 300)
 
 
-class Coarse(Logreg):
-    """Logistic regression with every second value of C, to save time."""
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return the values from 1e-4 on."""
-        return super().grid(n_rows)[8::2]
-
-
-HEAD = Head("logreg", Coarse(), "none")
+C_VALUES = C_GRID[8::2]
+"""Every second value from 1e-4 on, to save time."""
 
 
 def made_images(kind: str, each: int = 100) -> Iterator[tuple[str, Image.Image]]:
@@ -149,63 +142,68 @@ def write_made(folder: Path, kind: str) -> Path:
     return folder / kind
 
 
-def prepared(scaling: str, train: Float32Array, held: Float32Array, pool: Any, *, rotate: bool) -> Scaled:
-    """Scale rows as `pipeline.heads.choose.scale` does, with any of `SCALINGS`."""
-    train, held = (np.ascontiguousarray(part, np.float32) for part in SCALINGS[scaling](train, held, pool))
-    return Scaled(train, held, None, find_span(train) if rotate and train.shape[1] > len(train) else None)
+def centroid(fold: Fold) -> IntArray:
+    """Predict the class of the nearest mean."""
+    means = np.stack([fold.train[fold.y == label].mean(0) for label in np.unique(fold.y)])
+    return np.unique(fold.y)[(np.square(means).sum(1) / 2 - fold.held @ means.T).argmin(1)]
 
 
-def lda(train: Float32Array, y: Any, held: Float32Array) -> Any:
+def lda(fold: Fold) -> IntArray:
     """Predict by linear discriminants with the covariance shrunk after Ledoit and Wolf; nearest means at one shot."""
-    span = find_span(train)
-    if span is not None:
-        train, held = span.rotated, span.rotate(train, held)
-    means = np.stack([train[y == label].mean(0) for label in np.unique(y)])
-    if len(y) == len(means):
-        return np.unique(y)[((held[:, None] - means) ** 2).sum(2).argmin(1)]
-    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto").fit(train, y).predict(held)
+    if len(fold.y) == len(np.unique(fold.y)):
+        return centroid(fold)
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+    return np.asarray(model.fit(fold.train.astype(np.float64), fold.y).predict(fold.held))
 
 
-def fit_cell(layer: Layer, seed: int, shots: str) -> dict[str, float]:
-    """Return the test accuracy of each candidate on one draw of labels."""
-    table = layer.table
+def curve(folds: Sequence[Fold], final: Fold) -> dict[str, list[float]]:
+    """Return for each value of C accuracy and log-loss on held-out rows, and accuracy on test rows.
+
+    The held-out part of `final` are the test rows. Without folds, accuracy and log-loss are empty.
+    """
+    grid = [{"C": c} for c in C_VALUES]
+    logreg = find_head("logreg").family
+    told = [right_and_loss(logreg.path(grid, fold.train, fold.y, fold.held), fold) for fold in folds]
+    right, loss = np.concatenate(told, axis=2).mean(axis=2) if told else np.empty((2, 0))
+    test, _ = right_and_loss(logreg.path(grid, final.train, final.y, final.held), final).mean(axis=2)
+    return {"held": right.tolist(), "loss": loss.tolist(), "test": test.tolist()}
+
+
+def right_and_loss(steps: Iterable[Step], fold: Fold) -> Float64Array:
+    """Return whether each step predicts each held-out row right, and its log-loss: (2, steps, rows)."""
+    classes = np.unique(fold.y)
+    columns = np.searchsorted(classes, fold.y_held).clip(max=len(classes) - 1)
+    found = []
+    for step in steps:
+        assert step.probabilities is not None
+        told = step.probabilities[np.arange(len(columns)), columns]
+        found.append((step.predicted == fold.y_held, -np.log(np.maximum(told, 1e-15))))
+    return np.asarray(found, np.float64).transpose(1, 0, 2)
+
+
+def measure_cell(layer: Layer, seed: int, shots: str) -> dict[str, Any]:
+    """Return the curve of each scaling, and the test accuracies of other heads, for one draw of labels."""
+    table, labels = layer.table, layer.table.labels
     count: int | str = "all" if shots == "all" else int(shots)
-    splits = make_splits(table.labels, table.splits, table.groups, table.digests, seed, count)
+    splits = make_splits(labels, table.splits, table.groups, table.digests, seed, count)
     test = np.random.default_rng(0).permutation(splits.test)[:MOST_TESTED]
-    pool = np.setdiff1d(np.arange(len(table.labels)), splits.test)
-    return dict(candidates(layer, splits, test, moments(layer.features(pool)), seed))
-
-
-def candidates(layer: Layer, splits: Splits, test: Any, pool: Any, seed: int) -> Iterator[tuple[str, float]]:
-    """Yield each candidate with its accuracy."""
-    labels = layer.table.labels
+    pool = moments(layer.features(np.setdiff1d(np.arange(len(labels)), splits.test)))
     known = np.concatenate([splits.train, splits.val])
-    x, y, unseen, truth = layer.features(known), labels[known], layer.features(test), labels[test]
-    if splits.val.size:
-        pairs = [(splits.train, splits.val)]
-    else:
-        folds = min(5, int(np.bincount(y).max()))
-        cut = stratified_folds(labels[splits.train], splits.units[splits.train], folds, seed) if folds > 1 else []
-        pairs = [(splits.train[a], splits.train[b]) for a, b in cut]
-    rows = [(layer.features(a), layer.features(b), labels[a], labels[b]) for a, b in pairs]
-    found: dict[str, tuple[Choice, float]] = {}
-    for scaling in SCALINGS:
-        final = prepared(scaling, x, unseen, pool, rotate=True)
-        fold_rows = [make_fold(prepared(scaling, a, b, pool, rotate=True), ya, yb) for a, b, ya, yb in rows]
-        choice = search(HEAD, fold_rows)
-        accuracy = float((train_final(HEAD, choice.params, final, y).estimator.predict(final.held) == truth).mean())
-        found[f"logreg/{scaling}"] = choice, accuracy
-        yield f"logreg/{scaling}", accuracy
-    first, second = found["logreg/l2"], found["logreg/standard"]
-    yield "logreg, scaling chosen", (second if second[0].score > first[0].score else first)[1]
-    final = prepared("l2", x, unseen, pool, rotate=True)
-    if len(known) <= 5 * len(np.unique(y)):
-        for c in FIXED:
-            model = train_final(HEAD, {"C": c}, final, y).estimator
-            yield f"logreg/l2, C = {c:g}", float((model.predict(final.held) == truth).mean())
-    yield "lda/l2", float((lda(final.train, y, final.held) == truth).mean())
-    model = train_final(find_head("centroid"), {}, Scaled(final.train, final.held, None, None), y).estimator
-    yield "centroid/l2", float((model.predict(final.held) == truth).mean())
+    pairs = [(splits.train, splits.val)]
+    if not splits.val.size:
+        folds = min(5, int(np.bincount(labels[known]).max()))
+        cut = stratified_folds(labels[known], splits.units[known], folds, seed) if folds > 1 else []
+        pairs = [(known[a], known[b]) for a, b in cut]
+
+    def fold(scaling: str, train: IntArray, held: IntArray) -> Fold:
+        x, unseen = SCALINGS[scaling](layer.features(train), layer.features(held), pool)
+        x, unseen = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(unseen, np.float32)
+        return make_fold(Scaled(x, unseen, None, find_span(x)), labels[train], labels[held])
+
+    curves = {name: curve([fold(name, *pair) for pair in pairs], fold(name, known, test)) for name in SCALINGS}
+    final = fold("l2", known, test)
+    others = {"lda/l2": lda(final), "centroid/l2": centroid(final)}
+    return {"curves": curves, "others": {name: float((y == final.y_held).mean()) for name, y in others.items()}}
 
 
 def run_cell(folder: str, backbone: str, pool: str, layer: str, seed: int, shots: str) -> str:
@@ -213,10 +211,10 @@ def run_cell(folder: str, backbone: str, pool: str, layer: str, seed: int, shots
     began = time.perf_counter()
     with threadpool_limits(1):
         (chosen,) = select(Catalog(folder), [layer], None, backbone, pool)
-        accuracies = fit_cell(chosen, seed, shots)
+        found = measure_cell(chosen, seed, shots)
     key = f"{Path(folder).name} {backbone} {layer} {pool}"
     seconds = time.perf_counter() - began
-    return json.dumps({"cell": key, "seed": seed, "shots": shots, "seconds": seconds, "accuracy": accuracies})
+    return json.dumps({"cell": key, "seed": seed, "shots": shots, "seconds": seconds, **found})
 
 
 def extract_all(sources: Sequence[str], cache: Path) -> list[tuple[str, str, str, str]]:
@@ -232,11 +230,43 @@ def extract_all(sources: Sequence[str], cache: Path) -> list[tuple[str, str, str
     return parts
 
 
+def by_accuracy(curve: dict[str, list[float]]) -> int:
+    """Return the index of the C of best accuracy on held-out rows; ties go to the lower log-loss."""
+    return max(range(len(C_VALUES)), key=lambda i: (curve["held"][i], -curve["loss"][i]))
+
+
+def by_loss(curve: dict[str, list[float]]) -> int:
+    """Return the index of the C of lowest log-loss on held-out rows."""
+    return int(np.argmin(curve["loss"]))
+
+
+def accuracies(line: dict[str, Any]) -> dict[str, float]:
+    """Return the test accuracy of each candidate in a line of the file of fits."""
+    curves, found = line["curves"], {}
+    nearest = {c: int(np.abs(np.log(np.array(C_VALUES) / c)).argmin()) for c in FIXED}
+    for name, one in curves.items():
+        found[f"logreg/{name}"] = one["test"][by_accuracy(one) if one["held"] else nearest[1]]
+    one = curves["l2"]
+    for c, index in nearest.items():
+        found[f"logreg/l2, C = {c:g}"] = one["test"][index]
+    found["logreg/l2, C by log-loss"] = one["test"][by_loss(one) if one["held"] else nearest[10]]
+    for prior in (10, 30):
+        for most in (2, 5):
+            few = line["shots"] != "all" and int(line["shots"]) <= most
+            found[f"logreg/l2, C = {prior} up to {most} shots"] = one["test"][nearest[prior] if few else by_accuracy(one)]
+    if one["held"]:
+        best = max(("l2", "standard"), key=lambda name: curves[name]["held"][by_accuracy(curves[name])])
+        found["logreg, scaling chosen"] = found[f"logreg/{best}"]
+    else:
+        found["logreg, scaling chosen"] = found["logreg/l2"]
+    return found | line["others"]
+
+
 def summarise(lines: Sequence[dict[str, Any]], shots: Sequence[str]) -> tuple[Table, dict[str, Any]]:
     """Return mean and worst regret of each candidate, in points, by shots."""
     drawn: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        for name, accuracy in line["accuracy"].items():
+        for name, accuracy in accuracies(line).items():
             drawn[line["cell"], line["shots"]][name].append(100 * accuracy)
     regrets: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     behind: dict[str, dict[str, list[tuple[float, str]]]] = defaultdict(lambda: defaultdict(list))

@@ -217,7 +217,7 @@ def test_one_row_a_class_has_a_fixed_rule(name: str) -> None:
     scaled = scale("standard", rows.copy(), rows.copy(), rotated=head.family.linear)
     fitted = train_final(head, choice.params, scaled, np.arange(3))
     assert np.isnan(choice.score)
-    assert choice.params == head.family.fixed
+    assert choice.params == head.fixed
     assert fitted.estimator.predict(scaled.held).tolist() == [0, 1, 2]
 
 

@@ -116,14 +116,14 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ----------
     head : Head
     folds : sequence of Fold
-        One for a val split, several for cross-validation, none if nothing can be validated. The family's fixed
+        One for a val split, several for cross-validation, none if nothing can be validated. The head's fixed
         parameters are taken if there is none, or if no candidate predicts any held-out row right.
     balanced : bool, default False
         Whether every class counts alike, in training and in the accuracy.
     """
     family = head.family
     if not folds:
-        return Choice(family.fixed, float("nan"), None, None, 0, 0)
+        return Choice(head.fixed, float("nan"), None, None, 0, 0)
     grid = family.grid(min(len(fold.y) for fold in folds))
     weights = [balanced_weights(fold.y) if balanced else None for fold in folds]
     paths = [
@@ -143,7 +143,7 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
         if score > most or (loss is not None and least is not None and loss < least):
             best, most, least = number, score, loss
     if most <= 0:  # e.g. all held-out rows are of classes without a training row
-        return Choice(family.fixed, float("nan"), None, None, unconverged, len(grid))
+        return Choice(head.fixed, float("nan"), None, None, unconverged, len(grid))
     temperature = None
     if family.probabilities:  # of final fits, which are more exact than the steps of a path
         fits = [family.fit(grid[best], fold.train, fold.y, weight) for fold, weight in zip(folds, weights, strict=True)]
@@ -158,8 +158,8 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
     missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
     if missed:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
-    if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
-        fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
+    if any(math.isnan(choice.score) for choice in choices) and head.fixed:
+        fixed = ", ".join(f"{name}={value:g}" for name, value in head.fixed.items())
         why = "nothing could be validated, as with one row (or group) per class"
         notes.append(f"{head.name}: {why}, so {fixed} is used")
     return notes

@@ -29,7 +29,8 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
         rows, most = len(data.splits.train) + len(data.splits.val), head.family.most_rows
         if most is not None and rows > most:
             raise FitError(
-                f"{head.name} compares all pairs of training rows and takes at most {most} of them, got {rows}; "
+                f"{head.name} compares all pairs of training rows and takes at most {most} of them, got {rows}, "
+                f"which would need {2 * rows**2 * 8 / 2**30:.0f} GiB and {(rows / most) ** 2:.0f} times as long; "
                 "use linear_svm, or fewer shots"
             )
         if balanced and not head.family.weighted:

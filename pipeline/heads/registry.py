@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.heads.centroid import Centroid
-from pipeline.heads.family import Family
+from pipeline.heads.family import Family, Params
 from pipeline.heads.knn import Knn
 from pipeline.heads.linear_svm import LinearSvm
 from pipeline.heads.logreg import Logreg
@@ -26,6 +26,8 @@ SCALINGS = ("standard", "l2", "none")
 DEFAULT_SCALING = "l2"
 """Statistics of a handful of training rows are noise, and the length of a row needs none. `benchmarks/few_shot.py` has
 the figures."""
+_FIXED: dict[str, Params] = {"logreg/l2": {"C": 10.0}}
+"""Instead of `Family.fixed`: rows of length 1 need less regularisation than standardised ones."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Head:
     name: str
     family: Family
     scaling: str
+
+    @property
+    def fixed(self) -> Params:
+        """Parameters to use if nothing can be validated, as with one row per class."""
+        return _FIXED.get(self.name, self.family.fixed)
 
 
 def find_head(name: str) -> Head:
