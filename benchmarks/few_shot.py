@@ -60,7 +60,7 @@ Scaling = Callable[[Float32Array, Float32Array, Any], tuple[Any, Any]]
 
 
 def moments(rows: Float32Array, strength: float = 0) -> tuple[Any, Any]:
-    """Return the mean and the deviation of each feature; variances are shrunk to their mean as if by `strength` rows."""
+    """Return the mean and the deviation of each feature; `strength` rows shrink the variances to their mean."""
     mean, variance = rows.mean(0), rows.var(0)
     variance = (len(rows) * variance + strength * variance.mean()) / (len(rows) + strength)
     return mean, np.sqrt(np.where(variance > 0, variance, 1))
@@ -115,7 +115,8 @@ def made_images(kind: str, each: int = 100) -> Iterator[tuple[str, Image.Image]]
     for number in range(10 * each if kind == "textures" else 6 * each):
         label = number // each
         if kind == "textures":  # direction and fineness of a wave under noise
-            angle, waves = np.pi * (label % 5) / 5 + rng.normal(0, 0.15), (5, 9)[label // 5] * np.exp(rng.normal(0, 0.15))
+            angle = np.pi * (label % 5) / 5 + rng.normal(0, 0.15)
+            waves = (5, 9)[label // 5] * np.exp(rng.normal(0, 0.15))
             wave = np.sin(2 * np.pi * waves * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 6.3))
             tint = rng.uniform(0.2, 1, 3)
             noise = rng.normal(0, 0.5, (96, 96, 3))
@@ -250,10 +251,6 @@ def accuracies(line: dict[str, Any]) -> dict[str, float]:
     for c, index in nearest.items():
         found[f"logreg/l2, C = {c:g}"] = one["test"][index]
     found["logreg/l2, C by log-loss"] = one["test"][by_loss(one) if one["held"] else nearest[10]]
-    for prior in (10, 30):
-        for most in (2, 5):
-            few = line["shots"] != "all" and int(line["shots"]) <= most
-            found[f"logreg/l2, C = {prior} up to {most} shots"] = one["test"][nearest[prior] if few else by_accuracy(one)]
     if one["held"]:
         best = max(("l2", "standard"), key=lambda name: curves[name]["held"][by_accuracy(curves[name])])
         found["logreg, scaling chosen"] = found[f"logreg/{best}"]
@@ -305,7 +302,8 @@ def main(sources: tuple[str, ...], cache: Path, seeds: int, shots: tuple[str, ..
                 if (f"{Path(folder).name} {backbone} {layer} {pool}", seed, count) not in done:
                     tasks.append((folder, backbone, pool, layer, seed, count))
     with kept.open("a") as file:
-        for text in joblib.Parallel(jobs, return_as="generator_unordered")(joblib.delayed(run_cell)(*task) for task in tasks):
+        run = joblib.Parallel(jobs, return_as="generator_unordered")
+        for text in run(joblib.delayed(run_cell)(*task) for task in tasks):
             file.write(text + "\n")
             file.flush()
             lines.append(json.loads(text))

@@ -188,7 +188,7 @@ def compare(title: str, task: Task, heads: Sequence[str], peers: dict[str, Peer]
 
 
 class PeakMemory(threading.Thread):
-    """Watch the resident memory of this process; `peak` is the most that was added since it began, bytes (Linux only)."""
+    """Watch this process; `peak` is the most resident memory that was added since it began, bytes (Linux only)."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

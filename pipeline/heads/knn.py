@@ -63,4 +63,4 @@ def _shares(codes: IntArray, distances: Float64Array, count: int) -> Float64Arra
 
 
 def _smooth(shares: Float64Array, k: int) -> Float64Array:
-    return (k * shares + 1 / shares.shape[1]) / (k + 1)
+    return np.asarray((k * shares + 1 / shares.shape[1]) / (k + 1))
