@@ -4,10 +4,10 @@
 
 Without SOURCE the image sets are scikit-learn's digits and two made ones (textures and shapes), which need no download.
 Each set is extracted once, at `LAYERS`. A cell is one layer of one set with one number of shots; its accuracy is the
-mean over seeds. C is chosen on held-out rows by accuracy, unless it is given. ``the default`` takes l2 rows, and C = 100 up
-to two labels a class. The regret of a candidate in a cell is the distance to the best candidate there. The best of
-many is partly luck, so even the best candidate has a regret above zero. Fits are kept in ``fits.jsonl`` beside the
-cache, and a second run goes on from there.
+mean over seeds. C is chosen on held-out rows by accuracy, unless it is given. ``the default`` takes l2 rows, and
+C = 100 up to two labels a class. The regret of a candidate in a cell is the distance to the best candidate there. The
+best of many is partly luck, so even the best candidate has a regret above zero. Fits are kept in ``fits.jsonl`` beside
+the cache, and a second run goes on from there.
 """
 
 from __future__ import annotations
