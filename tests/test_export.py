@@ -73,9 +73,9 @@ def run_on_images(path: Path, images: list[np.ndarray]) -> tuple[dict[str, np.nd
 @pytest.mark.parametrize(
     ("head", "layer", "classes", "options"),
     [
-        ("logreg", "layer2+input", CLASSES, {}),
-        ("logreg/standard", "layer2", CLASSES[:2], {"pool": "avg+max"}),
-        ("linear_svm", "penultimate", CLASSES, {"pool": "grid2", "store": "float16"}),
+        ("logreg/standard", "layer2+input", CLASSES, {}),
+        ("logreg", "layer2", CLASSES[:2], {"pool": "avg+max"}),
+        ("linear_svm/standard", "penultimate", CLASSES, {"pool": "grid2", "store": "float16"}),
     ],
 )
 def test_the_graph_says_what_predict_says(
@@ -144,7 +144,7 @@ def test_other_heads_score_as_scikit_learn_does(make_photos: Callable[..., Path]
 @pytest.mark.parametrize("head", ["rbf_svm", "knn"])
 def test_heads_without_hyperplanes_are_refused(make_photos: Callable[..., Path], tmp_path: Path, head: str) -> None:
     model = trained(make_photos(), tmp_path, head)
-    with pytest.raises(ModelFileError, match=f"{head} has none; fit another, such as logreg"):
+    with pytest.raises(ModelFileError, match=f"{head}/l2 has none; fit another, such as logreg"):
         export(model, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 

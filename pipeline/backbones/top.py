@@ -36,11 +36,12 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(features))
 
     def set_from(self, features: Tensor) -> None:
-        """Choose the numbers that give these features (n, d) mean 0 and, if there are many rows, variance 1."""
+        """Choose the numbers that give these features (n, d) mean 0 and a mean variance of 1; many rows, 1 each."""
+        tiny = torch.finfo(torch.float32).tiny
         variance = features.var(0, unbiased=False)
-        shrunk = torch.lerp(variance, variance.mean(), _COMMON_ROWS / (len(features) + _COMMON_ROWS))
+        shrunk = torch.lerp(variance, variance.mean(), _COMMON_ROWS / (len(features) + _COMMON_ROWS)).clamp(min=tiny)
         self.mean.copy_(features.mean(0))
-        self.scale.copy_(shrunk.clamp(min=torch.finfo(torch.float32).tiny).rsqrt())
+        self.scale.copy_((shrunk * (variance / shrunk).mean()).clamp(min=tiny).rsqrt())
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (n, d) to (n, d)."""

@@ -160,9 +160,8 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
     dropped = sum(choice.temperature is None and not math.isnan(choice.score) for choice in choices)
     if head.family.probabilities and dropped:
-        notes.append(
-            f"{head.name}: {dropped} of {len(choices)} models are not calibrated, for it did not help validation"
-        )
+        told = f"{dropped} of {len(choices)} models are not calibrated"
+        notes.append(f"{head.name}: {told}, because it would raise the log-loss of validation rows")
     if any(math.isnan(choice.score) for choice in choices) and head.fixed:
         fixed = ", ".join(f"{name}={value:g}" for name, value in head.fixed.items())
         why = "nothing could be validated, as with so few rows (or groups) per class"
