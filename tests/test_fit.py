@@ -298,7 +298,7 @@ def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, know
 def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make) -> None:
     labels = np.repeat([0, 1, 2, 0, 1], 18)
     path = make_cache(dims={"low": 6}, labels=labels, splits=["train"] * 36 + ["val"] * 18 + ["test"] * 36)
-    assert fit(path, jobs=1).results[0].params == {"C": 1.0}
+    assert fit(path, jobs=1).results[0].params == {"C": 100.0}
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -567,7 +567,7 @@ def test_calibration_is_fitted_before_the_refit_told_on_test_and_kept_in_the_mod
     report = fit(path, save=tmp_path / "m.skops")
     result, found = report.results[0], report.predictions[0]
     train, val = names == "train", names == "val"
-    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=result.params["C"], tol=1e-8, max_iter=5000))
+    oracle = make_pipeline(Normalizer(), LogisticRegression(C=result.params["C"], tol=1e-8, max_iter=5000))
     told = oracle.fit(values[train].astype(float), labels[train]).predict_proba(values[val])
     assert result.temperature == pytest.approx(fit_temperature(told, labels[val]), rel=0.01)
     assert found.calibrated is not None
