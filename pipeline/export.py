@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor, nn
 
 from pipeline.backbones.backbone import Backbone
@@ -163,6 +162,8 @@ class HeadScores(nn.Module):
     deviation: Tensor
 
     def __init__(self, saved: SavedModel, *, half: bool) -> None:
+        from sklearn.preprocessing import Normalizer, StandardScaler
+
         super().__init__()
         hyperplanes = find_head(saved.head).family.hyperplanes(saved.pipeline.named_steps["classifier"])
         if hyperplanes is None:
