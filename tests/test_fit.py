@@ -466,7 +466,7 @@ def test_wrong_choices_are_refused_before_anything_is_fitted(
 
 def test_a_kernel_of_too_many_rows_is_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(FAMILIES["rbf_svm"]), "most_rows", 50)
-    with pytest.raises(FitError, match="at most 50 of them, got 72, which would need .* GiB and 2 times as long"):
+    with pytest.raises(FitError, match=r"at most 50 of them, got 72, which would need .* GiB and 2 times as long"):
         fit(make_cache(), heads=["logreg", "rbf_svm"])
 
 
