@@ -1,6 +1,6 @@
 """How fast heads are chosen and trained beside scikit-learn as most people call it, on the same rows in the same run.
 
-    python benchmarks/heads.py [search] [wide] [grid] [--rows 3068] [--dim 1280] [--classes 10] [--shrink 1]
+    python benchmarks/heads.py [search] [wide] [grid] [large] [--rows 3068] [--dim 1280] [--classes 10] [--shrink 1]
         [--cache CACHE --layer LAYER]
 
 - search: a head over 45 values of C on ROWS x DIM. The peer is a loop over C of cold float64 scikit-learn fits: with as
@@ -10,6 +10,10 @@
 - wide: 200 rows x 20,480 features, where rows are first rotated onto their span. The peer is that loop with one thread.
 - grid: eight layers x logreg, linear SVM, k-NN x three seeds on 2,000 rows through `fit`, cache file and all: seconds
   by head and by layer, and the memory of each worker (pages shared with others are divided among them).
+- large: each head on ROWS x DIM rows of length 1 (say 50,000 x 1,280), with the peak of memory in units of the features
+  to train on (choosing and final training hold them one after the other here). The peers are one scikit-learn fit in
+  float32 with the C that was chosen, and a recipe by stochastic gradients: `SGDClassifier` with five strengths of the
+  penalty, the best on validation rows. It runs only if it is named.
 
 Both sides choose C on the same validation rows; the table says which, with what validation accuracy, and how many of
 2,000 fresh rows they label right, and like thawline does. Features are made: ten classes in 60 of the directions of a
@@ -35,16 +39,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.metrics import log_loss
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
 from features_cache import CacheWriter, Catalog, LayerInfo, Rows
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.fit import fit
-from pipeline.heads.choose import make_fold, scale, search, train_final
+from pipeline.heads.choose import Fold, Scaled, make_fold, scale, search, train_final
 from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import find_head
 
@@ -183,6 +187,63 @@ def compare(title: str, task: Task, heads: Sequence[str], peers: dict[str, Peer]
     return table, report
 
 
+class PeakMemory(threading.Thread):
+    """Watch this process; `peak` is the most resident memory that was added since it began, bytes (Linux only)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.begin, self.peak = self._size(), 0
+        self.over = threading.Event()
+
+    def __enter__(self) -> PeakMemory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look every 20 ms."""
+        while not self.over.wait(0.02):
+            self.peak = max(self.peak, self._size() - self.begin)
+
+    @staticmethod
+    def _size() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def large(task: Task, name: str) -> list[dict[str, Any]]:
+    """Choose and train a head on many rows, then its peers; the features to train on count as memory of each."""
+    rows = []
+
+    def report(run: str, began: float, memory: PeakMemory, labels: IntArray) -> None:
+        peak = 1 + memory.peak / sum(part.nbytes for part in task.x[:2])
+        accuracy = float((labels == task.y[2]).mean())
+        seconds = time.perf_counter() - began
+        rows.append({"head": name, "run": run, "seconds": seconds, "memory": peak, "fresh_accuracy": accuracy})
+
+    head = find_head(f"{name}/none")
+    known, y = np.concatenate(task.x[:2]), np.concatenate(task.y[:2])
+    with threadpool_limits(1):
+        began = time.perf_counter()
+        with PeakMemory() as memory:
+            choice = search(head, [Fold(task.x[0], task.y[0], task.x[1], task.y[1])])
+            model = train_final(head, choice.params, Scaled(known, task.x[2], None, None), y).estimator
+        report(f"thawline, {choice.tried} values of C", began, memory, model.predict(task.x[2]))
+        began, peer = time.perf_counter(), globals()[name](choice.params["C"], None)
+        with PeakMemory() as memory:
+            model = peer.fit(known, y)
+        report(f"scikit-learn, C = {choice.params['C']:.3g} alone", began, memory, model.predict(task.x[2]))
+        began, loss = time.perf_counter(), {"logreg": "log_loss", "linear_svm": "squared_hinge"}[name]
+        with PeakMemory() as memory:
+            models = [SGDClassifier(loss=loss, alpha=10.0**-power, random_state=0) for power in range(3, 8)]
+            scores = [model.fit(task.x[0], task.y[0]).score(task.x[1], task.y[1]) for model in models]
+            model = models[scores.index(max(scores))].fit(known, y)
+        report("SGDClassifier, 5 values of alpha", began, memory, model.predict(task.x[2]))
+    return rows
+
+
 def write_cache(path: Path, n: int) -> None:
     """Write made features of all stages of a network as a cache file."""
     zeros = np.zeros(n, np.int64)
@@ -251,7 +312,7 @@ def grid(n: int, jobs: int, heads: Sequence[str]) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("parts", nargs=-1, type=click.Choice(["search", "wide", "grid"]))
+@click.argument("parts", nargs=-1, type=click.Choice(["search", "wide", "grid", "large"]))
 @click.option("--rows", default=3068, show_default=True)
 @click.option("--dim", default=1280, show_default=True)
 @click.option("--classes", default=10, show_default=True)
@@ -284,6 +345,16 @@ def main(
         x, y = make_features(250 + FRESH, 20_480 // shrink, classes)
         task = Task(tuple(np.split(x, [200, 250])), tuple(np.split(y, [200, 250])))  # type: ignore[arg-type]
         table, report["wide"] = compare(f"200 x {20_480 // shrink}", task, heads, {"cold, 1 thread": Peer(1)})
+        console.print(table)
+    if "large" in parts:
+        task = make_task(rows // shrink, dim // shrink, classes)
+        for part in task.x:
+            normalize(part, copy=False)
+        report["large"] = [row for name in heads for row in large(task, name)]
+        table = Table("head", "run", "seconds", "memory", "fresh accuracy", title=f"{rows} x {dim}, {classes} classes")
+        for row in report["large"]:
+            cells = f"{row['seconds']:.1f}", f"{row['memory']:.2f}", f"{row['fresh_accuracy']:.4f}"
+            table.add_row(row["head"], row["run"], *cells)
         console.print(table)
     if "grid" in parts:
         runs = [grid(2000 // shrink, jobs, ("logreg", "linear_svm", "knn")) for jobs in (2, 4)]

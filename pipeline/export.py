@@ -166,29 +166,31 @@ class HeadScores(nn.Module):
     deviation: Tensor
 
     def __init__(self, saved: SavedModel, *, half: bool) -> None:
+        from sklearn.preprocessing import Normalizer, StandardScaler
+
         super().__init__()
-        head = find_head(saved.head)
-        hyperplanes = head.family.hyperplanes(saved.pipeline.named_steps["classifier"])
+        hyperplanes = find_head(saved.head).family.hyperplanes(saved.pipeline.named_steps["classifier"])
         if hyperplanes is None:
             raise ModelFileError(
                 f"only heads with one hyperplane per class can be exported, and {saved.head} has none; "
                 "fit another, such as logreg"
             )
         buffers = hyperplanes._asdict()
-        if head.scaling == "standard":
-            scaler = saved.pipeline.named_steps["scaler"]
+        scaler = saved.pipeline.named_steps.get("scaler")
+        if isinstance(scaler, StandardScaler):
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
         for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
-        self.scaling, self.half_features = head.scaling, half
+        self.standardises, self.normalises = isinstance(scaler, StandardScaler), isinstance(scaler, Normalizer)
+        self.half_features = half
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (n, d) to scores (n, K)."""
         if self.half_features:
             features = features.half().float()
-        if self.scaling == "standard":
+        if self.standardises:
             features = (features - self.mean) / self.deviation
-        elif self.scaling == "l2":
+        elif self.normalises:
             length = features.norm(dim=1, keepdim=True)
             features = features / torch.where(length == 0, 1.0, length)
         return features @ self.weights.T + self.bias

@@ -105,7 +105,7 @@ def finetune(
         results (see `pipeline.finetuning.watch.GradientWatch`), and add a note where they look bad.
     save : str or Path, optional
         Write the network that was trained with the most shots to this ``.safetensors`` file; ties go to the higher
-        validation accuracy.
+        validation accuracy, then to the lower validation loss.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
     store, size, white, engine, device, workers
@@ -166,7 +166,10 @@ def finetune(
             result, predicted = _result(run, data, setup, seed, count)
             results.append(result)
             predictions.append(predicted)
-            ranks = [preference(one.shots, one.validation_accuracy, index) for index, one in enumerate(results)]
+            ranks = [
+                preference(one.shots, one.validation_accuracy, index, one.validation_log_loss)
+                for index, one in enumerate(results)
+            ]
             best = ranks.index(max(ranks))
             if destination is not None and best == len(results) - 1:
                 best_network = run.network
@@ -205,6 +208,7 @@ def _result(
         converged=not trained.diverged,
         balanced=setup.recipe.class_weights,
         validation_accuracy=trained.history[trained.best_epoch - 1].get("valid_acc"),
+        validation_log_loss=trained.history[trained.best_epoch - 1].get("valid_loss"),
         freeze=setup.freeze,
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),

@@ -48,7 +48,7 @@ class FitReport:
         Class names by number.
     best : int
         Index of the result whose model is saved: of those with the most shots, the one of best validation accuracy;
-        ties go to the first.
+        ties go to the lower log-loss.
     saved : Path or None
         The model file.
     """
@@ -177,7 +177,10 @@ def fit(
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
     results = compare_results(results, predictions)
-    ranks = [preference(one.shots, one.validation_accuracy, index) for index, one in enumerate(results)]
+    ranks = [
+        preference(one.shots, one.validation_accuracy, index, one.validation_log_loss)
+        for index, one in enumerate(results)
+    ]
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
@@ -227,6 +230,7 @@ def _result(
         n_val=_mean_count([each.val for each in splits]),
         n_pool=len(table.labels) - _mean_count([each.test for each in splits]),
         validation_accuracy=_mean_score([outcome.choice.score for outcome in outcomes]),
+        validation_log_loss=_mean_score([outcome.choice.log_loss for outcome in outcomes]),
         **measure(predictions, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
         converged=all(outcome.converged for outcome in outcomes),
@@ -240,8 +244,9 @@ def _mean_count(parts: Sequence[IntArray]) -> int:
     return round(sum(len(part) for part in parts) / len(parts))
 
 
-def _mean_score(scores: Sequence[float]) -> float | None:
-    return None if any(map(math.isnan, scores)) else float(np.mean(scores))
+def _mean_score(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None and not math.isnan(score)]
+    return float(np.mean(known)) if len(known) == len(scores) else None
 
 
 def _saved_model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:

@@ -132,13 +132,16 @@ class FitResult:
         Number of folds. With cross-validation every row is tested once, `params` are those chosen most often,
         `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
     temperature, log_loss_calibrated, ece_calibrated : float or None
-        The calibration and the two scores after it. None without probabilities, or without rows to fit it on.
+        The calibration and the two scores after it. None without probabilities, without rows to fit it on, or if it
+        would raise the log-loss of validation rows.
     p_vs_best : float or None
         P-value of McNemar's exact test with Holm's correction against the result of best validation accuracy, among
         those of the same test rows and shots; None for that result. If test rows come in groups, whole groups are
         compared.
     validation_accuracy : float or None
         What the parameters were chosen by; None if there was nothing to choose by.
+    validation_log_loss : float or None
+        What broke ties of it, before calibration; None without probabilities, and in results of older versions.
     n_pool : int
         Labelled rows outside test (in a fold), from which few shots draw their training rows.
     in_best_set : bool or None
@@ -180,6 +183,7 @@ class FitResult:
     in_best_set: bool | None = None
     n_groups: int | None = None
     n_effective: float | None = None
+    validation_log_loss: float | None = None
 
 
 @dataclass(frozen=True)

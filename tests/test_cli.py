@@ -73,7 +73,9 @@ def test_extract_fit_predict(thawline: Thawline, make_photos: Callable[..., Path
 
     arguments = ("fit", cache, "--head", "logreg", "--head", "ridge", "--seed", 0, "--seed", 1, "--save", model)
     results = thawline(*arguments, "--json").json["results"]
-    assert [(r["head"], r["seed"]) for r in results] == [("logreg", 0), ("logreg", 1), ("ridge", 0), ("ridge", 1)]
+    assert [(r["head"], r["seed"]) for r in results] == [
+        (head, seed) for head in ("logreg/l2", "ridge/l2") for seed in (0, 1)
+    ]
     assert all(r["accuracy"] == 1.0 and r["accuracy_ci95"][0] < 1 for r in results)
     assert results[2]["log_loss"] is None, "ridge has no probabilities"
 

@@ -285,9 +285,9 @@ def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run:
     plan.write_text(plan.read_text().replace('"centroid"', '"knn"'))
     report = compare(plan, run)
     assert (report.computed, report.reused) == (8, 8)
-    assert {record["head"] for record in lines_of(run)} == {"logreg", "knn"}
+    assert {record["head"] for record in lines_of(run)} == {"logreg/l2", "knn/l2"}
     gone = [json.loads(line) for line in (run / "superseded.jsonl").read_text().splitlines()]
-    assert {record["head"] for record in gone} == {"centroid"}
+    assert {record["head"] for record in gone} == {"centroid/l2"}
 
 
 def test_a_changed_image_runs_all_again(plan: Path, run: Path, photos: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.evaluation.calibration import fit_temperature, tempered
+from pipeline.evaluation.calibration import fit_temperature, tempered, useful_temperature
 from pipeline.evaluation.metrics import log_loss
 
 
@@ -45,6 +45,17 @@ def test_rows_that_are_all_right_make_as_sure_as_their_number_allows(n: int) -> 
     probabilities = np.tile([0.5001, 0.4999], (n, 1))
     calibrated = tempered(probabilities, fit_temperature(probabilities, np.zeros(n, np.int64)))
     assert calibrated[0, 0] == pytest.approx((n + 1) / (n + 2), abs=1e-4)
+
+
+def test_a_temperature_that_does_not_help_on_other_rows_is_dropped() -> None:
+    honest, y = spoilt(400, 3, 1.0)
+    sure, truth = spoilt(400, 3, 5.0)
+    assert useful_temperature(sure, truth) == fit_temperature(sure, truth)
+    right = np.tile([0.999, 0.001], (9, 1))
+    assert useful_temperature(right, np.zeros(9, np.int64)) is None, "all right and sure: less sure is worse"
+    assert useful_temperature(honest[:1], y[:1]) is None
+    order = np.random.default_rng(0).permutation(400)
+    assert useful_temperature(sure[order], truth[order]) == pytest.approx(fit_temperature(sure, truth))
 
 
 def test_a_vote_share_of_zero_gets_a_probability() -> None:

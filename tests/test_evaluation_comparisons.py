@@ -12,6 +12,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from pipeline.evaluation.comparisons import (
+    best_validated,
     compare_over_splits,
     compare_with_chosen,
     holm,
@@ -42,18 +43,22 @@ def test_two_models_and_one_interval_are_those_of_statsmodels(shares: tuple[floa
 
 def test_each_model_is_compared_with_the_one_chosen_on_validation_not_with_the_best_on_test() -> None:
     right = answers(0.7, 0.88, 0.9)
-    found = compare_with_chosen(right, NAMES, [0.5, 0.9, 0.9])
+    found = compare_with_chosen(right, NAMES, 1)
     expected = holm([mcnemar(right[1], right[0]), mcnemar(right[1], right[2])])
-    assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1])], "ties go to the first"
-    assert compare_with_chosen(right, NAMES, [None, None, 0.1])[2] is None, "what was not validated comes last"
+    assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
     in_pairs = np.repeat(NAMES[:100], 2)
-    clustered = compare_with_chosen(right, in_pairs, [0.5, 0.9, 0.8])
+    clustered = compare_with_chosen(right, in_pairs, 1)
     pairs = np.repeat(np.arange(100), 2)
     assert clustered[2] == pytest.approx(max(holm([mcnemar(right[1], right[i], pairs) for i in (0, 2)])))
 
 
+def test_ties_of_validation_accuracy_go_to_the_lower_log_loss_then_to_the_first() -> None:
+    assert best_validated([(0.9, 0.3), (0.9, 0.2), (0.9, 0.2), (0.8, 0.1)]) == 1
+    assert best_validated([(None, None), (None, 0.1), (0.1, None)]) == 2, "what was not validated comes last"
+
+
 def test_a_single_result_is_compared_with_nothing() -> None:
-    assert compare_with_chosen(answers(0.5), NAMES, [0.5]) == [None]
+    assert compare_with_chosen(answers(0.5), NAMES, 0) == [None]
     assert may_be_best(answers(0.5)).tolist() == [True]
 
 
@@ -67,16 +72,16 @@ def test_heads_over_the_same_splits_are_compared_by_the_corrected_t_test() -> No
     rng = np.random.default_rng(2)
     draws = rng.normal(0.8, 0.03, 6)
     rivals = [draws, draws + 0.05 + rng.normal(0, 0.01, 6), draws - 0.1]
-    found = compare_over_splits(rivals, [0.1, 0.9, 0.2], 80, 20)
+    found = compare_over_splits(rivals, 1, 80, 20)
     expected = holm([corrected_t_test(rivals[1] - rivals[index], 80, 20)[1] for index in (0, 2)])
     assert found == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
 
 
 def test_a_lead_without_spread_is_not_judged() -> None:
     draws = np.random.default_rng(2).normal(0.8, 0.03, 5)
-    assert compare_over_splits([draws, draws - 0.1, draws], [0.9, 0.8, 0.7], 80, 20) == [None, None, 1.0]
+    assert compare_over_splits([draws, draws - 0.1, draws], 0, 80, 20) == [None, None, 1.0]
     noisy = draws - np.array([0.1, 0.2, 0.1, 0.2, 0.1])
-    assert compare_over_splits([draws, noisy], [0.9, 0.8], 80, 20)[1] is not None
+    assert compare_over_splits([draws, noisy], 0, 80, 20)[1] is not None
 
 
 def test_the_set_of_two_models_is_that_of_the_exact_sign_flips() -> None:

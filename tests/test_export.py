@@ -19,6 +19,7 @@ from pipeline.export import HeadScores, export
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.fit import fit
+from pipeline.heads.registry import find_head
 from pipeline.heads.saved import load_model
 from pipeline.images.decode import from_pillow
 from pipeline.images.resize import resize_and_crop
@@ -72,9 +73,9 @@ def run_on_images(path: Path, images: list[np.ndarray]) -> tuple[dict[str, np.nd
 @pytest.mark.parametrize(
     ("head", "layer", "classes", "options"),
     [
-        ("logreg", "layer2+input", CLASSES, {}),
-        ("logreg/l2", "layer2", CLASSES[:2], {"pool": "avg+max"}),
-        ("linear_svm", "penultimate", CLASSES, {"pool": "grid2", "store": "float16"}),
+        ("logreg/standard", "layer2+input", CLASSES, {}),
+        ("logreg", "layer2", CLASSES[:2], {"pool": "avg+max"}),
+        ("linear_svm/standard", "penultimate", CLASSES, {"pool": "grid2", "store": "float16"}),
     ],
 )
 def test_the_graph_says_what_predict_says(
@@ -94,14 +95,13 @@ def test_the_graph_says_what_predict_says(
     assert found["scores"].shape == (11, len(classes))
     saved = load_model(model)
     specs = [layer["spec"] for layer in saved.layers]
-    assert (metadata["model"]["head"], metadata["model"]["layers"]) == (head, specs)
+    assert (metadata["model"]["head"], metadata["model"]["layers"]) == (find_head(head).name, specs)
     assert metadata["model"]["metrics"]["accuracy"] == saved.metrics["accuracy"]
     assert metadata["preprocessing"] == specs[0]["preprocessing"]
     catalog = Catalog(tmp_path / "predicted")
     features = np.hstack([catalog.find(layer=name).matrix(name).astype("f") for name in layer.split("+")])
     if head.startswith("logreg"):
-        assert saved.temperature != 1
-        calibrated = tempered(saved.pipeline.predict_proba(features), saved.temperature)
+        calibrated = tempered(saved.pipeline.predict_proba(features), saved.temperature or 1)
         np.testing.assert_allclose(found["probabilities"], calibrated, atol=1e-3)
         np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
     else:
@@ -122,7 +122,7 @@ def test_the_graph_of_a_fine_tuned_network_says_what_predict_says(
 
     assert result.outputs == list(found)
     assert (metadata["classes"], metadata["model"]["head"]) == (list(CLASSES), top)
-    assert metadata["model"]["temperature"] == report.results[0].temperature != 1
+    assert metadata["model"]["temperature"] == report.results[0].temperature
     assert [CLASSES[label] for label in found["label"]] == [item.label for item in expected]
     scores = Catalog(tmp_path / "predicted").find(layer="new_head").matrix("new_head")
     np.testing.assert_allclose(found["scores"], scores, atol=1e-3)
@@ -144,7 +144,7 @@ def test_other_heads_score_as_scikit_learn_does(make_photos: Callable[..., Path]
 @pytest.mark.parametrize("head", ["rbf_svm", "knn"])
 def test_heads_without_hyperplanes_are_refused(make_photos: Callable[..., Path], tmp_path: Path, head: str) -> None:
     model = trained(make_photos(), tmp_path, head)
-    with pytest.raises(ModelFileError, match=f"{head} has none; fit another, such as logreg"):
+    with pytest.raises(ModelFileError, match=f"{head}/l2 has none; fit another, such as logreg"):
         export(model, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows, scratch_folder
@@ -110,7 +110,7 @@ def test_one_result_a_cell_in_the_order_layers_heads_seeds_shots(make_cache: Mak
     calls = []
     report = fit(
         make_cache(),
-        heads=["centroid", "knn/l2"],
+        heads=["centroid", "knn/none"],
         seeds=[0, 3],
         shots=["all", 4],
         jobs=1,
@@ -120,7 +120,7 @@ def test_one_result_a_cell_in_the_order_layers_heads_seeds_shots(make_cache: Mak
     assert cells == [
         (layer, head, seed, shots)
         for layer in DIMS
-        for head in ("centroid", "knn/l2")
+        for head in ("centroid/l2", "knn/none")
         for seed in (0, 3)
         for shots in ("all", 4)
     ]
@@ -147,9 +147,9 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
     added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool "
-    added += "in_best_set n_groups n_effective"
+    added += "in_best_set n_groups n_effective validation_log_loss"
     assert " ".join(result) == f"{shape} {scores} {added}"
-    expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge", "seed": 0}
+    expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge/l2", "seed": 0}
     assert expected.items() <= result.items()
     assert result["shots"] == "all"
     assert (result["n_train"], result["n_val"], result["n_test"]) == (57, 15, 18)
@@ -160,19 +160,20 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
 
 
 @pytest.mark.parametrize("layer", ["low", "top"])
-def test_a_fit_is_a_standardised_logistic_regression_chosen_on_val_and_refitted(make_cache: Make, layer: str) -> None:
+@pytest.mark.parametrize(("head", "scaler"), [("logreg", Normalizer()), ("logreg/standard", StandardScaler())])
+def test_a_fit_is_a_logistic_regression_of_scaled_rows_chosen_on_val_and_refitted(
+    make_cache: Make, layer: str, head: str, scaler: Normalizer | StandardScaler
+) -> None:
     names = (["train"] * 60 + ["val"] * 15 + ["test"] * 45) * 2
     labels = np.arange(240) % 3
     values = {key: clouds(labels, dim, noise=2.5 * dim**0.4, seed=dim) for key, dim in DIMS.items()}
-    report = fit(make_cache(240, splits=names, features=values), [layer])
+    report = fit(make_cache(240, splits=names, features=values), [layer], [head])
     result, found = report.results[0], report.predictions[0]
     parts = {name: np.flatnonzero(np.array(names) == name) for name in ("train", "val", "test")}
     x = values[layer].astype(float)
 
     def model(rows: np.ndarray, c: float) -> Any:
-        return make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-6, max_iter=5000)).fit(
-            x[rows], labels[rows]
-        )
+        return make_pipeline(scaler, LogisticRegression(C=c, tol=1e-6, max_iter=5000)).fit(x[rows], labels[rows])
 
     def right(c: float) -> float:
         return float(model(parts["train"], c).score(x[parts["val"]], labels[parts["val"]]))
@@ -207,24 +208,28 @@ def test_every_head_beats_chance_and_saves_what_it_reports(make_cache: Make, tmp
     if probability is not None:
         assert probability == pytest.approx(found.probability, abs=1e-9)
     assert model.metrics == to_json(report.results[0])
-    assert model.head == head
+    assert model.head == f"{head}/l2"
 
 
-def test_the_model_of_best_validation_accuracy_is_saved_the_first_on_a_tie(make_cache: Make, tmp_path: Path) -> None:
+def test_the_model_of_best_validation_accuracy_is_saved_or_of_lowest_log_loss_on_a_tie(
+    make_cache: Make, tmp_path: Path
+) -> None:
     labels = np.arange(90) % 3
     noise = np.random.default_rng(0).standard_normal((90, 5)).astype("f")
-    values = {"noise": noise, "good": clouds(labels, 5, 0.1), "also": clouds(labels, 5, 0.1)}
+    values = {"noise": noise, "good": clouds(labels, 5, 0.2), "better": clouds(labels, 5, 0.1)}
     path = make_cache(dims=dict.fromkeys(values, 5), features=values)
-    report = fit(path, ["noise", "good", "also"], ["logreg"], jobs=1, save=tmp_path / "m.skops")
-    assert report.best == 1
-    assert report.saved == tmp_path / "m.skops"
-    assert [layer["spec"]["layer"] for layer in load_model(report.saved).layers] == ["good"]
-    assert report.results[1].accuracy == report.results[2].accuracy == 1
+    for order in (["noise", "good", "better"], ["better", "good", "noise"]):
+        report = fit(path, order, ["logreg"], jobs=1, save=tmp_path / "m.skops")
+        assert order[report.best] == "better"
+        assert [layer["spec"]["layer"] for layer in load_model(tmp_path / "m.skops").layers] == ["better"]
+        validated = {result.layer: result for result in report.results}
+        assert validated["good"].validation_accuracy == validated["better"].validation_accuracy == 1
+        assert validated["good"].validation_log_loss > validated["better"].validation_log_loss
 
 
 def test_the_model_trained_on_everything_is_saved_before_one_of_few_shots(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(dims={"low": 6}, features={"low": clouds(np.arange(90) % 3, 6, 0.7, seed=1)})
-    report = fit(path, shots=[2, "all"], jobs=1, save=tmp_path / "m.skops")
+    report = fit(path, heads=["logreg/standard"], shots=[2, "all"], jobs=1, save=tmp_path / "m.skops")
     few, everything = (result.validation_accuracy or 0 for result in report.results)
     assert few > everything, "all right by chance, of six rows"
     assert report.best == 1
@@ -288,16 +293,16 @@ def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, know
                       features={"low": clouds(labels, 6, 0.5)})  # fmt: skip
     report = fit(path, jobs=1)
     (result,) = report.results
-    assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 1.0}, None, 60, 0)
+    assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 100.0}, None, 60, 0)
     assert result.accuracy > 0.9
-    assert "logreg: nothing could be validated, as with one row (or group) per class, so C=1 is used" in report.notes
+    assert any(note.startswith("logreg/l2: nothing could be validated") for note in report.notes)
     assert not any("drawn as val" in note for note in report.notes)
 
 
 def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make) -> None:
     labels = np.repeat([0, 1, 2, 0, 1], 18)
     path = make_cache(dims={"low": 6}, labels=labels, splits=["train"] * 36 + ["val"] * 18 + ["test"] * 36)
-    assert fit(path, jobs=1).results[0].params == {"C": 1.0}
+    assert fit(path, jobs=1).results[0].params == {"C": 100.0}
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -320,7 +325,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg: nothing could be validated, as with one row (or group) per class, so C=1 is used"
+    fixed = "logreg/l2: nothing could be validated, as with so few rows (or groups) per class, so C=100 is used"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 
@@ -466,7 +471,7 @@ def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> 
         ({"save": "nowhere/m.skops"}, ModelFileError, "no folder nowhere"),
         ({"save": "m.skops", "cv": 3}, FitError, "use either cv or save"),
         ({"cv": 91}, FitError, "cannot make 91 folds of 90 rows"),
-        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "leave out knn or 'balanced'"),
+        ({"heads": ["logreg", "knn"], "balanced": True}, FitError, "leave out knn/l2 or 'balanced'"),
     ],
 )
 def test_wrong_choices_are_refused_before_anything_is_fitted(
@@ -481,7 +486,7 @@ def test_wrong_choices_are_refused_before_anything_is_fitted(
 
 def test_a_kernel_of_too_many_rows_is_refused(make_cache: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(FAMILIES["rbf_svm"]), "most_rows", 50)
-    with pytest.raises(FitError, match="at most 50 of them, got 72; use linear_svm"):
+    with pytest.raises(FitError, match=r"at most 50 of them, got 72, which would need .* GiB and 2 times as long"):
         fit(make_cache(), heads=["logreg", "rbf_svm"])
 
 
@@ -509,7 +514,7 @@ def test_cross_validation_predicts_every_row_once_by_models_that_did_not_see_it(
     path = make_cache(dims={"low": 6}, labels=labels, features={"low": clouds(labels, 6, 2.0)}, groups=groups)
     report = fit(path, heads=["ridge", "knn"], seeds=[0, 1], cv=3, jobs=1)
     assert [(r.head, r.seed, r.cv, r.n_train, r.n_val, r.n_test) for r in report.results] == [
-        (head, seed, 3, 51, 9, 90) for head in ("ridge", "knn") for seed in (0, 1)
+        (head, seed, 3, 51, 9, 90) for head in ("ridge/l2", "knn/l2") for seed in (0, 1)
     ]
     for result, found in zip(report.results, report.predictions, strict=True):
         assert found.uris.tolist() == [f"{i:03d}.png" for i in range(90)]
@@ -531,8 +536,8 @@ def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
     values = {"low": clouds(labels, 6, 2.5), "top": clouds(labels, 200, 9.0)}
     report = fit(make_cache(features=values), heads=["centroid"], seeds=[0, 1, 2], jobs=1)
     assert [(row.layer, row.head, row.shots, row.seeds) for row in report.summary] == [
-        ("low", "centroid", "all", 3),
-        ("top", "centroid", "all", 3),
+        ("low", "centroid/l2", "all", 3),
+        ("top", "centroid/l2", "all", 3),
     ]
     for row in report.summary:
         of_seeds = np.array([result.accuracy for result in report.results if result.layer == row.layer])
@@ -602,7 +607,7 @@ def test_calibration_is_fitted_before_the_refit_told_on_test_and_kept_in_the_mod
     report = fit(path, save=tmp_path / "m.skops")
     result, found = report.results[0], report.predictions[0]
     train, val = names == "train", names == "val"
-    oracle = make_pipeline(StandardScaler(), LogisticRegression(C=result.params["C"], tol=1e-8, max_iter=5000))
+    oracle = make_pipeline(Normalizer(), LogisticRegression(C=result.params["C"], tol=1e-8, max_iter=5000))
     told = oracle.fit(values[train].astype(float), labels[train]).predict_proba(values[val])
     assert result.temperature == pytest.approx(fit_temperature(told, labels[val]), rel=0.01)
     assert found.calibrated is not None
@@ -642,7 +647,7 @@ def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeyp
     path = make_cache(dims={"top": 200})
     monkeypatch.setattr(parallel, "MOST_CELLS", 500)
     for head in ("logreg", "linear_svm"):
-        with pytest.raises(FitError, match=f"{head} for 3 classes would need a table of .* GiB; use centroid"):
+        with pytest.raises(FitError, match=f"{head}/l2 for 3 classes would need a table of .* GiB; use centroid"):
             fit(path, heads=[head])
     assert fit(path, heads=["centroid"]).results
 

@@ -21,6 +21,7 @@ from pipeline.backbones.layers import list_layers
 from pipeline.backbones.network_file import TOP_LAYER, TunedModel, describe_network, load_network, save_network
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.taps import tap
+from pipeline.backbones.top import Standardise
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extract import extract
@@ -224,3 +225,16 @@ def test_without_validation_images_there_is_no_temperature(make_photos: Photos, 
     assert report.results[0].log_loss_calibrated is None
     assert report.predictions[0].calibrated is None
     assert describe_network(model).temperature is None
+
+
+@pytest.mark.parametrize("n", [3, 10, 500])
+def test_the_top_shrinks_the_variances_of_few_rows_to_their_mean(n: int) -> None:
+    rows = np.random.default_rng(0).standard_normal((n, 6)) * 2.0 ** np.arange(6) + 3
+    rows[:, 0] = 1
+    top = Standardise(6)
+    top.set_from(torch.from_numpy(rows.astype(np.float32)), frozen=True)
+    scaled = top(torch.from_numpy(rows.astype(np.float32))).numpy()
+    shrunk = (n * rows.var(axis=0) + 20 * rows.var(axis=0).mean()) / (n + 20)
+    plain = (rows - rows.mean(axis=0)) / np.sqrt(shrunk)
+    assert scaled == pytest.approx(plain / np.sqrt(plain.var(axis=0).mean()), abs=1e-4)
+    assert scaled.var(axis=0).mean() == pytest.approx(1, rel=1e-4)

@@ -21,6 +21,9 @@ from pipeline.spec import DEFAULT_POOL
 HIDDEN = 256
 _FLOOR = 1e-3
 """Share of the mean variance of all features that is added to each, so that nearly constant ones are not blown up."""
+_COMMON_ROWS = 20
+"""How many rows the mean variance of all features counts for, beside the rows that each variance is measured on. The
+variances of a handful of rows are noise, and nearly constant features must not be blown up."""
 
 
 class Standardise(nn.Module):
@@ -34,12 +37,21 @@ class Standardise(nn.Module):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("scale", torch.ones(features))
 
-    def set_from(self, features: Tensor) -> None:
-        """Choose the numbers that give these features (n, d) mean 0 and variance 1."""
+    def set_from(self, features: Tensor, *, frozen: bool) -> None:
+        """Choose the numbers that give these features (n, d) mean 0, and a variance of 1.
+
+        If they stay as they are during training (`frozen`), the variances of few rows are shrunk to a common one, with
+        a mean of 1 after scaling.
+        """
+        tiny = torch.finfo(torch.float32).tiny
         variance = features.var(0, unbiased=False)
-        floor = _FLOOR * variance.mean()
+        if not frozen:
+            self.mean.copy_(features.mean(0))
+            self.scale.copy_((variance + _FLOOR * variance.mean()).clamp(min=tiny).rsqrt())
+            return
+        shrunk = torch.lerp(variance, variance.mean(), _COMMON_ROWS / (len(features) + _COMMON_ROWS)).clamp(min=tiny)
         self.mean.copy_(features.mean(0))
-        self.scale.copy_((variance + floor).clamp(min=torch.finfo(torch.float32).tiny).rsqrt())
+        self.scale.copy_((shrunk * (variance / shrunk).mean()).clamp(min=tiny).rsqrt())
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (n, d) to (n, d)."""

@@ -99,13 +99,14 @@ def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder:
     """Guess what a fit takes, from others with the same head and number of labels where there are some."""
     from pipeline.heads.registry import find_head
 
+    head = find_head(fit.head)
     alike = [
         job.result.seconds
         for job in folder.results.values()
-        if (job.result.head, job.result.shots) == (fit.head, fit.shots)
+        if (job.result.head, job.result.shots) == (head.name, fit.shots)
     ]
     dim = sum(found.dims[name] for name in fit.layer.split("+"))
-    guess = find_head(fit.head).family.cost * _rows(images, fit.shots) * dim
+    guess = head.family.cost * _rows(images, fit.shots) * dim
     return Planned(str(fit), fit.extraction.source, done, 0.0 if done else fmean(alike) if alike else guess, 0)
 
 

@@ -11,6 +11,7 @@ from statistics import NormalDist, fmean, stdev
 import numpy as np
 
 from pipeline.comparing.folder import HEAD, JobResult, OptionValue
+from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
 from pipeline.evaluation.intervals import CONFIDENCE, accuracy_interval
 from pipeline.options import TABLES
@@ -180,11 +181,13 @@ class Leaderboard:
 
 
 def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
-    """Return the score with the best validation accuracy (test accuracy if one lacks it); ties go to the first."""
-    if not scores:
-        return None
+    """Return the score with the best validation accuracy (test accuracy if one lacks it), see `preference`."""
     measure = "validation_accuracy" if is_validated(scores) else "accuracy"
-    return max(scores, key=lambda score: score.mean(measure) or 0.0)
+    ranks = [
+        preference("all", score.mean(measure), index, score.mean("validation_log_loss"))
+        for index, score in enumerate(scores)
+    ]
+    return scores[ranks.index(max(ranks))] if scores else None
 
 
 def is_validated(scores: Sequence[MethodScore]) -> bool:

@@ -149,8 +149,9 @@ def _attempt(comparison: Comparison, jobs: Mapping[Any, str], call: Callable[[Ma
 
 def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> None:
     from pipeline.fit import fit
+    from pipeline.heads.registry import find_head
 
-    keys = {(job.layer, job.head.removesuffix("/standard"), job.seed, job.shots): key for job, key in block.items()}
+    keys = {(job.layer, find_head(job.head).name, job.seed, job.shots): key for job, key in block.items()}
     one = next(iter(block))
     source, request, options = comparison.images[one.extraction.source], one.extraction.request, dict(one.options)
     depth_of = depths(request, tuple(found.dims))

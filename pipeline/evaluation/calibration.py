@@ -2,7 +2,8 @@
 
 It divides the logarithms of the probabilities, so labels do not change. It is fitted to Platt's smoothed targets (Platt
 1999): with n rows the true class gets ``(n + 1) / (n + 2)`` and the other classes share the rest. So a model that
-happens to be right on every held-out row is not made certain.
+happens to be right on every held-out row is not made certain. A temperature that would not lower the log-loss of rows
+that it was not fitted on is dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from scipy.special import log_softmax, softmax
 from pipeline.arrays import Float64Array, IntArray
 
 SMALLEST = float(np.finfo(np.float64).eps)
-"""Smaller probabilities count as this: k-nearest neighbours gives zeros."""
+"""Smaller probabilities count as this."""
+_FOLDS = 5
 _RANGE = 14.0  # temperatures are searched from exp(-14) to exp(14)
 
 
@@ -40,6 +42,32 @@ def fit_temperature(probabilities: Float64Array, y: IntArray) -> float:
     # convex in 1 / temperature, so there is a single minimum in its logarithm too
     found = minimize_scalar(cross_entropy, bounds=(-_RANGE, _RANGE), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
+
+
+def useful_temperature(probabilities: Float64Array, y: IntArray) -> float | None:
+    """Return the temperature for these rows, or None if it does more harm than good to rows that it has not seen.
+
+    That is judged by cross-validation in up to five folds: temperatures fitted on the other folds must not raise the
+    log-loss. Folds are dealt by confidence, so they do not depend on the order of rows or classes.
+
+    Parameters
+    ----------
+    probabilities : (n, K) float64
+    y : (n,) int64
+        As for `fit_temperature`; n may be 0.
+    """
+    n = len(y)
+    if n < 2:
+        return None
+    right = _log(probabilities[np.arange(n), y])
+    folds = np.empty(n, np.int64)
+    folds[np.lexsort((right, *np.sort(probabilities, axis=1).T[-3:]))] = np.arange(n) % min(_FOLDS, n)
+    after = 0.0
+    for fold in range(min(_FOLDS, n)):
+        held, others = folds == fold, folds != fold
+        calibrated = tempered(probabilities[held], fit_temperature(probabilities[others], y[others]))
+        after += float(_log(calibrated[np.arange(len(calibrated)), y[held]]).sum())
+    return fit_temperature(probabilities, y) if after >= right.sum() else None
 
 
 def tempered(probabilities: Float64Array, temperature: float | Float64Array) -> Float64Array:

@@ -117,18 +117,21 @@ def compare_results(results: Sequence[R], predictions: Sequence[Predictions]) ->
         alike.setdefault((found.uris.tobytes(), result.shots), []).append(index)
     judged = list(results)
     for indices in alike.values():
-        scores = [results[index].validation_accuracy for index in indices]
+        validated = [(results[index].validation_accuracy, results[index].validation_log_loss) for index in indices]
         right, units = np.array([predictions[index].right for index in indices]), predictions[indices[0]].units
-        compared = zip(indices, compare_with_chosen(right, units, scores), may_be_best(right, units), strict=True)
+        compared = zip(
+            indices,
+            compare_with_chosen(right, units, best_validated(validated)),
+            may_be_best(right, units),
+            strict=True,
+        )
         for index, p, best in compared:
             judged[index] = replace(results[index], p_vs_best=p, in_best_set=bool(best) if len(indices) > 1 else None)
     return judged
 
 
-def compare_with_chosen(
-    right: BoolArray, units: NDArray[np.str_], validated: Sequence[float | None]
-) -> list[float | None]:
-    """Compare each of k models with the one of best validation accuracy, by exact paired tests with Holm's correction.
+def compare_with_chosen(right: BoolArray, units: NDArray[np.str_], chosen: int) -> list[float | None]:
+    """Compare each of k models with the one chosen on validation, by exact paired tests with Holm's correction.
 
     Parameters
     ----------
@@ -136,8 +139,8 @@ def compare_with_chosen(
         Whether each model predicted each test row right.
     units : (n,) str
         What each row belongs to, see `Predictions.units`.
-    validated : sequence of float or None
-        Validation accuracies; ties go to the first.
+    chosen : int
+        Index of the chosen model, see `best_validated`.
 
     Returns
     -------
@@ -147,18 +150,18 @@ def compare_with_chosen(
     Examples
     --------
     >>> rows = np.array([f"{i}.png" for i in range(8)])
-    >>> compare_with_chosen(np.array([[True] * 8, [False] * 8]), rows, [0.8, 0.9])
+    >>> compare_with_chosen(np.array([[True] * 8, [False] * 8]), rows, chosen=1)
     [0.0078125, None]
     """
-    chosen, clusters = _chosen(validated), number_clusters(units)
+    clusters = number_clusters(units)
     tested = [mcnemar(right[chosen], row, clusters) for row in right]
     return _adjusted([None if index == chosen else p for index, p in enumerate(tested)])
 
 
 def compare_over_splits(
-    accuracies: Sequence[Float64Array], validated: Sequence[float | None], n_train: int, n_test: int
+    accuracies: Sequence[Float64Array], chosen: int, n_train: int, n_test: int
 ) -> list[float | None]:
-    """Compare each head with the one of best mean validation accuracy over the same resampled splits.
+    """Compare each head with the one chosen on validation, over the same resampled splits.
 
     This is the corrected t-test with Holm's correction.
 
@@ -166,8 +169,8 @@ def compare_over_splits(
     ----------
     accuracies : sequence of (k,) float64
         Accuracies of each head on each split.
-    validated : sequence of float or None
-        Mean validation accuracies; ties go to the first.
+    chosen : int
+        Index of the chosen head, see `best_validated`.
     n_train, n_test : int
         As for `pipeline.evaluation.intervals.corrected_t_test`.
 
@@ -176,14 +179,13 @@ def compare_over_splits(
     list of float or None
         A p-value for each head; None for the chosen one, and for a head whose lead over it is the same on every split.
     """
-    chosen = _chosen(validated)
     tested = [corrected_t_test(accuracies[chosen] - values, n_train, n_test)[1] for values in accuracies]
     return _adjusted([None if index == chosen or math.isnan(p) else p for index, p in enumerate(tested)])
 
 
-def _chosen(validated: Sequence[float | None]) -> int:
-    """Return the index of the model of best validation accuracy."""
-    ranks = [preference("all", score, index) for index, score in enumerate(validated)]
+def best_validated(validated: Sequence[tuple[float | None, float | None]]) -> int:
+    """Return the index of the best of (validation accuracy, its log-loss), see `preference`."""
+    ranks = [preference("all", score, index, loss) for index, (score, loss) in enumerate(validated)]
     return ranks.index(max(ranks))
 
 
@@ -200,11 +202,14 @@ def best_notes(results: Sequence[FitResult], level: float = CONFIDENCE) -> list[
     return [f"{note} ({100 * level:g} % confidence)"] if compared else []
 
 
-def preference(shots: int | str, score: float | None, index: int) -> tuple[float, float, int]:
+def preference(
+    shots: int | str, score: float | None, index: int, log_loss: float | None = None
+) -> tuple[float, float, float, int]:
     """Return a sort key of models whose largest is the one to keep: most shots, best validated, first in order.
 
     With few shots there are few validation rows, on which a model may be right by chance. So scores are compared only
-    between models of the same number of shots.
+    between models of the same number of shots. Ties go to the lower log-loss, because many models get all of a few or
+    easy validation rows right.
 
     Parameters
     ----------
@@ -213,10 +218,15 @@ def preference(shots: int | str, score: float | None, index: int) -> tuple[float
         Validation accuracy; None or NaN, if nothing was validated, comes last.
     index : int
         Position among the models.
+    log_loss : float, optional
+        On the validation rows; None or NaN, as without probabilities, comes last.
 
     Examples
     --------
-    >>> max([(5, 1.0), ("all", 0.8), ("all", 0.9)], key=lambda one: preference(*one, index=0))
-    ('all', 0.9)
+    >>> models = [(5, 1.0, 0.1), ("all", 0.8, 0.5), ("all", 0.9, 0.4), ("all", 0.9, 0.3)]
+    >>> max(models, key=lambda one: preference(*one[:2], 0, one[2]))
+    ('all', 0.9, 0.3)
     """
-    return (math.inf if shots == "all" else float(shots), -1.0 if score is None or math.isnan(score) else score, -index)
+    accuracy = -1.0 if score is None or math.isnan(score) else score
+    loss = math.inf if log_loss is None or math.isnan(log_loss) else log_loss
+    return math.inf if shots == "all" else float(shots), accuracy, -loss, -index

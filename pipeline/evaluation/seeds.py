@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from pipeline.arrays import BoolArray, StrArray
-from pipeline.evaluation.comparisons import compare_over_splits, compare_with_chosen, may_be_best
+from pipeline.evaluation.comparisons import best_validated, compare_over_splits, compare_with_chosen, may_be_best
 from pipeline.evaluation.intervals import FEWEST_SPLITS, accuracy_interval
 from pipeline.evaluation.predictions import Predictions
 from pipeline.results import FitResult, SeedSummary
@@ -33,14 +33,14 @@ def summarise_seeds(results: Sequence[FitResult], predictions: Sequence[Predicti
         if len(tests) > 1:
             continue
         right, units = np.array([pool_seeds(of_head)[0] for of_head in said]), pool_seeds(said[0])[1]
-        validated = [_mean_validation([results[index] for index in cells[cell]]) for cell in rivals]
+        chosen = best_validated([_mean_validation([results[index] for index in cells[cell]]) for cell in rivals])
         one = results[cells[rivals[0]][0]]
         shared = len(set(next(iter(tests)))) == 1 and one.cv is None
         splits = [np.concatenate([each.accuracies() for each in of_head]) for of_head in said]
         if shared or len(splits[0]) < FEWEST_SPLITS:
-            p_values = compare_with_chosen(right, units, validated)
+            p_values = compare_with_chosen(right, units, chosen)
         else:
-            p_values = compare_over_splits(splits, validated, one.n_pool, one.n_test // (one.cv or 1))
+            p_values = compare_over_splits(splits, chosen, one.n_pool, one.n_test // (one.cv or 1))
         for cell, p, best in zip(rivals, p_values, may_be_best(right, units), strict=True):
             may_be = bool(best) if len(rivals) > 1 else None
             found[cell] = replace(found[cell], p_vs_best=p, in_best_set=may_be, shared_test=shared)
@@ -56,9 +56,16 @@ def pool_seeds(predictions: Sequence[Predictions]) -> tuple[BoolArray, StrArray]
     return right, np.concatenate([each.units for each in predictions])
 
 
-def _mean_validation(results: Sequence[FitResult]) -> float | None:
-    scores = [result.validation_accuracy for result in results]
-    return None if None in scores else fmean(score for score in scores if score is not None)
+def _mean_validation(results: Sequence[FitResult]) -> tuple[float | None, float | None]:
+    """Return the mean validation accuracy and its mean log-loss, None where a result lacks it."""
+    accuracies = [one.validation_accuracy for one in results]
+    losses = [one.validation_log_loss for one in results]
+    return _mean(accuracies), _mean(losses)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _summary(results: Sequence[FitResult]) -> SeedSummary:

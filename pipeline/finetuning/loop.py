@@ -263,9 +263,11 @@ def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
     network.to(device)
     with torch.no_grad():
         read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
-    network.new_head.standardise.set_from(torch.cat([features for features, _ in read]))
+    frozen = next(network.body.parameters(), None) is None
+    network.new_head.standardise.set_from(torch.cat([features for features, _ in read]), frozen=frozen)
     if network.new_head.standardise_image is not None:
-        network.new_head.standardise_image.set_from(torch.cat([image for _, image in read if image is not None]))
+        images = torch.cat([image for _, image in read if image is not None])
+        network.new_head.standardise_image.set_from(images, frozen=True)
 
 
 def make_optimizer(network: ThawedNetwork, recipe: Recipe, rate: float) -> Optimizer:

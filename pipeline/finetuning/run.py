@@ -14,7 +14,7 @@ import torch
 from features_cache import explained
 from pipeline.arrays import Float64Array, IntArray
 from pipeline.engines.torch_engine import exact_float32
-from pipeline.evaluation.calibration import fit_temperature
+from pipeline.evaluation.calibration import useful_temperature
 from pipeline.evaluation.rows import Table
 from pipeline.evaluation.splits import Splits
 from pipeline.finetuning.data import TrainingData, TrainingSetup, splits_of
@@ -74,7 +74,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
     )  # fmt: skip
     temperature = None
     if val is not None:
-        temperature = fit_temperature(predict_probabilities(network, val, device), val.labels)
+        temperature = useful_temperature(predict_probabilities(network, val, device), val.labels)
     probabilities = predict_probabilities(network, test, device)
     seconds = time.perf_counter() - began + top_seconds + trained.resumed_seconds
     return TrainingRun(splits, network, trained, probabilities, temperature, seconds)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from pipeline.arrays import Float32Array, IntArray
-from pipeline.evaluation.calibration import fit_temperature
+from pipeline.evaluation.calibration import useful_temperature
 from pipeline.heads.family import Fitted, Params, Step
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.span import Span, find_span
@@ -57,8 +57,10 @@ class Choice:
     params : dict
     score : float
         Accuracy on the held-out rows of all folds, averaged over classes if balanced; NaN for fixed parameters.
+    log_loss : float or None
+        Mean log-loss on these rows, before calibration; None for fixed parameters, or without probabilities.
     temperature : float or None
-        Calibrates the probabilities of the chosen candidate; fitted on these rows.
+        Calibrates the probabilities of the chosen candidate; fitted on these rows, and None if it would not help.
     unconverged : int
         Number of candidates whose solver hit its iteration limit on some fold.
     tried : int
@@ -67,6 +69,7 @@ class Choice:
 
     params: Params
     score: float
+    log_loss: float | None
     temperature: float | None
     unconverged: int
     tried: int
@@ -113,14 +116,14 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ----------
     head : Head
     folds : sequence of Fold
-        One for a val split, several for cross-validation, none if nothing can be validated. The family's fixed
+        One for a val split, several for cross-validation, none if nothing can be validated. The head's fixed
         parameters are taken if there is none, or if no candidate predicts any held-out row right.
     balanced : bool, default False
         Whether every class counts alike, in training and in the accuracy.
     """
     family = head.family
     if not folds:
-        return Choice(family.fixed, float("nan"), None, 0, 0)
+        return Choice(head.fixed, float("nan"), None, None, 0, 0)
     grid = family.grid(min(len(fold.y) for fold in folds))
     weights = [balanced_weights(fold.y) if balanced else None for fold in folds]
     paths = [
@@ -128,8 +131,8 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ]
     truth = np.concatenate([fold.y_held for fold in folds])
     held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
-    best, most, least, unconverged = 0, -1.0, 0.0, 0
-    chosen: tuple[Step, ...] = ()
+    best, most, unconverged = 0, -1.0, 0
+    least: float | None = None
     for number, steps in enumerate(zip(*paths, strict=True)):
         right = np.concatenate([step.predicted for step in steps]) == truth
         score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # rounded so that equals tie
@@ -137,12 +140,16 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
         if score < most:
             continue
         loss = _log_loss(steps, folds, held_weights)
-        if score > most or loss < least:
-            best, most, least, chosen = number, score, loss, steps
+        if score > most or (loss is not None and least is not None and loss < least):
+            best, most, least = number, score, loss
     if most <= 0:  # e.g. all held-out rows are of classes without a training row
-        return Choice(family.fixed, float("nan"), None, unconverged, len(grid))
-    held = [step.probabilities for step in chosen]
-    return Choice(grid[best], most / len(truth), _temperature(held, folds), unconverged, len(grid))
+        return Choice(head.fixed, float("nan"), None, None, unconverged, len(grid))
+    temperature = None
+    if family.probabilities:  # of final fits, which are more exact than the steps of a path
+        fits = [family.fit(grid[best], fold.train, fold.y, weight) for fold, weight in zip(folds, weights, strict=True)]
+        held = [family.predict_proba(fit.estimator, fold.held) for fit, fold in zip(fits, folds, strict=True)]
+        temperature = _temperature(held, folds)
+    return Choice(grid[best], most / len(truth), least, temperature, unconverged, len(grid))
 
 
 def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
@@ -151,33 +158,39 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
     missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
     if missed:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
-    if any(math.isnan(choice.score) for choice in choices) and head.family.fixed:
-        fixed = ", ".join(f"{name}={value:g}" for name, value in head.family.fixed.items())
-        why = "nothing could be validated, as with one row (or group) per class"
+    dropped = sum(choice.temperature is None and not math.isnan(choice.score) for choice in choices)
+    if head.family.probabilities and dropped:
+        told = f"{dropped} of {len(choices)} models are not calibrated"
+        notes.append(f"{head.name}: {told}, because it would raise the log-loss of validation rows")
+    if any(math.isnan(choice.score) for choice in choices) and head.fixed:
+        fixed = ", ".join(f"{name}={value:g}" for name, value in head.fixed.items())
+        why = "nothing could be validated, as with so few rows (or groups) per class"
         notes.append(f"{head.name}: {why}, so {fixed} is used")
     return notes
 
 
-def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Array) -> float:
-    """Return the summed log-loss of held-out rows whose class has training rows; 0 without probabilities."""
+def _log_loss(steps: Sequence[Step], folds: Sequence[Fold], weights: Float32Array) -> float | None:
+    """Return the mean log-loss of held-out rows, 0 for those of classes without a training row.
+
+    It is rounded, so that the order of rows and classes does not break ties. None without probabilities.
+    """
     parts = []
     for step, fold in zip(steps, folds, strict=True):
         if step.probabilities is None:
-            return 0.0
+            return None
         learnt = np.unique(fold.y)
         columns = np.searchsorted(learnt, fold.y_held).clip(max=len(learnt) - 1)
         given = step.probabilities[np.arange(len(columns)), columns]
         parts.append(np.where(learnt[columns] == fold.y_held, given, 1.0))
-    return float(-weights @ np.log(np.maximum(np.concatenate(parts), np.finfo(np.float64).eps)))
+    losses = np.log(np.maximum(np.concatenate(parts), np.finfo(np.float64).eps))
+    return round(float(-weights.astype(np.float64) @ losses) / len(losses), 6)
 
 
-def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequence[Fold]) -> float | None:
+def _temperature(held: Sequence[NDArray[np.float64]], folds: Sequence[Fold]) -> float | None:
     """Fit a temperature on the held-out rows of all folds whose class has training rows."""
     classes = np.unique(np.concatenate([fold.y for fold in folds]))
     parts, truths = [], []
     for probabilities, fold in zip(held, folds, strict=True):
-        if probabilities is None:
-            return None
         learnt = np.unique(fold.y)
         known = np.isin(fold.y_held, learnt)
         part = np.zeros((int(known.sum()), len(classes)))
@@ -185,7 +198,7 @@ def _temperature(held: Sequence[NDArray[np.floating[Any]] | None], folds: Sequen
         parts.append(part)
         truths.append(np.searchsorted(classes, fold.y_held[known]))
     truth = np.concatenate(truths)
-    return fit_temperature(np.concatenate(parts), truth) if len(truth) else None
+    return useful_temperature(np.concatenate(parts), truth)
 
 
 def train_final(head: Head, params: Params, scaled: Scaled, y: IntArray, *, balanced: bool = False) -> Fitted:

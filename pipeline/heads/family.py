@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.arrays import Float32Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 Params = dict[str, Any]
@@ -54,7 +54,7 @@ class Family(ABC):
         Whether the trained head has one hyperplane per class. Such heads may be trained on rows rotated onto their row
         space.
     probabilities : bool
-        Whether the estimator's `predict_proba` returns probabilities.
+        Whether it has probabilities, see `predict_proba`.
     weighted : bool
         Whether training rows may have different weights, which balancing the classes takes.
     fixed : dict
@@ -88,6 +88,10 @@ class Family(ABC):
     @abstractmethod
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train the final classifier on `train` (n, d) and `y` (n,)."""
+
+    def predict_proba(self, estimator: Any, rows: Float32Array) -> Float64Array:
+        """Return the probabilities (n, K) that a trained `estimator` gives to scaled rows (n, d), not calibrated."""
+        return np.asarray(estimator.predict_proba(rows), np.float64)
 
     def on_device(self, device: str) -> Family:
         """Return this family trained on torch tensors on `device`; unchanged if it only takes numpy arrays."""

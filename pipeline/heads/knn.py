@@ -1,9 +1,9 @@
-"""Vote of the k nearest training rows by cosine distance."""
+"""Vote of the k nearest training rows by cosine distance, each weighted by the inverse of its distance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
@@ -15,7 +15,11 @@ _K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 
 
 class Knn(Family):
-    """Scikit-learn's `KNeighborsClassifier`; vote shares are its probabilities."""
+    """Scikit-learn's `KNeighborsClassifier` with ``weights="distance"``, so that class numbers break no ties.
+
+    Its probabilities are the shares of the votes after one more vote, which is divided among all classes alike:
+    ``(k share + 1 / K) / (k + 1)`` for K classes. So none is zero.
+    """
 
     probabilities = True
     fixed: ClassVar[Params] = {"k": 1}
@@ -32,20 +36,31 @@ class Knn(Family):
         classes, codes = np.unique(y, return_inverse=True)
         most = max(params["k"] for params in grid)
         index = NearestNeighbors(n_neighbors=most, metric="cosine", algorithm="brute").fit(train)
-        votes = codes[index.kneighbors(held, return_distance=False)]  # (m, most), nearest first
+        distances, neighbours = index.kneighbors(held)  # (m, most), nearest first
         for params in grid:
-            shares = _shares(votes[:, : params["k"]], len(classes))
-            predicted = cast("IntArray", classes[shares.argmax(axis=1)])  # ties go to the first class, as scikit-learn
-            yield Step(predicted, converged=True, probabilities=shares)
+            k = params["k"]
+            shares = _shares(codes[neighbours[:, :k]], distances[:, :k].astype(np.float64), len(classes))
+            yield Step(np.asarray(classes[shares.argmax(axis=1)]), converged=True, probabilities=_smooth(shares, k))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Keep the rows in a `KNeighborsClassifier`."""
-        model = KNeighborsClassifier(n_neighbors=params["k"], metric="cosine", algorithm="brute")
+        model = KNeighborsClassifier(params["k"], metric="cosine", algorithm="brute", weights="distance")
         return Fitted(model.fit(train, y), params, converged=True)
 
+    def predict_proba(self, estimator: Any, rows: Float32Array) -> Float64Array:
+        """Return smoothed shares; those of models saved by older versions, whose votes count alike, as they are."""
+        shares = np.asarray(estimator.predict_proba(rows), np.float64)
+        return _smooth(shares, estimator.n_neighbors) if estimator.weights == "distance" else shares
 
-def _shares(codes: IntArray, count: int) -> Float64Array:
-    """Return the share of votes (m, k) that each of `count` classes has in each row: (m, count)."""
+
+def _shares(codes: IntArray, distances: Float64Array, count: int) -> Float64Array:
+    """Return the share (m, count) that each class has in the weights of k neighbours (m, k); equal rows outvote all."""
+    same = distances == 0
+    weights = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances))
     cells = np.arange(len(codes))[:, None] * count + codes
-    votes = np.bincount(cells.ravel(), minlength=len(codes) * count).reshape(len(codes), count)
-    return np.asarray(votes / codes.shape[1])
+    votes = np.bincount(cells.ravel(), weights.ravel(), len(codes) * count).reshape(len(codes), count)
+    return np.asarray(votes / votes.sum(axis=1, keepdims=True))
+
+
+def _smooth(shares: Float64Array, k: int) -> Float64Array:
+    return np.asarray((k * shares + 1 / shares.shape[1]) / (k + 1))

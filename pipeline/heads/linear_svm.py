@@ -35,7 +35,7 @@ class LinearSvm(LinearFamily):
         """Yield a `Step` for each candidate; each starts from the optimum of the one before."""
         classes, signs = one_against_rest(y)
         rows, axes, spread = _principal(train)
-        held_rows = _with_ones(held) @ axes
+        held_rows = held @ axes[:-1] + axes[-1]
         weights = np.zeros((signs.shape[1], rows.shape[1]))
         for params in grid:
             weights, converged = _squared_hinge(rows, signs, _costs(params, weight), weights, spread)
@@ -54,10 +54,6 @@ class LinearSvm(LinearFamily):
         return Fitted(model, params, converged)
 
 
-def _with_ones(rows: Float32Array) -> Float32Array:
-    return np.hstack([rows, np.ones((len(rows), 1), np.float32)])
-
-
 def _costs(params: Params, weight: Weights) -> Float32Array:
     """Return C of each row: (n, 1), or (1, 1) if all weigh the same."""
     ones = np.ones(1, np.float32) if weight is None else weight
@@ -66,10 +62,15 @@ def _costs(params: Params, weight: Weights) -> Float32Array:
 
 def _principal(train: Float32Array) -> tuple[Float32Array, Float32Array, Float64Array]:
     """Return rows with a one appended, along their principal axes (n, r); the axes (d + 1, r); squared spreads (r,)."""
-    rows = _with_ones(train)
-    spread, axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))
+    products = np.empty((train.shape[1] + 1, train.shape[1] + 1))
+    products[:-1, :-1] = train.T @ train
+    products[-1, :-1] = products[:-1, -1] = train.sum(axis=0, dtype=np.float64)
+    products[-1, -1] = len(train)
+    spread, axes = np.linalg.eigh(products)
     turned = axes.astype(np.float32)
-    return rows @ turned, turned, np.maximum(spread, 0)
+    rows = train @ turned[:-1]
+    rows += turned[-1]
+    return rows, turned, np.maximum(spread, 0)
 
 
 def _squared_hinge(

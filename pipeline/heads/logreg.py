@@ -3,13 +3,16 @@
 The objective is that of scikit-learn's `LogisticRegression`. Its own solver, even if started from a neighbour's
 solution, makes five times as many passes over the rows: it ignores how unevenly features spread, and with sums in
 float32 its line search does not settle near the optimum. Here products with rows are float32, sums over them float64.
+A final fit goes on in float64, until the order of rows and classes no longer shows in its probabilities.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
@@ -19,15 +22,18 @@ from sklearn.linear_model import LogisticRegression
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
 from pipeline.heads.linear import LinearFamily
+from pipeline.heads.solvers.blocks import RowBlocks
 from pipeline.heads.solvers.device import DeviceRows
 from pipeline.heads.solvers.spectrum import find_spectrum
 
-Matrix = Float32Array | DeviceRows
+Matrix = Float32Array | RowBlocks | DeviceRows
 
 MOST_ITERATIONS = 1000
 TOLERANCE = 1e-9
 """About how much the mean loss may still fall: half the square of its gradient in units of curvature. The final fit
 takes this relative to a loss below 1, because the loss is tiny once the classes are separated."""
+FINAL_TOLERANCE = 1e-16
+"""The same where a final fit ends: probabilities are then right to 1e-6."""
 
 
 class Logreg(LinearFamily):
@@ -65,9 +71,10 @@ class Logreg(LinearFamily):
         because the loss is nearly flat once the classes are separated.
         """
         loss = Loss(train, y, weight, self.device)
-        weights, steps, converged = deque(follow(loss, _decades(params["C"]), relative=True), maxlen=1).pop()
+        weights, steps, _ = deque(follow(loss, _decades(params["C"]), relative=True), maxlen=1).pop()
+        weights, more, converged = loss.in_float64().minimise(params["C"], weights, relative=True)
         model = LogisticRegression(**params)
-        model.classes_, model.n_features_in_, model.n_iter_ = loss.classes, train.shape[1], np.array([steps])
+        model.classes_, model.n_features_in_, model.n_iter_ = loss.classes, train.shape[1], np.array([steps + more])
         model.coef_, model.intercept_ = loss.hyperplanes(weights)
         return Fitted(model, params, converged)
 
@@ -94,12 +101,22 @@ class Loss:
     """
 
     def __init__(self, rows: Float32Array, y: IntArray, weight: Weights, device: str | None) -> None:
-        self.rows, self.dim = _on(device, rows), rows.shape[1]
+        self.rows: Matrix = _on(device, rows)
+        self.dim = rows.shape[1]
+        self.dtype: type[np.floating[Any]] = np.float32
+        self.tolerance = TOLERANCE
         self.classes, self.codes = np.unique(y, return_inverse=True)
         weights = np.ones(len(y)) if weight is None else weight.astype(np.float64)
         self.total = float(weights.sum())
         self.shares = weights / self.total  # (n,)
         self.spectrum = find_spectrum(rows)
+
+    def in_float64(self) -> Loss:
+        """Return the same loss with products in float64, to be minimised to `FINAL_TOLERANCE`."""
+        found = copy.copy(self)
+        found.dtype, found.tolerance = np.float64, FINAL_TOLERANCE
+        found.rows = RowBlocks(self.rows) if isinstance(self.rows, np.ndarray) else self.rows
+        return found
 
     def start(self) -> Float64Array:
         """Return the optimum for C = 0: no weights, and the logarithms of the class shares as intercepts."""
@@ -114,7 +131,7 @@ class Loss:
     def scores(self, rows: Matrix, weights: Float64Array) -> Float64Array:
         """Return the scores (m, K) of `rows` (m, d)."""
         coefficients, intercepts = self.hyperplanes(weights)
-        scores = (rows @ coefficients.T.astype(np.float32)).astype(np.float64) + intercepts
+        scores = (rows @ coefficients.T.astype(self.dtype)).astype(np.float64) + intercepts
         return np.hstack([np.zeros_like(scores), scores]) if len(self.classes) == 2 else scores
 
     def value_and_gradient(self, weights: Float64Array, penalty: float) -> tuple[float, Float64Array]:
@@ -130,7 +147,7 @@ class Loss:
         odds[rows, self.codes] -= self.shares
         off = odds[:, -len(weights) :]  # (n, k)
         by_intercepts = off.sum(axis=0)
-        by_coefficients = off.T.astype(np.float32) @ self.rows - np.outer(by_intercepts, self.spectrum.mean)
+        by_coefficients = off.T.astype(self.dtype) @ self.rows - np.outer(by_intercepts, self.spectrum.mean)
         return value, np.hstack([by_coefficients + penalty * weights[:, :-1], by_intercepts[:, None]])
 
     def minimise(self, c: float, start: Float64Array, *, relative: bool) -> tuple[Float64Array, int, bool]:
@@ -140,7 +157,7 @@ class Loss:
         doubt = 1 - np.sum(np.exp(2 * logs), axis=1)
         curvature = float(doubt @ self.shares) / len(self.classes)
         entropy = -float(logs[np.arange(len(logs)), self.codes] @ self.shares)
-        left = TOLERANCE * (min(1, entropy) if relative else 1)
+        left = self.tolerance * (min(1, entropy) if relative else 1)
         units = self.spectrum.units(curvature, penalty)
 
         def objective(flat: Float64Array) -> tuple[float, Float64Array]:

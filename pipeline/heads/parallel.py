@@ -41,7 +41,8 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
         rows, most = len(data.splits.train) + len(data.splits.val), head.family.most_rows
         if most is not None and rows > most:
             raise FitError(
-                f"{head.name} compares all pairs of training rows and takes at most {most} of them, got {rows}; "
+                f"{head.name} compares all pairs of training rows and takes at most {most} of them, got {rows}, "
+                f"which would need {2 * rows**2 * 8 / 2**30:.0f} GiB and {(rows / most) ** 2:.0f} times as long; "
                 "use linear_svm, or fewer shots"
             )
         if balanced and not head.family.weighted:
@@ -87,7 +88,7 @@ def run_trials(
     Pipeline or None
         The best model by `preference`, if asked for.
     """
-    best: tuple[float, float, int] | None = None
+    best: tuple[float, float, float, int] | None = None
     model = None
     on_device, on_cpu = _order(trials)
     workers = min(jobs or joblib.cpu_count(), len(on_cpu)) or 1
@@ -107,7 +108,7 @@ def run_trials(
             for run, part in ((run_one_by_one, on_device), (parallel, on_cpu))
         )
         for done, (index, outcome) in enumerate(zip(on_device + on_cpu, outcomes, strict=True), 1):
-            rank = preference(trials[index].data.shots, outcome.choice.score, index)
+            rank = preference(trials[index].data.shots, outcome.choice.score, index, outcome.choice.log_loss)
             if best is None or rank > best:
                 best, model = rank, outcome.pipeline
             finished(index, replace(outcome, pipeline=None))

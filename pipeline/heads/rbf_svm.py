@@ -18,7 +18,7 @@ _GAMMA = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 class RbfSvm(Family):
-    """Scikit-learn's `SVC` with a Gaussian kernel."""
+    """Scikit-learn's `SVC` with a Gaussian kernel; ties among the votes of class pairs go to the larger margins."""
 
     weighted = True
     fixed: ClassVar[Params] = {"C": 1.0, "gamma": 1.0}
@@ -40,13 +40,13 @@ class RbfSvm(Family):
         for params in grid:
             gamma = scale * params["gamma"]
             np.exp(np.multiply(among, -gamma, out=kernel), out=kernel)
-            model = SVC(C=params["C"], kernel="precomputed").fit(kernel, y, weight)
+            model = SVC(C=params["C"], kernel="precomputed", break_ties=True).fit(kernel, y, weight)
             yield Step(model.predict(np.exp(-gamma * across)), converged=True)
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train an `SVC`; the gamma of the returned parameters is absolute."""
         absolute = {"C": params["C"], "gamma": _scale(train) * params["gamma"]}
-        return Fitted(SVC(kernel="rbf", **absolute).fit(train, y, weight), absolute, converged=True)
+        return Fitted(SVC(kernel="rbf", break_ties=True, **absolute).fit(train, y, weight), absolute, converged=True)
 
 
 def _scale(train: Float32Array) -> float:

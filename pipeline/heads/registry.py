@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from features_cache import nearest
 from pipeline.errors import FitError
 from pipeline.heads.centroid import Centroid
-from pipeline.heads.family import Family
+from pipeline.heads.family import Family, Params
 from pipeline.heads.knn import Knn
 from pipeline.heads.linear_svm import LinearSvm
 from pipeline.heads.logreg import Logreg
@@ -23,6 +23,11 @@ FAMILIES: dict[str, Family] = {
     "ridge": Ridge(),
 }
 SCALINGS = ("standard", "l2", "none")
+DEFAULT_SCALING = "l2"
+"""Statistics of a handful of training rows are noise, and the length of a row needs none. `benchmarks/few_shot.py` has
+the figures."""
+_FIXED: dict[str, Params] = {"logreg/l2": {"C": 100.0}}
+"""Instead of `Family.fixed`: rows of length 1 need less regularisation than standardised ones."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +37,25 @@ class Head:
     Parameters
     ----------
     name : str
-        As in results: ``"logreg"``, or ``"logreg/l2"`` if the scaling is not the standard one.
+        Family and scaling, as in results: ``"logreg/l2"``.
     family : Family
         How candidates are searched and the final classifier is trained.
     scaling : str
-        ``"standard"`` (each feature to mean 0 and variance 1), ``"l2"`` (each row to length 1) or ``"none"``.
+        ``"l2"`` (each row to length 1), ``"standard"`` (each feature to mean 0 and variance 1) or ``"none"``.
     """
 
     name: str
     family: Family
     scaling: str
 
+    @property
+    def fixed(self) -> Params:
+        """Parameters to use if nothing can be validated, as with one row per class."""
+        return _FIXED.get(self.name, self.family.fixed)
+
 
 def find_head(name: str) -> Head:
-    """Return the head called `name`: ``FAMILY`` or ``FAMILY/SCALING``.
+    """Return the head called `name`: ``FAMILY/SCALING``, or ``FAMILY`` with `DEFAULT_SCALING`.
 
     Raises
     ------
@@ -54,15 +64,15 @@ def find_head(name: str) -> Head:
 
     Examples
     --------
-    >>> find_head("knn/l2").scaling
-    'l2'
-    >>> find_head("logreg/standard").name
-    'logreg'
+    >>> find_head("knn/standard").scaling
+    'standard'
+    >>> find_head("logreg").name
+    'logreg/l2'
     """
     family, slash, scaling = name.partition("/")
     if family not in FAMILIES:
         raise FitError(f"no head named {family!r}; there are {', '.join(FAMILIES)}{nearest(family, FAMILIES)}")
     if slash and scaling not in SCALINGS:
         raise FitError(f"no scaling named {scaling!r}; there are {', '.join(SCALINGS)}{nearest(scaling, SCALINGS)}")
-    plain = scaling in ("", "standard")
-    return Head(family if plain else name, FAMILIES[family], "standard" if plain else scaling)
+    scaling = scaling or DEFAULT_SCALING
+    return Head(f"{family}/{scaling}", FAMILIES[family], scaling)

@@ -122,9 +122,11 @@ class SavedModel:
         features = features.astype(np.float32, copy=False)
         probabilities = None
         try:
-            labels = np.asarray(self.pipeline.predict(features), np.int64)
-            if find_head(self.head).family.probabilities:
-                probabilities = np.asarray(self.pipeline.predict_proba(features), np.float64)
+            rows = self.pipeline[:-1].transform(features) if len(self.pipeline) > 1 else features
+            classifier, family = self.pipeline[-1], find_head(self.head).family
+            labels = np.asarray(classifier.predict(rows), np.int64)
+            if family.probabilities:
+                probabilities = family.predict_proba(classifier, rows)
             columns = np.searchsorted(self.pipeline.classes_, labels)
         except Exception as error:  # a forged classifier can raise anything
             raise ModelFileError(f"the model's classifier fails: {named(error)}; {FORMAT.remedy}") from error

@@ -25,6 +25,8 @@ from pipeline.heads.family import Params
 from pipeline.heads.registry import Head
 
 MOST_FOLDS = 5
+FEWEST_FOLDS = {"l2": 3, "standard": 2, "none": 2}
+"""By scaling. With two rows a class each fold would learn from one: on rows of length 1 fixed parameters are better."""
 
 
 class Trial(NamedTuple):
@@ -105,7 +107,7 @@ def prepare_trial(
         Of all rows.
     splits : Splits
         If val is empty, parameters are chosen on stratified folds of train: five, or as many as the largest class has
-        rows, or none if every class has one row. Groups and equal images stay together.
+        rows, or none if these are fewer than `FEWEST_FOLDS`. Groups and equal images stay together.
     scaling : str
         One of `pipeline.heads.registry.SCALINGS`.
     rotated : bool
@@ -119,7 +121,9 @@ def prepare_trial(
         pairs = [(train, val)]
     else:
         count = min(MOST_FOLDS, int(np.bincount(labels[train]).max()))
-        folded = stratified_folds(labels[train], splits.units[train], count, seed) if count > 1 else []
+        folded = (
+            stratified_folds(labels[train], splits.units[train], count, seed) if count >= FEWEST_FOLDS[scaling] else []
+        )
         pairs = [(train[a], train[b]) for a, b in folded]
     folds = tuple(
         make_fold(scale(scaling, features(a), features(b), rotated=rotated), labels[a], labels[b]) for a, b in pairs
@@ -139,7 +143,7 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, kee
         probabilities = None
         if head.family.probabilities:
             probabilities = np.zeros((len(y_pred), n_classes))
-            probabilities[:, estimator.classes_] = estimator.predict_proba(rows.final.held)
+            probabilities[:, estimator.classes_] = head.family.predict_proba(estimator, rows.final.held)
     return TrialOutcome(
         choice,
         params,

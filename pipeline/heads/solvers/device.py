@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from pipeline.arrays import Float32Array
+from pipeline.arrays import Float32Array, FloatArray
 from pipeline.errors import FitError
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ Task = tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]]
 
 
 class DeviceRows:
-    """A matrix on a device that float32 numpy arrays multiply from either side, like a numpy matrix.
+    """A matrix on a device that numpy arrays multiply from either side, in their dtype.
 
     Parameters
     ----------
@@ -33,13 +33,15 @@ class DeviceRows:
         self._rows = torch.tensor(rows, device=device)
         self._torch = torch
 
-    def __matmul__(self, right: Float32Array) -> Float32Array:
-        return np.asarray((self._rows @ self._moved(right)).cpu().numpy())
+    def __matmul__(self, right: FloatArray) -> FloatArray:
+        moved = self._moved(right)
+        return np.asarray((self._rows.to(moved.dtype) @ moved).cpu().numpy())
 
-    def __rmatmul__(self, left: Float32Array) -> Float32Array:
-        return np.asarray((self._moved(left) @ self._rows).cpu().numpy())
+    def __rmatmul__(self, left: FloatArray) -> FloatArray:
+        moved = self._moved(left)
+        return np.asarray((moved @ self._rows.to(moved.dtype)).cpu().numpy())
 
-    def _moved(self, array: Float32Array) -> Any:
+    def _moved(self, array: FloatArray) -> Any:
         return self._torch.from_numpy(array).to(self._rows.device)
 
 
