@@ -442,7 +442,7 @@ def test_a_cache_made_elsewhere_is_checked_against_the_weights_once(
     assert len(loads) == 5
     monkeypatch.setenv("XDG_CACHE_HOME", str(photos / "red" / "0.png" / "no folder"))
     assert (request(), len(loads)) == (0, 6), "nothing can be noted, so the network is loaded every time"
-    monkeypatch.setattr("pipeline.backbones.known.user_cache_path", lambda _: Path("~"))
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _: Path("~"))
     assert (request(), len(loads)) == (0, 7), "as where there is no home directory"
 
 

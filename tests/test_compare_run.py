@@ -484,7 +484,7 @@ def test_a_fine_tune_is_repeated_once_the_weights_behind_its_name_are_others(
     weights.touch()
     assert compare(plan, run).computed == 0, "another time, the same weights"
     put(1)
-    assert not dry_run(plan, run)[-1].done
+    assert not dry_run(plan, run).jobs[-1].done
     assert [compare(plan, run).computed for _ in range(2)] == [1, 0]
     assert len(calls) == 2
 

@@ -303,7 +303,7 @@ def conversions(conv1: openvino.Model, monkeypatch: pytest.MonkeyPatch, tmp_path
         return conv1.clone()
 
     monkeypatch.setattr("pipeline.engines.openvino_engine.convert", shared)
-    monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", lambda _name: tmp_path)
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _name: tmp_path)
     return calls
 
 
@@ -326,7 +326,7 @@ def test_only_our_own_cache_folder_is_written_in_the_home_directory(
     assert done.returncode == 0, done.stderr
     folders = {path.relative_to(home).parts[:3] for path in home.rglob("*")}
     ours = (".cache", "thawline")
-    assert folders == {ours[:1], ours, (*ours, "openvino"), (*ours, "matplotlib")}
+    assert folders == {ours[:1], ours, *((*ours, part) for part in ("openvino", "matplotlib", "weights"))}
 
 
 @pytest.mark.parametrize("failing", [True, False], ids=["platformdirs fails", "older platformdirs"])
@@ -340,7 +340,7 @@ def test_without_a_home_directory_nothing_is_kept(
             raise RuntimeError("could not determine the home directory")
         return Path("~/.cache/thawline")
 
-    monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", cache_path)
+    monkeypatch.setattr("platformdirs.user_cache_path", cache_path)
     monkeypatch.chdir(tmp_path)
     _, notes = converted(tap(lively("resnet18"), ["conv1"]), 1)
     assert [note for note in notes if "cannot be kept" in note and "home directory" in note] == notes != []
@@ -404,7 +404,7 @@ def test_a_user_cache_that_cannot_be_written_costs_only_the_next_conversion(
     conversions: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr("pipeline.engines.openvino_engine.user_cache_path", lambda _name: tmp_path / "file")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _name: tmp_path / "file")
     built = build_engine(tap(lively("resnet18"), ["conv1"]), resolve("openvino", "cpu", "fp32"), 1)
     assert built.resolved.engine == "openvino"
     (note,) = built.notes

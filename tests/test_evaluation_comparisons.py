@@ -64,7 +64,7 @@ def test_a_single_result_is_compared_with_nothing() -> None:
 
 def test_equal_models_are_not_distinguishable() -> None:
     right = answers(0.8)
-    assert compare_with_chosen(np.repeat(right, 2, axis=0), NAMES, [0.8, 0.8]) == [None, 1.0]
+    assert compare_with_chosen(np.repeat(right, 2, axis=0), NAMES, 0) == [None, 1.0]
     assert may_be_best(np.repeat(right, 3, axis=0)).all()
 
 

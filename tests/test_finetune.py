@@ -143,7 +143,8 @@ def test_splits_are_those_of_fit_and_seeds_reproduce(make_photos: Photos, tmp_pa
     assert losses(runs[0]) != losses(runs[0], 2)
     validated = [result.validation_accuracy for result in runs[0].results]
     assert validated[::2] == [None, None]
-    assert runs[0].best == (1 if validated[1] >= validated[3] else 3), "most shots, then validation"
+    ranks = {index: (validated[index], -runs[0].results[index].validation_log_loss) for index in (1, 3)}
+    assert runs[0].best == max(ranks, key=ranks.__getitem__), "most shots, then validation"
     best = runs[0].results[1]
     assert validated[1] == best.history[best.params["best_epoch"] - 1]["valid_acc"]
 

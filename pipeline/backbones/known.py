@@ -13,11 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from platformdirs import user_cache_path
-
 from features_cache import atomic_write
 from pipeline.provenance import installed_version
 from pipeline.spec import fingerprint_of
+from pipeline.user_folder import user_folder
 
 _LIBRARIES = ("thawline", "torch", "torchvision", "timm")
 _PLACES = ("HOME", "XDG_CACHE_HOME", "TORCH_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
@@ -80,11 +79,7 @@ def _read(name: str, size: int | None) -> Any:
 
 
 def _path(name: str, size: int | None) -> Path:
-    """Return where the note on a name is kept; raises `RuntimeError` where there is no home directory."""
-    path = user_cache_path("thawline") / "weights" / f"{fingerprint_of([name, size])}.json"
-    if not path.is_absolute():  # what older versions of platformdirs return
-        raise RuntimeError("no home directory")
-    return path
+    return user_folder("weights") / f"{fingerprint_of([name, size])}.json"
 
 
 def _setting() -> dict[str, str]:

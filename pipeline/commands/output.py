@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
+from pipeline.user_folder import user_folder
+
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
@@ -45,10 +47,8 @@ def bear_any_encoding() -> None:
 
 def keep_matplotlibs_cache() -> None:
     """Let matplotlib list the fonts in our own cache folder, unless the user names another or there is no home."""
-    with suppress(ImportError, RuntimeError):
-        from platformdirs import user_cache_path
-
-        os.environ.setdefault("MPLCONFIGDIR", str(user_cache_path("thawline") / "matplotlib"))
+    with suppress(RuntimeError):
+        os.environ.setdefault("MPLCONFIGDIR", str(user_folder("matplotlib")))
 
 
 @contextmanager

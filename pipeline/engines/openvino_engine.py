@@ -13,7 +13,6 @@ import torch
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
-from platformdirs import user_cache_path
 from torch.export.decomp_utils import CustomDecompTable
 
 from features_cache import scratch_folder
@@ -22,6 +21,7 @@ from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import padded
 from pipeline.errors import first_line
 from pipeline.invalidation import stage_key
+from pipeline.user_folder import user_folder
 
 
 class OpenVinoEngine:
@@ -98,18 +98,10 @@ def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
     return frontend.convert(frontend.load(decoder))
 
 
-def _path(key: str) -> Path:
-    """Return where a model is kept; raises `RuntimeError` where there is no home directory."""
-    path = user_cache_path("thawline") / "openvino" / key
-    if not path.is_absolute():  # what older versions of platformdirs return
-        raise RuntimeError("no home directory; set XDG_CACHE_HOME")
-    return path
-
-
 def _kept(key: str) -> openvino.Model | None:
     """Return the model that is kept under `key`; None where there is none, or not the one that was saved."""
     try:
-        path = _path(key)
+        path = user_folder("openvino") / key
         if (path / _DIGEST).read_text() != _digest(path):
             return None
         path.touch()
@@ -120,7 +112,7 @@ def _kept(key: str) -> openvino.Model | None:
 
 def _keep(model: openvino.Model, key: str) -> None:
     """Save under another name and rename: whoever reads or converts the same model meanwhile loses nothing."""
-    path = _path(key)
+    path = user_folder("openvino") / key
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(path.parent) as name:
         draft = Path(name) / "model"
