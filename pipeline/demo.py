@@ -59,19 +59,20 @@ def _summary(report: FitReport, means: dict[str, float], raw: float) -> str:
     first, *_, last = means
     kept = report.results[report.best]
     shown = ", ".join(f"{means[layer]:.3f} at {layer}" for layer in dict.fromkeys((first, kept.layer, last)))
-    curve = f"Accuracy: {shown}"
     best = [layer for layer in [*means, "input"] if (layer, kept.head, kept.shots) in report.may_be_best]
-    against = f"raw pixels give {raw:.3f}; as far as these test images can tell, the best is among {', '.join(best)}"
+    curve = (
+        f"Accuracy: {shown}; raw pixels give {raw:.3f}. On these test images, any of {', '.join(best)} may be the best."
+    )
     if not {first, last, "input"} & set(best):
-        lesson = "digits are made of strokes, which the middle of the network detects; its end knows objects instead"
+        lesson = "Digits are made of strokes, which the middle of the network detects; its end knows objects instead."
     else:
-        lesson = "so the middle of the network is not measurably better here than its ends or the raw pixels"
+        lesson = "So the middle of the network is not measurably better here than its ends or the raw pixels."
     low, high = kept.accuracy_ci95
     model = (
         f"The model kept is the best on validation images: {kept.head} on {kept.layer}, {kept.accuracy:.3f} "
         f"on {kept.n_test} test images (95 % interval {low:.3f}–{high:.3f})."
     )
-    return f"{curve}; {against}: {lesson}. {model}"
+    return f"{curve} {lesson} {model}"
 
 
 def _draw(report: FitReport, layers: Sequence[Sequence[FitResult]], raw: float, path: Path) -> None:
