@@ -174,8 +174,34 @@ def test_networks_of_one_size_refuse_or_are_built_for_another() -> None:
     assert sketch("vit_h_14").preprocessing.size == (518, 518), "built for the size of its default weights"
     with pytest.raises(BackboneError, match="a number of pixels from 1 to 4096, not 0"):
         sketch("resnet18", size=0)
-    with pytest.raises(BackboneError, match=r"squeezenet1_1 does not run on 10x10 images \(.+\); leave out the size"):
-        _ = sketch("squeezenet1_1", size=10).traced
+    with pytest.raises(BackboneError, match=r"squeezenet1_1 does not run on 10x10 images \(.+\); sizes that work: 32"):
+        sketch("squeezenet1_1", size=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("timm/test_vit", 100, "test_vit takes multiples of 16 pixels, not 100; sizes that work: 96, 128"),
+        ("timm/levit_128s", 200, r"levit_128s does not run on 200x200 images \(.+\); sizes that work: 192, 224"),
+        ("timm/twins_svt_small", 200, r"twins_svt_small cannot be built for 200x200 images \(img_size .+\)"),
+    ],
+)
+def test_sizes_that_do_not_work_are_one_line_with_some_that_do(
+    name: str, size: int, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(BackboneError, match=message):
+        sketch(name, size)
+    assert capfd.readouterr().err == "", "torch would log the stack"
+
+
+def test_position_embeddings_of_a_file_are_resampled_as_timm_does(tmp_path: Path) -> None:
+    plain = create_model("test_vit")
+    path = save(plain.state_dict(), tmp_path / "vit.safetensors")
+    images = torch.rand(2, 3, 96, 96)
+    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    wanted = create_model("test_vit", img_size=96, **options).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(load_backbone(f"test_vit@{path}", size=96).module(images), wanted(images))
 
 
 # Weights from files

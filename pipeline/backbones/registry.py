@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from pipeline.backbones.weights import (
     weights_digest,
     weights_of,
 )
-from pipeline.errors import BackboneError
+from pipeline.errors import BackboneError, first_line
 from pipeline.spec import LONGEST_SIDE, Preprocessing
 
 
@@ -129,6 +130,7 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     """
     stamps = take_stamps(_weights_paths(name))
     backbone = _load(name, size, white)
+    _check_size(backbone, size)
     if not any(stamp[1:] for stamp in stamps):  # nothing was here, so the weights were downloaded
         stamps = take_stamps(_weights_paths(name))
     remember(name, size, stamps, Known(backbone.weights_digest, len(backbone.classifiers)))
@@ -152,7 +154,7 @@ def _load(name: str, size: int | None, white: int | None) -> Backbone:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
         classifiers = zoo.classifiers(bare, module)
     elif weights.startswith(RANDOM):
-        module = build_untouched(lambda: zoo.build(bare, size, None), _seed(weights))
+        module = _build(zoo, bare, size, seed=_seed(weights))
         classifiers = zoo.classifiers(bare, module)
     else:
         module, classifiers = _from_file(zoo, bare, Path(weights), size)
@@ -197,11 +199,17 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights) or weights.startswith(timm_zoo.ELSEWHERE):
         return load_backbone(name, size)
+    sketched = _sketch(zoo_name, bare, size)
+    _check_size(sketched, size)
+    return sketched
+
+
+def _sketch(zoo_name: str, bare: str, size: int | None) -> Backbone:
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
     def build() -> Backbone:
-        module = build_untouched(lambda: zoo.build(bare, size, None)).eval().requires_grad_(False)
+        module = _build(zoo, bare, size).eval().requires_grad_(False)
         classifiers = zoo.classifiers(bare, module)
         return Backbone(f"{zoo_name}/{bare}", _short(zoo_name, bare), "", "", module, preprocessing, classifiers)
 
@@ -212,6 +220,40 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     except (NotImplementedError, RuntimeError, BackboneError):  # a few networks look at values, which meta has none of
         return build()
     return sketched
+
+
+def _build(zoo: Zoo, name: str, size: int | None, classes: int | None = None, seed: int | None = None) -> nn.Module:
+    """Return a network without pretrained weights; raise `BackboneError` if it cannot be built for a size."""
+    try:
+        return build_untouched(lambda: zoo.build(name, size, classes), seed)
+    except (AssertionError, RuntimeError, ValueError) as error:  # from the network's own code
+        if size is None:
+            raise
+        raise BackboneError(f"{name} cannot be built for {size}x{size} images ({first_line(error)})") from error
+
+
+def _check_size(backbone: Backbone, size: int | None) -> None:
+    """Raise `BackboneError`, with sizes that work, unless a network runs on images of the size that was asked for."""
+    if size is None:
+        return
+    try:
+        patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", None) or (1,)
+        if size % patch[0]:  # timm would leave out the last pixels
+            raise BackboneError(f"{backbone.handle} takes multiples of {patch[0]} pixels, not {size}")
+        _ = backbone.traced
+    except BackboneError as error:
+        step = math.lcm(patch[0], 32)
+        working = [str(other) for other in (size // step * step, size // step * step + step) if _runs(backbone, other)]
+        way = f"sizes that work: {', '.join(working)}" if working else "leave out the size or give another"
+        raise BackboneError(f"{error}; {way}") from error
+
+
+def _runs(backbone: Backbone, size: int) -> bool:
+    zoo_name, _, bare = backbone.name.partition("/")
+    try:
+        return size > 0 and bool(_sketch(zoo_name, bare, size).traced.shapes)
+    except BackboneError:
+        return False
 
 
 def _parse(text: str) -> tuple[str, str, str]:
@@ -272,26 +314,29 @@ def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
 def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the network with the weights in `path`, and the names of its classifiers.
 
-    It has as many classes as the weights. Where these have no classifier, there are identities in its place.
+    It has as many classes as the weights. Where these have no classifier, there are identities in its place. Position
+    embeddings are resampled to another size where timm's network knows how; else the weights must be of that size.
     """
-    module = build_untouched(lambda: zoo.build(name, size, None))
+    module = _build(zoo, name, None)
+    resized = size is not None and hasattr(module, "set_input_size")
+    if size is not None and not resized:
+        module = _build(zoo, name, size)
     source = f"{path.name} for {name}"
     state = weights_of(module, read_state_dict(path), source)
     classifiers = zoo.classifiers(name, module)
-    own = {
-        key: item
-        for key, item in module.state_dict().items()
-        if key.startswith(tuple(f"{one}." for one in classifiers))
-    }
-    if classifiers and not own.keys() & state.keys():
+    prefixes = tuple(f"{one}." for one in classifiers)
+    known = {key: item for key, item in module.state_dict().items() if key.startswith(prefixes)}
+    if classifiers and not known.keys() & state.keys():
         for one in classifiers:
             module.set_submodule(one, nn.Identity())
     else:
         key = next((f"{one}.weight" for one in classifiers), "")
         classes = _rows(state.get(key))
-        if classes and classes != _rows(own.get(key)):
-            module = build_untouched(lambda: zoo.build(name, size, classes))
+        if classes and classes != _rows(known.get(key)):
+            module = _build(zoo, name, None if resized else size, classes)
     fill_weights(module, state, source)
+    if resized:
+        cast("Any", module).set_input_size(img_size=(size, size))
     return module, classifiers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -149,14 +150,23 @@ def _run(network: Callable[[Tensor], Any], module: nn.Module, size: tuple[int, i
     on_real: list[AbstractContextManager[Any]] = [FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode()]
     for mode in [nullcontext()] if device.type == "meta" else on_real:
         try:
-            with mode:
+            with mode, _silent(FakeTensorMode.__module__):
                 network(torch.zeros(_BATCH, 3, *size, device=device))
             return
         except Exception as error:  # anything, as in `trace`; the last pass decides
             failed = error
-    raise BackboneError(
-        f"{name} does not run on {size[0]}x{size[1]} images ({first_line(failed)}); leave out the size or give another"
-    ) from failed
+    raise BackboneError(f"{name} does not run on {size[0]}x{size[1]} images ({first_line(failed)})") from failed
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Keep a logger from printing the stack of an error that is raised anyway."""
+    logger = logging.getLogger(name)
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 @contextmanager
