@@ -553,10 +553,16 @@ def test_against_another_run_names_what_changed(
     thawline("compare", plan, "-o", run, "--against", photos.parent / "rnu").assert_one_line("rnu", "run")
 
 
+def test_heads_of_older_versions_keep_their_scaling() -> None:
+    old = record("a").to_json() | {"head": "logreg"}
+    assert JobResult.from_json(old).result.head == "logreg/standard"
+    assert JobResult.from_json(old | {"head": "logreg/l2"}).result.head == "logreg/l2"
+
+
 def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
     """A result as a line of results.jsonl holds it, with changes."""
     known = {
-        "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg", "head": "logreg",
+        "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg", "head": "logreg/l2",
         "params": {}, "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2,
         "accuracy": 0.5, "accuracy_ci95": [0.3, 0.7], "mean_per_class_accuracy": 0.5, "macro_f1": 0.5,
         "log_loss": None, "ece": None, "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
@@ -576,7 +582,7 @@ def said(right: np.ndarray, first: int = 0) -> Predictions:
 
 def test_one_test_set_is_judged_by_mcnemar() -> None:
     a, b = np.arange(20) < 15, np.arange(20) % 2 == 0
-    board = leaderboards([record("x", accuracy=0.75), record("y", head="knn", accuracy=0.5)])[0]
+    board = leaderboards([record("x", accuracy=0.75), record("y", head="knn/l2", accuracy=0.5)])[0]
     first, second = board.scores.values()
     paired = compare_scores(first, second, {"x": said(a), "y": said(b)}.__getitem__)
     assert paired is not None
@@ -646,7 +652,7 @@ def test_seeds_of_one_test_set_count_its_images_once() -> None:
 
 
 def test_groups_of_test_images_are_compared_as_groups() -> None:
-    first, second = leaderboards([record("x"), record("y", head="knn")])[0].scores.values()
+    first, second = leaderboards([record("x"), record("y", head="knn/l2")])[0].scores.values()
     right = {"x": np.arange(20) < 20, "y": np.arange(20) % 5 < 3}
     groups = np.repeat(["a", "b", "c", "d"], 5)
     paired = compare_scores(first, second, lambda key: replace(said(right[key]), groups=groups))
@@ -658,20 +664,22 @@ def test_groups_of_test_images_are_compared_as_groups() -> None:
 
 
 def test_what_may_be_the_best_is_told_by_number_of_labels() -> None:
-    heads = {"logreg": 19, "knn": 18, "ridge": 4}
+    heads = {"logreg/l2": 19, "knn/l2": 18, "ridge/l2": 4}
     records = [record(head, head=head, validation_accuracy=right / 20) for head, right in heads.items()]
-    records.append(record("few", head="knn", shots=5))
+    records.append(record("few", head="knn/l2", shots=5))
     (board,) = leaderboards(records)
     found = answer(board, lambda key: said(np.arange(20) < heads.get(key, 3)), {})
     assert list(found.best_sets) == ["all"], "one method alone is compared with nothing"
     best = found.best_sets["all"]
-    assert (best.compared, best.chosen, best.methods) == (3, "logreg on b", ["logreg on b", "knn on b"])
-    expected = "Any of these 2 of 3 methods may be the best, and with 95 % confidence no other: logreg on b, knn on b."
+    assert (best.compared, best.chosen, best.methods) == (3, "logreg/l2 on b", ["logreg/l2 on b", "knn/l2 on b"])
+    expected = (
+        "Any of these 2 of 3 methods may be the best, and with 95 % confidence no other: logreg/l2 on b, knn/l2 on b."
+    )
     assert expected in found.sentences
     records = [record(head, head=head, validation_accuracy=1 - right / 20) for head, right in heads.items()]
     found = answer(leaderboards(records)[0], lambda key: said(np.arange(20) < heads[key]), {})
-    assert "So ridge on b, chosen on validation, is not the best." in found.sentences
-    alone = leaderboards([record("a", head="logreg"), record("b", head="knn")])[0]
+    assert "So ridge/l2 on b, chosen on validation, is not the best." in found.sentences
+    alone = leaderboards([record("a", head="logreg/l2"), record("b", head="knn/l2")])[0]
     separate = {"a": said(np.ones(20, bool)), "b": said(np.ones(20, bool), first=20)}
     assert best_set(alone, "all", separate.__getitem__) is None, "no test image in common"
 
@@ -774,7 +782,7 @@ def test_methods_are_chosen_by_validation_not_by_test() -> None:
     )[0]
     best = board.best("head")
     assert best is not None
-    assert best.name == "logreg on c"
+    assert best.name == "logreg/l2 on c"
 
 
 def test_an_option_that_only_one_method_has_tells_them_apart() -> None:
@@ -785,7 +793,7 @@ def test_an_option_that_only_one_method_has_tells_them_apart() -> None:
 
 def test_heads_that_differ_in_how_they_are_tested_have_names_of_their_own() -> None:
     records = [record("x"), record("y", cv=3), record("z", cv=5), record("w", drop_leaks=True)]
-    names = ["logreg on b", "logreg on b, 3-fold", "logreg on b, 5-fold", "logreg on b, leaks dropped"]
+    names = ["logreg/l2 on b", "logreg/l2 on b, 3-fold", "logreg/l2 on b, 5-fold", "logreg/l2 on b, leaks dropped"]
     assert names_of(records) == names
 
 
@@ -801,7 +809,7 @@ def test_methods_are_told_apart_by_what_was_trained_not_by_their_names() -> None
 
 
 def test_names_say_what_differs_and_nothing_else() -> None:
-    assert names_of([record("x"), record("y", layer="c")]) == ["logreg on b", "logreg on c"]
+    assert names_of([record("x"), record("y", layer="c")]) == ["logreg/l2 on b", "logreg/l2 on c"]
     tune = {"kind": "finetune", "freeze": "blocks.4"}
     records = [
         record("x"),
@@ -810,8 +818,8 @@ def test_names_say_what_differs_and_nothing_else() -> None:
         record("u", **tune, options={"lr": 0.2, "epochs": 3}),
     ]
     assert names_of(records) == [
-        "logreg on b, a, avg",
-        "logreg on b, z, max",
+        "logreg/l2 on b, a, avg",
+        "logreg/l2 on b, z, max",
         "fine-tuned above blocks.4, lr 0.1, a",
         "fine-tuned above blocks.4, lr 0.2, a",
     ]

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class JobResult:
         if kind not in list(KINDS):
             raise ValueError(f"expected 'kind' to be one of {', '.join(KINDS)}, got {kind!r:.40}")
         result = from_json(KINDS[kind], document)
+        if kind != FINETUNE and "/" not in result.head:  # of an older version, which standardised by default
+            result = replace(result, head=f"{result.head}/standard")
         if not (0 <= result.accuracy <= 1 and result.n_test > 0):
             raise ValueError(
                 f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
