@@ -563,7 +563,8 @@ def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
     """A result as a line of results.jsonl holds it, with changes."""
     known = {
         "key": key, "source": "photos", "kind": "head", "backbone": "a", "layer": "b", "pool": "avg",
-        "head": "logreg/l2", "params": {}, "seed": seed, "shots": "all", "n_train": 60, "n_val": 20, "n_test": 20, "n_classes": 2,
+        "head": "logreg/l2", "params": {}, "seed": seed, "shots": "all", "n_classes": 2,
+        "n_train": 60, "n_val": 20, "n_test": 20,
         "accuracy": 0.5, "accuracy_ci95": [0.3, 0.7], "mean_per_class_accuracy": 0.5, "macro_f1": 0.5,
         "log_loss": None, "ece": None, "validation_accuracy": 0.5, "seconds": 1.0, "converged": True,
     }  # fmt: skip
