@@ -133,7 +133,7 @@ class FitResult:
         `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
     temperature, log_loss_calibrated, ece_calibrated : float or None
         The calibration and the two scores after it. None without probabilities, without rows to fit it on, or if it
-        would raise the log-loss of validation rows.
+        would not help on validation rows.
     p_vs_best : float or None
         P-value of McNemar's exact test with Holm's correction against the result of best validation accuracy, among
         those of the same test rows and shots; None for that result. If test rows come in groups, whole groups are

@@ -52,8 +52,9 @@ def test_a_temperature_that_does_not_help_on_other_rows_is_dropped() -> None:
     sure, truth = spoilt(400, 3, 5.0)
     assert useful_temperature(sure, truth) == fit_temperature(sure, truth)
     right = np.tile([0.999, 0.001], (9, 1))
-    assert useful_temperature(right, np.zeros(9, np.int64)) is None, "all right and sure: less sure is worse"
+    assert useful_temperature(right, np.zeros(9, np.int64)) is not None, "nine right ones do not make it certain"
     assert useful_temperature(honest[:1], y[:1]) is None
+    assert useful_temperature(*spoilt(2000, 3, 1.0)) is None
     order = np.random.default_rng(0).permutation(400)
     assert useful_temperature(sure[order], truth[order]) == pytest.approx(fit_temperature(sure, truth))
 

@@ -2,8 +2,8 @@
 
 It divides the logarithms of the probabilities, so labels do not change. It is fitted to Platt's smoothed targets (Platt
 1999): with n rows the true class gets ``(n + 1) / (n + 2)`` and the other classes share the rest. So a model that
-happens to be right on every held-out row is not made certain. A temperature that would not lower the log-loss of rows
-that it was not fitted on is dropped.
+happens to be right on every held-out row is not made certain. A temperature that brings rows that it was not fitted on
+no nearer to these targets is dropped.
 """
 
 from __future__ import annotations
@@ -30,14 +30,10 @@ def fit_temperature(probabilities: Float64Array, y: IntArray) -> float:
     y : (n,) int64
         Columns of the true classes.
     """
-    n, k = probabilities.shape
-    scores = _log(probabilities)
-    target = np.full((n, k), 1 / (n + 2) / (k - 1))
-    target[np.arange(n), y] = (n + 1) / (n + 2)
+    scores, n = _log(probabilities), len(y)
 
     def cross_entropy(log_temperature: float) -> float:
-        logs = np.asarray(log_softmax(scores * np.exp(-log_temperature), axis=1))
-        return float(-np.vdot(target, logs) / n)
+        return _cross_entropy(np.asarray(log_softmax(scores * np.exp(-log_temperature), axis=1)), y, n) / n
 
     # convex in 1 / temperature, so there is a single minimum in its logarithm too
     found = minimize_scalar(cross_entropy, bounds=(-_RANGE, _RANGE), method="bounded", options={"xatol": 1e-6})
@@ -48,7 +44,8 @@ def useful_temperature(probabilities: Float64Array, y: IntArray) -> float | None
     """Return the temperature for these rows, or None if it does more harm than good to rows that it has not seen.
 
     That is judged by cross-validation in up to five folds: temperatures fitted on the other folds must not raise the
-    log-loss. Folds are dealt by confidence, so they do not depend on the order of rows or classes.
+    cross-entropy to the smoothed targets. Folds are dealt by confidence, so they do not depend on the order of rows or
+    classes.
 
     Parameters
     ----------
@@ -59,15 +56,22 @@ def useful_temperature(probabilities: Float64Array, y: IntArray) -> float | None
     n = len(y)
     if n < 2:
         return None
-    right = _log(probabilities[np.arange(n), y])
+    logs = _log(probabilities)
     folds = np.empty(n, np.int64)
-    folds[np.lexsort((right, *np.sort(probabilities, axis=1).T[-3:]))] = np.arange(n) % min(_FOLDS, n)
+    folds[np.lexsort((logs[np.arange(n), y], *np.sort(probabilities, axis=1).T[-3:]))] = np.arange(n) % min(_FOLDS, n)
     after = 0.0
     for fold in range(min(_FOLDS, n)):
         held, others = folds == fold, folds != fold
         calibrated = tempered(probabilities[held], fit_temperature(probabilities[others], y[others]))
-        after += float(_log(calibrated[np.arange(len(calibrated)), y[held]]).sum())
-    return fit_temperature(probabilities, y) if after >= right.sum() else None
+        after += _cross_entropy(_log(calibrated), y[held], n)
+    return fit_temperature(probabilities, y) if after <= _cross_entropy(logs, y, n) else None
+
+
+def _cross_entropy(logs: Float64Array, y: IntArray, n: int) -> float:
+    """Return the sum over rows of the cross-entropy to the smoothed targets of `n` rows."""
+    of_truth = logs[np.arange(len(y)), y]
+    of_others = (logs.sum(axis=1) - of_truth) / (logs.shape[1] - 1)
+    return float(-((n + 1) * of_truth + of_others).sum() / (n + 2))
 
 
 def tempered(probabilities: Float64Array, temperature: float | Float64Array) -> Float64Array:

@@ -161,7 +161,7 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
     dropped = sum(choice.temperature is None and not math.isnan(choice.score) for choice in choices)
     if head.family.probabilities and dropped:
         told = f"{dropped} of {len(choices)} models are not calibrated"
-        notes.append(f"{head.name}: {told}, because it would raise the log-loss of validation rows")
+        notes.append(f"{head.name}: {told}, because it would not help on validation rows")
     if any(math.isnan(choice.score) for choice in choices) and head.fixed:
         fixed = ", ".join(f"{name}={value:g}" for name, value in head.fixed.items())
         why = "nothing could be validated, as with so few rows (or groups) per class"
