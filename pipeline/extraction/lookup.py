@@ -39,12 +39,13 @@ def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:
         return []
     found = [file for file in files if file.handles.get("location") == images.location]
     for file in found:
-        _check(file)
+        check_specs(file)
     check_twins(found)
     return found
 
 
-def _check(file: CacheFile) -> None:
+def check_specs(file: CacheFile) -> None:
+    """Raise `DamagedCacheError` unless a file says how its layers were extracted."""
     try:
         for info in file.layers.values():
             LayerSpec.from_json(info.spec)

@@ -27,7 +27,7 @@ from features_cache import (
 from pipeline.arrays import BoolArray
 from pipeline.errors import ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
-from pipeline.extraction.lookup import find_answer, find_holder, is_complete
+from pipeline.extraction.lookup import check_specs, find_answer, find_holder, is_complete
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
@@ -135,7 +135,14 @@ def _create(
     if request.view is not None:
         handles["view"] = f"{request.augment} {request.view}"
     if path.exists():  # another process made it since; a damaged file raises its own error
-        return _continue(open_cache(path), destination, extractor)
+        made = open_cache(path)
+        check_specs(made)
+        if (made.handles, [info.fingerprint for info in made.layers.values()]) != (
+            handles,
+            [x.fingerprint for x in layers],
+        ):
+            raise CacheError(f"{path} holds other features than its name says; delete it and extract again")
+        return _continue(made, destination, extractor)
     extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
     asked = request.to_json() | {"aliases": extractor.aliases}
     return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
