@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from features_cache.errors import AmbiguousCacheError, CacheError, nearest
+from features_cache.errors import AmbiguousCacheError, CacheError, explained, nearest
 from features_cache.reader import CacheFile, open_cache
 
 _SUPERSEDED = re.compile(r"(.+)\.superseded-(\d+)\.h5", re.DOTALL)
@@ -44,7 +44,9 @@ class Catalog:
         self.files: list[CacheFile] = []
         self._agreeing: set[tuple[str, ...]] = set()  # sources whose files agree
         self.problems: list[CacheError] = []
-        if not self.path.is_dir():
+        with explained(self.path, "read"):
+            is_folder = self.path.is_dir()
+        if not is_folder:
             self.files = [open_cache(self.path)]
             return
         for file in sorted(path for path in self.path.glob("*.h5") if not is_superseded(path)):

@@ -119,6 +119,8 @@ def _model(path: Path, description: Mapping[str, Any]) -> TunedModel:
     fields = FORMAT.read_fields(path, description)
     try:
         scores = LayerSpec.from_json(fields["scores"])
+        if scores.layer != TOP_LAYER:
+            raise ValueError(f"expected the layer {TOP_LAYER}, got {scores.layer:.40}")
     except ValueError as error:
         raise FORMAT.lacks(path, "scores") from error
     return TunedModel(**fields | {"scores": scores, "classes": tuple(fields["classes"])})
