@@ -63,8 +63,6 @@ def _machine() -> str:
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # of another user; no id at all
-        pass
+    except (OSError, OverflowError) as error:  # others than this: it is another user's, or the number is no id at all
+        return not isinstance(error, ProcessLookupError)
     return True

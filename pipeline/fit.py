@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.leaks import cluster_notes
+from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
@@ -229,8 +229,8 @@ def _result(
         n_train=_mean_count([each.train for each in splits]),
         n_val=_mean_count([each.val for each in splits]),
         n_pool=len(table.labels) - _mean_count([each.test for each in splits]),
-        validation_accuracy=_mean_score([outcome.choice.score for outcome in outcomes]),
-        validation_log_loss=_mean_score([outcome.choice.log_loss for outcome in outcomes]),
+        validation_accuracy=mean_if_known([outcome.choice.score for outcome in outcomes]),
+        validation_log_loss=mean_if_known([outcome.choice.log_loss for outcome in outcomes]),
         **measure(predictions, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
         converged=all(outcome.converged for outcome in outcomes),
@@ -242,11 +242,6 @@ def _result(
 
 def _mean_count(parts: Sequence[IntArray]) -> int:
     return round(sum(len(part) for part in parts) / len(parts))
-
-
-def _mean_score(scores: Sequence[float | None]) -> float | None:
-    known = [score for score in scores if score is not None and not math.isnan(score)]
-    return float(np.mean(known)) if len(known) == len(scores) else None
 
 
 def _saved_model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:

@@ -26,6 +26,11 @@ def installed_version(package: str) -> str:
         return "none"
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of all packages that have a part in the results."""
+    return {name: installed_version(name) for name in PACKAGES}
+
+
 def machine() -> dict[str, Any]:
     """Return what a reader needs to repeat a run: time, command, hardware, system and versions."""
     return {
@@ -36,7 +41,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in PACKAGES},
+        "versions": versions(),
     }
 
 

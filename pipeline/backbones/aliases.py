@@ -28,6 +28,14 @@ LOGITS = "logits"
 ALIASES = (PENULTIMATE, STAGES, LOGITS, INPUT)
 _POOLING = (nn.Dropout, nn.Identity, nn.Flatten, nn.AdaptiveAvgPool2d, nn.AvgPool2d, SelectAdaptivePool2d)
 _POOLING_FUNCTIONS = {"flatten", "mean", "dropout", "adaptive_avg_pool2d", "avg_pool2d", "squeeze", "view", "reshape"}
+_POOLED_TOKENS = {
+    "token": "the class token",
+    "avg": "the mean of the patch tokens",
+    "max": "the maximum of the patch tokens",
+    "avgmax": "the mean and the maximum of the patch tokens, averaged",
+    "map": "the tokens, pooled by attention",
+}
+"""What the classifier reads, by timm's `global_pool`."""
 _WEIGHTS = (nn.Conv2d, nn.Linear)
 _BLOCK_LAYERS = 2
 """A module with fewer weight layers than this is a stem, a head or a transition, not a block."""
@@ -92,17 +100,7 @@ def classifier_reads(traced: Traced) -> str:
     if last_map(traced) is not None:
         return "the last map, averaged over its positions"
     pooled = getattr(traced.module, "global_pool", "token" if traced.tokens.has_class else "")
-    return (
-        {
-            "token": "the class token",
-            "avg": "the mean of the patch tokens",
-            "max": "the maximum of the patch tokens",
-            "avgmax": "the mean and the maximum of the patch tokens, averaged",
-            "map": "the tokens, pooled by attention",
-        }.get(pooled, "")
-        if isinstance(pooled, str)
-        else ""
-    )
+    return _POOLED_TOKENS.get(pooled, "") if isinstance(pooled, str) else ""
 
 
 def _kind(node: fx.Node) -> str:

@@ -79,7 +79,8 @@ def _read(name: str, size: int | None) -> Any:
 
 
 def _path(name: str, size: int | None) -> Path:
-    return user_folder("weights") / f"{fingerprint_of([name, size])}.json"
+    start = str(Path.cwd()) if name.startswith("local-dir:") else ""  # its path may be relative
+    return user_folder("weights") / f"{fingerprint_of([name, size, start])}.json"
 
 
 def _setting() -> dict[str, str]:

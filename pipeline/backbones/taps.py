@@ -57,10 +57,8 @@ class TappedNetwork(nn.Module):
         check_pool(pool)
         taps = {layer: pooled_tap(backbone, layer, pool) for layer in layers if layer != INPUT}
         self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
-        preprocessing = json_fields(backbone.preprocessing)
-        computed = [backbone.name, backbone.weights_digest, layers, pool, preprocessing]
-        heads = max(map(backbone.heads, layers))
-        self.identity = fingerprint_of([*computed, heads] if heads > 1 else computed)
+        computed = [backbone.name, backbone.weights_digest, layers, pool, json_fields(backbone.preprocessing)]
+        self.identity = fingerprint_of([*computed, *map(repr, taps.values())])  # with where and how each layer is read
         self.dims = {
             layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
             for layer in layers

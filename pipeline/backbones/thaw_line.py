@@ -26,7 +26,7 @@ class LayerNode(NamedTuple):
 
 def top_input(backbone: Backbone) -> LayerNode:
     """Return what a new top reads, the layer that the old classifier read; raises `BackboneError` if there is none."""
-    found = _layer_node(classifier_input(backbone.traced))
+    found = _layer_node(backbone.traced, classifier_input(backbone.traced))
     if found is not None:
         return found
     untraced = backbone.traced.graph is None
@@ -46,7 +46,7 @@ def possible_lines(backbone: Backbone) -> dict[str, LayerNode]:
     position = {node: index for index, node in enumerate(read.node.graph.nodes)}
     possible: dict[fx.Node, LayerNode] = {}
     for node in cut_nodes(read.node.graph):
-        line = _layer_node(node)
+        line = _layer_node(traced, node)
         if line is not None and position[node] <= position[read.node]:
             above = nodes_between(node, [read.node])
             if above is not None and not _shares_weights(traced, above):
@@ -83,9 +83,9 @@ def split(backbone: Backbone, line: LayerNode | None) -> tuple[fx.GraphModule | 
     return _between(traced, None, line.node), _between(traced, line.node, read.node)
 
 
-def _layer_node(node: fx.Node | None) -> LayerNode | None:
+def _layer_node(traced: Traced, node: fx.Node | None) -> LayerNode | None:
     shape = None if node is None else node.meta.get(SHAPE)
-    layout = None if shape is None else layout_of(shape)
+    layout = None if shape is None else layout_of(shape, traced.tokens)
     return None if node is None or shape is None or layout is None else LayerNode(node, shape, layout)
 
 

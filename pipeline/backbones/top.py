@@ -45,13 +45,14 @@ class Standardise(nn.Module):
         """
         tiny = torch.finfo(torch.float32).tiny
         variance = features.var(0, unbiased=False)
-        if not frozen:
-            self.mean.copy_(features.mean(0))
-            self.scale.copy_((variance + _FLOOR * variance.mean()).clamp(min=tiny).rsqrt())
-            return
-        shrunk = torch.lerp(variance, variance.mean(), _COMMON_ROWS / (len(features) + _COMMON_ROWS)).clamp(min=tiny)
+        if frozen:
+            common = _COMMON_ROWS / (len(features) + _COMMON_ROWS)
+            shrunk = torch.lerp(variance, variance.mean(), common).clamp(min=tiny)
+            spread = shrunk * (variance / shrunk).mean()
+        else:
+            spread = variance + _FLOOR * variance.mean()
         self.mean.copy_(features.mean(0))
-        self.scale.copy_((shrunk * (variance / shrunk).mean()).clamp(min=tiny).rsqrt())
+        self.scale.copy_(spread.clamp(min=tiny).rsqrt())
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (n, d) to (n, d)."""

@@ -47,7 +47,7 @@ def weights_paths(name: str, tag: str) -> list[Path]:
     """Return the file that names the newest revision in the hub's cache, the files of it, and that of torch's hub."""
     if tag.startswith(ELSEWHERE):
         folder = _folder(tag)
-        return [folder.parents[1] / "refs" / "main", *(folder / file for file in (_DESCRIPTION, *_HUB_FILES))]
+        return [folder.parent.parent / "refs" / "main", *(folder / file for file in (_DESCRIPTION, *_HUB_FILES))]
     config, paths = _config(name, tag), []
     if config.hf_hub_id:
         folder = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{config.hf_hub_id.replace('/', '--')}")

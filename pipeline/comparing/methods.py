@@ -14,6 +14,7 @@ from pipeline.comparing.folder import HEAD, JobResult, OptionValue
 from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
 from pipeline.evaluation.intervals import CONFIDENCE, accuracy_interval
+from pipeline.evaluation.metrics import mean_if_known
 from pipeline.options import TABLES
 from pipeline.results import FinetuneResult
 
@@ -142,8 +143,7 @@ class MethodScore:
 
     def mean(self, name: str) -> float | None:
         """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""
-        values = [getattr(job.result, name) for job in self.by_seed.values()]
-        return None if any(value is None for value in values) else fmean(values)
+        return mean_if_known([getattr(job.result, name) for job in self.by_seed.values()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,13 +119,8 @@ def compare_results(results: Sequence[R], predictions: Sequence[Predictions]) ->
     for indices in alike.values():
         validated = [(results[index].validation_accuracy, results[index].validation_log_loss) for index in indices]
         right, units = np.array([predictions[index].right for index in indices]), predictions[indices[0]].units
-        compared = zip(
-            indices,
-            compare_with_chosen(right, units, best_validated(validated)),
-            may_be_best(right, units),
-            strict=True,
-        )
-        for index, p, best in compared:
+        p_values = compare_with_chosen(right, units, best_validated(validated))
+        for index, p, best in zip(indices, p_values, may_be_best(right, units), strict=True):
             judged[index] = replace(results[index], p_vs_best=p, in_best_set=bool(best) if len(indices) > 1 else None)
     return judged
 

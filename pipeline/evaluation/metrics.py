@@ -9,7 +9,10 @@ To add a metric, compute it in `evaluate`, and add it to `Metrics` and to `pipel
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +36,12 @@ class Counts(NamedTuple):
     true: IntArray
     predicted: IntArray
     right: IntArray
+
+
+def mean_if_known(values: Sequence[float | None]) -> float | None:
+    """Return the mean of some metric; None if any of the values is None or NaN."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return fmean(known) if len(known) == len(values) else None
 
 
 @dataclass(frozen=True)

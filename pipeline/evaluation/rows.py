@@ -159,7 +159,7 @@ def _by_todays_rules(catalog: Catalog) -> tuple[Catalog, list[str]]:
 
 
 def _apart_from_rules(file: CacheFile, info: LayerInfo) -> str:
-    return canonical_json([file.handles, {**info.spec, "decode": None, "prefix_tokens": None}])
+    return canonical_json([file.handles, {**info.spec, "decode": None, "heads": None, "prefix_tokens": None}])
 
 
 def _misread(files: Sequence[CacheFile]) -> Iterator[str]:

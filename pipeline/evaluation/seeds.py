@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 
 import numpy as np
 
 from pipeline.arrays import BoolArray, StrArray
 from pipeline.evaluation.comparisons import best_validated, compare_over_splits, compare_with_chosen, may_be_best
 from pipeline.evaluation.intervals import FEWEST_SPLITS, accuracy_interval
+from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.predictions import Predictions
 from pipeline.results import FitResult, SeedSummary
 
@@ -33,7 +33,7 @@ def summarise_seeds(results: Sequence[FitResult], predictions: Sequence[Predicti
         if len(tests) > 1:
             continue
         right, units = np.array([pool_seeds(of_head)[0] for of_head in said]), pool_seeds(said[0])[1]
-        chosen = best_validated([_mean_validation([results[index] for index in cells[cell]]) for cell in rivals])
+        chosen = best_validated([mean_validation([results[index] for index in cells[cell]]) for cell in rivals])
         one = results[cells[rivals[0]][0]]
         shared = len(set(next(iter(tests)))) == 1 and one.cv is None
         splits = [np.concatenate([each.accuracies() for each in of_head]) for of_head in said]
@@ -56,16 +56,11 @@ def pool_seeds(predictions: Sequence[Predictions]) -> tuple[BoolArray, StrArray]
     return right, np.concatenate([each.units for each in predictions])
 
 
-def _mean_validation(results: Sequence[FitResult]) -> tuple[float | None, float | None]:
-    """Return the mean validation accuracy and its mean log-loss, None where a result lacks it."""
+def mean_validation(results: Sequence[FitResult]) -> tuple[float | None, float | None]:
+    """Return the mean validation accuracy and the mean log-loss there, None where a result lacks it."""
     accuracies = [one.validation_accuracy for one in results]
     losses = [one.validation_log_loss for one in results]
-    return _mean(accuracies), _mean(losses)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return fmean(known) if len(known) == len(values) else None
+    return mean_if_known(accuracies), mean_if_known(losses)
 
 
 def _summary(results: Sequence[FitResult]) -> SeedSummary:

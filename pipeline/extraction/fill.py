@@ -21,7 +21,7 @@ from pipeline.extraction.lookup import older_fingerprints
 from pipeline.images.formats import is_tiff
 from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load_images
 from pipeline.images.sources.registry import ImageSource
-from pipeline.provenance import installed_version
+from pipeline.provenance import versions
 from pipeline.results import Progress
 from pipeline.spec import LayerSpec
 
@@ -235,12 +235,11 @@ def fill(
 
 
 def _provenance(resolved: Resolved) -> dict[str, Any]:
-    names = ("thawline", "torch", "torchvision", "timm", "numpy", "pillow", "openvino")
     return {
         "engine": resolved.engine,
         "device": resolved.device,
         "precision": resolved.precision,
         "command": " ".join(sys.argv),
         "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in names},
+        "versions": versions(),
     }

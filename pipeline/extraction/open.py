@@ -25,9 +25,9 @@ from features_cache import (
     same_rows,
 )
 from pipeline.arrays import BoolArray
-from pipeline.errors import ModelFileError
+from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
-from pipeline.extraction.lookup import check_specs, find_answer, find_holder, is_complete
+from pipeline.extraction.lookup import check_specs, find_answer, find_holder, is_complete, older_fingerprints
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
@@ -86,12 +86,23 @@ def open_files(
     for request in extractor.requests:
         specs = {name: extractor.spec(name, request) for name in extractor.layers}
         check_expected(specs.values(), expect)
-        holders = {name: find_holder(destination.files, spec) for name, spec in specs.items()}
+        files = [file for file in destination.files if not is_outdated(file) or _can_continue(file, request, extractor)]
+        holders = {name: find_holder(files, spec) for name, spec in specs.items()}
         for file in dict.fromkeys(holder for holder in holders.values() if holder):
             yield file if destination.has_all_of(file) else _continue(file, destination, extractor)
         missing = {name: spec for name, spec in specs.items() if holders[name] is None}
         if missing:
             yield _create(missing, request, destination, extractor)
+
+
+def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor) -> bool:
+    """Tell whether all layers of a file of older decoding rules are otherwise what they would be today."""
+    try:
+        specs = [extractor.spec(name, request) for name in file.layers]
+    except BackboneError:  # the file is of another network or pooling
+        return False
+    found = [info.fingerprint for info in file.layers.values()]
+    return all(one in older_fingerprints(spec) for one, spec in zip(found, specs, strict=True))
 
 
 def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
@@ -137,10 +148,8 @@ def _create(
     if path.exists():  # another process made it since; a damaged file raises its own error
         made = open_cache(path)
         check_specs(made)
-        if (made.handles, [info.fingerprint for info in made.layers.values()]) != (
-            handles,
-            [x.fingerprint for x in layers],
-        ):
+        same_layers = [info.fingerprint for info in made.layers.values()] == [info.fingerprint for info in layers]
+        if made.handles != handles or not same_layers:
             raise CacheError(f"{path} holds other features than its name says; delete it and extract again")
         return _continue(made, destination, extractor)
     extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 
+from pipeline.evaluation.comparisons import best_validated
 from pipeline.evaluation.intervals import accuracy_interval
+from pipeline.evaluation.seeds import mean_validation
 from pipeline.reporting.charts.theme import MARKERS, Theme, short
 from pipeline.results import FitResult
 
@@ -47,11 +49,8 @@ def depth_line(
     ]
     ones = [group[0] for group in results.values()]
     among = [(one.layer, one.head, one.shots) in best for one in ones] if best else ()
-    validated = [
-        float(np.mean([np.nan if one.validation_accuracy is None else one.validation_accuracy for one in group]))
-        for group in results.values()
-    ]
-    chosen = None if np.isnan(validated).any() else int(np.argmax(validated))
+    validated = [mean_validation(group) for group in results.values()]
+    chosen = None if any(score is None for score, _ in validated) else best_validated(validated)
     return Line(label, list(results), means, intervals, [one.layer for one in ones], seeds, best=among, chosen=chosen)
 
 
