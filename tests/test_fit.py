@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
+from sklearn.preprocessing import Normalizer, StandardScaler, normalize
 from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheError, CacheWriter, Catalog, LayerInfo, Rows, scratch_folder
@@ -348,9 +348,9 @@ def test_a_cache_in_which_nothing_is_extracted_yet_says_so(make_cache: Make) -> 
 def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache()
     file = Catalog(path).files[0]
-    both = np.hstack([file.matrix("top"), file.matrix("low")])
+    both = np.hstack([normalize(file.matrix("top")), normalize(file.matrix("low"))])
     joined = fit(path, ["top+low"], save=tmp_path / "m.skops")
-    direct = fit(make_cache(dims={"x": 206}, features={"x": both}, name="other/x.h5"), ["x"])
+    direct = fit(make_cache(dims={"x": 206}, features={"x": both}, name="other/x.h5"), ["x"], save=tmp_path / "x.skops")
     assert joined.results[0].layer == "top+low"
     by_alias = [result.layer for result in fit(path, ["low+stages", "stages"], ["centroid"], jobs=1).results]
     assert by_alias == ["low+low", "low+top", "low", "top"]
@@ -360,6 +360,8 @@ def test_layers_of_one_file_join(make_cache: Make, tmp_path: Path) -> None:
     assert [layer["dim"] for layer in model.layers] == [200, 6]
     assert model.layers[0]["request"]["backbone"] == "net"
     assert model.layers[0]["fingerprint"] == "nettop"
+    rows = np.hstack([file.matrix("top"), file.matrix("low")])
+    assert model.predict(rows)[0].tolist() == load_model(tmp_path / "x.skops").predict(both)[0].tolist()
 
 
 def test_layers_of_two_files_join_by_name_and_bytes(make_cache: Make) -> None:
@@ -378,7 +380,7 @@ def test_layers_of_two_files_join_by_name_and_bytes(make_cache: Make) -> None:
         backbone="second",
         name="cache/second.h5",
     )
-    report = fit(path.parent, ["low+other"])
+    report = fit(path.parent, ["low+other"], ["logreg/standard"])
     usable = [i for i in range(90) if i not in (8, order[0])]
     direct = fit(
         make_cache(
@@ -389,7 +391,8 @@ def test_layers_of_two_files_join_by_name_and_bytes(make_cache: Make) -> None:
             images=usable,
             uris=[f"{i:03d}.png" for i in usable],
             name="joined/x.h5",
-        )
+        ),
+        heads=["logreg/standard"],
     )
     assert report.results[0].backbone == "net+second"
     assert "2 of 90 rows are left out: 1 not extracted yet, 1 not in every joined file" in report.notes

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from pipeline.arrays import Float32Array, IntArray
@@ -26,8 +27,8 @@ class Scaled:
     ----------
     train : (n, d) float32
     held : (m, d) float32
-    scaler : StandardScaler, Normalizer or None
-        Fitted on the training rows.
+    scaler : StandardScaler, Normalizer, ColumnTransformer or None
+        Fitted on the training rows; the third has a `Normalizer` for each of several joined layers.
     span : Span or None
         Of the training rows, if it was asked for and is narrower than d.
     """
@@ -75,8 +76,8 @@ class Choice:
     tried: int
 
 
-def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool) -> Scaled:
-    """Scale `train` (n, d) and `held` (m, d) in place, by statistics of `train`.
+def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool, dims: Sequence[int] = ()) -> Scaled:
+    """Scale `train` (n, d) and `held` (m, d) by statistics of `train`; both may be overwritten.
 
     Parameters
     ----------
@@ -84,13 +85,31 @@ def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: boo
         One of `pipeline.heads.registry.SCALINGS`.
     rotated : bool
         Whether to find the span of `train`.
+    dims : sequence of int, optional
+        Number of features of each layer that a row joins.
     """
-    scaler = {"standard": StandardScaler, "l2": Normalizer, "none": lambda copy: None}[scaling](copy=False)
+    scaler = _scaler(scaling, dims)
     if scaler is not None:
         train = scaler.fit_transform(train)
         held = scaler.transform(held)
-        scaler.set_params(copy=True)  # later rows belong to the caller
+        _set_copy(scaler)
     return Scaled(train, held, scaler, find_span(train) if rotated else None)
+
+
+def _scaler(scaling: str, dims: Sequence[int]) -> Any:
+    """Return a scaler that overwrites its rows, None for ``"none"``."""
+    if scaling != "l2" or len(dims) < 2:
+        return {"standard": StandardScaler, "l2": Normalizer, "none": lambda copy: None}[scaling](copy=False)
+    ends = np.cumsum(dims).tolist()
+    layers = [(str(end), Normalizer(copy=False), slice(end - dim, end)) for end, dim in zip(ends, dims, strict=True)]
+    equal = {name: len(dims) ** -0.5 for name, _, _ in layers}
+    return ColumnTransformer(layers, transformer_weights=equal)
+
+
+def _set_copy(scaler: Any) -> None:
+    """Make a fitted scaler leave its input as it is: later rows belong to the caller."""
+    for one in scaler.named_transformers_.values() if isinstance(scaler, ColumnTransformer) else [scaler]:
+        one.set_params(copy=True)
 
 
 def make_fold(scaled: Scaled, y: IntArray, y_held: IntArray) -> Fold:

@@ -137,8 +137,9 @@ def _tasks(trials: Sequence[Trial], *, balanced: bool, keep: bool) -> Iterator[A
         table = data.layer.table
         scaling, rotated = head.scaling, head.family.linear and data.layer.dim > len(data.splits.train)
         if (scaling, rotated) not in prepared:
+            dims = [info.dim for _, info in data.layer.parts]
             prepared[scaling, rotated] = prepare_trial(
-                data.layer.features, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed
+                data.layer.features, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed, dims=dims
             )
         yield joblib.delayed(run_trial)(
             head, prepared[scaling, rotated], len(table.classes), balanced=balanced, keep=keep

@@ -7,7 +7,7 @@ joblib passes the arrays as memory maps.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,6 +96,7 @@ def prepare_trial(
     *,
     rotated: bool,
     seed: int,
+    dims: Sequence[int] = (),
 ) -> Prepared:
     """Read and scale the rows of a split.
 
@@ -114,6 +115,8 @@ def prepare_trial(
         Whether to rotate wide rows onto their span.
     seed : int
         Draws the folds.
+    dims : sequence of int, optional
+        Number of features of each layer that a row joins.
     """
     began = time.perf_counter()
     train, val, test = splits.train, splits.val, splits.test
@@ -125,11 +128,13 @@ def prepare_trial(
             stratified_folds(labels[train], splits.units[train], count, seed) if count >= FEWEST_FOLDS[scaling] else []
         )
         pairs = [(train[a], train[b]) for a, b in folded]
-    folds = tuple(
-        make_fold(scale(scaling, features(a), features(b), rotated=rotated), labels[a], labels[b]) for a, b in pairs
-    )
+
+    def scaled(a: IntArray, b: IntArray) -> Scaled:
+        return scale(scaling, features(a), features(b), rotated=rotated, dims=dims)
+
+    folds = tuple(make_fold(scaled(a, b), labels[a], labels[b]) for a, b in pairs)
     known = np.concatenate([train, val])
-    final = scale(scaling, features(known), features(test), rotated=rotated)
+    final = scaled(known, test)
     return Prepared(folds, final, labels[known], time.perf_counter() - began)
 
 
