@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -204,6 +204,7 @@ def sketch(name: str, size: int | None = None) -> Backbone:
     return sketched
 
 
+@lru_cache(maxsize=8)  # the parts of `compare` ask for the same networks again and again
 def _sketch(zoo_name: str, bare: str, size: int | None) -> Backbone:
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
