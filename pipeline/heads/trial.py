@@ -42,20 +42,32 @@ class Prepared:
 
     Parameters
     ----------
-    folds : tuple of Fold
-        To choose parameters on.
+    own_folds : tuple of Fold
+        To choose parameters on, unless `n_train` says where they stand in `final`.
     final : Scaled
         Train and val rows to train on, test rows held out.
     y : (n,) int64
         Labels of train and val.
     seconds : float
         Time spent preparing.
+    n_train : int, optional
+        Parameters are chosen by training on this many rows of `final.train` and trying the others, which saves a copy
+        of all rows. It needs a scaling that has no statistics.
     """
 
-    folds: tuple[Fold, ...]
+    own_folds: tuple[Fold, ...]
     final: Scaled
     y: IntArray
     seconds: float
+    n_train: int | None = None
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """What to choose parameters on."""
+        if self.n_train is None:
+            return self.own_folds
+        train, val = slice(self.n_train), slice(self.n_train, None)
+        return (Fold(self.final.train[train], self.y[train], self.final.train[val], self.y[val]),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +144,11 @@ def prepare_trial(
     def scaled(a: IntArray, b: IntArray) -> Scaled:
         return scale(scaling, features(a), features(b), rotated=rotated, dims=dims)
 
-    folds = tuple(make_fold(scaled(a, b), labels[a], labels[b]) for a, b in pairs)
+    shared = bool(val.size) and scaling != "standard" and not rotated
+    folds = () if shared else tuple(make_fold(scaled(a, b), labels[a], labels[b]) for a, b in pairs)
     known = np.concatenate([train, val])
     final = scaled(known, test)
-    return Prepared(folds, final, labels[known], time.perf_counter() - began)
+    return Prepared(folds, final, labels[known], time.perf_counter() - began, len(train) if shared else None)
 
 
 def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> TrialOutcome:
