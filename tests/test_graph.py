@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,11 +13,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from pipeline.backbones.aliases import classifier_reads
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers, resolve_layers
-from pipeline.backbones.pooling import POOLINGS
+from pipeline.backbones.pooling import POOLINGS, TokenOrder
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
 from pipeline.backbones.taps import normalisation, tap
-from pipeline.backbones.trace import hooked
+from pipeline.backbones.trace import hooked, trace
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
 
@@ -320,6 +321,24 @@ def test_tokens_are_told_apart_by_what_timm_knows(dinov3: Backbone, layer: str) 
         for pool, features in wanted.items():
             (found,) = tap(dinov3, [layer], pool)(pixels)
             torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_tap_computes_is_part_of_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converted network is found by its identity: one that reads other tokens must not be taken for it."""
+    vit, layers = load_backbone("test_vit@random:0"), ["blocks.3", "penultimate"]
+    found = [tap(vit, layers), tap(vit, layers, "max"), tap(vit, layers[::-1]), tap(vit, layers[:1])]
+    orders = [TokenOrder(), TokenOrder(1), TokenOrder(1, has_class=True), TokenOrder(1, has_class=True, by_row=False)]
+    assert vit.traced.tokens == orders[2]
+    for order in orders[:2] + orders[3:]:
+        vit.traced = replace(vit.traced, tokens=order)
+        found.append(tap(vit, layers))
+    deit = load_backbone("timm/deit_tiny_distilled_patch16_224@random:0", size=32)
+    assert len(deit.classifiers) == 2
+    found.append(tap(deit, ["penultimate"]))
+    deit.classifiers, deit.traced = deit.classifiers[:1], trace(deit.module, (32, 32), deit.classifiers[0], "deit")
+    found.append(tap(deit, ["penultimate"]))  # as the first classifier reads it
+    assert len({network.identity for network in found}) == len(found)
+    assert tap(load_backbone("test_vit@random:0"), layers).identity == found[0].identity
 
 
 @pytest.mark.parametrize(
