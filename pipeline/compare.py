@@ -22,7 +22,7 @@ from pipeline.comparing.estimate import (
 )
 from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
-from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits, one_pass
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
@@ -111,9 +111,13 @@ def dry_run(plan: str | Path, output: str | Path) -> DryRun:
     comparison = _prepare(plan, output, None)
     folder, planned = comparison.folder, []
     compared: dict[str, list[Fit | Finetune]] = {}
+    passes: set[str] = set()
     for extraction, found, jobs in check_plan(comparison):
         images, name = comparison.images[extraction.source], comparison.names[extraction.source]
-        planned.append(plan_extraction(extraction, found, len(images.items), name, folder))
+        shares = one_pass(extraction) in passes
+        planned.append(plan_extraction(extraction, found, len(images.items), name, folder, shares=shares))
+        if not found.complete:
+            passes.add(one_pass(extraction))
         compared.setdefault(extraction.source, []).extend(jobs)
         for job in jobs:
             done = found.complete and folder.has(fit_key(job, found, name))

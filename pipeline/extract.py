@@ -39,7 +39,7 @@ def extract(
     source: str | Path | ImageSource,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     layers: Sequence[str] = (DEFAULT_LAYER,),
-    pool: str = DEFAULT_POOL,
+    pool: str | Sequence[str] = DEFAULT_POOL,
     output: str | Path = DEFAULT_CACHE,
     *,
     precision: str = "auto",
@@ -72,8 +72,8 @@ def extract(
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)
         Dotted module names, ``penultimate``, ``stages``, ``logits`` or ``input``.
-    pool : str, default "avg"
-        One of `pipeline.spec.POOLS`.
+    pool : str or sequence of str, default "avg"
+        One of `pipeline.spec.POOLS`, or several: a cache file of each, from one pass of the network.
     output : str or Path, default "thawline-cache"
         Folder of cache files; created if missing.
     precision : {"auto", "fp32", "bf16", "fp16"}
@@ -136,9 +136,12 @@ def extract(
     destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
     found: dict[str, list[CacheFile | CacheFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
+    pools = dict.fromkeys([pool] if isinstance(pool, str) else pool)
     for name in dict.fromkeys(backbones):
-        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name), white=white)
-        requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
+        digest = weights_file_digest(name)
+        plain = [Request(name, tuple(layers), one, precision, store, size, digest, white=white) for one in pools]
+        seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
+        requests = seen or plain
         found[name], missing = [], []
         for request in requests:
             complete = destination.find_complete(request)
@@ -157,9 +160,8 @@ def extract(
                 if isinstance(opened, CacheFile):
                     found[name].append(opened)
                     continue
-                writers.enter_context(opened)
-                computing = extractor.engine(tuple(opened.cache.layers))
-                found[name].append(CacheFiller(opened, computing, asked, on_error, clock))
+                writers.enter_context(opened.writer)
+                found[name].append(CacheFiller(opened, asked, on_error))
         parts = list(dict.fromkeys(chain.from_iterable(found.values())))
         fillers = [part for part in parts if isinstance(part, CacheFiller)]
         began = time.perf_counter()

@@ -192,7 +192,7 @@ ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 EXTRACT = (
     crossed("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b", repeat="backbones"),
     crossed("layer", TEXT, "Layer name or alias.", DEFAULT_LAYER, "l", repeat="layers"),
-    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL),
+    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL, repeat="pool"),
     OUTPUT,
     crossed("precision", choice(*PRECISIONS), "auto is bf16 if the hardware supports it.", "auto"),
     STORE,

@@ -63,7 +63,7 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
         how = line.how()
         resolve(how["engine"], how["device"], request.precision)
         names = [name for group in aliases.values() for name in group]
-        return Features(aliases, tap(backbone, names, request.pool).dims, {}, complete=False)
+        return Features(aliases, tap(backbone, names, request.pool).dims[request.pool], {}, complete=False)
 
 
 def check_finetunes(plan: Plan) -> None:

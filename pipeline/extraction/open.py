@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,10 @@ from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.lookup import check_specs, find_answer, find_holder, is_complete, older_fingerprints
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
+
+if TYPE_CHECKING:
+    from pipeline.backbones.taps import TappedNetwork
+    from pipeline.engines.engine import Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +76,20 @@ class Destination:
         return answer if answer is not None and all(map(self.has_all_of, answer.values())) else None
 
 
+class Opened(NamedTuple):
+    """A cache file open for writing; `results` are those of the engine that go into it, a layer each."""
+
+    writer: CacheWriter
+    engine: Engine
+    results: slice
+
+
 def open_files(
     destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
-) -> Iterator[CacheFile | CacheWriter]:
-    """Yield what holds the layers of an extractor's requests: files that are complete, and writers of the others.
+) -> Iterator[CacheFile | Opened]:
+    """Yield what holds the layers of an extractor's requests: files that are complete, and the others, opened.
+
+    Those of the same layers and precision with different poolings share an engine, which gives all of them in one pass.
 
     Parameters
     ----------
@@ -83,16 +98,55 @@ def open_files(
     expect : sequence of LayerSpec, optional
         See `check_expected`.
     """
-    for request in extractor.requests:
-        specs = {name: extractor.spec(name, request) for name in extractor.layers}
-        check_expected(specs.values(), expect)
-        files = [file for file in destination.files if not is_outdated(file) or _can_continue(file, request, extractor)]
-        holders = {name: find_holder(files, spec) for name, spec in specs.items()}
-        for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            yield file if destination.has_all_of(file) else _continue(file, destination, extractor)
-        missing = {name: spec for name, spec in specs.items() if holders[name] is None}
-        if missing:
-            yield _create(missing, request, destination, extractor)
+    needed = [one for request in extractor.requests for one in _needed(request, destination, extractor, expect)]
+    pools: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for one in needed:
+        if isinstance(one, _Lacking):
+            pools[one.sharing].append(one.request.pool)
+    for one in needed:
+        if isinstance(one, CacheFile):
+            yield one
+            continue
+        layers, asked = tuple(one.layers), tuple(pools[one.sharing])
+        engine = extractor.engine(
+            layers, asked
+        )  # first, so that a network that cannot run leaves all files as they are
+        if one.file is None:
+            writer = _create(one.layers, one.request, destination, extractor.aliases, extractor.tapped(layers, asked))
+        else:
+            writer = _continue(one.file, destination)
+        start = asked.index(one.request.pool) * len(layers)
+        yield Opened(writer, engine, slice(start, start + len(layers)))
+
+
+class _Lacking(NamedTuple):
+    """A file that lacks rows, or that is not there yet: then `file` is None."""
+
+    request: Request
+    layers: dict[str, LayerSpec]
+    file: CacheFile | None
+
+    @property
+    def sharing(self) -> tuple[Any, ...]:
+        """What files have in common whose features come from one pass."""
+        return tuple(self.layers), next(iter(self.layers.values())).precision, self.request.view
+
+
+def _needed(
+    request: Request, destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
+) -> Iterator[CacheFile | _Lacking]:
+    specs = {name: extractor.spec(name, request) for name in extractor.layers}
+    check_expected(specs.values(), expect)
+    files = [file for file in destination.files if not is_outdated(file) or _can_continue(file, request, extractor)]
+    holders = {name: find_holder(files, spec) for name, spec in specs.items()}
+    for file in dict.fromkeys(holder for holder in holders.values() if holder):
+        if destination.has_all_of(file):
+            yield file
+        else:
+            yield _Lacking(request, {name: LayerSpec.from_json(info.spec) for name, info in file.layers.items()}, file)
+    missing = {name: spec for name, spec in specs.items() if holders[name] is None}
+    if missing:
+        yield _Lacking(request, missing, None)
 
 
 def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor) -> bool:
@@ -105,12 +159,11 @@ def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor
     return all(one in older_fingerprints(spec) for one, spec in zip(found, specs, strict=True))
 
 
-def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
+def _continue(file: CacheFile, destination: Destination) -> CacheWriter:
     """Open a file that lacks rows, or that was made for other rows or by older decoding rules.
 
     The rows of older rules are not carried over: `CacheFiller` copies those that the rules of today leave as they are.
     """
-    extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
     carry = not destination.rehash and not is_outdated(file)
     if carry and destination.has_rows_of(file):
         writer = CacheWriter.resume(file.path)
@@ -132,17 +185,20 @@ def _of_today(info: LayerInfo) -> LayerInfo:
 
 
 def _create(
-    specs: dict[str, LayerSpec], request: Request, destination: Destination, extractor: FeatureExtractor
+    specs: dict[str, LayerSpec],
+    request: Request,
+    destination: Destination,
+    aliases: dict[str, list[str]],
+    tapped: TappedNetwork,
 ) -> CacheWriter:
-    images, backbone = destination.images, extractor.backbone
-    tapped = extractor.tapped(tuple(specs))
+    images, dims, shapes = destination.images, tapped.dims[request.pool], tapped.shapes[request.pool]
     layers = [
-        LayerInfo(name, tapped.dims[name], spec.store, spec.to_json(), spec.fingerprint, tapped.shapes.get(name, ()))
+        LayerInfo(name, dims[name], spec.store, spec.to_json(), spec.fingerprint, shapes[name])
         for name, spec in specs.items()
     ]
     key = fingerprint_of([images.location, *(layer.fingerprint for layer in layers)])
-    path = destination.folder / file_name(images.name, backbone.handle, key)
-    handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}
+    path = destination.folder / file_name(images.name, tapped.name, key)
+    handles = {"source": images.name, "location": images.location, "backbone": tapped.name, "pool": request.pool}
     if request.view is not None:
         handles["view"] = f"{request.augment} {request.view}"
     if path.exists():  # another process made it since; a damaged file raises its own error
@@ -151,9 +207,8 @@ def _create(
         same_layers = [info.fingerprint for info in made.layers.values()] == [info.fingerprint for info in layers]
         if made.handles != handles or not same_layers:
             raise CacheError(f"{path} holds other features than its name says; delete it and extract again")
-        return _continue(made, destination, extractor)
-    extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
-    asked = request.to_json() | {"aliases": extractor.aliases}
+        return _continue(made, destination)
+    asked = request.to_json() | {"aliases": aliases}
     return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
 
 
