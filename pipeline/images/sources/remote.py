@@ -125,21 +125,24 @@ class RemotePath:
             vars(self)["_info"] = info
 
     def __str__(self) -> str:
-        return _shown(self._url)
+        return _shown(self._url).rstrip("/")
 
     def as_posix(self) -> str:
         """Return the URL without passwords and signatures."""
         return str(self)
 
     def __truediv__(self, relative: str) -> RemotePath:
-        path = _joined(self._path, quote(relative) if self.is_http else relative)
         first, *outer = self._url.split("::")
+        if self.is_http:
+            path, first = _joined(_bare(self._path), quote(relative)), _bare(first)
+        else:
+            path = _joined(self._path, relative)
         return RemotePath(self._fs, path, "::".join([_joined(first, relative), *outer]))
 
     @property
     def name(self) -> str:
         """The last part, without a query."""
-        path = urlsplit(self._path).path if self.is_http else self._path
+        path = _bare(self._path) if self.is_http else self._path
         name = path.rstrip("/").rpartition("/")[2]
         return unquote(name) if self.is_http else name
 
@@ -157,8 +160,10 @@ class RemotePath:
     def parent(self) -> RemotePath:
         """The folder that this is in."""
         first, *outer = self._url.split("::")
-        url = "::".join([first.partition("?")[0].rstrip("/").rpartition("/")[0], *outer])
-        path = self._path.partition("?")[0] if self.is_http else self._path
+        if self.is_http:
+            first = _bare(first)
+        path = _bare(self._path) if self.is_http else self._path
+        url = "::".join([first.rstrip("/").rpartition("/")[0], *outer])
         return RemotePath(self._fs, path.rstrip("/").rpartition("/")[0], url)
 
     @property
@@ -251,7 +256,7 @@ class RemotePath:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 raise
             except Exception as error:  # each library has its own errors for what may pass
-                if any(getattr(error, name, None) in _GONE for name in ("status", "code", "status_code")):
+                if _status(error) in _GONE:
                     raise FileNotFoundError(str(self)) from error
                 if pause is None:
                     why = first_line(error).replace(self._url, str(self))
@@ -315,6 +320,12 @@ def stamp_of(info: Mapping[str, Any]) -> Stamp:
     return Stamp(MISSING_SIZE if size is None else int(size), number)
 
 
+def _status(error: Exception) -> object:
+    """Return the HTTP status that a library's error carries, if any."""
+    found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    return next((status for status in found if status is not None), None)
+
+
 def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
@@ -327,6 +338,11 @@ def _finds_at_once(fs: AbstractFileSystem) -> bool:
     if isinstance(fs, AsyncFileSystem):
         return type(fs)._find is not AsyncFileSystem._find
     return type(fs).find is not AbstractFileSystem.find
+
+
+def _bare(url: str) -> str:
+    """Return a web address without its query."""
+    return url.partition("?")[0]
 
 
 def _joined(above: str, relative: str) -> str:

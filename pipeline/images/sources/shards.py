@@ -22,13 +22,13 @@ from pipeline.images.sources.items import (
     Packed,
     check_size,
     check_unchanged,
-    unreadable,
     extension_of,
     holds_image,
     read_part,
     split_in,
     stamp,
     text_of,
+    unreadable,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
 
