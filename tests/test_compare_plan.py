@@ -113,6 +113,11 @@ def test_a_plan_is_crossed(tmp_path: Path) -> None:
     assert jobs == [Fit(extraction, *job) for job in crossed]
 
 
+def test_a_source_is_a_path_relative_to_the_plan_or_a_url(tmp_path: Path) -> None:
+    plan = read_plan(write(tmp_path, 'source = ["photos", "s3://bucket/photos", "digits"]\n[[extract]]\n[[fit]]\n'))
+    assert plan.sources == (str(tmp_path / "photos"), "s3://bucket/photos", "digits")
+
+
 def test_defaults_are_the_commands_own(tmp_path: Path) -> None:
     plan = read_plan(write(tmp_path, 'source = "digits"\n[[extract]]\n[[fit]]\n[[finetune]]\n'))
     (extraction,) = extractions(plan)

@@ -11,6 +11,7 @@ from typing import Any
 
 from features_cache import nearest
 from pipeline.errors import PlanError
+from pipeline.images.sources.remote import is_url
 from pipeline.options import TABLES, Option, shared_keys
 
 
@@ -33,7 +34,7 @@ class PlanTable:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan; its path and its sources are absolute, but for the source ``"digits"``.
+    """A whole plan; its path and its sources are absolute, but for URLs and the source ``"digits"``.
 
     `lines` are first all extract tables, then all fit tables, then all finetune tables. `meaning` is the parsed TOML
     document; plans with equal documents are the same plan.
@@ -107,9 +108,14 @@ def _build(plan: Plan) -> Plan:
             above = {key: values for key, values in common.items() if key in options}
             lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
-    paths = {source: plan.path.parent / source for source in common["source"]}
-    sources = tuple(name if name == "digits" and not path.exists() else str(path) for name, path in paths.items())
+    sources = tuple(_absolute(source, plan.path.parent) for source in common["source"])
     return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
+
+
+def _absolute(source: str, folder: Path) -> str:
+    """Return the absolute path of a source that is relative to `folder`; URLs and ``"digits"`` stay as they are."""
+    path = folder / source
+    return source if is_url(source) or (source == "digits" and not path.exists()) else str(path)
 
 
 def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, table: str, place: int) -> tuple[Any, ...]:
