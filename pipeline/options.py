@@ -32,6 +32,7 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "plateau")
 TOPS = ("linear", "hidden", "direct")
 INITS = ("pretrained", "random")
+TASKS = ("rotation", "pseudo-classes", "slow", "ego-motion")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
 
@@ -262,6 +263,22 @@ FINETUNE = (
     ENGINE,
     DEVICE,
 )
+_NO_PRETEXT = ("top", "layer-decay", "lr-at", "label-smoothing", "class-weights", "augment", "views")
+PRETRAIN = (
+    Option("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b"),
+    Option("task", choice(*TASKS), "What the network learns to predict.", required=True),
+    Option("save", FILE, "Write the backbone as this .safetensors file; it is then NAME@FILE.", required=True),
+    Option("init", choice(*reversed(INITS)), "Weights to start from, unless NAME@random:SEED says it.", "random"),
+    Option("augment", TEXT, "none, or crop, flip and colour, joined by +; default: what suits the task."),
+    *(option for option in RECIPE if option.name not in _NO_PRETEXT),
+    replace(SEED, help="Seed of the split, the weights and the training.", repeat=""),
+    replace(OUTPUT, help="Folder of cache files and checkpoints."),
+    Option("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
+    SIZE,
+    WHITE,
+    WORKERS,
+    DEVICE,
+)
 SPLIT_SEED = Option("seed", whole(0), "Seed of the split.", 0)
 COMMANDS: dict[str, tuple[Option, ...]] = {
     "backbones": (),
@@ -269,6 +286,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "extract": EXTRACT,
     "fit": FIT,
     "finetune": FINETUNE,
+    "pretrain": PRETRAIN,
     "predict": (
         Option("csv", FILE, "Write the predictions as this .csv file."),
         Option("output", TEXT, "Cache folder to work through, so that a long run can resume.", short="o"),

@@ -234,6 +234,52 @@ class FinetuneResult(FitResult):
 
 
 @dataclass(frozen=True)
+class PretrainResult:
+    """A backbone that was trained on a pretext task, without labels.
+
+    Attributes
+    ----------
+    backbone, saved_as : str
+        What training began with, and the name of the trained backbone.
+    shown : str
+        What the task shows of the images.
+    inputs_per_image : int
+        How many inputs of the network an image becomes in a step.
+    chance : float or None
+        Accuracy of guessing; None if the task classifies nothing.
+    steps : int
+        Optimizer steps up to the weights that are kept.
+    valid_loss, valid_accuracy : float or None
+        Of the weights that are kept; None without validation images, the accuracy also if the task classifies nothing.
+    history : list of dict
+        As in `FinetuneResult`.
+    """
+
+    kind: str
+    backbone: str
+    saved_as: str
+    path: str
+    task: str
+    shown: str
+    init: str
+    params: dict[str, Any]
+    seed: int
+    n_train: int
+    n_val: int
+    inputs_per_image: int
+    chance: float | None
+    epochs: int
+    best_epoch: int
+    steps: int
+    train_loss: float
+    valid_loss: float | None
+    valid_accuracy: float | None
+    seconds: float
+    converged: bool
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One image's label; `probability` is that of `label`, ``None`` where the head has none."""
 

@@ -26,7 +26,15 @@ RANKS = [
     {"pipeline.extraction"},
     {"pipeline.extract"},
     {"pipeline.finetuning", "pipeline.diagnostics"},
-    {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
+    {"pipeline.pretraining"},
+    {
+        "pipeline.fit",
+        "pipeline.finetune",
+        "pipeline.pretrain",
+        "pipeline.predict",
+        "pipeline.transformer",
+        "pipeline.export",
+    },
     {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
@@ -36,7 +44,13 @@ RANKS = [
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning", "pipeline.export"),
+    "torch": (
+        "pipeline.backbones",
+        "pipeline.engines",
+        "pipeline.finetuning",
+        "pipeline.pretraining",
+        "pipeline.export",
+    ),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "openvino": ("pipeline.engines",),

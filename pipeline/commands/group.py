@@ -14,6 +14,7 @@ from pipeline.commands.finetune import finetune
 from pipeline.commands.fit import fit
 from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
+from pipeline.commands.pretrain import pretrain
 from pipeline.commands.rank import rank
 from pipeline.provenance import installed_version
 
@@ -27,6 +28,6 @@ def thawline() -> None:
 
 
 for command in (
-    demo, backbones, layers, extract, cache_group, fit, finetune, predict, export, rank, drift, compare,
+    demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, drift, compare,
 ):  # fmt: skip
     thawline.add_command(command)

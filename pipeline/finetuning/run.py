@@ -21,6 +21,7 @@ from pipeline.finetuning.data import TrainingData, TrainingSetup, splits_of
 from pipeline.finetuning.inputs import InputReader, Subset
 from pipeline.finetuning.loop import Trained, predict_probabilities, standardise, train
 from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
+from pipeline.finetuning.objective import Classification, class_weights
 from pipeline.finetuning.recipe import Recipe
 from pipeline.invalidation import stage_key
 from pipeline.spec import NO_AUGMENT, json_fields
@@ -69,8 +70,8 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
     key = stage_key("checkpoint", part="network", head_first=setup.head_first, watch=setup.watch, **inputs)
     checkpoint = setup.folder / f"{key}.pt"
     trained = train(
-        network, recipe, setup.rate, rows, val, n_classes, checkpoint, seed, device, setup.progress, name,
-        watch=setup.watch,
+        network, recipe, setup.rate, rows, val, _objective(recipe, rows, n_classes), checkpoint, seed, device,
+        setup.progress, name, watch=setup.watch,
     )  # fmt: skip
     temperature = None
     if val is not None:
@@ -93,6 +94,11 @@ def _subsets(
     return train_rows, subset(splits.val, None) if len(splits.val) else None, subset(splits.test, None)
 
 
+def _objective(recipe: Recipe, rows: Subset, n_classes: int) -> Classification:
+    weights = class_weights(np.bincount(rows.labels, minlength=n_classes)) if recipe.class_weights else None
+    return Classification(weights, recipe.label_smoothing)
+
+
 def _train_top(
     network: ThawedNetwork,
     features: InputReader,
@@ -111,9 +117,9 @@ def _train_top(
     top_only = ThawedNetwork(data.backbone, ALL, recipe.top, n_classes)
     standardise(top_only, rows, device)
     checkpoint = setup.folder / f"{stage_key('checkpoint', part='new top', **inputs)}.pt"
-    rate = recipe.rate(new_only=True)
+    rate, objective = recipe.rate(new_only=True), _objective(recipe, rows, n_classes)
     name = f"{name}, head"
-    trained = train(top_only, recipe, rate, rows, val, n_classes, checkpoint, seed, device, setup.progress, name)
+    trained = train(top_only, recipe, rate, rows, val, objective, checkpoint, seed, device, setup.progress, name)
     network.new_head.load_state_dict(top_only.new_head.state_dict())
     return trained.resumed_seconds
 

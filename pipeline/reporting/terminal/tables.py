@@ -18,6 +18,7 @@ from pipeline.results import (
     FitResult,
     LayerScore,
     Prediction,
+    PretrainResult,
     SeedSummary,
 )
 
@@ -82,6 +83,23 @@ def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     one = results[0]
     title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
     return _compared(settings, measured, results, title)
+
+
+def pretrain_table(result: PretrainResult) -> Table:
+    """What the task was, and how well it was learnt, a line each."""
+    accuracy = "-" if result.valid_accuracy is None else f"{result.valid_accuracy:.3f} ({result.chance:.3g} is a guess)"
+    facts = {
+        "task": f"{result.task}, {result.shown}",
+        "begun with": result.backbone,
+        "train/val": f"{result.n_train}/{result.n_val} images, {result.inputs_per_image} inputs of each in a step",
+        "epochs": f"{result.epochs}" + ("" if result.converged else " (diverged)"),
+        "kept": f"epoch {result.best_epoch}, after {result.steps} steps",
+        "train loss": f"{result.train_loss:.3f}",
+        "validation loss": "-" if result.valid_loss is None else f"{result.valid_loss:.3f}",
+        "validation accuracy": accuracy,
+        "seconds": f"{result.seconds:.1f}",
+    }
+    return facts_table(facts.items())
 
 
 def seeds_table(summary: Sequence[SeedSummary]) -> Table:
