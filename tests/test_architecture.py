@@ -30,13 +30,15 @@ RANKS = [
     {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
+    {"pipeline.lecturing"},
+    {"pipeline.lecture"},
     {"pipeline.commands"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning", "pipeline.export"),
+    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning", "pipeline.export", "pipeline.lecturing"),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "openvino": ("pipeline.engines",),
@@ -118,6 +120,7 @@ def test_the_top_level_is_what_the_project_promises() -> None:
 
 INTERFACES = {
     "the functions of a zoo": r"pipeline\.backbones\.zoo_\w+",
+    "each claim of the lecture is measured by a function of one name": r"pipeline\.lecturing\.\w+",
     "a command is named like the stage that it runs": r"pipeline\.commands\.\w+",
 }
 """Modules whose public names others share, since they implement the same interface."""
