@@ -223,8 +223,9 @@ class FinetuneResult(FitResult):
 
     `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
     which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
-    ``train_loss``, ``valid_loss`` and ``valid_acc`` (where there were validation images), the highest learning rate,
-    the seconds, and, where they were watched, ``gradients``: ``{LAYER: {gradient, weight, update, dead}}``.
+    ``train_loss``, ``train_acc`` (of each batch before its step), ``valid_loss`` and ``valid_acc`` (where there were
+    validation images), the highest learning rate, the seconds, and, where they were watched, ``gradients``:
+    ``{LAYER: {gradient, weight, update, dead}}``.
     """
 
     freeze: str = ""

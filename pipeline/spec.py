@@ -43,6 +43,8 @@ REDECODED = (".tif", ".tiff")
 """How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 3
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+RANDOM_RULES = 2
+"""The same for what fine-tuning from random weights alone computes; 2 standardises features in training mode."""
 _UNSAID = {"white": None, "heads": 1, "prefix_tokens": None}
 """Fields that are newer than files without them, and their values there."""
 

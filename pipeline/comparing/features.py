@@ -12,7 +12,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
+from pipeline.spec import DECODE_POLICY, RANDOM_RULES, REDECODED, Request, aliases_of, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,16 @@ def listing_digest(images: ImageSource) -> str:
 
 def finetune_key(job: Finetune, source: str, listing: str) -> str:
     """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`."""
+    options = dict(job.options)
     return stage_key(
         "finetune",
         source=source,
         rows=listing,
         options=job.options,
-        weights=weights_file_digest(str(dict(job.options)["backbone"])),
+        weights=weights_file_digest(str(options["backbone"])),
         seed=job.seed,
         shots=job.shots,
+        **({"random_rules": RANDOM_RULES} if options.get("init") == "random" else {}),
     )
 
 

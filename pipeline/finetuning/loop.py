@@ -37,8 +37,9 @@ SAVE_EVERY_S = 5.0
 """Least time between two checkpoints, so that short epochs do not spend their time on writing."""
 
 Epoch = dict[str, Any]
-"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss``, ``valid_loss``, ``valid_acc``, ``lr``, ``seconds``,
-and ``gradients`` (see `pipeline.finetuning.watch.GradientWatch`) where they are watched."""
+"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss`` and ``train_acc`` (of each batch before its step),
+``valid_loss``, ``valid_acc``, ``lr``, ``seconds``, and ``gradients`` (see `pipeline.finetuning.watch.GradientWatch`)
+where they are watched."""
 
 
 class DivergedError(ThawlineError):
@@ -157,19 +158,23 @@ class _Trainer:
         began = time.perf_counter()
         number = len(self.history) + 1
         torch.manual_seed(self.seed * 100_003 + number)  # dropout is the same if a run goes on from a checkpoint
-        losses, sizes = [], []
+        losses, sizes, right = [], [], 0
         self.network.train()
         for step, (inputs, labels) in enumerate(self.rows.batches(number - 1), start=1):
             self.schedule.before_step()
             inputs, labels = _on(self.device, inputs), labels.to(self.device)
-            loss = take_step(self.network, inputs, labels, self.criterion, self.optimizer, self.recipe.clip, self.watch)
+            loss, hits = take_step(
+                self.network, inputs, labels, self.criterion, self.optimizer, self.recipe.clip, self.watch
+            )
             if not math.isfinite(loss):
                 layer = first_bad_layer(self.network, inputs)
                 raise DivergedError(f"the loss became {loss} at step {step} of epoch {number}, first in {layer}")
             losses.append(loss)
             sizes.append(len(labels))
+            right += hits
             tell(number, step)
         record: Epoch = {"epoch": number, "train_loss": float(np.average(losses, weights=sizes))}
+        record["train_acc"] = right / sum(sizes)
         if self.val is not None:
             record |= self._validate(self.val, number)
         record["lr"] = max(float(group["lr"]) for group in self.optimizer.param_groups)
@@ -232,13 +237,17 @@ def take_step(
     optimizer: Optimizer,
     clip: float | None = None,
     watch: GradientWatch | None = None,
-) -> float:
-    """Make one optimizer step on a batch and return its loss; if the loss is not finite, no step is made."""
+) -> tuple[float, int]:
+    """Make one optimizer step on a batch; return its loss and how many were right before.
+
+    If the loss is not finite, no step is made.
+    """
     optimizer.zero_grad()
-    loss = criterion(network(*inputs), labels)
-    value = float(loss.item())
+    logits = network(*inputs)
+    loss = criterion(logits, labels)
+    value, right = float(loss.item()), int((logits.argmax(1) == labels).sum())
     if not math.isfinite(value):
-        return value
+        return value, right
     loss.backward()
     if watch is not None:
         watch.before_step()
@@ -247,7 +256,7 @@ def take_step(
     optimizer.step()
     if watch is not None:
         watch.after_step()
-    return value
+    return value, right
 
 
 def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> Float64Array:
@@ -258,9 +267,13 @@ def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> 
     return logits.double().softmax(1).numpy()
 
 
-def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
-    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training."""
-    network.to(device)
+def standardise(network: ThawedNetwork, rows: Subset, device: str, *, training: bool = False) -> None:
+    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training.
+
+    With random weights, this has to be in `training` mode: batch norms have not seen any images yet, so that features
+    in evaluation mode can be many powers of ten larger or smaller than those that the top will read.
+    """
+    network.to(device).train(training)
     with torch.no_grad():
         read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
     frozen = next(network.body.parameters(), None) is None

@@ -23,7 +23,7 @@ from pipeline.finetuning.loop import Trained, predict_probabilities, standardise
 from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
 from pipeline.finetuning.recipe import Recipe
 from pipeline.invalidation import stage_key
-from pipeline.spec import NO_AUGMENT, json_fields
+from pipeline.spec import NO_AUGMENT, RANDOM_RULES, json_fields
 
 TOP_EPOCHS = 10
 """Most epochs in which the new top trains alone, if it trains first."""
@@ -63,7 +63,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         setup.folder.mkdir(parents=True, exist_ok=True)
     top_seconds = 0.0
     if data.features is None:
-        standardise(network, rows, device)
+        standardise(network, rows, device, training=setup.init == "random")
     else:
         top_seconds = _train_top(network, data.features, data, setup, splits, inputs, seed, name)
     key = stage_key("checkpoint", part="network", head_first=setup.head_first, watch=setup.watch, **inputs)
@@ -134,6 +134,7 @@ def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits,
         "backbone": backbone.name,
         "weights": backbone.weights_digest,
         **({"heads": len(backbone.classifiers)} if len(backbone.classifiers) > 1 else {}),
+        **({"random_rules": RANDOM_RULES} if setup.init == "random" else {}),
         "preprocessing": json_fields(backbone.preprocessing),
         "device": data.resolved.device,
         "seed": seed,
