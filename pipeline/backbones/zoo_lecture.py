@@ -41,7 +41,7 @@ _CHOICES = {
     "modules": ("reduced", "naive"),
 }
 _ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "logistic": nn.Sigmoid}
-_MODULES = {
+INCEPTIONS = {
     "inception3a": (64, 96, 128, 16, 32, 32),
     "inception3b": (128, 128, 192, 32, 96, 64),
     "maxpool3": (),
@@ -183,7 +183,7 @@ def _googlenet(classes: int, width: int, modules: str) -> nn.Module:
     net.add_module("conv3", BasicConv2d(width, scaled(192), kernel_size=3, padding=1))
     net.add_module("maxpool2", nn.MaxPool2d(3, 2, ceil_mode=True))
     inputs, kind = scaled(192), NaiveInception if modules == "naive" else ReducedInception
-    for name, channels in _MODULES.items():
+    for name, channels in INCEPTIONS.items():
         if channels:
             net.add_module(name, kind(inputs, *map(scaled, channels)))
             inputs = int(net.get_submodule(name).outputs)  # type: ignore[arg-type]

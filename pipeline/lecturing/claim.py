@@ -46,6 +46,13 @@ class Setting:
         parts = {row: name for name in ("train", "val", "test") for row in getattr(splits, name).tolist()}
         return replace(self.source, items=[item._replace(split=parts.get(row, "")) for row, item in enumerate(items)])
 
+    @cached_property
+    def sample(self) -> ImageSource:
+        """At most 1,000 labelled images of the source, 200 in the short form, drawn by seed 0."""
+        labelled = np.flatnonzero([item.label >= 0 for item in self.source.items])
+        drawn = np.sort(np.random.default_rng(0).permutation(labelled)[: 200 if self.quick else 1000]).tolist()
+        return replace(self.source, items=[self.source.items[row] for row in drawn])
+
 
 @dataclass(frozen=True)
 class Findings:

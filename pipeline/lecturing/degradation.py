@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.lecturing.claim import Findings, Setting, line_chart, seeds_figure
-from pipeline.lecturing.training import RATES, net_figures, test_figure, train_nets
+from pipeline.lecturing.training import RATES, error_figure, net_figures, train_nets
 
 _WIDTH, _SIDE = 8, 16
 _HE = "He et al. 2016"
@@ -27,11 +27,11 @@ def measure_claim(setting: Setting) -> Findings:
             "training error, resnet-56 minus resnet-20, points", resnet56.training_errors - resnet20.training_errors,
             "lower in the end", f"{_HE}, fig. 6", expected=-1, tests=_TESTS,
         ),
-        test_figure(
+        error_figure(
             "test error, plain-56 minus plain-20, points", plain56, plain20,
             "28.54 - 27.94 = 0.60 on ImageNet with 34 and 18 layers", f"{_HE}, table 2", expected=1, tests=_TESTS,
         ),
-        test_figure(
+        error_figure(
             "test error, resnet-56 minus resnet-20, points", resnet56, resnet20,
             "25.03 - 27.88 = -2.85 on ImageNet with 34 and 18 layers", f"{_HE}, table 2", expected=-1, tests=_TESTS,
         ),

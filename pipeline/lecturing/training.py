@@ -61,20 +61,29 @@ def train_nets(setting: Setting, names: Sequence[str], epochs: int, size: int) -
     return nets
 
 
-def test_figure(
-    name: str, worse: TrainedNet, better: TrainedNet, published: str, origin: str, *, expected: int, tests: int
+def error_figure(
+    name: str,
+    one: TrainedNet,
+    other: TrainedNet,
+    published: str,
+    origin: str,
+    *,
+    expected: int = 0,
+    tests: int = 1,
 ) -> LectureFigure:
-    """Return the difference of two test errors in points, over all seeds, with a paired interval.
+    """Return by how many points the test error of one network is above that of the other, with a paired interval.
 
-    Test rows of one image (or group) count together, so that seeds add no test images.
+    All seeds count. Test rows of one image (or group) count together, so that seeds add no test images.
     """
-    (right_a, units), (right_b, _) = pool_seeds(better.predictions), pool_seeds(worse.predictions)
+    (right_a, units), (right_b, _) = pool_seeds(other.predictions), pool_seeds(one.predictions)
     clusters = number_clusters(units)
     low, high = paired_interval(right_a, right_b, clusters, 1 - (1 - CONFIDENCE) / tests)
     p = mcnemar(right_a, right_b, clusters)
     interval = (100 * low, 100 * high)
     value = 100 * float(right_a.mean() - right_b.mean())
-    return LectureFigure(f"{name} (p = {p:.3f})", value, interval, published, origin, verdict(interval, expected))
+    return LectureFigure(
+        f"{name} (p = {p:.3f})", value, interval, published, origin, verdict(interval, expected) if expected else ""
+    )
 
 
 def net_figures(nets: dict[str, TrainedNet], names: dict[str, str]) -> list[LectureFigure]:
