@@ -322,6 +322,11 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
             stage_name="folder",
         ),
     ),
+    "lecture": (
+        Option("source", TEXT, "Labelled images to measure the claims on.", "digits"),
+        Option("output", TEXT, "Folder for the page and for all that the claims compute.", "thawline-lecture", "o"),
+        Option("quick", FLAG, "Run each claim in a short form, which shows that it works, not that it holds.", False),
+    ),
     "cache ls": (),
     "cache show": ONE_CACHE,
     "cache verify": (

@@ -223,8 +223,9 @@ class FinetuneResult(FitResult):
 
     `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
     which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
-    ``train_loss``, ``valid_loss`` and ``valid_acc`` (where there were validation images), the highest learning rate,
-    the seconds, and, where they were watched, ``gradients``: ``{LAYER: {gradient, weight, update, dead}}``.
+    ``train_loss``, ``train_acc`` (of each batch before its step), ``valid_loss`` and ``valid_acc`` (where there were
+    validation images), the highest learning rate, the seconds, and, where they were watched, ``gradients``:
+    ``{LAYER: {gradient, weight, update, dead}}``.
     """
 
     freeze: str = ""
@@ -359,3 +360,46 @@ class DriftResult:
     p_value: float
     foreign_in_first: list[ForeignImage]
     foreign_in_second: list[ForeignImage]
+
+
+@dataclass(frozen=True)
+class LectureFigure:
+    """A measured number of one of the lecture's claims, beside the published one.
+
+    Parameters
+    ----------
+    name : str
+        What was measured, with its unit.
+    value : float
+    interval : (float, float) or None
+        95 % interval, for all figures of the claim that have a verdict together; None for what was counted.
+    published : str
+        The published value or finding, ``""`` for none.
+    origin : str
+        Where it was published.
+    verdict : str
+        What the interval says about the sign that the claim expects: ``agrees``, ``contradicts`` or ``open``; ``""``
+        for a figure that the claim expects nothing of.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    published: str = ""
+    origin: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class LectureResult:
+    """One of the lecture's claims as measured, in a short form if `quick`; `machine` says on what."""
+
+    claim: str
+    statement: str
+    source: str
+    quick: bool
+    figures: list[LectureFigure]
+    notes: list[str]
+    seconds: float
+    started: str
+    machine: str

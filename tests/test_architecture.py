@@ -38,6 +38,8 @@ RANKS = [
     {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
+    {"pipeline.lecturing"},
+    {"pipeline.lecture"},
     {"pipeline.commands"},
     {"cli"},
 ]
@@ -49,6 +51,7 @@ MAY_IMPORT_AT_MODULE_LEVEL = {
         "pipeline.engines",
         "pipeline.finetuning",
         "pipeline.pretraining",
+        "pipeline.lecturing",
         "pipeline.export",
     ),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
@@ -132,6 +135,7 @@ def test_the_top_level_is_what_the_project_promises() -> None:
 
 INTERFACES = {
     "the functions of a zoo": r"pipeline\.backbones\.zoo_\w+",
+    "each claim of the lecture is measured by a function of one name": r"pipeline\.lecturing\.\w+",
     "a command is named like the stage that it runs": r"pipeline\.commands\.\w+",
 }
 """Modules whose public names others share, since they implement the same interface."""

@@ -12,6 +12,7 @@ from pipeline.commands.export import export
 from pipeline.commands.extract import extract
 from pipeline.commands.finetune import finetune
 from pipeline.commands.fit import fit
+from pipeline.commands.lecture import lecture
 from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
 from pipeline.commands.pretrain import pretrain
@@ -29,5 +30,6 @@ def thawline() -> None:
 
 for command in (
     demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, drift, compare,
+    lecture,
 ):  # fmt: skip
     thawline.add_command(command)

@@ -88,12 +88,13 @@ def listing_digest(images: ImageSource) -> str:
 
 def finetune_key(job: Finetune, source: str, listing: str) -> str:
     """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`."""
+    options = dict(job.options)
     return stage_key(
         "finetune",
         source=source,
         rows=listing,
         options=job.options,
-        weights=weights_file_digest(str(dict(job.options)["backbone"])),
+        weights=weights_file_digest(str(options["backbone"])),
         seed=job.seed,
         shots=job.shots,
     )

@@ -64,7 +64,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         setup.folder.mkdir(parents=True, exist_ok=True)
     top_seconds = 0.0
     if data.features is None:
-        standardise(network, rows, device)
+        standardise(network, rows, device, training=setup.init == "random")
     else:
         top_seconds = _train_top(network, data.features, data, setup, splits, inputs, seed, name)
     key = stage_key("checkpoint", part="network", head_first=setup.head_first, watch=setup.watch, **inputs)

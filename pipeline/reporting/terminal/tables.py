@@ -17,6 +17,8 @@ from pipeline.results import (
     FinetuneResult,
     FitResult,
     LayerScore,
+    LectureFigure,
+    LectureResult,
     Prediction,
     PretrainResult,
     SeedSummary,
@@ -249,6 +251,27 @@ def foreign_table(result: DriftResult) -> Table:
     pairs = zip_longest(result.foreign_in_first, result.foreign_in_second)
     rows = [tuple("" if image is None else f"{image.uri} ({image.score:.2f})" for image in pair) for pair in pairs]
     return rows_table(("most foreign in the first", "most foreign in the second"), rows)
+
+
+def lecture_table(result: LectureResult) -> Table:
+    """One row for each figure of a claim, in bold where the claim expects something of it."""
+    rows = [
+        (one.name, number_text(one.value), interval_text(one), one.verdict or "-", one.published)
+        for one in result.figures
+    ]
+    title = f"{result.claim}: {result.statement}"
+    columns = (f"on {result.source}", "measured", "95 % interval", "verdict", "published")
+    return rows_table(columns, rows, title, [bool(one.verdict) for one in result.figures])
+
+
+def number_text(value: float) -> str:
+    """Return a number with thousands grouped, or three significant digits if it is small."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def interval_text(figure: LectureFigure) -> str:
+    """Return the interval of a figure as text; ``–`` for none."""
+    return "–" if figure.interval is None else " to ".join(map(number_text, figure.interval))
 
 
 def rows_table(
