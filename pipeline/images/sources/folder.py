@@ -20,17 +20,7 @@ from pipeline.images.sources.items import (
     is_image_file,
     read_file,
 )
-
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""What folders, manifests and shard names call a split, in lower case, and its name here."""
+from pipeline.tables import SPLIT_WORDS
 
 
 def open_folder(path: Path) -> ImageSource | None:

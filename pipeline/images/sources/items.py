@@ -181,13 +181,6 @@ def _can_be_stored(text: str) -> bool:
     return "\0" not in text
 
 
-def text_of(value: object) -> str:
-    """Return a label or group that came as text or number: 1 and 1.0 are ``"1"``, None and NaN are ``""``."""
-    if value is None or value != value:  # NaN, a missing number in a data frame
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
 def extension_of(name: str) -> str:
     """Return what follows the last dot of a file's name, with the dot, in lower case; `NO_EXTENSION` if there is none.
 

@@ -12,8 +12,8 @@ from textwrap import shorten
 
 from features_cache import nearest
 from pipeline.errors import SourceError
-from pipeline.images.sources.folder import SPLIT_WORDS
-from pipeline.images.sources.items import ImageSource, Item, build_source, is_file_of, read_file, text_of
+from pipeline.images.sources.items import ImageSource, Item, build_source, is_file_of, read_file
+from pipeline.tables import SPLIT_WORDS, text_of
 
 COLUMNS = ("path", "label", "split", "group")
 """The columns that are read. Only the first is required; all others are ignored."""

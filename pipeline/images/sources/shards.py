@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.sources.folder import SPLIT_WORDS, walk
+from pipeline.images.sources.folder import walk
 from pipeline.images.sources.items import (
     IMAGE_EXTENSIONS,
     OTHER_EXTENSIONS,
@@ -24,8 +24,8 @@ from pipeline.images.sources.items import (
     extension_of,
     holds_image,
     is_file_of,
-    text_of,
 )
+from pipeline.tables import SPLIT_WORDS, text_of
 
 SHARD_EXTENSION = ".tar"
 
