@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
+from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
@@ -63,6 +64,9 @@ def finetune(
     freeze: str = "all",
     seeds: Sequence[int] = (0,),
     shots: Sequence[int | str] = ("all",),
+    labels: str | Path | LabelsTable | None = None,
+    target: str | None = None,
+    key: str | None = None,
     output: str | Path = DEFAULT_CACHE,
     init: str = "pretrained",
     head_first: bool = False,
@@ -84,7 +88,7 @@ def finetune(
     Parameters
     ----------
     source : str, Path or ImageSource
-        Anything `pipeline.extract.extract` takes, with labels.
+        Anything `pipeline.extract.extract` takes; with labels, unless a table has them.
     backbone : str, default "efficientnet_lite0"
         ``NAME`` or ``NAME@WEIGHTS``.
     freeze : str, default "all"
@@ -94,6 +98,8 @@ def finetune(
     shots : sequence of int or "all", default ("all",)
         Training images of each class. With a number there are no validation images, since these would be more shots,
         and so no early stopping.
+    labels, target, key
+        A table to take labels from, as for `pipeline.fit.fit`.
     output : str or Path, default "thawline-cache"
         Cache folder. Layers that it lacks, and checkpoints, are written to the folder ``finetune`` in it.
     init : {"pretrained", "random"}
@@ -148,6 +154,7 @@ def finetune(
     setup = TrainingSetup(
         open_source(source), backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision,
         store, size, white, engine, device, workers, progress or silent, say or notes.append,
+        find_labels(labels, target, key),
     )  # fmt: skip
     results: list[FinetuneResult] = []
     predictions: list[Predictions] = []
@@ -213,5 +220,6 @@ def _result(
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),
         history=trained.history,
+        target=table.target,
     )
     return result, predictions

@@ -13,6 +13,7 @@ from features_cache import Catalog
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
+from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
@@ -51,6 +52,8 @@ class FitReport:
         ties go to the lower log-loss.
     saved : Path or None
         The model file.
+    layer : Layer
+        That of the best result.
     """
 
     results: list[FitResult]
@@ -60,6 +63,7 @@ class FitReport:
     classes: tuple[str, ...]
     best: int
     saved: Path | None
+    layer: Layer
 
     @property
     def may_be_best(self) -> set[tuple[str, str, int | str]]:
@@ -77,6 +81,9 @@ def fit(
     backbone: str | None = None,
     pool: str | None = None,
     *,
+    labels: str | Path | LabelsTable | None = None,
+    target: str | None = None,
+    key: str | None = None,
     cv: int | None = None,
     balanced: bool = False,
     drop_leaks: bool = False,
@@ -102,6 +109,9 @@ def fit(
         Number of training rows per class. Parameters are then chosen inside these rows, and val is not used.
     source, backbone, pool : str, optional
         Select a file if the cache holds several.
+    labels, target, key
+        A table to take labels from, and its columns, see `pipeline.evaluation.labels.read_labels`; by default labels
+        are those of the source.
     cv : int, optional
         Number of folds of a cross-validation, which replaces the test split: every row is test once, parameters are
         chosen inside the other folds, and a result is about all rows. Repeated with each seed.
@@ -131,6 +141,8 @@ def fit(
         If there is no such device.
     CacheError
         If the cache or a layer cannot be found.
+    TableError
+        If the table of labels cannot be read or joined.
     ModelFileError
         If the model cannot be written.
 
@@ -149,7 +161,8 @@ def fit(
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads(heads, device)
     destination = None if save is None else check_destination(save, ".skops")
-    selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
+    answers = find_labels(labels, target, key)
+    selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool, answers)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; name one source")
     split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=drop_leaks)
@@ -186,7 +199,8 @@ def fit(
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
     notes = _notes(trials, choices) + best_notes(results)
     summary = summarise_seeds(results, predictions)
-    return FitReport(results, predictions, summary, notes, selected[0].table.classes, best, destination)
+    kept = trials[best * folds].data.layer
+    return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)
 
 
 def _distinct(values: Sequence[T]) -> list[T]:
@@ -236,6 +250,7 @@ def _result(
         converged=all(outcome.converged for outcome in outcomes),
         balanced=balanced,
         cv=cv,
+        target=table.target,
     )
     return result, predictions
 

@@ -188,6 +188,12 @@ WHICH_SOURCE = Option("source", TEXT, "Which source, if the cache holds several:
 WHICH_BACKBONE = Option("backbone", TEXT, "Which backbone, if the cache holds several.", short="b")
 WHICH_LAYER = Option("layer", TEXT, "Which layer, if the cache holds several.", short="l")
 WHICH_POOL = Option("pool", choice(*POOLS), "Which pooling, if the cache holds several.")
+LABELS = (
+    Option("labels", FILE, "Take labels from this table, .csv, .tsv, .jsonl or .parquet, not from the source."),
+    Option("target", TEXT, "Its column of labels; default: label, or the only one left."),
+    Option("key", TEXT, "Its column of image names; default: uri, path, file, image or id."),
+)
+"""Where the answers come from; a plan gives them above its tables."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 
 EXTRACT = (
@@ -214,6 +220,7 @@ FIT = (
     WHICH_SOURCE,
     WHICH_BACKBONE,
     WHICH_POOL,
+    *LABELS,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
     once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
@@ -251,6 +258,7 @@ FINETUNE = (
     *RECIPE,
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
+    *LABELS,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "Record these for each layer, and say where they are unhealthy."),
@@ -299,6 +307,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
+        *LABELS,
         Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
     ),
     "drift": (
@@ -348,7 +357,7 @@ Their order is part of the keys of results: a fine-tune that was kept is found a
 
 
 def shared_keys() -> dict[str, Option]:
-    """Return what may stand above a plan's tables: ``source``, and keys that mean the same in several tables."""
+    """Return what may stand above a plan's tables: sources, labels, and keys that mean the same in several tables."""
     source = crossed("source", TEXT, "")
     tables: dict[str, list[Option]] = {}
     for table in TABLES.values():
@@ -356,7 +365,8 @@ def shared_keys() -> dict[str, Option]:
             tables.setdefault(key, []).append(option)
     # A batch is a forward pass in one table and a training step in another.
     shared = {key: options[0] for key, options in tables.items() if len(options) > 1 and key != "batch-size"}
-    return {"source": source, **shared}
+    labels = {option.name: replace(option, plan="once", kind=TEXT) for option in LABELS}
+    return {"source": source, **labels, **shared}
 
 
 def tune_parameters(chosen: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -151,6 +151,8 @@ class FitResult:
         Number of groups of test rows; a row without a group counts as one. None in old run folders.
     n_effective : float or None
         How many independent test rows would tell the accuracy as precisely as these groups do; `n_test` without groups.
+    target : str or None
+        The column of a table that the labels came from; None for the labels of the source.
     """
 
     kind: str
@@ -184,6 +186,7 @@ class FitResult:
     n_groups: int | None = None
     n_effective: float | None = None
     validation_log_loss: float | None = None
+    target: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ RANKS = [
         "pipeline.options",
         "pipeline.model_file",
         "pipeline.provenance",
+        "pipeline.tables",
         "pipeline.user_folder",
     },
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},

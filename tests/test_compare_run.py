@@ -318,7 +318,7 @@ def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
     sources = open_sources(tunes)
     listed: list[Any] = []
     monkeypatch.setattr(comparison, "listing_digest", lambda images: listed.append(images) or "digest")
-    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, None, sources, {}, silent).finetunes()
     assert len({key for _, key in jobs.values()}) == 3
     assert listed == list(sources.values())
 

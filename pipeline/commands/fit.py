@@ -27,7 +27,7 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
         plot.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
     report = with_progress(run, cache, **options)
     say_all(report.notes)
-    drawn = _draw(report, plot, cache, options) if plot else []
+    drawn = _draw(report, plot) if plot else []
     if as_json:
         document = {
             "results": report.results,
@@ -54,9 +54,7 @@ def _described(result: FitResult) -> str:
     return f"{result.head} on {result.layer}, shots {result.shots}, seed {result.seed}, {validated}"
 
 
-def _draw(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) -> list[str]:
-    from features_cache import Catalog
-    from pipeline.evaluation.rows import select
+def _draw(report: FitReport, folder: Path) -> list[str]:
     from pipeline.reporting.charts.fit_pictures import draw_fit
     from pipeline.reporting.charts.theme import characters_without_font
 
@@ -65,6 +63,4 @@ def _draw(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) 
             f"no installed font has {lacking[:20]}, so the .png pictures show boxes for them; install one, such as "
             "Noto Sans CJK for Chinese and Japanese, or use the .svg pictures"
         )
-    narrowed = (options["source"], options["backbone"], options["pool"])
-    layer = select(Catalog(cache), [report.results[report.best].layer], *narrowed)[0]
-    return [str(path) for path in draw_fit(report, layer, folder)]
+    return [str(path) for path in draw_fit(report, folder)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from features_cache import CacheFile, Catalog
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
+from pipeline.evaluation.labels import LabelsTable
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
@@ -61,8 +62,8 @@ def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
     return {name: index for index, name in enumerate(sorted(layers, key=order.index))}
 
 
-def fit_key(fit: Fit, features: Features, source: str) -> str:
-    """Return the `stage_key` of a fit on the source of this name."""
+def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | None) -> str:
+    """Return the `stage_key` of a fit on the source of this name, with labels of its own or of a table."""
     names = fit.layer.split("+")
     files = [features.files[name] for name in names]
     return stage_key(
@@ -74,7 +75,12 @@ def fit_key(fit: Fit, features: Features, source: str) -> str:
         options=fit.options,
         seed=fit.seed,
         shots=fit.shots,
+        **_labels_key(labels),
     )
+
+
+def _labels_key(labels: LabelsTable | None) -> dict[str, str]:
+    return {} if labels is None else {"labels": labels.digest}
 
 
 def listing_digest(images: ImageSource) -> str:
@@ -86,7 +92,7 @@ def listing_digest(images: ImageSource) -> str:
     return fingerprint_of([images.classes, images.items, *([DECODE_POLICY] if redecoded else [])])
 
 
-def finetune_key(job: Finetune, source: str, listing: str) -> str:
+def finetune_key(job: Finetune, source: str, listing: str, labels: LabelsTable | None) -> str:
     """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`."""
     options = dict(job.options)
     return stage_key(
@@ -97,6 +103,7 @@ def finetune_key(job: Finetune, source: str, listing: str) -> str:
         weights=weights_file_digest(str(options["backbone"])),
         seed=job.seed,
         shots=job.shots,
+        **_labels_key(labels),
     )
 
 

@@ -170,7 +170,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
 
     keys = {(job.layer, find_head(job.head).name, job.seed, job.shots): key for job, key in block.items()}
     one = next(iter(block))
-    source, request, options = comparison.images[one.extraction.source], one.extraction.request, dict(one.options)
+    request, options = one.extraction.request, dict(one.options)
     depth_of = depths(request, tuple(found.dims))
 
     def keep(result: FitResult, predictions: Predictions) -> None:
@@ -180,7 +180,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
             key=keys[result.layer, result.head, result.seed, result.shots],
             source=comparison.names[one.extraction.source],
             result=result,
-            n_classes=len(source.classes),
+            n_classes=len(comparison.labelled[one.extraction.source].classes),
             precision=spec["precision"],
             store=spec["store"],
             size=tuple(spec["preprocessing"]["size"]),
@@ -195,7 +195,8 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     given = [line.how()["jobs"] for line in comparison.plan.of("fit") if "jobs" in line.values]
     jobs = min(given, default=None)  # one call may serve several [[fit]]: the smallest number holds for all
     progress = _prefixed(comparison.progress, f"{request.backbone} ")
-    report = fit(found.catalog(), layers, heads, seeds, shots, jobs=jobs, progress=progress, on_result=keep, **options)
+    options |= {"labels": comparison.labels, "jobs": jobs}
+    report = fit(found.catalog(), layers, heads, seeds, shots, progress=progress, on_result=keep, **options)
     comparison.notes += report.notes
 
 
@@ -204,15 +205,16 @@ def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, 
     from pipeline.options import tune_parameters
 
     ((job, key),) = block.items()
-    source, options = comparison.images[job.source], tune_parameters(job.options)
+    options = tune_parameters(job.options)
     how = line.how() | {"output": comparison.cache(line)}
     progress = _prefixed(comparison.progress, f"finetune {options['backbone']} ")
-    report = finetune(source, seeds=[job.seed], shots=[job.shots], progress=progress, **options, **how)
+    how |= {"labels": comparison.labels, "progress": progress}
+    report = finetune(comparison.images[job.source], seeds=[job.seed], shots=[job.shots], **options, **how)
     for results in report.extracted:
         _note_costs(comparison.folder, comparison.names[job.source], options.get("size"), results)
     own = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     name, weights = comparison.names[job.source], comparison.weights_of(job)
-    result = JobResult(key, name, report.results[0], len(source.classes), options=own, weights=weights)
+    result = JobResult(key, name, report.results[0], len(report.classes), options=own, weights=weights)
     comparison.keep(result, report.predictions[0])
     comparison.notes += report.notes
 

@@ -116,7 +116,7 @@ def labelled_rows(labels: IntArray) -> IntArray:
     """Return the rows whose label is not -1; raise `FitError` if there is none."""
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
-        raise FitError("no row has a label; put the images into one folder per class")
+        raise FitError("no row has a label; put the images into one folder per class, or name a table of labels")
     return rows
 
 

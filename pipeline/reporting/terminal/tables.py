@@ -62,6 +62,7 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
 def fit_table(results: Sequence[FitResult]) -> Table:
     """One row for each result, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
+        "target": _targets(results),
         **_columns(results, "backbone", "pool", "layer", "head", "seed", "shots"),
         "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [_counts(result) for result in results],
@@ -73,6 +74,7 @@ def fit_table(results: Sequence[FitResult]) -> Table:
 def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     """One row for each run, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
+        "target": _targets(results),
         **_columns(results, "freeze", "seed", "shots"),
         "train/val/test": [_counts(result) for result in results],
         "trained weights": [f"{result.trainable_parameters:,}" for result in results],
@@ -146,6 +148,10 @@ def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, l
     }
 
 
+def _targets(results: Sequence[FitResult]) -> list[str]:
+    return [result.target or "-" for result in results]
+
+
 def _counts(result: FitResult) -> str:
     """Return the numbers of training, validation and test rows, and in how many groups the test rows come."""
     grouped = result.n_groups is not None and result.n_groups < result.n_test
@@ -187,21 +193,21 @@ def _params(result: FitResult) -> str:
     return shown if result.converged else f"{shown} (not converged)"
 
 
-def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table:
-    """The first `most` predictions; `count_table` sums up the rest."""
+def prediction_table(predictions: Sequence[Prediction], target: str, most: int = 20) -> Table:
+    """The first `most` predictions of a target; `count_table` sums up the rest."""
     rows = []
     for prediction in predictions[:most]:
         shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
         rows.append((prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown))
     if len(predictions) > most:
         rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
-    return rows_table(("image", "label", "probability"), rows)
+    return rows_table(("image", target, "probability"), rows)
 
 
-def count_table(predictions: Iterable[Prediction]) -> Table:
+def count_table(predictions: Iterable[Prediction], target: str) -> Table:
     """How many images got each label."""
     counts = Counter(prediction.label or "(unreadable)" for prediction in predictions)
-    return rows_table(("label", "images"), [(label, str(count)) for label, count in counts.most_common()])
+    return rows_table((target, "images"), [(label, str(count)) for label, count in counts.most_common()])
 
 
 def rank_table(ranking: Sequence[LayerScore]) -> Table:
