@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
+from pipeline.evaluation.leaks import NearDuplicates
 from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
 _CHUNK = 4096
@@ -31,6 +32,8 @@ class Table:
         Numbers of the rows in each file.
     notes : tuple of str
         On rows that were left out.
+    near : NearDuplicates, optional
+        Of the rows, if near-duplicates are to be kept together.
     """
 
     files: tuple[CacheFile, ...]
@@ -42,6 +45,7 @@ class Table:
     groups: NDArray[np.str_]
     digests: NDArray[np.uint8]
     notes: tuple[str, ...]
+    near: NearDuplicates | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,21 @@
+"""Render a page of which everything is in one file: template, style and script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+
+def render_page(name: str, **values: Any) -> str:
+    """Return the page of ``NAME.html.j2`` with ``NAME.js``; all pages share ``report.css``."""
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(f"{name}.html.j2").render(
+        style=(here / "report.css").read_text(encoding="utf-8"),
+        script=(here / f"{name}.js").read_text(encoding="utf-8"),
+        **values,
+    )
