@@ -19,7 +19,7 @@ from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
-from pipeline.evaluation.split_layers import split_layers
+from pipeline.evaluation.split_layers import SplitLayer, split_layers
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.choose import Choice, choice_notes
 from pipeline.heads.parallel import check_trials, run_trials
@@ -27,6 +27,8 @@ from pipeline.heads.registry import Head, find_head
 from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
+from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
+from pipeline.options import NEAR
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
 
 T = TypeVar("T")
@@ -86,7 +88,7 @@ def fit(
     key: str | None = None,
     cv: int | None = None,
     balanced: bool = False,
-    drop_leaks: bool = False,
+    drop_leaks: bool | str = False,
     save: str | Path | None = None,
     jobs: int | None = None,
     device: str = "auto",
@@ -117,8 +119,10 @@ def fit(
         chosen inside the other folds, and a result is about all rows. Repeated with each seed.
     balanced : bool, default False
         Let every class count alike, whatever its size, in training and in the choice of parameters.
-    drop_leaks : bool, default False
-        Leave out test images whose bytes equal those of training images.
+    drop_leaks : bool or "near", default False
+        Leave out test images whose bytes equal those of training images. With ``"near"``, also those that are
+        near-duplicates of training images as `pipeline.duplicates.duplicates` finds them, and keep groups of
+        near-duplicates on one side of splits and folds that are drawn. Folds leave out no image.
     save : str or Path, optional
         Write a model to this ``.skops`` file: of those with the most shots, the one of best validation accuracy.
     jobs : int, optional
@@ -161,11 +165,17 @@ def fit(
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads(heads, device)
     destination = None if save is None else check_destination(save, ".skops")
+    if drop_leaks not in (False, True, NEAR):
+        raise FitError(f"expected drop_leaks to be true, false or '{NEAR}', got {drop_leaks!r}")
     answers = find_labels(labels, target, key)
-    selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool, answers)
+    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    selected = select(catalog, layers, source, backbone, pool, answers)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; name one source")
-    split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=drop_leaks)
+    near_notes: list[str] = []
+    if drop_leaks == NEAR:
+        selected, near_notes = keep_near_together(selected, catalog, progress)
+    split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=bool(drop_leaks))
     trials = [Trial(data, head) for layer in selected for head in chosen for data in split if data.layer is layer]
     check_trials(trials, balanced=balanced)
 
@@ -173,6 +183,13 @@ def fit(
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
     choices: dict[int, Choice] = {}
     found: dict[int, tuple[FitResult, Predictions]] = {}
+    distances: dict[int, Nearness] = {}  # of splits, which layers and heads share
+
+    def near_of(data: Sequence[SplitLayer]) -> Nearness:
+        folds = [one.splits for one in data]
+        if id(folds[0]) not in distances:
+            distances[id(folds[0])] = nearness(selected, data[0].layer.table, folds)
+        return distances[id(folds[0])]
 
     def finish(index: int, outcome: TrialOutcome) -> None:
         waiting[index], choices[index] = outcome, outcome.choice
@@ -180,7 +197,10 @@ def fit(
         own = range(number * folds, (number + 1) * folds)
         if all(fold in waiting for fold in own):
             outcomes = [waiting.pop(fold) for fold in own]
-            found[number] = _result([trials[fold] for fold in own], outcomes, balanced=balanced, cv=cv)
+            of_result = [trials[fold] for fold in own]
+            result, predictions = _result(of_result, outcomes, balanced=balanced, cv=cv)
+            price = leak_price(near_of([trial.data for trial in of_result]), predictions)
+            found[number] = replace(result, leak_price=price), predictions
             if on_result is not None:
                 on_result(*found[number])
 
@@ -197,7 +217,7 @@ def fit(
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
-    notes = _notes(trials, choices) + best_notes(results)
+    notes = _notes(trials, choices) + near_notes + best_notes(results)
     summary = summarise_seeds(results, predictions)
     kept = trials[best * folds].data.layer
     return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)

@@ -108,13 +108,15 @@ FILE = Kind(Path, "a file")
 FOLDER = Kind(Path, "a folder")
 POSITIVE = Kind(float, "a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Kind(float, "a number, at least 0", lambda value: value >= 0)
-DECAY = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
+UP_TO_ONE = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 SHARE = Kind(float, "a number, at least 0 and below 1", lambda value: 0 <= value < 1)
 SHOTS_OR_ALL = Kind(
     object,
     "a positive number of images per class, or 'all'",
     lambda value: value == "all" or not whole().problem(value),
 )
+NEAR = "near"
+LEAKS = Kind(object, f"true, false or '{NEAR}'", lambda value: isinstance(value, bool) or value == NEAR)
 RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
 
 
@@ -196,6 +198,9 @@ LABELS = (
 """Where the answers come from; a plan gives them above its tables."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 
+LOOK_LAYER = Option("layer", TEXT, "Layer to compare images on; default: penultimate, or the only one.", short="l")
+PAGE = Option("page", FILE, "Show the images on this .html page, a single file.")
+
 EXTRACT = (
     crossed("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b", repeat="backbones"),
     crossed("layer", TEXT, "Layer name or alias.", DEFAULT_LAYER, "l", repeat="layers"),
@@ -223,7 +228,7 @@ FIT = (
     *LABELS,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
-    once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
+    once("drop-leaks", LEAKS, "Leave out test images that are in training byte by byte; near: or nearly.", False),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .skops file."),
     Option("plot", FOLDER, "Draw the results into this folder."),
     once("jobs", whole(), "Fits at a time; default: one per core."),
@@ -232,7 +237,7 @@ FIT = (
 RECIPE = (
     crossed("top", choice(*TOPS), "Kind of the new top.", "linear"),
     crossed("lr", POSITIVE, "Highest learning rate; default: one that suits the optimizer."),
-    crossed("layer-decay", DECAY, "Multiply the rate by this for each block further down.", 1.0),
+    crossed("layer-decay", UP_TO_ONE, "Multiply the rate by this for each block further down.", 1.0),
     Option("lr-at", RATE, "LAYER=RATE: a layer's own learning rate.", repeat="lr_at", plan="joined"),
     crossed("epochs", whole(), "Passes over the training images, at most.", 30),
     crossed("patience", whole(), "Stop after this many epochs without a lower validation loss.", 5),
@@ -315,6 +320,28 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Which backbone, if a cache holds several."),
         replace(WHICH_POOL, help="Which pooling, if a cache holds several."),
         replace(SPLIT_SEED, help="Seed of draws, folds and permutations."),
+    ),
+    "duplicates": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("threshold", UP_TO_ONE, "Least similarity of near-duplicates; default: measured with planted copies."),
+        Option("csv", FILE, "Write all that was found as this .csv file."),
+        PAGE,
+        ENGINE,
+        DEVICE,
+    ),
+    "similar": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("count", whole(), "Images to find for each.", 10, "n"),
+        Option("csv", FILE, "Write all that was found as this .csv file."),
+        PAGE,
+        ENGINE,
+        DEVICE,
     ),
     "compare": (
         Option("output", TEXT, "Run folder, for results, cache and report; made if missing.", short="o", required=True),

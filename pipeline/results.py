@@ -117,6 +117,42 @@ class ExtractResult:
 
 
 @dataclass(frozen=True)
+class NearnessBin:
+    """Test images whose nearest training image has a similarity of `low` to `high`, and the accuracy on them."""
+
+    low: float
+    high: float
+    images: int
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LeakPrice:
+    """How accuracy depends on how near the nearest training image is: what near-duplicates add to it.
+
+    Attributes
+    ----------
+    layer : str
+        On which images were compared.
+    bins : list of NearnessBin
+        About a quarter of the test images each, the farthest first.
+    threshold : float or None
+        From which similarity on images count as near-duplicates; None if it was not measured for this layer.
+    near : int or None
+        How many test images are at least so near to a training image.
+    accuracy_far : float or None
+        Accuracy on the others; None if there are none.
+    """
+
+    layer: str
+    bins: list[NearnessBin]
+    threshold: float | None = None
+    near: int | None = None
+    accuracy_far: float | None = None
+
+
+@dataclass(frozen=True)
 class FitResult:
     """One head on one layer with one seed: how it was trained, and how good it is on test.
 
@@ -142,6 +178,8 @@ class FitResult:
         What the parameters were chosen by; None if there was nothing to choose by.
     validation_log_loss : float or None
         What broke ties of it, before calibration; None without probabilities, and in results of older versions.
+    leak_price : LeakPrice or None
+        How accuracy depends on the distance of test images from training images; None in results of older versions.
     n_pool : int
         Labelled rows outside test (in a fold), from which few shots draw their training rows.
     in_best_set : bool or None
@@ -187,6 +225,7 @@ class FitResult:
     n_effective: float | None = None
     validation_log_loss: float | None = None
     target: str | None = None
+    leak_price: LeakPrice | None = None
 
 
 @dataclass(frozen=True)
@@ -406,3 +445,77 @@ class LectureResult:
     seconds: float
     started: str
     machine: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image of a cache that is like another: `similarity` is the cosine of the angle between their features."""
+
+    uri: str
+    similarity: float
+    label: str
+
+
+@dataclass(frozen=True)
+class SimilarImages:
+    """The images of a cache that are most like one image, the most similar first.
+
+    An image that cannot be read has none, and a `reason`.
+    """
+
+    uri: str
+    neighbours: list[Neighbour]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class NearThreshold:
+    """From which similarity on two images are called near-duplicates, and how far that can be trusted.
+
+    Attributes
+    ----------
+    layer : str
+        On which images were compared.
+    threshold : float
+        Least similarity, the cosine of the angle between features.
+    copies : int
+        How many images were edited to plant copies of them; 0 if the threshold was given.
+    recall : dict of str to float
+        Share of the planted copies at least so near to their original, by edit.
+    recall_all : float or None
+        The same over all edits.
+    apart : str
+        What tells that two images are no copies: ``"groups"`` or ``"classes"``; ``""`` if there are neither.
+    compared : int
+        How many images were compared with all images of other groups (or classes).
+    false_alarms : float or None
+        Share of these that are at least so near to one of another group (or class).
+    """
+
+    layer: str
+    threshold: float
+    copies: int = 0
+    recall: dict[str, float] = field(default_factory=dict)
+    recall_all: float | None = None
+    apart: str = ""
+    compared: int = 0
+    false_alarms: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupedImage:
+    """An image of a group of near-duplicates; `similarity` is to the first image of the group."""
+
+    uri: str
+    similarity: float
+    label: str
+    split: str
+
+
+@dataclass(frozen=True)
+class FoundCopy:
+    """An image of a second cache, and the image of the first that is most like it."""
+
+    uri: str
+    label: str
+    original: Neighbour

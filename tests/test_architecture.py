@@ -26,7 +26,7 @@ RANKS = [
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},
     {"pipeline.extract"},
-    {"pipeline.finetuning", "pipeline.diagnostics"},
+    {"pipeline.finetuning", "pipeline.diagnostics", "pipeline.neighbours"},
     {"pipeline.pretraining"},
     {
         "pipeline.fit",
@@ -36,7 +36,8 @@ RANKS = [
         "pipeline.transformer",
         "pipeline.export",
     },
-    {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
+    {"pipeline.rank", "pipeline.drift", "pipeline.similar", "pipeline.duplicates", "pipeline.suspects"},
+    {"pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
     {"pipeline.lecturing"},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.click_options import options_of
+from pipeline.commands.click_options import ValueMayFollow, options_of
 from pipeline.commands.output import print_json, print_table, say, say_all, with_progress
 
 if TYPE_CHECKING:
@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from pipeline.results import FitResult
 
 
-@click.command()
+@click.command(cls=ValueMayFollow)
 @click.argument("cache")
 @options_of("fit")
 def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Train heads on CACHE and measure them on test images."""
     from pipeline.fit import fit as run
+    from pipeline.reporting.terminal.neighbour_tables import nearness_table, price_lines
     from pipeline.reporting.terminal.tables import fit_table, seeds_table
 
     if plot:
@@ -39,6 +40,11 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
         print_json(document | {"plots": drawn} if plot else document)
         return
     print_table(fit_table(report.results))
+    if price := report.results[report.best].leak_price:
+        click.echo()
+        print_table(nearness_table(price))
+        for line in price_lines(price, report.results[report.best].accuracy):
+            click.echo(line)
     if report.summary:
         click.echo()
         print_table(seeds_table(report.summary))

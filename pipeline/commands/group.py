@@ -8,6 +8,7 @@ from pipeline.commands.cache import cache_group
 from pipeline.commands.compare import compare
 from pipeline.commands.demo import demo
 from pipeline.commands.drift import drift
+from pipeline.commands.duplicates import duplicates
 from pipeline.commands.export import export
 from pipeline.commands.extract import extract
 from pipeline.commands.finetune import finetune
@@ -17,6 +18,7 @@ from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
 from pipeline.commands.pretrain import pretrain
 from pipeline.commands.rank import rank
+from pipeline.commands.similar import similar
 from pipeline.provenance import installed_version
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -29,7 +31,7 @@ def thawline() -> None:
 
 
 for command in (
-    demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, drift, compare,
-    lecture,
+    demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, drift,
+    similar, duplicates, compare, lecture,
 ):  # fmt: skip
     thawline.add_command(command)

@@ -15,12 +15,13 @@ from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
 from pipeline.evaluation.intervals import CONFIDENCE, accuracy_interval
 from pipeline.evaluation.metrics import mean_if_known
-from pipeline.options import TABLES
+from pipeline.options import NEAR, TABLES
 from pipeline.results import FinetuneResult
 
 _SETTINGS = ("size", "white", "precision", "store")
 _EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
 _WORDS = {"white": "white {}", **_EVALUATION}
+_NEAR_WORDS = "near-duplicates dropped"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Method:
     store: str | None = None
     balanced: bool = False
     cv: int | None = None
-    drop_leaks: bool = False
+    drop_leaks: bool | str = False
     options: tuple[tuple[str, OptionValue], ...] = ()
 
     @property
@@ -235,7 +236,11 @@ def _name(method: Method, varying: set[str], varying_options: Sequence[str]) -> 
         parts = [words.get(method.freeze, f"fine-tuned above {method.freeze}")]
         parts += [f"{key} {options[key]}" for key in varying_options if key in options]
     shown = {name: getattr(method, name) for name in ("backbone", *_SETTINGS, *_EVALUATION) if name in varying}
-    parts += [_WORDS.get(name, "{}").format(_text(value)) for name, value in shown.items() if value]
+    parts += [
+        (_NEAR_WORDS if value == NEAR else _WORDS.get(name, "{}")).format(_text(value))
+        for name, value in shown.items()
+        if value
+    ]
     if "pool" in varying and method.is_frozen:
         parts.append(method.pool)
     return ", ".join(parts)

@@ -15,6 +15,7 @@ from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerI
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.labels import LabelsTable, labels_of
+from pipeline.evaluation.leaks import NearDuplicates
 from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
 _CHUNK = 4096
@@ -34,6 +35,8 @@ class Table:
         On where labels come from, and rows that were left out.
     target : str or None
         The column of a table that labels came from; None for the labels of the source.
+    near : NearDuplicates, optional
+        Of the rows, if near-duplicates are to be kept together.
     """
 
     files: tuple[CacheFile, ...]
@@ -46,6 +49,7 @@ class Table:
     digests: NDArray[np.uint8]
     notes: tuple[str, ...]
     target: str | None = None
+    near: NearDuplicates | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
-from pipeline.reporting.page.template import FOLDER, fill_template
+from pipeline.reporting.page.template import render_page
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
@@ -59,9 +59,8 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
-    return fill_template(
-        "report.html.j2",
-        script=(FOLDER / "report.js").read_text(encoding="utf-8"),
+    return render_page(
+        "report",
         chapters=chapters,
         table=_table(chapters, extraction),
         several=len(found) > 1,

@@ -1,4 +1,4 @@
-"""How the templates beside this file become pages that load nothing from elsewhere."""
+"""Render a page of which everything is in one file: template, style and script."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-FOLDER = Path(__file__).parent
 
-
-def fill_template(name: str, **values: Any) -> str:
-    """Return the page that a template makes of `values`, in the style of the report."""
+def render_page(name: str, **values: Any) -> str:
+    """Return the page of ``NAME.html.j2``, with ``NAME.js`` if there is one; all pages share ``report.css``."""
+    here = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    style = (FOLDER / "report.css").read_text(encoding="utf-8")
-    return environment.get_template(name).render(style=style, **values)
+    script = here / f"{name}.js"
+    return environment.get_template(f"{name}.html.j2").render(
+        style=(here / "report.css").read_text(encoding="utf-8"),
+        script=script.read_text(encoding="utf-8") if script.exists() else "",
+        **values,
+    )
