@@ -66,8 +66,8 @@ def extract(
     Parameters
     ----------
     source : str, Path or ImageSource
-        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``; or what
-        `pipeline.images.sources.registry.open_source` returned, so that several calls are of one listing.
+        What `pipeline.images.sources.registry.open_source` takes: a folder, a manifest, an archive, a URL, …; or what
+        it returned, so that several calls are of one listing.
     backbones : sequence of str, default ("efficientnet_lite0",)
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)

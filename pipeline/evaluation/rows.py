@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -225,11 +224,12 @@ def check_readable(file: CacheFile) -> None:
     if not (file.states == UNREADABLE).all():
         return
     hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
-    missing, location = bool((file.sizes < 0).all()), file.handles.get("location", "")
+    missing = bool((file.sizes < 0).all()) and file.reasons[0] == "no such file"
+    location = file.handles.get("location", "")
     if missing and "\\" in str(file.uris[0]):
         hints.append("write / between folders instead of \\")
-    if missing and location.lower().endswith((".csv", ".parquet")):
-        hints.append(f"paths are relative to the manifest's folder, {PurePosixPath(location).parent}")
+    if missing and location.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet")):
+        hints.append(f"paths are relative to the manifest's folder, {location.rpartition('/')[0]}")
     raise FitError("; ".join(hints))
 
 

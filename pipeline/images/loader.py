@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from threading import Condition, Semaphore
+from threading import Event, Semaphore
 
 import numpy as np
 
@@ -152,8 +152,7 @@ class _Loading:
     ) -> None:
         self._source, self._preprocessings, self._known = source, preprocessings, known
         self._decoding = Semaphore(workers)
-        self._changed = Condition()
-        self._next = 0  # the position whose turn it is
+        self._over: dict[int, Event] = {}  # by position, set after its turn
         self._first: dict[bytes, int] = {}  # digest to the first row that has it
 
     def load(self, numbered: tuple[int, int]) -> LoadedImage:
@@ -179,14 +178,14 @@ class _Loading:
 
     @contextmanager
     def _turn(self, position: int) -> Iterator[None]:
-        """Wait until every earlier position has had its turn."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next == position)
-            try:
-                yield
-            finally:
-                self._next += 1
-                self._changed.notify_all()
+        """Wait until every earlier position has had its turn; each wakes only the next."""
+        if position:
+            self._over.setdefault(position - 1, Event()).wait()
+        try:
+            yield
+        finally:
+            self._over.pop(position - 1, None)
+            self._over.setdefault(position, Event()).set()
 
     def _decode(self, row: int, digest: bytes, data: bytes) -> LoadedImage:
         try:

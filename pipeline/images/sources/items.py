@@ -336,8 +336,9 @@ def read_part(path: Location, start: int, size: int, listed: Stamp) -> bytes:
         if isinstance(path, RemotePath):
             data = path.read(start, start + size)
         else:
-            check_unchanged(path, listed)
             with path.open("rb") as file:
+                if stamp(path) != listed:
+                    raise UnreadableImageError(SHARD_CHANGED)
                 file.seek(start)
                 data = file.read(size)
         if len(data) != size:

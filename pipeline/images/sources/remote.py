@@ -236,7 +236,8 @@ class RemotePath:
         """Return the bytes of the object, or those from `start` to `stop`: fewer only if it ends earlier."""
         if self._held:
             return self._held[start:stop]
-        data: bytes = self._patiently(lambda: self._fs.cat_file(self._path, start=start, end=stop))
+        kept = "; what was finished is kept, and the same command goes on from there"
+        data: bytes = self._patiently(lambda: self._fs.cat_file(self._path, start=start, end=stop), remedy=kept)
         if start is not None and stop is not None and len(data) > stop - start:  # a server that knows no ranges
             return data[start:stop]
         return data
@@ -249,7 +250,7 @@ class RemotePath:
             return io.BytesIO(self._held)
         return _RemoteFile(self, size)
 
-    def _patiently(self, request: Callable[[], T], pauses: tuple[float, ...] | None = None) -> T:
+    def _patiently(self, request: Callable[[], T], pauses: tuple[float, ...] | None = None, remedy: str = "") -> T:
         for pause in (*(PAUSES if pauses is None else pauses), None):
             try:
                 return request()
@@ -260,8 +261,7 @@ class RemotePath:
                     raise FileNotFoundError(str(self)) from error
                 if pause is None:
                     why = first_line(error).replace(self._url, str(self))
-                    kept = "what was finished is kept, and the same command goes on from there"
-                    raise SourceError(f"{self}: cannot be read: {why}; {kept}") from error
+                    raise SourceError(f"{self}: cannot be read: {why}{remedy}") from error
                 time.sleep(pause * random.uniform(1, 1.5))  # noqa: S311
         raise AssertionError("the last try returns or raises")
 
