@@ -35,7 +35,7 @@ RANKS = [
         "pipeline.transformer",
         "pipeline.export",
     },
-    {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
+    {"pipeline.rank", "pipeline.units", "pipeline.drift", "pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
     {"pipeline.commands"},

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from features_cache import UNREADABLE, CacheFile
 from pipeline.comparing.answer import (
@@ -32,6 +30,7 @@ from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
+from pipeline.reporting.page.template import render_template, text_of_file
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
@@ -60,13 +59,9 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
-        style=(here / "report.css").read_text(encoding="utf-8"),
-        script=(here / "report.js").read_text(encoding="utf-8"),
+    return render_template(
+        "report.html.j2",
+        script=text_of_file("report.js"),
         chapters=chapters,
         table=_table(chapters, extraction),
         several=len(found) > 1,
