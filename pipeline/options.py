@@ -315,6 +315,20 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         *LABELS,
         Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
     ),
+    "units": (
+        Option("layer", TEXT, "Layer name or alias.", short="l", repeat="layers", required=True),
+        Option(
+            "channel",
+            whole(0),
+            "Number of a channel to show of each layer. Default: the most selective.",
+            repeat="channels",
+        ),
+        Option("output", FILE, "Write the page as this .html file.", "units.html", "o", stage_name="page"),
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        replace(SPLIT_SEED, help="Seed of the permutations."),
+        Option("images", TEXT, "Where the images are by now, if not where they were extracted."),
+    ),
     "drift": (
         Option("layer", TEXT, "A layer that both caches hold.", DEFAULT_LAYER, "l"),
         replace(WHICH_BACKBONE, help="Which backbone, if a cache holds several."),

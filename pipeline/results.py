@@ -376,6 +376,37 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class UnitExample:
+    """An image that excites a unit: its greatest activation, and the box around the place that excites it.
+
+    `box` is left, top, right and bottom in pixels of the network's input; see `pipeline.backbones.receptive_field`.
+    """
+
+    uri: str
+    label: str | None
+    activation: float
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A channel of a layer, and what excites it most.
+
+    `prefers` is the class whose images excite it most; `auc` is how often one of them does so more than an image of
+    another class, and `statistic` the same in standard deviations. `p_value` is adjusted for all units and classes of a
+    call (see `pipeline.diagnostics.selectivity`). All four are None without classes.
+    """
+
+    layer: str
+    channel: int
+    prefers: str | None
+    auc: float | None
+    statistic: float | None
+    p_value: float | None
+    examples: list[UnitExample]
+
+
+@dataclass(frozen=True)
 class ForeignImage:
     """An image and how far the domain classifier puts it towards its own set: above 0 is right, 1 is typical."""
 

@@ -19,6 +19,7 @@ from pipeline.commands.predict import predict
 from pipeline.commands.pretrain import pretrain
 from pipeline.commands.rank import rank
 from pipeline.commands.similar import similar
+from pipeline.commands.units import units
 from pipeline.provenance import installed_version
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -31,7 +32,7 @@ def thawline() -> None:
 
 
 for command in (
-    demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, drift,
+    demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, units, drift,
     similar, duplicates, compare, lecture,
 ):  # fmt: skip
     thawline.add_command(command)

@@ -1,11 +1,14 @@
-"""Render a page of which everything is in one file: template, style and script."""
+"""Pages of which everything is in one file: template, style, script and pictures."""
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
 
 def render_page(name: str, **values: Any) -> str:
@@ -20,3 +23,10 @@ def render_page(name: str, **values: Any) -> str:
         script=script.read_text(encoding="utf-8") if script.exists() else "",
         **values,
     )
+
+
+def data_url(image: Image.Image) -> str:
+    """Return a picture as a WebP data URL."""
+    stream = io.BytesIO()
+    image.save(stream, "WEBP", quality=72)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

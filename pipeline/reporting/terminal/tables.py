@@ -22,6 +22,7 @@ from pipeline.results import (
     Prediction,
     PretrainResult,
     SeedSummary,
+    UnitResult,
 )
 
 LEVEL = 0.05  # up to this p-value, two sets are said to differ
@@ -234,6 +235,20 @@ def agreement_lines(agreement: Sequence[Agreement]) -> list[str]:
         f"Kendall's tau {found.kendall_tau:.2f}, Spearman's rho {found.spearman_rho:.2f}"
         for found in agreement
     ]
+
+
+def units_table(units: Sequence[UnitResult]) -> Table:
+    """One row for each unit; columns that are empty are left out."""
+    columns = {
+        **_columns(units, "layer", "channel"),
+        "prefers": [unit.prefers or "-" for unit in units],
+        "AUC": ["-" if unit.auc is None else f"{unit.auc:.3f}" for unit in units],
+        "p (all units)": [_p_value(unit.p_value) for unit in units],
+        "looks at": [f"{np.median([one.box[2] - one.box[0] for one in unit.examples]):.0f} px" for unit in units],
+        "excited most by": [unit.examples[0].uri for unit in units],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return rows_table(tuple(shown), list(zip(*shown.values(), strict=True)))
 
 
 def drift_lines(result: DriftResult) -> list[str]:
