@@ -67,8 +67,9 @@ def measure_claim(setting: Setting) -> Findings:
         "Modules have the published widths and inputs; time is of one image, median and range of "
         f"{len(ratios)} passes in turn. Accuracy is that of two GoogLeNets of {_WIDTH} in place of 64 channels at "
         f"{_SIDE} pixels, {len(setting.seeds)} seeds, {epochs} epochs each; learning rate of "
-        f"{', '.join(map(str, RATES))} by the first seed's validation accuracy: {rates}. Naive modules pass their pooled input on, so that channels "
-        "grow from module to module. That two errors do not differ is no proof that they are equal: see the interval."
+        f"{', '.join(map(str, RATES))} by the first seed's validation accuracy: {rates}. Naive modules pass their "
+        "pooled input on, so that channels grow from module to module. That two errors do not differ is no proof that "
+        "they are equal: see the interval."
     ]
     return Findings(figures, [], notes)
 
