@@ -14,7 +14,7 @@ from pipeline.lecturing.claim import Findings, Setting, seeds_figure
 from pipeline.lecturing.training import RATES, error_figure, net_figures, train_nets
 from pipeline.results import LectureFigure
 
-_KINDS = {"naive": NaiveInception, "reduced": ReducedInception}
+_KINDS: dict[str, type[NaiveInception | ReducedInception]] = {"naive": NaiveInception, "reduced": ReducedInception}
 _WIDTH, _SIDE = 8, 32
 _SZEGEDY = "Szegedy et al. 2015"
 
