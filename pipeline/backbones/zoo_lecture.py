@@ -85,17 +85,19 @@ class ResidualBlock(nn.Module):
             out = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(out))
             if number < self.layers:
                 out = self.relu(out)
-        if self.plain:
-            return self.relu(out)
-        if (
-            self.stride > 1
-        ):  # not in the projection: oneDNN crashes in strided 1x1 convolutions of fewer than 8 channels
+        if not self.plain:
+            out = out + self._shortcut(x)
+        activated: Tensor = self.relu(out)
+        return activated
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.stride > 1:  # not in the projection: oneDNN crashes in strided 1x1 convolutions of few channels
             x = x[:, :, :: self.stride, :: self.stride]
         if self.downsample is not None:
             x = self.downsample(x)
         elif self.added:
             x = nn.functional.pad(x, (0, 0, 0, 0, 0, self.added))
-        return self.relu(out + x)
+        return x
 
 
 class ResidualNet(nn.Module):

@@ -86,8 +86,8 @@ def _ratio(kind: tuple[str, str, str, float], depth: int, seed: int, images: Ten
     activation, norm, shortcut, factor = kind
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        options = {"shortcut": shortcut, "activation": activation, "norm": norm}
-        net = ResidualNet((depth - 2,), int(labels.max()) + 1, _WIDTH, **options).double().train()
+        classes = int(labels.max()) + 1
+        net = ResidualNet((depth - 2,), classes, _WIDTH, shortcut, activation=activation, norm=norm).double().train()
     convolutions = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d) and "." in name]
     outputs: dict[str, Tensor] = {}
 
@@ -97,7 +97,7 @@ def _ratio(kind: tuple[str, str, str, float], depth: int, seed: int, images: Ten
 
     with torch.no_grad():
         for name in convolutions:
-            net.get_submodule(name).weight.mul_(factor)  # type: ignore[operator,union-attr]
+            net.get_submodule(name).weight.mul_(factor)  # type: ignore[operator]
     with hooked(net, {name: partial(keep, name) for name in (convolutions[0], convolutions[-1])}):
         nn.functional.cross_entropy(net(images), labels).backward()
     tiny = torch.finfo(torch.float64).tiny

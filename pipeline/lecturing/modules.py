@@ -14,7 +14,7 @@ from pipeline.lecturing.claim import Findings, Setting, seeds_figure
 from pipeline.lecturing.training import RATES, error_figure, net_figures, train_nets
 from pipeline.results import LectureFigure
 
-_KINDS = {"naive": NaiveInception, "reduced": ReducedInception}
+_KINDS: dict[str, type[NaiveInception | ReducedInception]] = {"naive": NaiveInception, "reduced": ReducedInception}
 _WIDTH, _SIDE = 8, 32
 _SZEGEDY = "Szegedy et al. 2015"
 
@@ -67,8 +67,9 @@ def measure_claim(setting: Setting) -> Findings:
         "Modules have the published widths and inputs; time is of one image, median and range of "
         f"{len(ratios)} passes in turn. Accuracy is that of two GoogLeNets of {_WIDTH} in place of 64 channels at "
         f"{_SIDE} pixels, {len(setting.seeds)} seeds, {epochs} epochs each; learning rate of "
-        f"{', '.join(map(str, RATES))} by the first seed's validation accuracy: {rates}. Naive modules pass their pooled input on, so that channels "
-        "grow from module to module. That two errors do not differ is no proof that they are equal: see the interval."
+        f"{', '.join(map(str, RATES))} by the first seed's validation accuracy: {rates}. Naive modules pass their "
+        "pooled input on, so that channels grow from module to module. That two errors do not differ is no proof that "
+        "they are equal: see the interval."
     ]
     return Findings(figures, [], notes)
 

@@ -29,7 +29,7 @@ _KUMAR = "Kumar et al. 2022; Yosinski et al. 2014"
 
 def measure_claim(setting: Setting) -> Findings:
     """Fine-tune above three thaw lines, and with rates that fall by layer, with few and with more labels."""
-    shots, epochs = ((1, 2), 1) if setting.quick else (_SHOTS, 12)
+    shots, epochs = ((1, 2), 1) if setting.quick else (_SHOTS, 8)
     board, folder = run_plan(setting, "thaw", _PLAN.format(shots=list(shots), size=SIZE, epochs=epochs))
     figures = []
     for labels, expected, finding in zip(shots, (-1, 1), ("freeze", "fine-tune"), strict=True):
