@@ -27,6 +27,7 @@ from pipeline.heads.registry import Head, find_head
 from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
+from pipeline.options import METRIC, check_options
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class FitReport:
     classes : tuple of str
         Class names by number.
     best : int
-        Index of the result whose model is saved: of those with the most shots, the one of best validation accuracy;
+        Index of the result whose model is saved: of those with the most shots, the one of best validation score;
         ties go to the lower log-loss.
     saved : Path or None
         The model file.
@@ -85,6 +86,7 @@ def fit(
     target: str | None = None,
     key: str | None = None,
     cv: int | None = None,
+    metric: str = "accuracy",
     balanced: bool = False,
     drop_leaks: bool = False,
     save: str | Path | None = None,
@@ -115,6 +117,8 @@ def fit(
     cv : int, optional
         Number of folds of a cross-validation, which replaces the test split: every row is test once, parameters are
         chosen inside the other folds, and a result is about all rows. Repeated with each seed.
+    metric : str, default "accuracy"
+        What parameters and the saved model are chosen by on validation rows, one of `pipeline.options.METRICS`.
     balanced : bool, default False
         Let every class count alike, whatever its size, in training and in the choice of parameters.
     drop_leaks : bool, default False
@@ -157,6 +161,7 @@ def fit(
     if not heads:
         raise FitError("expected at least one head, got none")
     check_draws(seeds, shots)
+    check_options([METRIC], {"metric": metric})
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads(heads, device)
@@ -167,7 +172,7 @@ def fit(
         raise FitError("the layers are of sources with different classes; name one source")
     split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=drop_leaks)
     trials = [Trial(data, head) for layer in selected for head in chosen for data in split if data.layer is layer]
-    check_trials(trials, balanced=balanced)
+    check_trials(trials, balanced=balanced, metric=metric)
 
     folds = cv or 1
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
@@ -180,20 +185,17 @@ def fit(
         own = range(number * folds, (number + 1) * folds)
         if all(fold in waiting for fold in own):
             outcomes = [waiting.pop(fold) for fold in own]
-            found[number] = _result([trials[fold] for fold in own], outcomes, balanced=balanced, cv=cv)
+            found[number] = _result([trials[fold] for fold in own], outcomes, balanced=balanced, cv=cv, metric=metric)
             if on_result is not None:
                 on_result(*found[number])
 
     keep = destination is not None
-    model = run_trials(trials, jobs, progress, balanced=balanced, keep=keep, finished=finish)
+    model = run_trials(trials, jobs, progress, balanced=balanced, metric=metric, keep=keep, finished=finish)
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
     results = compare_results(results, predictions)
-    ranks = [
-        preference(one.shots, one.validation_accuracy, index, one.validation_log_loss)
-        for index, one in enumerate(results)
-    ]
+    ranks = [preference(one.shots, one.validated, index, one.validation_log_loss) for index, one in enumerate(results)]
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
@@ -218,7 +220,7 @@ def _find_heads(names: Sequence[str], device: str) -> list[Head]:
 
 
 def _result(
-    trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None
+    trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None, metric: str
 ) -> tuple[FitResult, Predictions]:
     """Put together what the folds of a cross-validation, or a single trial, found."""
     data, table = trials[0].data, trials[0].data.layer.table
@@ -229,7 +231,9 @@ def _result(
         [outcome.y_pred for outcome in outcomes],
         [outcome.probabilities for outcome in outcomes],
         [outcome.choice.temperature for outcome in outcomes],
+        [outcome.scores for outcome in outcomes],
     )
+    validated = mean_if_known([outcome.choice.score for outcome in outcomes])
     params = [outcome.params for outcome in outcomes]
     result = FitResult(
         kind="head",
@@ -243,7 +247,7 @@ def _result(
         n_train=_mean_count([each.train for each in splits]),
         n_val=_mean_count([each.val for each in splits]),
         n_pool=len(table.labels) - _mean_count([each.test for each in splits]),
-        validation_accuracy=mean_if_known([outcome.choice.score for outcome in outcomes]),
+        validation_accuracy=validated if metric == "accuracy" else None,
         validation_log_loss=mean_if_known([outcome.choice.log_loss for outcome in outcomes]),
         **measure(predictions, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
@@ -251,6 +255,8 @@ def _result(
         balanced=balanced,
         cv=cv,
         target=table.target,
+        metric=metric,
+        validation_score=validated,
     )
     return result, predictions
 
