@@ -127,7 +127,7 @@ def dry_run(plan: str | Path, output: str | Path) -> DryRun:
             passes.add(one_pass(extraction))
         compared.setdefault(extraction.source, []).extend(jobs)
         for job in jobs:
-            done = found.complete and folder.has(fit_key(job, found, name, comparison.labels))
+            done = found.complete and folder.has(fit_key(job, found, name, comparison.labels, comparison.plan.metric))
             planned.append(plan_fit(job, found, done, images, folder))
     stored: set[tuple[object, ...]] = set()
     for tune, (line, key) in comparison.finetunes().items():

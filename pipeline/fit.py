@@ -28,7 +28,7 @@ from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
 from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
-from pipeline.options import NEAR
+from pipeline.options import METRIC, NEAR, check_options
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class FitReport:
     classes : tuple of str
         Class names by number.
     best : int
-        Index of the result whose model is saved: of those with the most shots, the one of best validation accuracy;
+        Index of the result whose model is saved: of those with the most shots, the one of best validation score;
         ties go to the lower log-loss.
     saved : Path or None
         The model file.
@@ -87,6 +87,7 @@ def fit(
     target: str | None = None,
     key: str | None = None,
     cv: int | None = None,
+    metric: str = "accuracy",
     balanced: bool = False,
     drop_leaks: bool | str = False,
     save: str | Path | None = None,
@@ -117,6 +118,8 @@ def fit(
     cv : int, optional
         Number of folds of a cross-validation, which replaces the test split: every row is test once, parameters are
         chosen inside the other folds, and a result is about all rows. Repeated with each seed.
+    metric : str, default "accuracy"
+        What parameters and the saved model are chosen by on validation rows, one of `pipeline.options.METRICS`.
     balanced : bool, default False
         Let every class count alike, whatever its size, in training and in the choice of parameters.
     drop_leaks : bool or "near", default False
@@ -161,6 +164,7 @@ def fit(
     if not heads:
         raise FitError("expected at least one head, got none")
     check_draws(seeds, shots)
+    check_options([METRIC], {"metric": metric})
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads(heads, device)
@@ -177,7 +181,7 @@ def fit(
         selected, near_notes = keep_near_together(selected, catalog, progress)
     split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=bool(drop_leaks))
     trials = [Trial(data, head) for layer in selected for head in chosen for data in split if data.layer is layer]
-    check_trials(trials, balanced=balanced)
+    check_trials(trials, balanced=balanced, metric=metric)
 
     folds = cv or 1
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
@@ -198,22 +202,19 @@ def fit(
         if all(fold in waiting for fold in own):
             outcomes = [waiting.pop(fold) for fold in own]
             of_result = [trials[fold] for fold in own]
-            result, predictions = _result(of_result, outcomes, balanced=balanced, cv=cv)
+            result, predictions = _result(of_result, outcomes, balanced=balanced, cv=cv, metric=metric)
             price = leak_price(near_of([trial.data for trial in of_result]), predictions)
             found[number] = replace(result, leak_price=price), predictions
             if on_result is not None:
                 on_result(*found[number])
 
     keep = destination is not None
-    model = run_trials(trials, jobs, progress, balanced=balanced, keep=keep, finished=finish)
+    model = run_trials(trials, jobs, progress, balanced=balanced, metric=metric, keep=keep, finished=finish)
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
     results = compare_results(results, predictions)
-    ranks = [
-        preference(one.shots, one.validation_accuracy, index, one.validation_log_loss)
-        for index, one in enumerate(results)
-    ]
+    ranks = [preference(one.shots, one.validated, index, one.validation_log_loss) for index, one in enumerate(results)]
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
@@ -238,7 +239,7 @@ def _find_heads(names: Sequence[str], device: str) -> list[Head]:
 
 
 def _result(
-    trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None
+    trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None, metric: str
 ) -> tuple[FitResult, Predictions]:
     """Put together what the folds of a cross-validation, or a single trial, found."""
     data, table = trials[0].data, trials[0].data.layer.table
@@ -249,7 +250,9 @@ def _result(
         [outcome.y_pred for outcome in outcomes],
         [outcome.probabilities for outcome in outcomes],
         [outcome.choice.temperature for outcome in outcomes],
+        [outcome.scores for outcome in outcomes],
     )
+    validated = mean_if_known([outcome.choice.score for outcome in outcomes])
     params = [outcome.params for outcome in outcomes]
     result = FitResult(
         kind="head",
@@ -263,7 +266,7 @@ def _result(
         n_train=_mean_count([each.train for each in splits]),
         n_val=_mean_count([each.val for each in splits]),
         n_pool=len(table.labels) - _mean_count([each.test for each in splits]),
-        validation_accuracy=mean_if_known([outcome.choice.score for outcome in outcomes]),
+        validation_accuracy=validated if metric == "accuracy" else None,
         validation_log_loss=mean_if_known([outcome.choice.log_loss for outcome in outcomes]),
         **measure(predictions, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
@@ -271,6 +274,8 @@ def _result(
         balanced=balanced,
         cv=cv,
         target=table.target,
+        metric=metric,
+        validation_score=validated,
     )
     return result, predictions
 

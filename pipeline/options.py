@@ -35,6 +35,16 @@ INITS = ("pretrained", "random")
 TASKS = ("rotation", "pseudo-classes", "slow", "ego-motion")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
+METRICS = (
+    "accuracy",
+    "mean_per_class_accuracy",
+    "macro_f1",
+    "kappa",
+    "auroc",
+    "average_precision",
+    "top5_accuracy",
+)
+"""What parameters and models may be chosen by, on validation rows."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,10 @@ LABELS = (
     Option("target", TEXT, "Its column of labels; default: label, or the only one left."),
     Option("key", TEXT, "Its column of image names; default: uri, path, file, image or id."),
 )
-"""Where the answers come from; a plan gives them above its tables."""
+"""Where the labels come from."""
+METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
+ABOVE = (*LABELS, METRIC)
+"""What a plan gives above its tables, because it is the same for all jobs."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 
 LOOK_LAYER = Option("layer", TEXT, "Layer to compare images on; default: penultimate, or the only one.", short="l")
@@ -225,7 +238,7 @@ FIT = (
     WHICH_SOURCE,
     WHICH_BACKBONE,
     WHICH_POOL,
-    *LABELS,
+    *ABOVE,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
     once("drop-leaks", LEAKS, "Leave out test images that are in training byte by byte; near: or nearly.", False),
@@ -263,7 +276,7 @@ FINETUNE = (
     *RECIPE,
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
-    *LABELS,
+    *ABOVE,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "Record these for each layer, and say where they are unhealthy."),
@@ -406,8 +419,8 @@ def shared_keys() -> dict[str, Option]:
             tables.setdefault(key, []).append(option)
     # A batch is a forward pass in one table and a training step in another.
     shared = {key: options[0] for key, options in tables.items() if len(options) > 1 and key != "batch-size"}
-    labels = {option.name: replace(option, plan="once", kind=TEXT) for option in LABELS}
-    return {"source": source, **labels, **shared}
+    above = {one.name: replace(one, plan="once", kind=TEXT if one.kind is FILE else one.kind) for one in ABOVE}
+    return {"source": source, **above, **shared}
 
 
 def tune_parameters(chosen: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class FitResult:
         those of the same test rows and shots; None for that result. If test rows come in groups, whole groups are
         compared.
     validation_accuracy : float or None
-        What the parameters were chosen by; None if there was nothing to choose by.
+        What the parameters were chosen by if that is accuracy; None if there was nothing to choose by.
     validation_log_loss : float or None
         What broke ties of it, before calibration; None without probabilities, and in results of older versions.
     leak_price : LeakPrice or None
@@ -191,6 +191,12 @@ class FitResult:
         How many independent test rows would tell the accuracy as precisely as these groups do; `n_test` without groups.
     target : str or None
         The column of a table that the labels came from; None for the labels of the source.
+    metric : str
+        What parameters were chosen by on validation rows, one of `pipeline.options.METRICS`.
+    validation_score : float or None
+        That metric on validation rows. None if there was nothing to choose by, and in results of older versions.
+    kappa, top5_accuracy, auroc, average_precision : float or None
+        See `pipeline.evaluation.metrics.Metrics`; None in results of older versions.
     """
 
     kind: str
@@ -226,6 +232,17 @@ class FitResult:
     validation_log_loss: float | None = None
     target: str | None = None
     leak_price: LeakPrice | None = None
+    metric: str = "accuracy"
+    validation_score: float | None = None
+    kappa: float | None = None
+    top5_accuracy: float | None = None
+    auroc: float | None = None
+    average_precision: float | None = None
+
+    @property
+    def validated(self) -> float | None:
+        """What the parameters were chosen by, on validation rows; also in results of older versions."""
+        return self.validation_score if self.validation_score is not None else self.validation_accuracy
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,13 @@ def test_a_saved_model_knows_the_name_of_its_target(photos: Path, tmp_path: Path
 
 def test_fine_tuning_learns_the_labels_of_a_table(photos: Path, tmp_path: Path) -> None:
     options = {"labels": photos / "table.csv", "size": 32, "epochs": 1, "engine": "torch", "output": tmp_path}
+    options |= {"metric": "macro_f1"}
     results = [finetune(photos / "photos", TINY, target=name, **options) for name in ("species", "colour")]
     assert [one.classes for one in results] == [("cat", "dog"), ("blue", "red")]
     assert [one.results[0].target for one in results] == ["species", "colour"]
+    scores = [one.results[0].validation_score for one in results]
+    assert all(0 <= score <= 1 for score in scores)
+    assert {one.results[0].validation_accuracy for one in results} == {None}
     assert results[0].predictions[0].uris.tolist() == ["c0.png", "c4.png", "d0.png", "d4.png"]
 
 
@@ -268,6 +272,9 @@ def test_a_plan_names_a_table_and_another_table_makes_other_results(photos: Path
     assert (first.computed, first.failures, first.results[0].n_classes) == (1, [], 2)
     assert first.results[0].result.target == "species"
     assert compare(plan, tmp_path / "run").computed == 0
+    write(plan, f'metric = "kappa"\n{PLAN}')
+    assert compare(plan, tmp_path / "run").results[0].result.metric == "kappa", "another metric is another result"
+    write(plan, PLAN)
     text = (photos / "table.csv").read_text()
     write(photos / "table.csv", text.replace("c1,train,cat", "c1,train,dog"))
     try:

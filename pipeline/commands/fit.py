@@ -55,8 +55,8 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _described(result: FitResult) -> str:
-    accuracy = result.validation_accuracy
-    validated = "not validated" if accuracy is None else f"validation {accuracy:.3f}"
+    name = "" if result.metric == "accuracy" else f" {result.metric}"
+    validated = "not validated" if result.validated is None else f"validation{name} {result.validated:.3f}"
     return f"{result.head} on {result.layer}, shots {result.shots}, seed {result.seed}, {validated}"
 
 

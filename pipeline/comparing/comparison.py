@@ -64,13 +64,15 @@ class Comparison:
     def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
         """Return the fits on the features of an extraction, each with its key."""
         source = self.names[extraction.source]
-        return {job: fit_key(job, found, source, self.labels) for job in fits(self.plan, extraction, found.aliases)}
+        asked = self.labels, self.plan.metric
+        return {job: fit_key(job, found, source, *asked) for job in fits(self.plan, extraction, found.aliases)}
 
     def finetunes(self) -> dict[Finetune, tuple[PlanTable, str]]:
         """Return the fine-tunes, each with its line of the plan and its key."""
         asked = finetunes(self.plan)
         listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
-        keys = (finetune_key(job, self.names[job.source], listings[job.source], self.labels) for _, job in asked)
+        answers = self.labels, self.plan.metric
+        keys = (finetune_key(job, self.names[job.source], listings[job.source], *answers) for _, job in asked)
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
     def weights_of(self, job: Finetune) -> str | None:

@@ -123,6 +123,12 @@ class MethodScore:
         return [job.result.accuracy for job in self.by_seed.values()]
 
     @property
+    def score(self) -> float:
+        """Mean over seeds of the metric that parameters were chosen by, on test; accuracy if a seed lacks it."""
+        found = self.mean(self.first.result.metric)
+        return self.accuracy if found is None else found
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the mean accuracy, for the test images of one seed and their groups."""
         return accuracy_interval(self.accuracy, self.n_test, self.first.result.n_effective)
@@ -182,8 +188,8 @@ class Leaderboard:
 
 
 def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
-    """Return the score with the best validation accuracy (test accuracy if one lacks it), see `preference`."""
-    measure = "validation_accuracy" if is_validated(scores) else "accuracy"
+    """Return the score that is best on validation rows, by test accuracy if one was not validated; see `preference`."""
+    measure = "validated" if is_validated(scores) else "accuracy"
     ranks = [
         preference("all", score.mean(measure), index, score.mean("validation_log_loss"))
         for index, score in enumerate(scores)
@@ -192,8 +198,8 @@ def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
 
 
 def is_validated(scores: Sequence[MethodScore]) -> bool:
-    """Tell whether all scores have a validation accuracy to choose by."""
-    return all(score.mean("validation_accuracy") is not None for score in scores)
+    """Tell whether all scores have a metric on validation rows to choose by."""
+    return all(score.mean("validated") is not None for score in scores)
 
 
 def shots_order(shots: int | str) -> tuple[bool, int]:

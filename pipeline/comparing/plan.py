@@ -12,7 +12,7 @@ from typing import Any
 from features_cache import nearest
 from pipeline.errors import PlanError
 from pipeline.images.sources.remote import is_url
-from pipeline.options import LABELS, TABLES, Option, shared_keys
+from pipeline.options import LABELS, METRICS, TABLES, Option, shared_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +37,8 @@ class Plan:
     """A whole plan; its path and its sources are absolute, but for URLs and the source ``"digits"``.
 
     `lines` are first all extract tables, then all fit tables, then all finetune tables. `labels` are the arguments of
-    `pipeline.evaluation.labels.find_labels` that the plan gives. `meaning` is the parsed TOML
-    document; plans with equal documents are the same plan.
+    `pipeline.evaluation.labels.find_labels` that the plan gives, and `metric` is what all jobs choose by. `meaning` is
+    the parsed TOML document; plans with equal documents are the same plan.
     """
 
     path: Path
@@ -47,6 +47,7 @@ class Plan:
     lines: tuple[PlanTable, ...]
     meaning: dict[str, Any]
     labels: Mapping[str, str] = field(default_factory=dict)
+    metric: str = METRICS[0]
 
     def of(self, table: str) -> list[PlanTable]:
         """Return all tables of one name."""
@@ -114,7 +115,8 @@ def _build(plan: Plan) -> Plan:
     labels = {option.name: str(common[option.name][0]) for option in LABELS if option.name in common}
     if "labels" in labels:
         labels["labels"] = str(plan.path.parent / labels["labels"])
-    return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning, labels)
+    metric = common.get("metric", (plan.metric,))[0]
+    return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning, labels, metric)
 
 
 def _absolute(source: str, folder: Path) -> str:

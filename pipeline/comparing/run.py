@@ -195,7 +195,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     given = [line.how()["jobs"] for line in comparison.plan.of("fit") if "jobs" in line.values]
     jobs = min(given, default=None)  # one call may serve several [[fit]]: the smallest number holds for all
     progress = _prefixed(comparison.progress, f"{request.backbone} ")
-    options |= {"labels": comparison.labels, "jobs": jobs}
+    options |= {"labels": comparison.labels, "metric": comparison.plan.metric, "jobs": jobs}
     report = fit(found.catalog(), layers, heads, seeds, shots, progress=progress, on_result=keep, **options)
     comparison.notes += report.notes
 
@@ -208,7 +208,7 @@ def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, 
     options = tune_parameters(job.options)
     how = line.how() | {"output": comparison.cache(line)}
     progress = _prefixed(comparison.progress, f"finetune {options['backbone']} ")
-    how |= {"labels": comparison.labels, "progress": progress}
+    how |= {"labels": comparison.labels, "metric": comparison.plan.metric, "progress": progress}
     report = finetune(comparison.images[job.source], seeds=[job.seed], shots=[job.shots], **options, **how)
     for results in report.extracted:
         _note_costs(comparison.folder, comparison.names[job.source], options.get("size"), results)

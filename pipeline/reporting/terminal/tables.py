@@ -133,10 +133,24 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
         "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        "top 5": [_known(result.top5_accuracy) for result in results],
+        "AUROC": [_known(result.auroc) for result in results],
+        **_chosen_by(results),
         "log-loss": [_calibrated(result) for result in results],
         **_judged(results),
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
+
+
+def _chosen_by(results: Sequence[FitResult]) -> dict[str, list[str]]:
+    """Return the metric that parameters were chosen by, if no other column has it."""
+    names = {"macro_f1": "macro F1", "kappa": "kappa", "average_precision": "average precision"}
+    chosen = dict.fromkeys(result.metric for result in results if result.metric in names)
+    return {names[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, list[str]]:
