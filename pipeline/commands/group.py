@@ -17,6 +17,7 @@ from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
 from pipeline.commands.rank import rank
 from pipeline.commands.similar import similar
+from pipeline.commands.suspects import suspects
 from pipeline.provenance import installed_version
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -30,6 +31,6 @@ def thawline() -> None:
 
 for command in (
     demo, backbones, layers, extract, cache_group, fit, finetune, predict, export, rank, drift,
-    similar, duplicates, compare,
+    similar, duplicates, suspects, compare,
 ):  # fmt: skip
     thawline.add_command(command)
