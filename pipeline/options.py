@@ -306,6 +306,9 @@ PRETRAIN = (
     DEVICE,
 )
 SPLIT_SEED = Option("seed", whole(0), "Seed of the split.", 0)
+NEAR_THRESHOLD = Option(
+    "threshold", UP_TO_ONE, "Least similarity of near-duplicates; default: measured with planted copies."
+)
 COMMANDS: dict[str, tuple[Option, ...]] = {
     "backbones": (),
     "layers": (SIZE,),
@@ -353,11 +356,25 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         WHICH_SOURCE,
         WHICH_BACKBONE,
         WHICH_POOL,
-        Option("threshold", UP_TO_ONE, "Least similarity of near-duplicates; default: measured with planted copies."),
+        NEAR_THRESHOLD,
         Option("csv", FILE, "Write all that was found as this .csv file."),
         PAGE,
         ENGINE,
         DEVICE,
+    ),
+    "suspects": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("head", TEXT, "A head with probabilities.", "logreg"),
+        NEAR_THRESHOLD,
+        replace(SPLIT_SEED, help="Seed of the folds and of the labels that are changed on purpose."),
+        Option("labels-out", FILE, "Write all labels as this .csv file, those in doubt as they fit better."),
+        Option(
+            "corrections", FILE, "With --labels-out: change only the labels in this .csv file, which the page saves."
+        ),
+        PAGE,
     ),
     "similar": (
         LOOK_LAYER,

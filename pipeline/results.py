@@ -567,3 +567,58 @@ class FoundCopy:
     uri: str
     label: str
     original: Neighbour
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Images of equal bytes with different labels, and which of these labels fits best."""
+
+    uris: list[str]
+    labels: list[str]
+    suggested: str
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image whose label is probably wrong, and the images most like it.
+
+    `probability` is that of its label, `suggested_probability` that of the label that fits better, both by heads that
+    have not seen the image.
+    """
+
+    uri: str
+    label: str
+    suggested: str
+    probability: float
+    suggested_probability: float
+    split: str
+    neighbours: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class PlantedLabels:
+    """How well labels are found that were changed on purpose, an estimate for labels that are really wrong.
+
+    Attributes
+    ----------
+    share : float
+        Of the labels that was changed, each to one of the other classes at random.
+    planted, found : int
+        How many were changed, and how many of these were flagged.
+    recall : float
+        ``found / planted``.
+    flagged : int
+        All labels that were flagged then.
+    precision : float
+        ``found / flagged``: at least so many flags were right, as some labels were really wrong.
+    precision_new : float
+        The same without the labels that were flagged before any was changed.
+    """
+
+    share: float
+    planted: int
+    found: int
+    recall: float
+    flagged: int
+    precision: float
+    precision_new: float

@@ -193,7 +193,7 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
     added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool "
-    added += "in_best_set n_groups n_effective validation_log_loss target metric validation_score "
+    added += "in_best_set n_groups n_effective validation_log_loss target leak_price metric validation_score "
     added += "kappa top5_accuracy auroc average_precision"
     assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge/l2", "seed": 0}

@@ -19,6 +19,7 @@ from pipeline.commands.predict import predict
 from pipeline.commands.pretrain import pretrain
 from pipeline.commands.rank import rank
 from pipeline.commands.similar import similar
+from pipeline.commands.suspects import suspects
 from pipeline.commands.units import units
 from pipeline.provenance import installed_version
 
@@ -33,6 +34,6 @@ def thawline() -> None:
 
 for command in (
     demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, units, drift,
-    similar, duplicates, compare, lecture,
+    similar, duplicates, suspects, compare, lecture,
 ):  # fmt: skip
     thawline.add_command(command)

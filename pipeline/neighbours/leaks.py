@@ -29,7 +29,7 @@ RAW = "input"
 
 
 def keep_near_together(
-    layers: Sequence[Layer], catalog: Catalog, progress: Progress | None
+    layers: Sequence[Layer], catalog: Catalog, progress: Progress | None, threshold: float | None = None
 ) -> tuple[list[Layer], list[str]]:
     """Return layers whose tables say which rows are near-duplicates, and notes on how far that can be trusted.
 
@@ -41,7 +41,7 @@ def keep_near_together(
     for table in dict.fromkeys(layer.table for layer in layers):
         file = _judge(catalog, table.files[0])
         images = DistinctImages(file, _deepest(list(file.layers)))
-        near = threshold_of(images, progress=progress)
+        near = threshold_of(images, threshold, progress=progress)
         pairs = near_pairs(images, near.threshold)
         row_of = {uri: index for index, uri in enumerate(file.uris[images.done].tolist())}
         found = [row_of.get(uri, -1) for uri in table.uris.tolist()]
@@ -50,11 +50,11 @@ def keep_near_together(
         groups = np.concatenate([group_images(pairs, len(images)), alone])
         tables[table] = replace(table, near=NearDuplicates(shown, groups, pairs.first, pairs.second))
         counted = np.bincount(groups[shown])
+        told = "" if near.recall_all is None else f"; this finds {near.recall_all:.0%} of planted copies"
+        told += "" if near.false_alarms is None else f", with false alarms on {near.false_alarms:.1%} of the images"
         notes.append(
             f"{counted[counted > 1].sum()} of {len(found)} images are in groups of near-duplicates (similarity "
-            f"{near.threshold:.3f} or more on {near.layer}), which stay on one side; this finds {near.recall_all:.0%} "
-            "of planted copies"
-            + ("" if near.false_alarms is None else f", with false alarms on {near.false_alarms:.1%} of the images")
+            f"{near.threshold:.3f} or more on {near.layer}), which stay on one side{told}"
         )
     return [replace(layer, table=tables[layer.table]) for layer in layers], notes
 

@@ -12,9 +12,10 @@ from pipeline.duplicates import DuplicatesReport
 from pipeline.neighbours.like import source_of
 from pipeline.reporting.page.pictures import Album, Thumbnail
 from pipeline.reporting.page.template import render_page
-from pipeline.reporting.terminal.neighbour_tables import threshold_lines
-from pipeline.results import FoundCopy, GroupedImage, Neighbour, SimilarImages
+from pipeline.reporting.terminal.neighbour_tables import planted_lines, threshold_lines
+from pipeline.results import Conflict, FoundCopy, GroupedImage, Neighbour, SimilarImages, Suspect
 from pipeline.similar import SimilarReport
+from pipeline.suspects import SuspectsReport
 
 MOST_PICTURES = 500
 
@@ -78,6 +79,31 @@ def _group_card(album: Album, group: Sequence[GroupedImage]) -> Card:
     ]
     note = f"in {' and '.join(doubts)}s" if doubts else ""
     return Card(f"{len(group)} images", note, images)
+
+
+def suspects_page(report: SuspectsReport, path: Path) -> list[str]:
+    """Write the page on which suspects are judged, images with several labels first; return notes as others."""
+    album = Album(source_of(report.file))
+    cards = [partial(_conflict_card, album, one) for one in report.conflicts]
+    cards += [partial(_suspect_card, album, one) for one in report.suspects]
+    sizes = [len(one.uris) for one in report.conflicts] + [1 + len(one.neighbours) for one in report.suspects]
+    sentences = [
+        "Labels that are probably wrong, the most doubtful first; beside each image are those that look most like it.",
+        *planted_lines(report.planted),
+    ]
+    key = f"thawline {report.file.path.name} {report.layer}"
+    return _write(path, "Labels in doubt", sentences, cards, sizes, report.table.classes, key)
+
+
+def _conflict_card(album: Album, one: Conflict) -> Card:
+    images = [album.thumbnail(uri, label) for uri, label in zip(one.uris, one.labels, strict=True)]
+    return Card(one.uris[0], "the same image has several labels", images, one.labels[0], one.suggested)
+
+
+def _suspect_card(album: Album, one: Suspect) -> Card:
+    note = f"label {one.label} ({one.probability:.2f}), fits better: {one.suggested} ({one.suggested_probability:.2f})"
+    images = [album.thumbnail(one.uri, one.split), *_beside(album, one.neighbours)]
+    return Card(one.uri, note, images, one.label, one.suggested)
 
 
 def _beside(album: Album, neighbours: Sequence[Neighbour]) -> list[Thumbnail]:

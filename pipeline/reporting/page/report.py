@@ -31,6 +31,7 @@ from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
 from pipeline.reporting.page.template import render_page
+from pipeline.reporting.terminal.neighbour_tables import price_lines
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
@@ -205,6 +206,8 @@ def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str],
         "rows": rows,
         "classes": classes,
         "counts": confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist() if drawn else [],
+        "price": (price := score.first.result.leak_price),
+        "price_lines": price_lines(price, score.first.result.accuracy) if price else [],
         "confusions": worst_confusions(predictions, classes, album),
     }
 

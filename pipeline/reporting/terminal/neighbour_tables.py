@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from pipeline.reporting.terminal.tables import rows_table
-from pipeline.results import FoundCopy, GroupedImage, LeakPrice, NearThreshold, SimilarImages
+from pipeline.results import (
+    Conflict,
+    FoundCopy,
+    GroupedImage,
+    LeakPrice,
+    NearThreshold,
+    PlantedLabels,
+    SimilarImages,
+    Suspect,
+)
 
 MOST_ROWS = 20
 MOST_GROUPS = 10
@@ -92,3 +101,40 @@ def price_lines(price: LeakPrice, accuracy: float) -> list[str]:
         if price.near
         else [told]
     )
+
+
+def conflicts_table(conflicts: Sequence[Conflict]) -> Table:
+    """One row for each of the first images that have several labels."""
+    rows = [
+        (", ".join(f"{uri}: {label}" for uri, label in zip(one.uris, one.labels, strict=True)), one.suggested)
+        for one in conflicts[:MOST_ROWS]
+    ]
+    return rows_table(("equal images with different labels", "fits best"), rows)
+
+
+def suspects_table(suspects: Sequence[Suspect]) -> Table:
+    """One row for each of the first suspects."""
+    rows = [
+        (
+            one.uri,
+            f"{one.label} ({one.probability:.2f})",
+            f"{one.suggested} ({one.suggested_probability:.2f})",
+            ", ".join(each.label for each in one.neighbours),
+            one.split or "-",
+        )
+        for one in suspects[:MOST_ROWS]
+    ]
+    if len(suspects) > MOST_ROWS:
+        rows.append((f"… and {len(suspects) - MOST_ROWS} more; --json and --page have them", "", "", "", ""))
+    return rows_table(("image", "label", "fits better", "neighbours are", "split"), rows)
+
+
+def planted_lines(planted: PlantedLabels) -> list[str]:
+    """Say how far a list of suspects can be trusted."""
+    return [
+        f"trust: of {planted.planted} labels that were changed on purpose, {planted.recall:.0%} were flagged; of all "
+        f"{planted.flagged} flags then, {planted.precision:.0%} were on these, and {planted.precision_new:.0%} without "
+        "labels that had been flagged before",
+        "these were changed at random: real mistakes, between classes that look alike, are harder to find, and where "
+        "fewer labels are wrong, fewer of the flags are right",
+    ]
