@@ -211,7 +211,7 @@ def not_finite(layer: str, bad: NDArray[np.str_], count: int, precisions: Collec
 
 def check_readable(file: CacheFile) -> None:
     """Raise `FitError` if no image of a file can be read: it says what is wrong with the first, and what may be."""
-    if not (file.states == UNREADABLE).all():
+    if not file.n_rows or not (file.states == UNREADABLE).all():
         return
     hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
     missing, location = bool((file.sizes < 0).all()), file.handles.get("location", "")
@@ -242,7 +242,10 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
     counts = {reason: int(mask.sum()) for reason, mask in reasons.items()}
     counts["not in every joined file"] = int(usable.sum()) - len(rows[0])
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    notes = (f"{first.n_rows - len(rows[0])} of {first.n_rows} rows are left out: {left_out}",) if left_out else ()
+    notes: tuple[str, ...] = (
+        (f"{first.n_rows - len(rows[0])} of {first.n_rows} rows are left out: {left_out}",) if left_out else ()
+    )
+    notes += tuple(file.missing_note for file in files if file.missing_note)
     kept = rows[0]
     return Table(
         files,
@@ -253,7 +256,7 @@ def _tabulate(files: tuple[CacheFile, ...]) -> Table:
         first.splits[kept],
         first.groups[kept],
         np.array(first.digests[kept]),
-        notes,
+        tuple(notes),
     )
 
 

@@ -71,6 +71,11 @@ class FeatureExtractor:
         """The same for all names of a network: its canonical name and the digest of its weights."""
         return self.backbone.name, self.backbone.weights_digest
 
+    @property
+    def engine_name(self) -> str:
+        """Name of the engine that was chosen, never ``auto``."""
+        return self._resolved.engine
+
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
         """What `layers` and all aliases stand for, so that later requests are looked up without the network."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from features_cache import CacheWriter, Donors
+from features_cache import CacheWriter, Donors, published_path
 from pipeline.arrays import BoolArray
 from pipeline.errors import SourceError
 from pipeline.extraction.lookup import older_fingerprints
@@ -91,7 +91,10 @@ class CacheFiller:
         folder: Path = writer.cache.path.parent
         specs = [LayerSpec.from_json(info.spec) for info in layers.values()]
         fingerprints = zip(*([spec.fingerprint, *older_fingerprints(spec)] for spec in specs), strict=True)
-        self._donors = [Donors(folder, set(alike)) for alike in fingerprints]  # those of today's decoding rules first
+        own = published_path(writer.cache.path)
+        self._donors = [
+            Donors(folder, set(alike), own) for alike in fingerprints
+        ]  # those of today's decoding rules first
         self._tiffs: set[bytes] = set()
         self._running: deque[tuple[list[LoadedImage], Running]] = deque()
 

@@ -12,11 +12,15 @@ from numpy.typing import NDArray
 
 from features_cache import (
     PENDING,
+    PLAN_SUFFIX,
     CacheError,
     CacheFile,
     CacheWriter,
     LayerInfo,
+    PartedCache,
+    PartPlan,
     Rows,
+    divide,
     drop_redundant,
     file_name,
     grow,
@@ -27,7 +31,15 @@ from features_cache import (
 from pipeline.arrays import BoolArray
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
-from pipeline.extraction.lookup import check_specs, find_answer, find_holder, is_complete, older_fingerprints
+from pipeline.extraction.lookup import (
+    check_specs,
+    find_answer,
+    find_holder,
+    has_other_bytes,
+    is_complete,
+    older_fingerprints,
+)
+from pipeline.extraction.parts import follow_source, most_rows
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
@@ -48,6 +60,11 @@ class Destination:
         Those in `folder` that hold images of this source.
     rehash : bool
         Read every image again, even if its file looks unchanged.
+    part_rows : int, optional
+        New caches of more rows than this are made in parts; 0 stands for the default of `most_rows`. By default none
+        are.
+    whole : bool
+        Whether files that are not in parts are written, too.
     """
 
     images: ImageSource
@@ -56,6 +73,8 @@ class Destination:
     folder: Path
     files: Sequence[CacheFile]
     rehash: bool
+    part_rows: int | None = None
+    whole: bool = True
 
     def has_rows_of(self, file: CacheFile) -> bool:
         """Tell whether `file` has exactly these rows."""
@@ -73,8 +92,10 @@ class Destination:
 
 def open_files(
     destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
-) -> Iterator[CacheFile | CacheWriter]:
+) -> Iterator[CacheFile | CacheWriter | PartPlan]:
     """Yield what holds the layers of an extractor's requests: files that are complete, and writers of the others.
+
+    A cache in parts that is not complete is given as its plan.
 
     Parameters
     ----------
@@ -89,10 +110,15 @@ def open_files(
         files = [file for file in destination.files if not is_outdated(file) or _can_continue(file, request, extractor)]
         holders = {name: find_holder(files, spec) for name, spec in specs.items()}
         for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            yield file if destination.has_all_of(file) else _continue(file, destination, extractor)
+            if destination.has_all_of(file):
+                yield file
+            elif isinstance(file, PartedCache):
+                yield _refit(file.plan, destination)
+            elif destination.whole:
+                yield _continue(file, destination, extractor)
         missing = {name: spec for name, spec in specs.items() if holders[name] is None}
-        if missing:
-            yield _create(missing, request, destination, extractor)
+        if missing and (made := _create(missing, request, destination, extractor)) is not None:
+            yield made
 
 
 def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor) -> bool:
@@ -120,6 +146,16 @@ def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtra
     return _grow(file, [_of_today(info) for info in file.layers.values()], destination, carry=carry)
 
 
+def _refit(plan: PartPlan, destination: Destination) -> PartPlan:
+    """Return a plan for the present rows and decoding rules, which is written if it differs."""
+    fitted = replace(plan.fitted(destination.rows.uris), layers=tuple(map(_of_today, plan.layers)))
+    if fitted.layers != plan.layers or [(one.number, one.first) for one in fitted.parts] != [
+        (one.number, one.first) for one in plan.parts
+    ]:
+        fitted.rewrite()
+    return fitted
+
+
 def _grow(file: CacheFile, layers: Sequence[LayerInfo], destination: Destination, **how: Any) -> CacheWriter:
     """Replace a file by one for the rows of `destination`; `how` as for `features_cache.grow`."""
     listing = destination.rows, destination.images.classes
@@ -133,7 +169,8 @@ def _of_today(info: LayerInfo) -> LayerInfo:
 
 def _create(
     specs: dict[str, LayerSpec], request: Request, destination: Destination, extractor: FeatureExtractor
-) -> CacheWriter:
+) -> CacheWriter | PartPlan | None:
+    """Make a file for layers that none holds, or the plan of one in parts; None if whole files are not written."""
     images, backbone = destination.images, extractor.backbone
     tapped = extractor.tapped(tuple(specs))
     layers = [
@@ -145,6 +182,20 @@ def _create(
     handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}
     if request.view is not None:
         handles["view"] = f"{request.augment} {request.view}"
+    asked = request.to_json() | {"aliases": extractor.aliases}
+    if destination.part_rows is not None:
+        most, uris = most_rows(layers, destination.part_rows), destination.rows.uris
+        if len(uris) > most:
+            # the name leaves out what auto stands for here, so that machines of other precisions take one plan
+            as_asked = [replace(spec, precision=request.precision).fingerprint for spec in specs.values()]
+            name = file_name(images.name, backbone.handle, fingerprint_of([images.location, *as_asked]))
+            plan = (destination.folder / name).with_suffix(PLAN_SUFFIX)
+            pinned = {"engine": extractor.engine_name}
+            destination.folder.mkdir(parents=True, exist_ok=True)
+            planned = PartPlan(plan, tuple(layers), handles, asked, pinned, most, divide(uris, most)).publish()
+            return _refit(planned, destination)
+    if not destination.whole:
+        return None
     if path.exists():  # another process made it since; a damaged file raises its own error
         made = open_cache(path)
         check_specs(made)
@@ -153,7 +204,6 @@ def _create(
             raise CacheError(f"{path} holds other features than its name says; delete it and extract again")
         return _continue(made, destination, extractor)
     extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
-    asked = request.to_json() | {"aliases": extractor.aliases}
     return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
 
 
@@ -187,9 +237,12 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
                 continue  # another process has replaced it since this run began, and may know a later listing
             if not _is_behind(file, extracted[0], digests):
                 continue
-            with _grow(file, list(file.layers.values()), destination, digests=digests) as writer:
-                pending = len(writer.pending())
-            drop_redundant(file.path)
+            if isinstance(file, PartedCache):
+                pending = follow_source(_refit(file.plan, destination), destination.images, digests)
+            else:
+                with _grow(file, list(file.layers.values()), destination, digests=digests) as writer:
+                    pending = len(writer.pending())
+                drop_redundant(file.path)
         except CacheError as error:
             notes.append(f"{file.path.name} could not be brought up to date: {error}")
         else:
@@ -201,10 +254,7 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
 
 def _is_behind(file: CacheFile, latest: CacheFile, digests: NDArray[np.uint8]) -> bool:
     """Tell whether a file's listing differs from that of `latest`, or the bytes of an image from `digests`."""
-    if not same_listing(file, latest):
-        return True
-    rows = np.flatnonzero((file.states != PENDING) & (file.digests != digests).any(axis=1))
-    return bool((file.digests[rows].any(axis=1) & digests[rows].any(axis=1)).any())
+    return not same_listing(file, latest) or has_other_bytes(file, digests)
 
 
 def check_expected(specs: Iterable[LayerSpec], expect: Sequence[LayerSpec] | None) -> None:
