@@ -130,6 +130,14 @@ LEAKS = Kind(object, f"true, false or '{NEAR}'", lambda value: isinstance(value,
 RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
 
 
+def _is_share(value: Any) -> bool:
+    index, slash, count = value.partition("/")
+    return bool(slash) and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)
+
+
+SHARE_OF = Kind(str, "a share such as 3/64, the third of 64", _is_share)
+
+
 @dataclass(frozen=True)
 class Option:
     """One option of one command.
@@ -229,6 +237,9 @@ EXTRACT = (
     Option("rehash", FLAG, "Read every file again instead of trusting its size and time.", default=False),
     ENGINE,
     DEVICE,
+    Option("part", SHARE_OF, "Only this share, such as 3/64, of the parts of a large source; for job arrays."),
+    once("cluster", TEXT, "Extract large sources on local:N, gpus, tcp://HOST:PORT, tls://…, file:PATH or a class:N."),
+    Option("part-rows", whole(), "Make a cache of more rows in parts of at most so many rows each."),
 )
 FIT = (
     crossed("layer", TEXT, "Layer, or A+B to join two. Default: every cached layer.", None, "l", repeat="layers"),

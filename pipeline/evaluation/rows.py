@@ -221,7 +221,7 @@ def not_finite(layer: str, bad: NDArray[np.str_], count: int, precisions: Collec
 
 def check_readable(file: CacheFile) -> None:
     """Raise `FitError` if no image of a file can be read: it says what is wrong with the first, and what may be."""
-    if not (file.states == UNREADABLE).all():
+    if not file.n_rows or not (file.states == UNREADABLE).all():
         return
     hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
     missing = bool((file.sizes < 0).all()) and file.reasons[0] == "no such file"
@@ -257,6 +257,7 @@ def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None) -> Table
     notes = known.notes
     if left_out:
         notes += (f"{first.n_rows - len(rows[0])} of {first.n_rows} rows are left out: {left_out}",)
+    notes += tuple(file.missing_note for file in files if file.missing_note)
     kept = rows[0]
     return Table(
         files,

@@ -77,6 +77,10 @@ class FeatureExtractor:
         """The same for all names of a network: its canonical name and the digest of its weights."""
         return self.backbone.name, self.backbone.weights_digest
 
+    def engine_name(self, pool: str) -> str:
+        """Return the name of the engine that was chosen for a pooling, never ``auto``."""
+        return self._resolved[pool].engine
+
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
         """What `layers` and all aliases stand for, so that later requests are looked up without the network."""

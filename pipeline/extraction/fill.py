@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from features_cache import Donors
+from features_cache import CacheWriter, Donors, published_path
 from pipeline.arrays import BoolArray
 from pipeline.errors import SourceError
 from pipeline.extraction.lookup import older_fingerprints
-from pipeline.extraction.open import Opened
 from pipeline.images.formats import is_tiff
 from pipeline.images.loader import DIGEST_SIZE, LoadedImage, load_images
 from pipeline.images.sources.registry import ImageSource
@@ -27,7 +26,7 @@ from pipeline.results import Progress
 from pipeline.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from pipeline.engines.engine import Running
+    from pipeline.engines.engine import Engine, Running
     from pipeline.engines.select import Resolved
 
 
@@ -47,6 +46,14 @@ class Clock:
     def spend(self, part: str, since: float) -> None:
         """Add the time from `since` (of `time.perf_counter`) until now."""
         setattr(self, part, getattr(self, part) + time.perf_counter() - since)
+
+
+class Opened(NamedTuple):
+    """A cache file open for writing; `results` are those of the engine that go into it, a layer each."""
+
+    writer: CacheWriter
+    engine: Engine
+    results: slice
 
 
 class CacheFiller:
@@ -91,7 +98,8 @@ class CacheFiller:
         folder: Path = writer.cache.path.parent
         specs = [LayerSpec.from_json(info.spec) for info in layers.values()]
         fingerprints = zip(*([spec.fingerprint, *older_fingerprints(spec)] for spec in specs), strict=True)
-        self._donors = [Donors(folder, set(alike)) for alike in fingerprints]  # those of today's decoding rules first
+        own = published_path(writer.cache.path)
+        self._donors = [Donors(folder, set(alike), own) for alike in fingerprints]  # today's decoding rules first
         self._tiffs: set[bytes] = set()
 
     @property
