@@ -46,10 +46,15 @@ class Workers:
         Asks the cluster for the workers that it lacks.
     patience : float or None
         Seconds to wait for a worker when there is none; None to wait for ever.
+    ahead : int
+        Tasks that are given to the scheduler even if it has fewer workers, so that it asks for more.
     """
 
-    def __init__(self, name: str, client: Client, ask_again: Callable[[], None], patience: float | None) -> None:
-        self._name, self._client, self._ask_again, self._patience = name, client, ask_again, patience
+    def __init__(
+        self, name: str, client: Client, ask_again: Callable[[], None], patience: float | None, ahead: int
+    ) -> None:
+        self._name, self._client, self._ask_again = name, client, ask_again
+        self._patience, self._ahead = patience, ahead
         self._seen = time.monotonic()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -95,7 +100,7 @@ class Workers:
         failed: dict[str, ThawlineError] = {}
         try:
             while waiting or run.running:
-                for _ in range(self._count() - len(run.running)):
+                for _ in range(max(self._count(), self._ahead) - len(run.running)):
                     if waiting:
                         name = waiting.popleft()
                         tries[name] += 1
@@ -288,11 +293,12 @@ def open_cluster(text: str) -> Iterator[Workers]:
                 path = asked.kind.removeprefix("file:")
                 where = {"scheduler_file": path} if path != asked.kind else {"address": cluster or asked.kind}
                 client = Client(**where, set_as_default=False)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:  # TypeError: tls without certificates
                 raise EngineError(f"cannot reach the cluster {text}: {first_line(error)}") from error
             patience = None if cluster is not None and asked.kind not in ("local", "gpus") else PATIENCE_S
+            ahead = 0 if asked.least == asked.most else asked.most or 0
             try:
-                yield Workers(text, client, ask_again, patience)
+                yield Workers(text, client, ask_again, patience, ahead)
             finally:
                 client.close()
         finally:
@@ -333,7 +339,7 @@ def _start_here(environments: list[dict[str, str]]) -> tuple[Any, Callable[[], N
     from distributed import Nanny, Scheduler, SpecCluster
 
     preload = [__name__, *dask.config.get("distributed.worker.preload")]
-    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": None}
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     worker = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, "preload": preload}
     specs = {
         index: {"cls": Nanny, "options": {**options, **worker, "env": environment}}
