@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from features_cache import ThawlineError
 from pipeline.errors import EngineError, first_line
+from pipeline.options import CLUSTER
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -247,25 +248,22 @@ class _Asked:
 def parse_cluster(text: str) -> _Asked:
     """Return what ``"local:4"`` and the like ask for; addresses and files are kept whole.
 
+    Raises `EngineError` for anything else.
+
     Examples
     --------
     >>> parse_cluster("dask_jobqueue.SLURMCluster:0:200")
     _Asked(kind='dask_jobqueue.SLURMCluster', least=0, most=200)
     """
+    if problem := CLUSTER.problem(text):
+        raise EngineError(f"cluster: {problem}")
     if "://" in text or text.startswith("file:"):
         return _Asked(text)
     kind, *counts = text.split(":")
-    known = kind in ("local", "gpus") or (all(part.isidentifier() for part in kind.split(".")) and "." in kind)
-    allowed = {"local": 1, "gpus": 0}.get(kind, 2)
-    if not known or len(counts) > allowed or not all(count.isdecimal() for count in counts):
-        raise EngineError(
-            f"unknown cluster {text!r}; expected local:N, gpus, tcp://HOST:PORT, tls://HOST:PORT, file:PATH of a "
-            "scheduler file, or a class such as dask_jobqueue.SLURMCluster:N or dask_jobqueue.SLURMCluster:LEAST:MOST"
-        )
-    numbers = [int(count) for count in counts] or [None]
-    if numbers[-1] == 0 or (len(numbers) == 2 and numbers[0] > numbers[1]):  # type: ignore[operator]
-        raise EngineError(f"cluster {text!r}: expected at least one worker, and no more at least than at most")
-    return _Asked(kind, numbers[0], numbers[-1])
+    least, most = (int(counts[0]), int(counts[-1])) if counts else (None, None)
+    if least is not None and most is not None and not least <= most > 0:
+        raise EngineError(f"cluster: expected at least one worker, and no more at least than at most, got {text!r}")
+    return _Asked(kind, least, most)
 
 
 @contextmanager
