@@ -150,7 +150,12 @@ def extract(
     if cluster is not None:
         if part is not None or only is not None:
             raise SourceError("a cluster extracts all parts of a source; leave out part and only")
-        asked_for = {"backbones": tuple(backbones), "layers": tuple(layers), "pool": pool, "precision": precision}
+        asked_for: dict[str, Any] = {
+            "backbones": tuple(backbones),
+            "layers": tuple(layers),
+            "pool": pool,
+            "precision": precision,
+        }
         asked_for |= {"store": store, "size": size, "white": white, "augment": augment, "views": tuple(views)}
         asked_for |= {"output": Path(output).absolute(), "expect": expect, "part_rows": part_rows or 0}
         return _extract_on(cluster, source, asked_for, computing, progress or silent)

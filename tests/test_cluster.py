@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from features_cache import open_cache
+from pipeline.compare import compare
 from pipeline.errors import EngineError
 from pipeline.extract import extract
 from pipeline.extraction import cluster
@@ -140,6 +143,48 @@ def test_classes_by_name_and_scheduler_files(counts: str, tmp_path: Path, monkey
     assert made[0].status == distributed.Status.closed
 
 
+def test_an_extraction_on_a_cluster_gives_what_one_process_gives(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "queues", types.SimpleNamespace(Queue=lambda: running(2)))
+    photos = make_photos(each=6)
+    how: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "batch_size": 3}
+    asked = [photos, ["test_resnet@random:0"], ["layer2", "penultimate"]]
+    (whole,) = extract(*asked, output=tmp_path / "whole", **how)
+    told: list[tuple[Any, ...]] = []
+    how |= {"cluster": "queues.Queue:2", "output": tmp_path / "cache"}
+    (parted,) = extract(*asked, part_rows=5, progress=lambda *now: told.append(now), **how)
+    assert told[-1][:2] == (18, 18)
+    files = [open_cache(result.path) for result in (whole, parted)]
+    assert [len(file.parts) for file in files] == [1, 4]
+    for layer in whole.layers:
+        np.testing.assert_array_equal(*(np.asarray(file.matrix(layer)) for file in files))
+    assert files[0].uris.tolist() == files[1].uris.tolist()
+    assert (parted.rows, parted.done, parted.computed, parted.reused) == (18, 18, 18, 0)
+    (again,) = extract(*asked, **how)
+    assert (again.computed, again.reused) == (0, 18)
+    (small,) = extract(photos, asked[1], ["layer1"], **how)  # fewer rows than a part has by default: one file
+    assert (Path(small.path).suffix, small.computed) == (".h5", 18)
+    for path in (photos / "blue").iterdir():
+        path.unlink()
+        path.write_bytes(b"no image")
+    with pytest.raises(EngineError, match=r"2 of 4 parts failed; the same command does the rest: .*p00000.h5: blue/0"):
+        extract(*asked, on_error="stop", **how)
+
+
+def test_compare_extracts_on_a_cluster(
+    make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "queues", types.SimpleNamespace(Queue=lambda: running(1)))
+    make_photos(each=8)
+    network = 'backbone = "test_resnet@random:0"\nlayer = "layer1"\nsize = 32\ncluster = "queues.Queue:1"'
+    (tmp_path / "plan.toml").write_text(f'source = "photos"\n[[extract]]\n{network}\n[[fit]]\nhead = "centroid"\n')
+    monkeypatch.setattr("pipeline.extraction.parts.MOST_ROWS", 10)
+    report = compare(tmp_path / "plan.toml", tmp_path / "run")
+    assert not report.failures
+    assert [path.suffix for path in (tmp_path / "run" / "cache").glob("*.plan")] == [".plan"]
+
+
 def test_a_scheduler_with_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cryptography")
     import dask
@@ -198,12 +243,12 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_kills_and_stops_lose_nothing_and_leave_nothing() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "cluster.py"), "--rows", "48", "--pause", "3", "--workers"]
-    command += ["--kills", "2", "--commands", "1", "--thrice", "0", "--stops", "1"]
+    command += ["--kills", "2", "--commands", "0", "--thrice", "0", "--stops", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert sorted(report) == ["commands", "stops", "workers"]
+    assert sorted(report) == ["stops", "workers"]
     for counts in report.values():
         for name in ("rows_lost", "rows_wrong", "tries_left", "workers_left", "processes_failed"):
             assert counts.get(name, 0) == 0, report

@@ -150,8 +150,8 @@ class _Run:
     ) -> None:
         self._client, self._function, self._on_rows = client, function, on_rows
         self._topic = f"thawline-{uuid.uuid4().hex}"
-        self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self.running: dict[Future, str] = {}
+        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self.running: dict[Future[Any], str] = {}
         self._rows: dict[str, int] = {}
         self._bound = ""
         self._moved = time.monotonic()
@@ -163,7 +163,7 @@ class _Run:
         self.running[future] = name
         future.add_done_callback(self._done.put)
 
-    def finished(self, seconds: float) -> Iterator[tuple[str, Future]]:
+    def finished(self, seconds: float) -> Iterator[tuple[str, Future[Any]]]:
         """Yield the futures that are finished, after waiting for the first for some seconds at most."""
         with suppress(queue.Empty):
             future = self._done.get(timeout=seconds)
@@ -175,11 +175,12 @@ class _Run:
                 future.release()
                 future = self._done.get_nowait()
 
-    def error_of(self, future: Future) -> BaseException | None:
+    def error_of(self, future: Future[Any]) -> BaseException | None:
         if future.status == "finished":
             return None
         if future.status == "error":
-            return future.exception()
+            error: BaseException | None = future.exception()
+            return error
         return ConnectionError(f"the scheduler has lost it ({future.status})")
 
     def tell(self, client: Client) -> None:
