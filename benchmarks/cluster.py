@@ -76,7 +76,8 @@ def dask_setup(_: Any = None) -> None:
     from pipeline import extract
     from pipeline.extraction import parts
 
-    extract.FeatureExtractor = parts.FeatureExtractor = SleepingExtractor  # type: ignore[assignment,misc]
+    for module in (extract, parts):
+        vars(module)["FeatureExtractor"] = SleepingExtractor
 
 
 class Trial:
@@ -113,8 +114,8 @@ class Trial:
         """Start an extraction."""
         options |= {"output": str(self.folder / "cache"), "part_rows": self.part_rows, "workers": 1}
         command = [sys.executable, __file__, "--child", str(self.folder / "photos"), json.dumps(options)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=self.environment, **pipes)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True)
 
     def finish(self, **options: Any) -> dict[str, Any]:
         """Extract until nothing fails, and return the last result; three tries of a part are a failure each time."""

@@ -156,9 +156,8 @@ def extract(
             "pool": pool,
             "precision": precision,
         }
-        asked_for |= {"precision": precision, "store": store, "size": size, "white": white}
-        asked_for |= {"augment": augment, "views": tuple(views), "expect": expect}
-        asked_for |= {"output": Path(output).absolute(), "part_rows": part_rows or 0}
+        asked_for |= {"store": store, "size": size, "white": white, "augment": augment, "views": tuple(views)}
+        asked_for |= {"output": Path(output).absolute(), "expect": expect, "part_rows": part_rows or 0}
         return _extract_on(cluster, source, asked_for, computing, progress or silent)
     images = open_source(source)
     rows = rows_of(images)

@@ -7,6 +7,7 @@ The command line (`pipeline.commands`), plans (`pipeline.comparing.plan`) and th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -136,6 +137,13 @@ def _is_share(value: Any) -> bool:
 
 
 SHARE_OF = Kind(str, "a share such as 3/64, the third of 64", _is_share)
+_CLUSTER = re.compile(r"local(:[1-9]\d*)?|gpus|\w+://\S+|file:.+|[^\W\d]\w*(\.\w+)+(:\d+)?(:[1-9]\d*)?")
+CLUSTER = Kind(
+    str,
+    "local:N, gpus, tcp://HOST:PORT, tls://HOST:PORT, file:PATH of a scheduler file, or a class such as "
+    "dask_jobqueue.SLURMCluster:N or dask_jobqueue.SLURMCluster:LEAST:MOST",
+    lambda value: _CLUSTER.fullmatch(value) is not None,
+)
 
 
 @dataclass(frozen=True)
@@ -238,7 +246,7 @@ EXTRACT = (
     ENGINE,
     DEVICE,
     Option("part", SHARE_OF, "Only this share, such as 3/64, of the parts of a large source; for job arrays."),
-    once("cluster", TEXT, "Extract large sources on local:N, gpus, tcp://HOST:PORT, tls://…, file:PATH or a class:N."),
+    once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class; see docs/cluster.md."),
     Option("part-rows", whole(), "Make a cache of more rows in parts of at most so many rows each."),
 )
 FIT = (

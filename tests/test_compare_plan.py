@@ -254,6 +254,7 @@ EXAMPLES: dict[str, dict[str, list[Any]]] = {
         "engine": ["auto", "openvino", "torch"],
         "device": ["auto", "cpu"],
         "output": ["features"],
+        "cluster": ["local:2"],
     },
     "fit": {
         "head": [name if scaling == "standard" else f"{name}/{scaling}" for name in FAMILIES for scaling in SCALINGS],

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from features_cache import ThawlineError
 from pipeline.errors import EngineError, first_line
+from pipeline.options import CLUSTER
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -46,10 +47,15 @@ class Workers:
         Asks the cluster for the workers that it lacks.
     patience : float or None
         Seconds to wait for a worker when there is none; None to wait for ever.
+    ahead : int
+        Tasks that are given to the scheduler even if it has fewer workers, so that it asks for more.
     """
 
-    def __init__(self, name: str, client: Client, ask_again: Callable[[], None], patience: float | None) -> None:
-        self._name, self._client, self._ask_again, self._patience = name, client, ask_again, patience
+    def __init__(
+        self, name: str, client: Client, ask_again: Callable[[], None], patience: float | None, ahead: int
+    ) -> None:
+        self._name, self._client, self._ask_again = name, client, ask_again
+        self._patience, self._ahead = patience, ahead
         self._seen = time.monotonic()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -95,7 +101,7 @@ class Workers:
         failed: dict[str, ThawlineError] = {}
         try:
             while waiting or run.running:
-                for _ in range(self._count() - len(run.running)):
+                for _ in range(max(self._count(), self._ahead) - len(run.running)):
                     if waiting:
                         name = waiting.popleft()
                         tries[name] += 1
@@ -144,8 +150,8 @@ class _Run:
     ) -> None:
         self._client, self._function, self._on_rows = client, function, on_rows
         self._topic = f"thawline-{uuid.uuid4().hex}"
-        self._done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self.running: dict[Future, str] = {}
+        self._done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        self.running: dict[Future[Any], str] = {}
         self._rows: dict[str, int] = {}
         self._bound = ""
         self._moved = time.monotonic()
@@ -157,7 +163,7 @@ class _Run:
         self.running[future] = name
         future.add_done_callback(self._done.put)
 
-    def finished(self, seconds: float) -> Iterator[tuple[str, Future]]:
+    def finished(self, seconds: float) -> Iterator[tuple[str, Future[Any]]]:
         """Yield the futures that are finished, after waiting for the first for some seconds at most."""
         with suppress(queue.Empty):
             future = self._done.get(timeout=seconds)
@@ -169,11 +175,12 @@ class _Run:
                 future.release()
                 future = self._done.get_nowait()
 
-    def error_of(self, future: Future) -> BaseException | None:
+    def error_of(self, future: Future[Any]) -> BaseException | None:
         if future.status == "finished":
             return None
         if future.status == "error":
-            return future.exception()
+            error: BaseException | None = future.exception()
+            return error
         return ConnectionError(f"the scheduler has lost it ({future.status})")
 
     def tell(self, client: Client) -> None:
@@ -242,25 +249,22 @@ class _Asked:
 def parse_cluster(text: str) -> _Asked:
     """Return what ``"local:4"`` and the like ask for; addresses and files are kept whole.
 
+    Raises `EngineError` for anything else.
+
     Examples
     --------
     >>> parse_cluster("dask_jobqueue.SLURMCluster:0:200")
     _Asked(kind='dask_jobqueue.SLURMCluster', least=0, most=200)
     """
+    if problem := CLUSTER.problem(text):
+        raise EngineError(f"cluster: {problem}")
     if "://" in text or text.startswith("file:"):
         return _Asked(text)
     kind, *counts = text.split(":")
-    known = kind in ("local", "gpus") or (all(part.isidentifier() for part in kind.split(".")) and "." in kind)
-    allowed = {"local": 1, "gpus": 0}.get(kind, 2)
-    if not known or len(counts) > allowed or not all(count.isdecimal() for count in counts):
-        raise EngineError(
-            f"unknown cluster {text!r}; expected local:N, gpus, tcp://HOST:PORT, tls://HOST:PORT, file:PATH of a "
-            "scheduler file, or a class such as dask_jobqueue.SLURMCluster:N or dask_jobqueue.SLURMCluster:LEAST:MOST"
-        )
-    numbers = [int(count) for count in counts] or [None]
-    if numbers[-1] == 0 or (len(numbers) == 2 and numbers[0] > numbers[1]):  # type: ignore[operator]
-        raise EngineError(f"cluster {text!r}: expected at least one worker, and no more at least than at most")
-    return _Asked(kind, numbers[0], numbers[-1])
+    least, most = (int(counts[0]), int(counts[-1])) if counts else (None, None)
+    if least is not None and most is not None and not least <= most > 0:
+        raise EngineError(f"cluster: expected at least one worker, and no more at least than at most, got {text!r}")
+    return _Asked(kind, least, most)
 
 
 @contextmanager
@@ -288,11 +292,12 @@ def open_cluster(text: str) -> Iterator[Workers]:
                 path = asked.kind.removeprefix("file:")
                 where = {"scheduler_file": path} if path != asked.kind else {"address": cluster or asked.kind}
                 client = Client(**where, set_as_default=False)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError) as error:  # TypeError: tls without certificates
                 raise EngineError(f"cannot reach the cluster {text}: {first_line(error)}") from error
             patience = None if cluster is not None and asked.kind not in ("local", "gpus") else PATIENCE_S
+            ahead = 0 if asked.least == asked.most else asked.most or 0
             try:
-                yield Workers(text, client, ask_again, patience)
+                yield Workers(text, client, ask_again, patience, ahead)
             finally:
                 client.close()
         finally:
@@ -333,7 +338,7 @@ def _start_here(environments: list[dict[str, str]]) -> tuple[Any, Callable[[], N
     from distributed import Nanny, Scheduler, SpecCluster
 
     preload = [__name__, *dask.config.get("distributed.worker.preload")]
-    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": None}
+    options = {"host": "127.0.0.1", "dashboard": False, "dashboard_address": "127.0.0.1:0"}
     worker = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, "preload": preload}
     specs = {
         index: {"cls": Nanny, "options": {**options, **worker, "env": environment}}
