@@ -78,7 +78,7 @@ def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, ha
             "botnet50ts_256",
             "there are no pretrained weights for botnet50ts_256; use botnet50ts_256@FILE.safetensors or",
         ),
-        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border', but only square images"),
+        ("deepseek_vit_412m@random:0", "wants the crop mode 'border', but only 'center' and 'squash'"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(asked: str, message: str) -> None:

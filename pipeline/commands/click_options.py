@@ -9,7 +9,20 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.options import COMMANDS, FILE, FLAG, FOLDER, JSON, RATE, SHOTS_OR_ALL, Kind, Option, parse_rate
+from pipeline.options import (
+    COMMANDS,
+    FILE,
+    FLAG,
+    FOLDER,
+    INPUT_SIZE,
+    JSON,
+    RATE,
+    SHOTS_OR_ALL,
+    Kind,
+    Option,
+    parse_rate,
+)
+from pipeline.spec import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -74,4 +87,6 @@ def _parse_one(kind: Kind, value: Any) -> Any:
         value = int(value)
     if problem := kind.problem(value):
         raise click.BadParameter(problem)
+    if kind is INPUT_SIZE:
+        return parse_size(value)
     return parse_rate(value) if kind is RATE else value
