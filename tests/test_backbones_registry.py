@@ -173,7 +173,7 @@ def test_networks_of_one_size_refuse_or_are_built_for_another() -> None:
         sketch("vit_b_16", size=256)
     assert sketch("timm/test_vit", size=96).traced.shapes["blocks.0"] == (37, 64)
     assert sketch("vit_h_14").preprocessing.size == (518, 518), "built for the size of its default weights"
-    with pytest.raises(BackboneError, match="a number of pixels from 1 to 4096, not 0"):
+    with pytest.raises(BackboneError, match="a number of pixels from 1 to 4096, or HEIGHTxWIDTH, not 0"):
         sketch("resnet18", size=0)
     with pytest.raises(BackboneError, match=r"squeezenet1_1 does not run on 10x10 images \(.+\); sizes that work: 32"):
         sketch("squeezenet1_1", size=10)
