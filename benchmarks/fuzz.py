@@ -459,7 +459,7 @@ def use_tiny_zoo() -> None:
     from torch import nn
 
     from pipeline.backbones import registry
-    from pipeline.spec import Preprocessing
+    from pipeline.spec import Preprocessing, Size
 
     class TinyZoo:
         def names(self) -> list[str]:
@@ -471,12 +471,12 @@ def use_tiny_zoo() -> None:
         def cached(self, name: str, tag: str) -> bool:
             return False
 
-        def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
+        def build(self, name: str, size: Size | None, classes: int | None) -> nn.Module:
             layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, 4, 3, 2), act=nn.ReLU())
             layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(4, classes or 3)}
             return nn.Sequential(layers)
 
-        def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module:
+        def pretrained(self, name: str, tag: str, size: Size | None) -> nn.Module:
             raise NotImplementedError
 
         def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
