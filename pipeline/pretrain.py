@@ -28,7 +28,7 @@ from pipeline.invalidation import stage_key
 from pipeline.model_file import check_destination, writing
 from pipeline.options import PRETRAIN, check_options
 from pipeline.results import PretrainResult, Progress, silent, to_json
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, NO_AUGMENT, json_fields
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, NO_AUGMENT, Size, json_fields
 
 if TYPE_CHECKING:
     from pipeline.backbones.backbone import Backbone
@@ -80,7 +80,7 @@ def pretrain(
     seed: int = 0,
     output: str | Path = DEFAULT_CACHE,
     precision: str = "auto",
-    size: int | None = None,
+    size: Size | None = None,
     white: int | None = None,
     device: str = "auto",
     workers: int | None = None,
