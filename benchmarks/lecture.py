@@ -1,6 +1,6 @@
 """Write the results of `thawline lecture all -o FOLDER` into docs/lecture.md, with a picture of each chart beside it.
 
-    python benchmarks/lecture.py FOLDER
+python benchmarks/lecture.py FOLDER
 """
 
 from __future__ import annotations
