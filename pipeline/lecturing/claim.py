@@ -82,7 +82,7 @@ def mean_interval(values: Sequence[float] | Float64Array, tests: int = 1, overla
 
 
 def verdict(interval: tuple[float, float], expected: int) -> str:
-    """Return what an interval says about the sign that is expected, 1 or -1.
+    """Return what an interval says about the sign that is expected, 1 or -1; without any spread it says nothing.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def verdict(interval: tuple[float, float], expected: int) -> str:
     ('agrees', 'contradicts', 'open')
     """
     low, high = interval
-    if low <= 0 <= high:
+    if low <= 0 <= high or low == high:
         return "open"
     return "agrees" if (low > 0) == (expected > 0) else "contradicts"
 
