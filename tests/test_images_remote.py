@@ -23,7 +23,7 @@ from features_cache import DONE, open_cache
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.extract import extract
 from pipeline.images.loader import load_images
-from pipeline.images.sources import remote
+from pipeline.images.sources import remote, shards
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
 
@@ -231,6 +231,19 @@ def test_packed_files_on_a_web_server(web: ModuleType, folder: Path, kind: str, 
         elif ranges:
             assert listed < 10
             assert len(fetched) <= listed + len(local)
+
+
+@pytest.mark.parametrize("kind", ["a.tar", "a.tar.gz", "a.arrow"])
+def test_shards_too_large_to_be_held_are_read_in_parts(
+    web: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(remote, "HELD_BYTES", 0)
+    monkeypatch.setattr(shards, "FETCHED_AT_ONCE", 30_000)
+    local = content(open_source(folder / "packed" / kind))
+    with web.Server(folder) as server:
+        source = open_source(f"{server.url}/packed/{kind}")
+        assert content(source) == local
+        assert {bool(part) for method, _, part in server.requests if method == "GET"} == {True}
 
 
 def test_a_folder_of_shards_on_a_web_server(web: ModuleType, folder: Path, tmp_path: Path) -> None:
