@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import joblib
@@ -35,7 +35,7 @@ from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.splits import make_splits
 from pipeline.extract import extract
-from pipeline.heads.choose import Fold, Scaled, make_fold
+from pipeline.heads.choose import Fold, Scaled, make_fold, scale
 from pipeline.heads.family import Step
 from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import find_head
@@ -56,8 +56,16 @@ MOST_TESTED = 1000
 STRENGTH = 20
 """As many rows as the common scale counts for, where standard deviations are shrunk towards it."""
 
-Scaling = Callable[[Float32Array, Float32Array, Any], tuple[Any, Any]]
-"""Maps training rows, held-out rows, and the moments of all rows that are not test rows to scaled rows."""
+
+class About(NamedTuple):
+    """What a scaling may know besides the rows: moments of all rows that are not test rows, dims of joined layers."""
+
+    moments: tuple[Any, Any]
+    dims: list[int]
+
+
+Scaling = Callable[[Float32Array, Float32Array, About], tuple[Any, Any]]
+"""Maps training rows and held-out rows to scaled rows."""
 
 
 def moments(rows: Float32Array, strength: float = 0) -> tuple[Any, Any]:
@@ -67,29 +75,35 @@ def moments(rows: Float32Array, strength: float = 0) -> tuple[Any, Any]:
     return mean, np.sqrt(np.where(variance > 0, variance, 1))
 
 
-def standard(train: Float32Array, held: Float32Array, _: Any, strength: float = 0) -> tuple[Any, Any]:
+def standard(train: Float32Array, held: Float32Array, _: About, strength: float = 0) -> tuple[Any, Any]:
     """Standardise by the training rows."""
     mean, deviation = moments(train, strength)
     return (train - mean) / deviation, (held - mean) / deviation
 
 
-def shrunk(train: Float32Array, held: Float32Array, pool: Any) -> tuple[Any, Any]:
+def shrunk(train: Float32Array, held: Float32Array, about: About) -> tuple[Any, Any]:
     """Standardise with variances shrunk to a common one."""
-    return standard(train, held, pool, STRENGTH)
+    return standard(train, held, about, STRENGTH)
 
 
-def unlabelled(train: Float32Array, held: Float32Array, pool: Any) -> tuple[Any, Any]:
+def unlabelled(train: Float32Array, held: Float32Array, about: About) -> tuple[Any, Any]:
     """Standardise by all rows that are not test rows, labelled or not."""
-    mean, deviation = pool
+    mean, deviation = about.moments
     return (train - mean) / deviation, (held - mean) / deviation
 
 
-def l2(train: Float32Array, held: Float32Array, _: Any) -> tuple[Any, Any]:
-    """Divide each row by its length."""
+def l2(train: Float32Array, held: Float32Array, about: About) -> tuple[Any, Any]:
+    """Divide each row by its length; each of joined layers by itself."""
+    scaled = scale("l2", train, held, rotated=False, dims=about.dims)
+    return scaled.train, scaled.held
+
+
+def whole(train: Float32Array, held: Float32Array, _: About) -> tuple[Any, Any]:
+    """Divide each row by its length, joined layers as a whole."""
     return normalize(train), normalize(held)
 
 
-def centred(train: Float32Array, held: Float32Array, _: Any) -> tuple[Any, Any]:
+def centred(train: Float32Array, held: Float32Array, _: About) -> tuple[Any, Any]:
     """Subtract the mean of the training rows, then divide each row by its length."""
     mean = train.mean(0)
     return normalize(train - mean), normalize(held - mean)
@@ -98,6 +112,7 @@ def centred(train: Float32Array, held: Float32Array, _: Any) -> tuple[Any, Any]:
 SCALINGS: dict[str, Scaling] = {
     "standard": standard,
     "l2": l2,
+    "whole l2": whole,
     "centred l2": centred,
     "shrunk": shrunk,
     "unlabelled": unlabelled,
@@ -190,7 +205,8 @@ def measure_cell(layer: Layer, seed: int, shots: str) -> dict[str, Any]:
     count: int | str = "all" if shots == "all" else int(shots)
     splits = make_splits(labels, table.splits, table.groups, table.digests, seed, count)
     test = np.random.default_rng(0).permutation(splits.test)[:MOST_TESTED]
-    pool = moments(layer.features(np.setdiff1d(np.arange(len(labels)), splits.test)))
+    rest = layer.features(np.setdiff1d(np.arange(len(labels)), splits.test))
+    about = About(moments(rest), [info.dim for _, info in layer.parts])
     known = np.concatenate([splits.train, splits.val])
     pairs = [(splits.train, splits.val)]
     if not splits.val.size:
@@ -199,11 +215,13 @@ def measure_cell(layer: Layer, seed: int, shots: str) -> dict[str, Any]:
         pairs = [(known[a], known[b]) for a, b in cut]
 
     def fold(scaling: str, train: IntArray, held: IntArray) -> Fold:
-        x, unseen = SCALINGS[scaling](layer.features(train), layer.features(held), pool)
+        x, unseen = SCALINGS[scaling](layer.features(train), layer.features(held), about)
         x, unseen = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(unseen, np.float32)
         return make_fold(Scaled(x, unseen, None, find_span(x)), labels[train], labels[held])
 
-    curves = {name: curve([fold(name, *pair) for pair in pairs], fold(name, known, test)) for name in SCALINGS}
+    names = [name for name in SCALINGS if len(layer.parts) > 1 or name != "whole l2"]
+    curves = {name: curve([fold(name, *pair) for pair in pairs], fold(name, known, test)) for name in names}
+    curves.setdefault("whole l2", curves["l2"])
     final = fold("l2", known, test)
     others = {"lda/l2": lda(final), "centroid/l2": centroid(final)}
     return {"curves": curves, "others": {name: float((y == final.y_held).mean()) for name, y in others.items()}}

@@ -166,6 +166,7 @@ class HeadScores(nn.Module):
     deviation: Tensor
 
     def __init__(self, saved: SavedModel, *, half: bool) -> None:
+        from sklearn.compose import ColumnTransformer
         from sklearn.preprocessing import Normalizer, StandardScaler
 
         super().__init__()
@@ -181,7 +182,13 @@ class HeadScores(nn.Module):
             buffers |= {"mean": scaler.mean_, "deviation": scaler.scale_}
         for name, values in buffers.items():
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32))
-        self.standardises, self.normalises = isinstance(scaler, StandardScaler), isinstance(scaler, Normalizer)
+        self.standardises = isinstance(scaler, StandardScaler)
+        dims = [layer["dim"] for layer in saved.layers]
+        self.normalised: list[int] = []  # how many features each part has that is brought to length 1 by itself
+        if isinstance(scaler, ColumnTransformer):
+            self.normalised = dims
+        elif isinstance(scaler, Normalizer):
+            self.normalised = [sum(dims)]
         self.half_features = half
 
     def forward(self, features: Tensor) -> Tensor:
@@ -190,10 +197,16 @@ class HeadScores(nn.Module):
             features = features.half().float()
         if self.standardises:
             features = (features - self.mean) / self.deviation
-        elif self.normalises:
-            length = features.norm(dim=1, keepdim=True)
-            features = features / torch.where(length == 0, 1.0, length)
+        elif self.normalised:
+            parts = [part / _length(part) for part in torch.split(features, self.normalised, 1)]
+            features = torch.cat(parts, 1) / len(parts) ** 0.5
         return features @ self.weights.T + self.bias
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Return the length (n, 1) of each row, 1 for rows of zeros."""
+    length = rows.norm(dim=1, keepdim=True)
+    return torch.where(length == 0, 1.0, length)
 
 
 def _program(graph: Classifier) -> torch.onnx.ONNXProgram:

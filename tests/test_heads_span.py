@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
@@ -90,3 +90,14 @@ def test_scaling_is_that_of_the_training_rows() -> None:
     assert scaled.held == pytest.approx(StandardScaler().fit(train).transform(held), abs=1e-6)
     assert np.linalg.norm(scale("l2", train.copy(), held.copy(), rotated=False).held, axis=1) == pytest.approx(1)
     assert (scale("none", train.copy(), held.copy(), rotated=False).held == held).all()
+
+
+def test_joined_layers_are_scaled_to_length_1_each() -> None:
+    rows = np.random.default_rng(1).normal(0, [100] * 3 + [1] * 5, (9, 8)).astype(np.float32)
+    rows[4] = 0
+    scaled = scale("l2", rows.copy(), rows.copy(), rotated=False, dims=(3, 5))
+    expected = np.hstack([normalize(rows[:, :3]), normalize(rows[:, 3:])]) / np.sqrt(2)
+    np.testing.assert_allclose(scaled.train, expected, atol=1e-6)
+    np.testing.assert_allclose(scaled.held, expected, atol=1e-6)
+    assert scaled.scaler.transform(later := rows.copy()) == pytest.approx(expected, abs=1e-6)
+    assert (later == rows).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -155,10 +156,12 @@ class Subset:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         view = (self.seed or 0) * 100_000 + epoch if self.augmented else None
 
-        def read(batch: IntArray) -> tuple[Inputs, Tensor]:
-            return self.reader.read(self.rows[batch], view), torch.from_numpy(self.labels[batch])
-
+        read = partial(self.read_batch, view=view)
         return map_ahead(read, np.array_split(order, self.n_batches), threads=1, depth=1)
+
+    def read_batch(self, index: IntArray, view: int | None) -> tuple[Inputs, Tensor]:
+        """Return the inputs and labels of the rows at `index` (k,) of this subset."""
+        return self.reader.read(self.rows[index], view), torch.from_numpy(self.labels[index])
 
 
 def batch_count(rows: int, batch_size: int) -> int:

@@ -41,7 +41,8 @@ class Head:
     family : Family
         How candidates are searched and the final classifier is trained.
     scaling : str
-        ``"l2"`` (each row to length 1), ``"standard"`` (each feature to mean 0 and variance 1) or ``"none"``.
+        ``"l2"`` (each row to length 1; each of joined layers by itself), ``"standard"`` (each feature to mean 0 and
+        variance 1) or ``"none"``.
     """
 
     name: str

@@ -42,10 +42,10 @@ FORMAT = ModelFormat(
 _DESCRIPTION = "thawline.json"
 _CLASSES = frozenset(
     {"Pipeline", "StandardScaler", "Normalizer", "LogisticRegression", "LinearSVC", "SVC", "KNeighborsClassifier"}
-    | {"RidgeClassifier", "LabelBinarizer", "PCA"}
+    | {"RidgeClassifier", "LabelBinarizer", "PCA", "ColumnTransformer"}
 )
 """The scikit-learn classes of saved heads. Others, which skops would trust, may take any amount of memory."""
-_VALUES = frozenset({"DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "NdArrayNode"})
+_VALUES = frozenset({"DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "NdArrayNode", "SliceNode"})
 """What skops calls the other parts of saved heads."""
 
 

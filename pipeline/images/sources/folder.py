@@ -12,7 +12,6 @@ from stat import S_ISREG
 from pipeline.errors import SourceError
 from pipeline.images.sources.items import (
     IMAGE_EXTENSIONS,
-    SPLIT_WORDS,
     ImageSource,
     Item,
     Location,
@@ -23,6 +22,7 @@ from pipeline.images.sources.items import (
     stamp,
 )
 from pipeline.images.sources.remote import MISSING_SIZE, RemotePath
+from pipeline.tables import SPLIT_WORDS
 
 
 def open_folder(path: Location) -> ImageSource | None:

@@ -15,6 +15,7 @@ from unicodedata import normalize
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.formats import START_LENGTH, has_image_header, is_tiff
 from pipeline.images.sources.remote import MISSING_SIZE, RemotePath, Stamp
+from pipeline.tables import SPLIT_WORDS
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
@@ -65,17 +66,6 @@ SHARD_CHANGED = "the shard changed after it was listed"
 
 TIME_LIMIT = 2**63 - 1
 """Latest time in nanoseconds that a cache can store (in the year 2262); later ones count as this one."""
-
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""What folders, manifests and names of shards call a split, in lower case, and its name here."""
 
 Location = Path | RemotePath
 """Where a file or folder is: on this machine, or behind a URL."""
@@ -257,13 +247,6 @@ def split_in(path: str) -> str:
     words = re.split(r"[^a-z]+", path.lower())
     splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else ""
-
-
-def text_of(value: object) -> str:
-    """Return a label or group that came as text or number: 1 and 1.0 are ``"1"``, None and NaN are ``""``."""
-    if value is None or value != value:  # NaN, a missing number in a data frame
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def extension_of(name: str) -> str:

@@ -18,7 +18,6 @@ from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.ahead import map_ahead
 from pipeline.images.sources.folder import unnoticed
 from pipeline.images.sources.items import (
-    SPLIT_WORDS,
     ImageSource,
     Item,
     Location,
@@ -26,9 +25,9 @@ from pipeline.images.sources.items import (
     is_file_of,
     read_file,
     stamp,
-    text_of,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate_all
+from pipeline.tables import SPLIT_WORDS, text_of
 
 COLUMNS = ("path", "label", "split", "group")
 """The columns that are read. Only the first is required; all others are ignored."""

@@ -27,10 +27,10 @@ from pipeline.images.sources.items import (
     read_part,
     split_in,
     stamp,
-    text_of,
     unreadable,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
+from pipeline.tables import text_of
 
 GZIPPED = (".tar.gz", ".tgz")
 

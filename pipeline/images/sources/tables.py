@@ -21,11 +21,11 @@ from pipeline.images.sources.items import (
     read_part,
     split_in,
     stamp,
-    text_of,
     unreadable,
 )
 from pipeline.images.sources.manifest import MESSAGE_LENGTH, columns_by_meaning, split_of, synonyms_beside
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
+from pipeline.tables import text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

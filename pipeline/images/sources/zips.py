@@ -17,7 +17,6 @@ from pipeline.images.sources.folder import splits_and_classes
 from pipeline.images.sources.items import (
     IMAGE_EXTENSIONS,
     OTHER_EXTENSIONS,
-    SPLIT_WORDS,
     Item,
     Location,
     Packed,
@@ -29,6 +28,7 @@ from pipeline.images.sources.items import (
     stamp,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp
+from pipeline.tables import SPLIT_WORDS
 
 _HEADER = 30
 """Bytes of a member's header before its name; the lengths of name and extra field are at 26 and 28."""
