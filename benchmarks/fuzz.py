@@ -906,6 +906,9 @@ def archives(folder: Path) -> Forge:
 
 def gzipped_shards(folder: Path) -> Forge:
     """Members and bytes of gzipped shards changed, before and after they are packed."""
+    from pipeline.images.sources import gzipped
+
+    gzipped.SPACING = 1 << 14  # so that small shards have several blocks
     target = folder / "a.tar.gz"
 
     def forge(rng: random.Random) -> Read:
@@ -913,7 +916,7 @@ def gzipped_shards(folder: Path) -> Forge:
         with tarfile.open(fileobj=stream, mode="w") as archive:
             for name in ("0.png", "0.cls", "1.png", "1.json"):
                 info, label = tarfile.TarInfo(name), b'{"label": 1}' if name == "1.json" else b"a"
-                size = rng.choice([0, 1, 600, 1 << 21])
+                size = rng.choice([0, 1, 600, 1 << 16])
                 data = rng.randbytes(size) if rng.random() < 0.5 else bytes(size)
                 data = label if "png" not in name and rng.random() < 0.95 else data
                 info.size = len(data)

@@ -26,7 +26,7 @@ from pipeline.images.sources.items import (
     read_file,
     stamp,
 )
-from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate
+from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate_all
 from pipeline.tables import SPLIT_WORDS, text_of
 
 COLUMNS = ("path", "label", "split", "group")
@@ -196,7 +196,7 @@ def _labelled(path: Location, names: list[str], rows: Rows) -> Iterator[tuple[It
         uri = cells["path"] if is_url(cells["path"]) else posixpath.normpath(Path(cells["path"]).as_posix())
         if uri in seen:
             raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {seen[uri]} and {number}")
-        if isinstance(path, RemotePath) and (uri.startswith("/") or uri.lower().startswith(("file:", "local:"))):
+        if isinstance(path, RemotePath) and not path.may_name(uri):
             raise SourceError(
                 f"{path}: expected a path relative to the manifest or a URL in row {number}, found {uri!r}"
             )
@@ -215,9 +215,11 @@ def split_of(path: Location, number: int, word: str) -> str:
     return SPLIT_WORDS[word.lower()] if word else ""
 
 
-def _locations(folder: Location, uris: Iterable[str]) -> dict[str, Location]:
-    """Return where images are; the library of a protocol is opened once for each server or bucket."""
-    return {uri: locate(uri) if is_url(uri) else folder / uri for uri in uris}
+def _locations(folder: Location, uris: Sequence[str]) -> dict[str, Location]:
+    """Return where images are."""
+    found: dict[str, Location] = {uri: folder / uri for uri in uris if not is_url(uri)}
+    urls = [uri for uri in uris if is_url(uri)]
+    return found | dict(zip(urls, locate_all(urls), strict=True))
 
 
 def _stamped(images: Mapping[str, Location]) -> dict[str, Stamp]:
