@@ -52,6 +52,7 @@ from pipeline.heads.choose import Scaled, make_fold, scale, search, train_final
 from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import find_head
 from pipeline.heads.trial import Prepared, run_trial
+from pipeline.options import METRICS
 
 STAGES = {"b0": 16, "b1": 24, "b2": 40, "b3": 80, "b4": 112, "b5": 192, "b6": 320, "penultimate": 1280}
 FRESH = 2000
@@ -229,7 +230,8 @@ def large(task: Task, name: str) -> list[dict[str, Any]]:
     with threadpool_limits(1):
         began = time.perf_counter()
         with PeakMemory() as memory:
-            found = run_trial(find_head(f"{name}/none"), prepared, int(y.max()) + 1, balanced=False, keep=False)
+            head, classes = find_head(f"{name}/none"), int(y.max()) + 1
+            found = run_trial(head, prepared, classes, balanced=False, metric=METRICS[0], keep=False)
         c = found.params["C"]
         report(f"thawline, {found.choice.tried} values of C", began, memory, found.y_pred)
         began, peer = time.perf_counter(), globals()[name](c, None)

@@ -4,7 +4,7 @@
 """
 
 from features_cache.atomic import atomic_write, scratch_folder
-from features_cache.catalog import Catalog, check_twins, file_name, same_listing
+from features_cache.catalog import Catalog, check_twins, file_name, same_listing, superseded_files
 from features_cache.convert import digest_keys, parse_json
 from features_cache.errors import (
     AmbiguousCacheError,
@@ -20,15 +20,19 @@ from features_cache.export import export_features
 from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
+from features_cache.parted import PartedCache, open_part
+from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, open_plan, published_path
 from features_cache.prune import drop_redundant, prune, superseded
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import open_own
+from features_cache.tries import begin_try, drop_tries, publish_try, tries_of
 from features_cache.verify import VerifyReport, repair, verify
 from features_cache.writer import CacheWriter
 
 __all__ = [
     "DONE",
     "PENDING",
+    "PLAN_SUFFIX",
     "UNREADABLE",
     "AmbiguousCacheError",
     "CacheError",
@@ -39,14 +43,20 @@ __all__ = [
     "DamagedCacheError",
     "Donors",
     "LayerInfo",
+    "Part",
+    "PartPlan",
+    "PartedCache",
     "Rows",
     "ThawlineError",
     "VerifyReport",
     "WriterLock",
     "atomic_write",
+    "begin_try",
     "check_twins",
     "digest_keys",
+    "divide",
     "drop_redundant",
+    "drop_tries",
     "explained",
     "export_features",
     "file_name",
@@ -55,12 +65,18 @@ __all__ = [
     "nearest_beside",
     "open_cache",
     "open_own",
+    "open_part",
+    "open_plan",
     "parse_json",
     "prune",
+    "publish_try",
+    "published_path",
     "repair",
     "same_listing",
     "same_rows",
     "scratch_folder",
     "superseded",
+    "superseded_files",
+    "tries_of",
     "verify",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from features_cache.errors import AmbiguousCacheError, CacheError, explained, nearest
+from features_cache.parts import PLAN_SUFFIX, plan_of
 from features_cache.reader import CacheFile, open_cache
 
 _SUPERSEDED = re.compile(r"(.+)\.superseded-(\d+)\.h5", re.DOTALL)
@@ -29,7 +30,7 @@ class Catalog:
     Attributes
     ----------
     files : list of CacheFile
-        Sorted by name, without superseded files.
+        Sorted by name, without superseded files. A cache in parts is one of them.
     problems : list of CacheError
         One for each unusable ``.h5`` file of a folder. A single unusable file raises instead.
 
@@ -49,9 +50,14 @@ class Catalog:
         if not is_folder:
             self.files = [open_cache(self.path)]
             return
-        for file in sorted(path for path in self.path.glob("*.h5") if not is_superseded(path)):
+        files = [path for path in self.path.glob("*.h5") if not is_superseded(path)]
+        for file in sorted([*files, *self.path.glob(f"*{PLAN_SUFFIX}")]):
+            plan = plan_of(file)
             try:
-                self.files.append(open_cache(file))
+                if plan is None:
+                    self.files.append(open_cache(file))
+                elif not plan.exists():
+                    raise CacheError(f"{file} is a part of {plan.name}, which is missing; restore it, or extract again")
             except CacheError as error:
                 self.problems.append(error)
         if not self.files:
@@ -198,10 +204,13 @@ def check_twins(files: Sequence[CacheFile], layer: str | None = None) -> None:
 def same_listing(one: CacheFile, other: CacheFile) -> bool:
     """Return whether two files have the same images in the same order, with the same labels, splits and groups.
 
-    Checksums are compared instead of the columns that they cover.
+    Checksums are compared instead of the columns that they cover, but not where a cache in parts has one for each part.
     """
-    first, second = (file.array("/rows/source_crc") for file in (one, other))
-    return one.classes == other.classes and np.array_equal(first, second)
+    names = ["/rows/source_crc"]
+    if (one.parts, other.parts) != ((one,), (other,)):
+        names = [f"/rows/{name}" for name in ("uri", "label", "split", "group")]
+    same = all(np.array_equal(one.array(name), other.array(name)) for name in names)
+    return one.classes == other.classes and same
 
 
 def _source_of(file: CacheFile) -> tuple[str, ...]:
@@ -227,7 +236,10 @@ def _differing_rows(one: CacheFile, other: CacheFile) -> str:
         {"label": np.array([*file.classes, ""])[file.labels], "split": file.splits, "group": file.groups}
         for file in (one, other)
     ]
-    counts = {"image": one.n_rows + other.n_rows - 2 * len(rows[0])}
+    only_in = [
+        0 if another.missing_rows else file.n_rows - len(rows[0]) for file, another in ((one, other), (other, one))
+    ]
+    counts = {"image": sum(only_in)}
     for name in columns[0]:
         counts[name] = int((columns[0][name][rows[0]] != columns[1][name][rows[1]]).sum())
     return ", ".join(f"{count} {name}{'s' * (count > 1)}" for name, count in counts.items() if count)

@@ -63,11 +63,7 @@ def build_file(
         "rows": len(rows),
         "handles": dict(handles),
         "request": dict(request),
-        "layers": [
-            {"name": x.name, "dim": x.dim, "dtype": x.dtype, "fingerprint": x.fingerprint, "spec": dict(x.spec)}
-            | ({"shape": x.shape} if x.shape else {})
-            for x in layers
-        ],
+        "layers": [layer.to_json() for layer in layers],
     }
     block = _power_of_two(
         LINE_BYTES + len(_encode(table, {name: ArrayInfo(1 << 60, *layout[name]) for name in layout}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from features_cache.catalog import superseded_files
 from features_cache.checksums import crc_rows, records_of, sound_results, sound_sources
 from features_cache.convert import digest_keys, fixed_text
 from features_cache.errors import CacheError, explained
-from features_cache.layout import DONE, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
+from features_cache.layout import DONE, RUN_BYTES, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
 from features_cache.ledger import Ledger
 from features_cache.lock import locking, temporary_path
+from features_cache.parts import plan_of
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import sync_folder
+from features_cache.runs import encode_run
 from features_cache.writer import CacheWriter
 
 _CHUNK_BYTES = 32 << 20
@@ -107,21 +110,26 @@ def grow(
         temporary = temporary_path(path)
         build_file(temporary, rows, classes, layers, handles, request)
         if carry:
-            _carry(old, temporary, *match_rows(old, rows, digests))
+            carry_rows(old, temporary, *match_rows(old, rows, digests))
         with explained(path, "write"):
-            _set_aside(path)
+            set_aside(path)
             temporary.replace(path)
             sync_folder(path.parent)
         return CacheWriter(path, lock)
 
 
-def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
-    """Copy the table of runs and all finished rows whose checksums hold."""
+def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
+    """Copy the records of runs and all finished rows whose checksums hold into a file that nobody else writes."""
     new_file = open_cache(target)
+    number_of = _renumbered(old, new_file)
     ledger = Ledger(new_file)
     chunk = max(1, _CHUNK_BYTES // sum(layer.row_bytes for layer in old.layers.values()))
     try:
-        ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
+        for run in old.runs if number_of else []:
+            record = np.array([encode_run({**run, "run": number_of[run["run"]]})], f"S{RUN_BYTES}")
+            ledger.put_now("/runs", np.array([number_of[run["run"]] % RUN_SLOTS]), record)
+        if not number_of:
+            ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
         for start in range(0, len(new_rows), chunk):
             new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
             stored = {name: np.asarray(old.matrix(name))[before] for name in old.layers}
@@ -131,6 +139,8 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
                 sound &= (crc_rows(values) == old.array(f"/crc/{name}")[before]) | (states == UNREADABLE)
             found = records_of(old, before)
             found["size"], found["mtime_ns"] = new_file.sizes[new], new_file.mtimes_ns[new]
+            if number_of:
+                found["run"] = [number_of.get(run, -1) for run in found["run"].tolist()]
             for state in (DONE, UNREADABLE):
                 take = np.flatnonzero(sound & (states == state))
                 taken = {name: values[take] for name, values in stored.items()} if state == DONE else {}
@@ -140,7 +150,25 @@ def _carry(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: 
         ledger.close()
 
 
-def _set_aside(path: Path) -> None:
+def _renumbered(old: CacheFile, new: CacheFile) -> dict[int, int]:
+    """Return the numbers that the runs of `old` get in `new`; empty if `new` has none yet, so that they keep theirs.
+
+    A run that `new` has already, because another file carried its record, keeps its number there.
+    """
+    known = {_told(run): run["run"] for run in new.runs}
+    numbers: dict[int, int] = {}
+    following = max(known.values(), default=-1) + 1
+    for run in old.runs if known else []:
+        numbers[run["run"]] = known.setdefault(_told(run), following)
+        following += numbers[run["run"]] == following
+    return numbers
+
+
+def _told(run: Mapping[str, Any]) -> str:
+    return json.dumps({key: value for key, value in run.items() if key != "run"}, sort_keys=True)
+
+
+def set_aside(path: Path) -> None:
     """Link the old file under its superseded name; it also keeps its own name until the new file replaces it."""
     kept = path.with_name(f"{path.stem}.superseded-{max(superseded_files(path), default=0) + 1}.h5")
     try:
@@ -155,14 +183,19 @@ class Donors:
     Parameters
     ----------
     folder : Path
-        All of its usable cache files are searched, superseded ones included.
+        All of its usable cache files are searched, superseded ones included, but no parts: those of a large source
+        would take too long.
     fingerprints : collection of str
         Only files that hold all of these layers count.
+    own_part : Path, optional
+        A part that is searched nevertheless.
     """
 
-    def __init__(self, folder: Path, fingerprints: Collection[str]) -> None:
+    def __init__(self, folder: Path, fingerprints: Collection[str], own_part: Path | None = None) -> None:
         self._files: list[tuple[CacheFile, list[str], NDArray[np.int64], NDArray[np.uint64]]] = []
         for path in sorted(folder.glob("*.h5")):
+            if plan_of(path) is not None and path != own_part:
+                continue
             try:
                 file = open_cache(path)
                 rows = np.flatnonzero(file.states == DONE)

@@ -139,7 +139,7 @@ def _parse_line(path: Path, line: bytes) -> tuple[int, int, int, str]:
 def _interpret(line: bytes, head: bytes, table_bytes: int, file_bytes: int) -> Header:
     """Build the header from bytes with a correct digest; they may still be forged, so every value is checked."""
     table = parse_json(head[len(line) : len(line) + table_bytes])
-    layers = [_layer(entry) for entry in _typed(table, "layers", list)]
+    layers = [layer_of(entry) for entry in _typed(table, "layers", list)]
     arrays = {str(name): _array(entry) for name, entry in _typed(table, "arrays", dict).items()}
     n_rows = _count(table["rows"], 1)
     classes = arrays["/classes"]
@@ -184,7 +184,8 @@ def _check_places(arrays: Mapping[str, ArrayInfo], checked: int, file_bytes: int
             end = array.end
 
 
-def _layer(entry: dict[str, Any]) -> LayerInfo:
+def layer_of(entry: dict[str, Any]) -> LayerInfo:
+    """Return the layer that an entry of a table describes; raises what a wrong entry leads to."""
     layer = LayerInfo(
         name=_name(entry["name"]),
         dim=_count(entry["dim"], 1),

@@ -70,6 +70,11 @@ class LayerInfo:
         """Bytes of one stored feature vector."""
         return self.dim * np.dtype(self.dtype).itemsize
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of a layer in a file's table; `features_cache.header.layer_of` reads it."""
+        entry = {"name": self.name, "dim": self.dim, "dtype": self.dtype, "fingerprint": self.fingerprint}
+        return entry | {"spec": dict(self.spec)} | ({"shape": self.shape} if self.shape else {})
+
 
 @dataclass(frozen=True)
 class Rows:

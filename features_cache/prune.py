@@ -14,15 +14,17 @@ from features_cache.convert import digest_keys
 from features_cache.errors import CacheError, explained
 from features_cache.layout import DONE
 from features_cache.lock import WriterLock
+from features_cache.parts import is_try, open_plan, plan_of, published_path
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import sync_folder
 
 
 def superseded(folder: str | Path) -> list[Path]:
-    """Return the files in a folder that `prune` may delete, sorted: superseded files and leftover temporary ones.
+    """Return the files in a folder that `prune` may delete, sorted: superseded files and what kills left behind.
 
     A superseded file may hold rows that its successor lacks, of images that were removed or renamed. Extraction reuses
-    such rows as long as the file exists.
+    such rows as long as the file exists. Kills leave temporary files, and tries at parts that are published by now. A
+    plan may no longer name a part whose images are all gone.
 
     Raises
     ------
@@ -36,7 +38,14 @@ def superseded(folder: str | Path) -> list[Path]:
 
 
 def _may_go(path: Path) -> bool:
-    return is_superseded(path) or path.name.endswith(".h5.tmp")
+    if is_superseded(path) or path.name.endswith(".h5.tmp"):
+        return True
+    part = published_path(path)
+    plan = plan_of(part)
+    try:
+        return plan is not None and (part.exists() if is_try(path) else part not in open_plan(plan).paths)
+    except CacheError:  # without its plan, a part stays
+        return False
 
 
 def prune(paths: Sequence[Path]) -> int:

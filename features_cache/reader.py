@@ -14,6 +14,7 @@ from features_cache.convert import decoded_text
 from features_cache.errors import CacheError, DamagedCacheError, explained, nearest
 from features_cache.header import Header, read_header, read_line
 from features_cache.layout import DONE, PENDING, SPLITS, UNREADABLE, LayerInfo
+from features_cache.parts import PLAN_SUFFIX
 from features_cache.runs import decode_runs
 
 
@@ -23,7 +24,7 @@ def open_cache(path: str | Path) -> CacheFile:
     Parameters
     ----------
     path : str or Path
-        The file.
+        The file, or the plan of a cache in parts.
 
     Raises
     ------
@@ -33,6 +34,10 @@ def open_cache(path: str | Path) -> CacheFile:
         It is not a cache of this version, or its structure is damaged. libhdf5 never opens such a file.
     """
     path = Path(path)
+    if path.suffix == PLAN_SUFFIX:
+        from features_cache.parted import open_parts  # which imports this module
+
+        return open_parts(path)
     return CacheFile(path, read_header(path))
 
 
@@ -72,6 +77,21 @@ class CacheFile:
         self.handles = header.handles
         self.request = header.request
         self._views: dict[str, np.memmap[Any, Any]] = {}
+
+    @property
+    def parts(self) -> tuple[CacheFile, ...]:
+        """The files that hold the rows: this one; several for a cache in parts."""
+        return (self,)
+
+    @property
+    def missing_note(self) -> str:
+        """Which parts of a cache in parts are missing, in words; ``""`` if none is."""
+        return ""
+
+    @property
+    def missing_rows(self) -> int:
+        """Rows of the parts that are missing, about."""
+        return 0
 
     def __repr__(self) -> str:
         return f"<CacheFile {self.path} with {self.n_rows} rows of {', '.join(self.layers)}>"

@@ -8,20 +8,23 @@ never imports torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from features_cache import DONE, UNREADABLE, CacheError, CacheFile, drop_redundant
-from pipeline.errors import SourceError
+from features_cache import DONE, PLAN_SUFFIX, UNREADABLE, CacheError, CacheFile, PartPlan, drop_redundant, open_plan
+from pipeline.errors import EngineError, SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, fill
 from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
 from pipeline.extraction.open import Destination, bring_up_to_date, check_expected, open_files
+from pipeline.extraction.parts import Computing, FilledParts, PartFiller, fill_part, parse_share
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
@@ -39,7 +42,7 @@ def extract(
     source: str | Path | ImageSource,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     layers: Sequence[str] = (DEFAULT_LAYER,),
-    pool: str = DEFAULT_POOL,
+    pool: str | Sequence[str] = DEFAULT_POOL,
     output: str | Path = DEFAULT_CACHE,
     *,
     precision: str = "auto",
@@ -56,6 +59,9 @@ def extract(
     views: Sequence[int] = (),
     only: Collection[str] | None = None,
     expect: Sequence[LayerSpec] | None = None,
+    part: str | None = None,
+    part_rows: int | None = None,
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> list[ExtractResult]:
     """Cache the features of `layers` of every backbone for every image of `source`.
@@ -66,14 +72,14 @@ def extract(
     Parameters
     ----------
     source : str, Path or ImageSource
-        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``; or what
-        `pipeline.images.sources.registry.open_source` returned, so that several calls are of one listing.
+        What `pipeline.images.sources.registry.open_source` takes: a folder, a manifest, an archive, a URL, …; or what
+        it returned, so that several calls are of one listing.
     backbones : sequence of str, default ("efficientnet_lite0",)
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)
         Dotted module names, ``penultimate``, ``stages``, ``logits`` or ``input``.
-    pool : str, default "avg"
-        One of `pipeline.spec.POOLS`.
+    pool : str or sequence of str, default "avg"
+        One of `pipeline.spec.POOLS`, or several: a cache file of each, from one pass of the network.
     output : str or Path, default "thawline-cache"
         Folder of cache files; created if missing.
     precision : {"auto", "fp32", "bf16", "fp16"}
@@ -102,6 +108,15 @@ def extract(
         Uris of the images to compute; the others stay pending, and a later call may ask for them. By default all.
     expect : sequence of LayerSpec, optional
         Features that a saved model needs: raise if others would be computed, precision aside.
+    part : str, optional
+        ``"3/64"`` extracts the third of 64 shares of the parts of a large source; any number of processes may extract
+        one cache so, at the same time. Without it, all parts that exist already are extracted.
+    part_rows : int, optional
+        Make new caches of more rows than this in parts of at most so many rows. By default, a source is extracted in
+        parts only if `part` or `cluster` is given, of at most 262,144 rows and 512 MB.
+    cluster : str, optional
+        Extract all parts on the workers of a Dask cluster, see `pipeline.extraction.cluster.parse_cluster`. Source and
+        `output` must be at the same paths on all of them.
     progress : callable, optional
         Called after every batch.
 
@@ -130,15 +145,36 @@ def extract(
         raise CacheError(f"{output} is a file; name the folder that is to hold the cache's files")
     if on_error not in ("skip", "stop"):
         raise SourceError(f"on_error is 'skip' or 'stop', got {on_error!r}")
+    share = parse_share(part)
+    computing = Computing(engine, device, batch_size, workers, on_error, rehash)
+    if cluster is not None:
+        if part is not None or only is not None:
+            raise SourceError("a cluster extracts all parts of a source; leave out part and only")
+        asked_for: dict[str, Any] = {
+            "backbones": tuple(backbones),
+            "layers": tuple(layers),
+            "pool": pool,
+            "precision": precision,
+        }
+        asked_for |= {"store": store, "size": size, "white": white, "augment": augment, "views": tuple(views)}
+        asked_for |= {"output": Path(output).absolute(), "expect": expect, "part_rows": part_rows or 0}
+        return _extract_on(cluster, source, asked_for, computing, progress or silent)
     images = open_source(source)
     rows = rows_of(images)
     asked = np.array([only is None or uri in only for uri in rows.uris], bool)
-    destination = Destination(images, rows, asked, Path(output), files_of(images, Path(output)), rehash)
-    found: dict[str, list[CacheFile | CacheFiller]] = {}
+    if part is not None and part_rows is None:
+        part_rows = 0
+    files = files_of(images, Path(output))
+    destination = Destination(images, rows, asked, Path(output), files, rehash, part_rows, whole=share[0] == 0)
+    found: dict[str, list[CacheFile | CacheFiller | FilledParts]] = {}
+    parted: list[tuple[str, PartFiller]] = []
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
+    pools = dict.fromkeys([pool] if isinstance(pool, str) else pool)
     for name in dict.fromkeys(backbones):
-        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name), white=white)
-        requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
+        digest = weights_file_digest(name)
+        plain = [Request(name, tuple(layers), one, precision, store, size, digest, white=white) for one in pools]
+        seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
+        requests = seen or plain
         found[name], missing = [], []
         for request in requests:
             complete = destination.find_complete(request)
@@ -157,20 +193,89 @@ def extract(
                 if isinstance(opened, CacheFile):
                     found[name].append(opened)
                     continue
-                writers.enter_context(opened)
-                computing = extractor.engine(tuple(opened.cache.layers))
-                found[name].append(CacheFiller(opened, computing, asked, on_error, clock))
-        parts = list(dict.fromkeys(chain.from_iterable(found.values())))
-        fillers = [part for part in parts if isinstance(part, CacheFiller)]
+                if isinstance(opened, PartPlan):
+                    parted.append((name, PartFiller(opened, images, computing, extractor)))
+                    continue
+                writers.enter_context(opened.writer)
+                found[name].append(CacheFiller(opened, asked, on_error))
+        fillers = [one for one in chain.from_iterable(found.values()) if isinstance(one, CacheFiller)]
         began = time.perf_counter()
         if fillers:
             fill(images, fillers, int(asked.sum()), batch_size, workers, clock, progress or silent)
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
-    few_levels = _few_levels(max((filler.few_levels for filler in fillers), default=0))
-    notes = [*images.notes, *few_levels, *bring_up_to_date(destination, list(map(_file_of, parts)))]
-    return [_result(part, notes, seconds, clock) for part in parts]
+    for name, part_filler in parted:
+        found[name].append(part_filler.fill_share(asked, share, progress or silent))
+    made = list(dict.fromkeys(chain.from_iterable(found.values())))
+    few_levels = _few_levels(max((one.few_levels for one in made if not isinstance(one, CacheFile)), default=0))
+    notes = [*images.notes, *few_levels, *_bring_up_to_date(destination, made)]
+    return [_result(one, notes, seconds, clock) for one in made]
+
+
+def _extract_on(
+    cluster: str, source: str | Path | ImageSource, asked_for: dict[str, Any], computing: Computing, progress: Progress
+) -> list[ExtractResult]:
+    """Extract on a cluster: one task plans, one fills each part, and the last does what is not in parts."""
+    from pipeline.extraction.cluster import open_cluster
+
+    where = source.location if isinstance(source, ImageSource) else str(source)
+    where = str(Path(where).absolute()) if Path(where).exists() else where
+    with open_cluster(cluster) as workers:
+        progress(0, 0, "plan")
+        plans = list(map(open_plan, workers.call(_plan_parts, where, asked_for, computing)))
+        began, run = time.perf_counter(), uuid.uuid4().hex
+        tasks = {
+            plan.path_of(part.number).name: (run, plan.path, part.number, where, computing)
+            for plan in plans
+            for part in plan.parts
+        }
+        filled = {plan.path: FilledParts(plan.path) for plan in plans}
+        total = sum(part.rows for plan in plans for part in plan.parts)
+        text = ", ".join(dict.fromkeys(plan.handles["backbone"] for plan in plans))
+
+        def keep(_: str, done: FilledParts) -> None:
+            filled[done.path].add(done)
+
+        def tell(running: Mapping[str, int], state: str) -> None:
+            rows = sum(done.rows for done in filled.values()) + sum(running.values())
+            progress(min(rows, total), total, text, state)
+
+        if failed := workers.call_each(fill_part, tasks, keep, tell):
+            why = "; ".join(f"{name}: {error}" for name, error in failed.items())
+            raise EngineError(f"{len(failed)} of {len(tasks)} parts failed; the same command does the rest: {why}")
+        seconds = time.perf_counter() - began
+        results: list[ExtractResult] = workers.call(_extract_rest, where, asked_for, computing)
+    return [_with_parts(result, filled.get(Path(result.path)), seconds) for result in results]
+
+
+def _plan_parts(source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress) -> list[Path]:
+    """Make the plans of what is asked for, on a worker, and return those in parts; compute no features."""
+    results = extract(source, **asked_for, **vars(computing), only=(), progress=progress)
+    return [path for result in results if (path := Path(result.path)).suffix == PLAN_SUFFIX]
+
+
+def _extract_rest(
+    source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress
+) -> list[ExtractResult]:
+    """Extract what is not in parts, on a worker, and look up what is: its rows have been read already."""
+    return extract(source, **asked_for, **vars(replace(computing, rehash=False)), progress=progress)
+
+
+def _with_parts(result: ExtractResult, filled: FilledParts | None, seconds: float) -> ExtractResult:
+    """Add to the result of a cache in parts what was computed on the cluster, in so many seconds."""
+    if filled is None:
+        return result
+    computed = filled.computed + result.computed
+    return replace(
+        result,
+        computed=computed,
+        reused=result.done - computed,
+        seconds=seconds,
+        images_per_second=computed / seconds,
+        bound=filled.clock.bound if computed else None,
+        notes=list(dict.fromkeys([*result.notes, *filled.notes, *_few_levels(filled.few_levels)])),
+    )
 
 
 def _few_levels(count: int) -> Iterator[str]:
@@ -181,27 +286,39 @@ def _few_levels(count: int) -> Iterator[str]:
         )
 
 
-def _file_of(part: CacheFile | CacheFiller) -> CacheFile:
-    return part.writer.cache if isinstance(part, CacheFiller) else part
+def _bring_up_to_date(destination: Destination, made: Sequence[CacheFile | CacheFiller | FilledParts]) -> list[str]:
+    """Bring the other files of the source up to date, unless parts of what was extracted are missing."""
+    files = list(map(_file_of, made))
+    return [] if any(file.missing_note for file in files) else bring_up_to_date(destination, files)
 
 
-def _result(part: CacheFile | CacheFiller, notes: list[str], seconds: float, clock: Clock) -> ExtractResult:
-    file, filler = _file_of(part), part if isinstance(part, CacheFiller) else None
-    computed = filler.computed if filler else 0
+def _file_of(made: CacheFile | CacheFiller | FilledParts) -> CacheFile:
+    if isinstance(made, CacheFiller):
+        return made.writer.cache
+    return made.file if isinstance(made, FilledParts) else made
+
+
+def _result(
+    made: CacheFile | CacheFiller | FilledParts, notes: list[str], seconds: float, clock: Clock
+) -> ExtractResult:
+    file = _file_of(made)
+    computed, own_notes = (0, []) if isinstance(made, CacheFile) else (made.computed, made.notes)
+    if isinstance(made, FilledParts):
+        seconds, clock = made.seconds, made.clock
     done = int((file.states == DONE).sum())
     return ExtractResult(
         path=str(file.path),
         backbone=file.handles["backbone"],
         layers={name: info.dim for name, info in file.layers.items()},
-        rows=file.n_rows,
+        rows=file.n_rows + file.missing_rows,
         done=done,
         unreadable=int((file.states == UNREADABLE).sum()),
         reused=done - computed,
         computed=computed,
         precision=next(iter(file.layers.values())).spec["precision"],
         engine=file.runs[-1]["engine"] if file.runs else "none",
-        seconds=seconds if filler else 0.0,
+        seconds=0.0 if isinstance(made, CacheFile) else seconds,
         images_per_second=computed / seconds if computed else 0.0,
         bound=clock.bound if computed else None,
-        notes=notes + (filler.notes if filler else []),
+        notes=[*notes, *own_notes, *([file.missing_note] if file.missing_note else [])],
     )

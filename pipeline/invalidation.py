@@ -36,6 +36,8 @@ STAGES = {
     "finetune": Code((TRAINING_RULES,), ("thawline", "scikit-learn", "torch")),
     "checkpoint": Code((TRAINING_RULES, DECODE_POLICY), ("thawline", "torch")),
     "pretext checkpoint": Code((TRAINING_RULES, DECODE_POLICY, PRETEXT_RULES), ("thawline", "torch")),
+    "near threshold": Code((DECODE_POLICY,), ("thawline",)),
+    "index": Code((), ("thawline", "faiss-cpu")),
     "converted model": Code((), ("thawline", "torch", "torchvision", "timm", "openvino")),
 }
 """The code that counts, by stage. Raise a rule in `pipeline.spec` in the commit that changes the numbers."""

@@ -7,6 +7,7 @@ The command line (`pipeline.commands`), plans (`pipeline.comparing.plan`) and th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +36,16 @@ INITS = ("pretrained", "random")
 TASKS = ("rotation", "pseudo-classes", "slow", "ego-motion")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
+METRICS = (
+    "accuracy",
+    "mean_per_class_accuracy",
+    "macro_f1",
+    "kappa",
+    "auroc",
+    "average_precision",
+    "top5_accuracy",
+)
+"""What parameters and models may be chosen by, on validation rows."""
 
 
 @dataclass(frozen=True)
@@ -108,14 +119,31 @@ FILE = Kind(Path, "a file")
 FOLDER = Kind(Path, "a folder")
 POSITIVE = Kind(float, "a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Kind(float, "a number, at least 0", lambda value: value >= 0)
-DECAY = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
+UP_TO_ONE = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 SHARE = Kind(float, "a number, at least 0 and below 1", lambda value: 0 <= value < 1)
 SHOTS_OR_ALL = Kind(
     object,
     "a positive number of images per class, or 'all'",
     lambda value: value == "all" or not whole().problem(value),
 )
+NEAR = "near"
+LEAKS = Kind(object, f"true, false or '{NEAR}'", lambda value: isinstance(value, bool) or value == NEAR)
 RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
+
+
+def _is_share(value: Any) -> bool:
+    index, slash, count = value.partition("/")
+    return bool(slash) and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)
+
+
+SHARE_OF = Kind(str, "a share such as 3/64, the third of 64", _is_share)
+_CLUSTER = re.compile(r"local(:[1-9]\d*)?|gpus|\w+://\S+|file:.+|[^\W\d]\w*(\.\w+)+(:\d+)?(:[1-9]\d*)?")
+CLUSTER = Kind(
+    str,
+    "local:N, gpus, tcp://HOST:PORT, tls://HOST:PORT, file:PATH of a scheduler file, or a class such as "
+    "dask_jobqueue.SLURMCluster:N or dask_jobqueue.SLURMCluster:LEAST:MOST",
+    lambda value: _CLUSTER.fullmatch(value) is not None,
+)
 
 
 @dataclass(frozen=True)
@@ -188,12 +216,24 @@ WHICH_SOURCE = Option("source", TEXT, "Which source, if the cache holds several:
 WHICH_BACKBONE = Option("backbone", TEXT, "Which backbone, if the cache holds several.", short="b")
 WHICH_LAYER = Option("layer", TEXT, "Which layer, if the cache holds several.", short="l")
 WHICH_POOL = Option("pool", choice(*POOLS), "Which pooling, if the cache holds several.")
+LABELS = (
+    Option("labels", FILE, "Take labels from this table, .csv, .tsv, .jsonl or .parquet, not from the source."),
+    Option("target", TEXT, "Its column of labels; default: label, or the only one left."),
+    Option("key", TEXT, "Its column of image names; default: uri, path, file, image or id."),
+)
+"""Where the labels come from."""
+METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
+ABOVE = (*LABELS, METRIC)
+"""What a plan gives above its tables, because it is the same for all jobs."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
+
+LOOK_LAYER = Option("layer", TEXT, "Layer to compare images on; default: penultimate, or the only one.", short="l")
+PAGE = Option("page", FILE, "Show the images on this .html page, a single file.")
 
 EXTRACT = (
     crossed("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b", repeat="backbones"),
     crossed("layer", TEXT, "Layer name or alias.", DEFAULT_LAYER, "l", repeat="layers"),
-    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL),
+    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL, repeat="pool"),
     OUTPUT,
     crossed("precision", choice(*PRECISIONS), "auto is bf16 if the hardware supports it.", "auto"),
     STORE,
@@ -205,6 +245,9 @@ EXTRACT = (
     Option("rehash", FLAG, "Read every file again instead of trusting its size and time.", default=False),
     ENGINE,
     DEVICE,
+    Option("part", SHARE_OF, "Only this share, such as 3/64, of the parts of a large source; for job arrays."),
+    once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class; see docs/cluster.md."),
+    Option("part-rows", whole(), "Make a cache of more rows in parts of at most so many rows each."),
 )
 FIT = (
     crossed("layer", TEXT, "Layer, or A+B to join two. Default: every cached layer.", None, "l", repeat="layers"),
@@ -214,9 +257,10 @@ FIT = (
     WHICH_SOURCE,
     WHICH_BACKBONE,
     WHICH_POOL,
+    *ABOVE,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
-    once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
+    once("drop-leaks", LEAKS, "Leave out test images that are in training byte by byte; near: or nearly.", False),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .skops file."),
     Option("plot", FOLDER, "Draw the results into this folder."),
     once("jobs", whole(), "Fits at a time; default: one per core."),
@@ -225,7 +269,7 @@ FIT = (
 RECIPE = (
     crossed("top", choice(*TOPS), "Kind of the new top.", "linear"),
     crossed("lr", POSITIVE, "Highest learning rate; default: one that suits the optimizer."),
-    crossed("layer-decay", DECAY, "Multiply the rate by this for each block further down.", 1.0),
+    crossed("layer-decay", UP_TO_ONE, "Multiply the rate by this for each block further down.", 1.0),
     Option("lr-at", RATE, "LAYER=RATE: a layer's own learning rate.", repeat="lr_at", plan="joined"),
     crossed("epochs", whole(), "Passes over the training images, at most.", 30),
     crossed("patience", whole(), "Stop after this many epochs without a lower validation loss.", 5),
@@ -251,6 +295,7 @@ FINETUNE = (
     *RECIPE,
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
+    *ABOVE,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "Record these for each layer, and say where they are unhealthy."),
@@ -280,6 +325,9 @@ PRETRAIN = (
     DEVICE,
 )
 SPLIT_SEED = Option("seed", whole(0), "Seed of the split.", 0)
+NEAR_THRESHOLD = Option(
+    "threshold", UP_TO_ONE, "Least similarity of near-duplicates; default: measured with planted copies."
+)
 COMMANDS: dict[str, tuple[Option, ...]] = {
     "backbones": (),
     "layers": (SIZE,),
@@ -299,6 +347,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
+        *LABELS,
         Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
     ),
     "units": (
@@ -321,6 +370,42 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_POOL, help="Which pooling, if a cache holds several."),
         replace(SPLIT_SEED, help="Seed of draws, folds and permutations."),
     ),
+    "duplicates": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        NEAR_THRESHOLD,
+        Option("csv", FILE, "Write all that was found as this .csv file."),
+        PAGE,
+        ENGINE,
+        DEVICE,
+    ),
+    "suspects": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("head", TEXT, "A head with probabilities.", "logreg"),
+        NEAR_THRESHOLD,
+        replace(SPLIT_SEED, help="Seed of the folds and of the labels that are changed on purpose."),
+        Option("labels-out", FILE, "Write all labels as this .csv file, those in doubt as they fit better."),
+        Option(
+            "corrections", FILE, "With --labels-out: change only the labels in this .csv file, which the page saves."
+        ),
+        PAGE,
+    ),
+    "similar": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("count", whole(), "Images to find for each.", 10, "n"),
+        Option("csv", FILE, "Write all that was found as this .csv file."),
+        PAGE,
+        ENGINE,
+        DEVICE,
+    ),
     "compare": (
         Option("output", TEXT, "Run folder, for results, cache and report; made if missing.", short="o", required=True),
         Option("dry-run", FLAG, "Check all of PLAN, and list its jobs with rough times and sizes.", default=False),
@@ -335,6 +420,11 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
             "o",
             stage_name="folder",
         ),
+    ),
+    "lecture": (
+        Option("source", TEXT, "Labelled images to measure the claims on.", "digits"),
+        Option("output", TEXT, "Folder for the page and for all that the claims compute.", "thawline-lecture", "o"),
+        Option("quick", FLAG, "Run each claim in a short form, which shows that it works, not that it holds.", False),
     ),
     "cache ls": (),
     "cache show": ONE_CACHE,
@@ -357,7 +447,7 @@ Their order is part of the keys of results: a fine-tune that was kept is found a
 
 
 def shared_keys() -> dict[str, Option]:
-    """Return what may stand above a plan's tables: ``source``, and keys that mean the same in several tables."""
+    """Return what may stand above a plan's tables: sources, labels, and keys that mean the same in several tables."""
     source = crossed("source", TEXT, "")
     tables: dict[str, list[Option]] = {}
     for table in TABLES.values():
@@ -365,7 +455,8 @@ def shared_keys() -> dict[str, Option]:
             tables.setdefault(key, []).append(option)
     # A batch is a forward pass in one table and a training step in another.
     shared = {key: options[0] for key, options in tables.items() if len(options) > 1 and key != "batch-size"}
-    return {"source": source, **shared}
+    above = {one.name: replace(one, plan="once", kind=TEXT if one.kind is FILE else one.kind) for one in ABOVE}
+    return {"source": source, **above, **shared}
 
 
 def tune_parameters(chosen: Iterable[tuple[str, Any]]) -> dict[str, Any]:

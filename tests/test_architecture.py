@@ -19,13 +19,14 @@ RANKS = [
         "pipeline.options",
         "pipeline.model_file",
         "pipeline.provenance",
+        "pipeline.tables",
         "pipeline.user_folder",
     },
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},
     {"pipeline.extract"},
-    {"pipeline.finetuning", "pipeline.diagnostics"},
+    {"pipeline.finetuning", "pipeline.diagnostics", "pipeline.neighbours"},
     {"pipeline.pretraining"},
     {
         "pipeline.fit",
@@ -35,9 +36,19 @@ RANKS = [
         "pipeline.transformer",
         "pipeline.export",
     },
-    {"pipeline.rank", "pipeline.units", "pipeline.drift", "pipeline.comparing"},
+    {
+        "pipeline.rank",
+        "pipeline.units",
+        "pipeline.drift",
+        "pipeline.similar",
+        "pipeline.duplicates",
+        "pipeline.suspects",
+    },
+    {"pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
+    {"pipeline.lecturing"},
+    {"pipeline.lecture"},
     {"pipeline.commands"},
     {"cli"},
 ]
@@ -49,6 +60,7 @@ MAY_IMPORT_AT_MODULE_LEVEL = {
         "pipeline.engines",
         "pipeline.finetuning",
         "pipeline.pretraining",
+        "pipeline.lecturing",
         "pipeline.export",
     ),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
@@ -132,6 +144,7 @@ def test_the_top_level_is_what_the_project_promises() -> None:
 
 INTERFACES = {
     "the functions of a zoo": r"pipeline\.backbones\.zoo_\w+",
+    "each claim of the lecture is measured by a function of one name": r"pipeline\.lecturing\.\w+",
     "a command is named like the stage that it runs": r"pipeline\.commands\.\w+",
 }
 """Modules whose public names others share, since they implement the same interface."""

@@ -68,7 +68,7 @@ def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, ha
         ("resnet", r"unknown backbone 'resnet'; did you mean resnet\d+"),
         ("timm/vgg20", r"unknown backbone 'timm/vgg20'; did you mean vgg\d\d"),
         ("torchvision/inception_v4", "unknown backbone 'torchvision/inception_v4'"),
-        ("hub/resnet18", "unknown zoo 'hub' in 'hub/resnet18': expected one of embedded, torchvision, timm"),
+        ("hub/resnet18", "unknown zoo 'hub' in 'hub/resnet18': expected one of embedded, torchvision, timm, lecture"),
         ("resnet18@IMAGENET", r"unknown weights 'IMAGENET' for resnet18; did you mean IMAGENET1K_V1\?"),
         ("test_resnet@r161_in1k", r"unknown weights 'r161_in1k' for test_resnet; did you mean r160_in1k\?"),
         ("resnet18@random", "random weights need a seed of at most nine digits, such as random:0, not 'random'"),
@@ -101,7 +101,7 @@ def test_the_list_tells_which_weights_are_here(offline: Path) -> None:
         *(f"timm/vgg{depth}" for depth in (11, 13, 16, 19)),
     }
     assert [row.name for row in list_backbones("embedded/*")] == [f"efficientnet_lite{number}" for number in range(3)]
-    assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm"}
+    assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm", "lecture"}
     with pytest.raises(BackboneError, match="no backbone matches 'resnext500'; did you mean"):
         list_backbones("resnext500")
 

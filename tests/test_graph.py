@@ -16,7 +16,7 @@ from pipeline.backbones.layers import list_layers, resolve_layers
 from pipeline.backbones.pooling import POOLINGS, TokenOrder
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.taps import normalisation, tap
+from pipeline.backbones.taps import TappedNetwork, normalisation, tap
 from pipeline.backbones.trace import hooked, trace
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
@@ -108,7 +108,7 @@ def test_input_is_the_small_normalised_image_whatever_the_pooling(resnet: Backbo
     blocks = normalised(pixels).reshape(2, 3, 32, SIDE // 32, 32, SIDE // 32).mean((3, 5)).flatten(1)
     for pool in POOLS:
         network = tap(resnet, ["input"], pool)
-        assert network.dims == {"input": 3072}
+        assert network.dims == {pool: {"input": 3072}}
         torch.testing.assert_close(network(pixels)[0], blocks, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(tap(resnet, ["input"])(pixels)[0], blocks, rtol=1e-5, atol=1e-5)
@@ -175,7 +175,7 @@ def test_dims_are_the_lengths_of_the_features(resnet: Backbone, pixels: Tensor, 
     network = tap(resnet, ["stages", "penultimate", "logits", "input"], pool)
     with torch.inference_mode():
         features = dict(zip(network.layers, network(pixels), strict=True))
-    assert {name: item.shape[1] for name, item in features.items()} == network.dims
+    assert {name: item.shape[1] for name, item in features.items()} == network.dims[pool]
     torch.testing.assert_close(features["penultimate"], features["layer4"])  # what ResNet's classifier averages
 
 
@@ -383,8 +383,8 @@ def test_what_the_classifier_reads_is_said(name: str, reads: str) -> None:
 )
 def test_penultimate_is_pooled_from_its_map_only_where_nothing_else_happens(name: str, avg: int, grid2: int) -> None:
     backbone = sketch(name)
-    assert tap(backbone, ["penultimate"], "avg").dims == {"penultimate": avg}
-    assert tap(backbone, ["penultimate"], "grid2").dims == {"penultimate": grid2}
+    dims = TappedNetwork(backbone, ("penultimate",), ("avg", "grid2")).dims
+    assert dims == {"avg": {"penultimate": avg}, "grid2": {"penultimate": grid2}}
 
 
 @pytest.mark.parametrize(
@@ -434,13 +434,14 @@ def test_untraceable_networks_are_tapped_with_hooks(pixels: Tensor) -> None:
     backbone = wrap(Untraceable(), "fc")
     assert backbone.traced.graph is None
     outputs = hook_outputs(backbone.module, pixels)
-    network = tap(backbone, ["logits", "input", "conv", "penultimate"], "avg")
-    assert network.dims == {"fc": 5, "input": 3072, "conv": 4, "penultimate": 4}
+    network = TappedNetwork(backbone, ("fc", "input", "conv", "penultimate"), ("avg", "max"))
+    assert network.dims == {key: {"fc": 5, "input": 3072, "conv": 4, "penultimate": 4} for key in ("avg", "max")}
     with torch.no_grad():
-        logits, _, conv, penultimate = network(pixels)
+        logits, _, conv, penultimate, *others = network(pixels)
     torch.testing.assert_close(logits, outputs["fc"])
     torch.testing.assert_close(conv, outputs["conv"].mean((2, 3)))
     torch.testing.assert_close(penultimate, outputs["act"].mean((2, 3)))
+    torch.testing.assert_close(others[2], outputs["conv"].amax((2, 3)))
     assert [row.name for row in list_layers(backbone)] == ["input", "conv", "act", "fc"]
     with pytest.raises(BackboneError, match="no layer 'con'; did you mean conv"):
         tap(backbone, ["con"])

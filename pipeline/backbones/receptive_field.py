@@ -65,7 +65,7 @@ def find_maxima(backbone: Backbone, layer: str, pixels: NDArray[np.uint8], chann
         x = batch.permute(0, 3, 1, 2).float() * network.scale + network.shift
         x.requires_grad_(True)
         (flat,) = body(x)
-        by_position = _by_position(flat, network.shapes[layer], layout)
+        by_position = _by_position(flat, network.shapes[NO_POOL][layer], layout)
         rows = torch.arange(len(batch))
         values, positions = by_position[rows, torch.from_numpy(wanted)].max(1)
         (gradient,) = torch.autograd.grad(by_position[rows, :, positions].sum(), x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from features_cache import nearest
 from pipeline.backbones import zoo_embedded as embedded
+from pipeline.backbones import zoo_lecture as lecture_zoo
 from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
@@ -65,7 +66,12 @@ class Zoo(Protocol):
         """Return the dotted names of the classifiers of a network that this zoo built; most have one, some none."""
 
 
-ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
+ZOOS: dict[str, Zoo] = {
+    "embedded": embedded,
+    "torchvision": torchvision_zoo,
+    "timm": timm_zoo,
+    "lecture": lecture_zoo,
+}
 """In the order in which a name without a zoo is looked for."""
 RANDOM = "random"
 
@@ -105,9 +111,9 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     ----------
     name : str
         ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. Also timm's
-        ``NAME.TAG``, ``hf-hub:ORG/NAME`` and ``local-dir:PATH``. If the file is a saved fine-tuned network, the result
-        has the classes that it was fine-tuned to. If it is a checkpoint without a classifier, the layer ``logits`` is
-        what the classifier would read.
+        ``NAME.TAG``, ``hf-hub:ORG/NAME`` and ``local-dir:PATH``, and the lecture's ``NAME[OPTION=VALUE,...]``. If the
+        file is a saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint
+        without a classifier, the layer ``logits`` is what the classifier would read.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
     white : int, optional
@@ -266,10 +272,13 @@ def _parse(text: str) -> tuple[str, str, str]:
         return "timm", bare, weights
     if slash and zoo_name not in ZOOS:
         raise BackboneError(f"unknown zoo '{zoo_name}' in '{text}': expected one of {', '.join(ZOOS)}")
-    owner = zoo_name if slash else _owners().get(bare, "")
-    if not owner or bare not in ZOOS[owner].names():
-        raise BackboneError(f"unknown backbone '{name}'{nearest(bare, _owners())}; `thawline backbones` lists them all")
-    return owner, bare, weights
+    base, options, _ = bare.partition("[")
+    owner = zoo_name if slash else _owners().get(base, "")
+    if not owner or base not in ZOOS[owner].names():
+        raise BackboneError(f"unknown backbone '{name}'{nearest(base, _owners())}; `thawline backbones` lists them all")
+    if options and ZOOS[owner] is not lecture_zoo:
+        raise BackboneError(f"{owner}/{base} takes no options in brackets; only networks of the zoo 'lecture' do")
+    return owner, lecture_zoo.canonical(bare) if options else bare, weights
 
 
 def _is_tagged(name: str) -> bool:
@@ -285,7 +294,7 @@ def _owners() -> dict[str, str]:
 
 
 def _short(zoo_name: str, bare: str) -> str:
-    return bare if _owners()[bare] == zoo_name else f"{zoo_name}/{bare}"
+    return bare if _owners()[bare.partition("[")[0]] == zoo_name else f"{zoo_name}/{bare}"
 
 
 def _kind(weights: str) -> Literal["random", "file", "tag"]:

@@ -8,14 +8,18 @@ from pipeline.commands.cache import cache_group
 from pipeline.commands.compare import compare
 from pipeline.commands.demo import demo
 from pipeline.commands.drift import drift
+from pipeline.commands.duplicates import duplicates
 from pipeline.commands.export import export
 from pipeline.commands.extract import extract
 from pipeline.commands.finetune import finetune
 from pipeline.commands.fit import fit
+from pipeline.commands.lecture import lecture
 from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
 from pipeline.commands.pretrain import pretrain
 from pipeline.commands.rank import rank
+from pipeline.commands.similar import similar
+from pipeline.commands.suspects import suspects
 from pipeline.commands.units import units
 from pipeline.provenance import installed_version
 
@@ -30,6 +34,6 @@ def thawline() -> None:
 
 for command in (
     demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, units, drift,
-    compare,
+    similar, duplicates, suspects, compare, lecture,
 ):  # fmt: skip
     thawline.add_command(command)

@@ -21,7 +21,7 @@ def units(cache: str, page: Path, as_json: bool, **options: Any) -> None:
     the layers with --pool max.
     """
     from pipeline.model_file import check_destination
-    from pipeline.reporting.page.units_page import write_units
+    from pipeline.reporting.page.units import write_units
     from pipeline.reporting.terminal.tables import units_table
     from pipeline.units import units as run
 

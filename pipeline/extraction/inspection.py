@@ -30,7 +30,7 @@ from pipeline.images.sources.registry import open_source
 
 @dataclass(frozen=True)
 class FileSummary:
-    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the size of the file.
+    """One line of ``cache ls``; `changed` is an ISO time, `bytes` the size of the file, or of all its parts.
 
     `view` names augmentation and number if the file holds an augmented view; it is ``""`` for plain images.
     """
@@ -104,6 +104,7 @@ def list_files(cache: str | Path) -> Listing:
     old = [{"path": str(path), "bytes": path.stat().st_size} for path in superseded(folder)]
     sources = {(file.handles.get("source"), file.handles.get("location")): file for file in catalog.files}
     problems = list(catalog.problems)
+    problems += [CacheError(file.missing_note) for file in catalog.files if file.missing_note]
     for file in sources.values():
         try:
             catalog.check_source(file)
@@ -115,7 +116,7 @@ def list_files(cache: str | Path) -> Listing:
 def summarize(file: CacheFile) -> FileSummary:
     """Return the summary of `file`."""
     done, unreadable, pending = (int(np.count_nonzero(file.states == state)) for state in (DONE, UNREADABLE, PENDING))
-    status = file.path.stat()
+    statuses = [path.stat() for path in (one.path for one in file.parts or (file,))]
     first = next(iter(file.layers.values()))
     return FileSummary(
         path=str(file.path),
@@ -127,12 +128,12 @@ def summarize(file: CacheFile) -> FileSummary:
         layers={name: info.dim for name, info in file.layers.items()},
         precision=str(first.spec.get("precision", "")),
         store=first.dtype,
-        rows=file.n_rows,
+        rows=file.n_rows + file.missing_rows,
         done=done,
         unreadable=unreadable,
-        pending=pending,
-        bytes=status.st_size,
-        changed=datetime.fromtimestamp(status.st_mtime, UTC).isoformat(timespec="seconds"),
+        pending=pending + file.missing_rows,
+        bytes=sum(status.st_size for status in statuses),
+        changed=datetime.fromtimestamp(max(status.st_mtime for status in statuses), UTC).isoformat(timespec="seconds"),
     )
 
 
@@ -205,7 +206,7 @@ def check(
     mend: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[VerifyReport], list[str]]:
-    """Verify every file of a cache.
+    """Verify every file of a cache, and every part of one in parts.
 
     Parameters
     ----------
@@ -245,7 +246,7 @@ def check(
                 raise UnreadableImageError("it is no longer in the source")
             return images.read(items[uri])
 
-    reports = []
+    files, reports = [part for file in files for part in file.parts], []
     for number, file in enumerate(files):
         report = verify(file.path, read)
         if mend and not report.sound:

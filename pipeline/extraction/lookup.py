@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from features_cache import CacheError, CacheFile, Catalog, DamagedCacheError, Rows, check_twins, same_rows
+from features_cache import PENDING, CacheError, CacheFile, Catalog, DamagedCacheError, Rows, check_twins, same_rows
 from pipeline.backbones.known import recall
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import LayerSpec, Request, aliases_of, is_outdated
@@ -124,6 +125,12 @@ def older_fingerprints(spec: LayerSpec) -> list[str]:
 def is_complete(file: CacheFile, rows: Rows, classes: Sequence[str], asked: np.ndarray | None = None) -> bool:
     """Tell whether `file` has exactly these rows and none is pending, or none of `asked`, (n,) bool."""
     return same_rows(file, rows, classes) and not (file.pending if asked is None else file.pending & asked).any()
+
+
+def has_other_bytes(file: CacheFile, digests: NDArray[np.uint8]) -> bool:
+    """Tell whether any finished row is of other bytes than `digests`, (n, 16), says; zeros where one is not known."""
+    rows = np.flatnonzero((file.states != PENDING) & (file.digests != digests).any(axis=1))
+    return bool((file.digests[rows].any(axis=1) & digests[rows].any(axis=1)).any())
 
 
 def weights_file_digest(backbone: str) -> str | None:

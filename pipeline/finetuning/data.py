@@ -18,6 +18,7 @@ from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import top_input
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
+from pipeline.evaluation.labels import LabelsTable
 from pipeline.evaluation.rows import Table, select
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.extract import extract
@@ -59,6 +60,7 @@ class TrainingSetup:
     workers: int | None
     progress: Progress
     say: Callable[[str], None]
+    labels: LabelsTable | None = None
     extracted: list[list[ExtractResult]] = field(default_factory=list)
 
     @property
@@ -105,13 +107,13 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     if line is None or not cached:
         listing = features or image or extract_plain(setup, INPUT)
         images = DecodedImages(setup.source, backbone.preprocessing, recipe.augment, setup.workers, listing.digests)
-        return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
+        return TrainingData(backbone, resolved, _table([listing], setup.labels), images, top_reader, resolved.precision)
     layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, _keeping(line.layout))
     if setup.freeze != ALL or recipe.views is not None:
         dim = pooled_dim(line.shape, line.layout, pool)
         _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
     file = extract_plain(setup, layer, pool)
-    table = _table([one for one in (file, features, image) if one is not None])
+    table = _table([one for one in (file, features, image) if one is not None], setup.labels)
     views = () if recipe.views is None else _extract_views(setup, draws, table, layer, (file, image))
     reader = CachedActivations(layer, pooled if setup.freeze == ALL else line, (file, image), views)
     return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
@@ -213,9 +215,9 @@ def _announce_size(setup: TrainingSetup, plain: Request, dim: int, precision: st
         )
 
 
-def _table(files: Sequence[CacheFile]) -> Table:
+def _table(files: Sequence[CacheFile], labels: LabelsTable | None) -> Table:
     """Return the labelled rows of the first file; raises `FitError` if another file lacks any of them."""
-    table = select(Catalog(files[0].path), [next(iter(files[0].layers))])[0].table
+    table = select(Catalog(files[0].path), [next(iter(files[0].layers))], labels=labels)[0].table
     for file in files[1:]:
         _require_rows(file, files[0], table.rows[0])
     return table

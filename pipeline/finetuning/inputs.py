@@ -18,7 +18,7 @@ from pipeline.backbones.aliases import INPUT
 from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.ahead import map_ahead
-from pipeline.images.loader import default_workers, digest_of
+from pipeline.images.loader import default_workers, digest_of, readers_of
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import Preprocessing
@@ -90,7 +90,8 @@ class DecodedImages:
         digests: NDArray[np.uint8] | None = None,
     ) -> None:
         self._source, self._preprocessing, self._augment, self._digests = source, preprocessing, augment, digests
-        self._pool = ThreadPoolExecutor(workers or default_workers())
+        workers = workers or default_workers()
+        self._pool = ThreadPoolExecutor(readers_of(source, workers) if source.remote else workers)
         height, width = preprocessing.size
         self._kept: dict[int, np.ndarray] = {}
         self._most_kept = _KEPT_BYTES // (height * width * 3)

@@ -38,9 +38,9 @@ SAVE_EVERY_S = 5.0
 """Least time between two checkpoints, so that short epochs do not spend their time on writing."""
 
 Epoch = dict[str, Any]
-"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss``, ``valid_loss``, ``valid_acc`` (unless
-the objective has no classes), ``lr``, ``seconds``, and ``gradients`` (see
-`pipeline.finetuning.watch.GradientWatch`) where they are watched."""
+"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss``, ``train_acc`` (of each batch before its step),
+``valid_loss``, ``valid_acc`` (accuracies only where the objective has classes), ``lr``, ``seconds``, and ``gradients``
+(see `pipeline.finetuning.watch.GradientWatch`) where they are watched."""
 
 
 class DivergedError(ThawlineError):
@@ -158,20 +158,24 @@ class _Trainer:
         began = time.perf_counter()
         number = len(self.history) + 1
         torch.manual_seed(self.seed * 100_003 + number)  # dropout is the same if a run goes on from a checkpoint
-        losses, sizes = [], []
+        losses, sizes, right = [], [], []
         self.network.train()
         for step, (inputs, targets) in enumerate(self.rows.batches(number - 1), start=1):
             self.schedule.before_step()
             inputs, targets = _on(self.device, inputs), targets.to(self.device)
             clip = self.recipe.clip
-            loss = take_step(self.network, inputs, targets, self.objective, self.optimizer, clip, self.watch)
+            loss, outputs = take_step(self.network, inputs, targets, self.objective, self.optimizer, clip, self.watch)
             if not math.isfinite(loss):
                 layer = first_bad_layer(self.network, inputs)
                 raise DivergedError(f"the loss became {loss} at step {step} of epoch {number}, first in {layer}")
             losses.append(loss)
             sizes.append(len(targets))
+            if (hits := self.objective.right(outputs, targets)) is not None:
+                right.append(float(hits.sum()))
             tell(number, step)
         record: Epoch = {"epoch": number, "train_loss": float(np.average(losses, weights=sizes))}
+        if right:
+            record["train_acc"] = sum(right) / sum(sizes)
         if self.val is not None:
             record |= self._validate(self.val, number)
         record["lr"] = max(float(group["lr"]) for group in self.optimizer.param_groups)
@@ -235,13 +239,17 @@ def take_step(
     optimizer: Optimizer,
     clip: float | None = None,
     watch: GradientWatch | None = None,
-) -> float:
-    """Make one optimizer step on a batch and return its loss; if the loss is not finite, no step is made."""
+) -> tuple[float, Tensor]:
+    """Make one optimizer step on a batch; return the loss and the outputs before it.
+
+    If the loss is not finite, no step is made.
+    """
     optimizer.zero_grad()
-    loss = objective(network(*inputs), targets)
+    outputs = network(*inputs)
+    loss = objective(outputs, targets)
     value = float(loss.item())
     if not math.isfinite(value):
-        return value
+        return value, outputs
     loss.backward()
     if watch is not None:
         watch.before_step()
@@ -250,7 +258,7 @@ def take_step(
     optimizer.step()
     if watch is not None:
         watch.after_step()
-    return value
+    return value, outputs.detach()
 
 
 def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> Float64Array:
@@ -261,9 +269,13 @@ def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> 
     return logits.double().softmax(1).numpy()
 
 
-def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
-    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training."""
-    network.to(device)
+def standardise(network: ThawedNetwork, rows: Subset, device: str, *, training: bool = False) -> None:
+    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training.
+
+    With random weights, this has to be in `training` mode: batch norms have not seen any images yet, so that features
+    in evaluation mode can be many powers of ten larger or smaller than those that the top will read.
+    """
+    network.to(device).train(training)
     with torch.no_grad():
         read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
     frozen = next(network.body.parameters(), None) is None

@@ -34,14 +34,16 @@ TOP_EPOCHS = 10
 class TrainingRun:
     """The outcome of `run_training`: the network with its best weights, and its probabilities for the test rows (n, k).
 
-    These are not calibrated; `temperature` is fitted on the validation rows to do so, and None without any. `seconds`
-    are those of training (with the epochs that came from a checkpoint), calibration and test.
+    `val_probabilities` are those of the validation rows, None without any. Both are not calibrated; `temperature`, None
+    without validation rows, does so. `seconds` are those of training (with the epochs that came from a checkpoint),
+    calibration and test.
     """
 
     splits: Splits
     network: ThawedNetwork
     trained: Trained
     probabilities: Float64Array
+    val_probabilities: Float64Array | None
     temperature: float | None
     seconds: float
 
@@ -64,7 +66,7 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         setup.folder.mkdir(parents=True, exist_ok=True)
     top_seconds = 0.0
     if data.features is None:
-        standardise(network, rows, device)
+        standardise(network, rows, device, training=setup.init == "random")
     else:
         top_seconds = _train_top(network, data.features, data, setup, splits, inputs, seed, name)
     key = stage_key("checkpoint", part="network", head_first=setup.head_first, watch=setup.watch, **inputs)
@@ -73,12 +75,13 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         network, recipe, setup.rate, rows, val, _objective(recipe, rows, n_classes), checkpoint, seed, device,
         setup.progress, name, watch=setup.watch,
     )  # fmt: skip
-    temperature = None
+    temperature = held = None
     if val is not None:
-        temperature = useful_temperature(predict_probabilities(network, val, device), val.labels)
+        held = predict_probabilities(network, val, device)
+        temperature = useful_temperature(held, val.labels)
     probabilities = predict_probabilities(network, test, device)
     seconds = time.perf_counter() - began + top_seconds + trained.resumed_seconds
-    return TrainingRun(splits, network, trained, probabilities, temperature, seconds)
+    return TrainingRun(splits, network, trained, probabilities, held, temperature, seconds)
 
 
 def _subsets(

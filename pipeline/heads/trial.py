@@ -28,6 +28,9 @@ MOST_FOLDS = 5
 FEWEST_FOLDS = {"l2": 3, "standard": 2, "none": 2}
 """By scaling. With two rows a class each fold would learn from one: on rows of length 1 fixed parameters are better."""
 
+MOST_SCORES = 1 << 27
+"""Scores of test rows that are kept of heads without probabilities: 1 GiB of float64."""
+
 
 class Trial(NamedTuple):
     """One head to train on one split of a layer."""
@@ -85,6 +88,9 @@ class TrialOutcome:
         Labels of the test rows.
     probabilities : (m, K) float64 or None
         Of all classes; None for heads without probabilities.
+    scores : (m, K) float64 or None
+        Of all classes, for heads without probabilities; minus infinity for classes without a training row. None if
+        there are more than `MOST_SCORES`.
     seconds : float
         For preparation (all of it, even if other heads shared it), search, final training and test.
     pipeline : Pipeline or None
@@ -96,6 +102,7 @@ class TrialOutcome:
     converged: bool
     y_pred: IntArray
     probabilities: NDArray[np.float64] | None
+    scores: NDArray[np.float64] | None
     seconds: float
     pipeline: Pipeline | None
 
@@ -151,23 +158,24 @@ def prepare_trial(
     return Prepared(folds, final, labels[known], time.perf_counter() - began, len(train) if shared else None)
 
 
-def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> TrialOutcome:
+def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, metric: str, keep: bool) -> TrialOutcome:
     """Choose parameters, train on train and val, predict test; on one BLAS thread."""
     began = time.perf_counter()
     with threadpool_limits(1):
-        choice = search(head, rows.folds, balanced=balanced)
+        choice = search(head, rows.folds, balanced=balanced, metric=metric)
         estimator, params, converged = train_final(head, choice.params, rows.final, rows.y, balanced=balanced)
         y_pred = np.asarray(estimator.predict(rows.final.held), np.int64)
-        probabilities = None
-        if head.family.probabilities:
-            probabilities = np.zeros((len(y_pred), n_classes))
-            probabilities[:, estimator.classes_] = head.family.predict_proba(estimator, rows.final.held)
+        certain, scores = head.family.probabilities, None
+        if certain or len(y_pred) * n_classes <= MOST_SCORES:
+            scores = np.full((len(y_pred), n_classes), 0.0 if certain else -np.inf)
+            scores[:, estimator.classes_] = head.family.scores(estimator, rows.final.held)
     return TrialOutcome(
         choice,
         params,
         converged,
         y_pred,
-        probabilities,
+        scores if certain else None,
+        None if certain else scores,
         rows.seconds + time.perf_counter() - began,
         _as_pipeline(rows.final, estimator) if keep else None,
     )

@@ -1,4 +1,4 @@
-"""The templates of pages, and what they share: one style sheet, escaped names, pictures as data URLs."""
+"""Pages of which everything is in one file: template, style, script and pictures."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-_HERE = Path(__file__).parent
 
-
-def render_template(name: str, **values: Any) -> str:
-    """Return the page that a template makes of `values`; it gets the style sheet, and names are escaped."""
+def render_page(name: str, **values: Any) -> str:
+    """Return the page of ``NAME.html.j2``, with ``NAME.js`` if there is one; all pages share ``report.css``."""
+    here = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template(name).render(style=text_of_file("report.css"), **values)
-
-
-def text_of_file(name: str) -> str:
-    """Return the text of a file beside the templates."""
-    return (_HERE / name).read_text(encoding="utf-8")
+    script = here / f"{name}.js"
+    return environment.get_template(f"{name}.html.j2").render(
+        style=(here / "report.css").read_text(encoding="utf-8"),
+        script=script.read_text(encoding="utf-8") if script.exists() else "",
+        **values,
+    )
 
 
 def data_url(image: Image.Image) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from features_cache import atomic_write, explained
 from pipeline.reporting.page.pictures import SIDE
-from pipeline.reporting.page.template import data_url, render_template
+from pipeline.reporting.page.template import data_url, render_page
 from pipeline.results import UnitResult
 from pipeline.units import LEVEL, UnitsReport
 
@@ -34,7 +34,7 @@ def render_units(report: UnitsReport) -> str:
         }
         for name, members in groupby(pairs, lambda pair: pair[0].layer)
     ]
-    return render_template("units.html.j2", report=report, layers=layers, side=SIDE)
+    return render_page("units", report=report, layers=layers, side=SIDE)
 
 
 def _shown(unit: UnitResult, crops: list[NDArray[np.uint8]]) -> dict[str, Any]:

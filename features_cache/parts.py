@@ -1,0 +1,240 @@
+"""A large source in parts: cache files that each hold a range of its uris, and the plan that says which.
+
+The plan is a JSON file, ``STEM.plan``; the part of number 3 is ``STEM.p00003.h5`` beside it. The first process to write
+the plan decides how the source is divided and how features are computed; all others follow it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from features_cache.atomic import atomic_write
+from features_cache.convert import parse_json
+from features_cache.errors import DamagedCacheError, explained
+from features_cache.header import layer_of
+from features_cache.layout import LayerInfo
+from features_cache.rowfile import sync_folder
+
+PLAN_SUFFIX = ".plan"
+FORMAT = "thawline-parts 1"
+TRY = ".try-"
+"""Between the name of a part and what is random in the name of a try at it."""
+_PART = re.compile(r"(.+)\.p\d{5,}\.h5", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a plan.
+
+    Parameters
+    ----------
+    number : int
+        Names its file; it says nothing about the order.
+    first : str
+        The part holds the uris from this one up to the `first` of the next part; ``""`` for the first part.
+    rows : int
+        Count of images when the plan was written.
+    origin : int, optional
+        Number of the part whose range it was cut from, after that part had grown.
+    """
+
+    number: int
+    first: str
+    rows: int
+    origin: int | None = None
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """How a source is divided into parts, and what every part holds.
+
+    Parameters
+    ----------
+    path : Path
+        The plan's file.
+    layers : tuple of LayerInfo
+    handles, request : mapping
+        As for `features_cache.CacheWriter.create`.
+    pinned : mapping of str to str
+        Settings that every writer of a part follows, such as the engine; opaque here.
+    most_rows : int
+        Rows that a part holds at most when the plan is made. A part of more than twice as many is split.
+    parts : tuple of Part
+        In the order of their uris.
+    """
+
+    path: Path
+    layers: tuple[LayerInfo, ...]
+    handles: Mapping[str, str]
+    request: Mapping[str, Any]
+    pinned: Mapping[str, str]
+    most_rows: int
+    parts: tuple[Part, ...]
+
+    def path_of(self, number: int) -> Path:
+        """Return the file of a part, by its number."""
+        return self.path.with_name(f"{self.path.stem}.p{number:05d}.h5")
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of all parts, in the order of their uris."""
+        return [self.path_of(part.number) for part in self.parts]
+
+    def ranges(self, uris: Sequence[str]) -> Iterator[tuple[Part, slice]]:
+        """Yield each part with the slice of `uris`, which are sorted, that it holds."""
+        starts = [bisect_left(uris, part.first) for part in self.parts]
+        for part, (start, stop) in zip(self.parts, pairwise([*starts, len(uris)]), strict=True):
+            yield part, slice(start, stop)
+
+    def fitted(self, uris: Sequence[str]) -> PartPlan:
+        """Return the plan for a changed source: parts that have doubled are split, and empty ones are left out.
+
+        All other parts keep their ranges, so that an image that is added or removed touches one part.
+        """
+        numbers = iter(range(max(part.number for part in self.parts) + 1, 1 << 60))
+        parts: list[Part] = []
+        for part, where in self.ranges(uris):
+            count = where.stop - where.start
+            if not count:
+                continue
+            own = replace(part, first=part.first if parts else "", rows=count)
+            if count <= 2 * self.most_rows:
+                parts.append(own)
+                continue
+            first, *others = divide(uris[where], self.most_rows)
+            parts.append(replace(own, rows=first.rows))
+            parts += [replace(one, number=next(numbers), origin=part.number) for one in others]
+        return replace(self, parts=tuple(parts))
+
+    def publish(self) -> PartPlan:
+        """Write the plan unless there is one under its name, which no process overwrites here; return what is there."""
+        draft = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex}")
+        with explained(self.path, "write"):
+            try:
+                draft.write_text(self._text(), encoding="utf-8")
+                link_new(draft, self.path)
+            finally:
+                draft.unlink(missing_ok=True)
+            sync_folder(self.path.parent)
+        return open_plan(self.path)
+
+    def rewrite(self) -> None:
+        """Replace the plan's file."""
+        with explained(self.path, "write"), atomic_write(self.path) as draft:
+            draft.write_text(self._text(), encoding="utf-8")
+
+    def _text(self) -> str:
+        table = {
+            "format": FORMAT,
+            "most_rows": self.most_rows,
+            "handles": dict(self.handles),
+            "request": dict(self.request),
+            "pinned": dict(self.pinned),
+            "layers": [layer.to_json() for layer in self.layers],
+            "parts": [asdict(part) for part in self.parts],
+        }
+        return json.dumps(table | {"digest": _digest(table)}, indent=1) + "\n"
+
+
+def divide(uris: Sequence[str], most_rows: int) -> tuple[Part, ...]:
+    """Return parts of about equal size, each of at most `most_rows` of the sorted `uris`, numbered from 0."""
+    count = -(-len(uris) // most_rows)
+    bounds = [number * len(uris) // count for number in range(count + 1)]
+    return tuple(
+        Part(number, uris[start] if number else "", stop - start)
+        for number, (start, stop) in enumerate(pairwise(bounds))
+    )
+
+
+def open_plan(path: Path) -> PartPlan:
+    """Read and check a plan.
+
+    Raises
+    ------
+    CacheError
+        It does not exist or cannot be read.
+    DamagedCacheError
+        It is no plan of this version, or was changed.
+    """
+    with explained(path, "open"):
+        content = path.read_bytes()
+    try:
+        table = parse_json(content)
+        if table["format"] != FORMAT:
+            raise ValueError(f"expected {FORMAT}, got {table['format']!r:.40}")
+        if table.pop("digest") != _digest(table):
+            raise ValueError("it does not match its own digest")
+        plan = PartPlan(
+            path,
+            tuple(map(layer_of, table["layers"])),
+            {str(key): str(value) for key, value in table["handles"].items()},
+            dict(table["request"]),
+            {str(key): str(value) for key, value in table["pinned"].items()},
+            int(table["most_rows"]),
+            tuple(Part(**part) for part in table["parts"]),
+        )
+        _check(plan)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise DamagedCacheError(
+            f"{path} is not usable as the plan of a cache in parts: {ascii(str(error))[1:-1]:.120}; "
+            "restore it from a copy, or delete it and its parts and extract again"
+        ) from error
+    return plan
+
+
+def _check(plan: PartPlan) -> None:
+    """Raise `ValueError` for a plan that its digest fits, but that makes no sense."""
+    firsts = [part.first for part in plan.parts]
+    if not plan.layers or not plan.parts or plan.most_rows < 1:
+        raise ValueError("it has no layers or no parts")
+    if firsts[0] or any(one >= other for one, other in pairwise(firsts)):
+        raise ValueError("its parts are not in order")
+    numbers = [*(part.number for part in plan.parts), *(part.origin for part in plan.parts if part.origin is not None)]
+    counts = [*numbers, *(part.rows for part in plan.parts)]
+    if not all(type(count) is int and 0 <= count < 1 << 56 for count in counts):
+        raise ValueError("a number or count is not a whole number in range")
+    if len({part.number for part in plan.parts}) != len(plan.parts):
+        raise ValueError("two parts have one number")
+
+
+def plan_of(path: Path) -> Path | None:
+    """Return the plan to which a file belongs by its name, whether it exists or not; None if it is no part."""
+    found = _PART.fullmatch(path.name)
+    return path.with_name(found[1] + PLAN_SUFFIX) if found else None
+
+
+def is_try(path: Path) -> bool:
+    """Return whether the name marks a try at a part, or a lock or temporary file of one."""
+    return f".h5{TRY}" in path.name
+
+
+def published_path(path: Path) -> Path:
+    """Return the part that a try is to become; any other path is returned as it is."""
+    return path.with_name(path.name.partition(TRY)[0]) if is_try(path) else path
+
+
+def link_new(draft: Path, path: Path) -> bool:
+    """Give the file `draft` the name `path` too, unless there is a file of that name; return whether it was done."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists():
+            return False
+        draft.replace(path)
+    return True
+
+
+def _digest(table: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=16).hexdigest()

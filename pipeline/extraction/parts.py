@@ -1,0 +1,301 @@
+"""Extract a source in parts: plan them, and fill each in a file of its own, in any process, at any time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import (
+    CacheError,
+    CacheFile,
+    LayerInfo,
+    PartPlan,
+    begin_try,
+    drop_tries,
+    open_cache,
+    open_part,
+    open_plan,
+    publish_try,
+    same_rows,
+    superseded_files,
+    tries_of,
+)
+from pipeline.arrays import BoolArray
+from pipeline.errors import BackboneError, EngineError, SourceError
+from pipeline.extraction.extractor import FeatureExtractor
+from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
+from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
+from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.results import Progress
+from pipeline.spec import Request
+
+MOST_ROWS = 262_144
+MOST_BYTES = 512_000_000
+"""A part has at most so many rows, and so many bytes of features, unless the user sets the number of rows."""
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How to compute: what may differ between the processes that fill one cache, as for `pipeline.extract.extract`."""
+
+    engine: str = "auto"
+    device: str = "auto"
+    batch_size: int | None = None
+    workers: int | None = None
+    on_error: str = "skip"
+    rehash: bool = False
+
+
+@dataclass(eq=False)
+class FilledParts:
+    """Some parts of the plan at `path` after a call: what was computed, and what the user should know."""
+
+    path: Path
+    rows: int = 0
+    computed: int = 0
+    few_levels: int = 0
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+
+    @cached_property
+    def file(self) -> CacheFile:
+        """The whole cache in parts, opened when all is done."""
+        return open_cache(self.path)
+
+    def add(self, other: FilledParts) -> None:
+        """Add what was done in another call, which ran after this one or beside it."""
+        self.rows += other.rows
+        self.computed += other.computed
+        self.few_levels += other.few_levels
+        self.seconds += other.seconds
+        self.notes = list(dict.fromkeys([*self.notes, *other.notes]))
+        for name, seconds in vars(other.clock).items():
+            setattr(self.clock, name, getattr(self.clock, name) + seconds)
+
+
+def parse_share(part: str | None) -> tuple[int, int]:
+    """Return index, from 0, and count of ``"3/64"``; the only share of one where nothing was given.
+
+    Examples
+    --------
+    >>> parse_share("3/64"), parse_share(None)
+    ((2, 64), (0, 1))
+    """
+    if part is None:
+        return 0, 1
+    try:
+        index, count = map(int, part.split("/"))
+        if not 1 <= index <= count:
+            raise ValueError
+    except ValueError:
+        raise SourceError(f"part: expected a share such as 3/64, the third of 64, got {part!r}") from None
+    return index - 1, count
+
+
+def most_rows(layers: Sequence[LayerInfo], asked: int | None) -> int:
+    """Return how many rows a part of these layers has at most; `asked` by the user, if not None."""
+    return asked or max(1, min(MOST_ROWS, MOST_BYTES // sum(layer.row_bytes for layer in layers)))
+
+
+def slice_source(images: ImageSource, where: slice) -> ImageSource:
+    """Return a range of a source's items as a source of its own, with the classes that occur in it."""
+    items = images.items[where]
+    labels = sorted({item.label for item in items} - {-1})
+    number = {label: index for index, label in enumerate(labels)} | {-1: -1}
+    own = [item._replace(label=number[item.label]) for item in items]
+    return replace(images, items=own, classes=tuple(images.classes[label] for label in labels))
+
+
+class PartFiller:
+    """Fills parts of one plan from one listing of its source, with a network that is loaded when it is needed.
+
+    Parameters
+    ----------
+    plan : PartPlan
+    images : ImageSource
+        The whole source.
+    computing : Computing
+    extractor : FeatureExtractor, optional
+        The network, if it is loaded already.
+    """
+
+    def __init__(
+        self, plan: PartPlan, images: ImageSource, computing: Computing, extractor: FeatureExtractor | None = None
+    ) -> None:
+        self.plan, self._images, self._computing, self._extractor = plan, images, computing, extractor
+        self._where = {part.number: where for part, where in plan.ranges([item.uri for item in images.items])}
+
+    def fill_share(self, asked: BoolArray, share: tuple[int, int], progress: Progress) -> FilledParts:
+        """Fill each part whose place in the plan leaves the index of `share` when divided by its count.
+
+        Parameters
+        ----------
+        asked : (n,) bool
+            Rows of the whole source that may be computed.
+        share : tuple of int
+            Index and count.
+        progress : callable
+        """
+        index, count = share
+        parts = self.plan.parts[index::count]
+        total = sum(int(asked[self._where[part.number]].sum()) for part in parts)
+        done = FilledParts(self.plan.path)
+        for part in parts:
+
+            def report(handled: int, _: int, text: str, state: str = "", before: int = done.rows) -> None:
+                progress(before + handled, total, text, state)
+
+            done.add(self.fill(part.number, asked, report))
+        return done
+
+    def fill(self, number: int, asked: BoolArray | None, progress: Progress) -> FilledParts:
+        """Bring one part up to date with the listing and publish it, unless it is complete.
+
+        Parameters
+        ----------
+        number : int
+            Of the part.
+        asked, progress
+            As for `fill_share`; None asks for all rows, and progress is on this part.
+
+        Raises
+        ------
+        ThawlineError
+            As `pipeline.extract.extract`; what was computed is carried over by the next call.
+        """
+        plan, computing, where = self.plan, self._computing, self._where[number]
+        images, asked = slice_source(self._images, where), None if asked is None else asked[where]
+        asked = np.ones(len(images.items), bool) if asked is None else asked
+        if images.items and not asked.any():
+            return FilledParts(plan.path)
+        if not images.items:
+            raise CacheError(f"no image is left for {plan.path_of(number).name}; the source changed: extract again")
+        rows = rows_of(images)
+        done = FilledParts(plan.path, rows=int(asked.sum()))
+
+        def is_published() -> bool:
+            file = open_part(plan, number)
+            return file is not None and is_complete(file, rows, images.classes, asked)
+
+        if is_published() and not computing.rehash:
+            drop_tries(plan.path_of(number))
+            return done
+        layers = tuple(layer.name for layer in plan.layers)
+        engine = self._network().engine(layers, (plan.handles["pool"],))
+        began = time.perf_counter()
+        donors = () if computing.rehash else donors_of(plan, number)
+        try:
+            with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
+                filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
+                fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
+            publish_try(writer.cache.path, is_published)
+        except (CacheError, FileNotFoundError):
+            if not is_published():
+                raise
+            drop_tries(plan.path_of(number))
+            return done  # another process was faster, and deleted the file that this one was writing
+        done.computed, done.few_levels, done.notes = filler.computed, filler.few_levels, filler.notes
+        done.seconds = time.perf_counter() - began
+        return done
+
+    def _network(self) -> FeatureExtractor:
+        """Return the network, after a check that it gives the features of the plan on this machine."""
+        request = request_of(self.plan)
+        wanted = [layer.fingerprint for layer in self.plan.layers]
+        if self._extractor is None or _fingerprints(self._extractor, request) != wanted:
+            computing = self._computing
+            engine = self.plan.pinned.get("engine", "auto") if computing.engine == "auto" else computing.engine
+            self._extractor = FeatureExtractor([request], engine, computing.device, computing.batch_size)
+            if _fingerprints(self._extractor, request) != wanted:
+                raise EngineError(
+                    f"the weights or the version of thawline here give other features than {self.plan.path.name} is "
+                    "for; use those that it was made with, or delete it and its parts"
+                )
+        return self._extractor
+
+
+_kept: tuple[tuple[str, Path], PartFiller] | None = None
+"""What a worker filled last in a run, with its listing and its network: the next part is mostly of the same plan."""
+
+
+def fill_part(run: str, path: Path, number: int, source: str, computing: Computing, progress: Progress) -> FilledParts:
+    """Fill one part on a worker.
+
+    Parameters
+    ----------
+    run : str
+        The same for all parts that are to be filled from one listing of the source.
+    path : Path
+        Of the plan.
+    number : int
+        Of the part.
+    source : str
+        What `open_source` takes.
+    computing : Computing
+    progress : callable
+    """
+    global _kept
+    if _kept is None or _kept[0] != (run, path):
+        _kept = (run, path), PartFiller(open_plan(path), open_source(source), computing)
+    return _kept[1].fill(number, None, progress)
+
+
+def _fingerprints(extractor: FeatureExtractor, request: Request) -> list[str]:
+    try:
+        return [extractor.spec(name, request).fingerprint for name in request.layers]
+    except BackboneError:  # a layer that this network lacks
+        return []
+
+
+def request_of(plan: PartPlan) -> Request:
+    """Return the request for exactly what a plan's parts hold: its layers by name, and its precision."""
+    known = {one.name for one in fields(Request)}
+    asked = {key: value for key, value in plan.request.items() if key in known}
+    precision = str(plan.layers[0].spec["precision"])
+    return Request(**{**asked, "layers": tuple(layer.name for layer in plan.layers), "precision": precision})
+
+
+def donors_of(plan: PartPlan, number: int) -> Iterator[Path]:
+    """Yield the files whose rows a part may carry over: itself, tries at it, what it was before or was cut from."""
+    origin = next((part.origin for part in plan.parts if part.number == number), None)
+    for path in [plan.path_of(one) for one in (number, origin) if one is not None]:
+        yield path
+        yield from superseded_files(path).values()
+        yield from (each for each in tries_of(path) if each.suffix not in (".lock", ".tmp"))
+
+
+def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8]) -> int:
+    """Give the parts of a plan the rows of a changed source, with the features that they have; compute nothing.
+
+    Parameters
+    ----------
+    plan : PartPlan
+    images : ImageSource
+    digests : (n, 16) uint8
+        Of its images, zeros where one is not known.
+
+    Returns
+    -------
+    int
+        How many rows of parts that exist are pending now.
+    """
+    pending = 0
+    for part, where in plan.ranges([item.uri for item in images.items]):
+        own = slice_source(images, where)
+        rows, file = rows_of(own), open_part(plan, part.number)
+        if file is None and part.origin is None:
+            continue
+        if file is not None and same_rows(file, rows, own.classes) and not has_other_bytes(file, digests[where]):
+            continue
+        donors = donors_of(plan, part.number)
+        with begin_try(plan, part.number, rows, own.classes, donors=donors, digests=digests[where]) as writer:
+            pending += len(writer.pending())
+        publish_try(writer.cache.path, lambda: False)
+    return pending
