@@ -271,8 +271,8 @@ class RemotePath:
             return data[start:stop]
         return data
 
-    def open(self) -> io.RawIOBase | io.BytesIO:
-        """Return the object as a file whose parts are fetched as they are read; all at once if `hold` is set."""
+    def open(self, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
+        """Return the object as a file of bytes whose parts are fetched as they are read; at once if `hold` is set."""
         size = self.stat().size
         if self.hold or size == MISSING_SIZE:
             self._held = self._held or self.read()

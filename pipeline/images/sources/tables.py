@@ -23,9 +23,9 @@ from pipeline.images.sources.items import (
     stamp,
     unreadable,
 )
-from pipeline.images.sources.manifest import MESSAGE_LENGTH, columns_by_meaning, split_of, synonyms_beside
+from pipeline.images.sources.manifest import columns_by_meaning, split_of, synonyms_beside
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
-from pipeline.tables import text_of
+from pipeline.tables import MESSAGE_LENGTH, text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
