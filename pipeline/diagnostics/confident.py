@@ -56,8 +56,8 @@ def doubt_labels(probabilities: Float64Array, labels: IntArray) -> Doubts:
     """
     rows, classes = np.arange(len(labels)), probabilities.shape[1]
     totals = np.bincount(labels, probabilities[rows, labels], classes)
-    counts = np.bincount(labels, minlength=classes)
-    usual = np.where(counts > 0, totals / np.maximum(counts, 1), np.inf)
+    sizes = np.bincount(labels, minlength=classes)
+    usual = np.where(sizes > 0, totals / np.maximum(sizes, 1), np.inf)
     likely = np.where(probabilities >= usual, probabilities, -1)
     flagged = (likely.max(axis=1) >= 0) & (likely.argmax(axis=1) != labels)
     others = probabilities.copy()
