@@ -143,6 +143,8 @@ def test_a_uri_is_never_overruled_by_a_file_name(tmp_path: Path) -> None:
 def test_a_table_for_other_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"names no image of this source: its first key is 'x\.png'.*'a/1\.png'"):
         join(write(tmp_path / "t.csv", "uri,label\nx.png,a\n"), ["a/1.png"])
+    with pytest.raises(TableError, match="column 'label' is empty for all images"):
+        join(write(tmp_path / "t.csv", "uri,label\na.png,\nb.png,x\n"), ["a.png"])
 
 
 def test_splits_and_groups_of_the_table_replace_those_of_the_source(tmp_path: Path) -> None:
