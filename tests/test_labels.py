@@ -267,7 +267,9 @@ head = "centroid"
 """
 
 
-def test_a_plan_names_a_table_and_another_table_makes_other_results(photos: Path, tmp_path: Path) -> None:
+def test_a_plan_names_a_table_and_another_table_makes_other_results(
+    photos: Path, tmp_path: Path, thawline: Thawline
+) -> None:
     plan = write(photos / "plan.toml", PLAN)
     assert dry_run(plan, tmp_path / "run").power[0].test_images == 4, "the test split is that of the table"
     first = compare(plan, tmp_path / "run")
@@ -276,6 +278,11 @@ def test_a_plan_names_a_table_and_another_table_makes_other_results(photos: Path
     assert compare(plan, tmp_path / "run").computed == 0
     write(plan, f'metric = "kappa"\n{PLAN}')
     assert compare(plan, tmp_path / "run").results[0].result.metric == "kappa", "another metric is another result"
+    table = thawline("compare", plan, "-o", tmp_path / "run").stdout.splitlines()[0].split()
+    assert table[:5] == ["source", "shots", "method", "kappa", "accuracy"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count('aria-sort="descending"><button type="button">kappa') == 1
+    assert page.count('aria-sort="descending"><button') == 1
     write(plan, PLAN)
     text = (photos / "table.csv").read_text()
     write(photos / "table.csv", text.replace("c1,train,cat", "c1,train,dog"))
