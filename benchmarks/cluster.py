@@ -52,8 +52,7 @@ class SleepingEngine:
 class SleepingExtractor:
     """Stands for a network: one layer, whose features are the pixels."""
 
-    layers, identity, aliases, engine_name = ("pixels",), ("sleeper", "0" * 32), {"pixels": ["pixels"]}, "sleeping"
-    backbone = SimpleNamespace(handle="sleeper")
+    layers, identity, aliases = ("pixels",), ("sleeper", "0" * 32), {"pixels": ["pixels"]}
 
     def __init__(self, requests: list[Request], *_: Any) -> None:
         self.requests = requests
@@ -63,13 +62,18 @@ class SleepingExtractor:
         plain = Preprocessing((4, 4), 4, "nearest", (0, 0, 0), (1, 1, 1))
         return LayerSpec("sleeper", "0" * 32, layer, request.pool, plain, "fp32")
 
-    def tapped(self, layers: tuple[str, ...]) -> Any:
+    def tapped(self, layers: tuple[str, ...], pools: tuple[str, ...]) -> Any:
         """Return their sizes."""
-        return SimpleNamespace(dims=dict.fromkeys(layers, DIM), shapes={})
+        dims, shapes = dict.fromkeys(layers, DIM), dict.fromkeys(layers, ())
+        return SimpleNamespace(name="sleeper", dims=dict.fromkeys(pools, dims), shapes=dict.fromkeys(pools, shapes))
 
-    def engine(self, _: tuple[str, ...]) -> SleepingEngine:
+    def engine(self, *_: tuple[str, ...]) -> SleepingEngine:
         """Return what sleeps."""
         return SleepingEngine()
+
+    def engine_name(self, _: str) -> str:
+        """Return how the plan calls it."""
+        return "sleeping"
 
 
 def dask_setup(_: Any = None) -> None:
@@ -119,14 +123,15 @@ class Trial:
         return subprocess.Popen(command, env=self.environment, stdout=pipe, stderr=pipe, text=True)
 
     def finish(self, **options: Any) -> dict[str, Any]:
-        """Extract until nothing fails, and return the last result; three tries of a part are a failure each time."""
-        while True:
+        """Extract until nothing fails, twenty times at most, and return the last result."""
+        for _ in range(20):
             with self.start(**options) as child:
                 out, err = child.communicate()
             if child.returncode == 0:
                 result: dict[str, Any] = json.loads(out)
                 return result
             print(f"again: {err.strip().splitlines()[-1][:200]}", file=sys.stderr)
+        raise RuntimeError(err)
 
     def check(self) -> dict[str, int]:
         """Compare every row with what it must be, and count the work."""

@@ -36,6 +36,7 @@ from pipeline.finetuning.data import TrainingSetup, prepare_data
 from pipeline.finetuning.inputs import DecodedImages, InputReader, Subset
 from pipeline.finetuning.loop import standardise, train
 from pipeline.finetuning.network import ThawedNetwork, train_precision
+from pipeline.finetuning.objective import Classification
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
 from pipeline.images.sources.registry import ImageSource, open_source
@@ -102,7 +103,7 @@ def epochs_of(
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "run.pt"
         recipe = Recipe(epochs=count, optimizer="sgd", warmup=0)
-        done = train(network, recipe, 1e-3, rows, None, len(source.classes), checkpoint, 0, "cpu", silent, "benchmark")
+        done = train(network, recipe, 1e-3, rows, None, Classification(), checkpoint, 0, "cpu", silent, "benchmark")
     return done.history
 
 

@@ -23,6 +23,7 @@ import copy
 import csv
 import functools
 import gc
+import gzip
 import io
 import json
 import pickle
@@ -889,10 +890,130 @@ def manifests(folder: Path) -> Forge:
         stream = io.StringIO(newline="")
         with contextlib.suppress(csv.Error):
             dialect = rng.choice([csv.excel, csv.unix_dialect])  # the second quotes everything
-            csv.writer(stream, dialect, delimiter=rng.choice(",,,,,,,;")).writerows([header, *table])
+            csv.writer(stream, dialect, delimiter=rng.choice(",,,,,;|\t")).writerows([header, *table])
         encoding = rng.choice(["utf-8"] * 8 + ["utf-8-sig", "utf-16"])
         data = stream.getvalue().encode(encoding, "surrogatepass")
         target.write_bytes(damaged(data, rng) if rng.random() < 0.2 else data)
+        return lambda: read_source(target)
+
+    return forge
+
+
+def json_manifests(folder: Path) -> Forge:
+    """A manifest of JSON lines with values, keys, lines or bytes changed."""
+    target = folder / "m.jsonl"
+
+    def forge(rng: random.Random) -> Read:
+        rows = [{"path": f"{i}.png", "label": i % 2, "split": "train", "group": str(i)} for i in range(4)]
+        lines = [written(changed(row, rng) if rng.random() < 0.4 else row, rng) for row in rows]
+        if rng.random() < 0.2:
+            lines.insert(
+                rng.randrange(5), rng.choice([b"", b"[]", b"1", b"{", b'{"path": "\\ud800"}', b"\r", lines[0]])
+            )
+        data = rng.choice([b"\n", b"\n", b"\r\n", b"\n\n"]).join(lines)
+        target.write_bytes(damaged(data, rng) if rng.random() < 0.3 else data)
+        return lambda: read_source(target)
+
+    return forge
+
+
+def archives(folder: Path) -> Forge:
+    """Names, headers, directories or bytes of zip archives changed."""
+    target = folder / "a.zip"
+    odd = [
+        "a/../b.png",
+        "/a.png",
+        "../a.png",
+        "a//b.png",
+        ".",
+        "é.png",
+        ".x.png",
+        "0.png",
+        "x",
+        "a\nb.png",
+        "__MACOSX/a.png",
+    ]
+
+    def forge(rng: random.Random) -> Read:
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that occur twice
+            for number in range(4):
+                name = rng.choice(odd) if rng.random() < 0.2 else f"{rng.choice('ab')}/{number}.png"
+                method = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+                archive.writestr(name, bytes(rng.choice([0, 1, 1000, 1 << 20])), method)
+            archive.comment = bytes(rng.choice([0, 0, 300]))
+        found = bytearray(stream.getvalue())
+        for _ in range(rng.choice([0, 1, 1, 3])):
+            magic, length = rng.choice([(b"PK\1\2", 46), (b"PK\1\2", 46), (b"PK\3\4", 30), (b"PK\5\6", 22)])
+            starts = [one.start() for one in re.finditer(re.escape(magic), found)]
+            if starts:
+                at = rng.choice(starts) + rng.randrange(4, length)
+                new = rng.choice([b"\xff" * 4, b"\xff\xff", b"\0", b"\1", rng.randbytes(2), rng.randbytes(4)])
+                found[at : at + len(new)] = new
+        target.write_bytes(damaged(bytes(found), rng) if rng.random() < 0.4 else found)
+        return lambda: read_source(target)
+
+    return forge
+
+
+def gzipped_shards(folder: Path) -> Forge:
+    """Members and bytes of gzipped shards changed, before and after they are packed."""
+    target = folder / "a.tar.gz"
+
+    def forge(rng: random.Random) -> Read:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            for name in ("0.png", "0.cls", "1.png", "1.json"):
+                info, label = tarfile.TarInfo(name), b'{"label": 1}' if name == "1.json" else b"a"
+                size = rng.choice([0, 1, 600, 1 << 21])
+                data = rng.randbytes(size) if rng.random() < 0.5 else bytes(size)
+                data = label if "png" not in name and rng.random() < 0.95 else data
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+        content = stream.getvalue()
+        content = damaged(content, rng) if rng.random() < 0.3 else content
+        middle = rng.randrange(len(content) + 1)
+        parts = [content] if rng.random() < 0.7 else [content[:middle], content[middle:]]
+        packed = b"".join(gzip.compress(part, rng.choice([0, 1, 9])) for part in parts)
+        packed += rng.choice([b"", b"", bytes(9), b"PK", packed[:10]])
+        target.write_bytes(damaged(packed, rng) if rng.random() < 0.5 else packed)
+        return lambda: read_source(target)
+
+    return forge
+
+
+def tables(folder: Path) -> Forge:
+    """Columns, metadata or bytes of Parquet and Arrow tables with images inside changed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def forge(rng: random.Random) -> Read:
+        images = [
+            {"bytes": bytes(rng.choice([0, 9, 500])), "path": rng.choice([None, "", "a/b.png"])} for _ in range(9)
+        ]
+        plain = pa.array([one["bytes"] for one in images], rng.choice([pa.binary(), pa.large_binary()]))
+        others = [
+            [0, 1, -1] * 3, [0, 1, 2] * 3, ["a", None, "b"] * 3, [0.5, None, float("nan")] * 3, [[1]] * 9, [True] * 9,
+            ["train", "test", ""] * 3, [b"x"] * 9, [{"bytes": 1}] * 9, [1 << 40] * 9,
+            pa.array(["a"] * 9).dictionary_encode(),
+        ]  # fmt: skip
+        names = ["image", "img", "label", "Label", "split", "group", "path", "x", "", "image.bytes"]
+        columns = {"image": rng.choice([images, images, images, plain]), "label": others[0]}
+        for _ in range(rng.choice([0, 0, 0, 1, 3])):
+            columns[rng.choice(names)] = rng.choice([*others, images, plain])
+        features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}
+        described: Any = {"info": {"features": features}}
+        described = changed(described, rng) if rng.random() < 0.3 else described
+        table = pa.table(columns).replace_schema_metadata({"huggingface": written(described, rng)})
+        target = folder / rng.choice(["a.parquet", "a.arrow"])
+        if target.suffix == ".parquet":
+            pq.write_table(table, target, row_group_size=4, compression=rng.choice(["none", "snappy", "zstd"]))
+        else:
+            with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table, max_chunksize=4)
+        if rng.random() < 0.5:
+            target.write_bytes(damaged(target.read_bytes(), rng))
         return lambda: read_source(target)
 
     return forge
@@ -971,7 +1092,10 @@ def shards(folder: Path) -> Forge:
 
 KINDS: dict[str, Callable[[Path], Forge]] = {
     one.__name__: one
-    for one in (structure, rows, images, caches, parts, heads, networks, plans, runs, manifests, shards)
+    for one in (
+        *(structure, rows, images, caches, parts, heads, networks, plans, runs, manifests, shards),
+        *(json_manifests, archives, gzipped_shards, tables),
+    )
 }
 
 # -------------------------------------------------------------------------------------------------------------- running

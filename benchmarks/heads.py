@@ -11,7 +11,7 @@
 - grid: eight layers x logreg, linear SVM, k-NN x three seeds on 2,000 rows through `fit`, cache file and all: seconds
   by head and by layer, and the memory of each worker (pages shared with others are divided among them).
 - large: each head on ROWS x DIM rows of length 1 (say 50,000 x 1,280), with the peak of memory in units of the features
-  to train on (choosing and final training hold them one after the other here). The peers are one scikit-learn fit in
+  to train on, which `fit` holds once for both choosing and final training. The peers are one scikit-learn fit in
   float32 with the C that was chosen, and a recipe by stochastic gradients: `SGDClassifier` with five strengths of the
   penalty, the best on validation rows. It runs only if it is named.
 
@@ -48,9 +48,11 @@ from threadpoolctl import threadpool_limits
 from features_cache import CacheWriter, Catalog, LayerInfo, Rows
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.fit import fit
-from pipeline.heads.choose import Fold, Scaled, make_fold, scale, search, train_final
+from pipeline.heads.choose import Scaled, make_fold, scale, search, train_final
 from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import find_head
+from pipeline.heads.trial import Prepared, run_trial
+from pipeline.options import METRICS
 
 STAGES = {"b0": 16, "b1": 24, "b2": 40, "b3": 80, "b4": 112, "b5": 192, "b6": 320, "penultimate": 1280}
 FRESH = 2000
@@ -216,29 +218,30 @@ class PeakMemory(threading.Thread):
 def large(task: Task, name: str) -> list[dict[str, Any]]:
     """Choose and train a head on many rows, then its peers; the features to train on count as memory of each."""
     rows = []
+    known, y, n = np.concatenate(task.x[:2]), np.concatenate(task.y[:2]), len(task.y[0])
 
     def report(run: str, began: float, memory: PeakMemory, labels: IntArray) -> None:
-        peak = 1 + memory.peak / sum(part.nbytes for part in task.x[:2])
+        peak = 1 + memory.peak / known.nbytes
         accuracy = float((labels == task.y[2]).mean())
         seconds = time.perf_counter() - began
         rows.append({"head": name, "run": run, "seconds": seconds, "memory": peak, "fresh_accuracy": accuracy})
 
-    head = find_head(f"{name}/none")
-    known, y = np.concatenate(task.x[:2]), np.concatenate(task.y[:2])
+    prepared = Prepared((), Scaled(known, task.x[2], None, None), y, 0.0, n)
     with threadpool_limits(1):
         began = time.perf_counter()
         with PeakMemory() as memory:
-            choice = search(head, [Fold(task.x[0], task.y[0], task.x[1], task.y[1])])
-            model = train_final(head, choice.params, Scaled(known, task.x[2], None, None), y).estimator
-        report(f"thawline, {choice.tried} values of C", began, memory, model.predict(task.x[2]))
-        began, peer = time.perf_counter(), globals()[name](choice.params["C"], None)
+            head, classes = find_head(f"{name}/none"), int(y.max()) + 1
+            found = run_trial(head, prepared, classes, balanced=False, metric=METRICS[0], keep=False)
+        c = found.params["C"]
+        report(f"thawline, {found.choice.tried} values of C", began, memory, found.y_pred)
+        began, peer = time.perf_counter(), globals()[name](c, None)
         with PeakMemory() as memory:
             model = peer.fit(known, y)
-        report(f"scikit-learn, C = {choice.params['C']:.3g} alone", began, memory, model.predict(task.x[2]))
+        report(f"scikit-learn, C = {c:.3g} alone", began, memory, model.predict(task.x[2]))
         began, loss = time.perf_counter(), {"logreg": "log_loss", "linear_svm": "squared_hinge"}[name]
         with PeakMemory() as memory:
             models = [SGDClassifier(loss=loss, alpha=10.0**-power, random_state=0) for power in range(3, 8)]
-            scores = [model.fit(task.x[0], task.y[0]).score(task.x[1], task.y[1]) for model in models]
+            scores = [model.fit(known[:n], y[:n]).score(known[n:], y[n:]) for model in models]
             model = models[scores.index(max(scores))].fit(known, y)
         report("SGDClassifier, 5 values of alpha", began, memory, model.predict(task.x[2]))
     return rows

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.comparing.answer import answer, extraction_seconds
-from pipeline.comparing.check import check_finetunes, check_heads, open_sources, sketch_features
+from pipeline.comparing.check import (
+    check_finetunes,
+    check_heads,
+    label_sources,
+    open_labels,
+    open_sources,
+    sketch_features,
+)
 from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.estimate import (
     ACTIVATIONS,
@@ -22,7 +29,7 @@ from pipeline.comparing.estimate import (
 )
 from pipeline.comparing.features import Features, fit_key
 from pipeline.comparing.folder import Failure, Invocation, JobResult, RunFolder, open_finished
-from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, extractions, fits, one_pass
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
@@ -111,22 +118,26 @@ def dry_run(plan: str | Path, output: str | Path) -> DryRun:
     comparison = _prepare(plan, output, None)
     folder, planned = comparison.folder, []
     compared: dict[str, list[Fit | Finetune]] = {}
+    passes: set[str] = set()
     for extraction, found, jobs in check_plan(comparison):
-        images, name = comparison.images[extraction.source], comparison.names[extraction.source]
-        planned.append(plan_extraction(extraction, found, len(images.items), name, folder))
+        images, name = comparison.labelled[extraction.source], comparison.names[extraction.source]
+        shares = one_pass(extraction) in passes
+        planned.append(plan_extraction(extraction, found, len(images.items), name, folder, shares=shares))
+        if not found.complete:
+            passes.add(one_pass(extraction))
         compared.setdefault(extraction.source, []).extend(jobs)
         for job in jobs:
-            done = found.complete and folder.has(fit_key(job, found, name))
+            done = found.complete and folder.has(fit_key(job, found, name, comparison.labels, comparison.plan.metric))
             planned.append(plan_fit(job, found, done, images, folder))
     stored: set[tuple[object, ...]] = set()
     for tune, (line, key) in comparison.finetunes().items():
-        images = comparison.images[tune.source]
+        images = comparison.labelled[tune.source]
         activations = (tune.source, *(value for key, value in tune.options if key in ACTIVATIONS))
         device, stores = line.how()["device"], activations not in stored
         planned.append(plan_finetune(tune, comparison.is_kept(tune, key), images, device, stores=stores))
         stored.add(activations)
         compared.setdefault(tune.source, []).append(tune)
-    return DryRun(planned, [plan_power(comparison.images[source], jobs) for source, jobs in compared.items()])
+    return DryRun(planned, [plan_power(comparison.labelled[source], jobs) for source, jobs in compared.items()])
 
 
 def check_plan(comparison: Comparison) -> list[tuple[Extraction, Features, list[Fit]]]:
@@ -151,7 +162,9 @@ def _prepare(path: str | Path, output: str | Path, progress: Progress | None) ->
         raise RunFolderError(
             f"{folder.path} holds the run of another plan, {before.plan_file}; choose another folder for {plan.path}"
         )
-    comparison = Comparison(plan, folder, open_sources(plan), dict.fromkeys(asked), progress or silent)
+    images, labels = open_sources(plan), open_labels(plan)
+    labelled = label_sources(plan, images, labels)
+    comparison = Comparison(plan, folder, images, labels, labelled, dict.fromkeys(asked), progress or silent)
     comparison.features.update({extraction: comparison.look_up(extraction) for extraction in asked})
     return comparison
 
@@ -181,7 +194,7 @@ def _write_report(comparison: Comparison) -> None:
 
     if not comparison.folder.results:
         return
-    seen = {comparison.names[source]: Seen(images, {}) for source, images in comparison.images.items()}
+    seen = {comparison.names[source]: Seen(images, {}) for source, images in comparison.labelled.items()}
     for extraction, found in comparison.features.items():
         if found is not None and found.files:
             fitted = dict.fromkeys(comparison.fits(extraction, found).values(), found)

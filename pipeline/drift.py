@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import DONE, AmbiguousCacheError, CacheError, CacheFile, Catalog, digest_keys
+from features_cache import DONE, AmbiguousCacheError, CacheFile, Catalog, digest_keys
 from pipeline.arrays import IntArray
 from pipeline.diagnostics.domain_test import FOLDS, domain_test
 from pipeline.errors import FitError
-from pipeline.evaluation.rows import not_finite, stands_for
+from pipeline.evaluation.rows import not_finite
+from pipeline.neighbours.rows import one_layer, require_same_features
 from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
 
@@ -72,11 +71,9 @@ def drift(
     """
     catalogs = [Catalog(path) for path in (first, second)]
     held = [file for catalog in catalogs for file in catalog.fitting(backbone=backbone, pool=pool)]
-    layer, *more = stands_for(held, layer)
-    if more:
-        raise FitError(f"expected one layer to compare, got several: {', '.join([layer, *more])}; name one of them")
+    layer = one_layer(held, layer)
     files = [_find(catalog, layer, backbone, pool) for catalog in catalogs]
-    _require_same_features(files[0], files[1], layer)
+    require_same_features(files[0], files[1], layer)
     sets = [_distinct(file) for file in files]
     shared = np.intersect1d(sets[0].keys, sets[1].keys)
     rng = np.random.default_rng(seed)
@@ -115,22 +112,6 @@ def _find(catalog: Catalog, layer: str, backbone: str | None, pool: str | None) 
         return catalog.find(layer=layer, backbone=backbone, pool=pool)
     except AmbiguousCacheError as error:
         raise AmbiguousCacheError(f"{error}; or name one of the files instead of the folder") from error
-
-
-def _require_same_features(first: CacheFile, second: CacheFile, layer: str) -> None:
-    if first.path.resolve() == second.path.resolve():
-        raise CacheError(f"expected two sets of images, but both caches are {first.path}; name two files")
-    one, other = first.layer(layer), second.layer(layer)
-    if one.fingerprint != other.fingerprint:
-        differ = [f"{key} {one.spec.get(key)} and {other.spec.get(key)}" for key in _changed(one.spec, other.spec)]
-        raise FitError(
-            f"features of {layer} can be compared only if they were extracted in the same way, but these differ in "
-            f"{'; '.join(differ) or 'their fingerprints'}; extract one of the sets again with the options of the other"
-        )
-
-
-def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
 
 
 def _distinct(file: CacheFile) -> _Images:

@@ -12,6 +12,10 @@ class SourceError(ThawlineError):
     """An image source is missing, empty, of no known form, or contradicts itself."""
 
 
+class TableError(ThawlineError):
+    """A table of labels cannot be read, or lacks a column."""
+
+
 class UnreadableImageError(ThawlineError):
     """One image cannot be decoded; the message is the short reason kept with its row."""
 

@@ -42,7 +42,7 @@ def extract(
     source: str | Path | ImageSource,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     layers: Sequence[str] = (DEFAULT_LAYER,),
-    pool: str = DEFAULT_POOL,
+    pool: str | Sequence[str] = DEFAULT_POOL,
     output: str | Path = DEFAULT_CACHE,
     *,
     precision: str = "auto",
@@ -72,14 +72,14 @@ def extract(
     Parameters
     ----------
     source : str, Path or ImageSource
-        A folder, an image, a ``.csv`` or ``.parquet`` manifest, a ``.tar`` shard, or ``"digits"``; or what
-        `pipeline.images.sources.registry.open_source` returned, so that several calls are of one listing.
+        What `pipeline.images.sources.registry.open_source` takes: a folder, a manifest, an archive, a URL, …; or what
+        it returned, so that several calls are of one listing.
     backbones : sequence of str, default ("efficientnet_lite0",)
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)
         Dotted module names, ``penultimate``, ``stages``, ``logits`` or ``input``.
-    pool : str, default "avg"
-        One of `pipeline.spec.POOLS`.
+    pool : str or sequence of str, default "avg"
+        One of `pipeline.spec.POOLS`, or several: a cache file of each, from one pass of the network.
     output : str or Path, default "thawline-cache"
         Folder of cache files; created if missing.
     precision : {"auto", "fp32", "bf16", "fp16"}
@@ -169,9 +169,12 @@ def extract(
     found: dict[str, list[CacheFile | CacheFiller | FilledParts]] = {}
     parted: list[tuple[str, PartFiller]] = []
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
+    pools = dict.fromkeys([pool] if isinstance(pool, str) else pool)
     for name in dict.fromkeys(backbones):
-        plain = Request(name, tuple(layers), pool, precision, store, size, weights_file_digest(name), white=white)
-        requests = [replace(plain, augment=augment, view=view) for view in dict.fromkeys(views)] or [plain]
+        digest = weights_file_digest(name)
+        plain = [Request(name, tuple(layers), one, precision, store, size, digest, white=white) for one in pools]
+        seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
+        requests = seen or plain
         found[name], missing = [], []
         for request in requests:
             complete = destination.find_complete(request)
@@ -193,9 +196,8 @@ def extract(
                 if isinstance(opened, PartPlan):
                     parted.append((name, PartFiller(opened, images, computing, extractor)))
                     continue
-                writers.enter_context(opened)
-                running = extractor.engine(tuple(opened.cache.layers))
-                found[name].append(CacheFiller(opened, running, asked, on_error, clock))
+                writers.enter_context(opened.writer)
+                found[name].append(CacheFiller(opened, asked, on_error))
         fillers = [one for one in chain.from_iterable(found.values()) if isinstance(one, CacheFiller)]
         began = time.perf_counter()
         if fillers:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
+from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes
+from pipeline.evaluation.metrics import none_if_unknown, rate
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.model_file import check_destination
+from pipeline.options import METRIC, check_options
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
 from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
 
@@ -63,10 +66,14 @@ def finetune(
     freeze: str = "all",
     seeds: Sequence[int] = (0,),
     shots: Sequence[int | str] = ("all",),
+    labels: str | Path | LabelsTable | None = None,
+    target: str | None = None,
+    key: str | None = None,
     output: str | Path = DEFAULT_CACHE,
     init: str = "pretrained",
     head_first: bool = False,
     watch: str | None = None,
+    metric: str = "accuracy",
     save: str | Path | None = None,
     precision: str = "auto",
     store: str = "float32",
@@ -84,7 +91,7 @@ def finetune(
     Parameters
     ----------
     source : str, Path or ImageSource
-        Anything `pipeline.extract.extract` takes, with labels.
+        Anything `pipeline.extract.extract` takes; with labels, unless a table has them.
     backbone : str, default "efficientnet_lite0"
         ``NAME`` or ``NAME@WEIGHTS``.
     freeze : str, default "all"
@@ -94,6 +101,8 @@ def finetune(
     shots : sequence of int or "all", default ("all",)
         Training images of each class. With a number there are no validation images, since these would be more shots,
         and so no early stopping.
+    labels, target, key
+        A table to take labels from, as for `pipeline.fit.fit`.
     output : str or Path, default "thawline-cache"
         Cache folder. Layers that it lacks, and checkpoints, are written to the folder ``finetune`` in it.
     init : {"pretrained", "random"}
@@ -103,9 +112,12 @@ def finetune(
     watch : {"gradients"}, optional
         Record the norms of each thawed layer's gradients, steps and weights, and its dead units, in the history of the
         results (see `pipeline.finetuning.watch.GradientWatch`), and add a note where they look bad.
+    metric : str, default "accuracy"
+        What networks are compared by on validation rows, one of `pipeline.options.METRICS`. Training stops early by
+        validation loss, whatever the metric.
     save : str or Path, optional
-        Write the network that was trained with the most shots to this ``.safetensors`` file; ties go to the higher
-        validation accuracy, then to the lower validation loss.
+        Write the network that was trained with the most shots to this ``.safetensors`` file; ties go to the better
+        metric on validation rows, then to the lower validation loss.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
     store, size, white, engine, device, workers
@@ -144,10 +156,12 @@ def finetune(
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
     check_draws(seeds, shots)
+    check_options([METRIC], {"metric": metric})
     notes: list[str] = []
     setup = TrainingSetup(
         open_source(source), backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision,
         store, size, white, engine, device, workers, progress or silent, say or notes.append,
+        find_labels(labels, target, key),
     )  # fmt: skip
     results: list[FinetuneResult] = []
     predictions: list[Predictions] = []
@@ -163,11 +177,11 @@ def finetune(
             notes += [*run.splits.notes, *cluster_notes(data.table.groups[run.splits.test]), *run.trained.notes]
             if count == "all" and not len(run.splits.val):
                 notes.append("without validation images training goes through all epochs and keeps the last weights")
-            result, predicted = _result(run, data, setup, seed, count)
+            result, predicted = _result(run, data, setup, seed, count, metric)
             results.append(result)
             predictions.append(predicted)
             ranks = [
-                preference(one.shots, one.validation_accuracy, index, one.validation_log_loss)
+                preference(one.shots, one.validated, index, one.validation_log_loss)
                 for index, one in enumerate(results)
             ]
             best = ranks.index(max(ranks))
@@ -182,13 +196,19 @@ def finetune(
 
 
 def _result(
-    run: TrainingRun, data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str
+    run: TrainingRun, data: TrainingData, setup: TrainingSetup, seed: int, shots: int | str, metric: str
 ) -> tuple[FinetuneResult, Predictions]:
     table, splits, trained = data.table, run.splits, run.trained
     probabilities = run.probabilities
     predictions = collect_predictions(
         table, [splits.test], [probabilities.argmax(1)], [probabilities], [run.temperature]
     )
+    validated = trained.history[trained.best_epoch - 1].get("valid_acc")
+    if metric != "accuracy":
+        validated, y_val, n_classes = None, table.labels[splits.val], len(table.classes)
+        if run.val_probabilities is not None:
+            y_pred = run.val_probabilities.argmax(1)
+            validated = none_if_unknown(rate(metric, y_val, y_pred, n_classes, run.val_probabilities))
     params = json_fields(setup.recipe) | {"lr": setup.rate, "init": setup.init, "head_first": setup.head_first}
     params |= {"precision": run.network.precision, "best_epoch": trained.best_epoch}
     result = FinetuneResult(
@@ -207,11 +227,14 @@ def _result(
         seconds=run.seconds,
         converged=not trained.diverged,
         balanced=setup.recipe.class_weights,
-        validation_accuracy=trained.history[trained.best_epoch - 1].get("valid_acc"),
+        validation_accuracy=validated if metric == "accuracy" else None,
         validation_log_loss=trained.history[trained.best_epoch - 1].get("valid_loss"),
         freeze=setup.freeze,
         epochs=len(trained.history),
         trainable_parameters=sum(item.numel() for item in run.network.parameters() if item.requires_grad),
         history=trained.history,
+        target=table.target,
+        metric=metric,
+        validation_score=validated,
     )
     return result, predictions

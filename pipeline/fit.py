@@ -13,12 +13,13 @@ from features_cache import Catalog
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
+from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
-from pipeline.evaluation.split_layers import split_layers
+from pipeline.evaluation.split_layers import SplitLayer, split_layers
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.choose import Choice, choice_notes
 from pipeline.heads.parallel import check_trials, run_trials
@@ -26,6 +27,8 @@ from pipeline.heads.registry import Head, find_head
 from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
+from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
+from pipeline.options import METRIC, NEAR, check_options
 from pipeline.results import FitResult, Progress, SeedSummary, to_json
 
 T = TypeVar("T")
@@ -47,10 +50,12 @@ class FitReport:
     classes : tuple of str
         Class names by number.
     best : int
-        Index of the result whose model is saved: of those with the most shots, the one of best validation accuracy;
+        Index of the result whose model is saved: of those with the most shots, the one of best validation score;
         ties go to the lower log-loss.
     saved : Path or None
         The model file.
+    layer : Layer
+        That of the best result.
     """
 
     results: list[FitResult]
@@ -60,6 +65,7 @@ class FitReport:
     classes: tuple[str, ...]
     best: int
     saved: Path | None
+    layer: Layer
 
     @property
     def may_be_best(self) -> set[tuple[str, str, int | str]]:
@@ -77,9 +83,13 @@ def fit(
     backbone: str | None = None,
     pool: str | None = None,
     *,
+    labels: str | Path | LabelsTable | None = None,
+    target: str | None = None,
+    key: str | None = None,
     cv: int | None = None,
+    metric: str = "accuracy",
     balanced: bool = False,
-    drop_leaks: bool = False,
+    drop_leaks: bool | str = False,
     save: str | Path | None = None,
     jobs: int | None = None,
     device: str = "auto",
@@ -102,13 +112,20 @@ def fit(
         Number of training rows per class. Parameters are then chosen inside these rows, and val is not used.
     source, backbone, pool : str, optional
         Select a file if the cache holds several.
+    labels, target, key
+        A table to take labels from, and its columns, see `pipeline.evaluation.labels.read_labels`; by default labels
+        are those of the source.
     cv : int, optional
         Number of folds of a cross-validation, which replaces the test split: every row is test once, parameters are
         chosen inside the other folds, and a result is about all rows. Repeated with each seed.
+    metric : str, default "accuracy"
+        What parameters and the saved model are chosen by on validation rows, one of `pipeline.options.METRICS`.
     balanced : bool, default False
         Let every class count alike, whatever its size, in training and in the choice of parameters.
-    drop_leaks : bool, default False
-        Leave out test images whose bytes equal those of training images.
+    drop_leaks : bool or "near", default False
+        Leave out test images whose bytes equal those of training images. With ``"near"``, also those that are
+        near-duplicates of training images as `pipeline.duplicates.duplicates` finds them, and keep groups of
+        near-duplicates on one side of splits and folds that are drawn. Folds leave out no image.
     save : str or Path, optional
         Write a model to this ``.skops`` file: of those with the most shots, the one of best validation accuracy.
     jobs : int, optional
@@ -131,6 +148,8 @@ def fit(
         If there is no such device.
     CacheError
         If the cache or a layer cannot be found.
+    TableError
+        If the table of labels cannot be read or joined.
     ModelFileError
         If the model cannot be written.
 
@@ -145,21 +164,36 @@ def fit(
     if not heads:
         raise FitError("expected at least one head, got none")
     check_draws(seeds, shots)
+    check_options([METRIC], {"metric": metric})
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads(heads, device)
     destination = None if save is None else check_destination(save, ".skops")
-    selected = select(cache if isinstance(cache, Catalog) else Catalog(cache), layers, source, backbone, pool)
+    if drop_leaks not in (False, True, NEAR):
+        raise FitError(f"expected drop_leaks to be true, false or '{NEAR}', got {drop_leaks!r}")
+    answers = find_labels(labels, target, key)
+    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    selected = select(catalog, layers, source, backbone, pool, answers)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; name one source")
-    split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=drop_leaks)
+    near_notes: list[str] = []
+    if drop_leaks == NEAR:
+        selected, near_notes = keep_near_together(selected, catalog, progress)
+    split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=bool(drop_leaks))
     trials = [Trial(data, head) for layer in selected for head in chosen for data in split if data.layer is layer]
-    check_trials(trials, balanced=balanced)
+    check_trials(trials, balanced=balanced, metric=metric)
 
     folds = cv or 1
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
     choices: dict[int, Choice] = {}
     found: dict[int, tuple[FitResult, Predictions]] = {}
+    distances: dict[int, Nearness] = {}  # of splits, which layers and heads share
+
+    def near_of(data: Sequence[SplitLayer]) -> Nearness:
+        folds = [one.splits for one in data]
+        if id(folds[0]) not in distances:
+            distances[id(folds[0])] = nearness(selected, data[0].layer.table, folds)
+        return distances[id(folds[0])]
 
     def finish(index: int, outcome: TrialOutcome) -> None:
         waiting[index], choices[index] = outcome, outcome.choice
@@ -167,26 +201,27 @@ def fit(
         own = range(number * folds, (number + 1) * folds)
         if all(fold in waiting for fold in own):
             outcomes = [waiting.pop(fold) for fold in own]
-            found[number] = _result([trials[fold] for fold in own], outcomes, balanced=balanced, cv=cv)
+            of_result = [trials[fold] for fold in own]
+            result, predictions = _result(of_result, outcomes, balanced=balanced, cv=cv, metric=metric)
+            price = leak_price(near_of([trial.data for trial in of_result]), predictions)
+            found[number] = replace(result, leak_price=price), predictions
             if on_result is not None:
                 on_result(*found[number])
 
     keep = destination is not None
-    model = run_trials(trials, jobs, progress, balanced=balanced, keep=keep, finished=finish)
+    model = run_trials(trials, jobs, progress, balanced=balanced, metric=metric, keep=keep, finished=finish)
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
     results = compare_results(results, predictions)
-    ranks = [
-        preference(one.shots, one.validation_accuracy, index, one.validation_log_loss)
-        for index, one in enumerate(results)
-    ]
+    ranks = [preference(one.shots, one.validated, index, one.validation_log_loss) for index, one in enumerate(results)]
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
-    notes = _notes(trials, choices) + best_notes(results)
+    notes = _notes(trials, choices) + near_notes + best_notes(results)
     summary = summarise_seeds(results, predictions)
-    return FitReport(results, predictions, summary, notes, selected[0].table.classes, best, destination)
+    kept = trials[best * folds].data.layer
+    return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)
 
 
 def _distinct(values: Sequence[T]) -> list[T]:
@@ -204,7 +239,7 @@ def _find_heads(names: Sequence[str], device: str) -> list[Head]:
 
 
 def _result(
-    trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None
+    trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None, metric: str
 ) -> tuple[FitResult, Predictions]:
     """Put together what the folds of a cross-validation, or a single trial, found."""
     data, table = trials[0].data, trials[0].data.layer.table
@@ -215,7 +250,9 @@ def _result(
         [outcome.y_pred for outcome in outcomes],
         [outcome.probabilities for outcome in outcomes],
         [outcome.choice.temperature for outcome in outcomes],
+        [outcome.scores for outcome in outcomes],
     )
+    validated = mean_if_known([outcome.choice.score for outcome in outcomes])
     params = [outcome.params for outcome in outcomes]
     result = FitResult(
         kind="head",
@@ -229,13 +266,16 @@ def _result(
         n_train=_mean_count([each.train for each in splits]),
         n_val=_mean_count([each.val for each in splits]),
         n_pool=len(table.labels) - _mean_count([each.test for each in splits]),
-        validation_accuracy=mean_if_known([outcome.choice.score for outcome in outcomes]),
+        validation_accuracy=validated if metric == "accuracy" else None,
         validation_log_loss=mean_if_known([outcome.choice.log_loss for outcome in outcomes]),
         **measure(predictions, len(table.classes)),
         seconds=sum(outcome.seconds for outcome in outcomes),
         converged=all(outcome.converged for outcome in outcomes),
         balanced=balanced,
         cv=cv,
+        target=table.target,
+        metric=metric,
+        validation_score=validated,
     )
     return result, predictions
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.provenance import installed_version
-from pipeline.spec import DECODE_POLICY, TRAINING_RULES, fingerprint_of
+from pipeline.spec import DECODE_POLICY, PRETEXT_RULES, TRAINING_RULES, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ STAGES = {
     "head": Code((TRAINING_RULES,), ("thawline", "scikit-learn")),
     "finetune": Code((TRAINING_RULES,), ("thawline", "scikit-learn", "torch")),
     "checkpoint": Code((TRAINING_RULES, DECODE_POLICY), ("thawline", "torch")),
+    "pretext checkpoint": Code((TRAINING_RULES, DECODE_POLICY, PRETEXT_RULES), ("thawline", "torch")),
+    "near threshold": Code((DECODE_POLICY,), ("thawline",)),
+    "index": Code((), ("thawline", "faiss-cpu")),
     "converted model": Code((), ("thawline", "torch", "torchvision", "timm", "openvino")),
 }
 """The code that counts, by stage. Raise a rule in `pipeline.spec` in the commit that changes the numbers."""

@@ -33,8 +33,19 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "plateau")
 TOPS = ("linear", "hidden", "direct")
 INITS = ("pretrained", "random")
+TASKS = ("rotation", "pseudo-classes", "slow", "ego-motion")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
+METRICS = (
+    "accuracy",
+    "mean_per_class_accuracy",
+    "macro_f1",
+    "kappa",
+    "auroc",
+    "average_precision",
+    "top5_accuracy",
+)
+"""What parameters and models may be chosen by, on validation rows."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +119,15 @@ FILE = Kind(Path, "a file")
 FOLDER = Kind(Path, "a folder")
 POSITIVE = Kind(float, "a number above 0", lambda value: value > 0)
 NOT_NEGATIVE = Kind(float, "a number, at least 0", lambda value: value >= 0)
-DECAY = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
+UP_TO_ONE = Kind(float, "a number above 0, at most 1", lambda value: 0 < value <= 1)
 SHARE = Kind(float, "a number, at least 0 and below 1", lambda value: 0 <= value < 1)
 SHOTS_OR_ALL = Kind(
     object,
     "a positive number of images per class, or 'all'",
     lambda value: value == "all" or not whole().problem(value),
 )
+NEAR = "near"
+LEAKS = Kind(object, f"true, false or '{NEAR}'", lambda value: isinstance(value, bool) or value == NEAR)
 RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
 
 
@@ -203,12 +216,24 @@ WHICH_SOURCE = Option("source", TEXT, "Which source, if the cache holds several:
 WHICH_BACKBONE = Option("backbone", TEXT, "Which backbone, if the cache holds several.", short="b")
 WHICH_LAYER = Option("layer", TEXT, "Which layer, if the cache holds several.", short="l")
 WHICH_POOL = Option("pool", choice(*POOLS), "Which pooling, if the cache holds several.")
+LABELS = (
+    Option("labels", FILE, "Take labels from this table, .csv, .tsv, .jsonl or .parquet, not from the source."),
+    Option("target", TEXT, "Its column of labels; default: label, or the only one left."),
+    Option("key", TEXT, "Its column of image names; default: uri, path, file, image or id."),
+)
+"""Where the labels come from."""
+METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
+ABOVE = (*LABELS, METRIC)
+"""What a plan gives above its tables, because it is the same for all jobs."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
+
+LOOK_LAYER = Option("layer", TEXT, "Layer to compare images on; default: penultimate, or the only one.", short="l")
+PAGE = Option("page", FILE, "Show the images on this .html page, a single file.")
 
 EXTRACT = (
     crossed("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b", repeat="backbones"),
     crossed("layer", TEXT, "Layer name or alias.", DEFAULT_LAYER, "l", repeat="layers"),
-    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL),
+    crossed("pool", choice(*POOLS), "How a layer's activations become features.", DEFAULT_POOL, repeat="pool"),
     OUTPUT,
     crossed("precision", choice(*PRECISIONS), "auto is bf16 if the hardware supports it.", "auto"),
     STORE,
@@ -232,9 +257,10 @@ FIT = (
     WHICH_SOURCE,
     WHICH_BACKBONE,
     WHICH_POOL,
+    *ABOVE,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
-    once("drop-leaks", FLAG, "Leave out test images that are byte-identical to training images.", default=False),
+    once("drop-leaks", LEAKS, "Leave out test images that are in training byte by byte; near: or nearly.", False),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .skops file."),
     Option("plot", FOLDER, "Draw the results into this folder."),
     once("jobs", whole(), "Fits at a time; default: one per core."),
@@ -243,7 +269,7 @@ FIT = (
 RECIPE = (
     crossed("top", choice(*TOPS), "Kind of the new top.", "linear"),
     crossed("lr", POSITIVE, "Highest learning rate; default: one that suits the optimizer."),
-    crossed("layer-decay", DECAY, "Multiply the rate by this for each block further down.", 1.0),
+    crossed("layer-decay", UP_TO_ONE, "Multiply the rate by this for each block further down.", 1.0),
     Option("lr-at", RATE, "LAYER=RATE: a layer's own learning rate.", repeat="lr_at", plan="joined"),
     crossed("epochs", whole(), "Passes over the training images, at most.", 30),
     crossed("patience", whole(), "Stop after this many epochs without a lower validation loss.", 5),
@@ -269,6 +295,7 @@ FINETUNE = (
     *RECIPE,
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
+    *ABOVE,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "Record these for each layer, and say where they are unhealthy."),
@@ -281,13 +308,33 @@ FINETUNE = (
     ENGINE,
     DEVICE,
 )
+_NO_PRETEXT = ("top", "layer-decay", "lr-at", "label-smoothing", "class-weights", "augment", "views")
+PRETRAIN = (
+    Option("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b"),
+    Option("task", choice(*TASKS), "What the network learns to predict.", required=True),
+    Option("save", FILE, "Write the backbone as this .safetensors file; it is then NAME@FILE.", required=True),
+    Option("init", choice(*reversed(INITS)), "Weights to start from, unless NAME@random:SEED says it.", "random"),
+    Option("augment", TEXT, "none, or crop, flip and colour, joined by +; default: what suits the task."),
+    *(option for option in RECIPE if option.name not in _NO_PRETEXT),
+    replace(SEED, help="Seed of the split, the weights and the training.", repeat=""),
+    replace(OUTPUT, help="Folder of cache files and checkpoints."),
+    Option("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
+    SIZE,
+    WHITE,
+    WORKERS,
+    DEVICE,
+)
 SPLIT_SEED = Option("seed", whole(0), "Seed of the split.", 0)
+NEAR_THRESHOLD = Option(
+    "threshold", UP_TO_ONE, "Least similarity of near-duplicates; default: measured with planted copies."
+)
 COMMANDS: dict[str, tuple[Option, ...]] = {
     "backbones": (),
     "layers": (SIZE,),
     "extract": EXTRACT,
     "fit": FIT,
     "finetune": FINETUNE,
+    "pretrain": PRETRAIN,
     "predict": (
         Option("csv", FILE, "Write the predictions as this .csv file."),
         Option("output", TEXT, "Cache folder to work through, so that a long run can resume.", short="o"),
@@ -300,13 +347,64 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
+        *LABELS,
         Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
+    ),
+    "units": (
+        Option("layer", TEXT, "Layer name or alias.", short="l", repeat="layers", required=True),
+        Option(
+            "channel",
+            whole(0),
+            "Number of a channel to show of each layer. Default: the most selective.",
+            repeat="channels",
+        ),
+        Option("output", FILE, "Write the page as this .html file.", "units.html", "o", stage_name="page"),
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        replace(SPLIT_SEED, help="Seed of the permutations."),
+        Option("images", TEXT, "Where the images are by now, if not where they were extracted."),
     ),
     "drift": (
         Option("layer", TEXT, "A layer that both caches hold.", DEFAULT_LAYER, "l"),
         replace(WHICH_BACKBONE, help="Which backbone, if a cache holds several."),
         replace(WHICH_POOL, help="Which pooling, if a cache holds several."),
         replace(SPLIT_SEED, help="Seed of draws, folds and permutations."),
+    ),
+    "duplicates": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        NEAR_THRESHOLD,
+        Option("csv", FILE, "Write all that was found as this .csv file."),
+        PAGE,
+        ENGINE,
+        DEVICE,
+    ),
+    "suspects": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("head", TEXT, "A head with probabilities.", "logreg"),
+        NEAR_THRESHOLD,
+        replace(SPLIT_SEED, help="Seed of the folds and of the labels that are changed on purpose."),
+        Option("labels-out", FILE, "Write all labels as this .csv file, those in doubt as they fit better."),
+        Option(
+            "corrections", FILE, "With --labels-out: change only the labels in this .csv file, which the page saves."
+        ),
+        PAGE,
+    ),
+    "similar": (
+        LOOK_LAYER,
+        WHICH_SOURCE,
+        WHICH_BACKBONE,
+        WHICH_POOL,
+        Option("count", whole(), "Images to find for each.", 10, "n"),
+        Option("csv", FILE, "Write all that was found as this .csv file."),
+        PAGE,
+        ENGINE,
+        DEVICE,
     ),
     "compare": (
         Option("output", TEXT, "Run folder, for results, cache and report; made if missing.", short="o", required=True),
@@ -322,6 +420,11 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
             "o",
             stage_name="folder",
         ),
+    ),
+    "lecture": (
+        Option("source", TEXT, "Labelled images to measure the claims on.", "digits"),
+        Option("output", TEXT, "Folder for the page and for all that the claims compute.", "thawline-lecture", "o"),
+        Option("quick", FLAG, "Run each claim in a short form, which shows that it works, not that it holds.", False),
     ),
     "cache ls": (),
     "cache show": ONE_CACHE,
@@ -344,7 +447,7 @@ Their order is part of the keys of results: a fine-tune that was kept is found a
 
 
 def shared_keys() -> dict[str, Option]:
-    """Return what may stand above a plan's tables: ``source``, and keys that mean the same in several tables."""
+    """Return what may stand above a plan's tables: sources, labels, and keys that mean the same in several tables."""
     source = crossed("source", TEXT, "")
     tables: dict[str, list[Option]] = {}
     for table in TABLES.values():
@@ -352,7 +455,8 @@ def shared_keys() -> dict[str, Option]:
             tables.setdefault(key, []).append(option)
     # A batch is a forward pass in one table and a training step in another.
     shared = {key: options[0] for key, options in tables.items() if len(options) > 1 and key != "batch-size"}
-    return {"source": source, **shared}
+    above = {one.name: replace(one, plan="once", kind=TEXT if one.kind is FILE else one.kind) for one in ABOVE}
+    return {"source": source, **above, **shared}
 
 
 def tune_parameters(chosen: Iterable[tuple[str, Any]]) -> dict[str, Any]:

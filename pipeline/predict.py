@@ -38,10 +38,14 @@ CHANGED = "it changed while the model's layers were extracted"
 
 @dataclass(frozen=True)
 class PredictReport:
-    """Predictions in the order of the source, and what the user should know about them."""
+    """Predictions in the order of the source, and what the user should know about them.
+
+    `target` is the column of the table that the model learnt its labels from, None for labels of its source.
+    """
 
     predictions: list[Prediction]
     notes: list[str]
+    target: str | None
 
 
 def predict(
@@ -113,7 +117,8 @@ def predict(
             notes += results[0].notes
             paths.append(results[0].path)
         files = [open_cache(path) for path in paths]
-        return PredictReport(_label(used, [layer.spec for layer in layers], files), list(dict.fromkeys(notes)))
+        predictions = _label(used, [layer.spec for layer in layers], files)
+        return PredictReport(predictions, list(dict.fromkeys(notes)), used.metrics.get("target"))
 
 
 class _Layer(NamedTuple):

@@ -15,6 +15,7 @@ from pipeline.arrays import IntArray
 from pipeline.diagnostics.transfer_scores import h_score, leep, logme
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import stratified_folds
+from pipeline.evaluation.labels import find_labels
 from pipeline.evaluation.rows import Layer, pooled, require_finite, select
 from pipeline.evaluation.split_layers import split_layers
 from pipeline.fit import fit
@@ -52,6 +53,9 @@ def rank(
     pool: str | None = None,
     seed: int = 0,
     *,
+    labels: str | Path | None = None,
+    target: str | None = None,
+    key: str | None = None,
     fitted: bool = False,
     progress: Progress | None = None,
 ) -> RankReport:
@@ -67,6 +71,8 @@ def rank(
         Rank only these.
     seed : int, default 0
         Draws the splits that the source does not give, as in `fit`.
+    labels, target, key
+        A table to take labels from, as for `fit`.
     fitted : bool, default False
         Also fit logistic regression on every layer, and compare the scores with its test accuracy.
     progress : callable, optional
@@ -78,6 +84,8 @@ def rank(
         If no file fits, or files of several sources do.
     FitError
         If the rows have no labels, or there are too few.
+    TableError
+        If the table of labels cannot be read or joined.
 
     Examples
     --------
@@ -90,7 +98,8 @@ def rank(
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
     catalog.check_source(files[0])
     alone = [Catalog(file.path) for file in pooled(files) or files]
-    layers = [layer for one in alone for layer in select(one)]
+    answers = find_labels(labels, target, key)
+    layers = [layer for one in alone for layer in select(one, labels=answers)]
     split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)
     scores, notes = [], []
@@ -104,7 +113,8 @@ def rank(
     if limited:
         notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
     if fitted:
-        accuracies = [result.accuracy for one in alone for result in fit(one, seeds=[seed], progress=progress).results]
+        reports = [fit(one, seeds=[seed], labels=answers, progress=progress) for one in alone]
+        accuracies = [result.accuracy for report in reports for result in report.results]
         scores = [replace(score, accuracy=accuracy) for score, accuracy in zip(scores, accuracies, strict=True)]
     ranking = sorted(scores, key=lambda score: -score.logme)
     return RankReport(ranking, agreements(ranking) if fitted else [], list(dict.fromkeys(notes)))

@@ -117,6 +117,42 @@ class ExtractResult:
 
 
 @dataclass(frozen=True)
+class NearnessBin:
+    """Test images whose nearest training image has a similarity of `low` to `high`, and the accuracy on them."""
+
+    low: float
+    high: float
+    images: int
+    accuracy: float
+    accuracy_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LeakPrice:
+    """How accuracy depends on how near the nearest training image is: what near-duplicates add to it.
+
+    Attributes
+    ----------
+    layer : str
+        On which images were compared.
+    bins : list of NearnessBin
+        About a quarter of the test images each, the farthest first.
+    threshold : float or None
+        From which similarity on images count as near-duplicates; None if it was not measured for this layer.
+    near : int or None
+        How many test images are at least so near to a training image.
+    accuracy_far : float or None
+        Accuracy on the others; None if there are none.
+    """
+
+    layer: str
+    bins: list[NearnessBin]
+    threshold: float | None = None
+    near: int | None = None
+    accuracy_far: float | None = None
+
+
+@dataclass(frozen=True)
 class FitResult:
     """One head on one layer with one seed: how it was trained, and how good it is on test.
 
@@ -139,9 +175,11 @@ class FitResult:
         those of the same test rows and shots; None for that result. If test rows come in groups, whole groups are
         compared.
     validation_accuracy : float or None
-        What the parameters were chosen by; None if there was nothing to choose by.
+        What the parameters were chosen by if that is accuracy; None if there was nothing to choose by.
     validation_log_loss : float or None
         What broke ties of it, before calibration; None without probabilities, and in results of older versions.
+    leak_price : LeakPrice or None
+        How accuracy depends on the distance of test images from training images; None in results of older versions.
     n_pool : int
         Labelled rows outside test (in a fold), from which few shots draw their training rows.
     in_best_set : bool or None
@@ -151,6 +189,14 @@ class FitResult:
         Number of groups of test rows; a row without a group counts as one. None in old run folders.
     n_effective : float or None
         How many independent test rows would tell the accuracy as precisely as these groups do; `n_test` without groups.
+    target : str or None
+        The column of a table that the labels came from; None for the labels of the source.
+    metric : str
+        What parameters were chosen by on validation rows, one of `pipeline.options.METRICS`.
+    validation_score : float or None
+        That metric on validation rows. None if there was nothing to choose by, and in results of older versions.
+    kappa, top5_accuracy, auroc, average_precision : float or None
+        See `pipeline.evaluation.metrics.Metrics`; None in results of older versions.
     """
 
     kind: str
@@ -184,6 +230,19 @@ class FitResult:
     n_groups: int | None = None
     n_effective: float | None = None
     validation_log_loss: float | None = None
+    target: str | None = None
+    leak_price: LeakPrice | None = None
+    metric: str = "accuracy"
+    validation_score: float | None = None
+    kappa: float | None = None
+    top5_accuracy: float | None = None
+    auroc: float | None = None
+    average_precision: float | None = None
+
+    @property
+    def validated(self) -> float | None:
+        """What the parameters were chosen by, on validation rows; also in results of older versions."""
+        return self.validation_score if self.validation_score is not None else self.validation_accuracy
 
 
 @dataclass(frozen=True)
@@ -223,13 +282,60 @@ class FinetuneResult(FitResult):
 
     `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
     which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
-    ``train_loss``, ``valid_loss`` and ``valid_acc`` (where there were validation images), the highest learning rate,
-    the seconds, and, where they were watched, ``gradients``: ``{LAYER: {gradient, weight, update, dead}}``.
+    ``train_loss``, ``train_acc`` (of each batch before its step), ``valid_loss`` and ``valid_acc`` (where there were
+    validation images), the highest learning rate, the seconds, and, where they were watched, ``gradients``:
+    ``{LAYER: {gradient, weight, update, dead}}``.
     """
 
     freeze: str = ""
     epochs: int = 0
     trainable_parameters: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """A backbone that was trained on a pretext task, without labels.
+
+    Attributes
+    ----------
+    backbone, saved_as : str
+        What training began with, and the name of the trained backbone.
+    shown : str
+        What the task shows of the images.
+    inputs_per_image : int
+        How many inputs of the network an image becomes in a step.
+    chance : float or None
+        Accuracy of guessing; None if the task classifies nothing.
+    steps : int
+        Optimizer steps up to the weights that are kept.
+    valid_loss, valid_accuracy : float or None
+        Of the weights that are kept; None without validation images, the accuracy also if the task classifies nothing.
+    history : list of dict
+        As in `FinetuneResult`.
+    """
+
+    kind: str
+    backbone: str
+    saved_as: str
+    path: str
+    task: str
+    shown: str
+    init: str
+    params: dict[str, Any]
+    seed: int
+    n_train: int
+    n_val: int
+    inputs_per_image: int
+    chance: float | None
+    epochs: int
+    best_epoch: int
+    steps: int
+    train_loss: float
+    valid_loss: float | None
+    valid_accuracy: float | None
+    seconds: float
+    converged: bool
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -287,6 +393,37 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class UnitExample:
+    """An image that excites a unit: its greatest activation, and the box around the place that excites it.
+
+    `box` is left, top, right and bottom in pixels of the network's input; see `pipeline.backbones.receptive_field`.
+    """
+
+    uri: str
+    label: str | None
+    activation: float
+    box: tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A channel of a layer, and what excites it most.
+
+    `prefers` is the class whose images excite it most; `auc` is how often one of them does so more than an image of
+    another class, and `statistic` the same in standard deviations. `p_value` is adjusted for all units and classes of a
+    call (see `pipeline.diagnostics.selectivity`). All four are None without classes.
+    """
+
+    layer: str
+    channel: int
+    prefers: str | None
+    auc: float | None
+    statistic: float | None
+    p_value: float | None
+    examples: list[UnitExample]
+
+
+@dataclass(frozen=True)
 class ForeignImage:
     """An image and how far the domain classifier puts it towards its own set: above 0 is right, 1 is typical."""
 
@@ -313,3 +450,175 @@ class DriftResult:
     p_value: float
     foreign_in_first: list[ForeignImage]
     foreign_in_second: list[ForeignImage]
+
+
+@dataclass(frozen=True)
+class LectureFigure:
+    """A measured number of one of the lecture's claims, beside the published one.
+
+    Parameters
+    ----------
+    name : str
+        What was measured, with its unit.
+    value : float
+    interval : (float, float) or None
+        95 % interval, for all figures of the claim that have a verdict together; None for what was counted.
+    published : str
+        The published value or finding, ``""`` for none.
+    origin : str
+        Where it was published.
+    verdict : str
+        What the interval says about the sign that the claim expects: ``agrees``, ``contradicts`` or ``open``; ``""``
+        for a figure that the claim expects nothing of.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    published: str = ""
+    origin: str = ""
+    verdict: str = ""
+
+
+@dataclass(frozen=True)
+class LectureResult:
+    """One of the lecture's claims as measured, in a short form if `quick`; `machine` says on what."""
+
+    claim: str
+    statement: str
+    source: str
+    quick: bool
+    figures: list[LectureFigure]
+    notes: list[str]
+    seconds: float
+    started: str
+    machine: str
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image of a cache that is like another: `similarity` is the cosine of the angle between their features."""
+
+    uri: str
+    similarity: float
+    label: str
+
+
+@dataclass(frozen=True)
+class SimilarImages:
+    """The images of a cache that are most like one image, the most similar first.
+
+    An image that cannot be read has none, and a `reason`.
+    """
+
+    uri: str
+    neighbours: list[Neighbour]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class NearThreshold:
+    """From which similarity on two images are called near-duplicates, and how far that can be trusted.
+
+    Attributes
+    ----------
+    layer : str
+        On which images were compared.
+    threshold : float
+        Least similarity, the cosine of the angle between features.
+    copies : int
+        How many images were edited to plant copies of them; 0 if the threshold was given.
+    recall : dict of str to float
+        Share of the planted copies at least so near to their original, by edit.
+    recall_all : float or None
+        The same over all edits.
+    apart : str
+        What tells that two images are no copies: ``"groups"`` or ``"classes"``; ``""`` if there are neither.
+    compared : int
+        How many images were compared with all images of other groups (or classes).
+    false_alarms : float or None
+        Share of these that are at least so near to one of another group (or class).
+    """
+
+    layer: str
+    threshold: float
+    copies: int = 0
+    recall: dict[str, float] = field(default_factory=dict)
+    recall_all: float | None = None
+    apart: str = ""
+    compared: int = 0
+    false_alarms: float | None = None
+
+
+@dataclass(frozen=True)
+class GroupedImage:
+    """An image of a group of near-duplicates; `similarity` is to the first image of the group."""
+
+    uri: str
+    similarity: float
+    label: str
+    split: str
+
+
+@dataclass(frozen=True)
+class FoundCopy:
+    """An image of a second cache, and the image of the first that is most like it."""
+
+    uri: str
+    label: str
+    original: Neighbour
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Images of equal bytes with different labels, and which of these labels fits best."""
+
+    uris: list[str]
+    labels: list[str]
+    suggested: str
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An image whose label is probably wrong, and the images most like it.
+
+    `probability` is that of its label, `suggested_probability` that of the label that fits better, both by heads that
+    have not seen the image.
+    """
+
+    uri: str
+    label: str
+    suggested: str
+    probability: float
+    suggested_probability: float
+    split: str
+    neighbours: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class PlantedLabels:
+    """How well labels are found that were changed on purpose, an estimate for labels that are really wrong.
+
+    Attributes
+    ----------
+    share : float
+        Of the labels that was changed, each to one of the other classes at random.
+    planted, found : int
+        How many were changed, and how many of these were flagged.
+    recall : float
+        ``found / planted``.
+    flagged : int
+        All labels that were flagged then.
+    precision : float
+        ``found / flagged``: at least so many flags were right, as some labels were really wrong.
+    precision_new : float
+        The same without the labels that were flagged before any was changed.
+    """
+
+    share: float
+    planted: int
+    found: int
+    recall: float
+    flagged: int
+    precision: float
+    precision_new: float

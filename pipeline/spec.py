@@ -43,6 +43,8 @@ REDECODED = (".tif", ".tiff")
 """How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 4
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+PRETEXT_RULES = 1
+"""Version of the tasks of `pretrain`; raised whenever the same task could give other numbers."""
 _UNSAID = {"white": None, "heads": 1, "prefix_tokens": None}
 """Fields that are newer than files without them, and their values there."""
 

@@ -105,7 +105,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
             The network, a layer, the precision or the device is not available, or `X` holds something else.
         """
         _checked(X)
-        self.n_features_out_ = sum(_dims(self._extractor()).values())
+        self.n_features_out_ = sum(self._dims(self._extractor()).values())
         return self
 
     def transform(self, X: Sequence[AnyImage]) -> np.ndarray:
@@ -122,10 +122,10 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
 
         images = _checked(X)
         extractor = self._extractor()
-        parts = [np.empty((0, sum(_dims(extractor).values())), np.float32)]
+        parts = [np.empty((0, sum(self._dims(extractor).values())), np.float32)]
         decode = partial(_pixels, preprocessing=extractor.backbone.preprocessing)
         with _RUNNING:
-            engine = extractor.engine(extractor.layers)
+            engine = extractor.engine(extractor.layers, (self.pool,))
             size = engine.resolved.batch_size
             ahead = map_ahead(decode, enumerate(images), default_workers() + MIN_READERS, depth=size)
             with closing(ahead) as pixels:
@@ -136,7 +136,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """Return ``LAYER_0``, ``LAYER_1``, … as an object array; `input_features` is ignored."""
         return np.array(
-            [f"{layer}_{index}" for layer, dim in _dims(self._extractor()).items() for index in range(dim)],
+            [f"{layer}_{index}" for layer, dim in self._dims(self._extractor()).items() for index in range(dim)],
             dtype=object,
         )
 
@@ -146,6 +146,9 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         claim_process()
         request = Request(self.backbone, tuple(self.layer.split("+")), self.pool, self.precision, size=self.size)
         return _load(request, self.engine, self.device, _stamp(self.backbone))
+
+    def _dims(self, extractor: FeatureExtractor) -> dict[str, int]:
+        return extractor.tapped(extractor.layers, (self.pool,)).dims[self.pool]
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -166,10 +169,6 @@ def _stamp(backbone: str) -> int | None:
 @lru_cache(maxsize=KEPT)
 def _load(request: Request, engine: str, device: str, stamp: int | None) -> FeatureExtractor:
     return FeatureExtractor([request], engine, device)
-
-
-def _dims(extractor: FeatureExtractor) -> dict[str, int]:
-    return extractor.tapped(extractor.layers).dims
 
 
 def _checked(X: Any) -> list[AnyImage]:

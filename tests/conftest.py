@@ -4,7 +4,10 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -131,3 +134,117 @@ def thawline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
         return Finished(code, out.getvalue(), err.getvalue())
 
     return run
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CONTRAST = """(() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = (color) => { const [r, g, b] = color.map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (element) => { for (let at = element; at; at = at.parentElement) {
+    const color = rgba(getComputedStyle(at).backgroundColor); if (color[3] === 255) return color; }
+    return [255, 255, 255]; };
+  const poor = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+    if (['SCRIPT', 'STYLE', 'OPTION'].includes(element.tagName)) continue;
+    const style = getComputedStyle(element);
+    const ink = rgba(element.closest('svg') ? style.fill : style.color).slice(0, 3);
+    const [a, b] = [light(ink), light(behind(element).slice(0, 3))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) poor.push([walker.currentNode.textContent.trim().slice(0, 30), element.className, ratio]);
+  }
+  return poor.map(String);
+})()"""
+
+
+class Page:
+    """A tab of a headless browser, spoken to in its debugging protocol over two pipes: no library is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        theirs, ours = os.pipe()
+        back, their_back = os.pipe()
+        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --no-first-run"
+        command = f'exec "$0" {flags} --user-data-dir="$1" 3<&{theirs} 4>&{their_back}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", command, str(CHROMIUM), str(folder)],
+            pass_fds=(theirs, their_back), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs)
+        os.close(their_back)
+        self._to, self._from = os.fdopen(ours, "wb", 0), os.fdopen(back, "rb", 0)
+        self._rest, self._number, self._session = b"", 0, ""
+        self.events: list[dict[str, Any]] = []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> Any:
+        """Send a command and return its result; what happens meanwhile goes to `events`."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        self._to.write(json.dumps(message).encode() + b"\0")
+        while (answer := self._read()).get("id") != self._number:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def open(self, path: Path) -> None:
+        """Load a file and wait until it is there."""
+        self.events.clear()
+        self.call("Page.navigate", url=path.as_uri())
+        deadline = time.monotonic() + 30
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            assert time.monotonic() < deadline
+            self.events.append(self._read())
+
+    def run(self, script: str) -> Any:
+        """Return the value of a JavaScript expression."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def poor_contrast(self) -> list[str]:
+        """Name the texts that stand out too little from what is behind them."""
+        return list(self.run(CONTRAST))
+
+    def press(self, key: str) -> None:
+        """Press a key."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
+
+    def close(self) -> None:
+        """End the browser."""
+        self._process.terminate()
+        self._process.wait(20)
+        self._to.close()
+        self._from.close()
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._rest:
+            chunk = self._from.read(1 << 16)
+            assert chunk, "the browser ended"
+            self._rest += chunk
+        line, _, self._rest = self._rest.partition(b"\0")
+        return dict(json.loads(line))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """Start Chromium with an empty tab."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    opened = Page(tmp_path_factory.mktemp("chromium"))
+    try:
+        opened.call("Emulation.setDeviceMetricsOverride", width=1200, height=900, deviceScaleFactor=1, mobile=False)
+        yield opened
+    finally:
+        opened.close()

@@ -19,24 +19,50 @@ RANKS = [
         "pipeline.options",
         "pipeline.model_file",
         "pipeline.provenance",
+        "pipeline.tables",
         "pipeline.user_folder",
     },
     {"pipeline.images", "pipeline.backbones", "pipeline.evaluation"},
     {"pipeline.heads", "pipeline.engines"},
     {"pipeline.extraction"},
     {"pipeline.extract"},
-    {"pipeline.finetuning", "pipeline.diagnostics"},
-    {"pipeline.fit", "pipeline.finetune", "pipeline.predict", "pipeline.transformer", "pipeline.export"},
-    {"pipeline.rank", "pipeline.drift", "pipeline.comparing"},
+    {"pipeline.finetuning", "pipeline.diagnostics", "pipeline.neighbours"},
+    {"pipeline.pretraining"},
+    {
+        "pipeline.fit",
+        "pipeline.finetune",
+        "pipeline.pretrain",
+        "pipeline.predict",
+        "pipeline.transformer",
+        "pipeline.export",
+    },
+    {
+        "pipeline.rank",
+        "pipeline.units",
+        "pipeline.drift",
+        "pipeline.similar",
+        "pipeline.duplicates",
+        "pipeline.suspects",
+    },
+    {"pipeline.comparing"},
     {"pipeline.reporting"},
     {"pipeline.compare", "pipeline.demo"},
+    {"pipeline.lecturing"},
+    {"pipeline.lecture"},
     {"pipeline.commands"},
     {"cli"},
 ]
 RANK = {unit: rank for rank, units in enumerate(RANKS) for unit in units}
 PIPELINE_BASICS = RANKS[1]
 MAY_IMPORT_AT_MODULE_LEVEL = {
-    "torch": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning", "pipeline.export"),
+    "torch": (
+        "pipeline.backbones",
+        "pipeline.engines",
+        "pipeline.finetuning",
+        "pipeline.pretraining",
+        "pipeline.lecturing",
+        "pipeline.export",
+    ),
     "torchvision": ("pipeline.backbones", "pipeline.engines"),
     "timm": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "openvino": ("pipeline.engines",),
@@ -118,6 +144,7 @@ def test_the_top_level_is_what_the_project_promises() -> None:
 
 INTERFACES = {
     "the functions of a zoo": r"pipeline\.backbones\.zoo_\w+",
+    "each claim of the lecture is measured by a function of one name": r"pipeline\.lecturing\.\w+",
     "a command is named like the stage that it runs": r"pipeline\.commands\.\w+",
 }
 """Modules whose public names others share, since they implement the same interface."""

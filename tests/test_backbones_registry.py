@@ -19,6 +19,7 @@ from torchvision.transforms import CenterCrop, Resize
 from features_cache import open_cache
 from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
+from pipeline.backbones.known import Known, recall
 from pipeline.backbones.registry import check_weights, list_backbones, load_backbone, sketch
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError
@@ -67,7 +68,7 @@ def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, ha
         ("resnet", r"unknown backbone 'resnet'; did you mean resnet\d+"),
         ("timm/vgg20", r"unknown backbone 'timm/vgg20'; did you mean vgg\d\d"),
         ("torchvision/inception_v4", "unknown backbone 'torchvision/inception_v4'"),
-        ("hub/resnet18", "unknown zoo 'hub' in 'hub/resnet18': expected one of embedded, torchvision, timm"),
+        ("hub/resnet18", "unknown zoo 'hub' in 'hub/resnet18': expected one of embedded, torchvision, timm, lecture"),
         ("resnet18@IMAGENET", r"unknown weights 'IMAGENET' for resnet18; did you mean IMAGENET1K_V1\?"),
         ("test_resnet@r161_in1k", r"unknown weights 'r161_in1k' for test_resnet; did you mean r160_in1k\?"),
         ("resnet18@random", "random weights need a seed of at most nine digits, such as random:0, not 'random'"),
@@ -100,7 +101,7 @@ def test_the_list_tells_which_weights_are_here(offline: Path) -> None:
         *(f"timm/vgg{depth}" for depth in (11, 13, 16, 19)),
     }
     assert [row.name for row in list_backbones("embedded/*")] == [f"efficientnet_lite{number}" for number in range(3)]
-    assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm"}
+    assert {row.zoo for row in list_backbones()} == {"embedded", "torchvision", "timm", "lecture"}
     with pytest.raises(BackboneError, match="no backbone matches 'resnext500'; did you mean"):
         list_backbones("resnext500")
 
@@ -329,6 +330,31 @@ def test_a_folder_that_timm_wrote_is_a_backbone(offline: Path) -> None:
     assert backbone.preprocessing.mean == (0.1, 0.2, 0.3)
     assert sketch(name).traced.shapes["fc"] == (7,)
     check_weights(name)
+
+
+def test_a_relative_folder_is_another_network_in_another_working_directory(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = []
+    for index in range(2):
+        describe(offline / str(index) / "net")
+        monkeypatch.chdir(offline / str(index))
+        assert recall("local-dir:net", None) is None
+        digests.append(load_backbone("local-dir:net").weights_digest)
+    assert recall("local-dir:net", None) == Known(digests[1], 1)
+    monkeypatch.chdir(offline / "0")
+    assert recall("local-dir:net", None) == Known(digests[0], 1)
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("call", [load_backbone, sketch, check_weights])
+@pytest.mark.parametrize("name", ["local-dir:/x", "local-dir:", "local-dir:/x.pth", "hf-hub:", "hf-hub:a/b/c"])
+def test_a_folder_that_is_not_there_is_one_line(offline: Path, call: Callable[[str], Any], name: str) -> None:
+    with pytest.raises(BackboneError) as caught:
+        call(name)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BackboneError):
+        extract("digits", [name], output=offline / "cache")
 
 
 def test_a_repository_in_the_hubs_cache_is_a_backbone(offline: Path) -> None:

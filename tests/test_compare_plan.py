@@ -25,7 +25,7 @@ from pipeline.finetune import finetune
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
 from pipeline.heads.registry import FAMILIES, SCALINGS
-from pipeline.options import COMMANDS, FINETUNE, OPTIMIZERS, RECIPE, SCHEDULES, TABLES, TOPS, tune_parameters
+from pipeline.options import COMMANDS, FINETUNE, LABELS, OPTIMIZERS, RECIPE, SCHEDULES, TABLES, TOPS, tune_parameters
 from pipeline.predict import predict
 from pipeline.rank import rank
 from pipeline.spec import STORES, Request
@@ -91,7 +91,8 @@ def test_the_options_of_a_command_are_parameters_of_its_stage_with_the_same_defa
 
 def test_all_that_trains_can_be_said_in_a_plan_and_on_the_command_line() -> None:
     assert {option.parameter for option in RECIPE} == {field.name for field in dataclasses.fields(Recipe)}
-    assert {option.name for option in FINETUNE} - set(TABLES["finetune"]) == {"save", "picture", "watch"}
+    labels = {option.name for option in LABELS}  # stand above the tables
+    assert {option.name for option in FINETUNE} - set(TABLES["finetune"]) == {"save", "picture", "watch", *labels}
 
 
 def test_the_order_of_a_fine_tunes_options_stays() -> None:
@@ -111,6 +112,11 @@ def test_a_plan_is_crossed(tmp_path: Path) -> None:
     jobs = list(fits(plan, extraction, {"layer1": ["layer1"], "input": ["input"]}))
     crossed = itertools.product(["layer1", "input"], ["logreg", "ridge"], [0, 1], [5, "all"])
     assert jobs == [Fit(extraction, *job) for job in crossed]
+
+
+def test_a_source_is_a_path_relative_to_the_plan_or_a_url(tmp_path: Path) -> None:
+    plan = read_plan(write(tmp_path, 'source = ["photos", "s3://bucket/photos", "digits"]\n[[extract]]\n[[fit]]\n'))
+    assert plan.sources == (str(tmp_path / "photos"), "s3://bucket/photos", "digits")
 
 
 def test_defaults_are_the_commands_own(tmp_path: Path) -> None:

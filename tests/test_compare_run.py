@@ -34,6 +34,7 @@ from pipeline.comparing.folder import ExtractionCost, JobResult, RunFolder, RunI
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import best_set, compare_scores
 from pipeline.comparing.plan import read_plan
+from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.intervals import corrected_t_test, paired_interval, smallest_difference
 from pipeline.evaluation.predictions import Predictions
@@ -317,7 +318,7 @@ def test_a_source_is_gone_through_once_for_all_its_fine_tunes(
     sources = open_sources(tunes)
     listed: list[Any] = []
     monkeypatch.setattr(comparison, "listing_digest", lambda images: listed.append(images) or "digest")
-    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, {}, silent).finetunes()
+    jobs = comparison.Comparison(tunes, RunFolder(tmp_path / "run"), sources, None, sources, {}, silent).finetunes()
     assert len({key for _, key in jobs.values()}) == 3
     assert listed == list(sources.values())
 
@@ -393,6 +394,30 @@ def test_features_that_are_there_under_another_request_are_used_once(plan: Path,
     report = compare(plan, tmp_path / "run")
     assert report.failures == []
     assert (report.computed, len(report.results), len(list((tmp_path / "shared").glob("*.h5")))) == (8, 8, 1)
+
+
+def test_the_poolings_of_a_plan_take_one_pass_that_each_of_them_costs(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, start = [], TorchEngine.start
+    monkeypatch.setattr(TorchEngine, "start", lambda *given: passes.append(len(given[1])) or start(*given))
+    shutil.copytree(photos, tmp_path / "photos")
+    text = PLAN.replace("[0, 1]", "0").replace('[2, "all"]', '"all"').replace('["logreg", "centroid"]', '"centroid"')
+    (tmp_path / "one.toml").write_text(text)
+    table = text[text.index("[[extract]]") : text.index("[[fit]]")]
+    pools = table + 'pool = ["avg", "max"]\n\n'  # the other backbone has one pooling alone
+    other = table.replace("@random:0", "@random:1") + 'pool = "gem"\n\n'
+    (tmp_path / "plan.toml").write_text(text.replace(table, pools + other))
+    guesses = [job.seconds for job in dry_run(tmp_path / "plan.toml", tmp_path / "run").jobs if "extract " in job.job]
+    assert [seconds > 0 for seconds in guesses] == [True, False, True]
+    report = compare(tmp_path / "plan.toml", tmp_path / "run")
+    assert (report.failures, sum(passes)) == ([], 2 * 24)
+    found = {(one.result.backbone, one.result.pool) for one in report.results}
+    assert found == {("test_resnet@random:0", "avg"), ("test_resnet@random:0", "max"), ("test_resnet@random:1", "gem")}
+    assert len(list((tmp_path / "run" / "cache").glob("*.h5"))) == 3
+    costs = [one for one in RunFolder(tmp_path / "run").read_info().extractions.values() if one.backbone.endswith(":0")]
+    assert len({one.seconds for one in costs}) == 1
+    assert costs[0].seconds > 0
 
 
 def test_each_head_is_shown_with_its_own_features(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from features_cache import Catalog, open_cache, verify
 from pipeline.backbones.network_file import describe_network
+from pipeline.backbones.pooling import PATCHES_ONLY
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
 from pipeline.extraction.extractor import FeatureExtractor
@@ -114,6 +115,29 @@ def test_an_interrupted_change_of_rules_goes_on(
     (result,) = extract(photos, [NETWORK], output=tmp_path / "cache", **OPTIONS)
     assert (result.computed, result.done) == (1, 25)
     features(tmp_path / "cache")
+
+
+def test_tokens_of_older_rules_are_not_carried_over(
+    make_photos: Callable[..., Path], tmp_path: Path, old_rules: Callable[..., None]
+) -> None:
+    """Files of older rules may hold means of all tokens: none of their layers is taken for what it would be today."""
+    photos, network, spec = make_photos(each=2), "test_vit@random:0", FeatureExtractor.spec
+    options = OPTIONS | {"layers": ["blocks.3", "penultimate"], "size": None}
+    with pytest.MonkeyPatch.context() as patched:
+        old_rules(patched)
+        patched.setattr(FeatureExtractor, "spec", lambda *given: replace(spec(*given), decode=1, prefix_tokens=None))
+        patched.setattr("pipeline.backbones.trace._token_order", lambda _module: PATCHES_ONLY)
+        (old,) = extract(photos, [network], output=tmp_path / "cache", **options)
+    before = {name: np.array(open_cache(old.path).matrix(name)) for name in options["layers"]}
+    kept = Path(old.path).read_bytes()
+    (today,) = extract(photos, [network], output=tmp_path / "cache", **options)
+    (fresh,) = extract(photos, [network], output=tmp_path / "fresh", **options)
+    assert (today.path == old.path, today.computed, Path(old.path).read_bytes() == kept) == (False, 6, True)
+    for name in options["layers"]:
+        np.testing.assert_array_equal(open_cache(today.path).matrix(name), open_cache(fresh.path).matrix(name))
+    differ = np.abs(before["blocks.3"] - open_cache(today.path).matrix("blocks.3")).max(axis=1)
+    assert (differ > 1e-3).all()
+    np.testing.assert_allclose(before["penultimate"], open_cache(today.path).matrix("penultimate"), rtol=1e-5)
 
 
 def test_fit_reads_files_of_todays_rules_and_says_so(old_cache: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from features_cache import DONE, PENDING, CacheWriter, Catalog, DamagedCacheError, open_cache, verify
 from pipeline.backbones.registry import load_backbone
+from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import BackboneError, EngineError, FitError, SourceError
 from pipeline.evaluation.rows import select
 from pipeline.extract import extract
@@ -125,6 +126,124 @@ def test_an_error_in_one_backbone_keeps_what_both_have(
     assert all((file.states == DONE).sum() >= 4 for file in files)
     assert not list((tmp_path / "cache").glob("*.lock"))
     assert CacheWriter.resume(files[0].path).close() is None
+
+
+# Several poolings
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of a network was given."""
+    counts: list[int] = []
+    plain = TorchEngine.start
+
+    def counting(engine: TorchEngine, pixels: np.ndarray) -> Callable[[], list[np.ndarray]]:
+        counts.append(len(pixels))
+        return plain(engine, pixels)
+
+    monkeypatch.setattr(TorchEngine, "start", counting)
+    return counts
+
+
+def contents(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    files = {path.name: open_cache(path) for path in folder.glob("*.h5")}
+    assert all(verify(file.path).sound and not file.pending.any() for file in files.values())
+    return {name: {layer: np.array(file.matrix(layer)) for layer in file.layers} for name, file in files.items()}
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Check that two folders hold files of the same names and the same features, bit for bit."""
+    mine, theirs = contents(folder), contents(other)
+    assert mine.keys() == theirs.keys()
+    for name, layers in mine.items():
+        assert list(layers) == list(theirs[name])
+        for layer, values in layers.items():
+            np.testing.assert_array_equal(values, theirs[name][layer], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "engine", "layers", "pools"),
+    [
+        (ONE, "torch", ["input", "stages", "penultimate", "logits"], ["avg", "max", "avg+max", "gem", "grid2", "none"]),
+        ("test_vit@random:0", "torch", ["blocks.3", "penultimate"], ["cls", "avg", "cls+avg", "none"]),
+        (ONE, "openvino", ["layer2", "penultimate"], ["max", "avg"]),
+    ],
+)
+def test_several_poolings_take_one_pass_and_give_what_each_gives_alone(
+    make_photos: Callable[..., Path], tmp_path: Path, passes: list[int], backbone: str, engine: str, layers: list[str],
+    pools: list[str],
+) -> None:  # fmt: skip
+    photos = make_photos(classes=("one",), each=3)
+    how = OPTIONS | {"layers": layers, "engine": engine}
+    if backbone.startswith("test_vit"):
+        how["size"] = 32
+    both = extract(photos, [backbone], pool=pools, output=tmp_path / "both", **how)
+    assert [open_cache(result.path).handles["pool"] for result in both] == pools
+    assert [result.computed for result in both] == [3] * len(pools)
+    assert passes == ([3] if engine == "torch" else [])
+    for pool in pools:
+        extract(photos, [backbone], pool=pool, output=tmp_path / "alone", **how)
+    assert_same(tmp_path / "both", tmp_path / "alone")
+    again = extract(photos, [backbone], pool=pools, output=tmp_path / "both", **how)
+    assert [(result.path, result.computed) for result in again] == [(result.path, 0) for result in both]
+
+
+def test_a_pooling_that_is_cached_is_not_computed_again(
+    make_photos: Callable[..., Path], tmp_path: Path, passes: list[int]
+) -> None:
+    photos = make_photos(classes=("one",), each=6)
+    names = {item.uri for item in open_source(photos).items}
+    cache, how = tmp_path / "cache", OPTIONS | {"layers": ["layer1", "penultimate"], "batch_size": 1}
+    extract(photos, [ONE], pool="avg", output=cache, **how)
+    extract(photos, [ONE], pool="max", output=cache, only=sorted(names)[:4], **how)  # as if it had been stopped
+    kept = {
+        path.name: path.stat().st_mtime_ns for path in cache.glob("*.h5") if "avg" in open_cache(path).handles["pool"]
+    }
+    passes.clear()
+    avg, most, grid = extract(photos, [ONE], pool=["avg", "max", "grid2"], output=cache, **how)
+    assert [(one.computed, one.reused) for one in (avg, most, grid)] == [(0, 6), (2, 4), (6, 0)]
+    assert sum(passes) == 6
+    assert {Path(avg.path).name: Path(avg.path).stat().st_mtime_ns} == kept
+    for pool in ("avg", "max", "grid2"):
+        extract(photos, [ONE], pool=pool, output=tmp_path / "alone", **how)
+    assert_same(cache, tmp_path / "alone")
+
+
+def test_views_and_poolings_are_crossed_and_each_view_takes_one_pass(
+    make_photos: Callable[..., Path], tmp_path: Path, passes: list[int]
+) -> None:
+    photos, how = make_photos(classes=("one",), each=2), OPTIONS | {"augment": "crop", "views": [0, 1]}
+    both = extract(photos, [ONE], pool=["avg", "grid2"], output=tmp_path / "both", **how)
+    assert passes == [2, 2]
+    handles = [open_cache(result.path).handles for result in both]
+    assert [(one["pool"], one["view"]) for one in handles] == [
+        ("avg", "crop 0"), ("avg", "crop 1"), ("grid2", "crop 0"), ("grid2", "crop 1")
+    ]  # fmt: skip
+    for pool in ("avg", "grid2"):
+        extract(photos, [ONE], pool=pool, output=tmp_path / "alone", **how)
+    assert_same(tmp_path / "both", tmp_path / "alone")
+
+
+def test_each_pooling_continues_in_the_precision_it_was_begun_in(
+    make_photos: Callable[..., Path], tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_photos(classes=("one",), each=4)
+    how = OPTIONS | {"output": tmp_path / "cache", "precision": "auto"}
+    first = next(item.uri for item in open_source(photos).items)
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: False)
+    extract(photos, [ONE], pool="max", only=[first], **how)
+    monkeypatch.setattr("pipeline.engines.select.has_bf16", lambda _device: True)
+    results = extract(photos, [ONE], pool=["avg", "max", "gem"], **how)
+    assert [(result.precision, result.computed) for result in results] == [("bf16", 4), ("fp32", 3), ("bf16", 4)]
+    assert sorted(passes) == [1, 3, 4]  # avg and gem share theirs
+
+
+def test_a_pooling_that_does_not_suit_leaves_no_file(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    photos = make_photos(classes=("one",), each=1)
+    for pools, message in ((["avg", "cls"], "layer layer1 of .* has no class token"), (["avg", "agv"], "mean avg")):
+        with pytest.raises(BackboneError, match=message):
+            extract(photos, [ONE], pool=pools, output=tmp_path / "cache", **OPTIONS | {"layers": ["layer1"]})
+        assert not (tmp_path / "cache").exists()
 
 
 def test_an_unknown_on_error_is_refused(make_photos: Callable[..., Path], tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from pipeline.finetune import finetune
 from pipeline.finetuning import checkpoint, data, loop, run
 from pipeline.finetuning.groups import parameter_groups
 from pipeline.finetuning.inputs import DecodedImages, Subset, batch_count
-from pipeline.finetuning.loop import Trained, class_weights, train
+from pipeline.finetuning.loop import Trained, train
 from pipeline.finetuning.network import ThawedNetwork
+from pipeline.finetuning.objective import Classification, class_weights
 from pipeline.finetuning.recipe import Recipe, make_recipe
 from pipeline.fit import fit
 from pipeline.images.resize import prepare
@@ -59,7 +60,7 @@ def train_on_pixels(
     subset = Subset(DecodedImages(source, backbone.preprocessing, "none"), rows, labels, recipe.batch_size, 0)
     network = ThawedNetwork(backbone, freeze, "linear", 3)
     silent = lambda *call: None  # noqa: E731
-    return network, train(network, recipe, 1e-3, subset, None, 3, path, 0, "cpu", silent, "test")
+    return network, train(network, recipe, 1e-3, subset, None, Classification(), path, 0, "cpu", silent, "test")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import cohen_kappa_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler, normalize
 from threadpoolctl import threadpool_limits
@@ -142,12 +143,58 @@ def test_what_was_said_of_test_rows_is_held_once(make_cache: Make, monkeypatch: 
     assert alive == [3, 3], "the predictions of a result's folds, and of no other result"
 
 
+@pytest.mark.parametrize("head", FAMILIES)
+def test_parameters_are_chosen_by_the_metric_that_is_named(head: str, make_cache: Make) -> None:
+    labels = np.arange(120) % 3
+    path = make_cache(120, features={"low": clouds(labels, 6, noise=3.0)}, dims={"low": 6})
+    report = fit(path, heads=[head], metric="auroc", jobs=1)
+    (result,), (found,) = report.results, report.predictions
+    scores = found.scores if found.probabilities is None else found.probabilities
+    expected = [roc_auc_score(found.y_true == label, scores[:, label]) for label in range(3)]
+    assert result.auroc == pytest.approx(np.mean(expected))
+    assert (result.metric, result.validation_accuracy) == ("auroc", None)
+    assert result.validated == result.validation_score
+    assert 0.5 < result.validation_score < 1
+    plain = fit(path, heads=[head], jobs=1).results[0]
+    assert plain.validation_score == plain.validation_accuracy
+    assert plain.kappa == pytest.approx(cohen_kappa_score(*labels_of_fit(path, head)))
+
+
+def labels_of_fit(path: Path, head: str) -> tuple[np.ndarray, np.ndarray]:
+    (found,) = fit(path, heads=[head], jobs=1).predictions
+    return found.y_true, found.y_pred
+
+
+def test_the_best_validation_metric_is_what_was_chosen(make_cache: Make) -> None:
+    """Every value of C on the same rows, by scikit-learn: the chosen one has the largest AUROC on validation rows."""
+    labels = np.arange(150) % 2
+    rows = clouds(labels, 6, noise=4.0)
+    given = ["train", "train", "val", "val", "test"] * 30
+    path = make_cache(150, features={"low": rows}, dims={"low": 6}, labels=labels, splits=given, classes=("ape", "bee"))
+    result = fit(path, heads=["ridge/none"], metric="auroc", jobs=1).results[0]
+    train, val = (np.array(given) == part for part in ("train", "val"))
+    found = [
+        roc_auc_score(labels[val], Ridge(alpha=1 / c).fit(rows[train], labels[train]).predict(rows[val]))
+        for c in np.logspace(-6, 5, 45)
+    ]
+    assert result.validation_score == pytest.approx(max(found), abs=1e-6)
+
+
+def test_top5_needs_ten_classes_and_an_unknown_metric_is_named(make_cache: Make) -> None:
+    path = make_cache()
+    with pytest.raises(FitError, match="for 10 classes or more, got 3"):
+        fit(path, metric="top5_accuracy")
+    with pytest.raises(FitError, match="did you mean accuracy"):
+        fit(path, metric="acuracy")
+
+
 def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     result = to_json(fit(make_cache(), ["low"], ["ridge"]).results[0])
     shape = "kind backbone layer pool head params seed shots n_train n_val n_test"
     scores = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece seconds converged"
     added = "balanced cv temperature log_loss_calibrated ece_calibrated p_vs_best validation_accuracy n_pool "
-    added += "in_best_set n_groups n_effective validation_log_loss"
+    added += "in_best_set n_groups n_effective validation_log_loss target leak_price metric validation_score "
+    added += "kappa top5_accuracy auroc average_precision"
     assert " ".join(result) == f"{shape} {scores} {added}"
     expected = {"kind": "head", "backbone": "net", "layer": "low", "pool": "avg", "head": "ridge/l2", "seed": 0}
     assert expected.items() <= result.items()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,11 +13,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from pipeline.backbones.aliases import classifier_reads
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers, resolve_layers
-from pipeline.backbones.pooling import POOLINGS
+from pipeline.backbones.pooling import POOLINGS, TokenOrder
 from pipeline.backbones.registry import load_backbone, sketch
 from pipeline.backbones.subgraph import cut_nodes
-from pipeline.backbones.taps import normalisation, tap
-from pipeline.backbones.trace import hooked
+from pipeline.backbones.taps import TappedNetwork, normalisation, tap
+from pipeline.backbones.trace import hooked, trace
 from pipeline.errors import BackboneError
 from pipeline.spec import POOLS, Preprocessing
 
@@ -107,7 +108,7 @@ def test_input_is_the_small_normalised_image_whatever_the_pooling(resnet: Backbo
     blocks = normalised(pixels).reshape(2, 3, 32, SIDE // 32, 32, SIDE // 32).mean((3, 5)).flatten(1)
     for pool in POOLS:
         network = tap(resnet, ["input"], pool)
-        assert network.dims == {"input": 3072}
+        assert network.dims == {pool: {"input": 3072}}
         torch.testing.assert_close(network(pixels)[0], blocks, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(tap(resnet, ["input"])(pixels)[0], blocks, rtol=1e-5, atol=1e-5)
@@ -174,7 +175,7 @@ def test_dims_are_the_lengths_of_the_features(resnet: Backbone, pixels: Tensor, 
     network = tap(resnet, ["stages", "penultimate", "logits", "input"], pool)
     with torch.inference_mode():
         features = dict(zip(network.layers, network(pixels), strict=True))
-    assert {name: item.shape[1] for name, item in features.items()} == network.dims
+    assert {name: item.shape[1] for name, item in features.items()} == network.dims[pool]
     torch.testing.assert_close(features["penultimate"], features["layer4"])  # what ResNet's classifier averages
 
 
@@ -322,6 +323,24 @@ def test_tokens_are_told_apart_by_what_timm_knows(dinov3: Backbone, layer: str) 
             torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_tap_computes_is_part_of_its_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converted network is found by its identity: one that reads other tokens must not be taken for it."""
+    vit, layers = load_backbone("test_vit@random:0"), ["blocks.3", "penultimate"]
+    found = [tap(vit, layers), tap(vit, layers, "max"), tap(vit, layers[::-1]), tap(vit, layers[:1])]
+    orders = [TokenOrder(), TokenOrder(1), TokenOrder(1, has_class=True), TokenOrder(1, has_class=True, by_row=False)]
+    assert vit.traced.tokens == orders[2]
+    for order in orders[:2] + orders[3:]:
+        vit.traced = replace(vit.traced, tokens=order)
+        found.append(tap(vit, layers))
+    deit = load_backbone("timm/deit_tiny_distilled_patch16_224@random:0", size=32)
+    assert len(deit.classifiers) == 2
+    found.append(tap(deit, ["penultimate"]))
+    deit.classifiers, deit.traced = deit.classifiers[:1], trace(deit.module, (32, 32), deit.classifiers[0], "deit")
+    found.append(tap(deit, ["penultimate"]))  # as the first classifier reads it
+    assert len({network.identity for network in found}) == len(found)
+    assert tap(load_backbone("test_vit@random:0"), layers).identity == found[0].identity
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "pool", "message"),
     [
@@ -364,8 +383,8 @@ def test_what_the_classifier_reads_is_said(name: str, reads: str) -> None:
 )
 def test_penultimate_is_pooled_from_its_map_only_where_nothing_else_happens(name: str, avg: int, grid2: int) -> None:
     backbone = sketch(name)
-    assert tap(backbone, ["penultimate"], "avg").dims == {"penultimate": avg}
-    assert tap(backbone, ["penultimate"], "grid2").dims == {"penultimate": grid2}
+    dims = TappedNetwork(backbone, ("penultimate",), ("avg", "grid2")).dims
+    assert dims == {"avg": {"penultimate": avg}, "grid2": {"penultimate": grid2}}
 
 
 @pytest.mark.parametrize(
@@ -415,13 +434,14 @@ def test_untraceable_networks_are_tapped_with_hooks(pixels: Tensor) -> None:
     backbone = wrap(Untraceable(), "fc")
     assert backbone.traced.graph is None
     outputs = hook_outputs(backbone.module, pixels)
-    network = tap(backbone, ["logits", "input", "conv", "penultimate"], "avg")
-    assert network.dims == {"fc": 5, "input": 3072, "conv": 4, "penultimate": 4}
+    network = TappedNetwork(backbone, ("fc", "input", "conv", "penultimate"), ("avg", "max"))
+    assert network.dims == {key: {"fc": 5, "input": 3072, "conv": 4, "penultimate": 4} for key in ("avg", "max")}
     with torch.no_grad():
-        logits, _, conv, penultimate = network(pixels)
+        logits, _, conv, penultimate, *others = network(pixels)
     torch.testing.assert_close(logits, outputs["fc"])
     torch.testing.assert_close(conv, outputs["conv"].mean((2, 3)))
     torch.testing.assert_close(penultimate, outputs["act"].mean((2, 3)))
+    torch.testing.assert_close(others[2], outputs["conv"].amax((2, 3)))
     assert [row.name for row in list_layers(backbone)] == ["input", "conv", "act", "fc"]
     with pytest.raises(BackboneError, match="no layer 'con'; did you mean conv"):
         tap(backbone, ["con"])

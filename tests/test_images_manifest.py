@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,31 @@ def write_parquet(folder: Path, table: dict[str, list[str]]) -> Path:
     return path
 
 
-@pytest.fixture(params=[write_csv, write_parquet], ids=["csv", "parquet"])
+def write_separated(folder: Path, table: dict[str, list[str]], separator: str, name: str) -> Path:
+    path = folder / name
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows([table, *zip(*table.values(), strict=True)])
+    return path
+
+
+def write_jsonl(folder: Path, table: dict[str, list[str]]) -> Path:
+    path = folder / "list.jsonl"
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    path.write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8-sig")
+    return path
+
+
+WRITERS: dict[str, Writer] = {
+    "csv": write_csv,
+    "tsv": lambda folder, table: write_separated(folder, table, "\t", "list.tsv"),
+    "semicolons": lambda folder, table: write_separated(folder, table, ";", "list.csv"),
+    "bars": lambda folder, table: write_separated(folder, table, "|", "list.tsv"),
+    "jsonl": write_jsonl,
+    "parquet": write_parquet,
+}
+
+
+@pytest.fixture(params=WRITERS.values(), ids=WRITERS.keys())
 def write(request: pytest.FixtureRequest) -> Writer:
     return request.param
 
@@ -95,6 +121,8 @@ def test_a_folder_as_a_row_is_unreadable(tmp_path: Path, write: Writer) -> None:
     ],
 )
 def test_refusals_are_one_line(tmp_path: Path, write: Writer, table: dict[str, list[str]], message: str) -> None:
+    if write is write_jsonl and not any(table.values()):
+        message = "found an empty file"  # there is no header without rows
     with pytest.raises(SourceError, match=message) as caught:
         open_source(write(tmp_path, table))
     assert "\n" not in str(caught.value)
@@ -113,7 +141,8 @@ def test_refusals_are_one_line(tmp_path: Path, write: Writer, table: dict[str, l
         (b'path\n"a.jpg\n', r"expected a comma-separated table, line"),
         (b"path,label\na.jpg\n", r"expected 2 fields in row 2, found 1"),
         (b"path\na,b.jpg\n", r"expected 1 fields in row 2, found 2"),
-        (b"path;label\na.jpg;x\n", r"expected a column 'path', found path;label"),
+        (b"file;label\na.jpg;x\n", r"expected a column 'path', found file, label"),
+        (b'path;label\n"a.jpg;x\n', r"expected a semicolon-separated table, line"),
     ],
 )
 def test_csv_that_is_no_table(tmp_path: Path, data: bytes, message: str) -> None:
@@ -160,6 +189,31 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(SourceError, match=r"pip install 'thawline\[parquet\]'"):
         open_source(manifest)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"path": "a"}\n{"path": \n', r"expected a JSON object in line 2, found no JSON"),
+        ('{"path": "a"}\n[1]\n', r"expected a JSON object in line 2, found list"),
+        ('{"path": ["a"]}\n', r"expected numbers or text for 'path' in line 1, found several"),
+        ('{"path": "a", "label": {}}\n', r"expected numbers or text for 'label' in line 1, found several"),
+        ('{"label": 1}\n', r"expected a column 'path', found label"),
+        ("", r"found an empty file"),
+    ],
+)
+def test_jsonl_that_is_no_table(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(SourceError, match=message) as caught:
+        open_source(tmp_path / "a.jsonl")
+    assert "\n" not in str(caught.value)
+
+
+def test_jsonl_numbers_and_missing_values_become_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"path": 1, "label": 3.0}\n{"group": 7, "path": "b", "box": [1, 2]}\n')
+    source = open_source(tmp_path / "a.jsonl")
+    assert source.classes == ("3",)
+    assert [item[:4] for item in source.items] == [("1", 0, "", ""), ("b", -1, "", "7")]
 
 
 @given(st.binary(max_size=60))

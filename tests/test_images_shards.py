@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.sources.items import split_in
 from pipeline.images.sources.registry import open_source
-from pipeline.images.sources.shards import split_in
 
 
 def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:

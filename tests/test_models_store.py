@@ -41,7 +41,7 @@ def trained(name: str = "logreg", **changes: Any) -> SavedModel:
     features = (rng.standard_normal((12, 30)) + 2 * rng.standard_normal((3, 30))[y]).astype(np.float32)
     head = find_head(name)
     final = scale(head.scaling, features.copy(), features.copy(), rotated=head.family.linear)
-    outcome = run_trial(head, Prepared((), final, y, 0.0), 3, balanced=False, keep=True)
+    outcome = run_trial(head, Prepared((), final, y, 0.0), 3, balanced=False, metric="accuracy", keep=True)
     assert outcome.pipeline is not None
     fields = {
         "pipeline": outcome.pipeline,

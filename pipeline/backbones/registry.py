@@ -8,13 +8,14 @@ import re
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from features_cache import nearest
 from pipeline.backbones import zoo_embedded as embedded
+from pipeline.backbones import zoo_lecture as lecture_zoo
 from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.backbone import Backbone
@@ -65,7 +66,12 @@ class Zoo(Protocol):
         """Return the dotted names of the classifiers of a network that this zoo built; most have one, some none."""
 
 
-ZOOS: dict[str, Zoo] = {"embedded": embedded, "torchvision": torchvision_zoo, "timm": timm_zoo}
+ZOOS: dict[str, Zoo] = {
+    "embedded": embedded,
+    "torchvision": torchvision_zoo,
+    "timm": timm_zoo,
+    "lecture": lecture_zoo,
+}
 """In the order in which a name without a zoo is looked for."""
 RANDOM = "random"
 
@@ -105,9 +111,9 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     ----------
     name : str
         ``NAME``, ``ZOO/NAME``, or either with ``@WEIGHTS``: a tag, ``random:SEED``, or a weights file. Also timm's
-        ``NAME.TAG``, ``hf-hub:ORG/NAME`` and ``local-dir:PATH``. If the file is a
-        saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint without a
-        classifier, the layer ``logits`` is what the classifier would read.
+        ``NAME.TAG``, ``hf-hub:ORG/NAME`` and ``local-dir:PATH``, and the lecture's ``NAME[OPTION=VALUE,...]``. If the
+        file is a saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint
+        without a classifier, the layer ``logits`` is what the classifier would read.
     size : int, optional
         Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
     white : int, optional
@@ -144,16 +150,14 @@ def _load(name: str, size: int | None, white: int | None) -> Backbone:
         return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", side, white), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
-    label, tag = weights, None
-    if weights.startswith(timm_zoo.ELSEWHERE):
-        tag = weights
-    elif not (weights.startswith(RANDOM) or weights.endswith(SUFFIXES)):
-        label = tag = _tag(bare, weights, tags)
+    kind = _kind(weights)
+    tag = _tag(bare, weights, tags) if kind == "tag" else None
+    label = tag or weights
     preprocessing = replace(_resized(zoo.preprocessing(bare, tag), size), white=white)
     if tag is not None:
         module = build_untouched(lambda: zoo.pretrained(bare, tag, size))
         classifiers = zoo.classifiers(bare, module)
-    elif weights.startswith(RANDOM):
+    elif kind == "random":
         module = _build(zoo, bare, size, seed=_seed(weights))
         classifiers = zoo.classifiers(bare, module)
     else:
@@ -162,33 +166,30 @@ def _load(name: str, size: int | None, white: int | None) -> Backbone:
     module = module.eval().requires_grad_(False).float()
     check_finite(module, name)
     handle = _short(zoo_name, bare) + ("" if tags and label == tags[0] else f"@{label}")
-    if weights.startswith(timm_zoo.ELSEWHERE):
-        handle = weights
+    if tag is not None and tag not in tags:  # from elsewhere: it names the network, too
+        handle = tag
     digest = weights_digest(module.state_dict())
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
 
 
 def _weights_paths(name: str) -> list[Path]:
     zoo_name, bare, weights = _parse(name)
-    if weights.startswith(RANDOM):
-        return []
-    if weights.startswith(timm_zoo.ELSEWHERE):
-        return timm_zoo.weights_paths(bare, weights)
-    if weights.endswith(SUFFIXES) or is_network_file(weights):
-        return [Path(weights).absolute()]
-    return ZOOS[zoo_name].weights_paths(bare, _tag(bare, weights, ZOOS[zoo_name].tags(bare)))
+    kind, zoo = _kind(weights), ZOOS[zoo_name]
+    if kind == "tag":
+        return zoo.weights_paths(bare, _tag(bare, weights, zoo.tags(bare)))
+    return [Path(weights).absolute()] if kind == "file" else []
 
 
 def check_weights(name: str) -> None:
     """Raise `BackboneError` unless the network and the weights of `name` exist; nothing is loaded."""
     zoo_name, bare, weights = _parse(name)
-    if weights.endswith(SUFFIXES):
-        if not Path(weights).is_file():
-            raise BackboneError(f"{name}: expected a weights file, found nothing at {weights}")
-    elif weights.startswith(RANDOM):
-        _seed(weights)
-    elif not weights.startswith(timm_zoo.ELSEWHERE):  # whose description was found
+    kind = _kind(weights)
+    if kind == "tag":
         _tag(bare, weights, ZOOS[zoo_name].tags(bare))
+    elif kind == "random":
+        _seed(weights)
+    elif not Path(weights).is_file():
+        raise BackboneError(f"{name}: expected a weights file, found nothing at {weights}")
 
 
 def sketch(name: str, size: int | None = None) -> Backbone:
@@ -271,10 +272,13 @@ def _parse(text: str) -> tuple[str, str, str]:
         return "timm", bare, weights
     if slash and zoo_name not in ZOOS:
         raise BackboneError(f"unknown zoo '{zoo_name}' in '{text}': expected one of {', '.join(ZOOS)}")
-    owner = zoo_name if slash else _owners().get(bare, "")
-    if not owner or bare not in ZOOS[owner].names():
-        raise BackboneError(f"unknown backbone '{name}'{nearest(bare, _owners())}; `thawline backbones` lists them all")
-    return owner, bare, weights
+    base, options, _ = bare.partition("[")
+    owner = zoo_name if slash else _owners().get(base, "")
+    if not owner or base not in ZOOS[owner].names():
+        raise BackboneError(f"unknown backbone '{name}'{nearest(base, _owners())}; `thawline backbones` lists them all")
+    if options and ZOOS[owner] is not lecture_zoo:
+        raise BackboneError(f"{owner}/{base} takes no options in brackets; only networks of the zoo 'lecture' do")
+    return owner, lecture_zoo.canonical(bare) if options else bare, weights
 
 
 def _is_tagged(name: str) -> bool:
@@ -290,7 +294,15 @@ def _owners() -> dict[str, str]:
 
 
 def _short(zoo_name: str, bare: str) -> str:
-    return bare if _owners()[bare] == zoo_name else f"{zoo_name}/{bare}"
+    return bare if _owners()[bare.partition("[")[0]] == zoo_name else f"{zoo_name}/{bare}"
+
+
+def _kind(weights: str) -> Literal["random", "file", "tag"]:
+    if weights.startswith(RANDOM):
+        return "random"
+    if weights.startswith(timm_zoo.ELSEWHERE):
+        return "tag"
+    return "file" if weights.endswith(SUFFIXES) or is_network_file(weights) else "tag"
 
 
 def _seed(weights: str) -> int:
@@ -300,7 +312,7 @@ def _seed(weights: str) -> int:
 
 
 def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
-    if weights in tags:
+    if weights in tags or weights.startswith(timm_zoo.ELSEWHERE):  # whose description was found
         return weights
     if weights in ("", "DEFAULT") and tags:
         return tags[0]

@@ -26,59 +26,70 @@ def tap(backbone: Backbone, layers: Sequence[str], pool: str = "avg") -> TappedN
     """Return the network from uint8 pixels to the pooled features of `layers`; it computes nothing past the last one.
 
     It shares its weights with `backbone`, a loaded network. Layers are named as for `resolve_layers`, and `pool` is one
-    of `pipeline.spec.POOLS`; raises `BackboneError` if one does not exist.
+    of `pipeline.spec.POOLS`; raises `BackboneError` if one does not exist. See `TappedNetwork` for several poolings.
 
     Examples
     --------
     >>> from pipeline.backbones.registry import load_backbone
     >>> network = tap(load_backbone("resnet18@random:0"), ["layer2", "penultimate"])
-    >>> network.dims
+    >>> network.dims["avg"]
     {'layer2': 128, 'penultimate': 512}
     >>> layer2, penultimate = network(torch.zeros(4, 224, 224, 3, dtype=torch.uint8))
     >>> penultimate.shape
     torch.Size([4, 512])
     """
-    return TappedNetwork(backbone, resolve_layers(backbone, layers), pool)
+    return TappedNetwork(backbone, resolve_layers(backbone, layers), (pool,))
 
 
 class TappedNetwork(nn.Module):
-    """A frozen network from pixels to pooled features, as `tap` returns it; always in eval mode.
+    """A frozen network from pixels to features, each of `layers` pooled in each way of `pools`; always in eval mode.
 
-    `identity` is a digest of everything that changes what the network computes. `dims` has the length of each layer's
-    features, in the order of the results, and `shapes` what `kept_shape` says of each. `body` maps normalised images to
-    features; it is None where only ``input`` is tapped.
+    The results are those of all layers with the first pooling, then with the next. `identity` is a digest of
+    everything that changes what the network computes. `dims` has for each pooling the length of each layer's features,
+    in the order of the results, and `shapes` what `kept_shape` says of each. `body` maps normalised images to features;
+    it is None where only ``input`` is tapped.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, backbone: Backbone, layers: tuple[str, ...], pool: str) -> None:
+    def __init__(self, backbone: Backbone, layers: tuple[str, ...], pools: tuple[str, ...]) -> None:
         super().__init__()
-        check_pool(pool)
-        taps = {layer: pooled_tap(backbone, layer, pool) for layer in layers if layer != INPUT}
-        self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
-        computed = [backbone.name, backbone.weights_digest, layers, pool, json_fields(backbone.preprocessing)]
-        self.identity = fingerprint_of([*computed, *map(repr, taps.values())])  # with where and how each layer is read
-        self.dims = {
-            layer: INPUT_DIM if layer == INPUT else pooled_dim(taps[layer].shape, taps[layer].layout, pool)
-            for layer in layers
+        for pool in pools:
+            check_pool(pool)
+        taps = {
+            (pool, layer): pooled_tap(backbone, layer, pool) for pool in pools for layer in layers if layer != INPUT
         }
-        self.shapes = {layer: kept_shape(item.shape, item.layout, pool) for layer, item in taps.items()}
-        self.body = _body(backbone.traced, taps, pool) if taps else None
+        self.name, self.size, self.layers = backbone.handle, backbone.preprocessing.size, layers
+        computed = [backbone.name, backbone.weights_digest, layers, pools, json_fields(backbone.preprocessing)]
+        self.identity = fingerprint_of([*computed, *map(repr, taps.values())])  # with where and how each layer is read
+        self.dims = {pool: dict.fromkeys(layers, INPUT_DIM) for pool in pools}
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {pool: dict.fromkeys(layers, ()) for pool in pools}
+        for (pool, layer), item in taps.items():
+            self.dims[pool][layer] = pooled_dim(item.shape, item.layout, pool)
+            self.shapes[pool][layer] = kept_shape(item.shape, item.layout, pool)
+        self.body = _body(backbone.traced, taps) if taps else None
         scale, shift = normalisation(backbone.preprocessing)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
         self.eval()
+
+    @property
+    def widths(self) -> list[int]:
+        """The length of each result's features."""
+        return [dim for dims in self.dims.values() for dim in dims.values()]
 
     def train(self, mode: bool = True) -> TappedNetwork:
         """Stay in eval mode, the only mode of a frozen network."""
         return super().train(False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map uint8 (n, h, w, 3) to a float32 (n, d) for each layer, in order."""
+        """Map uint8 (n, h, w, 3) to a float32 (n, d) for each pooling and layer, in order."""
         x = pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (n, 3, h, w), channels last in memory
         features = iter(self.body(x) if self.body is not None else ())
-        return tuple(small_image(x) if layer == INPUT else next(features) for layer in self.layers)
+        return tuple(
+            small_image(x) if layer == INPUT else next(features) for dims in self.dims.values() for layer in dims
+        )
 
 
 def normalisation(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
@@ -95,11 +106,11 @@ def small_image(x: Tensor) -> Tensor:
         return adaptive_avg_pool2d(x, INPUT_SIDE).flatten(1)
 
 
-def _body(traced: Traced, taps: Mapping[str, Tap], pool: str) -> nn.Module:
-    pools = [Pool(pool, item.layout) for item in taps.values()]
+def _body(traced: Traced, taps: Mapping[tuple[str, str], Tap]) -> nn.Module:
+    pools = [Pool(pool, item.layout) for (pool, _), item in taps.items()]
     nodes = [item.source for item in taps.values() if isinstance(item.source, fx.Node)]
     if not nodes:
-        sources = [(str(item.source), layer == PENULTIMATE) for layer, item in taps.items()]
+        sources = [(str(item.source), layer == PENULTIMATE) for (_, layer), item in taps.items()]
         return _HookedBody(traced.module, sources, pools)
     graph, copies = copy_between(None, nodes)
     added = {f"tap_{index}": pool for index, pool in enumerate(pools)}

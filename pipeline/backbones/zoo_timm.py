@@ -8,7 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import timm
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import HFValidationError, get_session
 from timm.data import resolve_data_config
 from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models._hub import load_model_config_from_path
@@ -78,7 +78,10 @@ def _folder(name: str) -> Path:
     if kind == "local-dir":
         return Path(place).absolute()
     repository, _, revision = place.partition("@")
-    found = huggingface_hub.try_to_load_from_cache(repository, _DESCRIPTION, revision=revision or None)
+    try:
+        found = huggingface_hub.try_to_load_from_cache(repository, _DESCRIPTION, revision=revision or None)
+    except HFValidationError as error:
+        raise BackboneError(f"{name}: expected a repository, hf-hub:ORG/NAME ({first_line(error)})") from error
     if not isinstance(found, str):
         with downloading(name):
             _reach_hub()

@@ -9,7 +9,20 @@ from typing import Any, TypeVar
 
 import click
 
-from pipeline.options import COMMANDS, FILE, FLAG, FOLDER, JSON, RATE, SHOTS_OR_ALL, Kind, Option, parse_rate
+from pipeline.options import (
+    COMMANDS,
+    FILE,
+    FLAG,
+    FOLDER,
+    JSON,
+    LEAKS,
+    NEAR,
+    RATE,
+    SHOTS_OR_ALL,
+    Kind,
+    Option,
+    parse_rate,
+)
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -30,6 +43,9 @@ def _click_option(option: Option) -> Callable[[Command], Command]:
     names += [f"--{option.name}", option.parameter]
     if option.kind is FLAG:
         return click.option(*names, is_flag=True, help=option.help)
+    if option.kind is LEAKS:
+        kind = click.Choice([_ALONE, NEAR])
+        return click.option(*names, type=kind, metavar=f"[{NEAR}]", callback=_parse_leaks, help=option.help)
     default = "auto" if option.auto else option.default
     return click.option(
         *names,
@@ -40,6 +56,25 @@ def _click_option(option: Option) -> Callable[[Command], Command]:
         callback=partial(_parse, option),
         help=f"{option.help} Can be repeated." if option.repeat else option.help,
     )
+
+
+_ALONE = "bytes"
+"""What stands for an option of the kind `LEAKS` without a value."""
+
+
+class ValueMayFollow(click.Command):
+    """A command whose ``--drop-leaks`` takes `NEAR` or nothing: whatever else follows it is an argument."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give the option a value where it has none."""
+        told = zip(args, [*args[1:], ""], strict=True)
+        return super().parse_args(
+            ctx, [f"{one}={_ALONE}" if one == "--drop-leaks" and after != NEAR else one for one, after in told]
+        )
+
+
+def _parse_leaks(_: click.Context, __: click.Parameter, given: str | None) -> bool | str:
+    return given is not None if given != NEAR else NEAR
 
 
 def _click_type(option: Option) -> Any:

@@ -19,7 +19,8 @@ def extract(source: str, as_json: bool, **options: Any) -> None:
     """Run frozen networks over SOURCE and cache features.
 
     SOURCE is a folder of class folders (with or without train/val/test above them), a folder of images, one image, a
-    .csv or .parquet manifest, a .tar shard or a folder of them, or the word digits.
+    manifest (.csv, .tsv, .jsonl, .parquet), a file with images inside (.tar, .tar.gz, .zip, .parquet, .arrow) or a
+    folder of them, a URL of any of these (s3://, gs://, az://, https://), or the word digits.
     """
     from features_cache import open_cache
     from pipeline.evaluation.rows import check_readable

@@ -41,8 +41,7 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
         print_table(finetune_table(report.results))
         if report.saved:
             best = report.results[report.best]
-            accuracy = best.validation_accuracy
-            validated = "" if accuracy is None else f", validation accuracy {accuracy:.3f}"
+            validated = "" if best.validated is None else f", validation {best.metric} {best.validated:.3f}"
             click.echo(f"model: {report.saved} (seed {best.seed}, shots {best.shots}{validated})")
     if picture:
         _draw(report.results, picture, gradients=options["watch"] is not None)

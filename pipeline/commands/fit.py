@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.click_options import options_of
+from pipeline.commands.click_options import ValueMayFollow, options_of
 from pipeline.commands.output import print_json, print_table, say, say_all, with_progress
 
 if TYPE_CHECKING:
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from pipeline.results import FitResult
 
 
-@click.command()
+@click.command(cls=ValueMayFollow)
 @click.argument("cache")
 @options_of("fit")
 def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Train heads on CACHE and measure them on test images."""
     from pipeline.fit import fit as run
+    from pipeline.reporting.terminal.neighbour_tables import nearness_table, price_lines
     from pipeline.reporting.terminal.tables import fit_table, seeds_table
 
     if plot:
         plot.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
     report = with_progress(run, cache, **options)
     say_all(report.notes)
-    drawn = _draw(report, plot, cache, options) if plot else []
+    drawn = _draw(report, plot) if plot else []
     if as_json:
         document = {
             "results": report.results,
@@ -39,6 +40,11 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
         print_json(document | {"plots": drawn} if plot else document)
         return
     print_table(fit_table(report.results))
+    if price := report.results[report.best].leak_price:
+        click.echo()
+        print_table(nearness_table(price))
+        for line in price_lines(price, report.results[report.best].accuracy):
+            click.echo(line)
     if report.summary:
         click.echo()
         print_table(seeds_table(report.summary))
@@ -49,14 +55,12 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _described(result: FitResult) -> str:
-    accuracy = result.validation_accuracy
-    validated = "not validated" if accuracy is None else f"validation {accuracy:.3f}"
+    name = "" if result.metric == "accuracy" else f" {result.metric}"
+    validated = "not validated" if result.validated is None else f"validation{name} {result.validated:.3f}"
     return f"{result.head} on {result.layer}, shots {result.shots}, seed {result.seed}, {validated}"
 
 
-def _draw(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) -> list[str]:
-    from features_cache import Catalog
-    from pipeline.evaluation.rows import select
+def _draw(report: FitReport, folder: Path) -> list[str]:
     from pipeline.reporting.charts.fit_pictures import draw_fit
     from pipeline.reporting.charts.theme import characters_without_font
 
@@ -65,6 +69,4 @@ def _draw(report: FitReport, folder: Path, cache: str, options: dict[str, Any]) 
             f"no installed font has {lacking[:20]}, so the .png pictures show boxes for them; install one, such as "
             "Noto Sans CJK for Chinese and Japanese, or use the .svg pictures"
         )
-    narrowed = (options["source"], options["backbone"], options["pool"])
-    layer = select(Catalog(cache), [report.results[report.best].layer], *narrowed)[0]
-    return [str(path) for path in draw_fit(report, layer, folder)]
+    return [str(path) for path in draw_fit(report, folder)]

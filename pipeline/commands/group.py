@@ -8,13 +8,19 @@ from pipeline.commands.cache import cache_group
 from pipeline.commands.compare import compare
 from pipeline.commands.demo import demo
 from pipeline.commands.drift import drift
+from pipeline.commands.duplicates import duplicates
 from pipeline.commands.export import export
 from pipeline.commands.extract import extract
 from pipeline.commands.finetune import finetune
 from pipeline.commands.fit import fit
+from pipeline.commands.lecture import lecture
 from pipeline.commands.networks import backbones, layers
 from pipeline.commands.predict import predict
+from pipeline.commands.pretrain import pretrain
 from pipeline.commands.rank import rank
+from pipeline.commands.similar import similar
+from pipeline.commands.suspects import suspects
+from pipeline.commands.units import units
 from pipeline.provenance import installed_version
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -27,6 +33,7 @@ def thawline() -> None:
 
 
 for command in (
-    demo, backbones, layers, extract, cache_group, fit, finetune, predict, export, rank, drift, compare,
+    demo, backbones, layers, extract, cache_group, fit, finetune, pretrain, predict, export, rank, units, drift,
+    similar, duplicates, suspects, compare, lecture,
 ):  # fmt: skip
     thawline.add_command(command)

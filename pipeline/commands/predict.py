@@ -29,8 +29,9 @@ def predict(model: str, source: str, csv: Path | None, as_json: bool, **options:
     if csv:
         write_csv(report.predictions, csv)
     if as_json:
-        print_json({"predictions": report.predictions})
+        print_json({"predictions": report.predictions, "target": report.target})
         return
-    print_table(prediction_table(report.predictions))
+    target = report.target or "label"
+    print_table(prediction_table(report.predictions, target))
     if len(report.predictions) > 1:
-        print_table(count_table(report.predictions))
+        print_table(count_table(report.predictions, target))

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
+
+import numpy as np
 
 from features_cache import ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
+from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.images.sources.registry import ImageSource, open_source
-from pipeline.options import tune_parameters
+from pipeline.options import LABELS, tune_parameters
 from pipeline.spec import NO_POOL
+
+
+def open_labels(plan: Plan) -> LabelsTable | None:
+    """Return the table of labels that the plan names; None if labels are those of the sources."""
+    first = next(iter(plan.labels), "")
+    with errors_at(plan, None, first):
+        return find_labels(*(plan.labels.get(option.name) for option in LABELS))
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
@@ -22,10 +32,30 @@ def open_sources(plan: Plan) -> dict[str, ImageSource]:
     for text, source in zip(written if isinstance(written, list) else [written], plan.sources, strict=True):
         with errors_at(plan, None, text):
             opened[source] = open_source(source)
-        if (n_classes := len(opened[source].classes)) < 2:
-            message = f"{source}: a comparison needs images of at least two classes, found {n_classes}"
-            raise plan.error(message, text=text)
     return opened
+
+
+def label_sources(plan: Plan, sources: Mapping[str, ImageSource], labels: LabelsTable | None) -> dict[str, ImageSource]:
+    """Return the sources with the labels, splits and groups that the table gives to their images.
+
+    Raises `PlanError` if the images of a source are of fewer than two classes.
+    """
+    labelled = {}
+    for source, images in sources.items():
+        with errors_at(plan, None, "labels"):
+            labelled[source] = images if labels is None else _label(images, labels)
+        if (n_classes := len(labelled[source].classes)) < 2:
+            message = f"{source}: a comparison needs images of at least two classes, found {n_classes}"
+            raise plan.error(message, text="source" if labels is None else "labels")
+    return labelled
+
+
+def _label(images: ImageSource, labels: LabelsTable) -> ImageSource:
+    columns = zip(*((item.uri, item.split, item.group) for item in images.items), strict=True)
+    known = labels.join(*map(np.array, columns))
+    told = zip(images.items, known.labels.tolist(), known.splits.tolist(), known.groups.tolist(), strict=True)
+    items = [item._replace(label=label, split=split, group=group) for item, label, split, group in told]
+    return replace(images, classes=known.classes, items=items)
 
 
 def check_heads(plan: Plan) -> None:
@@ -63,7 +93,7 @@ def sketch_features(plan: Plan, extraction: Extraction) -> Features:
         how = line.how()
         resolve(how["engine"], how["device"], request.precision)
         names = [name for group in aliases.values() for name in group]
-        return Features(aliases, tap(backbone, names, request.pool).dims, {}, complete=False)
+        return Features(aliases, tap(backbone, names, request.pool).dims[request.pool], {}, complete=False)
 
 
 def check_finetunes(plan: Plan) -> None:

@@ -14,6 +14,7 @@ from pipeline.comparing.features import Features, find_features, finetune_key, f
 from pipeline.comparing.folder import Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Plan, PlanTable
+from pipeline.evaluation.labels import LabelsTable
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Comparison:
     """What a plan asks for, and what of that is done.
 
-    `images` has each source of the plan, listed once for the whole run, `features` None for an extraction of which
+    `images` has each source of the plan, listed once for the whole run, and `labelled` the same with the labels of the
+    table `labels`, if the plan names one. `features` are None for an extraction of which
     nothing is known yet. `computed` counts the jobs done in this run; `total` those to do in all, including those that
     fail.
     """
@@ -33,6 +35,8 @@ class Comparison:
     plan: Plan
     folder: RunFolder
     images: Mapping[str, ImageSource]
+    labels: LabelsTable | None
+    labelled: Mapping[str, ImageSource]
     features: dict[Extraction, Features | None]
     progress: Progress
     failures: list[Failure] = field(default_factory=list)
@@ -60,13 +64,15 @@ class Comparison:
     def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
         """Return the fits on the features of an extraction, each with its key."""
         source = self.names[extraction.source]
-        return {job: fit_key(job, found, source) for job in fits(self.plan, extraction, found.aliases)}
+        asked = self.labels, self.plan.metric
+        return {job: fit_key(job, found, source, *asked) for job in fits(self.plan, extraction, found.aliases)}
 
     def finetunes(self) -> dict[Finetune, tuple[PlanTable, str]]:
         """Return the fine-tunes, each with its line of the plan and its key."""
         asked = finetunes(self.plan)
         listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
-        keys = (finetune_key(job, self.names[job.source], listings[job.source]) for _, job in asked)
+        answers = self.labels, self.plan.metric
+        keys = (finetune_key(job, self.names[job.source], listings[job.source], *answers) for _, job in asked)
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
     def weights_of(self, job: Finetune) -> str | None:

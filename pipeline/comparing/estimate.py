@@ -18,7 +18,7 @@ from pipeline.evaluation.intervals import smallest_difference
 from pipeline.evaluation.splits import HELD_OUT
 from pipeline.images.loader import default_workers
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import NO_AUGMENT
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT
 
 CORE_SPEED = 75e9
 """Floating-point operations per second and core, as torch reached with lite0 and ResNet-50 on AVX-512 cores."""
@@ -82,17 +82,25 @@ class Planned:
     bytes: int
 
 
-def plan_extraction(extraction: Extraction, found: Features, n_images: int, source: str, folder: RunFolder) -> Planned:
-    """Return an extraction with a guess at its time and disk space."""
+def plan_extraction(
+    extraction: Extraction, found: Features, n_images: int, source: str, folder: RunFolder, *, shares: bool
+) -> Planned:
+    """Return an extraction with a guess at its time and disk space; `shares` if another one's pass gives its features.
+
+    Then it takes no time of its own.
+    """
     asked = extraction.request
     width = 2 if asked.store == "float16" else 4
     job = f"extract {', '.join(asked.layers)} of {asked.backbone}, {asked.pool}, {extraction.source}"
     if found.complete:
         return Planned(job, extraction.source, True, 0.0, 0)
+    stored = n_images * sum(found.dims.values()) * width
+    if shares:
+        return Planned(job, extraction.source, False, 0.0, stored)
     measured = extraction_seconds(folder.read_info()).get((source, asked.backbone))
     flops, speed = operations(asked.backbone, asked.size), _speed(extraction.line.how()["device"])
     guess = START + n_images * (flops / speed + 1 / (DECODED * default_workers()))
-    return Planned(job, extraction.source, False, measured or guess, n_images * sum(found.dims.values()) * width)
+    return Planned(job, extraction.source, False, measured or guess, stored)
 
 
 def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
@@ -145,7 +153,7 @@ def count_values(backbone: str, freeze: str, top: str, size: int | None, n_class
     network = sketch(backbone, size)
     line = line_of(network, freeze)
     at_line = 0 if line is None else math.prod(line.shape)
-    frozen = tap(network, [PENULTIMATE]).dims[PENULTIMATE] if freeze == ALL else at_line
+    frozen = tap(network, [PENULTIMATE]).dims[DEFAULT_POOL][PENULTIMATE] if freeze == ALL else at_line
     return frozen, sum(item.numel() for item in ThawedNetwork(network, freeze, top, n_classes).thawed_state().values())
 
 

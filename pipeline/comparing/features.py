@@ -9,9 +9,11 @@ from pathlib import Path
 
 from features_cache import CacheFile, Catalog
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
+from pipeline.evaluation.labels import LabelsTable
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
+from pipeline.options import METRICS
 from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
 
 
@@ -61,8 +63,8 @@ def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
     return {name: index for index, name in enumerate(sorted(layers, key=order.index))}
 
 
-def fit_key(fit: Fit, features: Features, source: str) -> str:
-    """Return the `stage_key` of a fit on the source of this name."""
+def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | None, metric: str) -> str:
+    """Return the `stage_key` of a fit on the source of this name, with labels of its own or of a table."""
     names = fit.layer.split("+")
     files = [features.files[name] for name in names]
     return stage_key(
@@ -74,7 +76,13 @@ def fit_key(fit: Fit, features: Features, source: str) -> str:
         options=fit.options,
         seed=fit.seed,
         shots=fit.shots,
+        **_asked(labels, metric),
     )
+
+
+def _asked(labels: LabelsTable | None, metric: str) -> dict[str, str]:
+    """Return what else a key covers; nothing by default, so that older results are still found."""
+    return ({} if labels is None else {"labels": labels.digest}) | ({"metric": metric} if metric != METRICS[0] else {})
 
 
 def listing_digest(images: ImageSource) -> str:
@@ -86,16 +94,18 @@ def listing_digest(images: ImageSource) -> str:
     return fingerprint_of([images.classes, images.items, *([DECODE_POLICY] if redecoded else [])])
 
 
-def finetune_key(job: Finetune, source: str, listing: str) -> str:
+def finetune_key(job: Finetune, source: str, listing: str, labels: LabelsTable | None, metric: str) -> str:
     """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`."""
+    options = dict(job.options)
     return stage_key(
         "finetune",
         source=source,
         rows=listing,
         options=job.options,
-        weights=weights_file_digest(str(dict(job.options)["backbone"])),
+        weights=weights_file_digest(str(options["backbone"])),
         seed=job.seed,
         shots=job.shots,
+        **_asked(labels, metric),
     )
 
 

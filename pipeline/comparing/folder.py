@@ -51,7 +51,7 @@ class JobResult:
     store: str | None = None
     size: tuple[int, int] | None = None
     white: int | None = None
-    drop_leaks: bool = False
+    drop_leaks: bool | str = False
     depth: int | None = None
     options: dict[str, OptionValue] = field(default_factory=dict)
     weights: str | None = None

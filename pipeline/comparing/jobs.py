@@ -84,6 +84,13 @@ def extractions(plan: Plan) -> list[Extraction]:
     return found
 
 
+def one_pass(extraction: Extraction) -> str:
+    """Return what extractions have in common that take one pass of a network: all but the pooling."""
+    asked = extraction.request.to_json()
+    del asked["pool"]
+    return f"{extraction.source} {asked} {extraction.line.how()}"
+
+
 def fits(plan: Plan, extraction: Extraction, aliases: Mapping[str, Sequence[str]]) -> Iterator[Fit]:
     """Yield the fits of every ``[[fit]]`` on one extraction; `aliases` has the layers that each name stands for.
 

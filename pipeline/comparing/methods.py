@@ -15,12 +15,13 @@ from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
 from pipeline.evaluation.intervals import CONFIDENCE, accuracy_interval
 from pipeline.evaluation.metrics import mean_if_known
-from pipeline.options import TABLES
+from pipeline.options import NEAR, TABLES
 from pipeline.results import FinetuneResult
 
 _SETTINGS = ("size", "white", "precision", "store")
 _EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
 _WORDS = {"white": "white {}", **_EVALUATION}
+_NEAR_WORDS = "near-duplicates dropped"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Method:
     store: str | None = None
     balanced: bool = False
     cv: int | None = None
-    drop_leaks: bool = False
+    drop_leaks: bool | str = False
     options: tuple[tuple[str, OptionValue], ...] = ()
 
     @property
@@ -122,6 +123,12 @@ class MethodScore:
         return [job.result.accuracy for job in self.by_seed.values()]
 
     @property
+    def score(self) -> float:
+        """Mean over seeds of the metric that parameters were chosen by, on test; accuracy if a seed lacks it."""
+        found = self.mean(self.first.result.metric)
+        return self.accuracy if found is None else found
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the mean accuracy, for the test images of one seed and their groups."""
         return accuracy_interval(self.accuracy, self.n_test, self.first.result.n_effective)
@@ -181,8 +188,8 @@ class Leaderboard:
 
 
 def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
-    """Return the score with the best validation accuracy (test accuracy if one lacks it), see `preference`."""
-    measure = "validation_accuracy" if is_validated(scores) else "accuracy"
+    """Return the score that is best on validation rows, by test accuracy if one was not validated; see `preference`."""
+    measure = "validated" if is_validated(scores) else "accuracy"
     ranks = [
         preference("all", score.mean(measure), index, score.mean("validation_log_loss"))
         for index, score in enumerate(scores)
@@ -191,8 +198,8 @@ def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
 
 
 def is_validated(scores: Sequence[MethodScore]) -> bool:
-    """Tell whether all scores have a validation accuracy to choose by."""
-    return all(score.mean("validation_accuracy") is not None for score in scores)
+    """Tell whether all scores have a metric on validation rows to choose by."""
+    return all(score.mean("validated") is not None for score in scores)
 
 
 def shots_order(shots: int | str) -> tuple[bool, int]:
@@ -235,7 +242,11 @@ def _name(method: Method, varying: set[str], varying_options: Sequence[str]) -> 
         parts = [words.get(method.freeze, f"fine-tuned above {method.freeze}")]
         parts += [f"{key} {options[key]}" for key in varying_options if key in options]
     shown = {name: getattr(method, name) for name in ("backbone", *_SETTINGS, *_EVALUATION) if name in varying}
-    parts += [_WORDS.get(name, "{}").format(_text(value)) for name, value in shown.items() if value]
+    parts += [
+        (_NEAR_WORDS if value == NEAR else _WORDS.get(name, "{}")).format(_text(value))
+        for name, value in shown.items()
+        if value
+    ]
     if "pool" in varying and method.is_frozen:
         parts.append(method.pool)
     return ", ".join(parts)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from features_cache import nearest
 from pipeline.errors import PlanError
-from pipeline.options import TABLES, Option, shared_keys
+from pipeline.images.sources.remote import is_url
+from pipeline.options import LABELS, METRICS, TABLES, Option, shared_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +34,11 @@ class PlanTable:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole plan; its path and its sources are absolute, but for the source ``"digits"``.
+    """A whole plan; its path and its sources are absolute, but for URLs and the source ``"digits"``.
 
-    `lines` are first all extract tables, then all fit tables, then all finetune tables. `meaning` is the parsed TOML
-    document; plans with equal documents are the same plan.
+    `lines` are first all extract tables, then all fit tables, then all finetune tables. `labels` are the arguments of
+    `pipeline.evaluation.labels.find_labels` that the plan gives, and `metric` is what all jobs choose by. `meaning` is
+    the parsed TOML document; plans with equal documents are the same plan.
     """
 
     path: Path
@@ -44,6 +46,8 @@ class Plan:
     sources: tuple[str, ...]
     lines: tuple[PlanTable, ...]
     meaning: dict[str, Any]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    metric: str = METRICS[0]
 
     def of(self, table: str) -> list[PlanTable]:
         """Return all tables of one name."""
@@ -107,9 +111,18 @@ def _build(plan: Plan) -> Plan:
             above = {key: values for key, values in common.items() if key in options}
             lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
-    paths = {source: plan.path.parent / source for source in common["source"]}
-    sources = tuple(name if name == "digits" and not path.exists() else str(path) for name, path in paths.items())
-    return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning)
+    sources = tuple(_absolute(source, plan.path.parent) for source in common["source"])
+    labels = {option.name: str(common[option.name][0]) for option in LABELS if option.name in common}
+    if "labels" in labels:
+        labels["labels"] = str(plan.path.parent / labels["labels"])
+    metric = common.get("metric", (plan.metric,))[0]
+    return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning, labels, metric)
+
+
+def _absolute(source: str, folder: Path) -> str:
+    """Return the absolute path of a source that is relative to `folder`; URLs and ``"digits"`` stay as they are."""
+    path = folder / source
+    return source if is_url(source) or (source == "digits" and not path.exists()) else str(path)
 
 
 def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, table: str, place: int) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from features_cache import ThawlineError, open_cache
 from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.features import Features, depths
 from pipeline.comparing.folder import ExtractionCost, Failure, JobResult, RunFolder
-from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, rectangles
+from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, one_pass, rectangles
 from pipeline.comparing.plan import PlanTable
 from pipeline.errors import RunFolderError
 from pipeline.results import ExtractResult, FitResult, Progress
@@ -58,12 +58,19 @@ def run(comparison: Comparison) -> None:
 
 
 def _extract_all(comparison: Comparison) -> dict[Extraction, str]:
-    """Extract in as few calls as possible, so that backbones share decoded images; return why some failed."""
-    groups: dict[str, list[Extraction]] = {}
+    """Extract in as few calls as possible; return why some failed.
+
+    Poolings share a pass of the network, and backbones with the same poolings share decoded images.
+    """
+    passes: dict[str, list[Extraction]] = {}
     for extraction in comparison.features:
-        asked = extraction.request.to_json()
-        del asked["backbone"], asked["weights_file"]
-        groups.setdefault(f"{extraction.source} {asked} {extraction.line.how()}", []).append(extraction)
+        passes.setdefault(one_pass(extraction), []).append(extraction)
+    groups: dict[str, list[Extraction]] = {}
+    for alike in passes.values():
+        first, pools = alike[0], [extraction.request.pool for extraction in alike]
+        asked = first.request.to_json()
+        del asked["backbone"], asked["weights_file"], asked["pool"]
+        groups.setdefault(f"{first.source} {asked} {first.line.how()} {pools}", []).extend(alike)
     failed: dict[Extraction, str] = {}
     for group in groups.values():
         _try_to_extract(comparison, group, failed)
@@ -89,10 +96,12 @@ def _extract(comparison: Comparison, group: Sequence[Extraction]) -> None:
     first = group[0]
     images = comparison.images[first.source]
     asked, how = first.request, first.line.how() | {"output": comparison.cache(first.line)}
-    backbones = [extraction.request.backbone for extraction in group]
+    requests = [extraction.request for extraction in group]
+    backbones = [*dict.fromkeys(request.backbone for request in requests)]
+    pools = [*dict.fromkeys(request.pool for request in requests)]
     settings: dict[str, Any] = {name: getattr(asked, name) for name in ("precision", "store", "size", "white")}
     progress = _prefixed(comparison.progress, "extract ")
-    results = extract(images, backbones, asked.layers, asked.pool, progress=progress, **settings, **how)
+    results = extract(images, backbones, asked.layers, pools, progress=progress, **settings, **how)
     _note_costs(comparison.folder, comparison.names[first.source], asked.size, results)
     for extraction in group:
         found, known = comparison.look_up(extraction), comparison.features[extraction]
@@ -109,14 +118,22 @@ def _extract(comparison: Comparison, group: Sequence[Extraction]) -> None:
 def _note_costs(folder: RunFolder, source: str, size: int | None, results: Sequence[ExtractResult]) -> None:
     """Note in `run.json` what an extraction cost, at once: a later run cannot measure it again.
 
-    The seconds of a call are divided among its backbones in proportion to their floating-point operations.
+    The seconds of a call are divided among its networks in proportion to their floating-point operations. Files of
+    several poolings came from the same passes: each cost all of them.
     """
     from pipeline.comparing.estimate import operations
 
     info = folder.read_info()
     sharing = [result for result in results if result.computed]
-    work = [result.computed * operations(result.backbone, size) if len(sharing) > 1 else 1.0 for result in sharing]
-    shares = {result.path: share / sum(work) for result, share in zip(sharing, work, strict=True)}
+    work = {
+        result.path: result.computed * operations(result.backbone, size) if len(sharing) > 1 else 1.0
+        for result in sharing
+    }
+    passes: dict[tuple[str, ...], float] = {}
+    for result in sharing:
+        network = (result.backbone, *result.layers)
+        passes[network] = max(work[result.path], passes.get(network, 0.0))
+    shares = {path: share / sum(passes.values()) for path, share in work.items()}
     for result in results:
         name = Path(result.path).name
         before = info.extractions.get(name, ExtractionCost())
@@ -153,7 +170,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
 
     keys = {(job.layer, find_head(job.head).name, job.seed, job.shots): key for job, key in block.items()}
     one = next(iter(block))
-    source, request, options = comparison.images[one.extraction.source], one.extraction.request, dict(one.options)
+    request, options = one.extraction.request, dict(one.options)
     depth_of = depths(request, tuple(found.dims))
 
     def keep(result: FitResult, predictions: Predictions) -> None:
@@ -163,7 +180,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
             key=keys[result.layer, result.head, result.seed, result.shots],
             source=comparison.names[one.extraction.source],
             result=result,
-            n_classes=len(source.classes),
+            n_classes=len(comparison.labelled[one.extraction.source].classes),
             precision=spec["precision"],
             store=spec["store"],
             size=tuple(spec["preprocessing"]["size"]),
@@ -178,7 +195,8 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     given = [line.how()["jobs"] for line in comparison.plan.of("fit") if "jobs" in line.values]
     jobs = min(given, default=None)  # one call may serve several [[fit]]: the smallest number holds for all
     progress = _prefixed(comparison.progress, f"{request.backbone} ")
-    report = fit(found.catalog(), layers, heads, seeds, shots, jobs=jobs, progress=progress, on_result=keep, **options)
+    options |= {"labels": comparison.labels, "metric": comparison.plan.metric, "jobs": jobs}
+    report = fit(found.catalog(), layers, heads, seeds, shots, progress=progress, on_result=keep, **options)
     comparison.notes += report.notes
 
 
@@ -187,15 +205,16 @@ def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, 
     from pipeline.options import tune_parameters
 
     ((job, key),) = block.items()
-    source, options = comparison.images[job.source], tune_parameters(job.options)
+    options = tune_parameters(job.options)
     how = line.how() | {"output": comparison.cache(line)}
     progress = _prefixed(comparison.progress, f"finetune {options['backbone']} ")
-    report = finetune(source, seeds=[job.seed], shots=[job.shots], progress=progress, **options, **how)
+    how |= {"labels": comparison.labels, "metric": comparison.plan.metric, "progress": progress}
+    report = finetune(comparison.images[job.source], seeds=[job.seed], shots=[job.shots], **options, **how)
     for results in report.extracted:
         _note_costs(comparison.folder, comparison.names[job.source], options.get("size"), results)
     own = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     name, weights = comparison.names[job.source], comparison.weights_of(job)
-    result = JobResult(key, name, report.results[0], len(source.classes), options=own, weights=weights)
+    result = JobResult(key, name, report.results[0], len(report.classes), options=own, weights=weights)
     comparison.keep(result, report.predictions[0])
     comparison.notes += report.notes
 

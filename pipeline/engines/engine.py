@@ -17,7 +17,7 @@ from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import EngineError, one_line
 
 Running = Callable[[], list[np.ndarray]]
-"""A batch that is being computed: call it once to wait for a float32 (k, d) of each layer, in order."""
+"""A batch that is being computed: call it once to wait for a float32 (k, d) of each result of the network."""
 
 
 class Engine(Protocol):

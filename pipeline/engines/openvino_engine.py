@@ -31,7 +31,7 @@ class OpenVinoEngine:
     """
 
     def __init__(self, network: TappedNetwork, resolved: Resolved, batch_size: int) -> None:
-        self.resolved, self._batch_size, self._dims = resolved, batch_size, list(network.dims.values())
+        self.resolved, self._batch_size, self._dims = resolved, batch_size, network.widths
         precision = "f32" if resolved.precision == "fp32" else resolved.precision
         hints = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"}
         source, self.notes = converted(network, batch_size)

@@ -56,7 +56,7 @@ class TorchEngine:
         own = copy.deepcopy(network)
         if isinstance(own.body, fx.GraphModule):
             own.body = folded(own.body)
-        self._dims = list(own.dims.values())
+        self._dims = own.widths
         self._network = own.eval().to(memory_format=torch.channels_last).to(resolved.device)
         self._call = torch.compile(self._network, dynamic=False) if resolved.engine == "compile" else self._network
 

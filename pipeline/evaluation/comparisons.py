@@ -117,7 +117,7 @@ def compare_results(results: Sequence[R], predictions: Sequence[Predictions]) ->
         alike.setdefault((found.uris.tobytes(), result.shots), []).append(index)
     judged = list(results)
     for indices in alike.values():
-        validated = [(results[index].validation_accuracy, results[index].validation_log_loss) for index in indices]
+        validated = [(results[index].validated, results[index].validation_log_loss) for index in indices]
         right, units = np.array([predictions[index].right for index in indices]), predictions[indices[0]].units
         p_values = compare_with_chosen(right, units, best_validated(validated))
         for index, p, best in zip(indices, p_values, may_be_best(right, units), strict=True):
@@ -210,7 +210,7 @@ def preference(
     ----------
     shots : int or "all"
     score : float or None
-        Validation accuracy; None or NaN, if nothing was validated, comes last.
+        Metric on validation rows; None or NaN, if nothing was validated, comes last.
     index : int
         Position among the models.
     log_loss : float, optional
@@ -222,6 +222,6 @@ def preference(
     >>> max(models, key=lambda one: preference(*one[:2], 0, one[2]))
     ('all', 0.9, 0.3)
     """
-    accuracy = -1.0 if score is None or math.isnan(score) else score
+    validated = -math.inf if score is None or math.isnan(score) else score
     loss = math.inf if log_loss is None or math.isnan(log_loss) else log_loss
-    return math.inf if shots == "all" else float(shots), accuracy, -loss, -index
+    return math.inf if shots == "all" else float(shots), validated, -loss, -index

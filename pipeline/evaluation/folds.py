@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
-from pipeline.evaluation.leaks import join_units
+from pipeline.evaluation.leaks import NearDuplicates, join_units
 from pipeline.evaluation.splits import MISSED, Splits, check_parts, draw_shots, hold_out_val, labelled_rows
 
 
@@ -63,13 +63,15 @@ def cross_splits(
     count: int,
     shots: int | str = "all",
     classes: Sequence[str] = (),
+    *,
+    near: NearDuplicates | None = None,
 ) -> list[Splits]:
     """Make every labelled row a test row once: one split per fold, with val (or shots) drawn from the other folds.
 
     Parameters
     ----------
-    labels, given, groups, digests, seed, shots, classes
-        As for `pipeline.evaluation.splits.make_splits`; a given val split is ignored.
+    labels, given, groups, digests, seed, shots, classes, near
+        As for `pipeline.evaluation.splits.make_splits`; a given val split is ignored, and no row is left out.
     count : int
         Number of folds.
 
@@ -85,7 +87,7 @@ def cross_splits(
             f"cross-validation is for sources without a test split, but {given_test} rows are given as test; "
             "fit without cv to test on them"
         )
-    units = join_units(groups, digests)
+    units = join_units(groups, digests, near)
     if count < 2:
         raise FitError(f"cross-validation needs at least 2 folds, got {count}")
     n_units = len(np.unique(units[rows]))

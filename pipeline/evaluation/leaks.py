@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,12 +11,41 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from features_cache import digest_keys
-from pipeline.arrays import IntArray, StrArray
+from pipeline.arrays import BoolArray, IntArray, StrArray
 
 MOST_NAMED = 5
 
 
-def join_units(groups: StrArray, digests: NDArray[np.uint8]) -> IntArray:
+@dataclass(frozen=True, eq=False)
+class NearDuplicates:
+    """Which of n rows show nearly the same; see `pipeline.neighbours`.
+
+    Parameters
+    ----------
+    images : (n,) int64
+        Number of the image that each row shows; rows of equal bytes show one.
+    groups : (m,) int64
+        Images of equal number must stay together.
+    first, second : (p,) int64
+        Pairs of images that are near, also those of different groups.
+    """
+
+    images: IntArray
+    groups: IntArray
+    first: IntArray
+    second: IntArray
+
+    def near_to(self, rows: IntArray) -> BoolArray:
+        """Tell of each row (n,) whether its image is among the images of `rows` (k,), or near one of them."""
+        among = np.zeros(len(self.groups), bool)
+        among[self.images[rows]] = True
+        near = among.copy()
+        near[self.second[among[self.first]]] = True
+        near[self.first[among[self.second]]] = True
+        return np.asarray(near[self.images])
+
+
+def join_units(groups: StrArray, digests: NDArray[np.uint8], near: NearDuplicates | None = None) -> IntArray:
     """Number the sets of rows that must stay together: linked by a group or by equal bytes, directly or in a chain.
 
     Parameters
@@ -24,17 +54,23 @@ def join_units(groups: StrArray, digests: NDArray[np.uint8]) -> IntArray:
         ``""`` is no group.
     digests : (n, 16) uint8
         Digests of the images' bytes.
+    near : NearDuplicates, optional
+        Then groups of near-duplicates link rows, too.
 
     Returns
     -------
     (n,) int64
         Rows of equal number must stay together.
     """
-    _, images = np.unique(digest_keys(digests), return_inverse=True)
+    if near is None:
+        _, images = np.unique(digest_keys(digests), return_inverse=True)
+    else:
+        images = near.groups[near.images]
     names, named = np.unique(groups, return_inverse=True)
     linked = groups != ""
-    nodes = len(groups) + len(names)
-    edges = (images[linked], len(groups) + named[linked])
+    most = max(len(groups), int(images.max(initial=0)) + 1)
+    nodes = most + len(names)
+    edges = (images[linked], most + named[linked])
     graph = coo_array((np.ones(int(linked.sum())), edges), shape=(nodes, nodes))
     _, component = connected_components(graph, directed=False)
     return np.asarray(component[images], np.int64)

@@ -1,10 +1,11 @@
 """How good predictions are.
 
-All metrics but log-loss and ECE follow from three counts per class. The counts take leading axes, so that a bootstrap
-computes a thousand samples at once; scikit-learn's functions take one sample at a time. Its `log_loss` would also hide
-a probability of zero, and its `balanced_accuracy_score` warns about predicted classes without a row.
+Accuracies, F1 and kappa follow from three counts per class. The counts take leading axes, so that a bootstrap computes
+a thousand samples at once; scikit-learn's functions take one sample at a time. Its `log_loss` would also hide a
+probability of zero, and its `balanced_accuracy_score` warns about predicted classes without a row.
 
-To add a metric, compute it in `evaluate`, and add it to `Metrics` and to `pipeline.results.FitResult`.
+To add a metric, compute it in `evaluate`, and add it to `Metrics` and to `pipeline.results.FitResult`. If parameters
+may be chosen by it, also add it to `rate` and to `pipeline.options.METRICS`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from pipeline.arrays import Float64Array, IntArray
 
 ECE_BINS = 15
+OF_SCORES = ("auroc", "average_precision", "top5_accuracy")
+"""The metrics of `pipeline.options.METRICS` that need scores of all classes, not labels alone."""
+TOP = 5
+FEWEST_FOR_TOP5 = 10
+"""With fewer classes, a guess is among the top five too often."""
 
 
 class Counts(NamedTuple):
@@ -58,6 +65,12 @@ class Metrics:
         Mean F1 over the classes that occur among the true labels or the predictions.
     log_loss, ece : float or None
         None without probabilities. Log-loss is infinite if a true label has probability 0.
+    kappa : float
+        Cohen's kappa (Cohen 1960): agreement beyond chance, at least -1.
+    top5_accuracy : float or None
+        Proportion of rows whose class is among the five of largest score; None below ten classes or without scores.
+    auroc, average_precision : float or None
+        Of each class against the rest, means over the classes that occur beside others; None without scores.
     """
 
     accuracy: float
@@ -65,9 +78,20 @@ class Metrics:
     macro_f1: float
     log_loss: float | None
     ece: float | None
+    kappa: float
+    top5_accuracy: float | None
+    auroc: float | None
+    average_precision: float | None
 
 
-def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: Float64Array | None = None) -> Metrics:
+def evaluate(
+    y_true: IntArray,
+    y_pred: IntArray,
+    n_classes: int,
+    probabilities: Float64Array | None = None,
+    scores: Float64Array | None = None,
+    folds: IntArray | None = None,
+) -> Metrics:
     """Compute the metrics of predictions.
 
     Parameters
@@ -78,6 +102,10 @@ def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: 
         Number of classes, K.
     probabilities : (n, K) float64, optional
         Rows that sum to one.
+    scores : (n, K) float64, optional
+        Of each class, larger where it is likelier; by default the probabilities.
+    folds : (n,) int64, optional
+        The model that gave the scores of each row, see `rate`.
 
     Examples
     --------
@@ -86,13 +114,52 @@ def evaluate(y_true: IntArray, y_pred: IntArray, n_classes: int, probabilities: 
     (0.75, 0.75)
     """
     counts = count(y_true, y_pred, n_classes)
+    ranked = probabilities if scores is None else scores
+    of_scores = {name: none_if_unknown(rate(name, y_true, y_pred, n_classes, ranked, folds)) for name in OF_SCORES}
+    if n_classes < FEWEST_FOR_TOP5:
+        of_scores["top5_accuracy"] = None
     return Metrics(
         accuracy=float(np.mean(y_true == y_pred)),
         mean_per_class_accuracy=float(mean_per_class_accuracy(counts)),
         macro_f1=float(macro_f1(counts)),
         log_loss=None if probabilities is None else log_loss(y_true, probabilities),
         ece=None if probabilities is None else expected_calibration_error(y_true, probabilities),
+        kappa=float(kappa(counts)),
+        **of_scores,
     )
+
+
+def rate(
+    metric: str,
+    y_true: IntArray,
+    y_pred: IntArray,
+    n_classes: int,
+    scores: Float64Array | None = None,
+    folds: IntArray | None = None,
+) -> float:
+    """Return one metric of `pipeline.options.METRICS`; NaN where it is not defined.
+
+    Scores of different models do not compare, so AUROC and average precision are means over `folds`.
+    """
+    of_counts = {"mean_per_class_accuracy": mean_per_class_accuracy, "macro_f1": macro_f1, "kappa": kappa}
+    if metric == "accuracy":
+        return float(np.mean(y_true == y_pred))
+    if metric in of_counts:
+        return float(of_counts[metric](count(y_true, y_pred, n_classes)))
+    if scores is None:
+        return math.nan
+    if metric == "top5_accuracy":
+        return top5_accuracy(y_true, scores)
+    of_ranks = {"auroc": auroc, "average_precision": average_precision}[metric]
+    parts = [np.arange(len(y_true))] if folds is None else [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
+    found = [of_ranks(y_true[part], scores[part]) for part in parts]
+    known = [value for value in found if not math.isnan(value)]
+    return fmean(known) if known else math.nan
+
+
+def none_if_unknown(value: float) -> float | None:
+    """Return None for NaN."""
+    return None if math.isnan(value) else value
 
 
 def count(y_true: IntArray, y_pred: IntArray, n_classes: int) -> Counts:
@@ -112,6 +179,50 @@ def macro_f1(counts: Counts) -> Float64Array:
     touched = counts.true + counts.predicted  # 2 tp + fp + fn
     f1 = 2 * counts.right / np.maximum(touched, 1)
     return np.asarray(f1.sum(axis=-1) / (touched > 0).sum(axis=-1))
+
+
+def kappa(counts: Counts) -> Float64Array:
+    """Return Cohen's kappa: (...) of counts (..., K); 0 where chance alone gets every row right."""
+    n = counts.true.sum(axis=-1)
+    chance = (counts.true / n[..., None] * counts.predicted / n[..., None]).sum(axis=-1)
+    agreed = counts.right.sum(axis=-1) / n
+    return np.asarray(np.where(chance < 1, (agreed - chance) / np.where(chance < 1, 1 - chance, 1), 0.0))
+
+
+def top5_accuracy(y_true: IntArray, scores: Float64Array) -> float:
+    """Return the share of rows (n,) whose class is among the five of largest score (n, K); ties count against it."""
+    own = scores[np.arange(len(y_true)), y_true]
+    return float(np.mean((scores >= own[:, None]).sum(axis=1) <= TOP))
+
+
+def auroc(y_true: IntArray, scores: Float64Array) -> float:
+    """Return the mean area under the ROC curve of each class against the rest, by ranks (Mann and Whitney 1947).
+
+    Classes without a row, or without a row of another class, are left out; NaN if all are.
+    """
+    found = []
+    for label in np.unique(y_true):
+        own = y_true == label
+        n_own = int(own.sum())
+        if n_own < len(own):
+            above = float(rankdata(scores[:, label])[own].sum()) - n_own * (n_own + 1) / 2
+            found.append(above / (n_own * (len(own) - n_own)))
+    return fmean(found) if found else math.nan
+
+
+def average_precision(y_true: IntArray, scores: Float64Array) -> float:
+    """Return the mean over classes of the precision at each row of the class, as scikit-learn has it.
+
+    Classes without a row, or without a row of another class, are left out; NaN if all are.
+    """
+    found = []
+    for label in np.unique(y_true):
+        own = y_true == label
+        if not own.all():
+            below = -scores[:, label]
+            # rows of the class, and all rows, whose score is at least that of each row of the class
+            found.append(float(np.mean(rankdata(below[own], "max") / rankdata(below, "max")[own])))
+    return fmean(found) if found else math.nan
 
 
 def log_loss(y_true: IntArray, probabilities: Float64Array) -> float:

@@ -35,6 +35,8 @@ class Predictions:
         Calibrate the probabilities of each row, see `pipeline.evaluation.calibration`.
     folds : (n,) int64, optional
         The fold of each row in a cross-validation.
+    scores : (n, K) float64, optional
+        Of all classes, for heads without probabilities; larger where likelier.
     groups : (n,) str, optional
         The group of each row, ``""`` for none; None in run folders that do not have them yet.
     """
@@ -47,6 +49,7 @@ class Predictions:
     temperatures: Float64Array | None = None
     folds: IntArray | None = None
     groups: StrArray | None = None
+    scores: Float64Array | None = None
 
     @property
     def units(self) -> StrArray:
@@ -78,6 +81,7 @@ def collect_predictions(
     y_pred: Sequence[IntArray],
     probabilities: Sequence[Float64Array | None],
     temperatures: Sequence[float | None],
+    scores: Sequence[Float64Array | None] = (),
 ) -> Predictions:
     """Put the predictions of all folds together, in the order of the rows in the table.
 
@@ -86,8 +90,9 @@ def collect_predictions(
     table : Table
     tests : sequence of (m,) int64
         Row numbers of each fold's test rows; a single array without cross-validation.
-    y_pred, probabilities, temperatures : sequences
-        For each fold the predicted classes (m,), the probabilities (m, K) of all classes, and what calibrates these.
+    y_pred, probabilities, temperatures, scores : sequences
+        For each fold the predicted classes (m,), the probabilities (m, K) of all classes, what calibrates these, and
+        the scores (m, K) where there are no probabilities.
     """
     rows = np.concatenate(tests)
     order = np.argsort(rows)
@@ -98,7 +103,9 @@ def collect_predictions(
     of_all = np.concatenate(given)[order] if given else None
     of_rows = np.repeat(told, sizes)[order] if len(told) == len(tests) else None
     folds = np.repeat(np.arange(len(tests)), sizes)[order] if len(tests) > 1 else None
-    columns = (table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds, table.groups[rows])
+    known = [one for one in scores if one is not None]
+    ranked = np.concatenate(known)[order] if known else None
+    columns = (table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds, table.groups[rows], ranked)
     found = Predictions(*columns)
     calibrated = found.calibrated
     sure = of_all if calibrated is None else calibrated
@@ -115,7 +122,16 @@ def measure(predictions: Predictions, n_classes: int) -> dict[str, Any]:
         "n_groups": len(right) if clusters is None else int(clusters.max()) + 1,
         "n_effective": n_effective,
         "accuracy_ci95": accuracy_interval(float(right.mean()), len(right), n_effective),
-        **asdict(evaluate(y_true, predictions.y_pred, n_classes, predictions.probabilities)),
+        **asdict(
+            evaluate(
+                y_true,
+                predictions.y_pred,
+                n_classes,
+                predictions.probabilities,
+                predictions.scores,
+                predictions.folds,
+            )
+        ),
         "temperature": None if temperatures is None else float(np.median(temperatures)),
         "log_loss_calibrated": None if calibrated is None else log_loss(y_true, calibrated),
         "ece_calibrated": None if calibrated is None else expected_calibration_error(y_true, calibrated),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
+from pipeline.evaluation.labels import LabelsTable, labels_of
+from pipeline.evaluation.leaks import NearDuplicates
 from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
 _CHUNK = 4096
@@ -30,7 +31,11 @@ class Table:
     rows : tuple of (n,) int64
         Numbers of the rows in each file.
     notes : tuple of str
-        On rows that were left out.
+        On where labels come from, and rows that were left out.
+    target : str or None
+        The column of a table that labels came from; None for the labels of the source.
+    near : NearDuplicates, optional
+        Of the rows, if near-duplicates are to be kept together.
     """
 
     files: tuple[CacheFile, ...]
@@ -42,6 +47,8 @@ class Table:
     groups: NDArray[np.str_]
     digests: NDArray[np.uint8]
     notes: tuple[str, ...]
+    target: str | None = None
+    near: NearDuplicates | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +110,7 @@ def select(
     source: str | None = None,
     backbone: str | None = None,
     pool: str | None = None,
+    labels: LabelsTable | None = None,
 ) -> list[Layer]:
     """Find layers by name.
 
@@ -115,6 +123,8 @@ def select(
         the files that fit, which must be of one source, backbone and pool.
     source, backbone, pool : str, optional
         Handles that narrow the files. Without a pool, files of whole activations are passed over if there are others.
+    labels : LabelsTable, optional
+        Labels, splits and groups to take instead of those of the source.
 
     Raises
     ------
@@ -134,7 +144,7 @@ def select(
         files = [catalog.find(layer=name, **narrowed) for name in names]
         key = tuple(dict.fromkeys(files))
         if key not in tables:
-            table = _tabulate(key)
+            table = _tabulate(key, labels)
             tables[key] = replace(table, notes=(*table.notes, *older, *_misread(key)))
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
@@ -214,49 +224,52 @@ def check_readable(file: CacheFile) -> None:
     if not file.n_rows or not (file.states == UNREADABLE).all():
         return
     hints = [f"{file.n_rows} of {file.n_rows} rows are unreadable, first: {file.uris[0]}: {file.reasons[0]}"]
-    missing, location = bool((file.sizes < 0).all()), file.handles.get("location", "")
+    missing = bool((file.sizes < 0).all()) and file.reasons[0] == "no such file"
+    location = file.handles.get("location", "")
     if missing and "\\" in str(file.uris[0]):
         hints.append("write / between folders instead of \\")
-    if missing and location.lower().endswith((".csv", ".parquet")):
-        hints.append(f"paths are relative to the manifest's folder, {PurePosixPath(location).parent}")
+    if missing and location.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet")):
+        hints.append(f"paths are relative to the manifest's folder, {location.rpartition('/')[0]}")
     raise FitError("; ".join(hints))
 
 
-def _tabulate(files: tuple[CacheFile, ...]) -> Table:
+def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None) -> Table:
     first = files[0]
     for file in files:
         file.check_columns()
     check_readable(first)
-    usable = (first.states == DONE) & (first.labels >= 0)
+    known = labels_of(first) if labels is None else labels.join(first.uris, first.splits, first.groups)
+    usable = (first.states == DONE) & (known.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")
     reasons = {
         "unreadable": first.states == UNREADABLE,
         "not extracted yet": first.states == PENDING,
-        "without a label": (first.states == DONE) & (first.labels < 0),
+        "without a label": (first.states == DONE) & (known.labels < 0),
     }
     for other in files[1:]:
-        if other.classes != first.classes:
+        if labels is None and other.classes != first.classes:
             raise FitError(f"{first.path.name} and {other.path.name} have different classes; join layers of one source")
     rows = join_rows(files, usable)
     counts = {reason: int(mask.sum()) for reason, mask in reasons.items()}
     counts["not in every joined file"] = int(usable.sum()) - len(rows[0])
     left_out = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    notes: tuple[str, ...] = (
-        (f"{first.n_rows - len(rows[0])} of {first.n_rows} rows are left out: {left_out}",) if left_out else ()
-    )
+    notes = known.notes
+    if left_out:
+        notes += (f"{first.n_rows - len(rows[0])} of {first.n_rows} rows are left out: {left_out}",)
     notes += tuple(file.missing_note for file in files if file.missing_note)
     kept = rows[0]
     return Table(
         files,
         tuple(rows),
-        tuple(first.classes),
+        known.classes,
         first.uris[kept],
-        np.array(first.labels[kept]),
-        first.splits[kept],
-        first.groups[kept],
+        np.array(known.labels[kept]),
+        known.splits[kept],
+        known.groups[kept],
         np.array(first.digests[kept]),
-        tuple(notes),
+        notes,
+        None if labels is None else labels.target,
     )
 
 

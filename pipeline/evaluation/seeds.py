@@ -57,10 +57,9 @@ def pool_seeds(predictions: Sequence[Predictions]) -> tuple[BoolArray, StrArray]
 
 
 def mean_validation(results: Sequence[FitResult]) -> tuple[float | None, float | None]:
-    """Return the mean validation accuracy and the mean log-loss there, None where a result lacks it."""
-    accuracies = [one.validation_accuracy for one in results]
+    """Return the mean metric on validation rows and the mean log-loss there, None where a result lacks it."""
     losses = [one.validation_log_loss for one in results]
-    return mean_if_known(accuracies), mean_if_known(losses)
+    return mean_if_known([one.validated for one in results]), mean_if_known(losses)
 
 
 def _summary(results: Sequence[FitResult]) -> SeedSummary:

@@ -42,9 +42,9 @@ def split_layers(
         if key not in made:
             columns = (table.labels, table.splits, table.groups, table.digests)
             if cv is None:
-                uris = table.uris.tolist()
-                made[key] = [make_splits(*columns, seed, count, table.classes, uris, drop_leaks=drop_leaks)]
+                names = (table.classes, table.uris.tolist())
+                made[key] = [make_splits(*columns, seed, count, *names, drop_leaks=drop_leaks, near=table.near)]
             else:
-                made[key] = cross_splits(*columns, seed, cv, count, table.classes)
+                made[key] = cross_splits(*columns, seed, cv, count, table.classes, near=table.near)
         found += [SplitLayer(layer, seed, count, splits) for splits in made[key]]
     return found

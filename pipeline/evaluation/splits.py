@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
-from pipeline.evaluation.leaks import MOST_NAMED, find_leaks, group_notes, join_units, leak_notes
+from pipeline.evaluation.leaks import (
+    MOST_NAMED,
+    NearDuplicates,
+    find_leaks,
+    group_notes,
+    join_units,
+    leak_notes,
+)
 
 HELD_OUT = 0.2
 MISSED = "without a training row"
@@ -56,6 +63,7 @@ def make_splits(
     uris: Sequence[str] = (),
     *,
     drop_leaks: bool = False,
+    near: NearDuplicates | None = None,
 ) -> Splits:
     """Divide labelled rows into train, val and test.
 
@@ -77,6 +85,8 @@ def make_splits(
         Names of classes and rows for the notes.
     drop_leaks : bool, default False
         Leave out test rows whose bytes equal those of a training row (of any, whatever the shots).
+    near : NearDuplicates, optional
+        Keep groups of near-duplicates together, and leave out test rows that are near a training row.
 
     Raises
     ------
@@ -84,12 +94,12 @@ def make_splits(
         If train or test would be empty, or train has fewer than two classes.
     """
     rows = labelled_rows(labels)
-    units = join_units(groups, digests)
+    units = join_units(groups, digests, near)
     rng = np.random.default_rng(seed)
     notes: list[str] = []
     train, val, test = _assign(rows, labels, given, units, rng, notes, cut_val=shots == "all")
     if drop_leaks:
-        test = _without_leaks(train, val, test, digests, notes)
+        test = _without_leaks(train, val, test, digests, near, notes)
     if shots != "all":
         train = draw_shots(train, labels, int(shots), rng, notes, classes)
         val = val[:0]
@@ -116,7 +126,7 @@ def labelled_rows(labels: IntArray) -> IntArray:
     """Return the rows whose label is not -1; raise `FitError` if there is none."""
     rows = np.flatnonzero(labels >= 0)
     if not len(rows):
-        raise FitError("no row has a label; put the images into one folder per class")
+        raise FitError("no row has a label; put the images into one folder per class, or name a table of labels")
     return rows
 
 
@@ -156,15 +166,24 @@ def _assign(
 
 
 def _without_leaks(
-    train: IntArray, val: IntArray, test: IntArray, digests: NDArray[np.uint8], notes: list[str]
+    train: IntArray,
+    val: IntArray,
+    test: IntArray,
+    digests: NDArray[np.uint8],
+    near: NearDuplicates | None,
+    notes: list[str],
 ) -> IntArray:
     in_test = set(test.tolist())
     leaking = [row for row, _ in find_leaks(train, val, test, digests) if row in in_test]
+    repeat = "repeat"
+    if near is not None:
+        leaking = test[near.near_to(np.concatenate([train, val]))[test]].tolist()
+        repeat = "repeat or nearly repeat"
     kept = np.setdiff1d(test, leaking)
     if not kept.size:
-        raise FitError(f"all {test.size} test images repeat training images; give other test images")
+        raise FitError(f"all {test.size} test images {repeat} training images; give other test images")
     if leaking:
-        notes.append(f"{len(leaking)} of {test.size} test images repeat training images and were left out")
+        notes.append(f"{len(leaking)} of {test.size} test images {repeat} training images and were left out")
     return kept
 
 

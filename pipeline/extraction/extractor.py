@@ -19,19 +19,22 @@ if TYPE_CHECKING:
     from pipeline.engines.select import Resolved
 
 
+_Asked = tuple[tuple[str, ...], tuple[str, ...]]  # layers, and the poolings that each of them gets
+
+
 class FeatureExtractor:
-    """A backbone for the layers of a request, and its engines by the layers that they give, each made once.
+    """A backbone for the layers of a request, and its engines by the features that they give, each made once.
 
     Parameters
     ----------
     requests : sequence of Request
-        Of one backbone; they differ only in the view, so that one engine serves all.
+        Of one backbone; they differ only in the pooling and the view, so that one engine serves all.
     engine, device : str, default "auto"
         As for `pipeline.engines.select.resolve`.
     batch_size : int, optional
         Images in the largest batch that will come; by default what suits the device.
     files : sequence of CacheFile
-        The cache files of the source: precision ``auto`` continues with that of a file of the same requests.
+        The cache files of the source: precision ``auto`` continues with that of a file of the same pooling.
 
     Attributes
     ----------
@@ -61,20 +64,22 @@ class FeatureExtractor:
         self.requests = requests
         self.backbone: Backbone = load_backbone(first.backbone, first.size, first.white)
         self.layers = resolve_layers(self.backbone, first.layers)
-        self._resolved = _resolved(requests, files, engine, device)
-        self._pool, self._batch_size = first.pool, batch_size or self._resolved.batch_size
-        self._tapped: dict[tuple[str, ...], TappedNetwork] = {}
-        self._engines: dict[tuple[str, ...], Engine] = {}
+        self._batch_size = batch_size
+        self._resolved: dict[str, Resolved] = {}
+        for pool in dict.fromkeys(request.pool for request in requests):
+            alike = [request for request in requests if request.pool == pool]
+            self._resolved[pool] = _resolved(alike, files, engine, device)
+        self._tapped: dict[_Asked, TappedNetwork] = {}
+        self._engines: dict[_Asked, Engine] = {}
 
     @property
     def identity(self) -> tuple[str, str]:
         """The same for all names of a network: its canonical name and the digest of its weights."""
         return self.backbone.name, self.backbone.weights_digest
 
-    @property
-    def engine_name(self) -> str:
-        """Name of the engine that was chosen, never ``auto``."""
-        return self._resolved.engine
+    def engine_name(self, pool: str) -> str:
+        """Return the name of the engine that was chosen for a pooling, never ``auto``."""
+        return self._resolved[pool].engine
 
     @cached_property
     def aliases(self) -> dict[str, list[str]]:
@@ -94,34 +99,35 @@ class FeatureExtractor:
         backbone = self.backbone
         layout = None if layer == INPUT else pooled_tap(backbone, layer, request.pool).layout
         preprocessing = backbone.preprocessing.viewed(request.augment, request.view)
-        precision = self._resolved.precision
         return LayerSpec(
             backbone.name,
             backbone.weights_digest,
             layer,
             request.pool,
             preprocessing,
-            precision,
+            self._resolved[request.pool].precision,
             request.store,
             prefix_tokens=layout.order.prefix if layout is not None and layout.kind == "tokens" else None,
             heads=backbone.heads(layer),
         )
 
-    def tapped(self, layers: tuple[str, ...]) -> TappedNetwork:
-        """Return the network from pixels to the features of `layers`."""
-        from pipeline.backbones.taps import tap
+    def tapped(self, layers: tuple[str, ...], pools: tuple[str, ...]) -> TappedNetwork:
+        """Return the network from pixels to the features of `layers` with each of `pools`."""
+        from pipeline.backbones.taps import TappedNetwork
 
-        if layers not in self._tapped:
-            self._tapped[layers] = tap(self.backbone, layers, self._pool)
-        return self._tapped[layers]
+        if (layers, pools) not in self._tapped:
+            self._tapped[layers, pools] = TappedNetwork(self.backbone, layers, pools)
+        return self._tapped[layers, pools]
 
-    def engine(self, layers: tuple[str, ...]) -> Engine:
-        """Return what computes the features of `layers`."""
+    def engine(self, layers: tuple[str, ...], pools: tuple[str, ...]) -> Engine:
+        """Return what computes the features of `layers` with each of `pools`, all of one precision, in one pass."""
         from pipeline.engines.engine import build_engine
 
-        if layers not in self._engines:
-            self._engines[layers] = build_engine(self.tapped(layers), self._resolved, self._batch_size)
-        return self._engines[layers]
+        if (layers, pools) not in self._engines:
+            resolved = self._resolved[pools[0]]
+            batch_size = self._batch_size or resolved.batch_size
+            self._engines[layers, pools] = build_engine(self.tapped(layers, pools), resolved, batch_size)
+        return self._engines[layers, pools]
 
 
 def _resolved(requests: Sequence[Request], files: Sequence[CacheFile], engine: str, device: str) -> Resolved:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -48,24 +48,30 @@ class Clock:
         setattr(self, part, getattr(self, part) + time.perf_counter() - since)
 
 
+class Opened(NamedTuple):
+    """A cache file open for writing; `results` are those of the engine that go into it, a layer each."""
+
+    writer: CacheWriter
+    engine: Engine
+    results: slice
+
+
 class CacheFiller:
-    """A cache file, its engine, and the batches on their way between them.
+    """A cache file being filled with what an engine gives.
 
     Parameters
     ----------
-    writer : CacheWriter
-        Open; whoever opened it closes it.
-    engine : Engine
-        Gives the features of the file's layers, in their order.
+    opened : Opened
+        Whoever opened it closes its writer.
     asked : (n,) bool
         Rows that may be computed; the others stay as they are.
     on_error : {"skip", "stop"}
         Whether an image that cannot be decoded becomes an unreadable row or ends the run.
-    clock : Clock
-        Where time is noted.
 
     Attributes
     ----------
+    writer : CacheWriter
+    engine : Engine
     preprocessing : Preprocessing
         What the engine's network expects.
     pending : np.ndarray
@@ -78,10 +84,11 @@ class CacheFiller:
         Rows that were written with NaN or infinite features.
     """
 
-    def __init__(self, writer: CacheWriter, engine: Engine, asked: BoolArray, on_error: str, clock: Clock) -> None:
-        writer.begin_run(_provenance(engine.resolved))
-        self.writer, self.engine, self._on_error, self._clock = writer, engine, on_error, clock
-        layers = writer.cache.layers
+    def __init__(self, opened: Opened, asked: BoolArray, on_error: str) -> None:
+        self.writer, self.engine, self._results = opened
+        self._on_error = on_error
+        writer, layers = self.writer, self.writer.cache.layers
+        writer.begin_run(_provenance(self.engine.resolved))
         self.preprocessing = LayerSpec.from_json(next(iter(layers.values())).spec).preprocessing
         self.pending = np.zeros(writer.cache.n_rows, bool)
         self.pending[writer.pending()] = True
@@ -92,11 +99,8 @@ class CacheFiller:
         specs = [LayerSpec.from_json(info.spec) for info in layers.values()]
         fingerprints = zip(*([spec.fingerprint, *older_fingerprints(spec)] for spec in specs), strict=True)
         own = published_path(writer.cache.path)
-        self._donors = [
-            Donors(folder, set(alike), own) for alike in fingerprints
-        ]  # those of today's decoding rules first
+        self._donors = [Donors(folder, set(alike), own) for alike in fingerprints]  # today's decoding rules first
         self._tiffs: set[bytes] = set()
-        self._running: deque[tuple[list[LoadedImage], Running]] = deque()
 
     @property
     def notes(self) -> list[str]:
@@ -119,35 +123,18 @@ class CacheFiller:
     def _donors_of(self, digest: bytes) -> list[Donors]:
         return self._donors[:1] if digest in self._tiffs else self._donors
 
-    def feed(self, batch: list[LoadedImage], index: int) -> None:
-        """Start on the pending rows of a batch; `index` is that of this file's preprocessing among the pixels."""
-        began = time.perf_counter()
-        pending = [image for image in batch if self.pending[image.row]]
-        pixels = [image.pixels[index] for image in pending if image.pixels is not None]
-        running = self.engine.start(np.array(pixels, np.uint8).reshape(-1, *self.preprocessing.size, 3))
-        self._running.append((pending, running))
-        self._clock.spend("model", began)
-        if len(self._running) > self.engine.ahead:
-            self._collect()
-
-    def drain(self) -> None:
-        """Finish all that was started."""
-        while self._running:
-            self._collect()
-
-    def _collect(self) -> None:
-        began = time.perf_counter()
-        images, running = self._running.popleft()
-        arrays = running()
-        self._clock.spend("model", began)
-        began = time.perf_counter()
+    def take(self, images: Sequence[LoadedImage], results: Sequence[np.ndarray]) -> None:
+        """Write the pending ones of some images, given all results of the engine for those that have pixels."""
         computed = [image for image in images if image.pixels is not None]
+        mine = np.array([self.pending[image.row] for image in computed], bool)
+        arrays = [array[mine] for array in results[self._results]]
+        computed = [image for image in computed if self.pending[image.row]]
         self._write(computed, dict(zip(self.writer.cache.layers, arrays, strict=True)))
         self.computed += len(computed)
         self.few_levels += sum(image.few_levels for image in computed)
+        images = [image for image in images if self.pending[image.row]]
         self._write_copies(images)
         self._write_failures(images)
-        self._clock.spend("disk", began)
 
     def _write(self, images: Sequence[LoadedImage], features: dict[str, np.ndarray]) -> None:
         digests = np.frombuffer(b"".join(image.digest for image in images), np.uint8).reshape(-1, DIGEST_SIZE)
@@ -188,6 +175,42 @@ class CacheFiller:
             self.writer.fail(image.row, image.failure, image.digest or None)
 
 
+class _Pass:
+    """The batches on their way through an engine into the files that take its results."""
+
+    def __init__(self, fillers: Sequence[CacheFiller], clock: Clock) -> None:
+        self._fillers, self._clock, self._engine = fillers, clock, fillers[0].engine
+        self.preprocessing = fillers[0].preprocessing
+        self._pending = np.any([filler.pending for filler in fillers], axis=0)
+        self._running: deque[tuple[list[LoadedImage], Running]] = deque()
+
+    def feed(self, batch: list[LoadedImage], index: int) -> None:
+        """Start on the pending rows of a batch; `index` is that of the preprocessing among the pixels."""
+        began = time.perf_counter()
+        pending = [image for image in batch if self._pending[image.row]]
+        pixels = [image.pixels[index] for image in pending if image.pixels is not None]
+        running = self._engine.start(np.array(pixels, np.uint8).reshape(-1, *self.preprocessing.size, 3))
+        self._running.append((pending, running))
+        self._clock.spend("model", began)
+        if len(self._running) > self._engine.ahead:
+            self._collect()
+
+    def drain(self) -> None:
+        """Finish all that was started."""
+        while self._running:
+            self._collect()
+
+    def _collect(self) -> None:
+        began = time.perf_counter()
+        images, running = self._running.popleft()
+        results = running()
+        self._clock.spend("model", began)
+        began = time.perf_counter()
+        for filler in self._fillers:
+            filler.take(images, results)
+        self._clock.spend("disk", began)
+
+
 def fill(
     images: ImageSource,
     fillers: Sequence[CacheFiller],
@@ -197,7 +220,7 @@ def fill(
     clock: Clock,
     progress: Progress,
 ) -> None:
-    """Read and decode the images that any file lacks once, and run them through all networks into all files.
+    """Read and decode the images that any file lacks once, and run them once through each network into all files.
 
     Parameters
     ----------
@@ -218,7 +241,11 @@ def fill(
     size = sum(filler.writer.cache.path.stat().st_size for filler in fillers)
     text = ", ".join(dict.fromkeys(filler.writer.cache.handles["backbone"] for filler in fillers))
     progress(handled, total, text, f"{size / 1e6:,.0f} MB")
-    preprocessings = [filler.preprocessing for filler in fillers]
+    sharing: dict[Any, list[CacheFiller]] = {}  # views share an engine, but not its passes
+    for filler in fillers:
+        sharing.setdefault((id(filler.engine), filler.preprocessing), []).append(filler)
+    passes = [_Pass(some, clock) for some in sharing.values()]
+    preprocessings = [one.preprocessing for one in passes]
     batch_size = batch_size or fillers[0].engine.resolved.batch_size
 
     def known(digest: bytes, data: bytes) -> bool:
@@ -228,13 +255,13 @@ def fill(
         waited = time.perf_counter()
         for batch in batches:
             clock.spend("decode", waited)
-            for index, filler in enumerate(fillers):
-                filler.feed(batch, index)
+            for index, one in enumerate(passes):
+                one.feed(batch, index)
             handled += len(batch)
             progress(handled, total, text, f"bound by {clock.bound}")
             waited = time.perf_counter()
-    for filler in fillers:
-        filler.drain()
+    for one in passes:
+        one.drain()
 
 
 def _provenance(resolved: Resolved) -> dict[str, Any]:

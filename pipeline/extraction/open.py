@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ from features_cache import (
 from pipeline.arrays import BoolArray
 from pipeline.errors import BackboneError, ModelFileError
 from pipeline.extraction.extractor import FeatureExtractor
+from pipeline.extraction.fill import Opened
 from pipeline.extraction.lookup import (
     check_specs,
     find_answer,
@@ -42,6 +44,9 @@ from pipeline.extraction.lookup import (
 from pipeline.extraction.parts import follow_source, most_rows
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
+
+if TYPE_CHECKING:
+    from pipeline.backbones.taps import TappedNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +97,10 @@ class Destination:
 
 def open_files(
     destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
-) -> Iterator[CacheFile | CacheWriter | PartPlan]:
-    """Yield what holds the layers of an extractor's requests: files that are complete, and writers of the others.
+) -> Iterator[CacheFile | PartPlan | Opened]:
+    """Yield what holds the layers of an extractor's requests: files that are complete, and the others, opened.
 
+    Those of the same layers and precision with different poolings share an engine, which gives all of them in one pass.
     A cache in parts that is not complete is given as its plan.
 
     Parameters
@@ -104,21 +110,58 @@ def open_files(
     expect : sequence of LayerSpec, optional
         See `check_expected`.
     """
-    for request in extractor.requests:
-        specs = {name: extractor.spec(name, request) for name in extractor.layers}
-        check_expected(specs.values(), expect)
-        files = [file for file in destination.files if not is_outdated(file) or _can_continue(file, request, extractor)]
-        holders = {name: find_holder(files, spec) for name, spec in specs.items()}
-        for file in dict.fromkeys(holder for holder in holders.values() if holder):
-            if destination.has_all_of(file):
-                yield file
-            elif isinstance(file, PartedCache):
-                yield _refit(file.plan, destination)
-            elif destination.whole:
-                yield _continue(file, destination, extractor)
-        missing = {name: spec for name, spec in specs.items() if holders[name] is None}
-        if missing and (made := _create(missing, request, destination, extractor)) is not None:
-            yield made
+    needed = [one for request in extractor.requests for one in _needed(request, destination, extractor, expect)]
+    pools: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for one in needed:
+        if isinstance(one, _Lacking):
+            pools[one.sharing].append(one.request.pool)
+    for one in needed:
+        if not isinstance(one, _Lacking):
+            yield one
+            continue
+        layers, asked = tuple(one.layers), tuple(pools[one.sharing])
+        # the engine first, so that a network that cannot run leaves all files as they are
+        engine = extractor.engine(layers, asked)
+        if one.file is None:
+            writer = _create(one.layers, one.request, destination, extractor.aliases, extractor.tapped(layers, asked))
+        else:
+            writer = _continue(one.file, destination)
+        start = asked.index(one.request.pool) * len(layers)
+        yield Opened(writer, engine, slice(start, start + len(layers)))
+
+
+class _Lacking(NamedTuple):
+    """A file that lacks rows, or that is not there yet: then `file` is None."""
+
+    request: Request
+    layers: dict[str, LayerSpec]
+    file: CacheFile | None
+
+    @property
+    def sharing(self) -> tuple[Any, ...]:
+        """What files have in common whose features come from one pass."""
+        return tuple(self.layers), next(iter(self.layers.values())).precision, self.request.view
+
+
+def _needed(
+    request: Request, destination: Destination, extractor: FeatureExtractor, expect: Sequence[LayerSpec] | None
+) -> Iterator[CacheFile | PartPlan | _Lacking]:
+    specs = {name: extractor.spec(name, request) for name in extractor.layers}
+    check_expected(specs.values(), expect)
+    files = [file for file in destination.files if not is_outdated(file) or _can_continue(file, request, extractor)]
+    holders = {name: find_holder(files, spec) for name, spec in specs.items()}
+    for file in dict.fromkeys(holder for holder in holders.values() if holder):
+        if destination.has_all_of(file):
+            yield file
+        elif isinstance(file, PartedCache):
+            yield _refit(file.plan, destination)
+        elif destination.whole:
+            yield _Lacking(request, {name: LayerSpec.from_json(info.spec) for name, info in file.layers.items()}, file)
+    missing = {name: spec for name, spec in specs.items() if holders[name] is None}
+    if missing and (plan := _plan_parts(missing, request, destination, extractor)) is not None:
+        yield plan
+    elif missing and destination.whole:
+        yield _Lacking(request, missing, None)
 
 
 def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor) -> bool:
@@ -131,12 +174,11 @@ def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor
     return all(one in older_fingerprints(spec) for one, spec in zip(found, specs, strict=True))
 
 
-def _continue(file: CacheFile, destination: Destination, extractor: FeatureExtractor) -> CacheWriter:
+def _continue(file: CacheFile, destination: Destination) -> CacheWriter:
     """Open a file that lacks rows, or that was made for other rows or by older decoding rules.
 
     The rows of older rules are not carried over: `CacheFiller` copies those that the rules of today leave as they are.
     """
-    extractor.engine(tuple(file.layers))  # first, so that a network that cannot run leaves the file as it is
     carry = not destination.rehash and not is_outdated(file)
     if carry and destination.has_rows_of(file):
         writer = CacheWriter.resume(file.path)
@@ -167,44 +209,65 @@ def _of_today(info: LayerInfo) -> LayerInfo:
     return replace(info, spec=spec.to_json(), fingerprint=spec.fingerprint)
 
 
-def _create(
+def _plan_parts(
     specs: dict[str, LayerSpec], request: Request, destination: Destination, extractor: FeatureExtractor
-) -> CacheWriter | PartPlan | None:
-    """Make a file for layers that none holds, or the plan of one in parts; None if whole files are not written."""
-    images, backbone = destination.images, extractor.backbone
-    tapped = extractor.tapped(tuple(specs))
-    layers = [
-        LayerInfo(name, tapped.dims[name], spec.store, spec.to_json(), spec.fingerprint, tapped.shapes.get(name, ()))
-        for name, spec in specs.items()
-    ]
-    key = fingerprint_of([images.location, *(layer.fingerprint for layer in layers)])
-    path = destination.folder / file_name(images.name, backbone.handle, key)
-    handles = {"source": images.name, "location": images.location, "backbone": backbone.handle, "pool": request.pool}
-    if request.view is not None:
-        handles["view"] = f"{request.augment} {request.view}"
-    asked = request.to_json() | {"aliases": extractor.aliases}
-    if destination.part_rows is not None:
-        most, uris = most_rows(layers, destination.part_rows), destination.rows.uris
-        if len(uris) > most:
-            # the name leaves out what auto stands for here, so that machines of other precisions take one plan
-            as_asked = [replace(spec, precision=request.precision).fingerprint for spec in specs.values()]
-            name = file_name(images.name, backbone.handle, fingerprint_of([images.location, *as_asked]))
-            plan = (destination.folder / name).with_suffix(PLAN_SUFFIX)
-            pinned = {"engine": extractor.engine_name}
-            destination.folder.mkdir(parents=True, exist_ok=True)
-            planned = PartPlan(plan, tuple(layers), handles, asked, pinned, most, divide(uris, most)).publish()
-            return _refit(planned, destination)
-    if not destination.whole:
+) -> PartPlan | None:
+    """Return the plan of a new cache in parts, which is written unless there is one; None if it would be one part."""
+    if destination.part_rows is None:
         return None
+    tapped = extractor.tapped(tuple(specs), (request.pool,))
+    layers = _layers(specs, request, tapped)
+    most, uris = most_rows(layers, destination.part_rows), destination.rows.uris
+    if len(uris) <= most:
+        return None
+    # the name leaves out what auto stands for here, so that machines of other precisions take one plan
+    as_asked = [replace(spec, precision=request.precision).fingerprint for spec in specs.values()]
+    path = _path(destination, tapped, as_asked).with_suffix(PLAN_SUFFIX)
+    handles, asked = _handles(destination, request, tapped), request.to_json() | {"aliases": extractor.aliases}
+    pinned = {"engine": extractor.engine_name(request.pool)}
+    destination.folder.mkdir(parents=True, exist_ok=True)
+    return _refit(PartPlan(path, layers, handles, asked, pinned, most, divide(uris, most)).publish(), destination)
+
+
+def _create(
+    specs: dict[str, LayerSpec],
+    request: Request,
+    destination: Destination,
+    aliases: dict[str, list[str]],
+    tapped: TappedNetwork,
+) -> CacheWriter:
+    layers, handles = _layers(specs, request, tapped), _handles(destination, request, tapped)
+    path = _path(destination, tapped, [layer.fingerprint for layer in layers])
     if path.exists():  # another process made it since; a damaged file raises its own error
         made = open_cache(path)
         check_specs(made)
         same_layers = [info.fingerprint for info in made.layers.values()] == [info.fingerprint for info in layers]
         if made.handles != handles or not same_layers:
             raise CacheError(f"{path} holds other features than its name says; delete it and extract again")
-        return _continue(made, destination, extractor)
-    extractor.engine(tuple(specs))  # first, so that a network that cannot run leaves no empty file
-    return CacheWriter.create(path, destination.rows, images.classes, layers, handles, asked)
+        return _continue(made, destination)
+    asked = request.to_json() | {"aliases": aliases}
+    return CacheWriter.create(path, destination.rows, destination.images.classes, layers, handles, asked)
+
+
+def _layers(specs: dict[str, LayerSpec], request: Request, tapped: TappedNetwork) -> tuple[LayerInfo, ...]:
+    dims, shapes = tapped.dims[request.pool], tapped.shapes[request.pool]
+    return tuple(
+        LayerInfo(name, dims[name], spec.store, spec.to_json(), spec.fingerprint, shapes[name])
+        for name, spec in specs.items()
+    )
+
+
+def _path(destination: Destination, tapped: TappedNetwork, fingerprints: Sequence[str]) -> Path:
+    key = fingerprint_of([destination.images.location, *fingerprints])
+    return destination.folder / file_name(destination.images.name, tapped.name, key)
+
+
+def _handles(destination: Destination, request: Request, tapped: TappedNetwork) -> dict[str, str]:
+    images = destination.images
+    handles = {"source": images.name, "location": images.location, "backbone": tapped.name, "pool": request.pool}
+    if request.view is not None:
+        handles["view"] = f"{request.augment} {request.view}"
+    return handles
 
 
 def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -> list[str]:

@@ -30,7 +30,7 @@ from features_cache import (
 from pipeline.arrays import BoolArray
 from pipeline.errors import BackboneError, EngineError, SourceError
 from pipeline.extraction.extractor import FeatureExtractor
-from pipeline.extraction.fill import CacheFiller, Clock, fill
+from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
 from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Progress
@@ -188,12 +188,13 @@ class PartFiller:
         if is_published() and not computing.rehash:
             drop_tries(plan.path_of(number))
             return done
-        engine = self._network().engine(tuple(layer.name for layer in plan.layers))
+        layers = tuple(layer.name for layer in plan.layers)
+        engine = self._network().engine(layers, (plan.handles["pool"],))
         began = time.perf_counter()
         donors = () if computing.rehash else donors_of(plan, number)
         try:
             with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
-                filler = CacheFiller(writer, engine, asked, computing.on_error, done.clock)
+                filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
                 fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
             publish_try(writer.cache.path, is_published)
         except (CacheError, FileNotFoundError):

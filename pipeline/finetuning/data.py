@@ -18,6 +18,7 @@ from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import top_input
 from pipeline.engines.select import Resolved, resolve
 from pipeline.errors import FitError
+from pipeline.evaluation.labels import LabelsTable
 from pipeline.evaluation.rows import Table, select
 from pipeline.evaluation.splits import Splits, make_splits
 from pipeline.extract import extract
@@ -59,6 +60,7 @@ class TrainingSetup:
     workers: int | None
     progress: Progress
     say: Callable[[str], None]
+    labels: LabelsTable | None = None
     extracted: list[list[ExtractResult]] = field(default_factory=list)
 
     @property
@@ -99,19 +101,19 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     line, read = line_of(backbone, setup.freeze), top_input(backbone)
     pooled = read._replace(layout=Layout("vector"))
     cached = line is not None and (recipe.augment == NO_AUGMENT or recipe.views is not None)
-    image = _extract_plain(setup, INPUT) if recipe.top == "direct" and (cached or setup.head_first) else None
-    features = _extract_plain(setup, PENULTIMATE) if setup.head_first else None
+    image = extract_plain(setup, INPUT) if recipe.top == "direct" and (cached or setup.head_first) else None
+    features = extract_plain(setup, PENULTIMATE) if setup.head_first else None
     top_reader = None if features is None else CachedActivations(PENULTIMATE, pooled, (features, image))
     if line is None or not cached:
-        listing = features or image or _extract_plain(setup, INPUT)
+        listing = features or image or extract_plain(setup, INPUT)
         images = DecodedImages(setup.source, backbone.preprocessing, recipe.augment, setup.workers, listing.digests)
-        return TrainingData(backbone, resolved, _table([listing]), images, top_reader, resolved.precision)
+        return TrainingData(backbone, resolved, _table([listing], setup.labels), images, top_reader, resolved.precision)
     layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, _keeping(line.layout))
     if setup.freeze != ALL or recipe.views is not None:
         dim = pooled_dim(line.shape, line.layout, pool)
         _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
-    file = _extract_plain(setup, layer, pool)
-    table = _table([one for one in (file, features, image) if one is not None])
+    file = extract_plain(setup, layer, pool)
+    table = _table([one for one in (file, features, image) if one is not None], setup.labels)
     views = () if recipe.views is None else _extract_views(setup, draws, table, layer, (file, image))
     reader = CachedActivations(layer, pooled if setup.freeze == ALL else line, (file, image), views)
     return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
@@ -128,7 +130,7 @@ def splits_of(table: Table, seed: int, shots: int | str) -> Splits:
     return make_splits(*columns, seed, shots, table.classes, table.uris.tolist())
 
 
-def _extract_plain(setup: TrainingSetup, layer: str, pool: str = DEFAULT_POOL) -> CacheFile:
+def extract_plain(setup: TrainingSetup, layer: str, pool: str = DEFAULT_POOL) -> CacheFile:
     """Return the file that holds `layer` of the plain images."""
     (file,) = _extract(setup, layer, pool, _folder(setup, layer, pool), setup.precision)
     return file
@@ -213,9 +215,9 @@ def _announce_size(setup: TrainingSetup, plain: Request, dim: int, precision: st
         )
 
 
-def _table(files: Sequence[CacheFile]) -> Table:
+def _table(files: Sequence[CacheFile], labels: LabelsTable | None) -> Table:
     """Return the labelled rows of the first file; raises `FitError` if another file lacks any of them."""
-    table = select(Catalog(files[0].path), [next(iter(files[0].layers))])[0].table
+    table = select(Catalog(files[0].path), [next(iter(files[0].layers))], labels=labels)[0].table
     for file in files[1:]:
         _require_rows(file, files[0], table.rows[0])
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.backbones.aliases import INPUT
 from pipeline.backbones.thaw_line import LayerNode
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.ahead import map_ahead
-from pipeline.images.loader import default_workers, digest_of
+from pipeline.images.loader import default_workers, digest_of, readers_of
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import Preprocessing
@@ -89,7 +90,8 @@ class DecodedImages:
         digests: NDArray[np.uint8] | None = None,
     ) -> None:
         self._source, self._preprocessing, self._augment, self._digests = source, preprocessing, augment, digests
-        self._pool = ThreadPoolExecutor(workers or default_workers())
+        workers = workers or default_workers()
+        self._pool = ThreadPoolExecutor(readers_of(source, workers) if source.remote else workers)
         height, width = preprocessing.size
         self._kept: dict[int, np.ndarray] = {}
         self._most_kept = _KEPT_BYTES // (height * width * 3)
@@ -154,10 +156,12 @@ class Subset:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         view = (self.seed or 0) * 100_000 + epoch if self.augmented else None
 
-        def read(batch: IntArray) -> tuple[Inputs, Tensor]:
-            return self.reader.read(self.rows[batch], view), torch.from_numpy(self.labels[batch])
-
+        read = partial(self.read_batch, view=view)
         return map_ahead(read, np.array_split(order, self.n_batches), threads=1, depth=1)
+
+    def read_batch(self, index: IntArray, view: int | None) -> tuple[Inputs, Tensor]:
+        """Return the inputs and labels of the rows at `index` (k,) of this subset."""
+        return self.reader.read(self.rows[index], view), torch.from_numpy(self.labels[index])
 
 
 def batch_count(rows: int, batch_size: int) -> int:

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
 
 from features_cache import CacheError, ThawlineError
-from pipeline.arrays import Float64Array, IntArray
+from pipeline.arrays import Float64Array
 from pipeline.backbones.trace import hooked
 from pipeline.engines.memory import keep_freed_memory
 from pipeline.errors import FitError
@@ -25,6 +25,7 @@ from pipeline.finetuning.checkpoint import read_checkpoint, write_checkpoint
 from pipeline.finetuning.groups import parameter_groups
 from pipeline.finetuning.inputs import Inputs, Subset
 from pipeline.finetuning.network import ThawedNetwork, layer_name
+from pipeline.finetuning.objective import Objective
 from pipeline.finetuning.recipe import Recipe
 from pipeline.finetuning.schedule import Schedule
 from pipeline.finetuning.watch import GradientWatch, judge
@@ -37,8 +38,9 @@ SAVE_EVERY_S = 5.0
 """Least time between two checkpoints, so that short epochs do not spend their time on writing."""
 
 Epoch = dict[str, Any]
-"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss``, ``valid_loss``, ``valid_acc``, ``lr``, ``seconds``,
-and ``gradients`` (see `pipeline.finetuning.watch.GradientWatch`) where they are watched."""
+"""What is recorded of an epoch: ``epoch`` (from 1), ``train_loss``, ``train_acc`` (of each batch before its step),
+``valid_loss``, ``valid_acc`` (accuracies only where the objective has classes), ``lr``, ``seconds``, and ``gradients``
+(see `pipeline.finetuning.watch.GradientWatch`) where they are watched."""
 
 
 class DivergedError(ThawlineError):
@@ -66,7 +68,7 @@ def train(
     rate: float,
     rows: Subset,
     val: Subset | None,
-    n_classes: int,
+    objective: Objective,
     checkpoint: Path,
     seed: int,
     device: str,
@@ -88,7 +90,7 @@ def train(
             f"batch norms, such as {norms[0]}, cannot learn from batches of one image; use a batch size of 2 or more, "
             "or freeze everything"
         )
-    trainer = _Trainer(network, recipe, rate, rows, val, n_classes, seed, device, watch=watch)
+    trainer = _Trainer(network, recipe, rate, rows, val, objective, seed, device, watch=watch)
     trainer.restore(read_checkpoint(checkpoint))
     resumed_seconds = sum(epoch["seconds"] for epoch in trainer.history)
     total = recipe.epochs * rows.n_batches
@@ -134,7 +136,7 @@ class _Trainer:
         rate: float,
         rows: Subset,
         val: Subset | None,
-        n_classes: int,
+        objective: Objective,
         seed: int,
         device: str,
         *,
@@ -143,8 +145,7 @@ class _Trainer:
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.recipe, self.rows, self.val, self.seed, self.device = recipe, rows, val, seed, device
         self.optimizer = make_optimizer(network, recipe, rate)
-        weights = class_weights(np.bincount(rows.labels, minlength=n_classes)) if recipe.class_weights else None
-        self.criterion = nn.CrossEntropyLoss(weights, label_smoothing=recipe.label_smoothing).to(device)
+        self.objective = objective.to(device)
         self.schedule = Schedule(self.optimizer, recipe, rows.n_batches)
         self.watch = GradientWatch(network) if watch else None
         self.history: list[Epoch] = []
@@ -157,19 +158,24 @@ class _Trainer:
         began = time.perf_counter()
         number = len(self.history) + 1
         torch.manual_seed(self.seed * 100_003 + number)  # dropout is the same if a run goes on from a checkpoint
-        losses, sizes = [], []
+        losses, sizes, right = [], [], []
         self.network.train()
-        for step, (inputs, labels) in enumerate(self.rows.batches(number - 1), start=1):
+        for step, (inputs, targets) in enumerate(self.rows.batches(number - 1), start=1):
             self.schedule.before_step()
-            inputs, labels = _on(self.device, inputs), labels.to(self.device)
-            loss = take_step(self.network, inputs, labels, self.criterion, self.optimizer, self.recipe.clip, self.watch)
+            inputs, targets = _on(self.device, inputs), targets.to(self.device)
+            clip = self.recipe.clip
+            loss, outputs = take_step(self.network, inputs, targets, self.objective, self.optimizer, clip, self.watch)
             if not math.isfinite(loss):
                 layer = first_bad_layer(self.network, inputs)
                 raise DivergedError(f"the loss became {loss} at step {step} of epoch {number}, first in {layer}")
             losses.append(loss)
-            sizes.append(len(labels))
+            sizes.append(len(targets))
+            if (hits := self.objective.right(outputs, targets)) is not None:
+                right.append(float(hits.sum()))
             tell(number, step)
         record: Epoch = {"epoch": number, "train_loss": float(np.average(losses, weights=sizes))}
+        if right:
+            record["train_acc"] = sum(right) / sum(sizes)
         if self.val is not None:
             record |= self._validate(self.val, number)
         record["lr"] = max(float(group["lr"]) for group in self.optimizer.param_groups)
@@ -181,17 +187,18 @@ class _Trainer:
     @torch.no_grad()
     def _validate(self, val: Subset, epoch: int) -> Epoch:
         self.network.eval()
-        losses, sizes, right = [], [], 0
-        for inputs, labels in val.batches():
-            labels = labels.to(self.device)
-            logits = self.network(*_on(self.device, inputs))
-            losses.append(self.criterion(logits, labels).item())
-            sizes.append(len(labels))
-            right += int((logits.argmax(1) == labels).sum())
+        losses, sizes, right = [], [], []
+        for inputs, targets in val.batches():
+            targets = targets.to(self.device)
+            outputs = self.network(*_on(self.device, inputs))
+            losses.append(self.objective(outputs, targets).item())
+            sizes.append(len(targets))
+            if (hits := self.objective.right(outputs, targets)) is not None:
+                right.append(float(hits.sum()))
         loss = float(np.average(losses, weights=sizes))
         if not math.isfinite(loss):
             raise DivergedError(f"the validation loss became {loss} in epoch {epoch}")
-        return {"valid_loss": loss, "valid_acc": right / sum(sizes)}
+        return {"valid_loss": loss, **({"valid_acc": sum(right) / sum(sizes)} if right else {})}
 
     def add(self, epoch: Epoch) -> None:
         """Record an epoch that is over, keep its weights if they are the best, and decide whether it was the last."""
@@ -227,18 +234,22 @@ class _Trainer:
 def take_step(
     network: nn.Module,
     inputs: Inputs,
-    labels: Tensor,
-    criterion: nn.Module,
+    targets: Tensor,
+    objective: nn.Module,
     optimizer: Optimizer,
     clip: float | None = None,
     watch: GradientWatch | None = None,
-) -> float:
-    """Make one optimizer step on a batch and return its loss; if the loss is not finite, no step is made."""
+) -> tuple[float, Tensor]:
+    """Make one optimizer step on a batch; return the loss and the outputs before it.
+
+    If the loss is not finite, no step is made.
+    """
     optimizer.zero_grad()
-    loss = criterion(network(*inputs), labels)
+    outputs = network(*inputs)
+    loss = objective(outputs, targets)
     value = float(loss.item())
     if not math.isfinite(value):
-        return value
+        return value, outputs
     loss.backward()
     if watch is not None:
         watch.before_step()
@@ -247,7 +258,7 @@ def take_step(
     optimizer.step()
     if watch is not None:
         watch.after_step()
-    return value
+    return value, outputs.detach()
 
 
 def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> Float64Array:
@@ -258,9 +269,13 @@ def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> 
     return logits.double().softmax(1).numpy()
 
 
-def standardise(network: ThawedNetwork, rows: Subset, device: str) -> None:
-    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training."""
-    network.to(device)
+def standardise(network: ThawedNetwork, rows: Subset, device: str, *, training: bool = False) -> None:
+    """Give the features of some training images mean 0 and variance 1, as the new top reads them before training.
+
+    With random weights, this has to be in `training` mode: batch norms have not seen any images yet, so that features
+    in evaluation mode can be many powers of ten larger or smaller than those that the top will read.
+    """
+    network.to(device).train(training)
     with torch.no_grad():
         read = [network.features(*_on(device, inputs)) for inputs, _ in rows.sample(SCALED_BY).batches()]
     frozen = next(network.body.parameters(), None) is None
@@ -276,13 +291,6 @@ def make_optimizer(network: ThawedNetwork, recipe: Recipe, rate: float) -> Optim
     if recipe.optimizer == "sgd":
         return SGD(groups, rate, momentum=MOMENTUM, nesterov=True, fused=True)
     return AdamW(groups, rate, fused=True)
-
-
-def class_weights(counts: IntArray) -> Tensor:
-    """Return weights inverse to the counts (k,), 0 for classes without images; their mean over all images is 1."""
-    present = counts > 0
-    weights = np.where(present, counts.sum() / (np.maximum(counts, 1) * present.sum()), 0.0)
-    return torch.tensor(weights, dtype=torch.float32)
 
 
 def first_bad_layer(network: nn.Module, inputs: Inputs) -> str:

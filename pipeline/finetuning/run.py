@@ -21,6 +21,7 @@ from pipeline.finetuning.data import TrainingData, TrainingSetup, splits_of
 from pipeline.finetuning.inputs import InputReader, Subset
 from pipeline.finetuning.loop import Trained, predict_probabilities, standardise, train
 from pipeline.finetuning.network import ALL, ThawedNetwork, train_precision
+from pipeline.finetuning.objective import Classification, class_weights
 from pipeline.finetuning.recipe import Recipe
 from pipeline.invalidation import stage_key
 from pipeline.spec import NO_AUGMENT, json_fields
@@ -33,14 +34,16 @@ TOP_EPOCHS = 10
 class TrainingRun:
     """The outcome of `run_training`: the network with its best weights, and its probabilities for the test rows (n, k).
 
-    These are not calibrated; `temperature` is fitted on the validation rows to do so, and None without any. `seconds`
-    are those of training (with the epochs that came from a checkpoint), calibration and test.
+    `val_probabilities` are those of the validation rows, None without any. Both are not calibrated; `temperature`, None
+    without validation rows, does so. `seconds` are those of training (with the epochs that came from a checkpoint),
+    calibration and test.
     """
 
     splits: Splits
     network: ThawedNetwork
     trained: Trained
     probabilities: Float64Array
+    val_probabilities: Float64Array | None
     temperature: float | None
     seconds: float
 
@@ -63,21 +66,22 @@ def run_training(data: TrainingData, setup: TrainingSetup, seed: int, shots: int
         setup.folder.mkdir(parents=True, exist_ok=True)
     top_seconds = 0.0
     if data.features is None:
-        standardise(network, rows, device)
+        standardise(network, rows, device, training=setup.init == "random")
     else:
         top_seconds = _train_top(network, data.features, data, setup, splits, inputs, seed, name)
     key = stage_key("checkpoint", part="network", head_first=setup.head_first, watch=setup.watch, **inputs)
     checkpoint = setup.folder / f"{key}.pt"
     trained = train(
-        network, recipe, setup.rate, rows, val, n_classes, checkpoint, seed, device, setup.progress, name,
-        watch=setup.watch,
+        network, recipe, setup.rate, rows, val, _objective(recipe, rows, n_classes), checkpoint, seed, device,
+        setup.progress, name, watch=setup.watch,
     )  # fmt: skip
-    temperature = None
+    temperature = held = None
     if val is not None:
-        temperature = useful_temperature(predict_probabilities(network, val, device), val.labels)
+        held = predict_probabilities(network, val, device)
+        temperature = useful_temperature(held, val.labels)
     probabilities = predict_probabilities(network, test, device)
     seconds = time.perf_counter() - began + top_seconds + trained.resumed_seconds
-    return TrainingRun(splits, network, trained, probabilities, temperature, seconds)
+    return TrainingRun(splits, network, trained, probabilities, held, temperature, seconds)
 
 
 def _subsets(
@@ -91,6 +95,11 @@ def _subsets(
 
     train_rows = subset(splits.train, seed, augmented=recipe.augment != NO_AUGMENT)
     return train_rows, subset(splits.val, None) if len(splits.val) else None, subset(splits.test, None)
+
+
+def _objective(recipe: Recipe, rows: Subset, n_classes: int) -> Classification:
+    weights = class_weights(np.bincount(rows.labels, minlength=n_classes)) if recipe.class_weights else None
+    return Classification(weights, recipe.label_smoothing)
 
 
 def _train_top(
@@ -111,9 +120,9 @@ def _train_top(
     top_only = ThawedNetwork(data.backbone, ALL, recipe.top, n_classes)
     standardise(top_only, rows, device)
     checkpoint = setup.folder / f"{stage_key('checkpoint', part='new top', **inputs)}.pt"
-    rate = recipe.rate(new_only=True)
+    rate, objective = recipe.rate(new_only=True), _objective(recipe, rows, n_classes)
     name = f"{name}, head"
-    trained = train(top_only, recipe, rate, rows, val, n_classes, checkpoint, seed, device, setup.progress, name)
+    trained = train(top_only, recipe, rate, rows, val, objective, checkpoint, seed, device, setup.progress, name)
     network.new_head.load_state_dict(top_only.new_head.state_dict())
     return trained.resumed_seconds
 

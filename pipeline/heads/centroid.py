@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.arrays import Float32Array, IntArray
-from pipeline.heads.family import Family, Fitted, Params, Step, Weights
+from pipeline.arrays import Float32Array, Float64Array, IntArray
+from pipeline.heads.family import Family, Fitted, Params, Step, Weights, of_both
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 
@@ -28,7 +30,8 @@ class Centroid(Family):
     ) -> Iterator[Step]:
         """Yield the single `Step`."""
         for params in grid:
-            yield Step(self.fit(params, train, y).estimator.predict(held), converged=True)
+            model = self.fit(params, train, y).estimator
+            yield Step(model.predict(held), converged=True, scores=partial(self.scores, model, held))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Keep the class means as the rows of a 1-nearest-neighbour classifier.
@@ -39,6 +42,12 @@ class Centroid(Family):
         means = np.stack([train[y == label].mean(axis=0, dtype=np.float64) for label in classes])
         model = KNeighborsClassifier(n_neighbors=1, algorithm="brute").fit(means, classes)
         return Fitted(model, params, converged=True)
+
+    def scores(self, estimator: Any, rows: Float32Array) -> Float64Array:
+        """Return how much nearer rows are to one of two means than to the other, or -|x - m|² for each of several."""
+        means = np.asarray(estimator._fit_X, np.float64)
+        found = -euclidean_distances(rows.astype(np.float64), means, squared=True)
+        return of_both(found[:, 1:] - found[:, :1]) if len(means) == 2 else np.asarray(found)
 
     def hyperplanes(self, estimator: Any) -> Hyperplanes:
         """Return -|x - m|² / 2 for each mean m, without -|x|² / 2, which is the same for all classes."""

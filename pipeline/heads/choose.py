@@ -14,7 +14,8 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.evaluation.calibration import useful_temperature
-from pipeline.heads.family import Fitted, Params, Step
+from pipeline.evaluation.metrics import OF_SCORES, rate
+from pipeline.heads.family import Fitted, Params, Step, of_both
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.span import Span, find_span
 
@@ -57,7 +58,8 @@ class Choice:
     ----------
     params : dict
     score : float
-        Accuracy on the held-out rows of all folds, averaged over classes if balanced; NaN for fixed parameters.
+        The metric on the held-out rows of all folds, accuracy averaged over classes if balanced; NaN for fixed
+        parameters.
     log_loss : float or None
         Mean log-loss on these rows, before calibration; None for fixed parameters, or without probabilities.
     temperature : float or None
@@ -125,8 +127,8 @@ def balanced_weights(y: IntArray) -> Float32Array:
     return np.asarray(len(y) / (len(classes) * counts)[codes], np.float32)
 
 
-def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choice:
-    """Choose parameters by accuracy on the held-out rows.
+def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric: str = "accuracy") -> Choice:
+    """Choose parameters by a metric on the held-out rows.
 
     Ties go to the lower log-loss: if the held-out rows are few or easy, many candidates get all of them right, and the
     most regularised of these has learnt least. Without probabilities, ties go to the most regularised candidate.
@@ -136,9 +138,12 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     head : Head
     folds : sequence of Fold
         One for a val split, several for cross-validation, none if nothing can be validated. The head's fixed
-        parameters are taken if there is none, or if no candidate predicts any held-out row right.
+        parameters are taken if there is none, if no candidate predicts any held-out row right, or if the metric is not
+        defined on these rows.
     balanced : bool, default False
         Whether every class counts alike, in training and in the accuracy.
+    metric : str, default "accuracy"
+        One of `pipeline.options.METRICS`.
     """
     family = head.family
     if not folds:
@@ -150,25 +155,43 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False) -> Choi
     ]
     truth = np.concatenate([fold.y_held for fold in folds])
     held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
-    best, most, unconverged = 0, -1.0, 0
+    best, most, unconverged = 0, -math.inf, 0
     least: float | None = None
     for number, steps in enumerate(zip(*paths, strict=True)):
-        right = np.concatenate([step.predicted for step in steps]) == truth
-        score = round(float(np.sum(held_weights[right], dtype=np.float64)), 6)  # rounded so that equals tie
+        predicted = np.concatenate([step.predicted for step in steps])
+        if metric == "accuracy":  # rounded, so that equals tie
+            score = round(float(np.sum(held_weights[predicted == truth], dtype=np.float64)), 6) / len(truth)
+        else:
+            score = round(_rate(metric, steps, folds, truth, predicted), 9)
         unconverged += not all(step.converged for step in steps)
-        if score < most:
+        if not score >= most:
             continue
         loss = _log_loss(steps, folds, held_weights)
         if score > most or (loss is not None and least is not None and loss < least):
             best, most, least = number, score, loss
-    if most <= 0:  # e.g. all held-out rows are of classes without a training row
+    if most == -math.inf or (metric == "accuracy" and most <= 0):  # e.g. no held-out row's class has a training row
         return Choice(head.fixed, float("nan"), None, None, unconverged, len(grid))
     temperature = None
     if family.probabilities:  # of final fits, which are more exact than the steps of a path
         fits = [family.fit(grid[best], fold.train, fold.y, weight) for fold, weight in zip(folds, weights, strict=True)]
         held = [family.predict_proba(fit.estimator, fold.held) for fit, fold in zip(fits, folds, strict=True)]
         temperature = _temperature(held, folds)
-    return Choice(grid[best], most / len(truth), least, temperature, unconverged, len(grid))
+    return Choice(grid[best], most, least, temperature, unconverged, len(grid))
+
+
+def _rate(metric: str, steps: Sequence[Step], folds: Sequence[Fold], truth: IntArray, predicted: IntArray) -> float:
+    """Return a metric other than accuracy of one candidate's steps on all folds."""
+    n_classes = 1 + max(int(labels.max()) for fold in folds for labels in (fold.y, fold.y_held))
+    if metric not in OF_SCORES:
+        return rate(metric, truth, predicted, n_classes)
+    parts = []
+    for step, fold in zip(steps, folds, strict=True):
+        given = step.scores() if step.probabilities is None and step.scores else step.probabilities
+        part = np.full((len(fold.y_held), n_classes), -np.inf)  # of classes without a training row
+        part[:, np.unique(fold.y)] = of_both(np.asarray(given))
+        parts.append(part)
+    numbers = np.repeat(np.arange(len(folds)), [len(fold.y_held) for fold in folds])
+    return rate(metric, truth, predicted, n_classes, np.concatenate(parts), numbers)
 
 
 def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -28,11 +28,15 @@ class Step(NamedTuple):
         Whether the solver stopped by its tolerance rather than by its iteration limit.
     probabilities : (m, K) float, optional
         Of the K classes of the training rows, for families that have them.
+    scores : callable, optional
+        For families without probabilities: returns the scores (m, K) of these classes, or (m,) or (m, 1) of the second
+        of two, larger where likelier.
     """
 
     predicted: IntArray
     converged: bool
     probabilities: NDArray[np.floating[Any]] | None = None
+    scores: Callable[[], NDArray[np.floating[Any]]] | None = None
 
 
 class Fitted(NamedTuple):
@@ -41,6 +45,12 @@ class Fitted(NamedTuple):
     estimator: Any
     params: Params
     converged: bool
+
+
+def of_both(scores: NDArray[np.floating[Any]]) -> Float64Array:
+    """Return scores (m, K) of all classes, also if `scores`, (m,) or (m, 1), are those of the second of two."""
+    scores = np.asarray(scores, np.float64).reshape(len(scores), -1)
+    return np.hstack([-scores, scores]) if scores.shape[1] == 1 else scores
 
 
 class Family(ABC):
@@ -92,6 +102,12 @@ class Family(ABC):
     def predict_proba(self, estimator: Any, rows: Float32Array) -> Float64Array:
         """Return the probabilities (n, K) that a trained `estimator` gives to scaled rows (n, d), not calibrated."""
         return np.asarray(estimator.predict_proba(rows), np.float64)
+
+    def scores(self, estimator: Any, rows: Float32Array) -> Float64Array:
+        """Return scores (n, K) that a trained `estimator` gives to scaled rows (n, d): larger where likelier."""
+        if self.probabilities:
+            return self.predict_proba(estimator, rows)
+        return of_both(estimator.decision_function(rows))
 
     def on_device(self, device: str) -> Family:
         """Return this family trained on torch tensors on `device`; unchanged if it only takes numpy arrays."""

@@ -9,6 +9,7 @@ own curvature, ten steps do the work of a hundred.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.optimize import minimize
@@ -39,7 +40,8 @@ class LinearSvm(LinearFamily):
         weights = np.zeros((signs.shape[1], rows.shape[1]))
         for params in grid:
             weights, converged = _squared_hinge(rows, signs, _costs(params, weight), weights, spread)
-            yield Step(best_classes(classes, held_rows @ weights.T.astype(np.float32)), converged)
+            scores = held_rows @ weights.T.astype(np.float32)
+            yield Step(best_classes(classes, scores), converged, scores=partial(np.asarray, scores))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train from zero and store the optimum in a `LinearSVC`."""

@@ -22,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from features_cache import scratch_folder
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import preference
+from pipeline.evaluation.metrics import FEWEST_FOR_TOP5, OF_SCORES
 from pipeline.evaluation.rows import require_finite
 from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.heads.solvers.device import run_one_by_one
@@ -35,7 +36,7 @@ _ROOM = 2_000_000_000
 """Bytes that must be free in memory for rows that workers share, as joblib has it."""
 
 
-def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
+def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> None:
     """Refuse what the rows and heads do not allow, before anything is trained."""
     for data, head in trials:
         rows, most = len(data.splits.train) + len(data.splits.val), head.family.most_rows
@@ -48,12 +49,15 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool) -> None:
         if balanced and not head.family.weighted:
             raise FitError(f"{head.name} cannot weight its training rows; leave out {head.name} or 'balanced'")
         classes, tested = len(data.layer.table.classes), len(data.splits.test)
-        cells = classes * max(data.layer.dim if head.family.linear else 0, tested if head.family.probabilities else 0)
+        scored = head.family.probabilities or metric in OF_SCORES
+        cells = classes * max(data.layer.dim if head.family.linear else 0, tested if scored else 0)
         if cells > MOST_CELLS:
             raise FitError(
                 f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
                 "use centroid, or coarser labels"
             )
+        if metric == "top5_accuracy" and classes < FEWEST_FOR_TOP5:
+            raise FitError(f"top5_accuracy is for {FEWEST_FOR_TOP5} classes or more, got {classes}; use another metric")
     for layer in dict.fromkeys(data.layer for data, _ in trials):
         require_finite(layer)
 
@@ -64,6 +68,7 @@ def run_trials(
     progress: Progress | None,
     *,
     balanced: bool,
+    metric: str,
     keep: bool,
     finished: Callable[[int, TrialOutcome], None],
 ) -> Pipeline | None:
@@ -78,6 +83,8 @@ def run_trials(
         Called as ``progress(done, total, "fit")``.
     balanced : bool
         Whether every class counts alike.
+    metric : str
+        What parameters are chosen by.
     keep : bool
         Whether to keep the best model.
     finished : callable
@@ -104,7 +111,7 @@ def run_trials(
     )
     with threadpool_limits(1 if workers > 1 else None):
         outcomes = itertools.chain.from_iterable(
-            run(_tasks([trials[index] for index in part], balanced=balanced, keep=keep))
+            run(_tasks([trials[index] for index in part], balanced=balanced, metric=metric, keep=keep))
             for run, part in ((run_one_by_one, on_device), (parallel, on_cpu))
         )
         for done, (index, outcome) in enumerate(zip(on_device + on_cpu, outcomes, strict=True), 1):
@@ -127,7 +134,7 @@ def _order(trials: Sequence[Trial]) -> tuple[list[int], list[int]]:
     return on_device, [index for index in indices if trials[index].head.family.device is None]
 
 
-def _tasks(trials: Sequence[Trial], *, balanced: bool, keep: bool) -> Iterator[Any]:
+def _tasks(trials: Sequence[Trial], *, balanced: bool, metric: str, keep: bool) -> Iterator[Any]:
     """Prepare rows when a worker is about to need them, once for all heads on the same data that need the same."""
     prepared: dict[tuple[str, bool], Prepared] = {}
     current = None
@@ -142,7 +149,7 @@ def _tasks(trials: Sequence[Trial], *, balanced: bool, keep: bool) -> Iterator[A
                 data.layer.features, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed, dims=dims
             )
         yield joblib.delayed(run_trial)(
-            head, prepared[scaling, rotated], len(table.classes), balanced=balanced, keep=keep
+            head, prepared[scaling, rotated], len(table.classes), balanced=balanced, metric=metric, keep=keep
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -41,7 +42,8 @@ class RbfSvm(Family):
             gamma = scale * params["gamma"]
             np.exp(np.multiply(among, -gamma, out=kernel), out=kernel)
             model = SVC(C=params["C"], kernel="precomputed", break_ties=True).fit(kernel, y, weight)
-            yield Step(model.predict(np.exp(-gamma * across)), converged=True)
+            unseen = np.exp(-gamma * across)
+            yield Step(model.predict(unseen), converged=True, scores=partial(model.decision_function, unseen))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train an `SVC`; the gamma of the returned parameters is absolute."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -39,7 +40,8 @@ class Ridge(LinearFamily):
         unseen = (held - mean) @ axes
         for params in grid:
             weights = target / (values + params["alpha"])[:, None]
-            yield Step(best_classes(classes, unseen @ weights + middle), converged=True)
+            scores = unseen @ weights + middle
+            yield Step(best_classes(classes, scores), converged=True, scores=partial(np.asarray, scores))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train a `RidgeClassifier` by singular values, for Cholesky fails on wide rows with a small alpha."""

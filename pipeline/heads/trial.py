@@ -28,6 +28,9 @@ MOST_FOLDS = 5
 FEWEST_FOLDS = {"l2": 3, "standard": 2, "none": 2}
 """By scaling. With two rows a class each fold would learn from one: on rows of length 1 fixed parameters are better."""
 
+MOST_SCORES = 1 << 27
+"""Scores of test rows that are kept of heads without probabilities: 1 GiB of float64."""
+
 
 class Trial(NamedTuple):
     """One head to train on one split of a layer."""
@@ -42,20 +45,32 @@ class Prepared:
 
     Parameters
     ----------
-    folds : tuple of Fold
-        To choose parameters on.
+    own_folds : tuple of Fold
+        To choose parameters on, unless `n_train` says where they stand in `final`.
     final : Scaled
         Train and val rows to train on, test rows held out.
     y : (n,) int64
         Labels of train and val.
     seconds : float
         Time spent preparing.
+    n_train : int, optional
+        Parameters are chosen by training on this many rows of `final.train` and trying the others, which saves a copy
+        of all rows. It needs a scaling that has no statistics.
     """
 
-    folds: tuple[Fold, ...]
+    own_folds: tuple[Fold, ...]
     final: Scaled
     y: IntArray
     seconds: float
+    n_train: int | None = None
+
+    @property
+    def folds(self) -> tuple[Fold, ...]:
+        """What to choose parameters on."""
+        if self.n_train is None:
+            return self.own_folds
+        train, val = slice(self.n_train), slice(self.n_train, None)
+        return (Fold(self.final.train[train], self.y[train], self.final.train[val], self.y[val]),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +88,9 @@ class TrialOutcome:
         Labels of the test rows.
     probabilities : (m, K) float64 or None
         Of all classes; None for heads without probabilities.
+    scores : (m, K) float64 or None
+        Of all classes, for heads without probabilities; minus infinity for classes without a training row. None if
+        there are more than `MOST_SCORES`.
     seconds : float
         For preparation (all of it, even if other heads shared it), search, final training and test.
     pipeline : Pipeline or None
@@ -84,6 +102,7 @@ class TrialOutcome:
     converged: bool
     y_pred: IntArray
     probabilities: NDArray[np.float64] | None
+    scores: NDArray[np.float64] | None
     seconds: float
     pipeline: Pipeline | None
 
@@ -132,29 +151,31 @@ def prepare_trial(
     def scaled(a: IntArray, b: IntArray) -> Scaled:
         return scale(scaling, features(a), features(b), rotated=rotated, dims=dims)
 
-    folds = tuple(make_fold(scaled(a, b), labels[a], labels[b]) for a, b in pairs)
+    shared = bool(val.size) and scaling != "standard" and not rotated
+    folds = () if shared else tuple(make_fold(scaled(a, b), labels[a], labels[b]) for a, b in pairs)
     known = np.concatenate([train, val])
     final = scaled(known, test)
-    return Prepared(folds, final, labels[known], time.perf_counter() - began)
+    return Prepared(folds, final, labels[known], time.perf_counter() - began, len(train) if shared else None)
 
 
-def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, keep: bool) -> TrialOutcome:
+def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, metric: str, keep: bool) -> TrialOutcome:
     """Choose parameters, train on train and val, predict test; on one BLAS thread."""
     began = time.perf_counter()
     with threadpool_limits(1):
-        choice = search(head, rows.folds, balanced=balanced)
+        choice = search(head, rows.folds, balanced=balanced, metric=metric)
         estimator, params, converged = train_final(head, choice.params, rows.final, rows.y, balanced=balanced)
         y_pred = np.asarray(estimator.predict(rows.final.held), np.int64)
-        probabilities = None
-        if head.family.probabilities:
-            probabilities = np.zeros((len(y_pred), n_classes))
-            probabilities[:, estimator.classes_] = head.family.predict_proba(estimator, rows.final.held)
+        certain, scores = head.family.probabilities, None
+        if certain or len(y_pred) * n_classes <= MOST_SCORES:
+            scores = np.full((len(y_pred), n_classes), 0.0 if certain else -np.inf)
+            scores[:, estimator.classes_] = head.family.scores(estimator, rows.final.held)
     return TrialOutcome(
         choice,
         params,
         converged,
         y_pred,
-        probabilities,
+        scores if certain else None,
+        None if certain else scores,
         rows.seconds + time.perf_counter() - began,
         _as_pipeline(rows.final, estimator) if keep else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
@@ -12,28 +12,20 @@ from stat import S_ISREG
 from pipeline.errors import SourceError
 from pipeline.images.sources.items import (
     IMAGE_EXTENSIONS,
-    MISSING_SIZE,
     ImageSource,
     Item,
+    Location,
     build_source,
     extension_of,
     is_image_file,
     read_file,
+    stamp,
 )
-
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""What folders, manifests and shard names call a split, in lower case, and its name here."""
+from pipeline.images.sources.remote import MISSING_SIZE, RemotePath
+from pipeline.tables import SPLIT_WORDS
 
 
-def open_folder(path: Path) -> ImageSource | None:
+def open_folder(path: Location) -> ImageSource | None:
     """Return the images under a folder, labelled by its class folders if it has any; None if `path` is no folder."""
     if not path.is_dir():
         return None
@@ -42,20 +34,35 @@ def open_folder(path: Path) -> ImageSource | None:
         (item._replace(split=split), label)
         for item, (split, label) in zip(files, splits_and_classes([item.uri for item in files], path), strict=True)
     ]
+    if isinstance(path, RemotePath):
+        listed = path.files
+        source = build_source(path.name or "root", path.as_posix(), labelled, lambda item: read_file(listed[item.uri]))
+        remarks = *source.remarks, *unnoticed(item for item in source.items if path.is_http)
+        return replace(source, passed_over=passed_over, remarks=remarks, remote=True)
     source = build_source(path.name or "root", path.as_posix(), labelled, lambda item: read_file(path / item.uri))
     return replace(source, passed_over=passed_over)
 
 
-def open_image(path: Path) -> ImageSource | None:
+def open_image(path: Location) -> ImageSource | None:
     """Return one image, without a label; None if `path` is no image file."""
     if not path.is_file() or not is_image_file(path, extension_of(path.name)):
         return None
-    status = path.stat()
-    item = Item(path.name, size=status.st_size, mtime_ns=status.st_mtime_ns)
-    return build_source(path.stem, path.as_posix(), [(item, "")], lambda item: read_file(path.parent / item.uri))
+    size, mtime_ns = stamp(path)
+    item = Item(path.name, size=size, mtime_ns=mtime_ns)
+    source = build_source(path.stem, path.as_posix(), [(item, "")], lambda item: read_file(path))
+    return replace(source, remote=isinstance(path, RemotePath))
 
 
-def splits_and_classes(uris: list[str], root: Path) -> list[tuple[str, str]]:
+def unnoticed(items: Iterable[Item]) -> Iterator[str]:
+    """Say that changes of images on web servers are not noticed, for those of which no size and version is known."""
+    if count := sum(item.size == MISSING_SIZE and not item.mtime_ns for item in items):
+        yield (
+            f"{count} images are on web servers, which list neither sizes nor versions: whether they changed since an "
+            "earlier extraction is noticed only if it rehashes"
+        )
+
+
+def splits_and_classes(uris: list[str], root: Location) -> list[tuple[str, str]]:
     """Return the split and the class name that each path implies, ``""`` for none.
 
     A path is ``[SPLIT/][CLASS/…/]FILE``. Folders that have a split's name are splits, unless they have other folders
@@ -85,7 +92,7 @@ def splits_and_classes(uris: list[str], root: Path) -> list[tuple[str, str]]:
     return found
 
 
-def walk(root: Path, is_wanted: Callable[[Path, str], bool]) -> tuple[list[Item], dict[str, int]]:
+def walk(root: Location, is_wanted: Callable[[Location, str], bool]) -> tuple[list[Item], dict[str, int]]:
     """Return the files under `root` that `is_wanted` takes, in no order, without split or class.
 
     It is called with the path of each regular file and its extension in lower case.
@@ -106,16 +113,31 @@ def walk(root: Path, is_wanted: Callable[[Path, str], bool]) -> tuple[list[Item]
     """
     files: list[Item] = []
     passed_over: Counter[str] = Counter()
-    for uri, entry in _entries(root):
-        extension = extension_of(entry.name)
-        item = _item(uri, entry)
-        if item is None:
-            continue
-        if is_wanted(root / uri, extension) if item.size != MISSING_SIZE else extension in IMAGE_EXTENSIONS:
+    for item, path in _remote_files(root) if isinstance(root, RemotePath) else _files(root):
+        extension = extension_of(item.uri.rpartition("/")[2])
+        if is_wanted(path, extension) if path is not None else extension in IMAGE_EXTENSIONS:
             files.append(item)
         else:
             passed_over[extension] += 1
     return files, dict(passed_over)
+
+
+def _remote_files(root: RemotePath) -> Iterator[tuple[Item, RemotePath]]:
+    for uri, path in root.files.items():
+        size, mtime_ns = path.stat()
+        yield Item(uri, size=size, mtime_ns=mtime_ns), path
+
+
+def _files(root: Path) -> Iterator[tuple[Item, Path | None]]:
+    """Yield the regular files under `root` with their paths, and without paths the links that lead nowhere."""
+    for uri, entry in _entries(root):
+        try:
+            status = entry.stat()
+        except OSError:
+            yield Item(uri), None
+        else:
+            if S_ISREG(status.st_mode):
+                yield Item(uri, size=status.st_size, mtime_ns=status.st_mtime_ns), root / uri
 
 
 def _entries(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -154,12 +176,3 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link to itself: not a folder, so an image that cannot be read
         return False
-
-
-def _item(uri: str, entry: os.DirEntry[str]) -> Item | None:
-    """Return a listed file; None for what is no regular file, such as a socket."""
-    try:
-        status = entry.stat()
-    except OSError:
-        return Item(uri)
-    return Item(uri, size=status.st_size, mtime_ns=status.st_mtime_ns) if S_ISREG(status.st_mode) else None

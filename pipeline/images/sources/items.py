@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from stat import S_ISREG
@@ -12,6 +14,8 @@ from unicodedata import normalize
 
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.formats import START_LENGTH, has_image_header, is_tiff
+from pipeline.images.sources.remote import MISSING_SIZE, RemotePath, Stamp
+from pipeline.tables import SPLIT_WORDS
 
 IMAGE_EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".gif", ".bmp"}
@@ -27,7 +31,25 @@ FOREIGN_EXTENSIONS = frozenset(
 """Extensions, in lower case, of pictures that are not read here. Camera raw files begin like a TIFF, but are none."""
 
 OTHER_EXTENSIONS = frozenset(
-    {".csv", ".parquet", ".tar", ".json", ".cls", ".txt", ".xml", ".md", ".html", ".yaml", ".yml", ".py", ".h5"}
+    {
+        ".csv",
+        ".tsv",
+        ".jsonl",
+        ".parquet",
+        ".arrow",
+        ".tar",
+        ".tgz",
+        ".json",
+        ".cls",
+        ".txt",
+        ".xml",
+        ".md",
+        ".html",
+        ".yaml",
+        ".yml",
+        ".py",
+        ".h5",
+    }
     | {".zip", ".gz", ".npy", ".npz", ".mp4", ".mov", ".avi", ".wav", ".xmp", ".aae"}
 )
 """Extensions, in lower case, of files that are no images; listing a folder does not open them."""
@@ -40,11 +62,13 @@ EXTENSIONS_NAMED = 8
 FILE_LIMIT = 1 << 30
 """Most bytes of one image file; a larger one, such as a sparse file, is unreadable."""
 
+SHARD_CHANGED = "the shard changed after it was listed"
+
 TIME_LIMIT = 2**63 - 1
 """Latest time in nanoseconds that a cache can store (in the year 2262); later ones count as this one."""
 
-MISSING_SIZE = -1
-"""The size of an item whose file was missing when the source was listed."""
+Location = Path | RemotePath
+"""Where a file or folder is: on this machine, or behind a URL."""
 
 
 class Item(NamedTuple):
@@ -61,9 +85,10 @@ class Item(NamedTuple):
     group : str
         What must stay on one side of a split (a person, a scene); ``""`` for none.
     size : int
-        Bytes when listed; -1 if the file was missing.
+        Bytes when listed; -1 if the file was missing, or if the listing tells no size.
     mtime_ns : int
-        Modification time when listed, in nanoseconds, at most `TIME_LIMIT`; 0 if the file was missing.
+        Modification time when listed, in nanoseconds, at most `TIME_LIMIT`, or a number that stands for the version of
+        a remote object; 0 if the file was missing, or if the listing tells neither.
     """
 
     uri: str
@@ -72,6 +97,31 @@ class Item(NamedTuple):
     group: str = ""
     size: int = MISSING_SIZE
     mtime_ns: int = 0
+
+
+@dataclass
+class Packed:
+    """The images in files that hold many.
+
+    Attributes
+    ----------
+    labelled : list of (Item, str)
+        Items without a label, each with the name of its class.
+    readers : dict of str to callable
+        Return the bytes of an image, by its uri, or raise `UnreadableImageError`.
+    passed_over, remarks
+        As in `ImageSource`.
+    """
+
+    labelled: list[tuple[Item, str]] = field(default_factory=list)
+    readers: dict[str, Callable[[], bytes]] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    remarks: list[str] = field(default_factory=list)
+
+    def add(self, item: Item, label: str, reader: Callable[[], bytes]) -> None:
+        """Add an image."""
+        self.labelled.append((item, label))
+        self.readers[item.uri] = reader
 
 
 @dataclass(frozen=True)
@@ -83,7 +133,7 @@ class ImageSource:
     name : str
         Handle by which users select the source.
     location : str
-        Absolute POSIX path, or ``"digits"``.
+        Absolute POSIX path, a URL, or ``"digits"``.
     classes : tuple of str
         Class names in plain text order, so ``"10"`` comes before ``"9"``.
     items : list of Item
@@ -94,6 +144,8 @@ class ImageSource:
         How many files beside the images were left aside, by their extensions in lower case.
     remarks : tuple of str
         What else the user should know about the source.
+    remote : bool
+        Whether reading an item waits for a network, so that many should be read at once.
     """
 
     name: str
@@ -103,6 +155,7 @@ class ImageSource:
     reader: Callable[[Item], bytes] = field(repr=False)
     passed_over: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    remote: bool = False
 
     @property
     def notes(self) -> list[str]:
@@ -123,6 +176,8 @@ class ImageSource:
         ------
         UnreadableImageError
             The file vanished, may not be read, or belongs to a shard that changed.
+        SourceError
+            The server does not answer, or refuses.
         """
         return self.reader(item)
 
@@ -181,11 +236,17 @@ def _can_be_stored(text: str) -> bool:
     return "\0" not in text
 
 
-def text_of(value: object) -> str:
-    """Return a label or group that came as text or number: 1 and 1.0 are ``"1"``, None and NaN are ``""``."""
-    if value is None or value != value:  # NaN, a missing number in a data frame
-        return ""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def split_in(path: str) -> str:
+    """Return the split that the path of a shard names, ``""`` for none or several.
+
+    Examples
+    --------
+    >>> split_in("imagenet-validation-00.tar"), split_in("train-val.zip")
+    ('val', '')
+    """
+    words = re.split(r"[^a-z]+", path.lower())
+    splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
+    return splits.pop() if len(splits) == 1 else ""
 
 
 def extension_of(name: str) -> str:
@@ -200,11 +261,14 @@ def extension_of(name: str) -> str:
     return f".{extension.lower()}" if dot else NO_EXTENSION
 
 
-def is_image_file(path: Path, extension: str) -> bool:
-    """Tell whether a regular file is an image: by its extension if that says so, else by its header."""
+def is_image_file(path: Location, extension: str) -> bool:
+    """Tell whether a regular file is an image: by its extension if that says so, else by its header.
+
+    Headers of remote files are not read: it would take a request each.
+    """
     if extension in IMAGE_EXTENSIONS:
         return True
-    if extension in OTHER_EXTENSIONS:
+    if extension in OTHER_EXTENSIONS or isinstance(path, RemotePath):
         return False
     try:
         with path.open("rb") as file:
@@ -222,7 +286,7 @@ def holds_image(file: BinaryIO, extension: str) -> bool:
     return has_image_header(file)
 
 
-def is_file_of(path: Path, extensions: Collection[str]) -> bool:
+def is_file_of(path: Location, extensions: Collection[str]) -> bool:
     """Tell whether `path` is a regular file, or a link to one, with one of `extensions` (in lower case)."""
     return path.suffix.lower() in extensions and path.is_file()
 
@@ -233,7 +297,15 @@ def check_size(size: int) -> None:
         raise UnreadableImageError(f"{size} bytes, more than {FILE_LIMIT}")
 
 
-def read_file(path: Path) -> bytes:
+def stamp(path: Location) -> Stamp:
+    """Return what tells whether a file changes later."""
+    if isinstance(path, RemotePath):
+        return path.stat()
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns)
+
+
+def read_file(path: Location) -> bytes:
     """Return the bytes of a regular file.
 
     Raises
@@ -241,14 +313,53 @@ def read_file(path: Path) -> bytes:
     UnreadableImageError
         With a short reason: no such file, permission denied, not a regular file, too large.
     """
-    try:
+    with unreadable("file"):
+        if isinstance(path, RemotePath):
+            return path.read()
         status = path.stat()
         if not S_ISREG(status.st_mode):  # opening a named pipe would wait forever
             raise UnreadableImageError("not a regular file")
         check_size(status.st_size)
         return path.read_bytes()
+
+
+def read_part(path: Location, start: int, size: int, listed: Stamp) -> bytes:
+    """Return `size` bytes of a shard from `start` on.
+
+    Raises
+    ------
+    UnreadableImageError
+        The shard is gone, cannot be read, or changed after it had the stamp `listed`; or the part is too large.
+    """
+    check_size(size)
+    with unreadable("shard"):
+        if isinstance(path, RemotePath):
+            data = path.read(start, start + size)
+        else:
+            with path.open("rb") as file:
+                if stamp(path) != listed:
+                    raise UnreadableImageError(SHARD_CHANGED)
+                file.seek(start)
+                data = file.read(size)
+        if len(data) != size:
+            raise UnreadableImageError(SHARD_CHANGED)
+        return data
+
+
+def check_unchanged(path: Location, listed: Stamp) -> None:
+    """Raise `UnreadableImageError` if a local shard changed after it had the stamp `listed`."""
+    with unreadable("shard"):
+        if not isinstance(path, RemotePath) and stamp(path) != listed:
+            raise UnreadableImageError(SHARD_CHANGED)
+
+
+@contextmanager
+def unreadable(word: str) -> Iterator[None]:
+    """Turn the errors of reading a file into short reasons."""
+    try:
+        yield
     except FileNotFoundError:
-        raise UnreadableImageError("no such file") from None
+        raise UnreadableImageError(f"no such {word}") from None
     except PermissionError:
         raise UnreadableImageError("permission denied") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from features_cache import nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.sources.digits import open_digits
 from pipeline.images.sources.folder import open_folder, open_image
-from pipeline.images.sources.items import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS, ImageSource, Item
+from pipeline.images.sources.items import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS, ImageSource, Item, Location
 from pipeline.images.sources.manifest import open_manifest
-from pipeline.images.sources.shards import open_shards
+from pipeline.images.sources.packed import open_packed
+from pipeline.images.sources.remote import RemotePath, is_url, locate
 
 __all__ = ["ImageSource", "Item", "open_source"]
 
-_PATHS: dict[str, Callable[[Path], ImageSource | None]] = {
+_PATHS: dict[str, Callable[[Any], ImageSource | None]] = {
     "a folder of images": open_folder,
     "an image": open_image,
-    "a .csv or .parquet manifest": open_manifest,
-    "a .tar shard or a folder of them": open_shards,
+    "a .tar, .tar.gz, .zip, .parquet or .arrow file or a folder of them": open_packed,
+    "a .csv, .tsv, .jsonl or .parquet manifest": open_manifest,
 }
-"""What a path may lead to. An opener returns None for a path of another kind; the first to find an image decides."""
+"""What a path or URL may lead to. An opener returns None for another kind; the first to find an image decides."""
 
 _WORDS: dict[str, Callable[[], ImageSource]] = {"digits": open_digits}
 """Sources that have a name instead of a path."""
@@ -35,8 +37,10 @@ def open_source(path: str | Path | ImageSource) -> ImageSource:
     Parameters
     ----------
     path : str, Path or ImageSource
-        A folder of class folders (optionally under split folders), a flat folder, one image, a ``.csv`` or
-        ``.parquet`` manifest, a ``.tar`` shard or a folder of them, or the word ``digits`` (if no such path exists).
+        A folder of class folders (optionally under split folders), a flat folder, one image; a manifest (``.csv``,
+        ``.tsv``, ``.jsonl`` or ``.parquet``); a file with images inside (``.tar``, ``.tar.gz``, ``.zip``, ``.parquet``
+        or ``.arrow``) or a folder of them; all of these behind a URL that fsspec opens; or the word ``digits`` (if no
+        such path exists).
 
     Returns
     -------
@@ -58,6 +62,11 @@ def open_source(path: str | Path | ImageSource) -> ImageSource:
     """
     if isinstance(path, ImageSource):
         return path
+    if is_url(str(path)):
+        where = locate(str(path))
+        if isinstance(where, RemotePath):
+            return _open_path(where)
+        path = where
     where = Path(path)
     try:
         exists = where.exists()
@@ -76,7 +85,7 @@ def _absolute(path: Path) -> Path:
     return path.resolve() if path.name in {"", ".."} else path.parent.resolve() / path.name
 
 
-def _open_path(path: Path) -> ImageSource:
+def _open_path(path: Location) -> ImageSource:
     notes: list[str] | None = None
     for opener in _PATHS.values():
         source = opener(path)
@@ -85,6 +94,8 @@ def _open_path(path: Path) -> ImageSource:
         if source is not None:
             notes = notes or source.notes
     if notes is None:
+        if isinstance(path, RemotePath) and not path.is_file():
+            raise SourceError(f"{path}: expected {_EXPECTED}, found nothing there")
         remedy = "; save it as .jpg or .png" if path.suffix.lower() in FOREIGN_EXTENSIONS else ""
         raise SourceError(f"{path}: expected {_EXPECTED}, found another kind of file{remedy}")
     found = "; ".join(["found none", *notes])

@@ -1,33 +1,38 @@
-"""``.tar`` shards in WebDataset form: images and the members that hold their labels."""
+"""``.tar`` shards in WebDataset form, plain or compressed by gzip: images and the members that hold their labels."""
 
 from __future__ import annotations
 
 import json
-import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from io import BufferedReader, FileIO
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from io import DEFAULT_BUFFER_SIZE, BufferedReader, BytesIO, FileIO, RawIOBase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
-from pipeline.errors import SourceError, UnreadableImageError
-from pipeline.images.sources.folder import SPLIT_WORDS, walk
+from pipeline.errors import SourceError
+from pipeline.images.ahead import map_ahead
+from pipeline.images.sources.gzipped import Gzipped
 from pipeline.images.sources.items import (
     IMAGE_EXTENSIONS,
     OTHER_EXTENSIONS,
-    ImageSource,
     Item,
-    build_source,
+    Location,
+    Packed,
     check_size,
+    check_unchanged,
     extension_of,
     holds_image,
-    is_file_of,
-    text_of,
+    read_part,
+    split_in,
+    stamp,
+    unreadable,
 )
+from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
+from pipeline.tables import text_of
 
-SHARD_EXTENSION = ".tar"
+GZIPPED = (".tar.gz", ".tgz")
 
 LABEL_LIMIT = 1 << 20
 """Most bytes of a ``.cls`` or ``.json`` member that holds a label."""
@@ -35,6 +40,9 @@ LABEL_LIMIT = 1 << 20
 
 READ_LIMIT = 1 << 26
 """Most bytes that are read at once from a shard while it is listed: a forged header may ask for any number."""
+
+FETCHED_AT_ONCE = 1 << 24
+"""Bytes of a remote shard that are fetched at once while it is listed."""
 
 
 class _BoundedReader(BufferedReader):
@@ -46,90 +54,82 @@ class _BoundedReader(BufferedReader):
         return super().read(size)
 
 
-class Extent(NamedTuple):
-    """Where a member's bytes are: shard, offset and size in bytes, and the shard's own size and time when listed."""
+class _Shard(NamedTuple):
+    """What a shard holds.
 
-    shard: Path
-    offset: int
-    size: int
-    shard_size: int
-    shard_mtime_ns: int
+    Attributes
+    ----------
+    images : dict of str to callable
+        Reads each image, by the name of its member. If several have the same name, the last one counts.
+    sizes : dict of str to int
+        Bytes of each image.
+    labels : dict of str to str
+        By the name of the member without its extension.
+    others : Counter
+        How many other members there are, by their extensions.
+    """
+
+    images: dict[str, Callable[[], bytes]]
+    sizes: dict[str, int]
+    labels: dict[str, str]
+    others: Counter[str]
 
 
-def open_shards(path: Path) -> ImageSource | None:
-    """Return the images in an uncompressed ``.tar`` shard, or in all shards under a folder; None if there is none.
+def read_shards(files: Mapping[str, Location]) -> Packed:
+    """Return the images in shards.
 
     The label is the text of the ``.cls`` member that belongs to the image (see `_label_of`), else ``"label"`` in the
-    ``.json`` member. The split is the one split word in the shard's path (``train-000.tar``,
-    ``set-validation-01.tar``, ``test/7.tar``); there is none if the path has no such word, or two. Links, hidden
-    members and members whose name leads out of the shard are ignored. Uris are ``shard/member``, with the shard's
-    path relative to the folder.
+    ``.json`` member. Links, hidden members and members whose name leads out of the shard are ignored.
 
     Raises
     ------
     SourceError
         A shard is damaged, a label is neither text nor a number, or an image has two labels.
     """
-    passed_over: Counter[str] = Counter()
-    if path.is_dir():
-        root, name = path, path.name
-        shards, others = walk(path, lambda _, extension: extension == SHARD_EXTENSION)
-        passed_over.update(others)
-    elif is_file_of(path, {SHARD_EXTENSION}):
-        root, name = path.parent, path.stem
-        shards = [Item(path.name)]
-    else:
-        return None
-    labelled: list[tuple[Item, str]] = []
-    extents: dict[str, Extent] = {}
+    packed = Packed()
     unreached: list[str] = []
-    for shard in sorted(shards):
-        split = split_in(shard.uri)
-        images, labels, others = _read_shard(root / shard.uri)
-        passed_over.update(others)
+    hold_if_small(files.values())
+    for uri, shard in zip(files, map_ahead(_read_shard, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
+        packed.passed_over.update(shard.others)
         by_sample: defaultdict[str, set[str]] = defaultdict(set)
-        for stem, label in labels.items():
+        for stem, label in shard.labels.items():
             by_sample[_sample(stem)].add(label)
-        for member, extent in images.items():
-            item = Item(f"{shard.uri}/{member}", split=split, size=extent.size, mtime_ns=extent.shard_mtime_ns)
-            extents[item.uri] = extent
-            label = _label_of(item.uri, _stem(member), labels, by_sample)
-            labelled.append((item, label))
+        split, mtime_ns = split_in(uri), stamp(files[uri]).mtime_ns
+        for member, read in shard.images.items():
+            item = Item(f"{uri}/{member}", split=split, size=shard.sizes[member], mtime_ns=mtime_ns)
+            label = _label_of(item.uri, _stem(member), shard.labels, by_sample)
+            packed.add(item, label, read)
             if not label and any(by_sample.get(_sample(_stem(member)), ())):
                 unreached.append(item.uri)
-    source = build_source(name, path.as_posix(), labelled, lambda item: _read(extents[item.uri]))
-    remarks = source.remarks
     if unreached:
-        remarks = (
-            *remarks,
+        packed.remarks.append(
             f"{len(unreached)} images such as {unreached[0]} have no label, though a label has the same name up to the "
-            f"first dot: if it is theirs, call it {_sample(unreached[0].rpartition('/')[2])}.cls",
+            f"first dot: if it is theirs, call it {_sample(unreached[0].rpartition('/')[2])}.cls"
         )
-    return replace(source, passed_over=passed_over, remarks=remarks)
+    return packed
 
 
-def split_in(path: str) -> str:
-    """Return the split that a shard's path names, ``""`` for none or several."""
-    words = re.split(r"[^a-z]+", path.lower())
-    splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
-    return splits.pop() if len(splits) == 1 else ""
-
-
-def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter[str]]:
-    """Return the shard's images by member name, its labels by name without extension, and how many others there are.
-
-    The others are counted by their extensions. If several images have the same name, the last one counts.
-    """
-    status = shard.stat()
-    images: dict[str, Extent] = {}
+def _read_shard(shard: Location) -> _Shard:
+    listed, gzipped = stamp(shard), None
+    sizes: dict[str, int] = {}
+    images: dict[str, Callable[[], bytes]] = {}
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
     others: Counter[str] = Counter()
+    kind = "an uncompressed tar file"
+    if shard.name.lower().endswith(GZIPPED):
+        kind, gzipped = "a tar file compressed by gzip", Gzipped(lambda: _raw(shard))
+    buffer = FETCHED_AT_ONCE if isinstance(shard, RemotePath) and gzipped is None else DEFAULT_BUFFER_SIZE
     try:
-        with _BoundedReader(FileIO(shard)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        raw = _raw(shard) if gzipped is None else gzipped.open()
+        with _BoundedReader(cast(RawIOBase, raw), buffer) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member, info in _plain_members(archive):
                 extension = extension_of(member.rpartition("/")[2])
                 if extension in IMAGE_EXTENSIONS or _has_image_header(archive, info, extension):
-                    images[member] = Extent(shard, info.offset_data, info.size, status.st_size, status.st_mtime_ns)
+                    sizes[member] = info.size
+                    part = info.offset_data, info.size, listed
+                    images[member] = (
+                        partial(read_part, shard, *part) if gzipped is None else partial(_read, gzipped, shard, *part)
+                    )
                 elif extension in {".cls", ".json"}:
                     found, label = labels[_stem(member)], _label(shard, archive, info, extension)
                     if found.setdefault(extension, label) != label:
@@ -138,12 +138,24 @@ def _read_shard(shard: Path) -> tuple[dict[str, Extent], dict[str, str], Counter
                         )
                 else:
                     others[extension] += 1
+            while gzipped is not None and file.read(READ_LIMIT):  # the checksum is at the end
+                pass
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        raise SourceError(
-            f"{shard}: expected an uncompressed tar file, found a damaged or another file: {error}"
-        ) from None
+        raise SourceError(f"{shard}: expected {kind}, found a damaged or another file: {error}") from None
     by_stem = {stem: found.get(".cls") or found.get(".json", "") for stem, found in labels.items()}
-    return images, by_stem, others
+    return _Shard(images, sizes, by_stem, others)
+
+
+def _raw(shard: Location) -> RawIOBase | BytesIO:
+    return shard.open() if isinstance(shard, RemotePath) else FileIO(shard)
+
+
+def _read(gzipped: Gzipped, shard: Location, offset: int, size: int, listed: Stamp) -> bytes:
+    """Return a member's bytes from a gzip file; raises as `read_part`."""
+    check_size(size)
+    check_unchanged(shard, listed)
+    with unreadable("shard"):
+        return gzipped.read(offset, size)
 
 
 def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bool:
@@ -158,33 +170,6 @@ def _plain_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarI
         inside = parts and not info.name.startswith("/") and not any(part.startswith(".") for part in parts)
         if inside and info.isreg() and not info.issparse():
             yield "/".join(parts), info
-
-
-def _read(extent: Extent) -> bytes:
-    """Return a member's bytes, straight from the shard.
-
-    Raises
-    ------
-    UnreadableImageError
-        The shard is gone, cannot be read, or changed after it was listed; or the member is too large.
-    """
-    check_size(extent.size)
-    try:
-        with extent.shard.open("rb") as file:
-            status = extent.shard.stat()
-            if (status.st_size, status.st_mtime_ns) != (extent.shard_size, extent.shard_mtime_ns):
-                raise UnreadableImageError("the shard changed after it was listed")
-            file.seek(extent.offset)
-            data = file.read(extent.size)
-    except FileNotFoundError:
-        raise UnreadableImageError("no such shard") from None
-    except PermissionError:
-        raise UnreadableImageError("permission denied") from None
-    except OSError as error:
-        raise UnreadableImageError(f"cannot be read: {error.strerror}") from None
-    if len(data) != extent.size:
-        raise UnreadableImageError("the shard changed after it was listed")
-    return data
 
 
 def _label_of(uri: str, stem: str, labels: Mapping[str, str], by_sample: Mapping[str, set[str]]) -> str:
@@ -216,7 +201,7 @@ def _sample(member: str) -> str:
     return f"{folder}/{file.split('.')[0]}" if folder else file.split(".")[0]
 
 
-def _label(shard: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> str:
+def _label(shard: Location, archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> str:
     """Return the label in a ``.cls`` or ``.json`` member; ``""`` if the latter has none."""
     file = archive.extractfile(info)
     data = file.read(LABEL_LIMIT + 1) if file is not None else b""

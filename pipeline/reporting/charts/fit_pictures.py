@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.rows import Layer
 from pipeline.fit import FitReport
 from pipeline.reporting.charts.accuracy import Line, depth_line, draw_depth, draw_labels
 from pipeline.reporting.charts.confusion import confusion_figure
@@ -21,7 +20,7 @@ MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and th
 _FEWEST_MAPPED = 5
 
 
-def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
+def draw_fit(report: FitReport, folder: Path) -> list[Path]:
     """Draw the results, and the predictions of the best one on its layer; return the paths of the files.
 
     They are ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
@@ -43,10 +42,10 @@ def draw_fit(report: FitReport, layer: Layer, folder: Path) -> list[Path]:
     if len(predictions.uris) >= _FEWEST_MAPPED:
         rng = np.random.default_rng(0)
         drawn = np.sort(rng.permutation(len(predictions.uris))[:MOST_MAPPED])
-        row_of = {uri: row for row, uri in enumerate(layer.table.uris.tolist())}
+        row_of = {uri: row for row, uri in enumerate(report.layer.table.uris.tolist())}
         rows = np.array([row_of[uri] for uri in predictions.uris[drawn].tolist()])
         columns = (predictions.y_true[drawn], predictions.y_pred[drawn])
-        mapped = embedding_figure(layer.features(rows), *columns, report.classes, f"{kept.layer}: test images")
+        mapped = embedding_figure(report.layer.features(rows), *columns, report.classes, f"{kept.layer}: test images")
         paths += save(mapped, folder, "embedding")
     return paths
 

@@ -1,1 +1,1 @@
-"""The report of a comparison: one HTML page."""
+"""HTML pages that load nothing from elsewhere: the report of a comparison, and what units see."""

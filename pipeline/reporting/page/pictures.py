@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import ImageSource
 from pipeline.reporting.charts.embedding import neighbour_map, principal_components
+from pipeline.reporting.page.template import data_url
 
 SIDE = 96  # longer side of a thumbnail, pixels
 MOST_PAIRS = 6
@@ -59,9 +58,7 @@ class Album:
         except UnreadableImageError:  # it was readable when it was extracted; the page says that it is not any more
             return ""
         image.thumbnail((SIDE, SIDE))
-        stream = io.BytesIO()
-        image.save(stream, "WEBP", quality=72)
-        return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+        return data_url(image)
 
 
 def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Album) -> list[dict[str, Any]]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from features_cache import UNREADABLE, CacheFile
 from pipeline.comparing.answer import (
@@ -32,11 +30,22 @@ from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
+from pipeline.reporting.page.template import render_page
+from pipeline.reporting.terminal.neighbour_tables import price_lines
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_UNREADABLE = 200
 FEWEST_MAPPED = 5
+METRIC_COLUMNS = {
+    "mean_per_class_accuracy": "per class",
+    "macro_f1": "macro F1",
+    "kappa": "kappa",
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "top5_accuracy": "top 5",
+}
+"""Headings of the metrics in the table of all results, besides accuracy."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +69,13 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
-    here = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("report.html.j2").render(
-        style=(here / "report.css").read_text(encoding="utf-8"),
-        script=(here / "report.js").read_text(encoding="utf-8"),
+    table = _table(chapters, extraction)
+    return render_page(
+        "report",
         chapters=chapters,
-        table=_table(chapters, extraction),
+        table=table,
+        metric_columns=_metric_columns(table),
+        ordered_by=next(iter(folder.results.values())).result.metric,
         several=len(found) > 1,
         info=info,
         costs=[cost for cost in info.extractions.values() if cost.computed and cost.seconds],
@@ -114,11 +121,11 @@ def _chapter(
 
 
 def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> list[dict[str, Any]]:
-    """Return a row for each method and number of labels, the most accurate first."""
+    """Return a row for each method and number of labels, the best on test by the plan's metric first."""
     scores = [
         (one["source"], score, one["answer"].best_sets) for one in chapters for score in one["board"].scores.values()
     ]
-    scores.sort(key=lambda row: (shots_order(row[1].shots), row[1].accuracy), reverse=True)
+    scores.sort(key=lambda row: (shots_order(row[1].shots), row[1].score), reverse=True)
     rows = []
     for source, score, best_sets in scores:
         low, high = score.interval
@@ -133,8 +140,7 @@ def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> l
                 "accuracy": score.accuracy,
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
                 "best": "–" if among is None else "yes" if score.name in among.methods else "no",
-                "per_class": score.mean("mean_per_class_accuracy"),
-                "f1": score.mean("macro_f1"),
+                "metrics": {name: score.mean(name) for name in METRIC_COLUMNS},
                 "log_loss": _calibrated(score, "log_loss"),
                 "ece": _calibrated(score, "ece"),
                 "seconds": seconds(score, extraction),
@@ -142,6 +148,15 @@ def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> l
             }
         )
     return rows
+
+
+def _metric_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the headings of the metrics that any row has, by their names."""
+    return {
+        name: heading
+        for name, heading in METRIC_COLUMNS.items()
+        if any(row["metrics"][name] is not None for row in rows)
+    }
 
 
 def _calibrated(score: MethodScore, key: str) -> float | None:
@@ -191,6 +206,8 @@ def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str],
         "rows": rows,
         "classes": classes,
         "counts": confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist() if drawn else [],
+        "price": (price := score.first.result.leak_price),
+        "price_lines": price_lines(price, score.first.result.accuracy) if price else [],
         "confusions": worst_confusions(predictions, classes, album),
     }
 

@@ -17,8 +17,12 @@ from pipeline.results import (
     FinetuneResult,
     FitResult,
     LayerScore,
+    LectureFigure,
+    LectureResult,
     Prediction,
+    PretrainResult,
     SeedSummary,
+    UnitResult,
 )
 
 LEVEL = 0.05  # up to this p-value, two sets are said to differ
@@ -59,6 +63,7 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
 def fit_table(results: Sequence[FitResult]) -> Table:
     """One row for each result, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
+        "target": _targets(results),
         **_columns(results, "backbone", "pool", "layer", "head", "seed", "shots"),
         "folds": [str(result.cv or "-") for result in results],
         "train/val/test": [_counts(result) for result in results],
@@ -70,6 +75,7 @@ def fit_table(results: Sequence[FitResult]) -> Table:
 def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     """One row for each run, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
+        "target": _targets(results),
         **_columns(results, "freeze", "seed", "shots"),
         "train/val/test": [_counts(result) for result in results],
         "trained weights": [f"{result.trainable_parameters:,}" for result in results],
@@ -82,6 +88,23 @@ def finetune_table(results: Sequence[FinetuneResult]) -> Table:
     one = results[0]
     title = f"backbone {one.backbone}, top {one.head}, init {one.params['init']}, learning rate {one.params['lr']:g}"
     return _compared(settings, measured, results, title)
+
+
+def pretrain_table(result: PretrainResult) -> Table:
+    """What the task was, and how well it was learnt, a line each."""
+    accuracy = "-" if result.valid_accuracy is None else f"{result.valid_accuracy:.3f} ({result.chance:.3g} is a guess)"
+    facts = {
+        "task": f"{result.task}, {result.shown}",
+        "begun with": result.backbone,
+        "train/val": f"{result.n_train}/{result.n_val} images, {result.inputs_per_image} inputs of each in a step",
+        "epochs": f"{result.epochs}" + ("" if result.converged else " (diverged)"),
+        "kept": f"epoch {result.best_epoch}, after {result.steps} steps",
+        "train loss": f"{result.train_loss:.3f}",
+        "validation loss": "-" if result.valid_loss is None else f"{result.valid_loss:.3f}",
+        "validation accuracy": accuracy,
+        "seconds": f"{result.seconds:.1f}",
+    }
+    return facts_table(facts.items())
 
 
 def seeds_table(summary: Sequence[SeedSummary]) -> Table:
@@ -110,10 +133,24 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
         "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        "top 5": [_known(result.top5_accuracy) for result in results],
+        "AUROC": [_known(result.auroc) for result in results],
+        **_chosen_by(results),
         "log-loss": [_calibrated(result) for result in results],
         **_judged(results),
         "seconds": [f"{result.seconds:.1f}" for result in results],
     }
+
+
+def _chosen_by(results: Sequence[FitResult]) -> dict[str, list[str]]:
+    """Return the metric that parameters were chosen by, if no other column has it."""
+    names = {"macro_f1": "macro F1", "kappa": "kappa", "average_precision": "average precision"}
+    chosen = dict.fromkeys(result.metric for result in results if result.metric in names)
+    return {names[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, list[str]]:
@@ -124,6 +161,10 @@ def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, l
             "-" if record.in_best_set is None else "yes" if record.in_best_set else "no" for record in records
         ],
     }
+
+
+def _targets(results: Sequence[FitResult]) -> list[str]:
+    return [result.target or "-" for result in results]
 
 
 def _counts(result: FitResult) -> str:
@@ -167,21 +208,21 @@ def _params(result: FitResult) -> str:
     return shown if result.converged else f"{shown} (not converged)"
 
 
-def prediction_table(predictions: Sequence[Prediction], most: int = 20) -> Table:
-    """The first `most` predictions; `count_table` sums up the rest."""
+def prediction_table(predictions: Sequence[Prediction], target: str, most: int = 20) -> Table:
+    """The first `most` predictions of a target; `count_table` sums up the rest."""
     rows = []
     for prediction in predictions[:most]:
         shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
         rows.append((prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown))
     if len(predictions) > most:
         rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
-    return rows_table(("image", "label", "probability"), rows)
+    return rows_table(("image", target, "probability"), rows)
 
 
-def count_table(predictions: Iterable[Prediction]) -> Table:
+def count_table(predictions: Iterable[Prediction], target: str) -> Table:
     """How many images got each label."""
     counts = Counter(prediction.label or "(unreadable)" for prediction in predictions)
-    return rows_table(("label", "images"), [(label, str(count)) for label, count in counts.most_common()])
+    return rows_table((target, "images"), [(label, str(count)) for label, count in counts.most_common()])
 
 
 def rank_table(ranking: Sequence[LayerScore]) -> Table:
@@ -210,6 +251,20 @@ def agreement_lines(agreement: Sequence[Agreement]) -> list[str]:
     ]
 
 
+def units_table(units: Sequence[UnitResult]) -> Table:
+    """One row for each unit; columns that are empty are left out."""
+    columns = {
+        **_columns(units, "layer", "channel"),
+        "prefers": [unit.prefers or "-" for unit in units],
+        "AUC": ["-" if unit.auc is None else f"{unit.auc:.3f}" for unit in units],
+        "p (all units)": [_p_value(unit.p_value) for unit in units],
+        "looks at": [f"{np.median([one.box[2] - one.box[0] for one in unit.examples]):.0f} px" for unit in units],
+        "excited most by": [unit.examples[0].uri for unit in units],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return rows_table(tuple(shown), list(zip(*shown.values(), strict=True)))
+
+
 def drift_lines(result: DriftResult) -> list[str]:
     """Say whether the two sets differ, and how many images were compared."""
     shared = f"; {result.shared} are in both sets and left out" if result.shared else ""
@@ -231,6 +286,27 @@ def foreign_table(result: DriftResult) -> Table:
     pairs = zip_longest(result.foreign_in_first, result.foreign_in_second)
     rows = [tuple("" if image is None else f"{image.uri} ({image.score:.2f})" for image in pair) for pair in pairs]
     return rows_table(("most foreign in the first", "most foreign in the second"), rows)
+
+
+def lecture_table(result: LectureResult) -> Table:
+    """One row for each figure of a claim, in bold where the claim expects something of it."""
+    rows = [
+        (one.name, number_text(one.value), interval_text(one), one.verdict or "-", one.published)
+        for one in result.figures
+    ]
+    title = f"{result.claim}: {result.statement}"
+    columns = (f"on {result.source}", "measured", "95 % interval", "verdict", "published")
+    return rows_table(columns, rows, title, [bool(one.verdict) for one in result.figures])
+
+
+def number_text(value: float) -> str:
+    """Return a number with thousands grouped, or three significant digits if it is small."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def interval_text(figure: LectureFigure) -> str:
+    """Return the interval of a figure as text; ``–`` for none."""
+    return "–" if figure.interval is None else " to ".join(map(number_text, figure.interval))
 
 
 def rows_table(

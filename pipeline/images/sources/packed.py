@@ -1,0 +1,64 @@
+"""Files that hold many images: tar shards, zip archives and tables, alone or in folders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from pipeline.images.sources.folder import walk
+from pipeline.images.sources.items import ImageSource, Location, Packed, build_source, extension_of
+from pipeline.images.sources.remote import RemotePath
+from pipeline.images.sources.shards import read_shards
+from pipeline.images.sources.tables import holds_images, read_arrow, read_parquet
+from pipeline.images.sources.zips import read_zips
+
+_READERS: dict[tuple[str, ...], Callable[[Mapping[str, Location]], Packed]] = {
+    (".tar", ".tar.gz", ".tgz"): read_shards,
+    (".zip",): read_zips,
+    (".parquet",): read_parquet,
+    (".arrow",): read_arrow,
+}
+"""What reads files, by the endings of their names; in a folder, files of the first kind that is there are read."""
+
+
+def open_packed(path: Location) -> ImageSource | None:
+    """Return the images in a packed file, or in all files of one kind under a folder; None if there is none.
+
+    Uris are ``file/member``, with the file's path relative to the folder. Where members have no split, it is the one
+    split word in the file's path (``train-000.tar``, ``set-validation-01.zip``, ``test/7.parquet``); there is none if
+    the path has no such word, or two. All images of a file change when the file does.
+
+    Raises
+    ------
+    SourceError
+        A file is damaged, or contradicts itself.
+    """
+    endings = tuple(ending for kind in _READERS for ending in kind)
+    others: Counter[str] = Counter()
+    if path.is_dir():
+        name = path.name or "root"
+        found, passed_over = walk(path, lambda file, _: file.name.lower().endswith(endings))
+        others.update(passed_over)
+        below = path.files if isinstance(path, RemotePath) else None
+        files = {uri: path / uri if below is None else below[uri] for uri in sorted(item.uri for item in found)}
+    elif (
+        path.name.lower().endswith(endings)
+        and path.is_file()
+        and (path.suffix.lower() != ".parquet" or holds_images(path))
+    ):
+        name = path.name[: -len(next(ending for ending in endings if path.name.lower().endswith(ending)))]
+        files = {path.name: path}
+    else:
+        return None
+    kind = next((kind for kind in _READERS if any(uri.lower().endswith(kind) for uri in files)), ())
+    chosen = {uri: file for uri, file in files.items() if uri.lower().endswith(kind)}
+    others.update(extension_of(uri) for uri in files.keys() - chosen.keys())
+    packed = _READERS[kind](chosen) if chosen else Packed()
+    source = build_source(name, path.as_posix(), packed.labelled, lambda item: packed.readers[item.uri]())
+    return replace(
+        source,
+        passed_over=packed.passed_over + others,
+        remarks=(*source.remarks, *packed.remarks),
+        remote=isinstance(path, RemotePath),
+    )

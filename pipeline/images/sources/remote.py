@@ -1,0 +1,364 @@
+"""Files and folders behind URLs that fsspec opens (``s3://``, ``https://``, …), used as local paths are."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from pipeline.errors import SourceError, first_line
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+T = TypeVar("T")
+
+EXTRAS = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "azure"),
+    **dict.fromkeys(("http", "https"), "http"),
+}
+"""The extra of this project that brings what a protocol needs."""
+
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between the tries of a request that fails."""
+
+MISSING_SIZE = -1
+"""The size of an item whose file was missing when the source was listed, or of which the listing tells no size."""
+
+_VERSIONS = (
+    *("ETag", "etag", "generation", "blob_id", "sha", "Content-MD5"),
+    *("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created"),
+)
+"""Entries of a listing that tell the version of an object; the first that is there counts."""
+
+_GONE = (404, 410, 416)
+"""What HTTP answers if an object is not there, or is shorter than it was."""
+
+_SIGNED = re.compile(
+    r"(x-(amz|goog)-.*|signature|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|token|s(ig|e|p|v|r|t|ip|pr|s|rt))"
+)
+"""Parameters, in lower case, that sign a URL for some time."""
+
+
+HELD_BYTES = 1 << 30
+"""Most bytes of remote shards that are kept in memory after they were listed."""
+
+LISTED_AT_ONCE = 8
+"""Shards, or folders of a manifest, that are listed at once."""
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file changed: its size in bytes, and its time in ns or a number that stands for it."""
+
+    size: int = MISSING_SIZE
+    mtime_ns: int = 0
+
+
+def is_url(text: str) -> bool:
+    """Tell whether `text` is a URL rather than a path.
+
+    Examples
+    --------
+    >>> is_url("s3://bucket/photos"), is_url("photos/cat.jpg")
+    (True, False)
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None
+
+
+def locate(url: str) -> Path | RemotePath:
+    """Return what a URL leads to; ``file://`` leads to a local path.
+
+    Raises
+    ------
+    SourceError
+        The protocol is unknown, or the library that it needs is not installed.
+    """
+    import fsspec  # late: local sources need none of it
+
+    protocol = re.split("::|://", url)[0].lower()
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        remedy = f"pip install 'thawline[{EXTRAS[protocol]}]'" if protocol in EXTRAS else first_line(error)
+        raise SourceError(f"{_shown(url)}: reading {protocol}:// needs another library: {remedy}") from error
+    except Exception as error:  # each library has its own errors for what is no URL of it
+        raise SourceError(f"{_shown(url)}: expected a URL that fsspec can open: {first_line(error)}") from error
+    return Path(path) if "file" in _protocols(fs) else RemotePath(fs, path, url)
+
+
+class RemotePath:
+    """A file or folder behind a URL, with those members of `pathlib.Path` that sources use.
+
+    A request that fails is tried again, see `PAUSES`. If no try succeeds, it raises `SourceError`, which ends the run;
+    only an object that is not there raises `FileNotFoundError`.
+
+    Parameters
+    ----------
+    fs : fsspec.AbstractFileSystem
+    path : str
+        As `fs` writes it.
+    url : str
+        As the user writes it.
+    info : mapping, optional
+        Its entry in a listing.
+
+    Attributes
+    ----------
+    hold : bool
+        Whether to fetch the object whole when it is opened, and to keep its bytes in memory.
+    """
+
+    def __init__(self, fs: AbstractFileSystem, path: str, url: str, info: Mapping[str, Any] | None = None) -> None:
+        self._fs, self._path, self._url = fs, path, url
+        self.hold, self._held = False, b""
+        if info is not None:
+            vars(self)["_info"] = info
+
+    def __str__(self) -> str:
+        return _shown(self._url).rstrip("/")
+
+    def as_posix(self) -> str:
+        """Return the URL without passwords and signatures."""
+        return str(self)
+
+    def __truediv__(self, relative: str) -> RemotePath:
+        first, *outer = self._url.split("::")
+        if self.is_http:
+            path, first = _joined(_bare(self._path), quote(relative)), _bare(first)
+        else:
+            path = _joined(self._path, relative)
+        return RemotePath(self._fs, path, "::".join([_joined(first, relative), *outer]))
+
+    @property
+    def name(self) -> str:
+        """The last part, without a query."""
+        path = _bare(self._path) if self.is_http else self._path
+        name = path.rstrip("/").rpartition("/")[2]
+        return unquote(name) if self.is_http else name
+
+    @property
+    def stem(self) -> str:
+        """The name without its extension."""
+        return Path(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        """The extension of the name, with its dot."""
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> RemotePath:
+        """The folder that this is in."""
+        first, *outer = self._url.split("::")
+        if self.is_http:
+            first = _bare(first)
+        path = _bare(self._path) if self.is_http else self._path
+        url = "::".join([first.rstrip("/").rpartition("/")[0], *outer])
+        return RemotePath(self._fs, path.rstrip("/").rpartition("/")[0], url)
+
+    @property
+    def is_http(self) -> bool:
+        """Whether a web server answers: its pages list names at most, neither sizes nor versions."""
+        return "http" in _protocols(self._fs)
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The same for all paths to one object."""
+        return id(self._fs), self._path
+
+    def is_dir(self) -> bool:
+        """Tell whether this is a folder; of a web server, what has no extension."""
+        if self.is_http and "_info" not in vars(self):
+            return self._path.endswith("/") or not self.suffix
+        return bool(self._info and self._info["type"] == "directory")
+
+    def is_file(self) -> bool:
+        """Tell whether this is an object."""
+        return not self.is_dir() and self._info is not None
+
+    def stat(self) -> Stamp:
+        """Return what tells whether the object changes; from the listing, if it was listed."""
+        return stamp_of(self._info or {})
+
+    @cached_property
+    def _info(self) -> Mapping[str, Any] | None:
+        try:
+            self._fs.invalidate_cache()  # of an earlier call in this process
+            info: Mapping[str, Any] = self._patiently(lambda: self._fs.info(self._path), PAUSES[:2])
+            return info
+        except FileNotFoundError:
+            return None
+
+    @cached_property
+    def files(self) -> dict[str, RemotePath]:
+        """All files below, by their path relative to this one; listed once, by as few requests as the protocol allows.
+
+        Hidden names are left out.
+        """
+        whole = {} if _finds_at_once(self._fs) else {"on_error": "raise"}  # else it would skip folders in silence
+        try:
+            self._fs.invalidate_cache()
+            found = self._patiently(lambda: self._fs.find(self._path, detail=True, **whole))
+        except FileNotFoundError:
+            return {}
+        return {uri: file for uri, file in self._listed(found) if not uri.startswith(".") and "/." not in uri}
+
+    def listing(self) -> dict[str, RemotePath]:
+        """Return the files in this folder, without those in folders below; empty if it does not exist."""
+        try:
+            found = self._patiently(lambda: self._fs.ls(self._path, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        return dict(self._listed({info["name"]: info for info in found if info["type"] != "directory"}))
+
+    def _listed(self, found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, RemotePath]]:
+        above = self._path.rstrip("/") + "/"
+        for path, info in found.items():
+            uri = path.removeprefix(above)
+            if self.is_http:
+                if "?" in uri or "#" in uri:  # links that sort the page
+                    continue
+                uri = unquote(uri)
+            if path.startswith(above) and uri and not uri.endswith("/"):
+                yield uri, RemotePath(self._fs, path, _joined(self._url, uri), info)
+
+    def read(self, start: int | None = None, stop: int | None = None) -> bytes:
+        """Return the bytes of the object, or those from `start` to `stop`: fewer only if it ends earlier."""
+        if self._held:
+            return self._held[start:stop]
+        kept = "; what was finished is kept, and the same command goes on from there"
+        data: bytes = self._patiently(lambda: self._fs.cat_file(self._path, start=start, end=stop), remedy=kept)
+        if start is not None and stop is not None and len(data) > stop - start:  # a server that knows no ranges
+            return data[start:stop]
+        return data
+
+    def open(self) -> io.RawIOBase | io.BytesIO:
+        """Return the object as a file whose parts are fetched as they are read; all at once if `hold` is set."""
+        size = self.stat().size
+        if self.hold or size == MISSING_SIZE:
+            self._held = self._held or self.read()
+            return io.BytesIO(self._held)
+        return _RemoteFile(self, size)
+
+    def _patiently(self, request: Callable[[], T], pauses: tuple[float, ...] | None = None, remedy: str = "") -> T:
+        for pause in (*(PAUSES if pauses is None else pauses), None):
+            try:
+                return request()
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise
+            except Exception as error:  # each library has its own errors for what may pass
+                if _status(error) in _GONE:
+                    raise FileNotFoundError(str(self)) from error
+                if pause is None:
+                    why = first_line(error).replace(self._url, str(self))
+                    raise SourceError(f"{self}: cannot be read: {why}{remedy}") from error
+                time.sleep(pause * random.uniform(1, 1.5))  # noqa: S311
+        raise AssertionError("the last try returns or raises")
+
+
+def hold_if_small(files: Iterable[Path | RemotePath]) -> None:
+    """Let remote files be fetched whole when they are opened, and kept, if they take at most `HELD_BYTES` together."""
+    remote = [file for file in files if isinstance(file, RemotePath)]
+    if sum(file.stat().size for file in remote) <= HELD_BYTES:
+        for file in remote:
+            file.hold = True
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote object as a file that can be searched."""
+
+    def __init__(self, path: RemotePath, size: int) -> None:
+        self._source, self._size, self._position = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = max(0, offset + (0, self._position, self._size)[whence])
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def size(self) -> int:
+        return self._size
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        data = self._source.read(self._position, stop) if stop > self._position else b""
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+
+def stamp_of(info: Mapping[str, Any]) -> Stamp:
+    """Return the stamp of an object by its entry in a listing.
+
+    Examples
+    --------
+    >>> stamp_of({"size": 7, "ETag": "abc"}) == stamp_of({"size": 7, "ETag": "abc", "LastModified": "later"})
+    True
+    >>> stamp_of({"name": "a.jpg"})
+    Stamp(size=-1, mtime_ns=0)
+    """
+    size = info.get("size")
+    version = next((f"{name}={info[name]}" for name in _VERSIONS if info.get(name)), None)
+    number = 0 if version is None else int.from_bytes(blake2b(version.encode(), digest_size=8).digest()) >> 1
+    return Stamp(MISSING_SIZE if size is None else int(size), number)
+
+
+def _status(error: Exception) -> object:
+    """Return the HTTP status that a library's error carries, if any."""
+    found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    return next((status for status in found if status is not None), None)
+
+
+def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _finds_at_once(fs: AbstractFileSystem) -> bool:
+    """Tell whether a library has its own way to list all below a folder, instead of fsspec's folder by folder."""
+    from fsspec import AbstractFileSystem
+    from fsspec.asyn import AsyncFileSystem
+
+    if isinstance(fs, AsyncFileSystem):
+        return type(fs)._find is not AsyncFileSystem._find
+    return type(fs).find is not AbstractFileSystem.find
+
+
+def _bare(url: str) -> str:
+    """Return a web address without its query."""
+    return url.partition("?")[0]
+
+
+def _joined(above: str, relative: str) -> str:
+    if not {"..", "."} & set(relative.split("/")):
+        return f"{above.rstrip('/')}/{relative}"
+    scheme, mark, path = above.rpartition("://")
+    return scheme + mark + posixpath.normpath(f"{path}/{relative}")
+
+
+def _shown(url: str) -> str:
+    """Return a URL without password and signature."""
+    first, *outer = url.split("::")
+    if "@" not in first and "?" not in first:
+        return "::".join([first, *map(_shown, outer)])
+    parts = urlsplit(first)
+    query = "&".join(one for one in parts.query.split("&") if not _SIGNED.fullmatch(one.partition("=")[0].lower()))
+    user, at, host = parts.netloc.rpartition("@")
+    shown = parts._replace(netloc=user.partition(":")[0] + at + host, query=query)
+    return "::".join([urlunsplit(shown), *map(_shown, outer)])

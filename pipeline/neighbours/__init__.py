@@ -1,0 +1,1 @@
+"""The parts of `similar`, `duplicates` and `suspects`: which images look alike, and how far that can be trusted."""
