@@ -512,7 +512,7 @@ def use_tiny_zoo() -> None:
     from torch import nn
 
     from pipeline.backbones import registry
-    from pipeline.spec import Preprocessing
+    from pipeline.spec import Preprocessing, Size
 
     class TinyZoo:
         def names(self) -> list[str]:
@@ -524,12 +524,12 @@ def use_tiny_zoo() -> None:
         def cached(self, name: str, tag: str) -> bool:
             return False
 
-        def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
+        def build(self, name: str, size: Size | None, classes: int | None) -> nn.Module:
             layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Conv2d(3, 4, 3, 2), act=nn.ReLU())
             layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "fc": nn.Linear(4, classes or 3)}
             return nn.Sequential(layers)
 
-        def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module:
+        def pretrained(self, name: str, tag: str, size: Size | None) -> nn.Module:
             raise NotImplementedError
 
         def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
@@ -959,6 +959,9 @@ def archives(folder: Path) -> Forge:
 
 def gzipped_shards(folder: Path) -> Forge:
     """Members and bytes of gzipped shards changed, before and after they are packed."""
+    from pipeline.images.sources import gzipped
+
+    gzipped.SPACING = 1 << 14  # so that small shards have several blocks
     target = folder / "a.tar.gz"
 
     def forge(rng: random.Random) -> Read:
@@ -966,7 +969,7 @@ def gzipped_shards(folder: Path) -> Forge:
         with tarfile.open(fileobj=stream, mode="w") as archive:
             for name in ("0.png", "0.cls", "1.png", "1.json"):
                 info, label = tarfile.TarInfo(name), b'{"label": 1}' if name == "1.json" else b"a"
-                size = rng.choice([0, 1, 600, 1 << 21])
+                size = rng.choice([0, 1, 600, 1 << 16])
                 data = rng.randbytes(size) if rng.random() < 0.5 else bytes(size)
                 data = label if "png" not in name and rng.random() < 0.95 else data
                 info.size = len(data)

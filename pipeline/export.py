@@ -22,7 +22,7 @@ from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
 from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
-from pipeline.spec import LayerSpec, json_fields
+from pipeline.spec import LayerSpec, Size, json_fields
 
 INPUT = "pixels"
 _LARGEST = 2**31 - 1
@@ -124,7 +124,7 @@ def _network_parts(path: str | Path) -> _Parts:
     return _Parts(tuned, backbone, [tuned.scores], nn.Identity(), True, tuned.top, params, tuned.classes)
 
 
-def _backbone(name: str, size: int | None, spec: LayerSpec) -> Backbone:
+def _backbone(name: str, size: Size | None, spec: LayerSpec) -> Backbone:
     """Load the backbone that a model was trained on; raise `ModelFileError` if it is another one here."""
     backbone = load_backbone(name, size)
     wanted = replace(

@@ -35,6 +35,7 @@ from pipeline.spec import (
     NO_AUGMENT,
     LayerSpec,
     Request,
+    Size,
 )
 
 
@@ -47,7 +48,7 @@ def extract(
     *,
     precision: str = "auto",
     store: str = "float32",
-    size: int | None = None,
+    size: Size | None = None,
     white: int | None = None,
     engine: str = "auto",
     device: str = "auto",
@@ -87,8 +88,8 @@ def extract(
         else fp32.
     store : {"float32", "float16"}
         Dtype on disk.
-    size : int, optional
-        Side of the square network input, pixels; the backbone's own by default.
+    size : int or tuple of int, optional
+        Side, or height and width, of the network's input, in pixels; the backbone's own by default.
     white : int, optional
         The level that is white in grey images wider than 8 bits, such as 4095 where 16-bit files hold 12 bits. By
         default 65,535, or what the tags of a TIFF say.

@@ -21,7 +21,7 @@ from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.model_file import check_destination
 from pipeline.options import METRIC, check_options
 from pipeline.results import ExtractResult, FinetuneResult, Progress, silent
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, json_fields
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, DEFAULT_LAYER, DEFAULT_POOL, Size, json_fields
 
 if TYPE_CHECKING:
     from pipeline.finetuning.data import TrainingData, TrainingSetup
@@ -77,7 +77,7 @@ def finetune(
     save: str | Path | None = None,
     precision: str = "auto",
     store: str = "float32",
-    size: int | None = None,
+    size: Size | None = None,
     white: int | None = None,
     engine: str = "auto",
     device: str = "auto",

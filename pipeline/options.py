@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from features_cache import nearest
-from pipeline.errors import FitError
+from pipeline.errors import BackboneError, FitError
 from pipeline.spec import (
     DEFAULT_BACKBONE,
     DEFAULT_CACHE,
@@ -27,6 +27,7 @@ from pipeline.spec import (
     POOLS,
     PRECISIONS,
     STORES,
+    parse_size,
 )
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -113,6 +114,13 @@ def _is_rate(value: Any) -> bool:
     return bool(layer) and not POSITIVE.problem(rate)
 
 
+def _is_size(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and parse_size(value) is not None
+    except BackboneError:
+        return False
+
+
 TEXT = Kind(str, "a text", lambda value: bool(value.strip()) and "\0" not in value)
 FLAG = Kind(bool, "true or false")
 FILE = Kind(Path, "a file")
@@ -128,6 +136,7 @@ SHOTS_OR_ALL = Kind(
 )
 NEAR = "near"
 LEAKS = Kind(object, f"true, false or '{NEAR}'", lambda value: isinstance(value, bool) or value == NEAR)
+INPUT_SIZE = Kind(object, "a number of pixels, or HEIGHTxWIDTH such as 192x256", _is_size)
 RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
 
 
@@ -201,9 +210,8 @@ crossed = partial(Option, plan="crossed")
 once = partial(Option, plan="once")
 JSON = Option("json", FLAG, "Print one JSON document on stdout.", default=False, stage_name="as_json")
 """Every command has it."""
-SIZE_HELP = "Side of the network's input, in pixels; default: the backbone's own."
 CLASSES_HELP = "Give every class the same weight, whatever its number of images."
-SIZE = crossed("size", whole(), SIZE_HELP)
+SIZE = crossed("size", INPUT_SIZE, "Side of the network's input, in pixels, or HEIGHTxWIDTH; default: its own.")
 WHITE = crossed("white", whole(), "Level that is white in grey images wider than 8 bits, such as 4095 for 12 bits.")
 STORE = crossed("store", choice(*STORES), "Number type of the features on disk.", "float32")
 WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)

@@ -24,7 +24,7 @@ from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Prediction, Progress
-from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec
+from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec, Size
 
 WORTH_KEEPING = 1000
 """Features of more images than this are kept in `KEPT_FOLDER` if no folder was named."""
@@ -125,7 +125,7 @@ class _Layer(NamedTuple):
     """A layer that a model reads: the backbone and input size to ask for, and the features that must come of it."""
 
     backbone: str
-    size: int | None
+    size: Size | None
     spec: LayerSpec
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import DONE, CacheFile, explained
+from features_cache import DONE, CacheFile, explained, nearest
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import join_units
@@ -28,7 +28,7 @@ from pipeline.invalidation import stage_key
 from pipeline.model_file import check_destination, writing
 from pipeline.options import PRETRAIN, check_options
 from pipeline.results import PretrainResult, Progress, silent, to_json
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, NO_AUGMENT, json_fields
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_CACHE, NO_AUGMENT, Size, json_fields
 
 if TYPE_CHECKING:
     from pipeline.backbones.backbone import Backbone
@@ -80,7 +80,7 @@ def pretrain(
     seed: int = 0,
     output: str | Path = DEFAULT_CACHE,
     precision: str = "auto",
-    size: int | None = None,
+    size: Size | None = None,
     white: int | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -136,6 +136,10 @@ def pretrain(
     destination = check_destination(save, ".safetensors")
     options = {"task": task, "init": init, "augment": augment, "seed": seed, "precision": precision}
     check_options(PRETRAIN, options | training)
+    known = [one.parameter for one in PRETRAIN]
+    for name in training:
+        if name not in known:
+            raise FitError(f"pretraining has no option '{name}'{nearest(name, known)}; it has {', '.join(known)}")
     from pipeline.backbones.aliases import INPUT
     from pipeline.backbones.registry import load_backbone
     from pipeline.finetuning.data import TrainingSetup, extract_plain

@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.errors import BackboneError
 from pipeline.results import from_json
 
 if TYPE_CHECKING:
     from features_cache import CacheFile
 
 R = TypeVar("R")
+Size = int | tuple[int, int]
+"""Of a network's input in pixels: the side of a square, or height and width."""
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 DEFAULT_LAYER = "penultimate"
@@ -47,6 +50,32 @@ PRETEXT_RULES = 1
 """Version of the tasks of `pretrain`; raised whenever the same task could give other numbers."""
 _UNSAID = {"white": None, "heads": 1, "prefix_tokens": None}
 """Fields that are newer than files without them, and their values there."""
+
+
+def parse_size(value: Any) -> Size | None:
+    """Return the size that a number, a pair or a text ``HEIGHTxWIDTH`` stands for; raises `BackboneError` if none.
+
+    Examples
+    --------
+    >>> parse_size("192x256"), parse_size([224, 224]), parse_size(None)
+    ((192, 256), 224, None)
+    """
+    if value is None:
+        return None
+    try:
+        sides = [int(str(side)) for side in (value if isinstance(value, tuple | list) else str(value).split("x"))]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise BackboneError(
+            f"the input size must be a number of pixels from 1 to {LONGEST_SIDE}, or HEIGHTxWIDTH, not {value}"
+        )
+    return sides[0] if sides[0] == sides[-1] else (sides[0], sides[1])
+
+
+def size_name(size: Size | tuple[int, int]) -> str:
+    """Return a size as `parse_size` reads it: ``"224"`` or ``"192x256"``."""
+    return str(size) if isinstance(size, int) else str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def is_outdated(file: CacheFile) -> bool:
@@ -99,7 +128,8 @@ class Preprocessing:
     size : tuple of int
         Height and width of the network's input, in pixels.
     resize : int or tuple of int
-        Length of the shorter side before the centre crop, or a fixed ``(height, width)``.
+        Length of the shorter side before the centre crop, or a fixed ``(height, width)``. Where `size` is no square, it
+        is the shorter side of a box of the same proportions, which the image just covers before the crop.
     interpolation : str
         ``"bilinear"``, ``"bicubic"``, ``"lanczos"`` or ``"nearest"``; all but the last are antialiased.
     mean, std : tuple of float
@@ -233,8 +263,8 @@ class Request:
         Layers or aliases, in the order in which they were asked for.
     pool, precision, store : str
         As in `LayerSpec`; precision may also be ``"auto"``.
-    size : int, optional
-        Height and width of the network's input, in pixels, instead of the backbone's own.
+    size : int or tuple of int, optional
+        Side, or height and width, of the network's input, in pixels, instead of the backbone's own.
     weights_file : str, optional
         Digest of the weights file that `backbone` names, if it names one: the file may change under the same name.
     augment : str, default "none"
@@ -250,11 +280,14 @@ class Request:
     pool: str = DEFAULT_POOL
     precision: str = "auto"
     store: str = "float32"
-    size: int | None = None
+    size: Size | None = None
     weights_file: str | None = None
     augment: str = NO_AUGMENT
     view: int | None = None
     white: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", parse_size(self.size))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready dictionary."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, Protocol
 
 from features_cache import nearest_beside
-from pipeline.errors import TableError, first_line
+from pipeline.errors import TableError
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
-SEPARATORS = ",;\t"
+SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
+"""What may separate columns, the most likely first, with its name."""
 SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -25,20 +28,33 @@ SPLIT_WORDS = {
     "testing": "test",
 }
 """What folders, tables and names of shards call a split, in lower case, and its name here."""
+MESSAGE_LENGTH = 120
 
 _CHUNK = 1 << 12
+_Chunk = dict[str, Sequence[Any]]
 Choose = Callable[[Sequence[str]], Sequence[str]]
 
 
-def read_columns(path: Path, choose: Choose) -> dict[str, list[str]]:
+class TableFile(Protocol):
+    """A file on this machine or elsewhere; `pathlib.Path` is one."""
+
+    @property
+    def suffix(self) -> str:
+        """The extension of the name, with its dot."""
+
+    def open(self, mode: str) -> Any:
+        """Return the file, opened for reading bytes."""
+
+
+def read_columns(path: TableFile, choose: Choose) -> dict[str, list[str]]:
     """Read some columns of a table; equal cells share one text, so that memory suffices for millions of rows.
 
     Parameters
     ----------
     path : Path
-        ``.csv`` and ``.tsv`` are UTF-8 with a header; commas, semicolons and tabs are told apart by it. Of ``.jsonl``,
-        the object on the first line names the columns, and a key that another line lacks is an empty cell.
-        ``.parquet`` needs pyarrow.
+        ``.csv`` and ``.tsv`` are UTF-8 with a header, which tells whether commas, tabs, semicolons or bars separate the
+        columns. A ``.jsonl`` has an object in each line, and a key that it lacks is an empty cell. ``.parquet`` needs
+        pyarrow.
     choose : callable
         Gets the names of all columns, and returns those to read.
 
@@ -59,6 +75,11 @@ def read_columns(path: Path, choose: Choose) -> dict[str, list[str]]:
         return readers[path.suffix.lower()](path, choose)
 
 
+def row_number(path: TableFile, index: int) -> int:
+    """Return the number of a row for messages: from 1, with the header as the first row of separated text."""
+    return index + (2 if path.suffix.lower() in (".csv", ".tsv") else 1)
+
+
 def text_of(value: object) -> str:
     """Return a cell that came as text or number: 1 and 1.0 are ``"1"``, None and NaN are ``""``."""
     if value is None or value != value:  # NaN, a missing number in a data frame
@@ -66,65 +87,100 @@ def text_of(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _read_separated(path: Path, choose: Choose) -> dict[str, list[str]]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        first = stream.readline()
+def _read_separated(path: TableFile, choose: Choose) -> dict[str, list[str]]:
+    with _text(path) as stream:
+        first = next((line for line in stream if line.strip()), "")
+        if "\0" in first:
+            raise TableError(f"{path}: expected a text table, found a NUL character: save it as UTF-8")
         separator = max(SEPARATORS, key=first.count)
         header = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
-        rows = csv.reader(stream, strict=True, delimiter=separator)
+        rows = filter(None, reader := csv.reader(stream, strict=True, delimiter=separator))
         try:
-            chunks = iter(lambda: list(itertools.islice(filter(None, rows), _CHUNK)), [])
-            return _collect(path, header, choose, (_turned(path, header, chunk) for chunk in chunks))
+            return _collect(path, header, choose, _turned(path, header, rows))
         except csv.Error as error:
-            raise TableError(f"{path}: expected separated text, line {rows.line_num + 1}: {error}") from None
+            line, kind = reader.line_num + 1, SEPARATORS[separator]
+            raise TableError(f"{path}: expected a {kind}-separated table, line {line}: {error}") from None
 
 
-def _turned(path: Path, header: Sequence[str], rows: Sequence[list[str]]) -> dict[str, Sequence[Any]]:
-    """Return rows of text as columns."""
-    if set(map(len, rows)) != {len(header)}:
-        row = next(row for row in rows if len(row) != len(header))
-        raise TableError(f"{path}: expected {len(header)} fields in each row, found {len(row)} in {row!r:.60}")
-    return dict(zip(header, zip(*rows, strict=True), strict=True))
+def _turned(path: TableFile, header: Sequence[str], rows: Iterator[list[str]]) -> Iterator[_Chunk]:
+    """Yield rows of text as columns."""
+    done = 0
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        if set(map(len, chunk)) != {len(header)}:
+            index, row = next((index, row) for index, row in enumerate(chunk) if len(row) != len(header))
+            number = row_number(path, done + index)
+            raise TableError(f"{path}: expected {len(header)} fields in row {number}, found {len(row)}")
+        yield dict(zip(header, zip(*chunk, strict=True), strict=True))
+        done += len(chunk)
 
 
-def _read_json(path: Path, choose: Choose) -> dict[str, list[str]]:
-    with path.open(encoding="utf-8-sig") as stream:
-        lines = (json.loads(line) for line in stream if line.strip())
-        chunks = iter(lambda: list(itertools.islice(lines, _CHUNK)), [])
-        first: list[Any] = next(chunks, [{}])
-        header = list(first[0]) if isinstance(first[0], dict) else []
+def _read_json(path: TableFile, choose: Choose) -> dict[str, list[str]]:
+    with _text(path) as stream:
+        header = list(dict.fromkeys(name for _, found in _objects(path, stream) for name in found))
+    with _text(path) as stream:
+        objects = _objects(path, stream)
 
-        def turned(rows: Sequence[Any]) -> dict[str, Sequence[Any]]:
-            for row in rows:
-                if not isinstance(row, dict):
-                    raise TableError(f"{path}: expected a JSON object on each line, found {row!r:.60}")
-            return {name: [row.get(name) for row in rows] for name in header}
+        def turned(wanted: Sequence[str]) -> Iterator[_Chunk]:
+            while chunk := list(itertools.islice(objects, _CHUNK)):
+                for number, found in chunk:
+                    for name in wanted:
+                        if isinstance(found.get(name), list | dict):
+                            raise TableError(
+                                f"{path}: expected numbers or text for {name!r} in line {number}, found several"
+                            )
+                yield {name: [found.get(name) for _, found in chunk] for name in wanted}
 
-        return _collect(path, header, choose, map(turned, itertools.chain([first], chunks)))
+        return _collect(path, header, choose, turned)
 
 
-def _read_parquet(path: Path, choose: Choose) -> dict[str, list[str]]:
+def _objects(path: TableFile, stream: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of JSON lines with the numbers of their lines."""
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            raise TableError(f"{path}: expected a JSON object in line {number}, found no JSON") from None
+        if not isinstance(found, dict):
+            raise TableError(f"{path}: expected a JSON object in line {number}, found {type(found).__name__}")
+        yield number, found
+
+
+def _read_parquet(path: TableFile, choose: Choose) -> dict[str, list[str]]:
     try:
         import pyarrow as pa  # late: an optional dependency
         import pyarrow.parquet as pq
     except ImportError:
         raise TableError(f"{path}: reading Parquet needs pyarrow: pip install 'thawline[parquet]'") from None
     try:
-        with pq.ParquetFile(path) as table:
-            header = table.schema_arrow.names
-            batches = table.iter_batches(_CHUNK, columns=list(_chosen(path, header, choose)))
-            return _collect(path, header, choose, (batch.to_pydict() for batch in batches))
+        with path.open("rb") as stream, pq.ParquetFile(stream) as table:
+
+            def turned(wanted: Sequence[str]) -> Iterator[_Chunk]:  # other columns may hold whole images
+                return (batch.to_pydict() for batch in table.iter_batches(_CHUNK, columns=list(wanted)))
+
+            return _collect(path, table.schema_arrow.names, choose, turned)
     except pa.ArrowException as error:
-        raise TableError(f"{path}: expected a Parquet table: {first_line(error)}") from None
+        message = shorten(str(error), MESSAGE_LENGTH)
+        raise TableError(f"{path}: expected a Parquet table: {message}") from None
 
 
 def _collect(
-    path: Path, header: Sequence[str], choose: Choose, chunks: Iterator[dict[str, Sequence[Any]]]
+    path: TableFile,
+    header: Sequence[str],
+    choose: Choose,
+    chunks: Iterator[_Chunk] | Callable[[Sequence[str]], Iterator[_Chunk]],
 ) -> dict[str, list[str]]:
-    """Return the chosen columns of all chunks."""
-    columns: dict[str, list[str]] = {name: [] for name in _chosen(path, header, choose)}
+    """Return the chosen columns of all chunks, or of those that `chunks` makes of the chosen names."""
+    if not any(header):
+        raise TableError(f"{path}: expected the names of the columns, found an empty file")
+    chosen = list(choose(header))
+    for name in chosen:
+        if header.count(name) > 1:
+            raise TableError(f"{path}: expected one column {name!r}, found {header.count(name)}")
+    columns: dict[str, list[str]] = {name: [] for name in chosen}
     shared: dict[str, dict[str, str]] = {name: {} for name in columns}
-    for chunk in chunks:
+    for chunk in chunks(chosen) if callable(chunks) else chunks:
         for name, column in columns.items():
             cells, known = chunk[name], shared[name]
             if set(map(type, cells)) != {str}:
@@ -135,24 +191,21 @@ def _collect(
     return columns
 
 
-def _chosen(path: Path, header: Sequence[str], choose: Choose) -> list[str]:
-    if not any(header):
-        raise TableError(f"{path}: expected the names of the columns in the first line, found none")
-    chosen = list(choose(header))
-    for name in chosen:
-        if header.count(name) > 1:
-            raise TableError(f"{path}: expected one column {name!r}, found {header.count(name)}")
-    return chosen
+@contextmanager
+def _text(path: TableFile) -> Iterator[io.TextIOBase]:
+    with path.open("rb") as raw:
+        buffered = io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
+        with io.TextIOWrapper(buffered, encoding="utf-8-sig", newline="") as stream:
+            yield stream
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: Any) -> Iterator[None]:
     """Turn what reading a table raises into one line."""
     try:
         yield
     except OSError as error:
-        raise TableError(f"{path}: cannot read the table: {error.strerror or error}{nearest_beside(path)}") from None
-    except UnicodeDecodeError as error:
-        raise TableError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise TableError(f"{path}: expected a JSON object on each line: {error}") from None
+        hint = nearest_beside(path) if isinstance(path, Path) else ""
+        raise TableError(f"{path}: cannot read the table: {error.strerror or error}{hint}") from None
+    except UnicodeDecodeError:
+        raise TableError(f"{path}: expected UTF-8 text, found another encoding") from None

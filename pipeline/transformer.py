@@ -22,7 +22,7 @@ from pipeline.images.decode import from_pillow
 from pipeline.images.loader import MIN_READERS, default_workers
 from pipeline.images.resize import prepare, resize_and_crop
 from pipeline.images.sources.items import read_file
-from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, Preprocessing, Request
+from pipeline.spec import DEFAULT_BACKBONE, DEFAULT_LAYER, DEFAULT_POOL, Preprocessing, Request, Size
 
 AnyImage = str | PathLike[str] | Image.Image | np.ndarray
 KEPT = 4
@@ -76,7 +76,7 @@ class ImageFeatures(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         layer: str = DEFAULT_LAYER,
         pool: str = DEFAULT_POOL,
         precision: str = "auto",
-        size: int | None = None,
+        size: Size | None = None,
         engine: str = "auto",
         device: str = "auto",
     ) -> None:

@@ -87,7 +87,7 @@ def units(
     layers : sequence of str
         Names or aliases.
     channels : sequence of int, optional
-        Numbers of the channels to show of each layer, from 0; by default `SHOWN` of them, the most selective of each
+        Numbers of the channels to show of each layer, from 0; by default `SHOWN` selective ones, the best of each
         class first or, without classes, those whose highest images stand out most.
     source, backbone : str, optional
         Which, if the cache holds several.
@@ -242,7 +242,10 @@ def _parts(tested: Selectivity | None, features: Mapping[str, Float32Array]) -> 
 
 
 def _choose(features: Float32Array, tested: Selectivity | None, channels: Sequence[int] | None, layer: str) -> IntArray:
-    """Return the channels to show: of each class the most selective first, then of each the second, and so on."""
+    """Return the channels to show: of each class the most selective first, then of each the second, and so on.
+
+    Channels that are not selective come last.
+    """
     if channels:
         if (most := max(channels)) >= features.shape[1]:
             raise FitError(f"{layer} has the channels 0 to {features.shape[1] - 1}, not {most}")
@@ -256,7 +259,8 @@ def _choose(features: Float32Array, tested: Selectivity | None, channels: Sequen
     order = []
     for channel in alive[np.argsort(-tested.statistic[alive], kind="stable")].tolist():
         label = int(tested.label[channel])
-        order.append((turns[label], -tested.statistic[channel], channel))
+        chance = bool(tested.p_value[channel] > LEVEL)
+        order.append((chance, turns[label], -tested.statistic[channel], channel))
         turns[label] += 1
     return np.array([channel for *_, channel in sorted(order)[:SHOWN]], np.int64)
 

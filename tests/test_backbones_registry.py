@@ -78,7 +78,7 @@ def test_names_are_looked_for_in_the_order_of_the_zoos(asked: str, name: str, ha
             "botnet50ts_256",
             "there are no pretrained weights for botnet50ts_256; use botnet50ts_256@FILE.safetensors or",
         ),
-        ("deepseek_vit_412m@random:0", "wants 546x546 images cropped by 'border', but only square images"),
+        ("deepseek_vit_412m@random:0", "wants the crop mode 'border', but only 'center' and 'squash'"),
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_line(asked: str, message: str) -> None:
@@ -173,7 +173,7 @@ def test_networks_of_one_size_refuse_or_are_built_for_another() -> None:
         sketch("vit_b_16", size=256)
     assert sketch("timm/test_vit", size=96).traced.shapes["blocks.0"] == (37, 64)
     assert sketch("vit_h_14").preprocessing.size == (518, 518), "built for the size of its default weights"
-    with pytest.raises(BackboneError, match="a number of pixels from 1 to 4096, not 0"):
+    with pytest.raises(BackboneError, match="a number of pixels from 1 to 4096, or HEIGHTxWIDTH, not 0"):
         sketch("resnet18", size=0)
     with pytest.raises(BackboneError, match=r"squeezenet1_1 does not run on 10x10 images \(.+\); sizes that work: 32"):
         sketch("squeezenet1_1", size=10)

@@ -140,9 +140,9 @@ def test_of_several_kinds_in_a_folder_one_is_read_and_the_others_are_counted(tmp
 # ------------------------------------------------------------------------------------------------------- zip
 
 
-@pytest.mark.parametrize("prefix", ["photos/", "train/", "photos/train/"])
+@pytest.mark.parametrize("prefix", ["photos/", "train/", "Training/", "photos/train/"])
 def test_a_folder_around_all_is_no_class(tmp_path: Path, prefix: str) -> None:
-    split = "train" if "train" in prefix else ""
+    split = "train" if "train" in prefix.lower() else ""
     path = write_zip(tmp_path / "a.zip", prefix, zipfile.ZIP_STORED)
     assert read_all(path) == expected(split)
     assert open_source(path).items[0].uri == f"a.zip/{prefix}cat/0.png"

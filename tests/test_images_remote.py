@@ -23,7 +23,7 @@ from features_cache import DONE, open_cache
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.extract import extract
 from pipeline.images.loader import load_images
-from pipeline.images.sources import remote
+from pipeline.images.sources import remote, shards
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
 
@@ -133,7 +133,10 @@ def test_a_local_manifest_may_name_urls(tmp_path: Path, folder: Path, memory: An
         source.read(source.items[2])
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "file:///etc/passwd", "local:///etc/passwd"])
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "file:///etc/passwd", "local:///etc/passwd", "simplecache::file:///etc/passwd", "git://etc/passwd"],
+)
 def test_a_remote_manifest_reads_no_local_file(memory: Any, path: str) -> None:
     memory.pipe("/list.csv", f"path\n{path}\n".encode())
     with pytest.raises(SourceError, match="expected a path relative to the manifest or a URL in row 2"):
@@ -173,6 +176,7 @@ def test_refusals_are_one_line(memory: Any, monkeypatch: pytest.MonkeyPatch, url
     [
         ("https://h.x/a.zip?X-Amz-Signature=s&v=2&X-Amz-Date=d", "https://h.x/a.zip?v=2"),
         ("https://me:secret@h.x/a.zip", "https://me@h.x/a.zip"),
+        ("https://h.x/a.zip?st=1&policy=2", "https://h.x/a.zip?st=1&policy=2"),
         (
             "https://x.blob.core.windows.net/c/a.zip?sv=2024&sp=r&se=2030&sig=s",
             "https://x.blob.core.windows.net/c/a.zip",
@@ -227,6 +231,29 @@ def test_packed_files_on_a_web_server(web: ModuleType, folder: Path, kind: str, 
         elif ranges:
             assert listed < 10
             assert len(fetched) <= listed + len(local)
+
+
+@pytest.mark.parametrize("kind", ["a.tar", "a.tar.gz", "a.arrow"])
+def test_shards_too_large_to_be_held_are_read_in_parts(
+    web: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(remote, "HELD_BYTES", 0)
+    monkeypatch.setattr(shards, "FETCHED_AT_ONCE", 30_000)
+    local = content(open_source(folder / "packed" / kind))
+    with web.Server(folder) as server:
+        source = open_source(f"{server.url}/packed/{kind}")
+        assert content(source) == local
+        assert {bool(part) for method, _, part in server.requests if method == "GET"} == {True}
+
+
+def test_a_folder_of_shards_on_a_web_server(web: ModuleType, folder: Path, tmp_path: Path) -> None:
+    for name in ("train-0.tar", "test-0.tar"):
+        (tmp_path / name).write_bytes((folder / "packed/a.tar").read_bytes())
+    local = content(open_source(tmp_path))
+    with web.Server(tmp_path) as server:
+        source = open_source(f"{server.url}/")
+        assert content(source) == local
+        assert all(item.size > 0 < item.mtime_ns for item in source.items), "the server was asked for the shards"
 
 
 def test_faults_that_pass_are_not_noticed(web: ModuleType, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from io import BytesIO
 
@@ -37,7 +38,10 @@ def photo(width: int, height: int, seed: int = 0, low: int = 0, high: int = 256)
 
 
 def two_steps(image: Image.Image, wanted: Preprocessing) -> np.ndarray:
-    resize = Resize(wanted.resize, InterpolationMode(wanted.interpolation), antialias=True)
+    sides = wanted.resize
+    if isinstance(sides, int) and wanted.size[0] != wanted.size[1]:  # torchvision would set the shorter side
+        sides = resized_size(image.height, image.width, wanted)
+    resize = Resize(sides, InterpolationMode(wanted.interpolation), antialias=True)
     return np.asarray(Compose([resize, CenterCrop(wanted.size)])(image)).astype(int)
 
 
@@ -133,9 +137,9 @@ def test_without_resizing_the_crop_is_exact() -> None:
 
 
 def test_a_crop_larger_than_the_picture_stands_on_black() -> None:
-    pixels = one_step(Image.new("RGB", (30, 20), "white"), preprocessing(20, (40, 21)))
-    expected = np.zeros((40, 21), int)
-    expected[10:30] = 255
+    pixels = one_step(Image.new("RGB", (30, 20), "white"), preprocessing(20, (40, 41)))
+    expected = np.zeros((40, 41), int)
+    expected[10:30, 5:35] = 255
     np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, 2))
 
 
@@ -143,7 +147,24 @@ def test_a_crop_larger_than_the_picture_stands_on_black() -> None:
 def test_resized_size_is_torchvisions(width: int, height: int, resize: int) -> None:
     from torchvision.transforms.functional import _compute_resized_output_size
 
-    assert list(resized_size(height, width, resize)) == _compute_resized_output_size((height, width), [resize])
+    found = resized_size(height, width, preprocessing(resize, (resize, resize)))
+    assert list(found) == _compute_resized_output_size((height, width), [resize])
+
+
+@given(
+    width=st.integers(1, 5000), height=st.integers(1, 5000), share=st.floats(0.5, 1),
+    size=st.tuples(st.integers(32, 600), st.integers(32, 600)),
+)  # fmt: skip
+def test_a_picture_covers_a_box_of_the_proportions_of_the_crop(
+    width: int, height: int, share: float, size: tuple[int, int]
+) -> None:
+    edge = math.floor(min(size) / share)
+    rows, columns = (edge * side / min(size) for side in size)
+    found = resized_size(height, width, preprocessing(edge, size))
+    factor = max(rows / height, columns / width)  # of timm's ResizeKeepRatio
+    np.testing.assert_allclose(found, (height * factor, width * factor), rtol=0.02 + 1 / min(size), atol=1)
+    assert found[0] >= size[0]
+    assert found[1] >= size[1]
 
 
 def test_the_jpeg_floor_is_twice_the_resize_size() -> None:

@@ -16,6 +16,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from pipeline.errors import FitError
+from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.images.decode import decode
 from pipeline.images.sources.registry import open_source
 from pipeline.lecture import CLAIMS, lecture
@@ -40,6 +41,11 @@ def test_intervals_are_students() -> None:
         scipy.stats.t.interval(1 - 0.05 / 4, 6, values.mean(), scipy.stats.sem(values))
     )
 
+    t, p = corrected_t_test(values, n_train=64, n_test=16)
+    low, high = mean_interval(values, overlap=16 / 64)
+    assert (high - low) / 2 == pytest.approx(values.mean() / t * scipy.stats.t.ppf(0.975, 6))
+    assert (low <= 0 <= high) == (p >= 0.05)
+
 
 def test_all_verdicts_of_a_claim_err_in_one_claim_of_twenty_at_most() -> None:
     """Four figures without any effect, five seeds each: any verdict but `open` is an error."""
@@ -52,9 +58,9 @@ def test_all_verdicts_of_a_claim_err_in_one_claim_of_twenty_at_most() -> None:
 
 
 def test_a_verdict_is_that_of_the_whole_interval() -> None:
-    assert [verdict((low, high), sign) for low, high, sign in ((1, 2, 1), (-2, -1, 1), (-2, -1, -1), (0, 1, 1))] == [
-        "agrees", "contradicts", "agrees", "open",
-    ]  # fmt: skip
+    intervals = ((1, 2, 1), (-2, -1, 1), (-2, -1, -1), (0, 1, 1), (2, 2, 1))
+    judged = [verdict((low, high), sign) for low, high, sign in intervals]
+    assert judged == ["agrees", "contradicts", "agrees", "open", "open"]
 
 
 def test_no_seed_trains_on_test_images(setting: Setting) -> None:

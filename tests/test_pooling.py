@@ -141,7 +141,7 @@ def test_shapes_are_read_by_their_equal_sides(shape: tuple[int, ...], layout: st
 def test_a_sequence_has_the_prefix_if_its_other_tokens_fill_a_square(tokens: int, prefix: int, side: int) -> None:
     found = layout_of((tokens, 3), TokenOrder(5 if prefix == 5 else 1))
     assert found is not None
-    assert (found.order.prefix, found.side) == (prefix, side)
+    assert (found.order.prefix, found.rows) == (prefix, side)
 
 
 def test_an_unknown_pooling_names_the_nearest() -> None:

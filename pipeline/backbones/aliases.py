@@ -63,20 +63,21 @@ def join_classifiers(traced: Traced, classifiers: Sequence[str], name: str) -> T
     order = list(graph.nodes)
     first = min(map(order.index, readers))
     common = [node for node in cut_nodes(graph) if order.index(node) < first][-1:]
-    shared = next((node for node in common if _kind(node) == "vector"), None)
+    shared = next((node for node in common if _kind(node, traced) == "vector"), None)
     shapes = traced.shapes | {LOGITS: scores.meta[SHAPE]}
     nodes = traced.nodes | {LOGITS: scores}
-    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=shared or _join(graph, readers, name))
+    joined = shared or _join(traced, graph, readers, name)
+    return replace(traced, classifier=LOGITS, nodes=nodes, shapes=shapes, joined=joined)
 
 
-def _join(graph: fx.Graph, readers: Sequence[fx.Node], name: str) -> fx.Node:
+def _join(traced: Traced, graph: fx.Graph, readers: Sequence[fx.Node], name: str) -> fx.Node:
     reads = [node for node in dict.fromkeys(reader.args[0] for reader in readers) if isinstance(node, fx.Node)]
-    if not {_kind(node) for node in reads} <= {"vector", "tokens"}:
+    if not {_kind(node, traced) for node in reads} <= {"vector", "tokens"}:
         raise BackboneError(f"the classifiers of {name} read neither vectors nor tokens; use another network")
     with graph.inserting_before(graph.output_node()):
         vectors = list(reads)
         for index, node in enumerate(reads):
-            if _kind(node) == "tokens":
+            if _kind(node, traced) == "tokens":
                 vectors[index] = graph.call_method("mean", (node, 1))
                 vectors[index].meta |= {SHAPE: node.meta[SHAPE][1:], TENSORS: True}
         joined = graph.call_function(torch.cat, (vectors, 1))
@@ -87,10 +88,10 @@ def _join(graph: fx.Graph, readers: Sequence[fx.Node], name: str) -> fx.Node:
 def last_map(traced: Traced) -> fx.Node | None:
     """Return the map that becomes the classifier's input by pooling and flattening alone; None if there is none."""
     vector = node = classifier_input(traced)
-    while node is not None and _side(node) is None:
+    while node is not None and _grid(node, traced) is None:
         read = node.args[0] if node.args and _only_pools(node, traced.module) else None
         node = read if isinstance(read, fx.Node) else None
-    if node is None or vector is None or vector.meta[SHAPE][0] != _channels(node):
+    if node is None or vector is None or vector.meta[SHAPE][0] != _channels(node, traced):
         return None
     return node
 
@@ -103,27 +104,28 @@ def classifier_reads(traced: Traced) -> str:
     return _POOLED_TOKENS.get(pooled, "") if isinstance(pooled, str) else ""
 
 
-def _kind(node: fx.Node) -> str:
-    layout = layout_of(node.meta.get(SHAPE, ()))
+def _kind(node: fx.Node, traced: Traced) -> str:
+    layout = layout_of(node.meta.get(SHAPE, ()), size=traced.size)
     return "" if layout is None else layout.kind
 
 
-def _side(node: fx.Node) -> int | None:
-    """Return the side of the map that `node` gives; None if that is no map, or a map of 1 x 1."""
-    shape = node.meta.get(SHAPE, ())
-    return int(shape[1]) if _kind(node) in ("map", "map_last") and shape[1] > 1 else None
+def _grid(node: fx.Node, traced: Traced) -> tuple[int, int] | None:
+    """Return height and width of the map that `node` gives; None if that is no map, or a map of 1 x 1."""
+    shape, kind = node.meta.get(SHAPE, ()), _kind(node, traced)
+    height, width = shape[1:] if kind == "map" else shape[:2] if kind == "map_last" else (1, 1)
+    return (int(height), int(width)) if max(height, width) > 1 else None
 
 
-def _extent(node: fx.Node, traced: Traced) -> int:
-    """Return the side of a map or of the grid of patch tokens, or the number of tokens that lie on no grid."""
+def _extent(node: fx.Node, traced: Traced) -> object:
+    """Return the sides of a map, the rows of a grid of patch tokens, or the number of tokens that lie on no grid."""
     shape = node.meta[SHAPE]
-    layout = layout_of(shape, traced.tokens)
-    return _side(node) or (layout.side if layout is not None else 0) or int(shape[0])
+    layout = layout_of(shape, traced.tokens, traced.size)
+    return _grid(node, traced) or (layout.rows if layout is not None else 0) or int(shape[0])
 
 
-def _channels(node: fx.Node) -> int:
+def _channels(node: fx.Node, traced: Traced) -> int:
     shape = node.meta[SHAPE]
-    return int(shape[0] if _kind(node) == "map" else shape[-1])
+    return int(shape[0] if _kind(node, traced) == "map" else shape[-1])
 
 
 def _only_pools(node: fx.Node, module: nn.Module) -> bool:
@@ -147,7 +149,7 @@ def stages(traced: Traced) -> tuple[str, ...]:
     if traced.graph is None:
         return ()
     cuts = cut_nodes(traced.graph)
-    maps = _names(traced, [node for node in cuts if _side(node) is not None])
+    maps = _names(traced, [node for node in cuts if _grid(node, traced) is not None])
     blocks = _blocks(traced, maps)
     ends = _block_ends(traced, maps, blocks) if len(blocks) > 1 else _resolution_ends(traced, maps)
     if len(ends) > 1 and _is_late(ends[-1], traced):
@@ -209,7 +211,7 @@ def _block_ends(traced: Traced, names: dict[fx.Node, list[str]], blocks: list[fx
         for node, after in pairwise(blocks)
         if _extent(node, traced) != _extent(after, traced)
         or (
-            _channels(node) != _channels(after)
+            _channels(node, traced) != _channels(after, traced)
             and any(isinstance(modules.get(name), nn.Sequential) for name in names[node])
         )
     ] + blocks[-1:]
@@ -221,7 +223,7 @@ def _resolution_ends(traced: Traced, names: dict[fx.Node, list[str]]) -> list[fx
     weighted = False
     for index, node in enumerate(named):
         weighted |= _has_weights(node, traced)
-        if index + 1 == len(named) or _side(node) != _side(named[index + 1]):
+        if index + 1 == len(named) or _grid(node, traced) != _grid(named[index + 1], traced):
             ends += [node] if weighted else []
             weighted = False
     return ends
@@ -236,7 +238,7 @@ def _outermost(node: fx.Node, ends: list[fx.Node], names: dict[fx.Node, list[str
         for name in around
         if traced.nodes.get(name) in names
         and _extent(traced.nodes[name], traced) == _extent(node, traced)
-        and _channels(traced.nodes[name]) == _channels(node)
+        and _channels(traced.nodes[name], traced) == _channels(node, traced)
         and not any(other.startswith(f"{name}.") for other in others)
     ]
     return min(fitting, key=lambda name: name.count(".")) if fitting else names[node][0]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from features_cache import atomic_write
 from pipeline.provenance import installed_version
-from pipeline.spec import fingerprint_of
+from pipeline.spec import Size, fingerprint_of, parse_size
 from pipeline.user_folder import user_folder
 
 _LIBRARIES = ("thawline", "torch", "torchvision", "timm")
@@ -46,7 +46,7 @@ def _stamp(path: Path) -> Stamp:
     return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def remember(name: str, size: int | None, stamps: list[Stamp], known: Known) -> None:
+def remember(name: str, size: Size | None, stamps: list[Stamp], known: Known) -> None:
     """Note what `name` stands for with the input size `size`, as long as `stamps` and the libraries stay the same.
 
     Without a folder to note it in, the next request loads the network again.
@@ -60,7 +60,7 @@ def remember(name: str, size: int | None, stamps: list[Stamp], known: Known) -> 
                 draft.write_text(json.dumps(record))
 
 
-def recall(name: str, size: int | None) -> Known | None:
+def recall(name: str, size: Size | None) -> Known | None:
     """Return what `name` stands for; None if it must be loaded to find out."""
     record = _read(name, size)
     try:
@@ -71,16 +71,16 @@ def recall(name: str, size: int | None) -> Known | None:
         return None
 
 
-def _read(name: str, size: int | None) -> Any:
+def _read(name: str, size: Size | None) -> Any:
     try:
         return json.loads(_path(name, size).read_bytes())
     except (OSError, ValueError, RuntimeError):
         return {}
 
 
-def _path(name: str, size: int | None) -> Path:
+def _path(name: str, size: Size | None) -> Path:
     start = str(Path.cwd()) if name.startswith("local-dir:") else ""  # its path may be relative
-    return user_folder("weights") / f"{fingerprint_of([name, size, start])}.json"
+    return user_folder("weights") / f"{fingerprint_of([name, parse_size(size), start])}.json"
 
 
 def _setting() -> dict[str, str]:

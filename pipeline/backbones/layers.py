@@ -145,7 +145,7 @@ def find_tap(traced: Traced, layer: str, pool: str = "avg") -> Tap | None:
         shape = source.meta.get(SHAPE)
     else:
         shape = traced.read if layer == PENULTIMATE else traced.shapes.get(layer)
-    layout = layout_of(shape, traced.tokens) if shape is not None else None
+    layout = layout_of(shape, traced.tokens, traced.size) if shape is not None else None
     return Tap(source, shape, layout) if source and shape and layout else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isqrt
+from math import sqrt
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,13 +44,13 @@ class Layout:
         Of shape (n, d), (n, tokens, d), (n, c, h, w) or (n, h, w, c).
     order : TokenOrder
         Of tokens.
-    side : int
-        Of tokens: the patches are those of a grid of ``side`` x ``side``, row by row; 0 if they are not.
+    rows : int
+        Of tokens: the patches are those of a grid of so many rows, row by row; 0 if they are not.
     """
 
     kind: Literal["vector", "tokens", "map", "map_last"]
     order: TokenOrder = PATCHES_ONLY
-    side: int = 0
+    rows: int = 0
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -98,32 +98,49 @@ TOKEN_POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """By name: functions of the class token (n, d) and the patches as maps (n, d, h, w)."""
 
 
-def layout_of(shape: tuple[int, ...], order: TokenOrder = PATCHES_ONLY) -> Layout | None:
+def layout_of(
+    shape: tuple[int, ...], order: TokenOrder = PATCHES_ONLY, size: tuple[int, int] = (1, 1)
+) -> Layout | None:
     """Return how to read activations of `shape` (without the batch axis); None for shapes that cannot be pooled.
 
-    ``(c, h, w)`` is a map and ``(h, w, c)`` a map with channels last (inputs are square, so the two equal axes are
-    height and width), ``(tokens, d)`` is a sequence, ``(d,)`` a vector. A sequence has the prefix of the network's
-    `order` if the other tokens fill a square.
+    ``(c, h, w)`` is a map and ``(h, w, c)`` a map with channels last (height and width are the two axes with the
+    proportions of the network's input, of `size`), ``(tokens, d)`` is a sequence, ``(d,)`` a vector. A sequence has the
+    prefix of the network's `order` if the other tokens fill a grid of these proportions.
 
     Examples
     --------
     >>> layout_of((201, 384), TokenOrder(5, has_class=True))
-    Layout(kind='tokens', order=TokenOrder(prefix=5, has_class=True, by_row=True), side=14)
+    Layout(kind='tokens', order=TokenOrder(prefix=5, has_class=True, by_row=True), rows=14)
     """
     match shape:
         case (_,):
             return Layout("vector")
         case (tokens, _):
             for possible in (order, order._replace(prefix=0, has_class=False)):
-                side = isqrt(max(0, tokens - possible.prefix))
-                if side > 1 and side**2 == tokens - possible.prefix:
-                    return Layout("tokens", possible, side if order.by_row else 0)
+                rows = _rows(tokens - possible.prefix, size)
+                if rows:
+                    return Layout("tokens", possible, rows if order.by_row else 0)
             return Layout("tokens")
-        case (_, height, width) if height == width:
+        case (_, height, width) if _has_proportions(height, width, size):
             return Layout("map")
-        case (height, width, _) if height == width:
+        case (height, width, _) if _has_proportions(height, width, size):
             return Layout("map_last")
     return None
+
+
+def _rows(patches: int, size: tuple[int, int]) -> int:
+    """Return the rows of the grid that so many patches of an image fill; 0 if they fill none."""
+    rows = round(sqrt(max(0, patches) * size[0] / size[1]))
+    columns = patches // max(1, rows)
+    fills = rows * columns == patches and min(rows, columns) > 1
+    return rows if fills and _has_proportions(rows, columns, size) else 0
+
+
+def _has_proportions(height: int, width: int, size: tuple[int, int]) -> bool:
+    """Tell whether a map may be one of an input of `size`: a square one of a square, else up to rounding at strides."""
+    if size[0] == size[1]:
+        return height == width
+    return abs(height * size[1] - width * size[0]) <= 2 * max(size)
 
 
 def check_pool(pool: str) -> None:
@@ -136,7 +153,7 @@ def misfit(pool: str, layout: Layout) -> str:
     """Return why activations of a layout cannot be pooled by `pool`; ``""`` if they can."""
     if pool in TOKEN_POOLINGS and layout.kind != "vector" and not layout.order.has_class:
         return "has no class token"
-    if pool == "grid2" and layout.kind == "tokens" and not layout.side:
+    if pool == "grid2" and layout.kind == "tokens" and not layout.rows:
         return "has tokens that lie on no grid"
     return ""
 
@@ -166,7 +183,8 @@ def _pooled(x: Tensor, layout: Layout, pool: str) -> Tensor:
     if pool == NO_POOL:
         return _flatten(x)
     patches = x[:, layout.order.prefix :].transpose(1, 2)
-    patches = patches.unflatten(2, (layout.side, layout.side)) if layout.side else patches.unsqueeze(3)
+    columns = patches.shape[2] // max(1, layout.rows)
+    patches = patches.unflatten(2, (layout.rows, columns)) if layout.rows else patches.unsqueeze(3)
     return TOKEN_POOLINGS[pool](x[:, 0], patches) if pool in TOKEN_POOLINGS else POOLINGS[pool](patches)
 
 

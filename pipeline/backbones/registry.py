@@ -32,7 +32,7 @@ from pipeline.backbones.weights import (
     weights_of,
 )
 from pipeline.errors import BackboneError, first_line
-from pipeline.spec import LONGEST_SIDE, Preprocessing
+from pipeline.spec import LONGEST_SIDE, Preprocessing, Size, parse_size, size_name
 
 
 class Zoo(Protocol):
@@ -53,10 +53,10 @@ class Zoo(Protocol):
     def weights_paths(self, name: str, tag: str) -> list[Path]:
         """Return the files that decide what the tag stands for on this machine, whether they exist or not."""
 
-    def build(self, name: str, size: int | None, classes: int | None) -> nn.Module:
+    def build(self, name: str, size: Size | None, classes: int | None) -> nn.Module:
         """Return the network without pretrained weights; it has its own number of classes if `classes` is None."""
 
-    def pretrained(self, name: str, tag: str, size: int | None) -> nn.Module:
+    def pretrained(self, name: str, tag: str, size: Size | None) -> nn.Module:
         """Return the network with these weights, or raise `BackboneError`."""
 
     def preprocessing(self, name: str, tag: str | None) -> Preprocessing:
@@ -104,7 +104,7 @@ def list_backbones(pattern: str = "") -> list[BackboneRow]:
     return rows
 
 
-def load_backbone(name: str, size: int | None = None, white: int | None = None) -> Backbone:
+def load_backbone(name: str, size: Size | None = None, white: int | None = None) -> Backbone:
     """Load a network by name.
 
     Parameters
@@ -114,8 +114,9 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
         ``NAME.TAG``, ``hf-hub:ORG/NAME`` and ``local-dir:PATH``, and the lecture's ``NAME[OPTION=VALUE,...]``. If the
         file is a saved fine-tuned network, the result has the classes that it was fine-tuned to. If it is a checkpoint
         without a classifier, the layer ``logits`` is what the classifier would read.
-    size : int, optional
-        Input height and width in pixels instead of the network's own; the resize before the crop is scaled with it.
+    size : int or tuple of int, optional
+        Input side, or height and width, in pixels instead of the network's own; the resize before the crop is scaled
+        with it.
     white : int, optional
         As in `pipeline.spec.Preprocessing`; a fine-tuned network brings its own.
 
@@ -134,6 +135,7 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     >>> backbone.preprocessing.size, backbone.preprocessing.resize
     ((128, 128), 146)
     """
+    size = parse_size(size)
     stamps = take_stamps(_weights_paths(name))
     backbone = _load(name, size, white)
     _check_size(backbone, size)
@@ -143,11 +145,11 @@ def load_backbone(name: str, size: int | None = None, white: int | None = None) 
     return backbone
 
 
-def _load(name: str, size: int | None, white: int | None) -> Backbone:
+def _load(name: str, size: Size | None, white: int | None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
-        side = size or describe_network(weights).scores.preprocessing.size[0]
-        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", side, white), Path(weights))
+        own = describe_network(weights).scores.preprocessing.size
+        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", size or parse_size(own), white), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     kind = _kind(weights)
@@ -192,11 +194,12 @@ def check_weights(name: str) -> None:
         raise BackboneError(f"{name}: expected a weights file, found nothing at {weights}")
 
 
-def sketch(name: str, size: int | None = None) -> Backbone:
+def sketch(name: str, size: Size | None = None) -> Backbone:
     """Return a network whose weights mean nothing, enough to list its layers and shapes; most take no memory.
 
     The weights in `name` are ignored, except those of a saved fine-tuned network, because its last layer differs.
     """
+    size = parse_size(size)
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights) or weights.startswith(timm_zoo.ELSEWHERE):
         return load_backbone(name, size)
@@ -206,7 +209,7 @@ def sketch(name: str, size: int | None = None) -> Backbone:
 
 
 @lru_cache(maxsize=8)  # the parts of `compare` ask for the same networks again and again
-def _sketch(zoo_name: str, bare: str, size: int | None) -> Backbone:
+def _sketch(zoo_name: str, bare: str, size: Size | None) -> Backbone:
     zoo = ZOOS[zoo_name]
     preprocessing = _resized(zoo.preprocessing(bare, None), size)
 
@@ -224,36 +227,52 @@ def _sketch(zoo_name: str, bare: str, size: int | None) -> Backbone:
     return sketched
 
 
-def _build(zoo: Zoo, name: str, size: int | None, classes: int | None = None, seed: int | None = None) -> nn.Module:
+def _build(zoo: Zoo, name: str, size: Size | None, classes: int | None = None, seed: int | None = None) -> nn.Module:
     """Return a network without pretrained weights; raise `BackboneError` if it cannot be built for a size."""
     try:
         return build_untouched(lambda: zoo.build(name, size, classes), seed)
     except (AssertionError, RuntimeError, ValueError) as error:  # from the network's own code
         if size is None:
             raise
-        raise BackboneError(f"{name} cannot be built for {size}x{size} images ({first_line(error)})") from error
+        height, width = _sides(size)
+        raise BackboneError(f"{name} cannot be built for {height}x{width} images ({first_line(error)})") from error
 
 
-def _check_size(backbone: Backbone, size: int | None) -> None:
+def _check_size(backbone: Backbone, size: Size | None) -> None:
     """Raise `BackboneError`, with sizes that work, unless a network runs on images of the size that was asked for."""
     if size is None:
         return
     try:
-        patch = getattr(getattr(backbone.module, "patch_embed", None), "patch_size", None) or (1,)
-        if size % patch[0]:  # timm would leave out the last pixels
-            raise BackboneError(f"{backbone.handle} takes multiples of {patch[0]} pixels, not {size}")
+        patch = _patch(backbone.module)
+        if any(side % patch for side in _sides(size)):  # timm would leave out the last pixels
+            raise BackboneError(f"{backbone.handle} takes multiples of {patch} pixels, not {size_name(size)}")
         _ = backbone.traced
     except BackboneError as error:
-        step = math.lcm(patch[0], 32)
-        working = [str(other) for other in (size // step * step, size // step * step + step) if _runs(backbone, other)]
-        way = f"sizes that work: {', '.join(working)}" if working else "leave out the size or give another"
+        step = math.lcm(patch, 32)
+        below = [side // step * step for side in _sides(size)]
+        candidates = [below, [side + step for side in below], [below[0]] * 2, [below[-1]] * 2]
+        tried = dict.fromkeys(found for sides in candidates if min(sides) and (found := parse_size(sides)))
+        working = [size_name(other) for other in tried if _runs(backbone, other)]
+        way = f"sizes that work: {', '.join(working[:2])}" if working else "leave out the size or give another"
         raise BackboneError(f"{error}; {way}") from error
 
 
-def _runs(backbone: Backbone, size: int) -> bool:
+def _patch(module: nn.Module) -> int:
+    """Return the side of the patches that a transformer cuts an image into; 1 if it cuts none, or they overlap."""
+    embedding = getattr(module, "patch_embed", None)
+    patch = getattr(embedding, "patch_size", None) or (1,)
+    stride = getattr(getattr(embedding, "proj", None), "stride", patch)
+    return int(patch[0]) if patch[0] == stride[0] else 1
+
+
+def _sides(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _runs(backbone: Backbone, size: Size) -> bool:
     zoo_name, _, bare = backbone.name.partition("/")
     try:
-        return size > 0 and bool(_sketch(zoo_name, bare, size).traced.shapes)
+        return bool(_sketch(zoo_name, bare, size).traced.shapes)
     except BackboneError:
         return False
 
@@ -324,7 +343,7 @@ def _tag(name: str, weights: str, tags: tuple[str, ...]) -> str:
     )
 
 
-def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Module, tuple[str, ...]]:
+def _from_file(zoo: Zoo, name: str, path: Path, size: Size | None) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the network with the weights in `path`, and the names of its classifiers.
 
     It has as many classes as the weights. Where these have no classifier, there are identities in its place. Position
@@ -349,7 +368,7 @@ def _from_file(zoo: Zoo, name: str, path: Path, size: int | None) -> tuple[nn.Mo
             module = _build(zoo, name, None if resized else size, classes)
     fill_weights(module, state, source)
     if resized:
-        cast("Any", module).set_input_size(img_size=(size, size))
+        cast("Any", module).set_input_size(img_size=_sides(cast("Size", size)))
     return module, classifiers
 
 
@@ -357,15 +376,18 @@ def _rows(tensor: Tensor | None) -> int:
     return tensor.shape[0] if tensor is not None and tensor.ndim else 0
 
 
-def _resized(own: Preprocessing, size: int | None) -> Preprocessing:
+def _resized(own: Preprocessing, size: Size | None) -> Preprocessing:
     """Return `own` for another input size, with resize and crop in the same proportion."""
     if size is None:
         return own
-    if not 1 <= size <= LONGEST_SIDE:
-        raise BackboneError(f"the input size must be a number of pixels from 1 to {LONGEST_SIDE}, not {size}")
+    sides = height, width = _sides(size)
+    if max(sides) > LONGEST_SIDE:
+        raise BackboneError(f"the sides of the input have 1 to {LONGEST_SIDE} pixels, not {size_name(size)}")
 
-    def scaled(edge: int) -> int:
-        return max(size, round(edge * size / own.size[0]))
+    def scaled(edge: int, side: int, before: int) -> int:
+        return max(side, round(edge * side / before))
 
-    resize = scaled(own.resize) if isinstance(own.resize, int) else (scaled(own.resize[0]), scaled(own.resize[1]))
-    return replace(own, size=(size, size), resize=resize)
+    if isinstance(own.resize, int):
+        return replace(own, size=sides, resize=scaled(own.resize, min(sides), min(own.size)))
+    rows, columns = own.resize
+    return replace(own, size=sides, resize=(scaled(rows, height, own.size[0]), scaled(columns, width, own.size[1])))

@@ -85,7 +85,7 @@ def split(backbone: Backbone, line: LayerNode | None) -> tuple[fx.GraphModule | 
 
 def _layer_node(traced: Traced, node: fx.Node | None) -> LayerNode | None:
     shape = None if node is None else node.meta.get(SHAPE)
-    layout = None if shape is None else layout_of(shape, traced.tokens)
+    layout = None if shape is None else layout_of(shape, traced.tokens, traced.size)
     return None if node is None or shape is None or layout is None else LayerNode(node, shape, layout)
 
 

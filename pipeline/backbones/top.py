@@ -16,7 +16,7 @@ from pipeline.backbones.thaw_line import top_input
 from pipeline.backbones.trace import SHAPE, TENSORS, Traced
 from pipeline.backbones.weights import check_finite, fill_weights, weights_digest
 from pipeline.errors import BackboneError, ModelFileError
-from pipeline.spec import DEFAULT_POOL
+from pipeline.spec import DEFAULT_POOL, size_name
 
 HIDDEN = 256
 _FLOOR = 1e-3
@@ -117,8 +117,8 @@ def tuned_backbone(base: Backbone, path: Path) -> Backbone:
     name, preprocessing = model.scores.backbone, model.scores.preprocessing
     if (name, preprocessing.size) != (base.name, base.preprocessing.size):
         raise BackboneError(
-            f"{path} holds {name} for {preprocessing.size[0]} pixels, not {base.name} for "
-            f"{base.preprocessing.size[0]}; use {name}@{path}, without a size"
+            f"{path} holds {name} for {size_name(preprocessing.size)} pixels, not {base.name} for "
+            f"{size_name(base.preprocessing.size)}; use {name}@{path}, without a size"
         )
     top_input(base)  # traces the network, which cannot be done on the meta device
     with torch.device("meta"):  # takes no memory: the number of classes may be forged
@@ -161,6 +161,5 @@ def with_top(base: Backbone, top: Top, classes: int) -> Traced:
     graph.output(logits)
     nodes = {name: copies[node] for name, node in base.traced.nodes.items() if node in copies} | {TOP_LAYER: logits}
     shapes = {name: node.meta[SHAPE] for name, node in nodes.items()}
-    return Traced(
-        build_module(graph, base.traced, {TOP_LAYER: top}), TOP_LAYER, graph, nodes, shapes, None, base.traced.tokens
-    )
+    module = build_module(graph, base.traced, {TOP_LAYER: top})
+    return Traced(module, TOP_LAYER, graph, nodes, shapes, None, base.traced.tokens, base.traced.size)

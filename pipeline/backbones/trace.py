@@ -39,7 +39,7 @@ class Traced:
     names for functions and repeated calls (``layer1.0.add``, ``layer1.0.relu_1``). `shapes` are those of the values
     that are one tensor with a row an image, without the batch axis, in order of computation.
 
-    `tokens` is the order of the tokens in layers that give some.
+    `tokens` is the order of the tokens in layers that give some, and `size` the height and width of the input.
 
     Where the network cannot be traced, `graph` is None and `nodes` is empty: only modules can be tapped, by hooks. Then
     `read` is the shape of what the classifier reads; else the graph says so.
@@ -55,6 +55,7 @@ class Traced:
     shapes: dict[str, Shape]
     read: Shape | None
     tokens: TokenOrder
+    size: tuple[int, int]
     joined: fx.Node | None = None
 
 
@@ -126,14 +127,14 @@ def trace(module: nn.Module, size: tuple[int, int], classifier: str | None, name
             graph = tracer.trace(module)
         except Exception:  # tracing runs the network's code on symbols, which can raise anything
             shapes, read = _module_shapes(module, size, classifier, name)
-            return Traced(module, classifier, None, {}, shapes, read, _token_order(module))
+            return Traced(module, classifier, None, {}, shapes, read, _token_order(module), size)
         _run(lambda images: _Shapes(module, graph=graph).run(images), module, size, name)
     position = {node: index for index, node in enumerate(graph.nodes)}
     named = {path: node for node, path in tracer.node_to_qualname.items()} | tracer.returned
     named = {path: node for path, node in named.items() if path and node.op != "placeholder" and SHAPE in node.meta}
     nodes = dict(sorted(named.items(), key=lambda item: position[item[1]]))
     shapes = {path: node.meta[SHAPE] for path, node in nodes.items()}
-    return Traced(module, classifier, graph, nodes, shapes, None, _token_order(module))
+    return Traced(module, classifier, graph, nodes, shapes, None, _token_order(module), size)
 
 
 def _token_order(module: nn.Module) -> TokenOrder:

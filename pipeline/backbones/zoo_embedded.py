@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.backbones import zoo_timm as timm_zoo
 from pipeline.backbones.weights import packaged_file, packaged_files, read_state_dict
 from pipeline.errors import BackboneError
-from pipeline.spec import Preprocessing
+from pipeline.spec import Preprocessing, Size
 
 TAG = "imagenet"
 _MEAN = (127 / 255,) * 3
@@ -50,12 +50,12 @@ def weights_file(name: str) -> Path:
     return packaged_file(_package(name), "models", "thawline" if name == names()[0] else "'thawline[zoo]'")
 
 
-def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+def build(name: str, size: Size | None, classes: int | None) -> nn.Module:
     """Return the network without pretrained weights."""
     return timm_zoo.build(f"tf_{name}", size, classes)
 
 
-def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+def pretrained(name: str, tag: str, size: Size | None) -> nn.Module:
     """Return the network with the packaged weights."""
     module = build(name, size, None)
     given = [item for key, item in read_state_dict(weights_file(name)).items() if not key.endswith("tracked")]

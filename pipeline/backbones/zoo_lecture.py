@@ -24,7 +24,7 @@ from torchvision.models.googlenet import BasicConv2d, Inception
 
 from features_cache import nearest
 from pipeline.errors import BackboneError
-from pipeline.spec import Preprocessing
+from pipeline.spec import Preprocessing, Size
 
 _CLASSES = 1000
 _STAGES = {
@@ -289,7 +289,7 @@ def weights_paths(name: str, tag: str) -> list[Path]:
     return []
 
 
-def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+def build(name: str, size: Size | None, classes: int | None) -> nn.Module:
     """Return the network with random weights."""
     base, options = _read(name)
     width = int(options.pop("width"))
@@ -299,7 +299,7 @@ def build(name: str, size: int | None, classes: int | None) -> nn.Module:
     return ResidualNet(_stages(base), classes or _CLASSES, width, layers=layers, **options)
 
 
-def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+def pretrained(name: str, tag: str, size: Size | None) -> nn.Module:
     """Raise `BackboneError`: there are no pretrained weights."""
     raise BackboneError(f"there are no pretrained weights for {name}; use {name}@random:0")
 

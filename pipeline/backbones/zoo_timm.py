@@ -16,7 +16,7 @@ from torch import nn
 
 from pipeline.backbones.weights import downloading, hub_file
 from pipeline.errors import BackboneError, first_line
-from pipeline.spec import Preprocessing
+from pipeline.spec import Preprocessing, Size
 
 ELSEWHERE = ("hf-hub:", "hf_hub:", "local-dir:")
 """How names begin that stand for a repository or a folder with a network's description and weights, as timm has them.
@@ -114,13 +114,13 @@ def _cached_file(config: PretrainedCfg) -> Path | None:
     return None
 
 
-def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+def build(name: str, size: Size | None, classes: int | None) -> nn.Module:
     """Return the network without pretrained weights."""
     options: dict[str, Any] = {"num_classes": classes} if classes else {}
     return create_model(name, pretrained=False, **options, **_sized(name, None, size))
 
 
-def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+def pretrained(name: str, tag: str, size: Size | None) -> nn.Module:
     """Return the network with the weights `tag`, from the local caches or downloaded."""
     config = _config(name, tag)
     options = _sized(name, tag, size)
@@ -139,7 +139,7 @@ def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
         return create_model(f"{name}.{tag}", pretrained=True, **options)
 
 
-def _sized(name: str, tag: str | None, size: int | None) -> dict[str, Any]:
+def _sized(name: str, tag: str | None, size: Size | None) -> dict[str, Any]:
     if size is None or not _config(name, tag).fixed_input_size:
         return {}
     return {"img_size": size}
@@ -148,19 +148,19 @@ def _sized(name: str, tag: str | None, size: int | None) -> dict[str, Any]:
 def preprocessing(name: str, tag: str | None) -> Preprocessing:
     """Return how the weights `tag` (None for the default) expect images to be prepared.
 
-    Raises `BackboneError` if timm pads images for this network, or its input is not square.
+    Raises `BackboneError` if timm pads images for this network.
     """
     config = resolve_data_config({}, pretrained_cfg=_config(name, tag).to_dict())
     _, height, width = config["input_size"]
-    if config["crop_mode"] not in ("center", "squash") or height != width:
+    if config["crop_mode"] not in ("center", "squash"):
         raise BackboneError(
-            f"{name} wants {height}x{width} images cropped by '{config['crop_mode']}', but only square images with the "
-            "crop mode 'center' or 'squash' are supported; use another network"
+            f"{name} wants the crop mode '{config['crop_mode']}', but only 'center' and 'squash' are supported; use "
+            "another network"
         )
-    edge = math.floor(height / config["crop_pct"])
+    rows, columns = (math.floor(side / config["crop_pct"]) for side in (height, width))
     return Preprocessing(
         size=(height, width),
-        resize=edge if config["crop_mode"] == "center" else (edge, edge),
+        resize=min(rows, columns) if config["crop_mode"] == "center" else (rows, columns),
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),

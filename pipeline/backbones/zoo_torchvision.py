@@ -18,7 +18,7 @@ from pipeline.backbones.weights import (
     read_state_dict,
 )
 from pipeline.errors import BackboneError
-from pipeline.spec import Preprocessing
+from pipeline.spec import Preprocessing, Size
 
 _INCEPTIONS = ("googlenet", "inception_v3")
 _HALF = (0.5, 0.5, 0.5)
@@ -51,7 +51,7 @@ def weights_paths(name: str, tag: str) -> list[Path]:
     return [hub_file(get_model_weights(name)[tag].url), *(packaged_files(package, "weights") if package else ())]
 
 
-def build(name: str, size: int | None, classes: int | None) -> nn.Module:
+def build(name: str, size: Size | None, classes: int | None) -> nn.Module:
     """Return the network without pretrained weights."""
     options: dict[str, Any] = {"num_classes": classes} if classes else {}
     if name in _INCEPTIONS:
@@ -63,7 +63,7 @@ def build(name: str, size: int | None, classes: int | None) -> nn.Module:
     return _checked(module, name, size)
 
 
-def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
+def pretrained(name: str, tag: str, size: Size | None) -> nn.Module:
     """Return the network with the weights `tag`, from the local cache, from a package, or downloaded."""
     if cached(name, tag) and not weights_paths(name, tag)[0].is_file():
         module = build(name, size, None)
@@ -80,7 +80,7 @@ def pretrained(name: str, tag: str, size: int | None) -> nn.Module:
     return _checked(module, name, size)
 
 
-def _checked(module: nn.Module, name: str, size: int | None) -> nn.Module:
+def _checked(module: nn.Module, name: str, size: Size | None) -> nn.Module:
     fixed = getattr(module, "image_size", None) or getattr(module, "input_size", None)
     own = fixed[0] if isinstance(fixed, tuple) else fixed
     if size is not None and own is not None and size != own:

@@ -14,6 +14,7 @@ from pipeline.options import (
     FILE,
     FLAG,
     FOLDER,
+    INPUT_SIZE,
     JSON,
     LEAKS,
     NEAR,
@@ -23,6 +24,7 @@ from pipeline.options import (
     Option,
     parse_rate,
 )
+from pipeline.spec import parse_size
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -109,4 +111,6 @@ def _parse_one(kind: Kind, value: Any) -> Any:
         value = int(value)
     if problem := kind.problem(value):
         raise click.BadParameter(problem)
+    if kind is INPUT_SIZE:
+        return parse_size(value)
     return parse_rate(value) if kind is RATE else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from pipeline.commands.click_options import options_of
-from pipeline.commands.output import print_json, print_table, say_all, with_progress
+from pipeline.commands.output import print_json, print_table, say, say_all, with_progress
 from pipeline.errors import resumable
 
 
@@ -32,6 +32,8 @@ def lecture(names: tuple[str, ...], source: str, output: str, quick: bool, as_js
     if as_json:
         print_json({"results": report.results, "files": report.files})
         return
+    if quick:
+        say("these are short forms, which show that the claims run, and are too small to judge them")
     for result in report.results:
         print_table(lecture_table(result))
         say_all(result.notes)

@@ -6,6 +6,7 @@ import click
 
 from pipeline.commands.click_options import options_of
 from pipeline.commands.output import print_json, print_table
+from pipeline.spec import Size
 
 
 @click.command()
@@ -30,7 +31,7 @@ def backbones(pattern: str, as_json: bool) -> None:
 @click.command()
 @click.argument("backbone")
 @options_of("layers")
-def layers(backbone: str, size: int | None, as_json: bool) -> None:
+def layers(backbone: str, size: Size | None, as_json: bool) -> None:
     """List the layers of BACKBONE with shapes and aliases."""
     from pipeline.backbones.aliases import classifier_reads
     from pipeline.backbones.layers import list_layers

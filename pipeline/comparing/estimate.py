@@ -18,7 +18,7 @@ from pipeline.evaluation.intervals import smallest_difference
 from pipeline.evaluation.splits import HELD_OUT
 from pipeline.images.loader import default_workers
 from pipeline.images.sources.registry import ImageSource
-from pipeline.spec import DEFAULT_POOL, NO_AUGMENT
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, Size
 
 CORE_SPEED = 75e9
 """Floating-point operations per second and core, as torch reached with lite0 and ResNet-50 on AVX-512 cores."""
@@ -143,7 +143,7 @@ def _rows(images: ImageSource, shots: int | str) -> int:
 
 
 @cache
-def count_values(backbone: str, freeze: str, top: str, size: int | None, n_classes: int) -> tuple[int, int]:
+def count_values(backbone: str, freeze: str, top: str, size: Size | None, n_classes: int) -> tuple[int, int]:
     """Return the number of activations of one image at a thaw line, and the number of thawed weights."""
     from pipeline.backbones.aliases import PENULTIMATE
     from pipeline.backbones.registry import sketch
@@ -158,7 +158,7 @@ def count_values(backbone: str, freeze: str, top: str, size: int | None, n_class
 
 
 @cache
-def operations(backbone: str, size: int | None) -> float:
+def operations(backbone: str, size: Size | None) -> float:
     """Return the floating-point operations of a forward pass of one image, counted without loading weights."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

@@ -17,6 +17,7 @@ from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, one_pass, r
 from pipeline.comparing.plan import PlanTable
 from pipeline.errors import RunFolderError
 from pipeline.results import ExtractResult, FitResult, Progress
+from pipeline.spec import Size
 
 if TYPE_CHECKING:
     from pipeline.evaluation.predictions import Predictions
@@ -115,7 +116,7 @@ def _extract(comparison: Comparison, group: Sequence[Extraction]) -> None:
     comparison.notes += [note for result in results for note in result.notes]
 
 
-def _note_costs(folder: RunFolder, source: str, size: int | None, results: Sequence[ExtractResult]) -> None:
+def _note_costs(folder: RunFolder, source: str, size: Size | None, results: Sequence[ExtractResult]) -> None:
     """Note in `run.json` what an extraction cost, at once: a later run cannot measure it again.
 
     The seconds of a call are divided among its networks in proportion to their floating-point operations. Files of

@@ -28,7 +28,7 @@ from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.recipe import Recipe
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import ExtractResult, Progress
-from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, NO_POOL, Request
+from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, NO_POOL, Request, Size
 
 FOLDER = "finetune"
 """Folder inside the cache folder, for checkpoints and for cache files that only training reads. Other readers of the
@@ -53,7 +53,7 @@ class TrainingSetup:
     output: Path
     precision: str
     store: str
-    size: int | None
+    size: Size | None
     white: int | None
     engine: str
     device: str

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from features_cache import parse_json
-from pipeline.errors import FitError, ModelFileError
+from pipeline.errors import BackboneError, FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.registry import find_head
 from pipeline.model_file import ModelFormat, check_destination, named, reading, writing
-from pipeline.spec import LayerSpec
+from pipeline.spec import LayerSpec, parse_size
 
 FORMAT = ModelFormat(
     name="thawline-model",
@@ -186,7 +186,11 @@ def _is_layer(layer: Any) -> bool:
     if not typed or layer["dim"] < 1 or not isinstance(layer["spec"].get("layer"), str):
         return False
     request = layer["request"]
-    return isinstance(request.get("backbone"), str) and type(request.get("size", ...)) in (int, type(None))
+    try:
+        parse_size(request.get("size", ""))
+    except BackboneError:
+        return False
+    return isinstance(request.get("backbone"), str)
 
 
 def _read_description(path: Path) -> dict[str, Any]:

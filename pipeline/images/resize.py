@@ -98,18 +98,18 @@ def _augmented(picture: Picture, view: View, generator: np.random.Generator) -> 
 
 def jpeg_floor(preprocessing: Preprocessing) -> int:
     """Return the least length of the shorter side, in pixels, after a reduced JPEG decode: twice that of the resize."""
-    resize = preprocessing.resize
-    return 2 * (resize if isinstance(resize, int) else max(resize))
+    return 2 * max(_box(preprocessing))
 
 
 def resize_and_crop(picture: Picture, preprocessing: Preprocessing) -> np.ndarray:
     """Resize a picture, crop its centre, and return uint8 pixels of shape (height, width, 3).
 
-    An integer resize sets the shorter side and keeps the aspect ratio; a pair sets both sides. If the resized picture
-    is smaller than the crop, it is centred on black, as by torchvision's `CenterCrop`.
+    An integer resize keeps the aspect ratio and sets the shorter side or, where the crop is no square, makes the
+    picture just cover the crop and its margin; a pair sets both sides. If the resized picture is smaller than the crop,
+    it is centred on black, as by torchvision's `CenterCrop`.
     """
     (height, width), (full_width, full_height) = preprocessing.size, picture.size
-    resized_height, resized_width = resized_size(full_height, full_width, preprocessing.resize)
+    resized_height, resized_width = resized_size(full_height, full_width, preprocessing)
     left, top, right, bottom = picture.box
     x = _crop_axis(left, right, resized_width, width)
     y = _crop_axis(top, bottom, resized_height, height)
@@ -164,13 +164,23 @@ def _resize(
     return columns.resize(size, resampling, box=(0, top - first, size[0], bottom - first))
 
 
-def resized_size(height: int, width: int, resize: int | tuple[int, int]) -> tuple[int, int]:
-    """Return the height and width that torchvision's `Resize(resize)` gives a picture."""
+def _box(preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the height and width that a picture is resized to, or that it must cover if its aspect ratio is kept."""
+    resize, size = preprocessing.resize, preprocessing.size
     if not isinstance(resize, int):
         return resize
-    if width <= height:
-        return int(resize * height / width), resize
-    return resize, int(resize * width / height)
+    height, width = (round(resize * side / min(size)) for side in size)
+    return height, width
+
+
+def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Return the height and width of a resized picture: for a square crop those of torchvision's `Resize`."""
+    rows, columns = _box(preprocessing)
+    if not isinstance(preprocessing.resize, int):
+        return rows, columns
+    if width * rows <= height * columns:
+        return int(columns * height / width), columns
+    return rows, int(rows * width / height)
 
 
 def _crop_axis(low: float, high: float, resized: int, crop: int) -> CropAxis:

@@ -63,8 +63,11 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def mean_interval(values: Sequence[float] | Float64Array, tests: int = 1) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | Float64Array, tests: int = 1, overlap: float = 0.0) -> tuple[float, float]:
     """Return Student's interval of a mean over seeds, which holds for so many `tests` together.
+
+    Where seeds draw splits of the same images, `overlap` is the number of held-out images over that of training images,
+    and the interval is wider (Nadeau and Bengio 2003).
 
     Examples
     --------
@@ -73,12 +76,13 @@ def mean_interval(values: Sequence[float] | Float64Array, tests: int = 1) -> tup
     '-0.48 to 4.48'
     """
     count, mean = len(values), float(np.mean(values))
-    reach = float(np.std(values, ddof=1)) / count**0.5 * float(stdtrit(count - 1, 1 - (1 - CONFIDENCE) / tests / 2))
+    error = float(np.std(values, ddof=1)) * (1 / count + overlap) ** 0.5
+    reach = error * float(stdtrit(count - 1, 1 - (1 - CONFIDENCE) / tests / 2))
     return mean - reach, mean + reach
 
 
 def verdict(interval: tuple[float, float], expected: int) -> str:
-    """Return what an interval says about the sign that is expected, 1 or -1.
+    """Return what an interval says about the sign that is expected, 1 or -1; without any spread it says nothing.
 
     Examples
     --------
@@ -86,7 +90,7 @@ def verdict(interval: tuple[float, float], expected: int) -> str:
     ('agrees', 'contradicts', 'open')
     """
     low, high = interval
-    if low <= 0 <= high:
+    if low <= 0 <= high or low == high:
         return "open"
     return "agrees" if (low > 0) == (expected > 0) else "contradicts"
 
@@ -99,9 +103,10 @@ def seeds_figure(
     *,
     expected: int = 0,
     tests: int = 1,
+    overlap: float = 0.0,
 ) -> LectureFigure:
-    """Return the mean of values, one a seed, with its interval, and its verdict if a sign is `expected`."""
-    interval = mean_interval(values, tests if expected else 1)
+    """Return the mean of values, one a seed, with its `mean_interval`, and its verdict if a sign is `expected`."""
+    interval = mean_interval(values, tests if expected else 1, overlap)
     judged = verdict(interval, expected) if expected else ""
     return LectureFigure(name, float(np.mean(values)), interval, published, origin, judged)
 

@@ -30,15 +30,18 @@ def measure_claim(setting: Setting) -> Findings:
         by_layer = [[one for one in report.results if one.layer == layer] for layer in layers]
         depths[name] = np.array([_best(results) for results in zip(*by_layer, strict=True)]) / (len(layers) - 1)
         accuracies[name] = np.array([[100 * one.accuracy for one in results] for results in by_layer]).T
-    pairs = list(pairwise(sources))
+    pairs, one = list(pairwise(sources)), report.results[0]
+    overlap = one.n_val / one.n_train
     figures = [
         seeds_figure(
             f"depth that reads {later} best, minus that of {earlier}", depths[later] - depths[earlier],
-            "later layers", _ZEILER, expected=1, tests=len(pairs),
+            "later layers", _ZEILER, expected=1, tests=len(pairs), overlap=overlap,
         )
         for earlier, later in pairs
     ]  # fmt: skip
-    figures += [seeds_figure(f"depth that reads {name} best, 0 to 1", depth) for name, depth in depths.items()]
+    figures += [
+        seeds_figure(f"depth that reads {name} best, 0 to 1", depth, overlap=overlap) for name, depth in depths.items()
+    ]
     chart = line_chart(
         "Which depth reads what?",
         "Test accuracy of a linear probe (ridge) by layer: means over seeds, bands from the lowest to the highest.",
@@ -50,7 +53,8 @@ def measure_claim(setting: Setting) -> Findings:
     notes = [
         f"{DEFAULT_BACKBONE}; {each} made images of each of eight orientations (edges), textures and parts, with "
         f"noise; objects are {len(setting.sample.items)} images of {setting.source.name}. {len(setting.seeds)} seeds "
-        "draw splits; the best depth of each is chosen on its validation images, the lower one of equals."
+        "draw splits; the best depth of each is chosen on its validation images, the lower one of equals. "
+        "Intervals allow for splits that share images."
     ]
     return Findings(figures, [chart], notes)
 

@@ -46,7 +46,7 @@ class Gzipped:
         Opens the gzip file.
     """
 
-    def __init__(self, open_packed: Callable[[], io.RawIOBase | io.BytesIO]) -> None:
+    def __init__(self, open_packed: Callable[[], io.BufferedIOBase]) -> None:
         self.open_packed = open_packed
         self._states = [_State(0, 0, zlib.decompressobj(_GZIP))]
         self._spacing, self.length = SPACING, 0  # as far as it was read

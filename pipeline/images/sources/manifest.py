@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import posixpath
-import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from features_cache import nearest
-from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.errors import SourceError, TableError
 from pipeline.images.ahead import map_ahead
 from pipeline.images.sources.folder import unnoticed
 from pipeline.images.sources.items import (
@@ -26,8 +22,8 @@ from pipeline.images.sources.items import (
     read_file,
     stamp,
 )
-from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate
-from pipeline.tables import SPLIT_WORDS, text_of
+from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate_all
+from pipeline.tables import ENDINGS, MESSAGE_LENGTH, SPLIT_WORDS, read_columns, row_number
 
 COLUMNS = ("path", "label", "split", "group")
 """The columns that are read. Only the first is required; all others are ignored."""
@@ -37,14 +33,6 @@ SYNONYMS = {
     "split": ("subset", "set", "fold", "partition", "splits"),
 }
 """Columns that are named to the user where the one that would be read is missing."""
-
-SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar"}
-"""What may separate columns, the most likely first, with its name."""
-
-MESSAGE_LENGTH = 120
-
-Rows = Sequence[tuple[int, list[str]]]
-"""Cells as text; each row comes with its number in the file, for messages."""
 
 
 def open_manifest(path: Location) -> ImageSource | None:
@@ -60,83 +48,21 @@ def open_manifest(path: Location) -> ImageSource | None:
         It is not UTF-8, not a table, has no ``path`` column, an unknown split or the same path twice, or pyarrow, which
         reads Parquet, is not installed.
     """
-    if is_file_of(path, {".csv", ".tsv"}):
-        header, rows = _read_csv(path)
-        return _open_table(path, _columns(path, header), rows, header)
-    if is_file_of(path, {".jsonl"}):
-        header, rows = _read_jsonl(path)
-        return _open_table(path, _columns(path, header), rows, header)
-    if is_file_of(path, {".parquet"}):
-        return _open_parquet(path)
-    return None
+    if not is_file_of(path, ENDINGS):
+        return None
+    if isinstance(path, RemotePath):
+        path.hold = True
+    names: list[str] = []
 
+    def choose(header: Sequence[str]) -> list[str]:
+        names.extend(header)
+        return list(_columns(path, header).values())
 
-def _read_text(path: Location) -> str:
     try:
-        text = read_file(path).decode("utf-8-sig")
-    except UnreadableImageError as error:
-        raise SourceError(f"{path}: expected a manifest that can be read: {error}") from None
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start}") from None
-    if "\0" in text:
-        raise SourceError(f"{path}: expected a text table, found a NUL character: save it as UTF-8")
-    return text
-
-
-def _read_csv(path: Location) -> tuple[list[str], Rows]:
-    text = _read_text(path)
-    (first_line,) = re.match(r"[\r\n]*([^\r\n]*)", text).groups()  # type: ignore[union-attr]  # it always matches
-    cells = {one: [cell.strip(' "').lower() for cell in first_line.split(one)] for one in SEPARATORS}
-    separator = max(SEPARATORS, key=lambda one: ("path" in cells[one], len(cells[one])))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    try:
-        table = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        kind = SEPARATORS[separator]
-        raise SourceError(f"{path}: expected a {kind}-separated table, line {reader.line_num}: {error}") from None
-    return (table[0][1], table[1:]) if table else ([], [])
-
-
-def _read_jsonl(path: Location) -> tuple[list[str], Rows]:
-    objects: list[tuple[int, dict[str, object]]] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            raise SourceError(f"{path}: expected a JSON object in line {number}, found no JSON") from None
-        if not isinstance(found, dict):
-            raise SourceError(f"{path}: expected a JSON object in line {number}, found {type(found).__name__}")
-        objects.append((number, found))
-    header = list(dict.fromkeys(name for _, found in objects for name in found))
-    wanted = {name for name in header if name.strip().lower() in COLUMNS}
-    for number, found in objects:
-        for name in wanted & found.keys():
-            if isinstance(found[name], list | dict):
-                raise SourceError(f"{path}: expected numbers or text for {name!r} in line {number}, found several")
-    rows = [
-        (number, [text_of(found.get(name)) if name in wanted else "" for name in header]) for number, found in objects
-    ]
-    return header, rows
-
-
-def _open_parquet(path: Location) -> ImageSource:
-    try:
-        import pyarrow as pa  # late: an optional dependency
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise SourceError(f"{path}: reading Parquet needs pyarrow: pip install 'thawline[parquet]'") from None
-    try:
-        with pq.ParquetFile(path.open() if isinstance(path, RemotePath) else str(path)) as file:
-            header = file.schema_arrow.names
-            wanted = [name for name, meaning in zip(header, _columns(path, header), strict=True) if meaning in COLUMNS]
-            columns = file.read(columns=wanted).to_pydict()  # others may hold whole images
-    except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"{path}: expected a Parquet table: {shorten(str(error), MESSAGE_LENGTH)}") from None
-    rows = zip(*(map(text_of, columns[name]) for name in wanted), strict=True)
-    numbered = [(number, list(row)) for number, row in enumerate(rows, start=1)]
-    return _open_table(path, _columns(path, wanted), numbered, header)
+        columns = read_columns(path, choose)
+    except TableError as error:
+        raise SourceError(str(error)) from error
+    return _open_table(path, {meaning: columns[name] for meaning, name in _columns(path, names).items()}, names)
 
 
 def columns_by_meaning(path: Location, header: Iterable[str]) -> dict[str, str]:
@@ -151,12 +77,12 @@ def columns_by_meaning(path: Location, header: Iterable[str]) -> dict[str, str]:
     return dict(found)
 
 
-def _columns(path: Location, header: list[str]) -> list[str]:
-    """Return the names of the columns in lower case, after checking them."""
-    if "path" not in columns_by_meaning(path, header):
-        found = shorten(", ".join(header), MESSAGE_LENGTH) if header else "an empty file"
-        raise SourceError(f"{path}: expected a column 'path', found {found}")
-    return [name.strip().lower() for name in header]
+def _columns(path: Location, header: Sequence[str]) -> dict[str, str]:
+    """Return `columns_by_meaning`, of which one must be the path."""
+    found = columns_by_meaning(path, header)
+    if "path" not in found:
+        raise SourceError(f"{path}: expected a column 'path', found {shorten(', '.join(header), MESSAGE_LENGTH)}")
+    return found
 
 
 def synonyms_beside(path: Location, header: Iterable[str]) -> Iterator[str]:
@@ -168,11 +94,11 @@ def synonyms_beside(path: Location, header: Iterable[str]) -> Iterator[str]:
             yield f"{path.name} has no column '{column}' but '{found[0]}', which is not read: rename it if it fits"
 
 
-def _open_table(path: Location, names: list[str], rows: Rows, header: list[str]) -> ImageSource:
-    """Return the source of a parsed table; `names` are the columns of `rows`, `header` all columns of the file."""
-    if not rows:
+def _open_table(path: Location, columns: Mapping[str, Sequence[str]], header: Sequence[str]) -> ImageSource:
+    """Return the source of the columns of a table, by their meaning; `header` has the names of all columns."""
+    if not columns["path"]:
         raise SourceError(f"{path}: expected at least one row below the header, found none")
-    labelled = list(_labelled(path, names, rows))
+    labelled = list(_labelled(path, columns))
     images = _locations(path.parent, [item.uri for item, _ in labelled])
     is_web = {uri for uri, image in images.items() if isinstance(image, RemotePath) and image.is_http}
     found = _stamped(images)
@@ -185,18 +111,16 @@ def _open_table(path: Location, names: list[str], rows: Rows, header: list[str])
     return replace(source, remarks=(*source.remarks, *remarks), remote=remote)
 
 
-def _labelled(path: Location, names: list[str], rows: Rows) -> Iterator[tuple[Item, str]]:
+def _labelled(path: Location, columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[Item, str]]:
     seen: dict[str, int] = {}
-    for number, row in rows:
-        if len(row) != len(names):
-            raise SourceError(f"{path}: expected {len(names)} fields in row {number}, found {len(row)}")
-        cells = dict(zip(names, (cell.strip() for cell in row), strict=True))
+    for index, row in enumerate(zip(*columns.values(), strict=True)):
+        number, cells = row_number(path, index), dict(zip(columns, row, strict=True))
         if not cells["path"]:
             raise SourceError(f"{path}: expected a path in row {number}, found none")
         uri = cells["path"] if is_url(cells["path"]) else posixpath.normpath(Path(cells["path"]).as_posix())
         if uri in seen:
             raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {seen[uri]} and {number}")
-        if isinstance(path, RemotePath) and (uri.startswith("/") or uri.lower().startswith(("file:", "local:"))):
+        if isinstance(path, RemotePath) and not path.may_name(uri):
             raise SourceError(
                 f"{path}: expected a path relative to the manifest or a URL in row {number}, found {uri!r}"
             )
@@ -215,9 +139,11 @@ def split_of(path: Location, number: int, word: str) -> str:
     return SPLIT_WORDS[word.lower()] if word else ""
 
 
-def _locations(folder: Location, uris: Iterable[str]) -> dict[str, Location]:
-    """Return where images are; the library of a protocol is opened once for each server or bucket."""
-    return {uri: locate(uri) if is_url(uri) else folder / uri for uri in uris}
+def _locations(folder: Location, uris: Sequence[str]) -> dict[str, Location]:
+    """Return where images are."""
+    found: dict[str, Location] = {uri: folder / uri for uri in uris if not is_url(uri)}
+    urls = [uri for uri in uris if is_url(uri)]
+    return found | dict(zip(urls, locate_all(urls), strict=True))
 
 
 def _stamped(images: Mapping[str, Location]) -> dict[str, Stamp]:

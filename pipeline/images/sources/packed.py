@@ -41,7 +41,9 @@ def open_packed(path: Location) -> ImageSource | None:
         found, passed_over = walk(path, lambda file, _: file.name.lower().endswith(endings))
         others.update(passed_over)
         below = path.files if isinstance(path, RemotePath) else None
-        files = {uri: path / uri if below is None else below[uri] for uri in sorted(item.uri for item in found)}
+        files = {
+            uri: path / uri if below is None else below[uri].ask_size() for uri in sorted(item.uri for item in found)
+        }
     elif (
         path.name.lower().endswith(endings)
         and path.is_file()

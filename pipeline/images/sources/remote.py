@@ -44,11 +44,11 @@ _VERSIONS = (
 _GONE = (404, 410, 416)
 """What HTTP answers if an object is not there, or is shorter than it was."""
 
-_SIGNED = re.compile(
-    r"(x-(amz|goog)-.*|signature|expires|policy|key-pair-id|awsaccesskeyid|googleaccessid|token|s(ig|e|p|v|r|t|ip|pr|s|rt))"
-)
+_SIGNATURES = {"sig", "signature", "x-amz-signature", "x-goog-signature"}
 """Parameters, in lower case, that sign a URL for some time."""
 
+_SIGNED = re.compile(r"x-(amz|goog)-.*|expires|policy|key-pair-id|(aws|google)access(key)?id|s(e|p|v|r|t|ip|pr|s|rt)")
+"""Parameters, in lower case, that go with a signature."""
 
 HELD_BYTES = 1 << 30
 """Most bytes of remote shards that are kept in memory after they were listed."""
@@ -73,6 +73,20 @@ def is_url(text: str) -> bool:
     (True, False)
     """
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None
+
+
+def locate_all(urls: Iterable[str]) -> Iterator[Path | RemotePath]:
+    """Yield what each URL leads to, as `locate`, but open the library once for each server or bucket."""
+    opened: dict[str, AbstractFileSystem] = {}
+    for url in urls:
+        server = "/".join(url.split("/")[:3])
+        if "::" not in url and server in opened:
+            yield RemotePath(opened[server], opened[server]._strip_protocol(url), url)
+            continue
+        found = locate(url)
+        if isinstance(found, RemotePath):
+            opened[server] = found.fs
+        yield found
 
 
 def locate(url: str) -> Path | RemotePath:
@@ -109,8 +123,8 @@ class RemotePath:
         As `fs` writes it.
     url : str
         As the user writes it.
-    info : mapping, optional
-        Its entry in a listing.
+    listed : Stamp, optional
+        Of an object in a listing.
 
     Attributes
     ----------
@@ -118,11 +132,9 @@ class RemotePath:
         Whether to fetch the object whole when it is opened, and to keep its bytes in memory.
     """
 
-    def __init__(self, fs: AbstractFileSystem, path: str, url: str, info: Mapping[str, Any] | None = None) -> None:
-        self._fs, self._path, self._url = fs, path, url
+    def __init__(self, fs: AbstractFileSystem, path: str, url: str, listed: Stamp | None = None) -> None:
+        self.fs, self._path, self._url, self._listed = fs, path, url, listed
         self.hold, self._held = False, b""
-        if info is not None:
-            vars(self)["_info"] = info
 
     def __str__(self) -> str:
         return _shown(self._url).rstrip("/")
@@ -137,7 +149,7 @@ class RemotePath:
             path, first = _joined(_bare(self._path), quote(relative)), _bare(first)
         else:
             path = _joined(self._path, relative)
-        return RemotePath(self._fs, path, "::".join([_joined(first, relative), *outer]))
+        return RemotePath(self.fs, path, "::".join([_joined(first, relative), *outer]))
 
     @property
     def name(self) -> str:
@@ -164,37 +176,53 @@ class RemotePath:
             first = _bare(first)
         path = _bare(self._path) if self.is_http else self._path
         url = "::".join([first.rstrip("/").rpartition("/")[0], *outer])
-        return RemotePath(self._fs, path.rstrip("/").rpartition("/")[0], url)
+        return RemotePath(self.fs, path.rstrip("/").rpartition("/")[0], url)
 
     @property
     def is_http(self) -> bool:
         """Whether a web server answers: its pages list names at most, neither sizes nor versions."""
-        return "http" in _protocols(self._fs)
+        return "http" in _protocols(self.fs)
+
+    def may_name(self, uri: str) -> bool:
+        """Tell whether a manifest here may name `uri`: what is beside it, or in a store or on a web server.
+
+        What else fsspec opens may be on the machine of the reader.
+        """
+        if not is_url(uri):
+            return not uri.startswith("/")
+        protocol = uri.partition("://")[0].lower()
+        return "::" not in uri and (protocol in EXTRAS or protocol in _protocols(self.fs))
 
     @property
     def key(self) -> tuple[int, str]:
         """The same for all paths to one object."""
-        return id(self._fs), self._path
+        return id(self.fs), self._path
 
     def is_dir(self) -> bool:
         """Tell whether this is a folder; of a web server, what has no extension."""
-        if self.is_http and "_info" not in vars(self):
+        if self._listed is not None:
+            return False
+        if self.is_http:
             return self._path.endswith("/") or not self.suffix
         return bool(self._info and self._info["type"] == "directory")
 
     def is_file(self) -> bool:
         """Tell whether this is an object."""
-        return not self.is_dir() and self._info is not None
+        return self._listed is not None or (not self.is_dir() and self._info is not None)
 
     def stat(self) -> Stamp:
         """Return what tells whether the object changes; from the listing, if it was listed."""
-        return stamp_of(self._info or {})
+        return self._listed if self._listed is not None else stamp_of(self._info or {})
+
+    def ask_size(self) -> RemotePath:
+        """Return the same object, of which the server is asked what its listing does not tell."""
+        return RemotePath(self.fs, self._path, self._url) if self.stat().size == MISSING_SIZE else self
 
     @cached_property
     def _info(self) -> Mapping[str, Any] | None:
         try:
-            self._fs.invalidate_cache()  # of an earlier call in this process
-            info: Mapping[str, Any] = self._patiently(lambda: self._fs.info(self._path), PAUSES[:2])
+            self.fs.invalidate_cache()  # of an earlier call in this process
+            info: Mapping[str, Any] = self._patiently(lambda: self.fs.info(self._path), PAUSES[:2])
             return info
         except FileNotFoundError:
             return None
@@ -205,23 +233,24 @@ class RemotePath:
 
         Hidden names are left out.
         """
-        whole = {} if _finds_at_once(self._fs) else {"on_error": "raise"}  # else it would skip folders in silence
+        whole = {} if _finds_at_once(self.fs) else {"on_error": "raise"}  # else it would skip folders in silence
         try:
-            self._fs.invalidate_cache()
-            found = self._patiently(lambda: self._fs.find(self._path, detail=True, **whole))
+            self.fs.invalidate_cache()
+            found = self._patiently(lambda: self.fs.find(self._path, detail=True, **whole))
         except FileNotFoundError:
             return {}
-        return {uri: file for uri, file in self._listed(found) if not uri.startswith(".") and "/." not in uri}
+        self.fs.invalidate_cache()  # which takes much memory
+        return {uri: file for uri, file in self._below(found) if not uri.startswith(".") and "/." not in uri}
 
     def listing(self) -> dict[str, RemotePath]:
         """Return the files in this folder, without those in folders below; empty if it does not exist."""
         try:
-            found = self._patiently(lambda: self._fs.ls(self._path, detail=True))
+            found = self._patiently(lambda: self.fs.ls(self._path, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        return dict(self._listed({info["name"]: info for info in found if info["type"] != "directory"}))
+        return dict(self._below({info["name"]: info for info in found if info["type"] != "directory"}))
 
-    def _listed(self, found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, RemotePath]]:
+    def _below(self, found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, RemotePath]]:
         above = self._path.rstrip("/") + "/"
         for path, info in found.items():
             uri = path.removeprefix(above)
@@ -230,20 +259,20 @@ class RemotePath:
                     continue
                 uri = unquote(uri)
             if path.startswith(above) and uri and not uri.endswith("/"):
-                yield uri, RemotePath(self._fs, path, _joined(self._url, uri), info)
+                yield uri, RemotePath(self.fs, path, _joined(self._url, uri), stamp_of(info))
 
     def read(self, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes of the object, or those from `start` to `stop`: fewer only if it ends earlier."""
         if self._held:
             return self._held[start:stop]
         kept = "; what was finished is kept, and the same command goes on from there"
-        data: bytes = self._patiently(lambda: self._fs.cat_file(self._path, start=start, end=stop), remedy=kept)
+        data: bytes = self._patiently(lambda: self.fs.cat_file(self._path, start=start, end=stop), remedy=kept)
         if start is not None and stop is not None and len(data) > stop - start:  # a server that knows no ranges
             return data[start:stop]
         return data
 
-    def open(self) -> io.RawIOBase | io.BytesIO:
-        """Return the object as a file whose parts are fetched as they are read; all at once if `hold` is set."""
+    def open(self, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
+        """Return the object as a file of bytes whose parts are fetched as they are read; at once if `hold` is set."""
         size = self.stat().size
         if self.hold or size == MISSING_SIZE:
             self._held = self._held or self.read()
@@ -292,9 +321,6 @@ class _RemoteFile(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
-
-    def size(self) -> int:
-        return self._size
 
     def readinto(self, buffer: Any) -> int:
         stop = min(self._position + len(buffer), self._size)
@@ -358,7 +384,9 @@ def _shown(url: str) -> str:
     if "@" not in first and "?" not in first:
         return "::".join([first, *map(_shown, outer)])
     parts = urlsplit(first)
-    query = "&".join(one for one in parts.query.split("&") if not _SIGNED.fullmatch(one.partition("=")[0].lower()))
+    pairs = {one: one.partition("=")[0].lower() for one in parts.query.split("&")}
+    if _SIGNATURES & {*pairs.values()}:
+        pairs = {one: name for one, name in pairs.items() if name not in _SIGNATURES and not _SIGNED.fullmatch(name)}
     user, at, host = parts.netloc.rpartition("@")
-    shown = parts._replace(netloc=user.partition(":")[0] + at + host, query=query)
+    shown = parts._replace(netloc=user.partition(":")[0] + at + host, query="&".join(pairs))
     return "::".join([urlunsplit(shown), *map(_shown, outer)])

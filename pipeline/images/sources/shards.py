@@ -44,6 +44,9 @@ READ_LIMIT = 1 << 26
 FETCHED_AT_ONCE = 1 << 24
 """Bytes of a remote shard that are fetched at once while it is listed."""
 
+FETCHED_PACKED = 1 << 21
+"""Bytes of a remote gzipped shard that are fetched at once: to list it, and to unpack a block."""
+
 
 class _BoundedReader(BufferedReader):
     """A file that raises `tarfile.ReadError` where more than `READ_LIMIT` bytes are asked for at once."""
@@ -117,7 +120,7 @@ def _read_shard(shard: Location) -> _Shard:
     others: Counter[str] = Counter()
     kind = "an uncompressed tar file"
     if shard.name.lower().endswith(GZIPPED):
-        kind, gzipped = "a tar file compressed by gzip", Gzipped(lambda: _raw(shard))
+        kind, gzipped = "a tar file compressed by gzip", Gzipped(partial(_packed, shard))
     buffer = FETCHED_AT_ONCE if isinstance(shard, RemotePath) and gzipped is None else DEFAULT_BUFFER_SIZE
     try:
         raw = _raw(shard) if gzipped is None else gzipped.open()
@@ -148,6 +151,10 @@ def _read_shard(shard: Location) -> _Shard:
 
 def _raw(shard: Location) -> RawIOBase | BytesIO:
     return shard.open() if isinstance(shard, RemotePath) else FileIO(shard)
+
+
+def _packed(shard: Location) -> BufferedReader:
+    return BufferedReader(cast(RawIOBase, _raw(shard)), FETCHED_PACKED if isinstance(shard, RemotePath) else 1 << 16)
 
 
 def _read(gzipped: Gzipped, shard: Location, offset: int, size: int, listed: Stamp) -> bytes:

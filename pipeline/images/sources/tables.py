@@ -23,15 +23,18 @@ from pipeline.images.sources.items import (
     stamp,
     unreadable,
 )
-from pipeline.images.sources.manifest import MESSAGE_LENGTH, columns_by_meaning, split_of, synonyms_beside
+from pipeline.images.sources.manifest import columns_by_meaning, split_of, synonyms_beside
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
-from pipeline.tables import text_of
+from pipeline.tables import MESSAGE_LENGTH, text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK_LIMIT = 1 << 32
 """Most bytes of images in one row group or record batch."""
+
+ROWS_A_BYTE = 1000
+"""More rows than this for each byte of a file are none: a forged count must not take all memory."""
 
 HELD_BYTES = 1 << 29
 """Bytes of row groups and record batches that are held."""
@@ -121,7 +124,8 @@ def _packed(files: Mapping[str, Location], list_file: Callable[[Location], _List
 
 def _read(held: Held[Any], read: Callable[[], Any], index: int) -> bytes:
     """Return the image at an index of the chunk that `read` returns."""
-    data = held.get(read, read)[index].as_py()
+    chunk = held.get(read, read)
+    data = chunk[index].as_py() if index < len(chunk) else None
     if data is None:
         raise UnreadableImageError("no image in its row")
     return bytes(data)
@@ -136,11 +140,12 @@ def _list_parquet(path: Location) -> _Listed:
             columns = _columns(path, file.schema_arrow)
             metadata = file.metadata
             table = file.read(columns=columns.small, use_threads=False)
-        chunks = [
-            (metadata.row_group(group).num_rows, partial(_read_group, path, listed, metadata, group, columns))
-            for group in range(metadata.num_row_groups)
-        ]
-        return _Listed(columns, _rows(path, columns, table, metadata.num_rows), chunks)
+        counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        count, most = metadata.num_rows, ROWS_A_BYTE * (listed.size if listed.size > 0 else 1 << 30)
+        if min(counts, default=0) < 0 or sum(counts) != count or table.num_rows != count or count > most:
+            raise SourceError(f"{path}: expected a table, found row groups of {sum(counts)} rows for {count}")
+        reading = [partial(_read_group, path, listed, metadata, group, columns) for group in range(len(counts))]
+        return _Listed(columns, _rows(path, columns, table, count), list(zip(counts, reading, strict=True)))
 
 
 def _read_group(path: Location, listed: Stamp, metadata: Any, group: int, columns: _Columns) -> pa.ChunkedArray:

@@ -128,7 +128,11 @@ def _splits_and_classes(names: list[str], archive: Location) -> list[tuple[str, 
     """Return split and class of each name, see `read_zips`."""
     below = [name.split("/") for name in names]
     tops = {parts[0] for parts in below}
-    if len(tops) == 1 and tops.isdisjoint(SPLIT_WORDS) and all(len(parts) > 2 for parts in below):
+    if (
+        len(tops) == 1
+        and SPLIT_WORDS.keys().isdisjoint(top.lower() for top in tops)
+        and all(len(parts) > 2 for parts in below)
+    ):
         below = [parts[1:] for parts in below]
     return splits_and_classes(["/".join(parts) for parts in below], archive)
 

@@ -13,7 +13,8 @@ from PIL import Image
 from features_cache import atomic_write, explained
 from pipeline.reporting.page.pictures import SIDE
 from pipeline.reporting.page.template import data_url, render_page
-from pipeline.units import UnitsReport
+from pipeline.results import UnitResult
+from pipeline.units import LEVEL, UnitsReport
 
 
 def write_units(path: Path, report: UnitsReport) -> None:
@@ -36,10 +37,11 @@ def render_units(report: UnitsReport) -> str:
     return render_page("units", report=report, layers=layers, side=SIDE)
 
 
-def _shown(unit: Any, crops: list[NDArray[np.uint8]]) -> dict[str, Any]:
+def _shown(unit: UnitResult, crops: list[NDArray[np.uint8]]) -> dict[str, Any]:
     images = [
         {"data": data_url(Image.fromarray(crop).resize((SIDE, SIDE), Image.Resampling.BICUBIC)), "of": example}
         for example, crop in zip(unit.examples, crops, strict=True)
     ]
     sides = [example.box[2] - example.box[0] for example in unit.examples]
-    return {"unit": unit, "images": images, "side": round(float(np.median(sides)))}
+    selective = unit.p_value is not None and unit.p_value <= LEVEL
+    return {"unit": unit, "images": images, "side": round(float(np.median(sides))), "selective": selective}
