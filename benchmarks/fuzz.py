@@ -281,7 +281,7 @@ def make_cache(path: Path, rows: int = 30) -> None:
 def everything(file: CacheFile) -> bytes:
     """Return all that a reader can learn from a cache file."""
     columns = [file.uris, file.labels, file.splits, file.groups, file.digests, file.sizes, file.mtimes_ns]
-    columns += [file.states, file.reasons, file.run_ids, *(file.matrix(name) for name in file.layers)]
+    columns += [file.states, file.reasons, file.run_ids, *(np.asarray(file.matrix(name)) for name in file.layers)]
     facts = file.handles, file.request, file.classes, file.layers, file.n_rows, file.runs
     return pickle.dumps((facts, [column.tolist() for column in columns]))
 
@@ -437,6 +437,59 @@ def caches(folder: Path) -> Forge:
         extract(photos, output=target, **asked)
 
     uses = [*[look, train, score, extract_again] * 4, save]
+    return forge
+
+
+def parts(folder: Path) -> Forge:
+    """The plan of a cache in parts with keys and values changed, with a digest that fits, read and filled."""
+    use_tiny_zoo()
+    from features_cache.parts import table_digest
+    from pipeline.backbones import registry
+    from pipeline.extract import extract
+    from pipeline.extraction.inspection import check, detail, list_files
+    from pipeline.extraction.parts import Computing, fill_part
+    from pipeline.fit import fit
+
+    photos, sound, target = make_photos(folder), folder / "sound", folder / "cache"
+    asked: dict[str, Any] = {"backbones": ["tiny@random:0"], "layers": ["stem", "penultimate"], "size": 8}
+    asked["engine"] = "torch"
+    mock.patch.object(registry, "load_backbone", functools.cache(registry.load_backbone)).start()
+    (result,) = extract(photos, output=sound, part_rows=5, **asked)
+    name, table = Path(result.path).name, json.loads(Path(result.path).read_bytes())
+    table.pop("digest")
+
+    def forge(rng: random.Random) -> Read:
+        value = table
+        for _ in range(rng.choice([1, 1, 2])):
+            inner = rng.choice(["", "layers", "request", "handles", "parts", "parts"])
+            whole = isinstance(value, dict) and inner in value
+            value = {**value, inner: changed(value[inner], rng)} if whole else changed(value, rng)
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(sound, target)
+        plan = target / name
+        sealed = {**value, "digest": table_digest(value)} if isinstance(value, dict) else value
+        data = written(sealed, rng)
+        plan.write_bytes(damaged(data, rng) if rng.random() < 0.2 else data)
+        use = rng.choice([look, look, extract_again, fill_one, train])
+        return lambda: use(plan)
+
+    def look(plan: Path) -> None:
+        file = open_cache(plan)
+        everything(file)
+        detail(file)
+        list_files(target)
+        check(target, photos)
+
+    def train(plan: Path) -> None:
+        fit(plan, heads=["centroid"], jobs=1)
+
+    def extract_again(_: Path) -> None:
+        extract(photos, output=target, **asked)
+
+    def fill_one(plan: Path) -> None:
+        plan.with_name(f"{plan.stem}.p00001.h5").unlink()
+        fill_part(str(plan.stat().st_mtime_ns), plan, 1, str(photos), Computing(engine="torch"), lambda *_: None)
+
     return forge
 
 
@@ -1043,7 +1096,7 @@ def shards(folder: Path) -> Forge:
 KINDS: dict[str, Callable[[Path], Forge]] = {
     one.__name__: one
     for one in (
-        *(structure, rows, images, caches, heads, networks, plans, runs, manifests, shards),
+        *(structure, rows, images, caches, parts, heads, networks, plans, runs, manifests, shards),
         *(json_manifests, archives, gzipped_shards, tables),
     )
 }

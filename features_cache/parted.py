@@ -138,8 +138,8 @@ class PartedCache(CacheFile):
         if not self.missing:
             return ""
         return (
-            f"{len(self.missing)} of {len(self.plan.parts)} parts of {self.path.name} are missing, about "
-            f"{self.missing_rows} rows: run the same extract again"
+            f"{self.path.name} lacks {len(self.missing)} of {len(self.plan.parts)} parts, about {self.missing_rows} "
+            "rows: run the same extract again"
         )
 
     @property

@@ -21,7 +21,7 @@ from typing import Any
 from features_cache.atomic import atomic_write
 from features_cache.convert import parse_json
 from features_cache.errors import DamagedCacheError, explained
-from features_cache.header import layer_of
+from features_cache.header import is_name, layer_of
 from features_cache.layout import LayerInfo
 from features_cache.rowfile import sync_folder
 
@@ -143,7 +143,7 @@ class PartPlan:
             "layers": [layer.to_json() for layer in self.layers],
             "parts": [asdict(part) for part in self.parts],
         }
-        return json.dumps(table | {"digest": _digest(table)}, indent=1) + "\n"
+        return json.dumps(table | {"digest": table_digest(table)}, indent=1) + "\n"
 
 
 def divide(uris: Sequence[str], most_rows: int) -> tuple[Part, ...]:
@@ -172,14 +172,14 @@ def open_plan(path: Path) -> PartPlan:
         table = parse_json(content)
         if table["format"] != FORMAT:
             raise ValueError(f"expected {FORMAT}, got {table['format']!r:.40}")
-        if table.pop("digest") != _digest(table):
+        if table.pop("digest") != table_digest(table):
             raise ValueError("it does not match its own digest")
         plan = PartPlan(
             path,
             tuple(map(layer_of, table["layers"])),
-            {str(key): str(value) for key, value in table["handles"].items()},
-            dict(table["request"]),
-            {str(key): str(value) for key, value in table["pinned"].items()},
+            dict(table["handles"].items()),
+            dict(table["request"].items()),
+            dict(table["pinned"].items()),
             int(table["most_rows"]),
             tuple(Part(**part) for part in table["parts"]),
         )
@@ -197,7 +197,13 @@ def _check(plan: PartPlan) -> None:
     firsts = [part.first for part in plan.parts]
     if not plan.layers or not plan.parts or plan.most_rows < 1:
         raise ValueError("it has no layers or no parts")
-    if firsts[0] or any(one >= other for one, other in pairwise(firsts)):
+    if len({layer.name for layer in plan.layers}) != len(plan.layers):
+        raise ValueError("two layers have one name")
+    if not all(map(is_name, [*plan.handles.values(), *plan.pinned.values()])):
+        raise ValueError("a handle is not text, or has control characters")
+    if not all(isinstance(first, str) and first.encode() for first in firsts[1:]):
+        raise ValueError("a part does not say where it begins")
+    if firsts[0] != "" or any(one >= other for one, other in pairwise(firsts)):
         raise ValueError("its parts are not in order")
     numbers = [*(part.number for part in plan.parts), *(part.origin for part in plan.parts if part.origin is not None)]
     counts = [*numbers, *(part.rows for part in plan.parts)]
@@ -236,5 +242,6 @@ def link_new(draft: Path, path: Path) -> bool:
     return True
 
 
-def _digest(table: Mapping[str, Any]) -> str:
+def table_digest(table: Mapping[str, Any]) -> str:
+    """Return the digest that stands in a plan beside its other members."""
     return hashlib.blake2b(json.dumps(table, sort_keys=True).encode(), digest_size=16).hexdigest()

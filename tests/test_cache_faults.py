@@ -50,7 +50,7 @@ def test_damage_is_refused_or_harmless_outside_the_arrays_and_named_inside() -> 
 
 
 def test_forged_files_of_every_kind_are_read_or_refused_in_one_line() -> None:
-    kinds = ("images", "caches", "heads", "networks", "plans", "runs", "manifests", "shards")
+    kinds = ("images", "caches", "parts", "heads", "networks", "plans", "runs", "manifests", "shards")
     packed = ("json_manifests", "archives", "gzipped_shards", "tables")
     for kind, counts in fuzzed(*kinds, *packed, "--cases", 30).items():
         assert counts["read"] + counts["refused"] == 30, kind

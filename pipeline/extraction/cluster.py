@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,27 +282,25 @@ def open_cluster(text: str) -> Iterator[Workers]:
         from distributed import Client
     except ImportError:
         raise EngineError("a cluster needs distributed; install it with: pip install 'thawline[cluster]'") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # workers that die are counted here
-    # a task that is lost counts as one try, and is given to another worker here
-    config = {"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "20s"}
-    with dask.config.set(config):
+    with ExitStack() as stack:
+        logger = logging.getLogger("distributed")
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)  # workers that die are counted here
+        # a task whose worker dies is not given to another by the scheduler: that is one of its tries
+        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 0}))
         cluster, ask_again = _start(asked)
+        if cluster is not None:
+            stack.callback(cluster.close)
+        path = asked.kind.removeprefix("file:")
+        where = {"scheduler_file": path} if path != asked.kind else {"address": cluster or asked.kind}
         try:
-            try:
-                path = asked.kind.removeprefix("file:")
-                where = {"scheduler_file": path} if path != asked.kind else {"address": cluster or asked.kind}
-                client = Client(**where, set_as_default=False)
-            except (OSError, ValueError, TypeError) as error:  # TypeError: tls without certificates
-                raise EngineError(f"cannot reach the cluster {text}: {first_line(error)}") from error
-            patience = None if cluster is not None and asked.kind not in ("local", "gpus") else PATIENCE_S
-            ahead = 0 if asked.least == asked.most else asked.most or 0
-            try:
-                yield Workers(text, client, ask_again, patience, ahead)
-            finally:
-                client.close()
-        finally:
-            if cluster is not None:
-                cluster.close()
+            client = Client(**where, set_as_default=False)
+        except (OSError, ValueError, TypeError) as error:  # TypeError: tls without certificates
+            raise EngineError(f"cannot reach the cluster {text}: {first_line(error)}") from error
+        stack.callback(client.close)
+        patience = None if cluster is not None and asked.kind not in ("local", "gpus") else PATIENCE_S
+        ahead = 0 if asked.least == asked.most else asked.most or 0
+        yield Workers(text, client, ask_again, patience, ahead)
 
 
 def _start(asked: _Asked) -> tuple[Any, Callable[[], None]]:

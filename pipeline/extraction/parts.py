@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from features_cache import (
     CacheError,
     CacheFile,
+    DamagedCacheError,
     LayerInfo,
     PartPlan,
     begin_try,
@@ -33,7 +34,7 @@ from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
 from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Progress
-from pipeline.spec import Request
+from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View
 
 MOST_ROWS = 262_144
 MOST_BYTES = 512_000_000
@@ -255,11 +256,24 @@ def _fingerprints(extractor: FeatureExtractor, request: Request) -> list[str]:
 
 
 def request_of(plan: PartPlan) -> Request:
-    """Return the request for exactly what a plan's parts hold: its layers by name, and its precision."""
-    known = {one.name for one in fields(Request)}
-    asked = {key: value for key, value in plan.request.items() if key in known}
-    precision = str(plan.layers[0].spec["precision"])
-    return Request(**{**asked, "layers": tuple(layer.name for layer in plan.layers), "precision": precision})
+    """Return the request for exactly what a plan's parts hold: its layers by name, and its precision.
+
+    Raises `DamagedCacheError` if the plan does not say what that is.
+    """
+    name, size = plan.request.get("backbone"), plan.request.get("size")
+    try:
+        spec, *_ = [LayerSpec.from_json(layer.spec) for layer in plan.layers]
+        if not isinstance(name, str) or not (size is None or (type(size) is int and 1 <= size <= LONGEST_SIDE)):
+            raise ValueError("its backbone or size makes no sense")
+    except ValueError as error:
+        raise DamagedCacheError(
+            f"{plan.path} does not say how its layers are extracted: {error}; delete it and its parts, then extract "
+            "again"
+        ) from error
+    asked = Request(name, tuple(layer.name for layer in plan.layers), spec.pool, spec.precision, spec.store, size)
+    how = spec.preprocessing
+    asked = replace(asked, white=how.white)
+    return replace(asked, augment=how.augment, view=how.view) if isinstance(how, View) else asked
 
 
 def donors_of(plan: PartPlan, number: int) -> Iterator[Path]:
