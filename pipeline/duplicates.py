@@ -103,7 +103,7 @@ def duplicates(
     near = threshold_of(sets[0], threshold, engine=engine, device=device, progress=progress)
     counts = [len(images) for images in sets]
     if len(sets) > 1:
-        return DuplicatesReport(near, counts, [], _found_copies(*sets, near.threshold), _notes(near), files)
+        return DuplicatesReport(near, counts, [], _found_copies(sets[0], sets[1], near.threshold), _notes(near), files)
     if len(sets[0].done) < 2:
         raise FitError(f"{file.path} holds a single image; nothing can be compared")
     return DuplicatesReport(near, counts, _groups(sets[0], near.threshold), [], _notes(near), files)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes
-from pipeline.evaluation.metrics import none_if_unknown, rate
+from pipeline.evaluation.metrics import check_metric, none_if_unknown, rate
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.splits import check_draws
 from pipeline.images.sources.registry import ImageSource, open_source
@@ -171,6 +171,7 @@ def finetune(
         initial = f"{backbone}@random:{same_weights[0]}" if init == "random" else backbone
         draws = list(itertools.product(same_weights, shots))
         data = prepare_data(replace(setup, backbone=initial), draws)
+        check_metric(metric, len(data.table.classes))
         notes += data.table.notes
         for seed, count in draws:
             run = run_training(data, setup, seed, count)

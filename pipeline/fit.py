@@ -187,13 +187,12 @@ def fit(
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
     choices: dict[int, Choice] = {}
     found: dict[int, tuple[FitResult, Predictions]] = {}
-    distances: dict[int, Nearness] = {}  # of splits, which layers and heads share
+    distances: dict[int, Nearness] = {}  # of layers and splits, which heads share
 
     def near_of(data: Sequence[SplitLayer]) -> Nearness:
-        folds = [one.splits for one in data]
-        if id(folds[0]) not in distances:
-            distances[id(folds[0])] = nearness(selected, data[0].layer.table, folds)
-        return distances[id(folds[0])]
+        if id(data[0]) not in distances:
+            distances[id(data[0])] = nearness(data[0].layer, [one.splits for one in data])
+        return distances[id(data[0])]
 
     def finish(index: int, outcome: TrialOutcome) -> None:
         waiting[index], choices[index] = outcome, outcome.choice

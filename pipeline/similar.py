@@ -124,8 +124,10 @@ def similar(
         recall, notes = 1.0, []
         indices, similarities = nearest_rows(like.features, rows, wanted)
     answers = {
-        number: SimilarImages(names[number], _neighbours(rows, *row, itself, count))
-        for number, itself, *row in zip(like.read.tolist(), selves.tolist(), indices, similarities, strict=True)
+        number: SimilarImages(names[number], _neighbours(rows, near, how_near, itself, count))
+        for number, itself, near, how_near in zip(
+            like.read.tolist(), selves.tolist(), indices, similarities, strict=True
+        )
     }
     found = [answers.get(number) or SimilarImages(name, [], like.reasons[number]) for number, name in enumerate(names)]
     return SimilarReport(found, layer, len(rows), recall, [*like.notes, *notes], file, asked)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from features_cache import CacheFile, Catalog, digest_keys, explained
+from features_cache import CacheFile, Catalog, digest_keys
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.diagnostics.confident import Doubts, doubt_labels
 from pipeline.diagnostics.out_of_fold import FOLDS, choose_params, out_of_fold
@@ -23,6 +22,7 @@ from pipeline.neighbours.nearest import nearest_rows
 from pipeline.neighbours.rows import UnitRows, find_layer
 from pipeline.neighbours.table import write_rows
 from pipeline.results import Conflict, Neighbour, PlantedLabels, Progress, Suspect, silent
+from pipeline.tables import read_columns
 
 PLANTED = 0.05
 """Share of labels that is changed on purpose."""
@@ -238,14 +238,17 @@ def read_corrections(path: str | Path) -> dict[str, str]:
     ------
     FitError
         The table has other columns.
-    CacheError
+    TableError
         It cannot be read.
     """
-    with explained(Path(path), "read"), Path(path).open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        if not {"uri", "label"} <= set(reader.fieldnames or ()):
-            raise FitError(f"{path}: expected the columns uri and label, got {', '.join(reader.fieldnames or ())}")
-        return {row["uri"]: row["label"] for row in reader}
+
+    def choose(header: Sequence[str]) -> list[str]:
+        if not {"uri", "label"} <= set(header):
+            raise FitError(f"{path}: expected the columns uri and label, got {', '.join(header)}")
+        return ["uri", "label"]
+
+    columns = read_columns(Path(path), choose)
+    return dict(zip(columns["uri"], columns["label"], strict=True))
 
 
 def write_labels(report: SuspectsReport, path: Path, corrections: Mapping[str, str] | None = None) -> int:

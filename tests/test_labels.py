@@ -143,6 +143,8 @@ def test_a_uri_is_never_overruled_by_a_file_name(tmp_path: Path) -> None:
 def test_a_table_for_other_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"names no image of this source: its first key is 'x\.png'.*'a/1\.png'"):
         join(write(tmp_path / "t.csv", "uri,label\nx.png,a\n"), ["a/1.png"])
+    with pytest.raises(TableError, match="column 'label' is empty for all images"):
+        join(write(tmp_path / "t.csv", "uri,label\na.png,\nb.png,x\n"), ["a.png"])
 
 
 def test_splits_and_groups_of_the_table_replace_those_of_the_source(tmp_path: Path) -> None:
@@ -265,7 +267,9 @@ head = "centroid"
 """
 
 
-def test_a_plan_names_a_table_and_another_table_makes_other_results(photos: Path, tmp_path: Path) -> None:
+def test_a_plan_names_a_table_and_another_table_makes_other_results(
+    photos: Path, tmp_path: Path, thawline: Thawline
+) -> None:
     plan = write(photos / "plan.toml", PLAN)
     assert dry_run(plan, tmp_path / "run").power[0].test_images == 4, "the test split is that of the table"
     first = compare(plan, tmp_path / "run")
@@ -274,6 +278,11 @@ def test_a_plan_names_a_table_and_another_table_makes_other_results(photos: Path
     assert compare(plan, tmp_path / "run").computed == 0
     write(plan, f'metric = "kappa"\n{PLAN}')
     assert compare(plan, tmp_path / "run").results[0].result.metric == "kappa", "another metric is another result"
+    table = thawline("compare", plan, "-o", tmp_path / "run").stdout.splitlines()[0].split()
+    assert table[:5] == ["source", "shots", "method", "kappa", "accuracy"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count('aria-sort="descending"><button type="button">kappa') == 1
+    assert page.count('aria-sort="descending"><button') == 1
     write(plan, PLAN)
     text = (photos / "table.csv").read_text()
     write(photos / "table.csv", text.replace("c1,train,cat", "c1,train,dog"))

@@ -52,12 +52,12 @@ def doubt_labels(probabilities: Float64Array, labels: IntArray) -> Doubts:
     --------
     >>> doubts = doubt_labels(np.array([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.95, 0.05]]), np.array([0, 0, 1, 1]))
     >>> doubts.flagged, doubts.order
-    (array([False, False, False,  True]), array([3, 1, 2, 0]))
+    (array([False, False, False,  True]), array([3, 2, 1, 0]))
     """
     rows, classes = np.arange(len(labels)), probabilities.shape[1]
     totals = np.bincount(labels, probabilities[rows, labels], classes)
-    counts = np.bincount(labels, minlength=classes)
-    usual = np.where(counts > 0, totals / np.maximum(counts, 1), np.inf)
+    sizes = np.bincount(labels, minlength=classes)
+    usual = np.where(sizes > 0, totals / np.maximum(sizes, 1), np.inf)
     likely = np.where(probabilities >= usual, probabilities, -1)
     flagged = (likely.max(axis=1) >= 0) & (likely.argmax(axis=1) != labels)
     others = probabilities.copy()
@@ -78,4 +78,4 @@ def _rates(counts: Float64Array) -> Float64Array:
     overall = max(others.sum() / max(counts.sum(), 1), 1 / (counts.sum() + 1))
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
     alike = overall / (len(counts) - 1) * (1 - np.eye(len(counts)))
-    return (others / totals + PRIOR * alike) / (1 + PRIOR)
+    return np.asarray((others / totals + PRIOR * alike) / (1 + PRIOR), np.float64)

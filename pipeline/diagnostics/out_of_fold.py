@@ -85,7 +85,7 @@ def out_of_fold(
     if sum(len(held) for _, held in folds) < len(labels):
         raise FitError(
             f"cannot make folds of {len(labels)} rows in {len(np.unique(units))} independent groups: outside each fold "
-            "there must be images of two classes"
+            "there must be images of two classes; if near-duplicates join nearly all, use a higher threshold"
         )
 
     def fit(train: IntArray, held: IntArray) -> Float64Array:

@@ -98,13 +98,15 @@ class LabelsTable:
         Raises
         ------
         TableError
-            If the table names no image at all.
+            If the table names no image at all, or labels none.
         """
         way, found = self._find(uris)
         labelled = found >= 0
         cells = [self.labels[one] for one in found[labelled].tolist()]
         names = {name: normalize("NFC", name) for name in dict.fromkeys(cells)}
         classes = tuple(sorted(set(names.values()) - {""}))
+        if not classes:
+            raise TableError(f"{self.path}: column {self.target!r} is empty for all images of this source")
         numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
         labels = np.full(len(uris), -1)
         codes = {cell: numbers[name] for cell, name in names.items()}

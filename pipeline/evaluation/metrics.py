@@ -11,15 +11,15 @@ may be chosen by it, also add it to `rate` and to `pipeline.options.METRICS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from pipeline.arrays import Float64Array, IntArray
+from pipeline.errors import FitError
 
 ECE_BINS = 15
 OF_SCORES = ("auroc", "average_precision", "top5_accuracy")
@@ -157,6 +157,12 @@ def rate(
     return fmean(known) if known else math.nan
 
 
+def check_metric(metric: str, n_classes: int) -> None:
+    """Raise `FitError` if a metric of `pipeline.options.METRICS` says nothing about so few classes."""
+    if metric == "top5_accuracy" and n_classes < FEWEST_FOR_TOP5:
+        raise FitError(f"{metric} is for {FEWEST_FOR_TOP5} classes or more, got {n_classes}; use another metric")
+
+
 def none_if_unknown(value: float) -> float | None:
     """Return None for NaN."""
     return None if math.isnan(value) else value
@@ -196,17 +202,14 @@ def top5_accuracy(y_true: IntArray, scores: Float64Array) -> float:
 
 
 def auroc(y_true: IntArray, scores: Float64Array) -> float:
-    """Return the mean area under the ROC curve of each class against the rest, by ranks (Mann and Whitney 1947).
+    """Return the mean area under the ROC curve of each class against the rest (Mann and Whitney 1947).
 
     Classes without a row, or without a row of another class, are left out; NaN if all are.
     """
     found = []
-    for label in np.unique(y_true):
-        own = y_true == label
-        n_own = int(own.sum())
-        if n_own < len(own):
-            above = float(rankdata(scores[:, label])[own].sum()) - n_own * (n_own + 1) / 2
-            found.append(above / (n_own * (len(own) - n_own)))
+    for own, others in _one_against_rest(y_true, scores):
+        pairs = sum(np.searchsorted(others, own, side) for side in ("left", "right")) / 2  # a tie is half a pair won
+        found.append(float(np.mean(pairs)) / len(others))
     return fmean(found) if found else math.nan
 
 
@@ -216,13 +219,19 @@ def average_precision(y_true: IntArray, scores: Float64Array) -> float:
     Classes without a row, or without a row of another class, are left out; NaN if all are.
     """
     found = []
+    for own, others in _one_against_rest(y_true, scores):
+        right = len(own) - np.searchsorted(own, own)  # rows of the class whose score is at least this row's
+        wrong = len(others) - np.searchsorted(others, own)
+        found.append(float(np.mean(right / (right + wrong))))
+    return fmean(found) if found else math.nan
+
+
+def _one_against_rest(y_true: IntArray, scores: Float64Array) -> Iterator[tuple[Float64Array, Float64Array]]:
+    """Yield the sorted scores that the rows of each class and all other rows have for that class, if there are both."""
     for label in np.unique(y_true):
         own = y_true == label
         if not own.all():
-            below = -scores[:, label]
-            # rows of the class, and all rows, whose score is at least that of each row of the class
-            found.append(float(np.mean(rankdata(below[own], "max") / rankdata(below, "max")[own])))
-    return fmean(found) if found else math.nan
+            yield np.sort(scores[own, label]), np.sort(scores[~own, label])
 
 
 def log_loss(y_true: IntArray, probabilities: Float64Array) -> float:

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from features_cache import scratch_folder
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import preference
-from pipeline.evaluation.metrics import FEWEST_FOR_TOP5, OF_SCORES
+from pipeline.evaluation.metrics import OF_SCORES, check_metric
 from pipeline.evaluation.rows import require_finite
 from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.heads.solvers.device import run_one_by_one
@@ -56,8 +56,7 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> Non
                 f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
                 "use centroid, or coarser labels"
             )
-        if metric == "top5_accuracy" and classes < FEWEST_FOR_TOP5:
-            raise FitError(f"top5_accuracy is for {FEWEST_FOR_TOP5} classes or more, got {classes}; use another metric")
+        check_metric(metric, classes)
     for layer in dict.fromkeys(data.layer for data, _ in trials):
         require_finite(layer)
 

@@ -89,11 +89,11 @@ class Nearness(NamedTuple):
     threshold: float | None
 
 
-def nearness(layers: Sequence[Layer], table: Table, folds: Sequence[Splits]) -> Nearness:
-    """Compare test rows with the training rows of their fold, on the deepest of the layers of a table."""
-    parts = {info.name: file for layer in layers if layer.table is table for file, info in layer.parts}
-    name = _deepest(list(parts))
-    file, rows = parts[name], table.rows[table.files.index(parts[name])]
+def nearness(layer: Layer, folds: Sequence[Splits]) -> Nearness:
+    """Compare test rows with the training rows of their fold, on a layer; of joined ones, on the deepest."""
+    name = _deepest([info.name for _, info in layer.parts])
+    file, table = next(file for file, info in layer.parts if info.name == name), layer.table
+    rows = table.rows[table.files.index(file)]
     images = UnitRows(file, name, rows)
     similarity = np.full(len(rows), np.nan, np.float32)
     tested = sum(len(fold.test) for fold in folds)

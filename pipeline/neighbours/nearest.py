@@ -54,17 +54,17 @@ def nearest_rows(queries: Float32Array, rows: UnitRows, count: int) -> tuple[Int
     similarities = np.empty((len(queries), count), np.float32)
     for begin in range(0, len(queries), BLOCK):
         part = slice(begin, begin + BLOCK)
-        best = np.empty((len(queries[part]), 0), np.float32)
-        found = np.empty(best.shape, np.int64)
+        best: Float32Array = np.empty((len(queries[part]), 0), np.float32)
+        found: IntArray = np.empty(best.shape, np.int64)
         for start, block in rows.blocks():
-            products = queries[part] @ block.T
-            numbers = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
+            products: Float32Array = queries[part] @ block.T
+            numbers: IntArray = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
             if products.shape[1] > count:
                 kept = np.argpartition(-products, count - 1, axis=1)[:, :count]
-                products, numbers = (np.take_along_axis(one, kept, axis=1) for one in (products, numbers))
+                products, numbers = np.take_along_axis(products, kept, 1), np.take_along_axis(numbers, kept, 1)
             best, found = np.hstack([best, products]), np.hstack([found, numbers])
             order = np.lexsort((found, -best), axis=1)[:, :count]
-            best, found = (np.take_along_axis(one, order, axis=1) for one in (best, found))
+            best, found = np.take_along_axis(best, order, 1), np.take_along_axis(found, order, 1)
         indices[part], similarities[part] = found, best
     return indices, similarities
 

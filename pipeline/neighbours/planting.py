@@ -160,21 +160,15 @@ def _planted(images: DistinctImages, engine: str, device: str, progress: Progres
     source = source_of(images.file)
     items = {item.uri: item for item in source.items}
     drawn = np.sort(np.random.default_rng(SEED).permutation(len(images))[:COPIED])
-    originals = [items.get(str(images.uris[index])) for index in drawn]
-    copies = [
-        Item(f"{number:04d}/{edit}", size=0)
-        for number, original in enumerate(originals)
-        if original is not None
-        for edit in EDITS
-    ]
+    named = [(number, str(images.uris[index])) for number, index in enumerate(drawn.tolist())]
+    originals = {number: items[uri] for number, uri in named if uri in items}
+    copies = [Item(f"{number:04d}/{edit}", size=0) for number in originals for edit in EDITS]
     if not copies:
         raise FitError(f"the images of {images.file.path.name} are not in {source.location} any more; extract again")
 
     def read(item: Item) -> bytes:
         number, edit = item.uri.split("/")
-        original = originals[int(number)]
-        assert original is not None  # noqa: S101 (copies are of images that exist)
-        return EDITS[edit](decode(source.read(original)).image)
+        return EDITS[edit](decode(source.read(originals[int(number)])).image)
 
     made = ImageSource("planted copies", source.location, (), sorted(copies), read)
     like = features_like(images.file, images.layer, made, engine=engine, device=device, progress=progress)

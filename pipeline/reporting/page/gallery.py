@@ -135,7 +135,8 @@ def _write(
     key : str
         Under which the browser keeps the reader's marks.
     """
-    shown, pictures = [], 0
+    shown: list[Card] = []
+    pictures = 0
     for card, size in zip(cards, sizes, strict=True):
         pictures += size
         if shown and pictures > MOST_PICTURES:

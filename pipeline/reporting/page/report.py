@@ -45,7 +45,8 @@ METRIC_COLUMNS = {
     "average_precision": "AP",
     "top5_accuracy": "top 5",
 }
-"""Headings of the metrics in the table of all results, besides accuracy."""
+"""Headings of the metrics in the table of all results, besides accuracy; some only if the plan chooses by them."""
+ALWAYS_SHOWN = ("mean_per_class_accuracy", "macro_f1", "auroc")
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
-    table = _table(chapters, extraction)
+    ordered_by = next(iter(folder.results.values())).result.metric
     return render_page(
         "report",
         chapters=chapters,
-        table=table,
-        metric_columns=_metric_columns(table),
-        ordered_by=next(iter(folder.results.values())).result.metric,
+        table=_table(chapters, extraction),
+        metric_columns={name: METRIC_COLUMNS[name] for name in METRIC_COLUMNS if name in (*ALWAYS_SHOWN, ordered_by)},
+        ordered_by=ordered_by,
         several=len(found) > 1,
         info=info,
         costs=[cost for cost in info.extractions.values() if cost.computed and cost.seconds],
@@ -148,15 +149,6 @@ def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> l
             }
         )
     return rows
-
-
-def _metric_columns(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Return the headings of the metrics that any row has, by their names."""
-    return {
-        name: heading
-        for name, heading in METRIC_COLUMNS.items()
-        if any(row["metrics"][name] is not None for row in rows)
-    }
 
 
 def _calibrated(score: MethodScore, key: str) -> float | None:

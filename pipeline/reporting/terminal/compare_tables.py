@@ -17,12 +17,17 @@ MOST_ROWS = 12
 
 
 def score_table(results: Sequence[JobResult], best_sets: Sequence[BestSet]) -> Table:
-    """Return the most accurate methods of each source and number of labels, means over seeds."""
+    """Return the methods of each source and number of labels that are best on test by the plan's metric.
+
+    Numbers are means over seeds; a metric other than accuracy has a column.
+    """
+    metric = results[0].result.metric if results else "accuracy"
+    also = [] if metric == "accuracy" else [metric.replace("_", " ")]
     among = {(one.source, one.shots): one.methods for one in best_sets}
     rows = []
     for board in leaderboards(results):
         for shots in reversed(board.shots):
-            scores = sorted(board.at(shots), key=lambda score: -score.accuracy)
+            scores = sorted(board.at(shots), key=lambda score: -score.score)
             most = MOST_ROWS if shots == board.shots[-1] else 3
             for score in scores[:most]:
                 low, high = score.interval
@@ -30,10 +35,12 @@ def score_table(results: Sequence[JobResult], best_sets: Sequence[BestSet]) -> T
                 seconds = duration(score.mean("seconds") or 0.0)
                 known = among.get((board.source, shots))
                 best = "-" if known is None else "yes" if score.name in known else "no"
-                rows.append((board.source, str(shots), score.name, percent(score.accuracy), interval, best, seconds))
+                measured = [f"{score.score:.3f}" for _ in also] + [percent(score.accuracy), interval, best, seconds]
+                rows.append((board.source, str(shots), score.name, *measured))
             if len(scores) > most:
-                rows.append(("", "", f"… and {len(scores) - most} more", "", "", "", ""))
-    return rows_table(("source", "shots", "method", "accuracy", "95 % interval", "may be best", "training"), rows)
+                rows.append(("", "", f"… and {len(scores) - most} more", *("" for _ in also), "", "", "", ""))
+    columns = ("source", "shots", "method", *also, "accuracy", "95 % interval", "may be best", "training")
+    return rows_table(columns, rows)
 
 
 def plan_tables(planned: Sequence[Planned]) -> Iterator[Table]:
