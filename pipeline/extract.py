@@ -43,7 +43,7 @@ def extract(
     source: str | Path | ImageSource,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     layers: Sequence[str] = (DEFAULT_LAYER,),
-    pool: str | Sequence[str] = DEFAULT_POOL,
+    pool: str | Sequence[str] = (DEFAULT_POOL,),
     output: str | Path = DEFAULT_CACHE,
     *,
     precision: str = "auto",
@@ -79,7 +79,7 @@ def extract(
         ``NAME`` or ``NAME@WEIGHTS``.
     layers : sequence of str, default ("penultimate",)
         Dotted module names, ``penultimate``, ``stages``, ``logits`` or ``input``.
-    pool : str or sequence of str, default "avg"
+    pool : str or sequence of str, default ("avg",)
         One of `pipeline.spec.POOLS`, or several: a cache file of each, from one pass of the network.
     output : str or Path, default "thawline-cache"
         Folder of cache files; created if missing.

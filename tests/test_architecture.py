@@ -67,7 +67,13 @@ MAY_IMPORT_AT_MODULE_LEVEL = {
     "timm": ("pipeline.backbones", "pipeline.engines", "pipeline.finetuning"),
     "openvino": ("pipeline.engines",),
     "h5py": ("features_cache",),
-    "sklearn": ("pipeline.evaluation", "pipeline.heads", "pipeline.transformer", "pipeline.reporting"),
+    "sklearn": (
+        "pipeline.evaluation",
+        "pipeline.heads",
+        "pipeline.transformer",
+        "pipeline.reporting",
+        "pipeline.lecturing",
+    ),
 }
 FILES = [ROOT / "cli.py", *sorted(ROOT.glob("pipeline/**/*.py")), *sorted(ROOT.glob("features_cache/**/*.py"))]
 
