@@ -30,7 +30,7 @@ def harness(name: str, *arguments: object) -> str:
 
 
 def test_kills_at_random_moments_lose_nothing_that_was_marked_done() -> None:
-    counts = json.loads(harness("kills.py", "--kills", 12, "--rows", 1500, "--extract", 0))["writers"]
+    counts = json.loads(harness("kills.py", "--kills", 8, "--rows", 1500, "--extract", 0))["writers"]
     nothing = ("rows_lost", "files_that_failed_to_open", "wrong_rows", "left_incomplete")
     assert {name: counts[name] for name in nothing} == dict.fromkeys(nothing, 0)
     assert counts["rows_computed"] >= 1400
@@ -52,8 +52,8 @@ def test_damage_is_refused_or_harmless_outside_the_arrays_and_named_inside() -> 
 def test_forged_files_of_every_kind_are_read_or_refused_in_one_line() -> None:
     kinds = ("images", "caches", "parts", "heads", "networks", "plans", "runs", "manifests", "shards")
     packed = ("json_manifests", "archives", "gzipped_shards", "tables")
-    for kind, counts in fuzzed(*kinds, *packed, "--cases", 30).items():
-        assert counts["read"] + counts["refused"] == 30, kind
+    for kind, counts in fuzzed(*kinds, *packed, "--cases", 12).items():
+        assert counts["read"] + counts["refused"] == 12, kind
         assert counts["read"] > 0 < counts["refused"], kind
 
 

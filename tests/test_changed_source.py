@@ -373,10 +373,10 @@ def test_a_comparison_is_of_one_listing(manifest: Path, tmp_path: Path, monkeypa
 
 
 def test_two_processes_that_begin_one_file_share_it_or_one_says_what_to_do(make_photos: Photos, tmp_path: Path) -> None:
-    photos = make_photos(each=60)
+    photos = make_photos(each=30)
     command = [sys.executable, str(ROOT / "cli.py"), "extract", photos, "-b", NETWORK, "--size", "32", "--engine"]
     command += ["torch", "--precision", "fp32", "-l", "layer1", "-o", tmp_path / "cache"]
-    running = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(3)]
+    running = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
     for process in running:
         _, err = process.communicate()
         if process.returncode:

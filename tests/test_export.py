@@ -73,10 +73,9 @@ def run_on_images(path: Path, images: list[np.ndarray]) -> tuple[dict[str, np.nd
 @pytest.mark.parametrize(
     ("head", "layer", "classes", "options"),
     [
-        ("logreg/standard", "layer2+input", CLASSES, {}),
+        ("logreg", "layer2+input", CLASSES, {}),
         ("logreg", "layer2", CLASSES[:2], {"pool": "avg+max"}),
         ("linear_svm/standard", "penultimate", CLASSES, {"pool": "grid2", "store": "float16"}),
-        ("ridge", "layer2+input", CLASSES, {}),
     ],
 )
 def test_the_graph_says_what_predict_says(

@@ -74,10 +74,10 @@ def test_one_row_becomes_a_list() -> None:
 
 def test_cut_predictions_say_how_many_there_are() -> None:
     predictions = [Prediction(f"{number}.jpg", "cat", 0.9, "done") for number in range(23)]
-    lines = shown(prediction_table(predictions, None), 80)
+    lines = shown(prediction_table(predictions, "label"), 80)
     assert len(lines) == 22
     assert lines[-1] == "… and 3 more; --csv has all"
-    assert "more" not in shown(prediction_table(predictions[:20]), 80)[-1]
+    assert "more" not in shown(prediction_table(predictions[:20], "label"), 80)[-1]
 
 
 def test_what_does_not_fit_at_all_becomes_lists() -> None:
