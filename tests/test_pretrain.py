@@ -19,7 +19,6 @@ from pipeline.finetuning import loop
 from pipeline.finetuning.inputs import DecodedImages
 from pipeline.fit import fit
 from pipeline.images.sources.registry import open_source
-from pipeline.options import TASKS
 from pipeline.pretrain import pretrain
 from pipeline.pretraining.tasks import EgoMotion, MotionClasses, Rotation, Slowness, next_frames
 from pipeline.pretraining.windows import (
