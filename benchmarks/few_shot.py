@@ -5,7 +5,7 @@
 Without SOURCE the image sets are scikit-learn's digits and two made ones (textures and shapes), which need no download.
 Each set is extracted once, at `LAYERS`. A cell is one layer of one set with one number of shots; its accuracy is the
 mean over seeds. C is chosen on held-out rows by accuracy, unless it is given. ``the default`` takes l2 rows, and
-C = 100 up to two labels a class. The regret of a candidate in a cell is the distance to the best candidate there. The
+C = 300 up to two labels a class. The regret of a candidate in a cell is the distance to the best candidate there. The
 best of many is partly luck, so even the best candidate has a regret above zero. Fits are kept in ``fits.jsonl`` beside
 the cache, and a second run goes on from there.
 """
@@ -268,7 +268,7 @@ def accuracies(line: dict[str, Any]) -> dict[str, float]:
     for name, one in curves.items():
         found[f"logreg/{name}"] = one["test"][by_accuracy(one) if one["held"] else nearest[1]]
     one = curves["l2"]
-    found["the default"] = one["test"][nearest[100] if line["shots"] in ("1", "2") else by_accuracy(one)]
+    found["the default"] = one["test"][nearest[300] if line["shots"] in ("1", "2") else by_accuracy(one)]
     for c, index in nearest.items():
         found[f"logreg/l2, C = {c:g}"] = one["test"][index]
     found["logreg/l2, C by log-loss"] = one["test"][by_loss(one) if one["held"] else nearest[10]]

@@ -340,7 +340,7 @@ def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, know
                       features={"low": clouds(labels, 6, 0.5)})  # fmt: skip
     report = fit(path, jobs=1)
     (result,) = report.results
-    assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 100.0}, None, 60, 0)
+    assert (result.params, result.validation_accuracy, result.n_train, result.n_val) == ({"C": 300.0}, None, 60, 0)
     assert result.accuracy > 0.9
     assert any(note.startswith("logreg/l2: nothing could be validated") for note in report.notes)
     assert not any("drawn as val" in note for note in report.notes)
@@ -349,7 +349,7 @@ def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, know
 def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make) -> None:
     labels = np.repeat([0, 1, 2, 0, 1], 18)
     path = make_cache(dims={"low": 6}, labels=labels, splits=["train"] * 36 + ["val"] * 18 + ["test"] * 36)
-    assert fit(path, jobs=1).results[0].params == {"C": 100.0}
+    assert fit(path, jobs=1).results[0].params == {"C": 300.0}
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -372,7 +372,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg/l2: nothing could be validated, as with so few rows (or groups) per class, so C=100 is used"
+    fixed = "logreg/l2: nothing could be validated, as with so few rows (or groups) per class, so C=300 is used"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 

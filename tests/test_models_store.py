@@ -318,7 +318,7 @@ def test_a_forged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
 
 
 def test_without_folds_the_fixed_parameters_are_saved() -> None:
-    assert trained("logreg").params == search(find_head("logreg"), []).params == {"C": 100.0}
+    assert trained("logreg").params == search(find_head("logreg"), []).params == {"C": 300.0}
 
 
 def test_an_archive_that_unpacks_to_more_than_its_size_is_not_read(
