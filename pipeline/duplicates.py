@@ -14,7 +14,14 @@ from pipeline.errors import FitError
 from pipeline.neighbours.groups import group_images
 from pipeline.neighbours.nearest import near_pairs
 from pipeline.neighbours.planting import threshold_of
-from pipeline.neighbours.rows import BLOCK, DistinctImages, find_layer, label_of, require_same_features
+from pipeline.neighbours.rows import (
+    BLOCK,
+    DistinctImages,
+    find_layer,
+    label_of,
+    missing_notes,
+    require_same_features,
+)
 from pipeline.neighbours.table import write_rows
 from pipeline.results import FoundCopy, GroupedImage, NearThreshold, Neighbour, Progress
 
@@ -102,11 +109,12 @@ def duplicates(
     sets = [DistinctImages(each, layer) for each in files]
     near = threshold_of(sets[0], threshold, engine=engine, device=device, progress=progress)
     counts = [len(images) for images in sets]
+    notes = [*_notes(near), *missing_notes(*files)]
     if len(sets) > 1:
-        return DuplicatesReport(near, counts, [], _found_copies(sets[0], sets[1], near.threshold), _notes(near), files)
+        return DuplicatesReport(near, counts, [], _found_copies(sets[0], sets[1], near.threshold), notes, files)
     if len(sets[0].done) < 2:
         raise FitError(f"{file.path} holds a single image; nothing can be compared")
-    return DuplicatesReport(near, counts, _groups(sets[0], near.threshold), [], _notes(near), files)
+    return DuplicatesReport(near, counts, _groups(sets[0], near.threshold), [], notes, files)
 
 
 def _notes(near: NearThreshold) -> list[str]:

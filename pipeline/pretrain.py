@@ -152,6 +152,9 @@ def pretrain(
         "float32", size, white, "auto", device, workers, progress or silent, say or notes.append,
     )  # fmt: skip
     loaded = load_backbone(setup.backbone, size, white)
+    height, width = loaded.preprocessing.size
+    if height != width and task != "pseudo-classes":
+        raise FitError(f"the task {task} needs square inputs, got {height}x{width}; use one side, or pseudo-classes")
     lesson = _lesson(task, setup, loaded, extract_plain(setup, INPUT), seed, notes)
     network, outcome = _train(lesson, task, setup, loaded, seed, notes)
     saved_as = f"{loaded.handle.partition('@')[0]}@{destination}"
@@ -240,6 +243,8 @@ def _divide(listing: CacheFile, seed: int, notes: list[str]) -> tuple[IntArray, 
             )
     else:
         train, val, test = (np.flatnonzero(done & (splits == part)) for part in ("train", "val", "test"))
+        if not len(test):
+            notes.append("no images are left out: what fit tests by labels of a table may have been seen here")
     held = np.isin(units, units[np.concatenate([val, test])])
     free = np.flatnonzero(done & (labels < 0) & ~held & np.isin(splits, ["", "train"]))
     train = np.union1d(train, free)

@@ -15,7 +15,7 @@ from pipeline.images.sources.registry import ImageSource
 from pipeline.neighbours.index import EXACT_ROWS, index_of
 from pipeline.neighbours.like import LikeFeatures, features_like, open_images
 from pipeline.neighbours.nearest import nearest_rows
-from pipeline.neighbours.rows import DistinctImages, find_layer
+from pipeline.neighbours.rows import DistinctImages, find_layer, missing_notes
 from pipeline.neighbours.table import write_rows
 from pipeline.results import Neighbour, Progress, SimilarImages
 
@@ -130,7 +130,7 @@ def similar(
         )
     }
     found = [answers.get(number) or SimilarImages(name, [], like.reasons[number]) for number, name in enumerate(names)]
-    return SimilarReport(found, layer, len(rows), recall, [*like.notes, *notes], file, asked)
+    return SimilarReport(found, layer, len(rows), recall, [*like.notes, *notes, *missing_notes(file)], file, asked)
 
 
 def _rows_named(file: CacheFile, names: Sequence[str]) -> IntArray | None:

@@ -19,8 +19,9 @@ from pipeline.evaluation.rows import check_readable, not_finite, stands_for
 from pipeline.images.loader import digest_of
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.neighbours.rows import missing_notes
 from pipeline.results import Progress, UnitExample, UnitResult, silent
-from pipeline.spec import Preprocessing
+from pipeline.spec import Preprocessing, parse_size
 
 if TYPE_CHECKING:
     from pipeline.backbones.receptive_field import Box, Maximum
@@ -122,7 +123,7 @@ def units(
     first = next(iter(files.values()))
     rows = _distinct(first)
     features = {name: _features(file, name, rows) for name, file in files.items()}
-    notes: list[str] = []
+    notes = missing_notes(*files.values())
     tested = _tested(np.concatenate(list(features.values()), 1), first, rows, seed, notes)
     parts = _parts(tested, features)
     chosen = {name: _choose(features[name], parts.get(name), channels, name) for name in features}
@@ -130,7 +131,7 @@ def units(
         raise FitError(f"expected at most {MOST_UNITS} units on a page, got {total}; name fewer layers or channels")
     spec = first.layers[next(iter(files))].spec
     preprocessing = Preprocessing.from_json(spec["preprocessing"])
-    loaded = load_backbone(str(first.request["backbone"]), preprocessing.size[0], preprocessing.white)
+    loaded = load_backbone(str(first.request["backbone"]), parse_size(preprocessing.size), preprocessing.white)
     if loaded.weights_digest != spec["weights_digest"]:
         raise FitError(f"{loaded.handle} has other weights than those that {first.path.name} was made with")
     pixels = _Pixels(open_source(first.handles["location"] if images is None else images), preprocessing, first)

@@ -34,6 +34,7 @@ from pipeline.images.sources.registry import open_source
 from pipeline.predict import predict
 from pipeline.rank import rank
 from pipeline.results import ExtractResult
+from pipeline.similar import similar
 
 NAME, LAYERS = "test_resnet@random:0", ("layer2", "penultimate")
 OPTIONS: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "batch_size": 3}
@@ -315,3 +316,22 @@ def test_prune_deletes_tries_of_published_parts_and_parts_without_a_place(
     deleted = thawline("cache", "prune", cache, "--yes", "--json").json["deleted"]
     assert deleted == sorted(map(str, [left, plan.path_of(1)]))
     assert waiting.exists()
+
+
+def test_inputs_that_are_no_squares_are_extracted_in_parts(photos: Path, tmp_path: Path) -> None:
+    alone = open_cache(extracted(photos, tmp_path / "alone", size=(32, 48)).path)
+    (tmp_path / "parts").mkdir()
+    extracted(photos, tmp_path / "parts", size=(32, 48), part_rows=12, part="1/2")
+    found = open_cache(extracted(photos, tmp_path / "parts", size=(32, 48)).path)
+    assert len(found.parts) == 2
+    assert_equal(alone, found)
+
+
+def test_an_answer_over_some_of_the_parts_says_so(photos: Path, tmp_path: Path) -> None:
+    made = extracted(photos, tmp_path, part_rows=12, part="1/2")
+    note = "lacks 1 of 2 parts"
+    assert any(note in one for one in made.notes)
+    shown = similar(tmp_path, [str(open_cache(made.path).uris[0])], layer="penultimate", count=1)
+    assert any(note in one for one in shown.notes)
+    other = extract(photos, [NAME], ["layer1"], output=tmp_path, **OPTIONS)
+    assert not any("the source changed" in one for result in other for one in result.notes)

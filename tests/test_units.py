@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from scipy.stats import mannwhitneyu, norm
 
+from features_cache import open_cache
 from pipeline.backbones.receptive_field import SHARE, Box, find_maxima
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import normalisation
@@ -145,6 +146,15 @@ def test_the_strongest_images_are_those_of_the_cache(cache: Path, photos: Path) 
         crop.shape[0] == crop.shape[1] == one.box[2] - one.box[0]
         for crop, one in zip(report.crops[2], examples, strict=True)
     )
+
+
+def test_inputs_need_not_be_squares(photos: Path, tmp_path: Path) -> None:
+    (made,) = extract(photos, ["test_resnet@random:0"], ["layer1"], "max", tmp_path, **OPTIONS | {"size": (32, 64)})
+    file = open_cache(made.path)
+    report = units(tmp_path, ["layer1"], channels=[3])
+    (unit,) = report.units
+    strongest = np.sort(np.asarray(file.matrix("layer1"))[:, 3])[::-1][: len(unit.examples)]
+    assert [one.activation for one in unit.examples] == pytest.approx(strongest.tolist(), rel=1e-4)
 
 
 def test_each_class_gets_its_most_selective_unit_first(cache: Path) -> None:

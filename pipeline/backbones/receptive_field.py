@@ -78,7 +78,7 @@ def _by_position(flat: Tensor, shape: tuple[int, ...], layout: Layout) -> Tensor
     """Return whole activations (n, d) as (n, channels, positions); of tokens, only patches are positions."""
     if not shape:
         return flat.unsqueeze(2)
-    whole = flat.reshape(-1, *shape)
+    whole = flat.reshape(len(flat), *shape)
     if layout.kind == "tokens":
         return whole[:, layout.order.prefix :].transpose(1, 2)
     return whole.flatten(2)

@@ -9,6 +9,7 @@ import click
 from pipeline.commands.click_options import options_of
 from pipeline.commands.output import print_json, print_table, say, say_all, with_progress
 from pipeline.errors import resumable
+from pipeline.spec import size_name
 
 
 @click.command()
@@ -29,5 +30,5 @@ def pretrain(source: str, as_json: bool, **options: Any) -> None:
         print_json({"result": report.result, "notes": report.notes, "saved": report.result.path})
         return
     print_table(pretrain_table(report.result))
-    size = "" if options["size"] is None else f" --size {options['size']}"
+    size = "" if options["size"] is None else f" --size {size_name(options['size'])}"
     click.echo(f"backbone: -b {report.result.saved_as}{size}")

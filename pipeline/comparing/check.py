@@ -14,7 +14,7 @@ from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.images.sources.registry import ImageSource, open_source
-from pipeline.options import LABELS, tune_parameters
+from pipeline.options import LABELS, NEAR, tune_parameters
 from pipeline.spec import NO_POOL
 
 
@@ -64,6 +64,9 @@ def check_heads(plan: Plan) -> None:
     from pipeline.heads.registry import find_head
 
     for line in plan.of("fit"):
+        if line.how().get("drop_leaks") == NEAR and any(plan.of("finetune")):
+            message = "drop-leaks near draws other splits than fine-tuning does; put the [[finetune]] in another plan"
+            raise plan.error(message, line.table, line.place, NEAR)
         with errors_at(plan, line, "device"):
             find_device(line.how()["device"])
         for name in line.values["head"]:

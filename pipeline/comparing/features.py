@@ -13,7 +13,7 @@ from pipeline.evaluation.labels import LabelsTable
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.options import METRICS
+from pipeline.options import METRICS, NEAR
 from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
 
 
@@ -67,6 +67,10 @@ def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | Non
     """Return the `stage_key` of a fit on the source of this name, with labels of its own or of a table."""
     names = fit.layer.split("+")
     files = [features.files[name] for name in names]
+    judges = {}
+    if dict(fit.options).get("drop_leaks") == NEAR:  # the deepest layer of all tells what is near
+        every = dict.fromkeys(features.files.values())
+        judges = {"judges": sorted(info.fingerprint for file in every for info in file.layers.values())}
     return stage_key(
         "head",
         source=source,
@@ -76,6 +80,7 @@ def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | Non
         options=fit.options,
         seed=fit.seed,
         shots=fit.shots,
+        **judges,
         **_asked(labels, metric),
     )
 

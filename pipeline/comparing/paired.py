@@ -215,7 +215,7 @@ def compare_runs(before: RunFolder, now: RunFolder) -> Against:
     tested = [(key, paired) for key, paired in tests.items() if paired is not None]
     adjusted = holm([paired.p for _, paired in tested])
     changes = [
-        Change(key[0], new[key].name, key[2], old[key].accuracy, new[key].accuracy, paired.difference, p)
+        Change(key[0], new[key].name, key[3], old[key].accuracy, new[key].accuracy, paired.difference, p)
         for (key, paired), p in zip(tested, adjusted, strict=True)
         if p < LEVEL
     ]
@@ -227,10 +227,12 @@ def compare_runs(before: RunFolder, now: RunFolder) -> Against:
     )
 
 
-def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, Method, int | str], MethodScore]:
-    """Return a run's scores by source, method and shots, with names that tell apart the methods of both runs."""
+def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, str | None, Method, int | str], MethodScore]:
+    """Return a run's scores by source, target, method and shots; names tell apart the methods of both runs."""
     found = leaderboards(run.results.values(), other.results.values())
-    return {(board.source, *key): score for board in found for key, score in board.scores.items()}
+    return {
+        (board.source, score.first.result.target, *key): score for board in found for key, score in board.scores.items()
+    }
 
 
 def _text(source: str, score: MethodScore) -> str:

@@ -132,7 +132,8 @@ def _note_costs(folder: RunFolder, source: str, size: Size | None, results: Sequ
     }
     passes: dict[tuple[str, ...], float] = {}
     for result in sharing:
-        network = (result.backbone, *result.layers)
+        view = str(open_cache(result.path).handles.get("view", ""))
+        network = (result.backbone, view, *result.layers)
         passes[network] = max(work[result.path], passes.get(network, 0.0))
     shares = {path: share / sum(passes.values()) for path, share in work.items()}
     for result in results:

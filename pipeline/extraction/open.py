@@ -302,6 +302,8 @@ def bring_up_to_date(destination: Destination, extracted: Sequence[CacheFile]) -
                 continue
             if isinstance(file, PartedCache):
                 pending = follow_source(_refit(file.plan, destination), destination.images, digests)
+                if open_cache(file.path).header.line == file.header.line:
+                    continue  # only parts are missing
             else:
                 with _grow(file, list(file.layers.values()), destination, digests=digests) as writer:
                     pending = len(writer.pending())

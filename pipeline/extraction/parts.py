@@ -34,7 +34,7 @@ from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
 from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.results import Progress
-from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View
+from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View, parse_size
 
 MOST_ROWS = 262_144
 MOST_BYTES = 512_000_000
@@ -260,12 +260,13 @@ def request_of(plan: PartPlan) -> Request:
 
     Raises `DamagedCacheError` if the plan does not say what that is.
     """
-    name, size = plan.request.get("backbone"), plan.request.get("size")
+    name = plan.request.get("backbone")
     try:
+        size = parse_size(plan.request.get("size"))
         spec, *_ = [LayerSpec.from_json(layer.spec) for layer in plan.layers]
-        if not isinstance(name, str) or not (size is None or (type(size) is int and 1 <= size <= LONGEST_SIDE)):
+        if not isinstance(name, str) or max(spec.preprocessing.size) > LONGEST_SIDE:
             raise ValueError("its backbone or size makes no sense")
-    except ValueError as error:
+    except (ValueError, BackboneError) as error:
         raise DamagedCacheError(
             f"{plan.path} does not say how its layers are extracted: {error}; delete it and its parts, then extract "
             "again"

@@ -51,7 +51,10 @@ def keep_near_together(
         tables[table] = replace(table, near=NearDuplicates(shown, groups, pairs.first, pairs.second))
         counted = np.bincount(groups[shown])
         told = "" if near.recall_all is None else f"; this finds {near.recall_all:.0%} of planted copies"
-        told += "" if near.false_alarms is None else f", with false alarms on {near.false_alarms:.1%} of the images"
+        if near.false_alarms is not None:
+            told += f", with false alarms on {near.false_alarms:.1%} of the images"
+        elif near.copies:
+            told += "; false alarms could not be measured, because the source has neither groups nor classes"
         notes.append(
             f"{counted[counted > 1].sum()} of {len(found)} images are in groups of near-duplicates (similarity "
             f"{near.threshold:.3f} or more on {near.layer}), which stay on one side{told}"

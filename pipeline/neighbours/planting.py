@@ -18,8 +18,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from features_cache import DONE, CacheFile, DamagedCacheError, atomic_write, explained
 from pipeline.arrays import Float32Array, StrArray
-from pipeline.errors import FitError
+from pipeline.errors import FitError, UnreadableImageError
 from pipeline.images.decode import decode
+from pipeline.images.loader import digest_of
 from pipeline.images.sources.registry import ImageSource, Item
 from pipeline.invalidation import stage_key
 from pipeline.neighbours.like import features_like, source_of
@@ -162,16 +163,22 @@ def _planted(images: DistinctImages, engine: str, device: str, progress: Progres
     drawn = np.sort(np.random.default_rng(SEED).permutation(len(images))[:COPIED])
     named = [(number, str(images.uris[index])) for number, index in enumerate(drawn.tolist())]
     originals = {number: items[uri] for number, uri in named if uri in items}
+    digests = {number: images.file.digests[images.rows[drawn[number]]].tobytes() for number in originals}
     copies = [Item(f"{number:04d}/{edit}", size=0) for number in originals for edit in EDITS]
     if not copies:
         raise FitError(f"the images of {images.file.path.name} are not in {source.location} any more; extract again")
 
     def read(item: Item) -> bytes:
         number, edit = item.uri.split("/")
-        return EDITS[edit](decode(source.read(originals[int(number)])).image)
+        data = source.read(originals[int(number)])
+        if digest_of(data) != digests[int(number)]:
+            raise UnreadableImageError("it has other bytes than when it was extracted")
+        return EDITS[edit](decode(data).image)
 
     made = ImageSource("planted copies", source.location, (), sorted(copies), read)
     like = features_like(images.file, images.layer, made, engine=engine, device=device, progress=progress)
+    if not len(like.read):
+        raise FitError(f"no image of {images.file.path.name} can be read as it was extracted; extract again")
     of, edits = zip(*(made.items[number].uri.split("/") for number in like.read.tolist()), strict=True)
     truth = images.take(drawn[np.array(of, np.int64)])
     similarity = np.einsum("nd,nd->n", truth, like.features)

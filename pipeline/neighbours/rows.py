@@ -160,3 +160,8 @@ def require_same_features(first: CacheFile, second: CacheFile, layer: str) -> No
 
 def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+
+
+def missing_notes(*files: CacheFile) -> list[str]:
+    """Return what is missing of caches in parts: an answer over fewer images than there are must say so."""
+    return [file.missing_note for file in dict.fromkeys(files) if file.missing_note]

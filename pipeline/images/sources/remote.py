@@ -140,8 +140,8 @@ class RemotePath:
         return _shown(self._url).rstrip("/")
 
     def as_posix(self) -> str:
-        """Return the URL without passwords and signatures."""
-        return str(self)
+        """Return the URL without passwords and signatures; a folder on a web server keeps its last slash."""
+        return f"{self}/" if self.is_http and self._path.endswith("/") else str(self)
 
     def __truediv__(self, relative: str) -> RemotePath:
         first, *outer = self._url.split("::")

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import CacheFile
+from features_cache import DONE, CacheFile
 from pipeline.comparing.features import Features
 from pipeline.errors import UnreadableImageError
 from pipeline.evaluation.leaks import find_leaks
 from pipeline.evaluation.predictions import Predictions
 from pipeline.images.decode import decode
-from pipeline.images.sources.registry import ImageSource
+from pipeline.images.sources.registry import ImageSource, Item
 from pipeline.reporting.charts.embedding import neighbour_map, principal_components
 from pipeline.reporting.page.template import data_url
 
@@ -79,15 +79,21 @@ def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Al
     return found
 
 
-def leaks(file: CacheFile, album: Album) -> tuple[int, list[tuple[Thumbnail, Thumbnail]]]:
-    """Return how many images of the source's own test (or val) split are also in training, and some of the pairs."""
-    usable = (file.states == 1) & (file.labels >= 0)
-    sides = {name: np.flatnonzero(usable & (file.splits == name)) for name in ("train", "val", "test")}
+def leaks(file: CacheFile, images: ImageSource, album: Album) -> tuple[int, list[tuple[Thumbnail, Thumbnail]]]:
+    """Return how many images of the test (or val) split are also in training, and some of the pairs.
+
+    Labels and splits are those of `images`, which may be of a table.
+    """
+    items = {item.uri: item for item in images.items}
+    known = [items.get(uri, Item(uri)) for uri in file.uris.tolist()]
+    splits = np.array([item.split for item in known])
+    usable = (file.states == DONE) & (np.array([item.label for item in known]) >= 0)
+    sides = {name: np.flatnonzero(usable & (splits == name)) for name in ("train", "val", "test")}
     if not any(len(sides[name]) for name in ("val", "test")):
         return 0, []  # splits drawn by seed keep equal images together
-    sides["train"] = np.flatnonzero(usable & ((file.splits == "train") | (file.splits == "")))
+    sides["train"] = np.flatnonzero(usable & ((splits == "train") | (splits == "")))
     found = find_leaks(sides["train"], sides["val"], sides["test"], np.asarray(file.digests))
-    names = [(str(file.uris[a]), file.splits[a], str(file.uris[b]), file.splits[b]) for a, b in found[:MOST_LEAKS]]
+    names = [(str(file.uris[a]), splits[a], str(file.uris[b]), splits[b]) for a, b in found[:MOST_LEAKS]]
     pairs = [(album.thumbnail(a, str(of_a)), album.thumbnail(b, str(of_b) or "train")) for a, of_a, b, of_b in names]
     return len(found), pairs
 

@@ -115,7 +115,7 @@ def _chapter(
         "charts": [chart for chart in charts if chart is not None],
         "differences": _differences(board, folder),
         "models": [_model(score, predictions[score.first.key], classes, album) for score in chosen],
-        "leaks": leaks(seen.files[0], album) if seen.files else None,
+        "leaks": leaks(seen.files[0], seen.images, album) if seen.files else None,
         "unreadable": unreadable[:MOST_UNREADABLE],
         "unreadable_count": len(unreadable),
     }
