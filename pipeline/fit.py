@@ -127,7 +127,7 @@ def fit(
         near-duplicates of training images as `pipeline.duplicates.duplicates` finds them, and keep groups of
         near-duplicates on one side of splits and folds that are drawn. Folds leave out no image.
     save : str or Path, optional
-        Write a model to this ``.skops`` file: of those with the most shots, the one of best validation accuracy.
+        Write a model to this ``.skops`` file: of those with the most shots, the best by `metric` on validation.
     jobs : int, optional
         Number of fits at a time, each on one BLAS thread; by default one per core.
     device : str, default "auto"

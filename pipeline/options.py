@@ -227,7 +227,7 @@ WHICH_POOL = Option("pool", choice(*POOLS), "Which pooling, if the cache holds s
 LABELS = (
     Option("labels", FILE, "Take labels from this table, .csv, .tsv, .jsonl or .parquet, not from the source."),
     Option("target", TEXT, "Its column of labels; default: label, or the only one left."),
-    Option("key", TEXT, "Its column of image names; default: uri, path, file, image or id."),
+    Option("key", TEXT, "Its column of image names; default: the first called uri, path, file or the like."),
 )
 """Where the labels come from."""
 METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
@@ -253,9 +253,9 @@ EXTRACT = (
     Option("rehash", FLAG, "Read every file again instead of trusting its size and time.", default=False),
     ENGINE,
     DEVICE,
-    Option("part", SHARE_OF, "Only this share, such as 3/64, of the parts of a large source; for job arrays."),
+    Option("part", SHARE_OF, "Extract only this share of the parts, such as 3/64; for job arrays."),
     once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class; see docs/cluster.md."),
-    Option("part-rows", whole(), "Make a cache of more rows in parts of at most so many rows each."),
+    Option("part-rows", whole(), "Split a source of more rows into parts of at most so many rows."),
 )
 FIT = (
     crossed("layer", TEXT, "Layer, or A+B to join two. Default: every cached layer.", None, "l", repeat="layers"),
@@ -268,7 +268,7 @@ FIT = (
     *ABOVE,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
-    once("drop-leaks", LEAKS, "Leave out test images that are in training byte by byte; near: or nearly.", False),
+    once("drop-leaks", LEAKS, "Leave out test images with training images' bytes; near: near-duplicates, too.", False),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .skops file."),
     Option("plot", FOLDER, "Draw the results into this folder."),
     once("jobs", whole(), "Fits at a time; default: one per core."),
@@ -285,8 +285,8 @@ RECIPE = (
     crossed("optimizer", choice(*OPTIMIZERS), "How weights are updated; sgd has Nesterov momentum 0.9.", "adamw"),
     crossed("schedule", choice(*SCHEDULES), "How the learning rates fall.", "cosine"),
     crossed("warmup", whole(0), "Epochs in which the learning rates rise.", 1),
-    crossed("weight-decay", NOT_NEGATIVE, "Not applied to biases and norm layers.", 0.01),
-    crossed("label-smoothing", SHARE, "Share of the target that is spread over all classes.", 0.0),
+    crossed("weight-decay", NOT_NEGATIVE, "Strength of weight decay; not applied to biases and norm layers.", 0.01),
+    crossed("label-smoothing", SHARE, "Share of each label that is spread over all classes.", 0.0),
     crossed("class-weights", FLAG, CLASSES_HELP, default=False),
     crossed("augment", TEXT, "none, or crop, flip and colour, joined by +.", NO_AUGMENT),
     crossed("views", whole(), "With --augment: cache the frozen activations of this many views of each image."),
@@ -306,7 +306,7 @@ FINETUNE = (
     *ABOVE,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
-    Option("watch", choice(*WATCHES), "Record these for each layer, and say where they are unhealthy."),
+    Option("watch", choice(*WATCHES), "What to record for each layer; warns where it is unhealthy."),
     Option("picture", FILE, "Draw the loss curves as a .png; with --watch also NAME-gradients.png."),
     crossed("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
     replace(STORE, help="Number type of the cached activations."),
@@ -370,7 +370,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         WHICH_SOURCE,
         WHICH_BACKBONE,
         replace(SPLIT_SEED, help="Seed of the permutations."),
-        Option("images", TEXT, "Where the images are by now, if not where they were extracted."),
+        Option("images", TEXT, "Where the images are now, if they have moved."),
     ),
     "drift": (
         Option("layer", TEXT, "A layer that both caches hold.", DEFAULT_LAYER, "l"),
@@ -397,9 +397,9 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         Option("head", TEXT, "A head with probabilities.", "logreg"),
         NEAR_THRESHOLD,
         replace(SPLIT_SEED, help="Seed of the folds and of the labels that are changed on purpose."),
-        Option("labels-out", FILE, "Write all labels as this .csv file, those in doubt as they fit better."),
+        Option("labels-out", FILE, "Write all labels as this .csv file, those in doubt replaced by what fits better."),
         Option(
-            "corrections", FILE, "With --labels-out: change only the labels in this .csv file, which the page saves."
+            "corrections", FILE, "With --labels-out: change only the labels in this .csv file, as saved by the page."
         ),
         PAGE,
     ),

@@ -16,7 +16,7 @@ from pipeline.errors import resumable
 def lecture(names: tuple[str, ...], source: str, output: str, quick: bool, as_json: bool) -> None:
     """Measure the claims NAME... of a lecture on pretrained models, or `all`; without a name, list them.
 
-    The page in the output folder has all claims that were measured into it, beside the published values.
+    The page in the output folder has all claims that were measured in that folder, beside the published values.
     """
     from pipeline.lecture import CLAIMS
     from pipeline.lecture import lecture as run

@@ -14,7 +14,10 @@ from pipeline.commands.output import print_json, print_table, say_all, with_prog
 @click.argument("cache")
 @options_of("rank")
 def rank(cache: str, as_json: bool, **options: Any) -> None:
-    """Order the layers in CACHE by promise, before any fit."""
+    """Order the layers in CACHE before any fit.
+
+    The first is the one that promises to separate the classes best.
+    """
     from pipeline.rank import rank as run
     from pipeline.reporting.terminal.tables import agreement_lines, rank_table
 

@@ -1,1 +1,1 @@
-"""Where images come from: folders, files, manifests, shards, digits."""
+"""Where images come from: folders, files, manifests, packed files, digits; here or behind a URL."""

@@ -1,4 +1,4 @@
-"""All kinds of image sources: a folder, an image, a manifest, shards, or a word such as ``digits``."""
+"""All kinds of image sources: folders, images, manifests, packed files, URLs of these, or a word such as ``digits``."""
 
 from __future__ import annotations
 
