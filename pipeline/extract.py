@@ -152,13 +152,10 @@ def extract(
         if part is not None or only is not None:
             raise SourceError("a cluster extracts all parts of a source; leave out part and only")
         asked_for: dict[str, Any] = {
-            "backbones": tuple(backbones),
-            "layers": tuple(layers),
-            "pool": pool,
-            "precision": precision,
-        }
-        asked_for |= {"store": store, "size": size, "white": white, "augment": augment, "views": tuple(views)}
-        asked_for |= {"output": Path(output).absolute(), "expect": expect, "part_rows": part_rows or 0}
+            "backbones": tuple(backbones), "layers": tuple(layers), "pool": pool, "output": Path(output).absolute(),
+            "precision": precision, "store": store, "size": size, "white": white, "augment": augment,
+            "views": tuple(views), "expect": expect, "part_rows": part_rows or 0,
+        }  # fmt: skip
         return _extract_on(cluster, source, asked_for, computing, progress or silent)
     images = open_source(source)
     rows = rows_of(images)
@@ -167,38 +164,25 @@ def extract(
         part_rows = 0
     files = files_of(images, Path(output))
     destination = Destination(images, rows, asked, Path(output), files, rehash, part_rows, whole=share[0] == 0)
-    found: dict[str, list[CacheFile | CacheFiller | FilledParts]] = {}
-    parted: list[tuple[str, PartFiller]] = []
+    plain = [
+        Request("", tuple(layers), one, precision, store, size, white=white)
+        for one in dict.fromkeys([pool] if isinstance(pool, str) else pool)
+    ]
+    seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
+    found: dict[str, list[CacheFile | CacheFiller | PartFiller]] = {}
     extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
-    pools = dict.fromkeys([pool] if isinstance(pool, str) else pool)
     for name in dict.fromkeys(backbones):
         digest = weights_file_digest(name)
-        plain = [Request(name, tuple(layers), one, precision, store, size, digest, white=white) for one in pools]
-        seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
-        requests = seen or plain
-        found[name], missing = [], []
-        for request in requests:
-            complete = destination.find_complete(request)
-            if complete is None:
-                missing.append(request)
-                continue
-            check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
-            found[name] += dict.fromkeys(complete.values())
+        requests = [replace(one, backbone=name, weights_file=digest) for one in seen or plain]
+        complete, missing = _look_up(requests, destination, expect)
+        found[name] = [*complete]
         if missing:
             extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
             extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
     clock = Clock()
     with ExitStack() as writers:
         for name, extractor in extractors.values():  # every network is loaded before the first file is created
-            for opened in open_files(destination, extractor, expect):
-                if isinstance(opened, CacheFile):
-                    found[name].append(opened)
-                    continue
-                if isinstance(opened, PartPlan):
-                    parted.append((name, PartFiller(opened, images, computing, extractor)))
-                    continue
-                writers.enter_context(opened.writer)
-                found[name].append(CacheFiller(opened, asked, on_error))
+            found[name] += _open(extractor, destination, computing, expect, writers)
         fillers = [one for one in chain.from_iterable(found.values()) if isinstance(one, CacheFiller)]
         began = time.perf_counter()
         if fillers:
@@ -206,12 +190,47 @@ def extract(
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
-    for name, part_filler in parted:
-        found[name].append(part_filler.fill_share(asked, share, progress or silent))
-    made = list(dict.fromkeys(chain.from_iterable(found.values())))
+    made: list[CacheFile | CacheFiller | FilledParts] = [
+        one.fill_share(asked, share, progress or silent) if isinstance(one, PartFiller) else one
+        for one in dict.fromkeys(chain.from_iterable(found.values()))
+    ]
     few_levels = _few_levels(max((one.few_levels for one in made if not isinstance(one, CacheFile)), default=0))
     notes = [*images.notes, *few_levels, *_bring_up_to_date(destination, made)]
     return [_result(one, notes, seconds, clock) for one in made]
+
+
+def _look_up(
+    requests: Sequence[Request], destination: Destination, expect: Sequence[LayerSpec] | None
+) -> tuple[dict[CacheFile, None], list[Request]]:
+    """Return the files of requests that the cache answers without a network, and the other requests."""
+    found: dict[CacheFile, None] = {}
+    missing = []
+    for request in requests:
+        complete = destination.find_complete(request)
+        if complete is None:
+            missing.append(request)
+            continue
+        check_expected((LayerSpec.from_json(file.layers[layer].spec) for layer, file in complete.items()), expect)
+        found |= dict.fromkeys(complete.values())
+    return found, missing
+
+
+def _open(
+    extractor: FeatureExtractor,
+    destination: Destination,
+    computing: Computing,
+    expect: Sequence[LayerSpec] | None,
+    writers: ExitStack,
+) -> Iterator[CacheFile | CacheFiller | PartFiller]:
+    """Yield what holds the features of an extractor, ready to be filled; `writers` closes the files."""
+    for opened in open_files(destination, extractor, expect):
+        if isinstance(opened, CacheFile):
+            yield opened
+        elif isinstance(opened, PartPlan):
+            yield PartFiller(opened, destination.images, computing, extractor)
+        else:
+            writers.enter_context(opened.writer)
+            yield CacheFiller(opened, destination.asked, computing.on_error)
 
 
 def _extract_on(
@@ -288,9 +307,9 @@ def _few_levels(count: int) -> Iterator[str]:
 
 
 def _bring_up_to_date(destination: Destination, made: Sequence[CacheFile | CacheFiller | FilledParts]) -> list[str]:
-    """Bring the other files of the source up to date, unless parts of what was extracted are missing."""
+    """Bring the other files of the source up to date, unless parts of what was extracted are missing or behind."""
     files = list(map(_file_of, made))
-    return [] if any(file.missing_note for file in files) else bring_up_to_date(destination, files)
+    return bring_up_to_date(destination, files) if all(map(destination.has_rows_of, files)) else []
 
 
 def _file_of(made: CacheFile | CacheFiller | FilledParts) -> CacheFile:
@@ -306,7 +325,7 @@ def _result(
     computed, own_notes = (0, []) if isinstance(made, CacheFile) else (made.computed, made.notes)
     if isinstance(made, FilledParts):
         seconds, clock = made.seconds, made.clock
-    done = int((file.states == DONE).sum())
+    done, runs = int((file.states == DONE).sum()), file.runs
     return ExtractResult(
         path=str(file.path),
         backbone=file.handles["backbone"],
@@ -317,7 +336,7 @@ def _result(
         reused=done - computed,
         computed=computed,
         precision=next(iter(file.layers.values())).spec["precision"],
-        engine=file.runs[-1]["engine"] if file.runs else "none",
+        engine=runs[-1]["engine"] if runs else "none",
         seconds=0.0 if isinstance(made, CacheFile) else seconds,
         images_per_second=computed / seconds if computed else 0.0,
         bound=clock.bound if computed else None,

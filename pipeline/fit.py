@@ -14,7 +14,7 @@ from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.labels import LabelsTable, find_labels
-from pipeline.evaluation.leaks import cluster_notes
+from pipeline.evaluation.leaks import cluster_notes, clusters_of
 from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.rows import Layer, select
@@ -187,12 +187,14 @@ def fit(
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
     choices: dict[int, Choice] = {}
     found: dict[int, tuple[FitResult, Predictions]] = {}
-    distances: dict[int, Nearness] = {}  # of layers and splits, which heads share
+    distances: dict[tuple[Any, ...], Nearness] = {}  # of layers and splits, which heads and often seeds share
 
     def near_of(data: Sequence[SplitLayer]) -> Nearness:
-        if id(data[0]) not in distances:
-            distances[id(data[0])] = nearness(data[0].layer, [one.splits for one in data])
-        return distances[id(data[0])]
+        parts = [part for one in data for part in (one.splits.train, one.splits.val, one.splits.test)]
+        rows = (data[0].layer, *(part.tobytes() for part in parts))
+        if rows not in distances:
+            distances[rows] = nearness(data[0].layer, [one.splits for one in data])
+        return distances[rows]
 
     def finish(index: int, outcome: TrialOutcome) -> None:
         waiting[index], choices[index] = outcome, outcome.choice
@@ -306,7 +308,9 @@ def _notes(trials: Sequence[Trial], choices: Mapping[int, Choice]) -> list[str]:
     for each in data:
         tests.setdefault((each.layer, each.seed, each.shots), []).append(each.splits.test)
     for (layer, _, _), folds in tests.items():
-        notes += cluster_notes(layer.table.groups[np.concatenate(folds)])
+        notes += cluster_notes(
+            clusters_of(layer.table.groups, layer.table.digests, layer.table.near)[np.concatenate(folds)]
+        )
     for head in _distinct([trial.head for trial in trials]):
         notes += choice_notes(head, [choices[index] for index, trial in enumerate(trials) if trial.head is head])
     return _distinct(notes)

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from features_cache import atomic_write, nearest
+from features_cache import atomic_write, explained, nearest
 from pipeline.errors import FitError
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.provenance import machine
@@ -79,7 +79,8 @@ def lecture(
 
     folder = Path(output)
     setting = Setting(open_source(source), folder / ("quick" if quick else "work"), quick, progress or silent)
-    setting.folder.mkdir(parents=True, exist_ok=True)
+    with explained(setting.folder, "make"):
+        setting.folder.mkdir(parents=True, exist_ok=True)
     results = []
     for name, statement in CLAIMS.items():
         if name in names or ALL in names:
@@ -109,5 +110,5 @@ def _page(folder: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as draft:
+    with explained(path, "write"), atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")

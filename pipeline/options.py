@@ -135,9 +135,23 @@ SHOTS_OR_ALL = Kind(
     lambda value: value == "all" or not whole().problem(value),
 )
 NEAR = "near"
+DEFAULT_SCALING = "l2"
+"""Statistics of a handful of training rows are noise, and the length of a row needs none. `benchmarks/few_shot.py` has
+the figures."""
 LEAKS = Kind(object, f"true, false or '{NEAR}'", lambda value: isinstance(value, bool) or value == NEAR)
 INPUT_SIZE = Kind(object, "a number of pixels, or HEIGHTxWIDTH such as 192x256", _is_size)
 RATE = Kind(object, "LAYER=RATE with a rate above 0, such as blocks.5=0.0001", _is_rate)
+
+
+def head_name(head: str) -> str:
+    """Return ``FAMILY/SCALING`` for the name of a head that may lack its scaling.
+
+    Examples
+    --------
+    >>> head_name("knn"), head_name("knn/none")
+    ('knn/l2', 'knn/none')
+    """
+    return head if "/" in head else f"{head}/{DEFAULT_SCALING}"
 
 
 def _is_share(value: Any) -> bool:

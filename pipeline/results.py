@@ -140,7 +140,7 @@ class LeakPrice:
     threshold : float or None
         From which similarity on images count as near-duplicates; None if it was not measured for this layer.
     near : int or None
-        How many test images are at least so near to a training image.
+        How many of the compared test images (those in `bins`) are at least so near to a training image.
     accuracy_far : float or None
         Accuracy on the others; None if there are none.
     """
@@ -171,9 +171,9 @@ class FitResult:
         The calibration and the two scores after it. None without probabilities, without rows to fit it on, or if it
         would not help on validation rows.
     p_vs_best : float or None
-        P-value of McNemar's exact test with Holm's correction against the result of best validation accuracy, among
-        those of the same test rows and shots; None for that result. If test rows come in groups, whole groups are
-        compared.
+        P-value of McNemar's exact test with Holm's correction against the result that is best by `metric` on
+        validation rows, among those of the same test rows and shots; None for that result. If test rows come in
+        groups, whole groups are compared.
     validation_accuracy : float or None
         What the parameters were chosen by if that is accuracy; None if there was nothing to choose by.
     validation_log_loss : float or None
@@ -253,8 +253,9 @@ class SeedSummary:
     might give. `accuracy_sd`, `accuracy_min` and `accuracy_max` are what another draw gives: of the training rows alone
     if `shared_test`, so that all seeds have the same test rows, else of training and test rows.
 
-    `p_vs_best` compares with the head of best mean validation accuracy at the same shots, with Holm's correction: by
-    the corrected resampled t-test where five or more splits have test rows of their own, else by McNemar's exact test
+    `p_vs_best` compares with the head of best mean `metric` on validation rows at the same shots, with Holm's
+    correction: by the corrected resampled t-test where five or more splits have test rows of their own, else by
+    McNemar's exact test
     on all test rows of all seeds, those of one image (or group) together. It is None for that head, and where the lead
     is the same on every split. `in_best_set` tells whether this head, as trained here, may be the best; it is None
     if there is no other on the same rows.

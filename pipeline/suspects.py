@@ -248,6 +248,8 @@ def read_corrections(path: str | Path) -> dict[str, str]:
         return ["uri", "label"]
 
     columns = read_columns(Path(path), choose)
+    if "" in columns["label"]:
+        raise FitError(f"{path}: expected a label in each row, found none in row {columns['label'].index('') + 2}")
     return dict(zip(columns["uri"], columns["label"], strict=True))
 
 

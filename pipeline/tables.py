@@ -184,6 +184,9 @@ def _collect(
         for name, column in columns.items():
             cells, known = chunk[name], shared[name]
             if set(map(type, cells)) != {str}:
+                if (found := next((cell for cell in cells if isinstance(cell, bytes | list | dict)), None)) is not None:
+                    kind = type(found).__name__
+                    raise TableError(f"{path}: expected numbers or text in column {name!r}, found {kind}")
                 cells = list(map(text_of, cells))
             texts = list(map(str.strip, cells))
             repeats = len(known) < len(column) // 2 + _CHUNK

@@ -124,7 +124,7 @@ def units(
     rows = _distinct(first)
     features = {name: _features(file, name, rows) for name, file in files.items()}
     notes = missing_notes(*files.values())
-    tested = _tested(np.concatenate(list(features.values()), 1), first, rows, seed, notes)
+    tested = _tested(features, first, rows, seed, notes)
     parts = _parts(tested, features)
     chosen = {name: _choose(features[name], parts.get(name), channels, name) for name in features}
     if (total := sum(map(len, chosen.values()))) > MOST_UNITS:
@@ -220,17 +220,22 @@ def _features(file: CacheFile, layer: str, rows: IntArray) -> Float32Array:
     return features
 
 
-def _tested(features: Float32Array, file: CacheFile, rows: IntArray, seed: int, notes: list[str]) -> Selectivity | None:
+def _tested(
+    features: Mapping[str, Float32Array], file: CacheFile, rows: IntArray, seed: int, notes: list[str]
+) -> Selectivity | None:
     """Test the units of all layers together; None without two classes."""
     labelled = np.flatnonzero(file.labels[rows] >= 0)
-    if len(np.unique(file.labels[rows[labelled]])) < 2:
+    drawn = len(labelled) > MOST_ROWS
+    if drawn:
+        labelled = np.sort(np.random.default_rng(seed).choice(labelled, MOST_ROWS, replace=False))
+    kept = rows[labelled]
+    if len(np.unique(file.labels[kept])) < 2:
         notes.append("without two classes no selectivity: units are ordered by how far their images stand out")
         return None
-    if len(labelled) > MOST_ROWS:
-        labelled = np.sort(np.random.default_rng(seed).choice(labelled, MOST_ROWS, replace=False))
+    if drawn:
         notes.append(f"selectivity is tested on {MOST_ROWS} images, drawn by seed")
-    kept = rows[labelled]
-    return selectivity(features[labelled], np.asarray(file.labels[kept]), file.groups[kept], seed)
+    tested = np.concatenate([matrix[labelled] for matrix in features.values()], 1)
+    return selectivity(tested, np.asarray(file.labels[kept]), file.groups[kept], seed)
 
 
 def _parts(tested: Selectivity | None, features: Mapping[str, Float32Array]) -> dict[str, Selectivity]:
@@ -247,9 +252,9 @@ def _choose(features: Float32Array, tested: Selectivity | None, channels: Sequen
 
     Channels that are not selective come last.
     """
-    if channels:
-        if (most := max(channels)) >= features.shape[1]:
-            raise FitError(f"{layer} has the channels 0 to {features.shape[1] - 1}, not {most}")
+    if channels is not None and len(channels):
+        if wrong := [one for one in channels if not 0 <= one < features.shape[1]]:
+            raise FitError(f"{layer} has the channels 0 to {features.shape[1] - 1}, not {wrong[0]}")
         return np.array(list(dict.fromkeys(channels)), np.int64)
     spread = features.std(0)
     alive = np.flatnonzero(spread > 0)

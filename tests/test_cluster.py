@@ -70,10 +70,6 @@ def last(stop: float, progress: Any) -> None:
         raise
 
 
-def environment(_: int, progress: Any) -> tuple[str, int, int]:
-    return os.environ["CUDA_VISIBLE_DEVICES"], os.getpid(), time.sleep(0.5) or 0
-
-
 def test_tasks_run_on_all_workers_and_report_their_rows(address: str) -> None:
     results: dict[str, int] = {}
     told: list[str] = []

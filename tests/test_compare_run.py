@@ -291,6 +291,16 @@ def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run:
     assert {record["head"] for record in gone} == {"centroid/l2"}
 
 
+def test_a_head_is_not_taken_for_the_same_with_another_scaling(plan: Path, run: Path) -> None:
+    text = plan.read_text()
+    plan.write_text(text.replace('"logreg", "centroid"', '"centroid", "centroid/standard", "centroid/l2"'))
+    report = compare(plan, run)
+    assert (report.computed, report.reused) == (8, 8)
+    assert {record["head"] for record in lines_of(run)} == {"centroid/l2", "centroid/standard"}
+    plan.write_text(text.replace('"logreg", "centroid"', '"centroid/none"'))
+    assert compare(plan, run).computed == 8
+
+
 def test_a_changed_image_runs_all_again(plan: Path, run: Path, photos: Path, tmp_path: Path) -> None:
     changed = photos / "red" / "0.png"
     before, times = changed.read_bytes(), changed.stat()

@@ -117,7 +117,8 @@ def test_recall_and_false_alarms_are_those_of_brute_force(root: Path) -> None:
     once = np.array([uri != "b/equal.png" for uri in file.uris])  # of equal bytes, the first counts
     nearest = np.where(different & once, features @ features.T, -1).max(axis=1)[once]
     assert report.near.compared == once.sum()
-    assert report.near.false_alarms == pytest.approx(np.mean(nearest >= report.near.threshold))
+    least = report.near.threshold - 1e-5  # what `duplicates` takes for near, in single precision
+    assert report.near.false_alarms == pytest.approx(np.mean(nearest >= least))
 
 
 def fake(path: Path, features: np.ndarray, labels: list[int] | None = None, fingerprint: str = "f") -> CacheFile:

@@ -346,10 +346,11 @@ def test_where_each_class_is_one_group_a_fixed_rule_holds(make_cache: Make, know
     assert not any("drawn as val" in note for note in report.notes)
 
 
-def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make) -> None:
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "kappa", "auroc"])
+def test_a_given_val_set_of_unknown_classes_chooses_nothing(make_cache: Make, metric: str) -> None:
     labels = np.repeat([0, 1, 2, 0, 1], 18)
     path = make_cache(dims={"low": 6}, labels=labels, splits=["train"] * 36 + ["val"] * 18 + ["test"] * 36)
-    assert fit(path, jobs=1).results[0].params == {"C": 300.0}
+    assert fit(path, jobs=1, metric=metric).results[0].params == {"C": 300.0}
 
 
 @pytest.mark.parametrize("shots", [1, 3])

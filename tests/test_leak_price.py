@@ -69,7 +69,8 @@ def test_near_duplicates_of_training_images_are_left_out(leaky: Path, thawline: 
     )
     assert any("this finds 97% of planted copies" in note for note in found["notes"])
     shown = thawline("fit", leaky, "--head", "knn").stdout
-    assert f"{COPIES} test images are near-duplicates of training images (similarity 0.990 or more); without" in shown
+    told = f"{COPIES} of 140 compared test images are near-duplicates of training images (similarity 0.990 or more)"
+    assert f"{told}; without" in shown
 
 
 def test_the_bare_flag_still_stands_before_the_cache(leaky: Path, thawline: Callable[..., Any]) -> None:

@@ -133,7 +133,9 @@ def test_the_learning_rate_is_chosen_on_validation_images(setting: Setting, monk
 
     def fake(*_args: object, lr: float, seeds: tuple[int, ...], **_options: object) -> SimpleNamespace:
         names = ("validation_accuracy", "validation_log_loss", "accuracy")
-        results = [SimpleNamespace(seed=seed, **dict(zip(names, scores[lr], strict=True))) for seed in seeds]
+        results = [
+            SimpleNamespace(seed=seed, converged=True, **dict(zip(names, scores[lr], strict=True))) for seed in seeds
+        ]
         return SimpleNamespace(results=results, predictions=[])
 
     monkeypatch.setattr("pipeline.lecturing.training.finetune", fake)

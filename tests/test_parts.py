@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +268,8 @@ def test_weights_that_differ_from_those_of_the_plan_are_refused(
     plan.path_of(2).unlink()
     computing = parts.Computing("torch", "cpu")
     filler = parts.PartFiller(plan, open_source(source), computing)
-    monkeypatch.setattr("pipeline.spec.DECODE_POLICY", 3)
-    monkeypatch.setattr(parts, "request_of", lambda plan: parts.Request("test_resnet@random:1", LAYERS, size=32))
+    plain = parts.request_of
+    monkeypatch.setattr(parts, "request_of", lambda plan: replace(plain(plan), backbone="test_resnet@random:1"))
     with pytest.raises(EngineError, match="other features than"):
         filler.fill(2, np.ones(12, bool), lambda *_: None)
     assert not plan.path_of(2).exists()
@@ -335,3 +337,38 @@ def test_an_answer_over_some_of_the_parts_says_so(photos: Path, tmp_path: Path) 
     assert any(note in one for one in shown.notes)
     other = extract(photos, [NAME], ["layer1"], output=tmp_path, **OPTIONS)
     assert not any("the source changed" in one for result in other for one in result.notes)
+
+
+def test_rehash_reads_parts_again(copied: tuple[Path, Path]) -> None:
+    source, cache = copied
+    path = source / "green" / "05.bmp"
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(path)
+    extracted(source, cache)
+    status = path.stat()
+    Image.new("RGB", (40, 40), (250, 2, 3)).save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert extracted(source, cache).computed == 0
+    result = extracted(source, cache, rehash=True)
+    assert result.computed == 1
+    alone = open_cache(extracted(source, cache.parent / "anew").path)
+    for layer in LAYERS:
+        found = open_cache(result.path).matrix(layer)
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(alone.matrix(layer)))
+
+
+def test_other_files_follow_a_changed_source_only_when_all_parts_do(copied: tuple[Path, Path]) -> None:
+    source, cache = copied
+    (other,) = extract(source, [NAME], ["layer1"], output=cache, **OPTIONS)
+    file = open_cache(other.path)
+    known = dict(zip(file.uris.tolist(), map(bytes, np.asarray(file.matrix("layer1"))), strict=True))
+    first, *_, last = sorted(source.rglob("*.png"))
+    first.with_name("000.png").write_bytes(last.read_bytes())
+    last.unlink()
+    extracted(source, cache, part="1/5")
+    for _ in range(2):
+        file = open_cache(other.path)
+        for uri, row, state in zip(file.uris.tolist(), np.asarray(file.matrix("layer1")), file.states, strict=True):
+            if uri in known and state == DONE:
+                assert bytes(row) == known[uri], f"{uri} has the features of another image"
+        extracted(source, cache)
+    assert f"{first.parent.name}/000.png" in open_cache(other.path).uris.tolist()

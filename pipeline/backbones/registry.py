@@ -260,9 +260,10 @@ def _check_size(backbone: Backbone, size: Size | None) -> None:
 def _patch(module: nn.Module) -> int:
     """Return the side of the patches that a transformer cuts an image into; 1 if it cuts none, or they overlap."""
     embedding = getattr(module, "patch_embed", None)
-    patch = getattr(embedding, "patch_size", None) or (1,)
+    patch = getattr(embedding, "patch_size", None) or 1
     stride = getattr(getattr(embedding, "proj", None), "stride", patch)
-    return int(patch[0]) if patch[0] == stride[0] else 1
+    (side, *_), (step, *_) = (one if isinstance(one, tuple | list) else (one,) for one in (patch, stride))
+    return int(side) if side == step else 1
 
 
 def _sides(size: Size) -> tuple[int, int]:

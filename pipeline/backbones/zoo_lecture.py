@@ -239,6 +239,7 @@ def _read(name: str) -> tuple[str, dict[str, str]]:
     options = _defaults(base)
     if bracket and not text.endswith("]"):
         raise BackboneError(f"{name}: expected ] after the options")
+    given: set[str] = set()
     for item in text.removesuffix("]").split(",") if bracket else ():
         key, _, value = (part.strip() for part in item.partition("="))
         if key not in options:
@@ -250,6 +251,9 @@ def _read(name: str) -> tuple[str, dict[str, str]]:
         if not (value in choices if choices else re.fullmatch(r"[1-9]\d{0,3}", value)):
             expected = f"one of {', '.join(choices)}" if choices else "a number from 1 to 9999"
             raise BackboneError(f"{name}: expected {key} to be {expected}, got '{value}'{nearest(value, choices)}")
+        if key in given:
+            raise BackboneError(f"{name}: {key} is given twice")
+        given.add(key)
         options[key] = value
     layers = int(options.get("layers", 1))
     if any(count % layers for count in _stages(base)):

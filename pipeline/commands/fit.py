@@ -43,7 +43,7 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     if price := report.results[report.best].leak_price:
         click.echo()
         print_table(nearness_table(price))
-        for line in price_lines(price, report.results[report.best].accuracy):
+        for line in price_lines(price):
             click.echo(line)
     if report.summary:
         click.echo()

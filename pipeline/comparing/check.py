@@ -13,6 +13,7 @@ from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.evaluation.labels import LabelsTable, find_labels
+from pipeline.evaluation.metrics import check_metric
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.options import LABELS, NEAR, tune_parameters
 from pipeline.spec import NO_POOL
@@ -47,6 +48,8 @@ def label_sources(plan: Plan, sources: Mapping[str, ImageSource], labels: Labels
         if (n_classes := len(labelled[source].classes)) < 2:
             message = f"{source}: a comparison needs images of at least two classes, found {n_classes}"
             raise plan.error(message, text="source" if labels is None else "labels")
+        with errors_at(plan, None, "metric"):
+            check_metric(plan.metric, n_classes)
     return labelled
 
 

@@ -13,7 +13,7 @@ from pipeline.evaluation.labels import LabelsTable
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.options import METRICS, NEAR
+from pipeline.options import METRICS, NEAR, head_name
 from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
 
 
@@ -76,7 +76,7 @@ def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | Non
         source=source,
         rows=[_rows_digest(file) for file in dict.fromkeys(files)],
         layers=[file.layers[name].fingerprint for name, file in zip(names, files, strict=True)],
-        head=fit.head.removesuffix("/standard"),
+        head=head_name(fit.head),
         options=fit.options,
         seed=fit.seed,
         shots=fit.shots,

@@ -131,6 +131,8 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
     if key not in options:
         homes = [name for name, known in TABLES.items() if key in known]
         hint = f"; it belongs in [[{homes[0]}]]" if homes else nearest(key, [*options, *(() if table else TABLES)])
+        if table and key in shared_keys():
+            hint = "; it belongs above the tables"
         raise plan.error(f"{where} has no key '{key}'{hint}", table or key, place, key)
     option = options[key]
     values = tuple(value) if isinstance(value, list) else (value,)

@@ -43,9 +43,11 @@ def run(comparison: Comparison) -> None:
         keys |= set(named.values())
     tunes = comparison.finetunes()
     keys |= {key for _, key in tunes.values()}
-    # if an extraction failed, the results of its source may still be valid
+    # if an extraction failed, the results of its source may still be valid, if they answer the same question
     unsure = {comparison.names[extraction.source] for extraction in failed}
-    folder.keep_only(keys | {key for key, result in folder.results.items() if result.source in unsure})
+    question = comparison.plan.metric, None if comparison.labels is None else comparison.labels.target
+    answers = {key for key, one in folder.results.items() if (one.result.metric, one.result.target) == question}
+    folder.keep_only(keys | {key for key in answers if folder.results[key].source in unsure})
     for job, (_, key) in tunes.items():
         if folder.has(key) and not comparison.is_kept(job, key) and comparison.weights_of(job) is None:
             _load(job)  # to find out whether its weights are still the same

@@ -38,7 +38,8 @@ def choose_params(features: Reader, labels: IntArray, units: IntArray, head: Hea
     if len(np.unique(labels)) < 2:
         raise FitError("expected labels of at least two classes; with a single class, none can be wrong")
     parts = max(1, -(-len(labels) // MOST_SEARCHED))
-    drawn = np.arange(len(labels)) if parts == 1 else stratified_folds(labels, units, parts, seed)[0][1]
+    folds = stratified_folds(labels, units, parts, seed) if parts > 1 else []
+    drawn = folds[0][1] if folds else np.arange(len(labels))
     train, val = hold_out_val(drawn, labels, units, np.random.default_rng(seed))
     if not len(val):
         return head.fixed

@@ -102,6 +102,11 @@ class LabelsTable:
         """
         way, found = self._find(uris)
         labelled = found >= 0
+        if not labelled.any():
+            raise TableError(
+                f"{self.path}: no {way} in it belongs to exactly one image and one key; name images by their uris, as "
+                "cache export does"
+            )
         cells = [self.labels[one] for one in found[labelled].tolist()]
         names = {name: normalize("NFC", name) for name in dict.fromkeys(cells)}
         classes = tuple(sorted(set(names.values()) - {""}))
@@ -126,11 +131,11 @@ class LabelsTable:
         """Return how images are found, and for each the number of its key, or why it has none."""
         ways = {"uri": _as_uri, "file name": _file_name, "file name without ending": self._stems(uris)}
         for way, name_of in ways.items():
-            names = [*map(name_of, self.keys)]
+            names = [normalize("NFC", name_of(key)) for key in self.keys]
             known = dict(zip(names, range(len(names)), strict=True))
             if len(known) < len(names):
                 known |= {name: _AMBIGUOUS for name, count in Counter(names).items() if count > 1}
-            images = _texts(uris) if way == "uri" else map(name_of, _texts(uris))
+            images = (normalize("NFC", uri if way == "uri" else name_of(uri)) for uri in _texts(uris))
             found = np.fromiter(map(known.get, images, repeat(_MISSING)), np.int64, len(uris))
             if (found != _MISSING).any():
                 _, inverse, counts = np.unique(found, return_inverse=True, return_counts=True)
@@ -212,7 +217,7 @@ def read_labels(path: str | Path, target: str | None = None, key: str | None = N
 
 def find_labels(labels: str | Path | LabelsTable | None, target: str | None, key: str | None) -> LabelsTable | None:
     """Return the table that a stage was asked to take labels from; see `read_labels`."""
-    if labels is None and (target, key) != (None, None):
+    if not isinstance(labels, str | Path) and (target, key) != (None, None):
         raise TableError(f"{'target' if target else 'key'} names a column of a table; also name that table (labels)")
     return read_labels(labels, target, key) if isinstance(labels, str | Path) else labels
 
@@ -224,13 +229,16 @@ def _roles(path: Path, header: Sequence[str], target: str | None, key: str | Non
     for asked in (target, key):
         if asked is not None and asked not in header:
             raise TableError(f"{path} has no column {asked!r}, but {named}{nearest(asked, header)}")
-    found_key = key or next((by_word[word] for word in KEYS if word in by_word), None)
+    found_key = key or next((by_word[word] for word in KEYS if by_word.get(word, target) != target), None)
     if found_key is None:
         raise TableError(f"{path}: say which column names the images (key): {named}")
     roles = {"key": found_key}
     roles |= {word: by_word[word] for word in ("split", "group") if word in by_word and by_word[word] != target}
     others = [name for name in header if name not in roles.values()]
-    found_target = target or by_word.get(TARGET) or (others[0] if len(others) == 1 else None)
+    label = next((name for name in others if name.lower() == TARGET), None)
+    found_target = target or label or (others[0] if len(others) == 1 else None)
+    if found_target == found_key:
+        raise TableError(f"{path}: column {found_key!r} cannot be both key and target")
     if found_target is None:
         raise TableError(f"{path}: say which column holds the labels (target): {_some(others, len(others)) or 'none'}")
     return roles | {"target": found_target}

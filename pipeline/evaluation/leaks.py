@@ -119,6 +119,15 @@ def group_notes(train: IntArray, val: IntArray, test: IntArray, groups: StrArray
     return [f"{count} groups have rows in test and in train or val"] if count else []
 
 
+def clusters_of(groups: StrArray, digests: NDArray[np.uint8], near: NearDuplicates | None) -> StrArray:
+    """Return what counts together in intervals and tests: the groups, joined where near-duplicates link them."""
+    if near is None:
+        return groups
+    units = join_units(groups, digests, near)
+    several = (np.bincount(units) > 1)[units]
+    return np.where(several, np.char.mod("%d", units), "")
+
+
 def cluster_notes(groups: StrArray) -> list[str]:
     """Return a note if test rows (n,) come in groups, such as photos of a few people."""
     names, counts = np.unique(groups[groups != ""], return_counts=True)

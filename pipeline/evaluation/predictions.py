@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray, StrArray
 from pipeline.evaluation.calibration import tempered
 from pipeline.evaluation.intervals import accuracy_interval, effective_rows, number_clusters
+from pipeline.evaluation.leaks import clusters_of
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.rows import Table
 
@@ -104,8 +105,9 @@ def collect_predictions(
     of_rows = np.repeat(told, sizes)[order] if len(told) == len(tests) else None
     folds = np.repeat(np.arange(len(tests)), sizes)[order] if len(tests) > 1 else None
     known = [one for one in scores if one is not None]
-    ranked = np.concatenate(known)[order] if known else None
-    columns = (table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds, table.groups[rows], ranked)
+    ranked = np.concatenate(known)[order] if len(known) == len(tests) else None
+    clusters = clusters_of(table.groups, table.digests, table.near)[rows]
+    columns = (table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds, clusters, ranked)
     found = Predictions(*columns)
     calibrated = found.calibrated
     sure = of_all if calibrated is None else calibrated

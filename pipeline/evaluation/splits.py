@@ -41,7 +41,7 @@ class Splits:
     leaks : list of (int, int)
         Rows of test or val whose bytes equal those of an earlier part: ``(repeated, original)``.
     units : (all rows,) int64
-        Rows of equal number are linked, by their group or their bytes.
+        Rows of equal number are linked, by their group, their bytes or as near-duplicates.
     """
 
     train: IntArray
@@ -86,7 +86,8 @@ def make_splits(
     drop_leaks : bool, default False
         Leave out test rows whose bytes equal those of a training row (of any, whatever the shots).
     near : NearDuplicates, optional
-        Keep groups of near-duplicates together, and leave out test rows that are near a training row.
+        Keep groups of near-duplicates together where splits are drawn; with `drop_leaks`, also leave out test rows that
+        are near a training row.
 
     Raises
     ------

@@ -187,12 +187,14 @@ class _Run:
         """Show how far the tasks are, and raise `EngineError` if nothing moves."""
         if self._on_rows is None:
             return
+        count = len(client.nthreads())
+        if not count:
+            self._moved = time.monotonic()  # `Workers._count` knows how long to wait for one
         if self.running and time.monotonic() - self._moved > STALL_S:
             raise EngineError(
                 f"no row was finished for {STALL_S / 60:.0f} minutes, in {', '.join(self.running.values())}; see what "
                 "their workers wait for, and run the same command again"
             )
-        count = len(client.nthreads())
         self._on_rows(dict(self._rows), f"{count} worker{'s' * (count != 1)}{self._bound}")
 
     def _hear(self, event: tuple[float, Mapping[str, Any]]) -> None:

@@ -172,8 +172,8 @@ class PartFiller:
             As `pipeline.extract.extract`; what was computed is carried over by the next call.
         """
         plan, computing, where = self.plan, self._computing, self._where[number]
-        images, asked = slice_source(self._images, where), None if asked is None else asked[where]
-        asked = np.ones(len(images.items), bool) if asked is None else asked
+        images = slice_source(self._images, where)
+        asked = np.ones(len(images.items), bool) if asked is None else asked[where]
         if images.items and not asked.any():
             return FilledParts(plan.path)
         if not images.items:
@@ -196,7 +196,7 @@ class PartFiller:
             with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
                 filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
                 fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
-            publish_try(writer.cache.path, is_published)
+            publish_try(writer.cache.path, lambda: not computing.rehash and is_published())
         except (CacheError, FileNotFoundError):
             if not is_published():
                 raise
@@ -210,16 +210,18 @@ class PartFiller:
         """Return the network, after a check that it gives the features of the plan on this machine."""
         request = request_of(self.plan)
         wanted = [layer.fingerprint for layer in self.plan.layers]
-        if self._extractor is None or _fingerprints(self._extractor, request) != wanted:
-            computing = self._computing
-            engine = self.plan.pinned.get("engine", "auto") if computing.engine == "auto" else computing.engine
-            self._extractor = FeatureExtractor([request], engine, computing.device, computing.batch_size)
-            if _fingerprints(self._extractor, request) != wanted:
+        computing, found = self._computing, self._extractor
+        engine = self.plan.pinned.get("engine", "auto") if computing.engine == "auto" else computing.engine
+        follows = found is not None and engine in ("auto", found.engine_name(request.pool))
+        if found is None or not follows or _fingerprints(found, request) != wanted:
+            found = FeatureExtractor([request], engine, computing.device, computing.batch_size)
+            if _fingerprints(found, request) != wanted:
                 raise EngineError(
                     f"the weights or the version of thawline here give other features than {self.plan.path.name} is "
                     "for; use those that it was made with, or delete it and its parts"
                 )
-        return self._extractor
+            self._extractor = found
+        return found
 
 
 _kept: tuple[tuple[str, Path], PartFiller] | None = None

@@ -141,7 +141,7 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric:
         parameters are taken if there is none, if no candidate predicts any held-out row right, or if the metric is not
         defined on these rows.
     balanced : bool, default False
-        Whether every class counts alike, in training and in the accuracy.
+        Whether every class counts alike, in training and in the accuracy; other metrics are not weighted.
     metric : str, default "accuracy"
         One of `pipeline.options.METRICS`.
     """
@@ -155,10 +155,11 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric:
     ]
     truth = np.concatenate([fold.y_held for fold in folds])
     held_weights = balanced_weights(truth) if balanced else np.ones(len(truth), np.float32)
-    best, most, unconverged = 0, -math.inf, 0
+    best, most, unconverged, hit = 0, -math.inf, 0, False
     least: float | None = None
     for number, steps in enumerate(zip(*paths, strict=True)):
         predicted = np.concatenate([step.predicted for step in steps])
+        hit |= bool((predicted == truth).any())
         if metric == "accuracy":  # rounded, so that equals tie
             score = round(float(np.sum(held_weights[predicted == truth], dtype=np.float64)), 6) / len(truth)
         else:
@@ -169,7 +170,7 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric:
         loss = _log_loss(steps, folds, held_weights)
         if score > most or (loss is not None and least is not None and loss < least):
             best, most, least = number, score, loss
-    if most == -math.inf or (metric == "accuracy" and most <= 0):  # e.g. no held-out row's class has a training row
+    if not hit or most == -math.inf:  # e.g. no held-out row's class has a training row
         return Choice(head.fixed, float("nan"), None, None, unconverged, len(grid))
     temperature = None
     if family.probabilities:  # of final fits, which are more exact than the steps of a path

@@ -54,7 +54,7 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> Non
         if cells > MOST_CELLS:
             raise FitError(
                 f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
-                "use centroid, or coarser labels"
+                f"use {'another metric' if metric in OF_SCORES else 'centroid'}, or coarser labels"
             )
         check_metric(metric, classes)
     for layer in dict.fromkeys(data.layer for data, _ in trials):

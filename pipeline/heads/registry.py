@@ -13,6 +13,7 @@ from pipeline.heads.linear_svm import LinearSvm
 from pipeline.heads.logreg import Logreg
 from pipeline.heads.rbf_svm import RbfSvm
 from pipeline.heads.ridge import Ridge
+from pipeline.options import head_name
 
 FAMILIES: dict[str, Family] = {
     "logreg": Logreg(),
@@ -23,9 +24,6 @@ FAMILIES: dict[str, Family] = {
     "ridge": Ridge(),
 }
 SCALINGS = ("standard", "l2", "none")
-DEFAULT_SCALING = "l2"
-"""Statistics of a handful of training rows are noise, and the length of a row needs none. `benchmarks/few_shot.py` has
-the figures."""
 _FIXED: dict[str, Params] = {"logreg/l2": {"C": 300.0}}
 """Instead of `Family.fixed`: rows of length 1 need less regularisation than standardised ones."""
 
@@ -56,7 +54,7 @@ class Head:
 
 
 def find_head(name: str) -> Head:
-    """Return the head called `name`: ``FAMILY/SCALING``, or ``FAMILY`` with `DEFAULT_SCALING`.
+    """Return the head called `name`: ``FAMILY/SCALING``, or ``FAMILY`` with the default scaling.
 
     Raises
     ------
@@ -70,10 +68,9 @@ def find_head(name: str) -> Head:
     >>> find_head("logreg").name
     'logreg/l2'
     """
-    family, slash, scaling = name.partition("/")
+    family, _, scaling = head_name(name).partition("/")
     if family not in FAMILIES:
         raise FitError(f"no head named {family!r}; there are {', '.join(FAMILIES)}{nearest(family, FAMILIES)}")
-    if slash and scaling not in SCALINGS:
+    if scaling not in SCALINGS:
         raise FitError(f"no scaling named {scaling!r}; there are {', '.join(SCALINGS)}{nearest(scaling, SCALINGS)}")
-    scaling = scaling or DEFAULT_SCALING
     return Head(f"{family}/{scaling}", FAMILIES[family], scaling)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from scipy.special import stdtrit
 
 from pipeline.arrays import Float64Array
+from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.evaluation.intervals import CONFIDENCE
-from pipeline.evaluation.splits import make_splits
+from pipeline.evaluation.splits import labelled_rows, make_splits
 from pipeline.images.loader import digest_of
-from pipeline.images.sources.registry import ImageSource
+from pipeline.images.sources.registry import ImageSource, Item
 from pipeline.reporting.charts.theme import MARKERS
 from pipeline.reporting.page.method_charts import HEIGHT, WIDTH, Chart
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
 from pipeline.results import LectureFigure, Progress
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Setting:
         items = self.source.items
         labels = np.array([item.label for item in items], np.int64)
         given, groups = (np.array([getattr(item, name) for item in items]) for name in ("split", "group"))
-        digests = np.array([list(digest_of(self.source.read(item))) for item in items], np.uint8)
+        digests = np.array([list(use_image(self.source, item, digest_of)) for item in items], np.uint8)
         splits = make_splits(labels, given, groups, digests, seed=0)
         parts = {row: name for name in ("train", "val", "test") for row in getattr(splits, name).tolist()}
         return replace(self.source, items=[item._replace(split=parts.get(row, "")) for row, item in enumerate(items)])
@@ -49,9 +53,17 @@ class Setting:
     @cached_property
     def sample(self) -> ImageSource:
         """At most 1,000 labelled images of the source, 200 in the short form, drawn by seed 0."""
-        labelled = np.flatnonzero([item.label >= 0 for item in self.source.items])
+        labelled = labelled_rows(np.array([item.label for item in self.source.items], np.int64))
         drawn = np.sort(np.random.default_rng(0).permutation(labelled)[: 200 if self.quick else 1000]).tolist()
         return replace(self.source, items=[self.source.items[row] for row in drawn])
+
+
+def use_image(source: ImageSource, item: Item, use: Callable[[bytes], T]) -> T:
+    """Return what `use` makes of an image's bytes; raises `SourceError`, which names it, if it cannot be read."""
+    try:
+        return use(source.read(item))
+    except UnreadableImageError as error:
+        raise SourceError(f"{item.uri}: {error}; remove it, or mend the source") from error
 
 
 @dataclass(frozen=True)

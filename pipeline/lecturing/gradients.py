@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from pipeline.backbones.trace import hooked
 from pipeline.backbones.zoo_lecture import ResidualNet
 from pipeline.images.resize import prepare
-from pipeline.lecturing.claim import Findings, Setting, line_chart, seeds_figure
+from pipeline.lecturing.claim import Findings, Setting, line_chart, seeds_figure, use_image
 from pipeline.spec import Preprocessing
 
 _DEPTHS = (6, 14, 26, 50)
@@ -76,7 +76,8 @@ def _batch(setting: Setting) -> tuple[Tensor, Tensor]:
     training = [item for item in source.items if item.split == "train"]
     chosen = np.random.default_rng(0).permutation(len(training))[:_IMAGES].tolist()
     geometry = Preprocessing((_SIDE, _SIDE), _SIDE, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    pixels = np.stack([prepare(source.read(training[index]), geometry) for index in chosen])
+    read = partial(prepare, preprocessing=geometry)
+    pixels = np.stack([use_image(source, training[index], read) for index in chosen])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).double()
     return (images - images.mean()) / images.std(), torch.tensor([training[index].label for index in chosen])
 

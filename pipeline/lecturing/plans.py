@@ -10,12 +10,18 @@ from pipeline.comparing.folder import RunFolder, open_finished
 from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards
 from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.errors import FitError
+from pipeline.images.sources.registry import open_source
 from pipeline.lecturing.claim import Setting, verdict
 from pipeline.results import LectureFigure
 
 
 def run_plan(setting: Setting, name: str, plan: str) -> tuple[Leaderboard, RunFolder]:
     """Run a plan, whose `source` and `seed` are those of the setting, in a run folder of this name."""
+    if open_source(setting.source.location).items != setting.source.items:
+        raise FitError(
+            f"the claim {name} is a plan for compare, which reads {setting.source.location} itself; give a source that "
+            "lists exactly these images there"
+        )
     path = setting.folder / f"{name}.toml"
     seeds = list(setting.seeds[:3])
     with atomic_write(path) as draft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -75,5 +76,6 @@ def stimulus_source(name: str, each: int) -> ImageSource:
         kind, uri = number % _CLASSES, f"{name}/{number:04d}"
         image = STIMULI[name](kind, rng) + rng.normal(0, _NOISE, (SIDE, SIDE))
         images[uri] = f"P5\n{SIDE} {SIDE}\n255\n".encode() + (255 * image.clip(0, 1)).astype(np.uint8).tobytes()
-        labelled.append((Item(uri, size=len(images[uri])), str(kind)))
+        version = zlib.crc32(images[uri])  # stands for the time, or a cache would not notice other drawings
+        labelled.append((Item(uri, size=len(images[uri]), mtime_ns=version), str(kind)))
     return build_source(name, name, labelled, lambda item: images[item.uri])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.arrays import Float64Array
+from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_validated
 from pipeline.evaluation.intervals import CONFIDENCE, mcnemar, number_clusters, paired_interval
 from pipeline.evaluation.predictions import Predictions
@@ -39,9 +40,10 @@ class TrainedNet:
 
 
 def train_nets(setting: Setting, names: Sequence[str], epochs: int, size: int) -> dict[str, TrainedNet]:
-    """Train each network with each seed for the same number of steps, without early stopping.
+    """Train each network with each seed for the same number of steps.
 
-    The learning rate is the one of best validation accuracy of the first seed.
+    Training errors are of the last epoch, test errors of the epoch of lowest validation loss. The learning rate is the
+    one of best validation accuracy of the first seed, among those that do not diverge.
     """
     rates = RATES[1:2] if setting.quick else RATES
 
@@ -55,8 +57,13 @@ def train_nets(setting: Setting, names: Sequence[str], epochs: int, size: int) -
     nets = {}
     for name in names:
         tried = [run(name, rate, setting.seeds[:1]).results[0] for rate in rates]
-        rate = rates[best_validated([(one.validation_accuracy, one.validation_log_loss) for one in tried])]
+        stable = [(rate, one) for rate, one in zip(rates, tried, strict=True) if one.converged]
+        if not stable:
+            raise FitError(f"{name} diverged at every learning rate of {', '.join(map(str, rates))}")
+        rate = stable[best_validated([(one.validation_accuracy, one.validation_log_loss) for _, one in stable])][0]
         report = run(name, rate, setting.seeds)  # that of the first seed is in its checkpoint
+        if not all(one.converged for one in report.results):
+            raise FitError(f"{name} diverged at learning rate {rate:g}, so that seeds have unequal steps")
         nets[name] = TrainedNet(rate, report.results, report.predictions)
     return nets
 

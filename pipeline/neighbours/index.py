@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from features_cache import CacheError, DamagedCacheError, atomic_write, explained
 from pipeline.arrays import Float32Array, IntArray
+from pipeline.errors import first_line
 from pipeline.invalidation import stage_key
 from pipeline.neighbours.nearest import nearest_rows
 from pipeline.neighbours.rows import UnitRows
@@ -79,15 +81,25 @@ def index_of(rows: UnitRows) -> RowIndex:
         digests=hashlib.blake2b(rows.file.digests[rows.rows].tobytes()).hexdigest(),
     )
     if kept := _kept(about, key):
-        with explained(path, "read"):
+        try:
             return RowIndex(faiss.read_index(str(path)), **kept)
+        except RuntimeError as error:  # faiss has no other
+            raise DamagedCacheError(f"{path} is missing or damaged: delete {about}, and it is built again") from error
     index = _build(faiss, rows)
+    if os.access(path.parent, os.W_OK):
+        _keep(faiss, index, path, about, key)
+    return index
+
+
+def _keep(faiss: Any, index: RowIndex, path: Path, about: Path, key: str) -> None:
     with explained(path, "write"):
-        with atomic_write(path) as draft:
-            faiss.write_index(index.faiss_index, str(draft))
+        try:
+            with atomic_write(path) as draft:
+                faiss.write_index(index.faiss_index, str(draft))
+        except RuntimeError as error:
+            raise CacheError(f"{path} cannot be written: {first_line(error)}") from error
         with atomic_write(about) as draft:
             draft.write_text(json.dumps({"key": key, "cells": index.cells, "recall": index.recall}))
-    return index
 
 
 def _kept(about: Path, key: str) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from features_cache import CacheFile, Catalog
+from features_cache import CacheFile, Catalog, digest_keys
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.evaluation.intervals import accuracy_interval, effective_rows, number_clusters
 from pipeline.evaluation.leaks import NearDuplicates
@@ -16,11 +16,11 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.rows import Layer, Table
 from pipeline.evaluation.splits import Splits
 from pipeline.neighbours.groups import group_images
-from pipeline.neighbours.nearest import near_pairs, nearest_rows
+from pipeline.neighbours.nearest import ROUNDING, Pairs, near_pairs, nearest_rows
 from pipeline.neighbours.planting import kept_threshold, threshold_of
 from pipeline.neighbours.rows import DistinctImages, UnitRows
-from pipeline.results import LeakPrice, NearnessBin, Progress
-from pipeline.spec import DEFAULT_LAYER
+from pipeline.results import LeakPrice, NearnessBin, NearThreshold, Progress
+from pipeline.spec import DEFAULT_LAYER, is_outdated
 
 BINS = 4
 MOST_TESTED = 2000
@@ -37,34 +37,44 @@ def keep_near_together(
     last layer of the file; so all layers of one file have the same splits.
     """
     tables: dict[Table, Table] = {}
+    judged: dict[CacheFile, tuple[DistinctImages, NearThreshold, Pairs]] = {}
     notes = []
     for table in dict.fromkeys(layer.table for layer in layers):
         file = _judge(catalog, table.files[0])
-        images = DistinctImages(file, _deepest(list(file.layers)))
-        near = threshold_of(images, threshold, progress=progress)
-        pairs = near_pairs(images, near.threshold)
-        row_of = {uri: index for index, uri in enumerate(file.uris[images.done].tolist())}
-        found = [row_of.get(uri, -1) for uri in table.uris.tolist()]
-        alone = len(images) + np.arange(len(found))  # an image that this file lacks is near no other
-        shown = np.where(np.array(found) >= 0, images.copies[found], alone)
-        groups = np.concatenate([group_images(pairs, len(images)), alone])
+        if file not in judged:
+            images = DistinctImages(file, _deepest(list(file.layers)))
+            near = threshold_of(images, threshold, progress=progress)
+            judged[file] = images, near, near_pairs(images, near.threshold)
+        images, near, pairs = judged[file]
+        number_of = {key: number for number, key in enumerate(images.keys.tolist())}
+        keys = digest_keys(table.digests).tolist()  # an image that this file lacks is near no other
+        shown = np.array([number_of.setdefault(key, len(number_of)) for key in keys], np.int64)
+        groups = np.concatenate([group_images(pairs, len(images)), np.arange(len(images), len(number_of))])
         tables[table] = replace(table, near=NearDuplicates(shown, groups, pairs.first, pairs.second))
-        counted = np.bincount(groups[shown])
-        told = "" if near.recall_all is None else f"; this finds {near.recall_all:.0%} of planted copies"
-        if near.false_alarms is not None:
-            told += f", with false alarms on {near.false_alarms:.1%} of the images"
-        elif near.copies:
-            told += "; false alarms could not be measured, because the source has neither groups nor classes"
-        notes.append(
-            f"{counted[counted > 1].sum()} of {len(found)} images are in groups of near-duplicates (similarity "
-            f"{near.threshold:.3f} or more on {near.layer}), which stay on one side{told}"
-        )
-    return [replace(layer, table=tables[layer.table]) for layer in layers], notes
+        notes.append(_near_note(near, np.bincount(groups[shown]), len(shown)))
+    return [replace(layer, table=tables[layer.table]) for layer in layers], list(dict.fromkeys(notes))
+
+
+def _near_note(near: NearThreshold, sizes: IntArray, rows: int) -> str:
+    told = "" if near.recall_all is None else f"; this finds {near.recall_all:.0%} of planted copies"
+    if near.false_alarms is not None:
+        told += f", with false alarms on {near.false_alarms:.1%} of the images"
+    elif near.copies:
+        told += "; false alarms could not be measured, because the source has neither groups nor classes"
+    return (
+        f"{sizes[sizes > 1].sum()} of {rows} images are in groups of near-duplicates (similarity {near.threshold:.3f} "
+        f"or more on {near.layer}), which stay together in splits and folds that are drawn{told}"
+    )
 
 
 def _judge(catalog: Catalog, file: CacheFile) -> CacheFile:
-    alike = [other for other in catalog.files if other.handles == file.handles and DEFAULT_LAYER in other.layers]
-    return alike[0] if alike else file
+    """Return the file whose `penultimate` tells what is near: this one, or one like it; this one if none has it."""
+    alike = (
+        other
+        for other in (file, *catalog.files)
+        if other.handles == file.handles and DEFAULT_LAYER in other.layers and not is_outdated(other)
+    )
+    return next(alike, file)
 
 
 def _deepest(names: Sequence[str]) -> str:
@@ -117,7 +127,7 @@ def leak_price(near: Nearness, predictions: Predictions) -> LeakPrice:
     bins = [_bin(part, similarity, predictions) for part in np.array_split(order, BINS) if len(part)]
     if threshold is None:
         return LeakPrice(layer, bins)
-    far = predictions.right[drawn][similarity[drawn] < threshold]
+    far = predictions.right[drawn][similarity[drawn] < threshold - ROUNDING]
     return LeakPrice(layer, bins, threshold, len(drawn) - len(far), float(far.mean()) if len(far) else None)
 
 

@@ -5,7 +5,6 @@ Rows have length 1, so an inner product is the cosine of the angle between two i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -99,19 +98,17 @@ def near_pairs(rows: UnitRows, threshold: float, others: UnitRows | None = None)
     found: list[Pairs] = []
     total = 0
     for start in range(0, len(left), BLOCK):
-        stop = min(start + BLOCK, len(left))
-        candidates = [
-            _candidates(left[start:stop], right, start, other, threshold - ROUNDING, same=others is None)
-            for other in range(start if others is None else 0, len(right), BLOCK)
-        ]
-        pairs = Pairs(*map(np.concatenate, zip(*_checked(candidates, rows, others or rows, threshold), strict=True)))
-        total += len(pairs.first)
-        if total > MOST_PAIRS:
-            raise FitError(
-                f"more than {MOST_PAIRS:,} pairs of images have a similarity of {threshold:.3f} or more on "
-                f"{rows.layer}: nearly all look alike to it; use a higher threshold, or another layer"
-            )
-        found.append(pairs)
+        block, mine = left[start : start + BLOCK], rows.take(np.arange(start, min(start + BLOCK, len(left))))
+        for other in range(start if others is None else 0, len(right), BLOCK):
+            first, second = _candidates(block, right, start, other, threshold - ROUNDING, same=others is None)
+            pairs = _checked(first, second, mine, start, others or rows, threshold)
+            total += len(pairs.first)
+            if total > MOST_PAIRS:
+                raise FitError(
+                    f"more than {MOST_PAIRS:,} pairs of images have a similarity of {threshold:.3f} or more on "
+                    f"{rows.layer}: nearly all look alike to it; use a higher threshold, or another layer"
+                )
+            found.append(pairs)
     return Pairs(*map(np.concatenate, zip(*found, strict=True)))
 
 
@@ -154,21 +151,21 @@ def _candidates(
 
 
 def _checked(
-    candidates: list[tuple[IntArray, IntArray]], rows: UnitRows, others: UnitRows, threshold: float
-) -> Iterator[Pairs]:
-    """Keep the candidates of one block of rows whose similarity, computed from whole rows, reaches the threshold."""
-    wanted = np.unique(np.concatenate([first for first, _ in candidates]))
-    mine = rows.take(wanted)
-    for first, second in candidates:
-        theirs = np.unique(second)
-        whole = others.take(theirs)
-        at, of = np.searchsorted(wanted, first), np.searchsorted(theirs, second)
-        if len(first) > len(wanted) * len(theirs) / 16:
-            similarity = (mine @ whole.T)[at, of]
-        else:
-            similarity = np.empty(len(first), np.float32)
-            for begin in range(0, len(first), BLOCK):
-                part = slice(begin, begin + BLOCK)
-                similarity[part] = np.einsum("nd,nd->n", mine[at[part]], whole[of[part]])
-        kept = similarity >= threshold - ROUNDING
-        yield Pairs(first[kept], second[kept], np.minimum(similarity[kept], 1))
+    first: IntArray, second: IntArray, mine: Float32Array, start: int, others: UnitRows, threshold: float
+) -> Pairs:
+    """Keep the candidates whose similarity, computed from whole rows, reaches the threshold.
+
+    `mine` are the rows from `start` on, among which are the first ones.
+    """
+    theirs = np.unique(second)
+    whole = others.take(theirs)
+    at, of = first - start, np.searchsorted(theirs, second)
+    if len(first) > len(mine) * len(theirs) / 16:
+        similarity = (mine @ whole.T)[at, of]
+    else:
+        similarity = np.empty(len(first), np.float32)
+        for begin in range(0, len(first), BLOCK):
+            part = slice(begin, begin + BLOCK)
+            similarity[part] = np.einsum("nd,nd->n", mine[at[part]], whole[of[part]])
+    kept = similarity >= threshold - ROUNDING
+    return Pairs(first[kept], second[kept], np.minimum(similarity[kept], 1))

@@ -110,22 +110,23 @@ def _calibrate(
     everything = np.concatenate(list(planted.values()))
     threshold = float(np.quantile(everything, MISSED))
     if len(foreign):
-        allowed = np.sort(foreign)[::-1][int(FALSE_ALARMS * len(foreign))]
+        allowed = np.sort(foreign)[::-1][int(FALSE_ALARMS * len(foreign))]  # one pair at least
         if allowed > 1 - ROUNDING:
             raise FitError(
                 f"images of different {apart} have the same features on {images.layer}, so it cannot tell copies from "
                 "other images; use another layer, or give a threshold"
             )
-        threshold = max(threshold, float(np.nextafter(np.float32(allowed), np.float32(2))))
+        threshold = max(threshold, float(allowed))
+    least = threshold - ROUNDING  # as `near_pairs` compares
     found = NearThreshold(
         layer=images.layer,
         threshold=threshold,
         copies=len(next(iter(planted.values()))),
-        recall={edit: float(np.mean(values >= threshold)) for edit, values in planted.items()},
-        recall_all=float(np.mean(everything >= threshold)),
+        recall={edit: float(np.mean(values >= least)) for edit, values in planted.items()},
+        recall_all=float(np.mean(everything >= least)),
         apart=apart,
         compared=len(foreign),
-        false_alarms=float(np.mean(foreign >= threshold)) if len(foreign) else None,
+        false_alarms=float(np.mean(foreign >= least)) if len(foreign) else None,
     )
     if os.access(path.parent, os.W_OK):
         with explained(path, "write"), atomic_write(path) as draft:
@@ -135,7 +136,10 @@ def _calibrate(
 
 def kept_threshold(file: CacheFile, layer: str) -> float | None:
     """Return the threshold that is kept beside a cache file, None if it was not measured, or rows came since."""
-    kept = _kept(*_kept_at(file, layer))
+    try:
+        kept = _kept(*_kept_at(file, layer))
+    except DamagedCacheError:  # `duplicates` says so; nothing here depends on it
+        return None
     return kept.threshold if kept else None
 
 
@@ -205,6 +209,7 @@ def _foreign(images: DistinctImages) -> tuple[Float32Array, str]:
 def _units(images: DistinctImages) -> tuple[str, StrArray]:
     """Return what tells images apart, and its name for each image, ``""`` for none."""
     file = images.file
-    if len(np.unique(groups := file.groups[images.rows])) > 1:
+    groups = file.groups[images.rows]
+    if len(np.unique(groups[groups != ""])) > 1:
         return "groups", groups
     return "classes", np.array([*file.classes, ""])[file.labels[images.rows]]

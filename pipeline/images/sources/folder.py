@@ -21,7 +21,7 @@ from pipeline.images.sources.items import (
     read_file,
     stamp,
 )
-from pipeline.images.sources.remote import MISSING_SIZE, RemotePath
+from pipeline.images.sources.remote import RemotePath
 from pipeline.tables import SPLIT_WORDS
 
 
@@ -50,15 +50,18 @@ def open_image(path: Location) -> ImageSource | None:
     size, mtime_ns = stamp(path)
     item = Item(path.name, size=size, mtime_ns=mtime_ns)
     source = build_source(path.stem, path.as_posix(), [(item, "")], lambda item: read_file(path))
-    return replace(source, remote=isinstance(path, RemotePath))
+    if not isinstance(path, RemotePath):
+        return source
+    remarks = *source.remarks, *unnoticed(source.items if path.is_http else ())
+    return replace(source, remarks=remarks, remote=True)
 
 
 def unnoticed(items: Iterable[Item]) -> Iterator[str]:
-    """Say that changes of images on web servers are not noticed, for those of which no size and version is known."""
-    if count := sum(item.size == MISSING_SIZE and not item.mtime_ns for item in items):
+    """Say that changes of images on web servers are not noticed, for those of which no version is known."""
+    if count := sum(not item.mtime_ns for item in items):
         yield (
-            f"{count} images are on web servers, which list neither sizes nor versions: whether they changed since an "
-            "earlier extraction is noticed only if it rehashes"
+            f"{count} images are on web servers that tell no versions: whether they changed since an earlier "
+            "extraction is noticed only if it rehashes"
         )
 
 

@@ -47,9 +47,9 @@ class Held(Generic[Part]):
             try:
                 part.set_result(read())
             except BaseException as error:
+                with self._lock:  # first, or another thread that drops the oldest would raise this error
+                    del self._parts[key]
                 part.set_exception(error)
-                with self._lock:
-                    self._parts.pop(key, None)
             else:
                 self._drop_oldest()
         return part.result()

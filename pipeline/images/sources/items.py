@@ -85,7 +85,8 @@ class Item(NamedTuple):
     group : str
         What must stay on one side of a split (a person, a scene); ``""`` for none.
     size : int
-        Bytes when listed; -1 if the file was missing, or if the listing tells no size.
+        Bytes when listed (of a row of a table, those of the table); -1 if the file was missing, or if the listing tells
+        no size.
     mtime_ns : int
         Modification time when listed, in nanoseconds, at most `TIME_LIMIT`, or a number that stands for the version of
         a remote object; 0 if the file was missing, or if the listing tells neither.
@@ -247,6 +248,18 @@ def split_in(path: str) -> str:
     words = re.split(r"[^a-z]+", path.lower())
     splits = {SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else ""
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a member of a packed file, ``""`` if it is hidden or leads out of the file.
+
+    Examples
+    --------
+    >>> plain_name("./cat//1.jpg"), plain_name("../1.jpg"), plain_name("cat/.1.jpg")
+    ('cat/1.jpg', '', '')
+    """
+    parts = [part for part in name.split("/") if part not in {"", "."}]
+    return "" if name.startswith("/") or any(part.startswith(".") for part in parts) else "/".join(parts)
 
 
 def extension_of(name: str) -> str:

@@ -155,6 +155,8 @@ def _stamped(images: Mapping[str, Location]) -> dict[str, Stamp]:
     for image in images.values():
         if isinstance(image, RemotePath) and not image.is_http:
             folders.setdefault(image.parent.key, image.parent)
+    for fs in {id(folder.fs): folder.fs for folder in folders.values()}.values():
+        fs.invalidate_cache()  # of an earlier call in this process
     listings = map_ahead(RemotePath.listing, folders.values(), LISTED_AT_ONCE, LISTED_AT_ONCE)
     listed = {file.key: file.stat() for listing in listings for file in listing.values()}
     return {

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from pipeline.images.sources.folder import walk
+from pipeline.images.sources.folder import unnoticed, walk
 from pipeline.images.sources.items import ImageSource, Location, Packed, build_source, extension_of
 from pipeline.images.sources.remote import RemotePath
 from pipeline.images.sources.shards import read_shards
@@ -58,9 +58,10 @@ def open_packed(path: Location) -> ImageSource | None:
     others.update(extension_of(uri) for uri in files.keys() - chosen.keys())
     packed = _READERS[kind](chosen) if chosen else Packed()
     source = build_source(name, path.as_posix(), packed.labelled, lambda item: packed.readers[item.uri]())
+    is_web = isinstance(path, RemotePath) and path.is_http
     return replace(
         source,
         passed_over=packed.passed_over + others,
-        remarks=(*source.remarks, *packed.remarks),
+        remarks=(*source.remarks, *packed.remarks, *unnoticed(source.items if is_web else ())),
         remote=isinstance(path, RemotePath),
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pipeline.errors import SourceError, first_line
+from pipeline.images.ahead import map_ahead
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -72,7 +73,7 @@ def is_url(text: str) -> bool:
     >>> is_url("s3://bucket/photos"), is_url("photos/cat.jpg")
     (True, False)
     """
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*(://|::)", text) is not None
+    return re.match(r"([A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
 
 
 def locate_all(urls: Iterable[str]) -> Iterator[Path | RemotePath]:
@@ -103,10 +104,10 @@ def locate(url: str) -> Path | RemotePath:
     try:
         fs, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        remedy = f"pip install 'thawline[{EXTRAS[protocol]}]'" if protocol in EXTRAS else first_line(error)
+        remedy = f"pip install 'thawline[{EXTRAS[protocol]}]'" if protocol in EXTRAS else _told(error)
         raise SourceError(f"{_shown(url)}: reading {protocol}:// needs another library: {remedy}") from error
     except Exception as error:  # each library has its own errors for what is no URL of it
-        raise SourceError(f"{_shown(url)}: expected a URL that fsspec can open: {first_line(error)}") from error
+        raise SourceError(f"{_shown(url)}: expected a URL that fsspec can open: {_told(error)}") from error
     return Path(path) if "file" in _protocols(fs) else RemotePath(fs, path, url)
 
 
@@ -283,14 +284,17 @@ class RemotePath:
         for pause in (*(PAUSES if pauses is None else pauses), None):
             try:
                 return request()
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            except (IsADirectoryError, NotADirectoryError):
                 raise
-            except Exception as error:  # each library has its own errors for what may pass
+            except Exception as caught:  # each library has its own errors for what may pass
+                hidden = caught.__cause__ if self.is_http and isinstance(caught, FileNotFoundError) else None
+                error = hidden if isinstance(hidden, Exception) else caught  # fsspec calls all failures of info so
+                if isinstance(error, FileNotFoundError):
+                    raise
                 if _status(error) in _GONE:
                     raise FileNotFoundError(str(self)) from error
                 if pause is None:
-                    why = first_line(error).replace(self._url, str(self))
-                    raise SourceError(f"{self}: cannot be read: {why}{remedy}") from error
+                    raise SourceError(f"{self}: cannot be read: {_told(error)}{remedy}") from error
                 time.sleep(pause * random.uniform(1, 1.5))  # noqa: S311
         raise AssertionError("the last try returns or raises")
 
@@ -298,7 +302,8 @@ class RemotePath:
 def hold_if_small(files: Iterable[Path | RemotePath]) -> None:
     """Let remote files be fetched whole when they are opened, and kept, if they take at most `HELD_BYTES` together."""
     remote = [file for file in files if isinstance(file, RemotePath)]
-    if sum(file.stat().size for file in remote) <= HELD_BYTES:
+    stamps = map_ahead(RemotePath.stat, remote, LISTED_AT_ONCE, LISTED_AT_ONCE)
+    if sum(max(0, one.size) for one in stamps) <= HELD_BYTES:
         for file in remote:
             file.hold = True
 
@@ -376,6 +381,12 @@ def _joined(above: str, relative: str) -> str:
         return f"{above.rstrip('/')}/{relative}"
     scheme, mark, path = above.rpartition("://")
     return scheme + mark + posixpath.normpath(f"{path}/{relative}")
+
+
+def _told(error: Exception) -> str:
+    """Return the first line of what a library says, without passwords and signatures of URLs."""
+    text = re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+", lambda url: _shown(url[0]), str(error))
+    return first_line(OSError(text or type(error).__name__))
 
 
 def _shown(url: str) -> str:

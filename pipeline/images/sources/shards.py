@@ -24,6 +24,7 @@ from pipeline.images.sources.items import (
     check_unchanged,
     extension_of,
     holds_image,
+    plain_name,
     read_part,
     split_in,
     stamp,
@@ -173,10 +174,9 @@ def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, extension
 def _plain_members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Yield the regular members, without links, hidden names, and names that lead out of the shard."""
     for info in archive:
-        parts = [part for part in info.name.split("/") if part not in {"", "."}]
-        inside = parts and not info.name.startswith("/") and not any(part.startswith(".") for part in parts)
-        if inside and info.isreg() and not info.issparse():
-            yield "/".join(parts), info
+        name = plain_name(info.name)
+        if name and info.isreg() and not info.issparse():
+            yield name, info
 
 
 def _label_of(uri: str, stem: str, labels: Mapping[str, str], by_sample: Mapping[str, set[str]]) -> str:

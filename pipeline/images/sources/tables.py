@@ -117,7 +117,7 @@ def _packed(files: Mapping[str, Location], list_file: Callable[[Location], _List
         places = ((read, index) for count, read in table.chunks for index in range(count))
         for number, ((name, label, split, group), (read, index)) in enumerate(zip(table.rows, places, strict=True)):
             where = f"{uri}/{number:07d}" + f"/{name}" * bool(name)
-            item = Item(where, split=split or named_split, group=group, mtime_ns=listed.mtime_ns)
+            item = Item(where, split=split or named_split, group=group, **listed._asdict())
             packed.add(item, label, partial(_read, held, read, index))
     return packed
 
@@ -125,10 +125,9 @@ def _packed(files: Mapping[str, Location], list_file: Callable[[Location], _List
 def _read(held: Held[Any], read: Callable[[], Any], index: int) -> bytes:
     """Return the image at an index of the chunk that `read` returns."""
     chunk = held.get(read, read)
-    data = chunk[index].as_py() if index < len(chunk) else None
-    if data is None:
+    if index >= len(chunk):
         raise UnreadableImageError("no image in its row")
-    return bytes(data)
+    return bytes(chunk[index].as_py() or b"")  # decoding says that it is empty
 
 
 def _list_parquet(path: Location) -> _Listed:
@@ -149,15 +148,15 @@ def _list_parquet(path: Location) -> _Listed:
 
 
 def _read_group(path: Location, listed: Stamp, metadata: Any, group: int, columns: _Columns) -> pa.ChunkedArray:
-    check_unchanged(path, listed)
-    parts = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
-    size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == columns.bytes)
-    if size > CHUNK_LIMIT:
-        raise UnreadableImageError(f"in a row group of {size} bytes, more than {CHUNK_LIMIT}")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_unchanged(path, listed)
     with unreadable("shard"):
+        parts = (metadata.row_group(group).column(index) for index in range(metadata.num_columns))
+        size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema == columns.bytes)
+        if size > CHUNK_LIMIT:
+            raise UnreadableImageError(f"in a row group of {size} bytes, more than {CHUNK_LIMIT}")
         try:
             file = pq.ParquetFile(_file(path), metadata=metadata)
             column = file.read_row_group(group, columns=[columns.bytes], use_threads=False).column(0)
@@ -211,7 +210,7 @@ def _reading(path: Location) -> Iterator[None]:
         raise SourceError(f"{path}: reading Parquet and Arrow needs pyarrow: pip install 'thawline[parquet]'") from None
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: expected a table: {shorten(str(error), MESSAGE_LENGTH)}") from None
 
 

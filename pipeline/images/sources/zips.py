@@ -23,6 +23,7 @@ from pipeline.images.sources.items import (
     check_size,
     extension_of,
     holds_image,
+    plain_name,
     read_part,
     split_in,
     stamp,
@@ -108,10 +109,9 @@ def _member(info: zipfile.ZipInfo, following: int) -> _Member:
 def _plain_members(infos: list[zipfile.ZipInfo]) -> Iterator[tuple[str, zipfile.ZipInfo]]:
     """Yield the members that are files, without hidden names, and names that lead out of the archive."""
     for info in infos:
-        parts = [part for part in info.filename.split("/") if part not in {"", "."}]
-        inside = parts and not info.filename.startswith("/") and not any(part.startswith(".") for part in parts)
-        if inside and not info.is_dir() and parts[0] != "__MACOSX":
-            yield "/".join(parts), info
+        name = plain_name(info.filename)
+        if name and not info.is_dir() and not name.startswith("__MACOSX/"):
+            yield name, info
 
 
 def _has_image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, extension: str) -> bool:
@@ -131,7 +131,8 @@ def _splits_and_classes(names: list[str], archive: Location) -> list[tuple[str, 
     if (
         len(tops) == 1
         and SPLIT_WORDS.keys().isdisjoint(top.lower() for top in tops)
-        and all(len(parts) > 2 for parts in below)
+        and all(len(parts) > 1 for parts in below)
+        and any(len(parts) > 2 for parts in below)
     ):
         below = [parts[1:] for parts in below]
     return splits_and_classes(["/".join(parts) for parts in below], archive)

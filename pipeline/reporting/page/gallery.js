@@ -37,8 +37,11 @@ function restore() {
   for (const [uri, { mark, label }] of kept) {
     const card = cardOf.get(uri);
     if (!card) continue;
+    const select = card.querySelector("select");
+    const offered = [...select.options].some((option) => option.value === label);
+    if (mark === "wrong" && !offered) continue; // the label was corrected since
     card.querySelector(`input[value=${mark === "wrong" ? "wrong" : "right"}]`).checked = true;
-    if (label) card.querySelector("select").value = label;
+    if (label) select.value = label;
     read(card);
   }
   keep();

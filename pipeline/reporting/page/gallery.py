@@ -84,9 +84,11 @@ def _group_card(album: Album, group: Sequence[GroupedImage]) -> Card:
 def suspects_page(report: SuspectsReport, path: Path) -> list[str]:
     """Write the page on which suspects are judged, images with several labels first; return notes as others."""
     album = Album(source_of(report.file))
-    cards = [partial(_conflict_card, album, one) for one in report.conflicts]
+    cards = [partial(_conflict_card, album, one, at) for one in report.conflicts for at in range(len(one.uris))]
     cards += [partial(_suspect_card, album, one) for one in report.suspects]
-    sizes = [len(one.uris) for one in report.conflicts] + [1 + len(one.neighbours) for one in report.suspects]
+    sizes = [len(one.uris) for one in report.conflicts for _ in one.uris] + [
+        1 + len(one.neighbours) for one in report.suspects
+    ]
     sentences = [
         "Labels that are probably wrong, the most doubtful first; beside each image are those that look most like it.",
         *planted_lines(report.planted),
@@ -95,9 +97,11 @@ def suspects_page(report: SuspectsReport, path: Path) -> list[str]:
     return _write(path, "Labels in doubt", sentences, cards, sizes, report.table.classes, key)
 
 
-def _conflict_card(album: Album, one: Conflict) -> Card:
-    images = [album.thumbnail(uri, label) for uri, label in zip(one.uris, one.labels, strict=True)]
-    return Card(one.uris[0], "the same image has several labels", images, one.labels[0], one.suggested)
+def _conflict_card(album: Album, one: Conflict, at: int) -> Card:
+    """Return the card on which the label of one of the equal images is judged."""
+    order = [at, *(other for other in range(len(one.uris)) if other != at)]
+    images = [album.thumbnail(one.uris[each], one.labels[each]) for each in order]
+    return Card(one.uris[at], "the same image has several labels", images, one.labels[at], one.suggested)
 
 
 def _suspect_card(album: Album, one: Suspect) -> Card:

@@ -32,19 +32,12 @@ from pipeline.reporting.page.model_charts import calibration_chart, class_chart,
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
 from pipeline.reporting.page.template import render_page
 from pipeline.reporting.terminal.neighbour_tables import price_lines
+from pipeline.reporting.terminal.tables import METRIC_COLUMNS
 
 MOST_COMPARED = 8
 MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_UNREADABLE = 200
 FEWEST_MAPPED = 5
-METRIC_COLUMNS = {
-    "mean_per_class_accuracy": "per class",
-    "macro_f1": "macro F1",
-    "kappa": "kappa",
-    "auroc": "AUROC",
-    "average_precision": "AP",
-    "top5_accuracy": "top 5",
-}
 """Headings of the metrics in the table of all results, besides accuracy; some only if the plan chooses by them."""
 ALWAYS_SHOWN = ("mean_per_class_accuracy", "macro_f1", "auroc")
 
@@ -199,7 +192,7 @@ def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str],
         "classes": classes,
         "counts": confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist() if drawn else [],
         "price": (price := score.first.result.leak_price),
-        "price_lines": price_lines(price, score.first.result.accuracy) if price else [],
+        "price_lines": price_lines(price) if price else [],
         "confusions": worst_confusions(predictions, classes, album),
     }
 

@@ -11,7 +11,7 @@ from pipeline.comparing.estimate import Planned, Power
 from pipeline.comparing.folder import JobResult
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet
-from pipeline.reporting.terminal.tables import rows_table
+from pipeline.reporting.terminal.tables import METRIC_COLUMNS, rows_table
 
 MOST_ROWS = 12
 
@@ -22,7 +22,7 @@ def score_table(results: Sequence[JobResult], best_sets: Sequence[BestSet]) -> T
     Numbers are means over seeds; a metric other than accuracy has a column.
     """
     metric = results[0].result.metric if results else "accuracy"
-    also = [] if metric == "accuracy" else [metric.replace("_", " ")]
+    also = [] if metric == "accuracy" else [METRIC_COLUMNS[metric]]
     among = {(one.source, one.shots): one.methods for one in best_sets}
     rows = []
     for board in leaderboards(results):

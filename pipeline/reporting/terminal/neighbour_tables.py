@@ -88,19 +88,22 @@ def nearness_table(price: LeakPrice) -> Table:
     return rows_table(("similarity", "test images", "accuracy", "95 % interval"), rows, title)
 
 
-def price_lines(price: LeakPrice, accuracy: float) -> list[str]:
+def price_lines(price: LeakPrice) -> list[str]:
     """Say what near-duplicates add to the accuracy, where it is known which images are."""
     if price.near is None:
         return []
-    told = f"{price.near} test images are near-duplicates of training images (similarity {price.threshold:.3f} or more)"
+    compared = sum(one.images for one in price.bins)
+    told = (
+        f"{price.near} of {compared} compared test images are near-duplicates of training images (similarity "
+        f"{price.threshold:.3f} or more)"
+    )
     if price.accuracy_far is None:
         return [f"{told}: all of them"]
-    added = accuracy - price.accuracy_far
-    return (
-        [f"{told}; without them the accuracy is {price.accuracy_far:.3f}, {100 * added:.1f} points less"]
-        if price.near
-        else [told]
-    )
+    if not price.near:
+        return [told]
+    added = 100 * (sum(one.images * one.accuracy for one in price.bins) / compared - price.accuracy_far)
+    change = f"{abs(added):.1f} points {'less' if added >= 0 else 'more'}"
+    return [f"{told}; without them the accuracy is {price.accuracy_far:.3f}, {change}"]
 
 
 def conflicts_table(conflicts: Sequence[Conflict]) -> Table:

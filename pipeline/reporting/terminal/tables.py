@@ -28,6 +28,16 @@ from pipeline.results import (
 LEVEL = 0.05  # up to this p-value, two sets are said to differ
 _SCORES = {"logme": "LogME", "h_score": "H-score", "leep": "LEEP"}
 
+METRIC_COLUMNS = {
+    "mean_per_class_accuracy": "per class",
+    "macro_f1": "macro F1",
+    "kappa": "kappa",
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "top5_accuracy": "top 5",
+}
+"""Headings of metrics other than accuracy."""
+
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
     """One row for each cache file."""
@@ -132,9 +142,9 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
     return {
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
-        "per class": [f"{result.mean_per_class_accuracy:.3f}" for result in results],
-        "top 5": [_known(result.top5_accuracy) for result in results],
-        "AUROC": [_known(result.auroc) for result in results],
+        METRIC_COLUMNS["mean_per_class_accuracy"]: [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        METRIC_COLUMNS["top5_accuracy"]: [_known(result.top5_accuracy) for result in results],
+        METRIC_COLUMNS["auroc"]: [_known(result.auroc) for result in results],
         **_chosen_by(results),
         "log-loss": [_calibrated(result) for result in results],
         **_judged(results),
@@ -144,9 +154,8 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
 
 def _chosen_by(results: Sequence[FitResult]) -> dict[str, list[str]]:
     """Return the metric that parameters were chosen by, if no other column has it."""
-    names = {"macro_f1": "macro F1", "kappa": "kappa", "average_precision": "average precision"}
-    chosen = dict.fromkeys(result.metric for result in results if result.metric in names)
-    return {names[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
+    chosen = dict.fromkeys(one.metric for one in results if one.metric in ("macro_f1", "kappa", "average_precision"))
+    return {METRIC_COLUMNS[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
 
 
 def _known(value: float | None) -> str:
