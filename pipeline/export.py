@@ -20,6 +20,7 @@ from pipeline.errors import ModelFileError, first_line
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
+from pipeline.options import CLASSIFICATION
 from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, Size, json_fields
@@ -103,6 +104,8 @@ class _Parts:
 
 
 def _head_parts(saved: SavedModel) -> _Parts:
+    if saved.task != CLASSIFICATION:
+        raise ModelFileError(f"only models that predict a class can be written as ONNX, not one of task '{saved.task}'")
     specs = saved.specs
     scores = HeadScores(saved, half=specs[0].store == "float16")
     if len({(spec.backbone, spec.weights_digest, spec.pool, spec.preprocessing, spec.store) for spec in specs}) > 1:

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class ModelFormat:
         The distributions whose versions are saved with the model, in the field ``versions``.
     remedy : str
         What to do about a file that cannot be used, such as ``"fit and save it again"``.
+    defaults : mapping of str to object, optional
+        Values of fields that older files do not have.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelFormat:
     fields: Mapping[str, Any]
     libraries: Sequence[str]
     remedy: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def versions(self) -> dict[str, str]:
         """Return the installed versions of the libraries that a saved model depends on."""
@@ -80,6 +83,7 @@ class ModelFormat:
 
     def read_fields(self, path: Path, description: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a description, or raise `ModelFileError` if one is missing or impossible."""
+        description = {**self.defaults, **description}
         wrong = [name for name, kind in self.fields.items() if not isinstance(description.get(name, ...), kind)]
         temperature = description.get("temperature")
         if isinstance(temperature, float) and not 0 < temperature < float("inf"):

@@ -27,6 +27,7 @@ from pipeline.evaluation.rows import require_finite
 from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.heads.solvers.device import run_one_by_one
 from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
+from pipeline.options import CLASSIFICATION
 from pipeline.results import Progress
 
 MOST_CELLS = 1 << 27
@@ -56,7 +57,8 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> Non
                 f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
                 f"use {'another metric' if metric in OF_SCORES else 'centroid'}, or coarser labels"
             )
-        check_metric(metric, classes)
+        if data.layer.table.task == CLASSIFICATION:
+            check_metric(metric, classes)
     for layer in dict.fromkeys(data.layer for data, _ in trials):
         require_finite(layer)
 
@@ -145,11 +147,17 @@ def _tasks(trials: Sequence[Trial], *, balanced: bool, metric: str, keep: bool) 
         if (scaling, rotated) not in prepared:
             dims = [info.dim for _, info in data.layer.parts]
             prepared[scaling, rotated] = prepare_trial(
-                data.layer.features, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed, dims=dims
+                data.layer.features,
+                table.y,
+                table.labels,
+                data.splits,
+                scaling,
+                rotated=rotated,
+                seed=data.seed,
+                dims=dims,
             )
-        yield joblib.delayed(run_trial)(
-            head, prepared[scaling, rotated], len(table.classes), balanced=balanced, metric=metric, keep=keep
-        )
+        how: Any = {"task": table.task, "balanced": balanced, "metric": metric, "keep": keep}
+        yield joblib.delayed(run_trial)(head, prepared[scaling, rotated], len(table.classes), **how)
 
 
 def _end_with(parent: int) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from sklearn.linear_model import RidgeClassifier
 
-from pipeline.arrays import Float32Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array, FloatArray, IntArray
 from pipeline.heads.family import Fitted, Params, Step, Weights
 from pipeline.heads.linear import C_GRID, LinearFamily
 from pipeline.heads.solvers.hyperplanes import best_classes, one_against_rest
@@ -30,20 +30,26 @@ class Ridge(LinearFamily):
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         classes, signs = one_against_rest(y)
-        weights_of_rows = np.ones((len(y), 1)) if weight is None else weight[:, None].astype(np.float64)
-        mean, middle = (np.sum(weights_of_rows * part, axis=0) / weights_of_rows.sum() for part in (train, signs))
-        centred = train - mean
-        weighted = weights_of_rows * centred
-        values, axes = np.linalg.eigh(weighted.T @ centred)
-        values = np.maximum(values, 0)  # rounding
-        target = axes.T @ (weighted.T @ (signs - middle))
-        unseen = (held - mean) @ axes
-        for params in grid:
-            weights = target / (values + params["alpha"])[:, None]
-            scores = unseen @ weights + middle
+        for scores in follow_squares([params["alpha"] for params in grid], train, signs, held, weight):
             yield Step(best_classes(classes, scores), converged=True, scores=partial(np.asarray, scores))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train a `RidgeClassifier` by singular values, for Cholesky fails on wide rows with a small alpha."""
         model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)
+
+
+def follow_squares(
+    alphas: Sequence[float], train: Float32Array, targets: FloatArray, held: Float32Array, weight: Weights = None
+) -> Iterator[Float64Array]:
+    """Yield the least-squares predictions (m, K) of `targets` (n, K) for each alpha, from one decomposition."""
+    weights_of_rows = np.ones((len(targets), 1)) if weight is None else weight[:, None].astype(np.float64)
+    mean, middle = (np.sum(weights_of_rows * part, axis=0) / weights_of_rows.sum() for part in (train, targets))
+    centred = train - mean
+    weighted = weights_of_rows * centred
+    values, axes = np.linalg.eigh(weighted.T @ centred)
+    values = np.maximum(values, 0)  # rounding
+    along = axes.T @ (weighted.T @ (targets - middle))
+    unseen = (held - mean) @ axes
+    for alpha in alphas:
+        yield unseen @ (along / (values + alpha)[:, None]) + middle
