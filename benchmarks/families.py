@@ -53,17 +53,17 @@ def main(output: Path | None, family: str | None, network: str | None) -> None:
         return
     output = output or Path(tempfile.mkdtemp()) / "families.jsonl"
     done = {row["family"]: row for row in map(json.loads, output.read_text().splitlines())} if output.exists() else {}
-    for name, smallest in families().items():
+    for name, members in families().items():
         if name not in done:
-            done[name] = run(name, smallest)
+            done[name] = run(name, min(members, key=weight))
             with output.open("a") as file:
                 file.write(json.dumps(done[name]) + "\n")
             print(done[name], file=sys.stderr, flush=True)
     report(list(done.values()))
 
 
-def families() -> dict[str, str]:
-    """Return the smallest network of each family, by the name of the module that defines it."""
+def families() -> dict[str, list[str]]:
+    """Return the networks of each family, by the name of the module that defines it."""
     import timm
     import torchvision
 
@@ -73,7 +73,7 @@ def families() -> dict[str, str]:
     for name in torchvision.models.list_models(module=torchvision.models):
         module = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
         members[f"torchvision {module}"].append(f"torchvision/{name}")
-    return {family: min(names, key=weight) for family, names in sorted(members.items())}
+    return dict(sorted(members.items()))
 
 
 def weight(name: str) -> float:
