@@ -274,12 +274,28 @@ def test_predictions_that_unpack_to_more_than_any_are_not_read(tmp_path: Path, m
         folder.predictions("one")
 
 
-@pytest.mark.parametrize("shots", ["alé", 0, -1])
-def test_shots_that_make_no_sense_are_damage(tmp_path: Path, shots: int | str) -> None:
-    line = json.dumps(record("x").to_json() | {"shots": shots})
-    (tmp_path / "results.jsonl").write_text(f"{line}\n")
-    with pytest.raises(RunFolderError, match="line 1 is damaged: 'shots': expected"):
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("shots", "alé", "'shots': expected"),
+        ("shots", 0, "'shots': expected"),
+        ("shots", -1, "'shots': expected"),
+        ("metric", "accurac", "'metric': expected one of accuracy, .*; did you mean accuracy?"),
+        ("source", "\ud800", "expected JSON: .* surrogates not allowed"),
+    ],
+)
+def test_values_that_make_no_sense_are_damage(tmp_path: Path, key: str, value: int | str, problem: str) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(record("x").to_json() | {key: value}) + "\n")
+    with pytest.raises(RunFolderError, match=f"line 1 is damaged: {problem}"):
         RunFolder(tmp_path)
+
+
+def test_a_result_of_a_source_that_the_plan_lacks_is_damage(plan: Path, run: Path) -> None:
+    forged = [json.dumps(line | {"source": "../x"}) for line in lines_of(run)]
+    (run / "results.jsonl").write_text("\n".join(forged) + "\n")
+    (run / "report.html").unlink()
+    with pytest.raises(RunFolderError, match=r"results\.jsonl has a result of the source '\.\./x', which the plan"):
+        compare(plan, run)
 
 
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
