@@ -31,7 +31,7 @@ from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import ExtractionCost, JobResult, RunFolder, RunInfo
-from pipeline.comparing.methods import leaderboards
+from pipeline.comparing.methods import MethodScore, leaderboards
 from pipeline.comparing.paired import best_set, compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.engines.torch_engine import TorchEngine
@@ -624,6 +624,19 @@ def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
 
 def names_of(records: list[JobResult]) -> list[str]:
     return list(dict.fromkeys(score.name for score in leaderboards(records)[0].scores.values()))
+
+
+def test_seeds_that_draw_their_own_weights_are_one_method() -> None:
+    tuned = {"kind": "finetune", "freeze": "none", "epochs": 1}
+
+    def scores(init: str) -> list[MethodScore]:
+        runs = [record(f"{seed}", seed, **tuned, backbone=f"a@random:{seed}", params={"init": init}) for seed in (0, 1)]
+        return list(leaderboards(runs)[0].scores.values())
+
+    (score,) = scores("random")
+    assert list(score.by_seed) == [0, 1]
+    assert score.method.backbone == "a@random"
+    assert len(scores("pretrained")) == 2, "the plan names two backbones with weights of their own"
 
 
 def said(right: np.ndarray, first: int = 0) -> Predictions:
