@@ -8,17 +8,19 @@ Takes the smallest network of every family, with random weights, and compares in
 - onnx: penultimate and logits in ONNX Runtime against torch, at most 1e-3 relative.
 
 Each family runs in a process of its own with a time limit. Families that the output file has already are not run again.
+``python benchmarks/families.py --network timm/convit_tiny`` checks one network in this process.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import normalisation, tap
 from pipeline.backbones.thaw_line import find_line, possible_lines, split, top_input
 from pipeline.backbones.trace import hooked
+from pipeline.export import INPUT, onnx_program
 from pipeline.spec import NO_POOL
 
 LIMIT_S = 300
@@ -44,26 +47,25 @@ CHECKS = ("features", "openvino", "thaw line", "onnx")
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), help="Keep the results in this file, and go on with it.")
-@click.option("--family", help="Only this one, in this process; prints JSON.")
-@click.option("--network", help="The network of --family.")
-def main(output: Path | None, family: str | None, network: str | None) -> None:
+@click.option("--network", help="Check only this one, in this process, and print JSON.")
+def main(output: Path | None, network: str | None) -> None:
     """Print a table of all families, and the counts."""
-    if family and network:
-        print(json.dumps(check(family, network)))
+    if network:
+        print(json.dumps(check(network)))
         return
     output = output or Path(tempfile.mkdtemp()) / "families.jsonl"
     done = {row["family"]: row for row in map(json.loads, output.read_text().splitlines())} if output.exists() else {}
-    for name, smallest in families().items():
+    for name, members in families().items():
         if name not in done:
-            done[name] = run(name, smallest)
+            done[name] = run(name, min(members, key=weight))
             with output.open("a") as file:
                 file.write(json.dumps(done[name]) + "\n")
             print(done[name], file=sys.stderr, flush=True)
     report(list(done.values()))
 
 
-def families() -> dict[str, str]:
-    """Return the smallest network of each family, by the name of the module that defines it."""
+def families() -> dict[str, list[str]]:
+    """Return the networks of each family, by the name of the module that defines it."""
     import timm
     import torchvision
 
@@ -73,7 +75,7 @@ def families() -> dict[str, str]:
     for name in torchvision.models.list_models(module=torchvision.models):
         module = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
         members[f"torchvision {module}"].append(f"torchvision/{name}")
-    return {family: min(names, key=weight) for family, names in sorted(members.items())}
+    return dict(sorted(members.items()))
 
 
 def weight(name: str) -> float:
@@ -96,22 +98,31 @@ def weight(name: str) -> float:
 
 def run(family: str, network: str) -> dict[str, Any]:
     """Check one family in a process of its own."""
-    command = [sys.executable, __file__, "--family", family, "--network", network]
+    context = multiprocessing.get_context("fork")  # libraries are imported only once
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=send_check, args=(sending, network))
     began = time.perf_counter()
+    child.start()
+    sending.close()
+    row: dict[str, Any] = {"family": family, "network": network}
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return {"family": family, "network": network, "error": f"not done in {LIMIT_S} s"}
-    if child.returncode:
-        return {"family": family, "network": network, "error": child.stderr.strip().splitlines()[-1][:200]}
-    row: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        row |= receiving.recv() if receiving.poll(LIMIT_S) else {"error": f"not done in {LIMIT_S} s"}
+    except EOFError:
+        row["error"] = "its process ended early"
+    child.kill()
+    child.join()
     return row | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def check(family: str, network: str) -> dict[str, Any]:
+def send_check(sending: Connection, network: str) -> None:
+    """Send what `check` returns."""
+    sending.send(check(network))
+
+
+def check(network: str) -> dict[str, Any]:
     """Return what works: for each of `CHECKS` a difference or a count, or why not."""
     torch.manual_seed(0)
-    row: dict[str, Any] = {"family": family, "network": network}
+    row: dict[str, Any] = {}
     try:
         backbone = load_backbone(f"{network}@random:0")
         row["layers"] = len(backbone.traced.shapes)
@@ -125,7 +136,7 @@ def check(family: str, network: str) -> dict[str, Any]:
         try:
             row[name] = one(backbone, pixels)
         except Exception as error:  # whatever fails is what this benchmark is there to tell
-            row[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+            row[name] = str(error) if isinstance(error, ThawlineError) else f"{type(error).__name__}: {error}"[:200]
     return row
 
 
@@ -198,6 +209,8 @@ def openvino(backbone: Backbone, pixels: Tensor) -> float | str:
 def thaw_line(backbone: Backbone, pixels: Tensor) -> int | str:
     """Return how many layers the line can follow, if trunk and thawed part together are the whole, bit for bit."""
     lines = list(possible_lines(backbone))
+    if not lines:
+        return "every layer is bypassed"
     scale, shift = normalisation(backbone.preprocessing)
     images = pixels.permute(0, 3, 1, 2).float() * scale + shift
     trunk, body = split(backbone, find_line(backbone, lines[len(lines) // 2]))
@@ -214,22 +227,12 @@ def onnx(backbone: Backbone, pixels: Tensor) -> float:
 
     network = tap(backbone, [name for name in (PENULTIMATE, LOGITS) if name in resolved_aliases(backbone)])
     names = [f"out{index}" for index in range(len(network.layers))]
-    batch = {0: torch.export.Dim("n")}
-    program = torch.onnx.export(
-        network,
-        (pixels,),
-        input_names=["pixels"],
-        output_names=names,
-        dynamic_shapes=(batch,),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
+    program = onnx_program(network, network.size, names)
     with tempfile.TemporaryDirectory() as folder:
         program.save(path := Path(folder) / "network.onnx")
         session = onnxruntime.InferenceSession(path)
     with torch.inference_mode():
-        arrays = zip(session.run(None, {"pixels": pixels.numpy()}), network(pixels), strict=True)
+        arrays = zip(session.run(None, {INPUT: pixels.numpy()}), network(pixels), strict=True)
         return max(difference(torch.from_numpy(a), b) for a, b in arrays)
 
 

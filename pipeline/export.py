@@ -16,7 +16,7 @@ from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import TappedNetwork, tap
-from pipeline.errors import ModelFileError, first_line
+from pipeline.errors import ModelFileError, first_cause, first_line
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
@@ -72,7 +72,7 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
     network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
     graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)
-    program = _program(graph)
+    program = onnx_program(graph, network.size, graph.outputs)
     metadata = {name: json.dumps(part, ensure_ascii=False) for name, part in _metadata(parts).items()}
     program.model.metadata_props.update(metadata)
     with writing(path) as draft:
@@ -212,8 +212,11 @@ def _length(rows: Tensor) -> Tensor:
     return torch.where(length == 0, 1.0, length)
 
 
-def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
-    """Return the graph as ONNX, for any number of images."""
+def onnx_program(graph: nn.Module, size: tuple[int, int], outputs: list[str]) -> torch.onnx.ONNXProgram:
+    """Return a module that maps images (n, height, width, 3) to `outputs` as ONNX, for any number of images.
+
+    Raises `ModelFileError` if it has too many weights, or operations that ONNX lacks.
+    """
     weight = sum(item.nbytes for item in graph.state_dict().values())
     if weight > _LARGEST:
         raise ModelFileError(
@@ -223,15 +226,15 @@ def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
     try:
         program = torch.onnx.export(
             graph,
-            (torch.zeros(2, *graph.network.size, 3, dtype=torch.uint8),),
+            (torch.zeros(2, *size, 3, dtype=torch.uint8),),
             input_names=[INPUT],
-            output_names=graph.outputs,
-            dynamic_shapes={INPUT: {0: torch.export.Dim("n")}},
+            output_names=outputs,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
             dynamo=True,
             verbose=False,
         )
     except Exception as error:  # the exporter runs the network's code on symbols, which can raise anything
-        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(error)}") from error
+        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(first_cause(error))}") from error
     return cast("torch.onnx.ONNXProgram", program)
 
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_written_leaves_nothing(
         export(model, tmp_path / "nowhere" / "model.onnx")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise torch.onnx.OnnxExporterError("no operator\nfor that")
+        raise torch.onnx.OnnxExporterError("step 3 failed") from AssertionError("no operator\nfor that")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     before = set(tmp_path.iterdir())
