@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from sklearn.linear_model import RidgeClassifier
 
-from pipeline.arrays import Float32Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.family import Fitted, Params, Step, Weights
 from pipeline.heads.linear import C_GRID, LinearFamily
-from pipeline.heads.solvers.hyperplanes import best_classes, one_against_rest
+from pipeline.heads.solvers.blocks import StreamedRows, sum_blocks
+from pipeline.heads.solvers.hyperplanes import Hyperplanes, best_classes, one_against_rest
 
 
 class Ridge(LinearFamily):
     """Scikit-learn's `RidgeClassifier`; alpha is 1 / C, and one decomposition serves all candidates."""
 
     fixed: ClassVar[Params] = {"alpha": 1.0}
+    streams = True
+    memory = 13.0
     cost = 1e-7
 
     def grid(self, n_rows: int) -> Sequence[Params]:
@@ -29,21 +32,67 @@ class Ridge(LinearFamily):
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
-        classes, signs = one_against_rest(y)
-        weights_of_rows = np.ones((len(y), 1)) if weight is None else weight[:, None].astype(np.float64)
-        mean, middle = (np.sum(weights_of_rows * part, axis=0) / weights_of_rows.sum() for part in (train, signs))
-        centred = train - mean
-        weighted = weights_of_rows * centred
-        values, axes = np.linalg.eigh(weighted.T @ centred)
-        values = np.maximum(values, 0)  # rounding
-        target = axes.T @ (weighted.T @ (signs - middle))
-        unseen = (held - mean) @ axes
+        sums = _decompose(train, y, weight)
+        unseen = None if isinstance(held, StreamedRows) else (held - sums.mean) @ sums.axes
         for params in grid:
-            weights = target / (values + params["alpha"])[:, None]
-            scores = unseen @ weights + middle
-            yield Step(best_classes(classes, scores), converged=True, scores=partial(np.asarray, scores))
+            weights = sums.weights(params["alpha"])
+            if unseen is not None:
+                scores = unseen @ weights + sums.middle
+            else:
+                coefficients, intercepts = sums.hyperplanes(weights)
+                scores = held @ coefficients.T + intercepts
+            yield Step(best_classes(sums.classes, scores), converged=True, scores=partial(np.asarray, scores))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
-        """Train a `RidgeClassifier` by singular values, for Cholesky fails on wide rows with a small alpha."""
-        model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y, weight)
+        """Train a `RidgeClassifier` by singular values, for Cholesky fails on wide rows with a small alpha.
+
+        Streamed rows are not wide: theirs are from sums of products.
+        """
+        model = RidgeClassifier(solver="svd", **params)
+        if isinstance(train, StreamedRows):
+            sums = _decompose(train, y, weight)
+            model.fit(np.zeros((len(sums.classes), train.shape[1])), sums.classes)
+            model.coef_, model.intercept_ = sums.hyperplanes(sums.weights(params["alpha"]))
+        else:
+            model.fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)
+
+
+class _Sums(NamedTuple):
+    """What weighted sums over rows tell of all solutions: the eigenvectors of their scatter, and targets along them."""
+
+    classes: IntArray
+    mean: Float64Array  # (d,)
+    middle: Float64Array  # (K,), of the signs
+    values: Float64Array  # (d,)
+    axes: Float64Array  # (d, d)
+    target: Float64Array  # (d, K)
+
+    def weights(self, alpha: float) -> Float64Array:
+        """Return the coefficients (d, K) along the axes."""
+        return self.target / (self.values + alpha)[:, None]
+
+    def hyperplanes(self, weights: Float64Array) -> Hyperplanes:
+        """Return coefficients (K, d) and intercepts (K,) for rows that are not centred."""
+        coefficients = (self.axes @ weights).T
+        return Hyperplanes(coefficients, self.middle - coefficients @ self.mean)
+
+
+def _decompose(train: Float32Array, y: IntArray, weight: Weights) -> _Sums:
+    """Sum over training rows (n, d), in two passes: means, then products of centred rows."""
+    classes, signs = one_against_rest(y)
+    of_rows = np.ones((len(y), 1)) if weight is None else weight[:, None].astype(np.float64)
+
+    def sums(where: slice, rows: Float32Array) -> tuple[Float64Array]:
+        return (np.sum(of_rows[where] * rows, axis=0),)
+
+    mean, middle = sum_blocks(sums, train)[0] / of_rows.sum(), sums(slice(None), signs)[0] / of_rows.sum()
+
+    def products(where: slice, rows: Float32Array) -> tuple[Float64Array, Float64Array]:
+        centred = rows - mean
+        weighted = of_rows[where] * centred
+        return weighted.T @ centred, weighted.T @ (signs[where] - middle)
+
+    scatter, along = sum_blocks(products, train)
+    values, axes = np.linalg.eigh(scatter)
+    return _Sums(classes, mean, middle, np.maximum(values, 0), axes, axes.T @ along)  # below 0 is rounding

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.evaluation.splits import Splits
 from pipeline.heads.choose import Choice, Fold, Scaled, make_fold, scale, search, train_final
 from pipeline.heads.family import Params
 from pipeline.heads.registry import Head
+from pipeline.heads.solvers.blocks import by_blocks
 
 MOST_FOLDS = 5
 FEWEST_FOLDS = {"l2": 3, "standard": 2, "none": 2}
@@ -122,7 +124,7 @@ def prepare_trial(
     Parameters
     ----------
     features : callable
-        Maps row numbers (k,) to a fresh array (k, d) of float32.
+        Maps row numbers (k,) to a fresh array (k, d) of float32, or to `StreamedRows` of them.
     labels : (n,) int64
         Of all rows.
     splits : Splits
@@ -164,11 +166,11 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, met
     with threadpool_limits(1):
         choice = search(head, rows.folds, balanced=balanced, metric=metric)
         estimator, params, converged = train_final(head, choice.params, rows.final, rows.y, balanced=balanced)
-        y_pred = np.asarray(estimator.predict(rows.final.held), np.int64)
+        y_pred = np.asarray(by_blocks(estimator.predict, rows.final.held), np.int64)
         certain, scores = head.family.probabilities, None
         if certain or len(y_pred) * n_classes <= MOST_SCORES:
             scores = np.full((len(y_pred), n_classes), 0.0 if certain else -np.inf)
-            scores[:, estimator.classes_] = head.family.scores(estimator, rows.final.held)
+            scores[:, estimator.classes_] = by_blocks(partial(head.family.scores, estimator), rows.final.held)
     return TrialOutcome(
         choice,
         params,
