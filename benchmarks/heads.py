@@ -1,7 +1,7 @@
 """How fast heads are chosen and trained beside scikit-learn as most people call it, on the same rows in the same run.
 
-    python benchmarks/heads.py [search] [wide] [grid] [large] [--rows 3068] [--dim 1280] [--classes 10] [--shrink 1]
-        [--cache CACHE --layer LAYER]
+    python benchmarks/heads.py [search] [wide] [grid] [large] [streamed] [--rows 3068] [--dim 1280] [--classes 10]
+        [--shrink 1] [--cache CACHE --layer LAYER]
 
 - search: a head over 45 values of C on ROWS x DIM. The peer is a loop over C of cold float64 scikit-learn fits: with as
   many BLAS threads as there are cores, as a user runs it, with one, and with one and a tolerance of 1e-8: what the
@@ -14,6 +14,9 @@
   to train on, which `fit` holds once for both choosing and final training. The peers are one scikit-learn fit in
   float32 with the C that was chosen, and a recipe by stochastic gradients: `SGDClassifier` with five strengths of the
   penalty, the best on validation rows. It runs only if it is named.
+- streamed: `fit` on ROWS x DIM float16 rows (say 2,000,000 x 1,280) in a cache in parts, with each head in a process of
+  its own that takes itself to have no free memory, so that it reads rows from the cache in each pass. It runs only if
+  it is named.
 
 Both sides choose C on the same validation rows; the table says which, with what validation accuracy, and how many of
 2,000 fresh rows they label right, and like thawline does. Features are made: ten classes in 60 of the directions of a
@@ -24,6 +27,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -45,9 +50,10 @@ from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.svm import LinearSVC
 from threadpoolctl import threadpool_limits
 
-from features_cache import CacheWriter, Catalog, LayerInfo, Rows
+from features_cache import CacheWriter, Catalog, LayerInfo, PartPlan, Rows, divide
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.fit import fit
+from pipeline.heads import memory
 from pipeline.heads.choose import Scaled, make_fold, scale, search, train_final
 from pipeline.heads.linear import C_GRID
 from pipeline.heads.registry import find_head
@@ -247,6 +253,63 @@ def large(task: Task, name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def write_parts(folder: Path, n: int, dim: int, classes: int) -> Path:
+    """Write made features as a cache in parts of 100,000 rows."""
+    most, names = 100_000, tuple(str(number) for number in range(classes))
+    layer = LayerInfo("penultimate", dim, "float16", {"layer": "penultimate", "pool": "avg"}, "made")
+    handles = {"source": "made", "location": "made", "backbone": "net", "pool": "avg"}
+    uris = [f"{number:08d}.png" for number in range(n)]
+    plan = PartPlan(
+        folder / "made.plan", (layer,), handles, {"backbone": "net"}, {}, most, divide(uris, most)
+    ).publish()
+    for part, where in plan.ranges(uris):
+        x, y = make_features(part.rows, dim, classes, seed=part.number)
+        no, zeros = [""] * part.rows, np.zeros(part.rows, np.int64)
+        digests = np.random.default_rng(part.number).integers(0, 256, (part.rows, 16), np.uint8)
+        rows = Rows(uris[where], y, no, no, zeros, zeros)
+        with CacheWriter.create(plan.path_of(part.number), rows, names, [layer], handles, {}) as writer:
+            writer.begin_run({})
+            for start in range(0, part.rows, 10_000):
+                some = np.arange(start, min(start + 10_000, part.rows))
+                writer.write(some, {layer.name: x[some]}, digests[some])
+    return plan.path
+
+
+def fit_streamed(cache: str, head: str) -> None:
+    """Fit a head in this process, and print seconds and peak memory (Linux only)."""
+    memory.free_memory = lambda: 0
+    begin, began = memory_peak(), time.perf_counter()
+    (result,) = fit(cache, heads=[head]).results
+    print(
+        json.dumps(
+            {
+                "head": result.head,
+                "seconds": time.perf_counter() - began,
+                "fit_seconds": result.seconds,
+                "before_gb": begin,
+                "peak_gb": memory_peak(),
+                "params": result.params,
+                "accuracy": result.accuracy,
+            }
+        )
+    )
+
+
+def memory_peak() -> float:
+    """Return the most resident memory that this process has had, in GB, with pages of files that were mapped."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
+
+
+def streamed(rows: int, dim: int, classes: int, heads: Sequence[str]) -> list[dict[str, Any]]:
+    """Fit each head on a large cache in parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_parts(Path(folder), rows, dim, classes)
+        commands = [[sys.executable, __file__, "--streamed-cache", str(path), "--head", head] for head in heads]
+        found = [subprocess.run(command, capture_output=True, check=True, text=True).stdout for command in commands]
+    return [json.loads(line) for line in found]
+
+
 def write_cache(path: Path, n: int) -> None:
     """Write made features of all stages of a network as a cache file."""
     zeros = np.zeros(n, np.int64)
@@ -315,13 +378,14 @@ def grid(n: int, jobs: int, heads: Sequence[str]) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("parts", nargs=-1, type=click.Choice(["search", "wide", "grid", "large"]))
+@click.argument("parts", nargs=-1, type=click.Choice(["search", "wide", "grid", "large", "streamed"]))
 @click.option("--rows", default=3068, show_default=True)
 @click.option("--dim", default=1280, show_default=True)
 @click.option("--classes", default=10, show_default=True)
-@click.option("--head", "heads", multiple=True, default=("logreg",), help="Of search and wide: logreg, linear_svm.")
+@click.option("--head", "heads", multiple=True, default=("logreg",), help="Of all parts but grid.")
 @click.option("--cache", help="Take the rows of search from this cache.")
 @click.option("--layer", default="penultimate", show_default=True, help="Of the cache.")
+@click.option("--streamed-cache", hidden=True)
 @click.option("--shrink", default=1, show_default=True, help="Divide all sizes, to see whether it runs.")
 def main(
     parts: tuple[str, ...],
@@ -331,9 +395,13 @@ def main(
     heads: tuple[str, ...],
     cache: str | None,
     layer: str,
+    streamed_cache: str | None,
     shrink: int,
 ) -> None:
     """Print a table for each part and a JSON line."""
+    if streamed_cache is not None:
+        fit_streamed(streamed_cache, *heads)
+        return
     parts = parts or ("search", "wide", "grid")
     console = Console(width=110)
     report: dict[str, Any] = {"cores": os.cpu_count()}
@@ -358,6 +426,12 @@ def main(
         for row in report["large"]:
             cells = f"{row['seconds']:.1f}", f"{row['memory']:.2f}", f"{row['fresh_accuracy']:.4f}"
             table.add_row(row["head"], row["run"], *cells)
+        console.print(table)
+    if "streamed" in parts:
+        report["streamed"] = streamed(rows // shrink, dim // shrink, classes, heads)
+        table = Table("head", "seconds", "peak GB", "accuracy", title=f"{rows} x {dim} in parts, not held in memory")
+        for row in report["streamed"]:
+            table.add_row(row["head"], f"{row['seconds']:.0f}", f"{row['peak_gb']:.2f}", f"{row['accuracy']:.4f}")
         console.print(table)
     if "grid" in parts:
         runs = [grid(2000 // shrink, jobs, ("logreg", "linear_svm", "knn")) for jobs in (2, 4)]

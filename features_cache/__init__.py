@@ -5,7 +5,7 @@
 
 from features_cache.atomic import atomic_write, scratch_folder
 from features_cache.catalog import Catalog, check_twins, file_name, same_listing, superseded_files
-from features_cache.convert import digest_keys, parse_json
+from features_cache.convert import as_float32, digest_keys, parse_json
 from features_cache.errors import (
     AmbiguousCacheError,
     CacheError,
@@ -50,6 +50,7 @@ __all__ = [
     "ThawlineError",
     "VerifyReport",
     "WriterLock",
+    "as_float32",
     "atomic_write",
     "begin_try",
     "check_twins",

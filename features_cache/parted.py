@@ -120,7 +120,8 @@ class PartedCache(CacheFile):
         """Read the features of finished rows, and check them against their checksums; see `CacheFile.features`."""
         info = self.layer(layer)
         reads = [lambda own, file=file: file.features(layer, own) for file in self._files]
-        return _gather(reads, info, self._starts, np.arange(self.n_rows)[rows])
+        numbers = np.arange(self.n_rows)[rows] if isinstance(rows, slice) else np.asarray(rows)
+        return _gather(reads, info, self._starts, numbers)
 
     def check_columns(self) -> None:
         """Check every part as `CacheFile.check_columns` does."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -148,6 +149,8 @@ class CacheFile:
         """
         matrix = self.matrix(layer)
         found = matrix[rows] if isinstance(rows, slice) else np.asarray(matrix)[rows]
+        if not isinstance(rows, slice):
+            self._release(layer, rows)
         sums = self.array(f"/crc/{layer}")[rows]
         parts = list(chunks(len(found), self.layers[layer].row_bytes))
         sound = [crc_rows(found[part]) == sums[part] for part in parts]
@@ -287,6 +290,14 @@ class CacheFile:
 
     def _text(self, name: str) -> NDArray[np.str_]:
         return decoded_text(np.array(self.array(name)))
+
+    def _release(self, layer: str, rows: NDArray[np.int64]) -> None:
+        """Let the pages of rows that were copied no longer count as memory of this process; the system keeps them."""
+        if len(rows) and hasattr(mmap, "MADV_DONTNEED"):
+            array = self.header.arrays[f"/features/{layer}"]
+            start = (array.offset + int(rows.min()) * array.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            end = array.offset + (int(rows.max()) + 1) * array.row_bytes
+            cast("mmap.mmap", self._bytes.base).madvise(mmap.MADV_DONTNEED, start, end - start)
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, Any]:

@@ -25,6 +25,7 @@ from pipeline.evaluation.seeds import summarise_seeds
 from pipeline.evaluation.split_layers import SplitLayer, split_layers
 from pipeline.evaluation.splits import check_draws
 from pipeline.heads.choose import Choice, choice_notes
+from pipeline.heads.memory import streamed_notes
 from pipeline.heads.parallel import check_trials, run_trials
 from pipeline.heads.registry import Head, find_head
 from pipeline.heads.saved import SavedModel, save_model
@@ -149,7 +150,8 @@ def fit(
     save : str or Path, optional
         Write a model to this ``.skops`` file: of those with the most shots, the best by `metric` on validation.
     jobs : int, optional
-        Number of fits at a time, each on one BLAS thread; by default one per core.
+        Number of fits at a time, each on one BLAS thread; by default one per core, or as many as memory has room for.
+        Fits whose rows do not fit into memory read them from the cache in each pass, one fit after another.
     device : str, default "auto"
         Where logistic regression is trained: ``"cuda"`` or ``"cuda:INDEX"``, one fit after another, or ``"cpu"``.
         ``"auto"`` is the CPU, because no GPU has yet been measured to be faster on many small fits. Other heads always
@@ -163,7 +165,8 @@ def fit(
     Raises
     ------
     FitError
-        If the rows do not allow a fit, raised before the first one; or if a device runs out of memory.
+        If the rows do not allow a fit, or a head needs more memory than is free, raised before the first one; or if a
+        device runs out of memory.
     EngineError
         If there is no such device.
     CacheError
@@ -198,7 +201,7 @@ def fit(
         selected, near_notes = keep_near_together(selected, catalog, progress)
     split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=bool(drop_leaks))
     trials = [Trial(data, head) for layer in selected for head in chosen for data in split if data.layer is layer]
-    check_trials(trials, balanced=balanced, metric=metric)
+    streamed = check_trials(trials, balanced=balanced, metric=metric)
 
     folds = cv or 1
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
@@ -229,7 +232,7 @@ def fit(
                 on_result(*found[number])
 
     keep = destination is not None
-    model = run_trials(trials, jobs, progress, balanced=balanced, metric=metric, keep=keep, finished=finish)
+    model = run_trials(trials, streamed, jobs, progress, balanced=balanced, metric=metric, keep=keep, finished=finish)
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
@@ -240,7 +243,7 @@ def fit(
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
-    notes = _notes(trials, choices) + near_notes + best_notes(results)
+    notes = _notes(trials, choices) + _distinct(streamed_notes(streamed)) + near_notes + best_notes(results)
     summary = (summarise_seeds if of_classes else summarise_metrics)(results, predictions)
     kept = trials[best * folds].data.layer
     return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)

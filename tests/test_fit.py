@@ -25,11 +25,13 @@ from pipeline.evaluation.calibration import fit_temperature
 from pipeline.evaluation.comparisons import may_be_best
 from pipeline.evaluation.intervals import corrected_t_test, effective_rows, mcnemar, number_clusters, wilson
 from pipeline.evaluation.metrics import expected_calibration_error, log_loss
+from pipeline.evaluation.rows import Layer
 from pipeline.evaluation.seeds import pool_seeds
 from pipeline.fit import fit
-from pipeline.heads import parallel
+from pipeline.heads import linear, memory, parallel
 from pipeline.heads.registry import FAMILIES
 from pipeline.heads.saved import load_model
+from pipeline.heads.solvers import blocks
 from pipeline.heads.trial import TrialOutcome
 from pipeline.reporting.terminal.tables import fit_table
 from pipeline.results import to_json
@@ -756,3 +758,77 @@ def test_nothing_is_left_of_a_fit_that_was_killed(make_cache: Make, tmp_path: Pa
     assert [child for child in children if child.exists()] == []
     with scratch_folder(shared) as folder:
         assert list(shared.iterdir()) == [Path(folder)]
+
+
+def little_memory(monkeypatch: pytest.MonkeyPatch, most: int = 80) -> list[int]:
+    """Let rows of 26 features or more be streamed in blocks of at most `most`; return how many are read at once."""
+    reads: list[int] = []
+    features = Layer.features
+
+    def counted(layer: Layer, index: np.ndarray) -> np.ndarray:
+        reads.append(len(index))
+        return features(layer, index)
+
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    monkeypatch.setattr(blocks, "_CELLS_READ", 26 * most)
+    monkeypatch.setattr(parallel, "require_finite", lambda layer: None)  # reads rows, too
+    monkeypatch.setattr(Layer, "features", counted)
+    return reads
+
+
+@pytest.mark.parametrize(
+    ("head", "case"),
+    [
+        ("logreg/l2", "three classes"),
+        ("logreg/standard", "two classes"),
+        ("logreg/none", "folds"),
+        ("ridge/l2", "two classes"),
+        ("ridge/standard", "balanced"),
+        ("centroid/l2", "three classes"),
+    ],
+)
+def test_rows_that_do_not_fit_into_memory_give_the_same_model(
+    make_cache: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, head: str, case: str
+) -> None:
+    labels = np.random.default_rng(0).integers(0, 2 if case == "two classes" else 3, 300)
+    splits = [*["train"] * 150, *["val"] * 50, *["test"] * 100]
+    made = {name: 3 + clouds(labels, dim, 4.0, seed=dim) for name, dim in {"a": 20, "b": 6}.items()}
+    cache = make_cache(300, dims={"a": 20, "b": 6}, labels=labels, splits=splits, dtype="float16", features=made)
+    options: dict[str, Any] = {"layers": ["a+b"], "heads": [head], "balanced": case == "balanced", "jobs": 1}
+    options["shots"] = [40] if case == "folds" else ["all"]
+    monkeypatch.setattr(linear, "C_GRID", linear.C_GRID[6:36:8])
+    whole = fit(cache, save=tmp_path / "whole.skops", **options)
+    reads = little_memory(monkeypatch)
+    streamed = fit(cache, save=tmp_path / "streamed.skops", **options)
+    assert len(reads) > 5
+    assert max(reads) <= 80 or head.startswith("logreg")  # which reads a sample at once
+    one, other = whole.results[0], streamed.results[0]
+    assert other.params == one.params
+    assert other.validation_score == one.validation_score
+    assert other.accuracy == one.accuracy > 0.5
+    assert streamed.predictions[0].y_pred.tolist() == whole.predictions[0].y_pred.tolist()
+    assert other.log_loss == (None if one.log_loss is None else pytest.approx(one.log_loss, rel=1e-6))
+    assert other.temperature == (None if one.temperature is None else pytest.approx(one.temperature, rel=1e-3))
+    noted = [any("read from the cache in each pass" in note for note in report.notes) for report in (whole, streamed)]
+    assert noted == [False, True]
+    fresh = 3 + clouds(np.arange(99) % 3, 26, 4.0, seed=5)
+    models = [load_model(tmp_path / f"{name}.skops").pipeline for name in ("whole", "streamed")]
+    family = FAMILIES[head.partition("/")[0]]
+    scores = [family.scores(model[-1], model[:-1].transform(fresh) if len(model) > 1 else fresh) for model in models]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("head", "dims"), [("linear_svm", {"low": 26}), ("knn", {"low": 26}), ("logreg", {"top": 200})]
+)
+def test_a_head_that_needs_all_rows_in_memory_says_so_before_it_reads_any(
+    make_cache: Make, monkeypatch: pytest.MonkeyPatch, head: str, dims: dict[str, int]
+) -> None:
+    reads = little_memory(monkeypatch)
+    with pytest.raises(FitError, match=r"would take .* GB of memory, and 1e-06 GB are free; use fewer shots"):
+        fit(make_cache(90, dims=dims), heads=["centroid", head])
+    assert reads == []
+
+
+def test_free_memory_is_some_of_what_there_is() -> None:
+    assert 1 << 20 < memory.free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

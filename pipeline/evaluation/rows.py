@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo
+from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo, as_float32
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.labels import LabelsTable, labels_of
@@ -96,7 +96,7 @@ class Layer:
         start = 0
         for file, info in self.parts:
             rows = self.table.rows[self.table.files.index(file)][index]
-            out[:, start : start + info.dim] = file.features(info.name, rows)
+            out[:, start : start + info.dim] = as_float32(file.features(info.name, rows))
             start += info.dim
         return out
 

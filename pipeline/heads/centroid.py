@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights, of_both
+from pipeline.heads.solvers.blocks import by_blocks, sum_blocks
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 
@@ -19,6 +20,8 @@ class Centroid(Family):
     """Class means without parameters; every class counts alike, whatever its number of rows."""
 
     weighted = True
+    streams = True
+    memory = 0.5
     cost = 1e-8
 
     def grid(self, n_rows: int) -> Sequence[Params]:
@@ -31,15 +34,20 @@ class Centroid(Family):
         """Yield the single `Step`."""
         for params in grid:
             model = self.fit(params, train, y).estimator
-            yield Step(model.predict(held), converged=True, scores=partial(self.scores, model, held))
+            scores = partial(by_blocks, partial(self.scores, model), held)
+            yield Step(by_blocks(model.predict, held), converged=True, scores=scores)
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Keep the class means as the rows of a 1-nearest-neighbour classifier.
 
         Scikit-learn's `NearestCentroid` also estimates spreads, which divides by zero with one row per class.
         """
-        classes = np.unique(y)
-        means = np.stack([train[y == label].mean(axis=0, dtype=np.float64) for label in classes])
+        classes, counts = np.unique(y, return_counts=True)
+
+        def sums(where: slice, rows: Float32Array) -> tuple[Float64Array]:
+            return (np.stack([rows[y[where] == label].sum(axis=0, dtype=np.float64) for label in classes]),)
+
+        means = sum_blocks(sums, train)[0] / counts[:, None]
         model = KNeighborsClassifier(n_neighbors=1, algorithm="brute").fit(means, classes)
         return Fitted(model, params, converged=True)
 

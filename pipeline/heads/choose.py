@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipeline.evaluation.multilabel import EVEN, best_thresholds, rate_labels
 from pipeline.evaluation.regression import rate_numbers
 from pipeline.heads.family import Family, Fitted, Params, Step, of_both
 from pipeline.heads.registry import Head
+from pipeline.heads.solvers.blocks import StreamedRows, by_blocks
 from pipeline.heads.solvers.span import Span, find_span
 from pipeline.options import CLASSIFICATION
 from pipeline.results import LOWER_IS_BETTER
@@ -27,7 +30,7 @@ from pipeline.results import LOWER_IS_BETTER
 
 @dataclass(frozen=True)
 class Scaled:
-    """Rows scaled by statistics of the training rows alone.
+    """Rows scaled by statistics of the training rows alone; all of them in memory, or all of them streamed.
 
     Parameters
     ----------
@@ -90,19 +93,30 @@ class Choice:
 def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool, dims: Sequence[int] = ()) -> Scaled:
     """Scale `train` (n, d) and `held` (m, d) by statistics of `train`; both may be overwritten.
 
+    Streamed rows are read once for means and variances, and scaled whenever they are read.
+
     Parameters
     ----------
     scaling : str
         One of `pipeline.heads.registry.SCALINGS`.
     rotated : bool
-        Whether to find the span of `train`.
+        Whether to find the span of `train`; not of streamed rows.
     dims : sequence of int, optional
         Number of features of each layer that a row joins.
     """
     scaler = _scaler(scaling, dims)
-    if scaler is not None:
+    if isinstance(train, StreamedRows) and isinstance(held, StreamedRows):
+        if scaling == "standard":
+            for block in train.map(lambda _, rows: rows):
+                scaler.partial_fit(block)
+        elif scaler is not None:
+            scaler.fit(np.asarray(train[:1]))
+        in_place = _in_place(copy.deepcopy(scaler))
+        train, held = train.scaled_by(in_place), held.scaled_by(in_place)
+    elif scaler is not None:
         train = scaler.fit_transform(train)
         held = scaler.transform(held)
+    if scaler is not None:
         _set_copy(scaler)
     return Scaled(train, held, scaler, find_span(train) if rotated else None)
 
@@ -115,6 +129,19 @@ def _scaler(scaling: str, dims: Sequence[int]) -> Any:
     layers = [(str(end), Normalizer(copy=False), slice(end - dim, end)) for end, dim in zip(ends, dims, strict=True)]
     equal = {name: len(dims) ** -0.5 for name, _, _ in layers}
     return ColumnTransformer(layers, transformer_weights=equal)
+
+
+def _in_place(scaler: Any) -> Callable[[Float32Array], Float32Array]:
+    """Return what overwrites rows as a fitted scaler would; unlike a `ColumnTransformer` in several threads at once."""
+
+    def scale_layers(rows: Float32Array) -> Float32Array:
+        for name, one, where in scaler.transformers_:
+            rows[:, where] = one.transform(rows[:, where]) * scaler.transformer_weights[name]
+        return rows
+
+    if scaler is None:
+        return lambda rows: rows
+    return scale_layers if isinstance(scaler, ColumnTransformer) else scaler.transform
 
 
 def _set_copy(scaler: Any) -> None:
@@ -196,7 +223,10 @@ def search(
     temperature = None
     if family.probabilities:  # of final fits, which are more exact than the steps of a path
         fits = [family.fit(grid[best], fold.train, fold.y, weight) for fold, weight in zip(folds, weights, strict=True)]
-        held = [family.predict_proba(fit.estimator, fold.held) for fit, fold in zip(fits, folds, strict=True)]
+        held = [
+            by_blocks(partial(family.predict_proba, fit.estimator), fold.held)
+            for fit, fold in zip(fits, folds, strict=True)
+        ]
         temperature = _temperature(held, folds)
     return Choice(grid[best], most, least, temperature, unconverged, len(grid))
 

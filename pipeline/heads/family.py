@@ -71,6 +71,11 @@ class Family(ABC):
         Parameters to use if nothing can be validated, as with one row per class.
     most_rows : int or None
         The head is refused on more training rows than this.
+    streams : bool
+        Whether it also trains on rows that are read anew for each pass, see `StreamedRows`, because they are too many
+        for the memory.
+    memory : float
+        Peak of the memory that a fit takes beside its training rows, in units of these.
     cost : float
         Seconds of a fit with its search, per training row and feature, for the time estimates of `compare`.
     device : str or None
@@ -82,6 +87,8 @@ class Family(ABC):
     weighted: ClassVar[bool] = False
     fixed: ClassVar[Params] = {}
     most_rows: ClassVar[int | None] = None
+    streams: ClassVar[bool] = False
+    memory: ClassVar[float] = 1.0
     cost: ClassVar[float] = 1e-6
     device: str | None = None
 

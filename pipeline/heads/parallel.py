@@ -8,9 +8,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -25,7 +25,9 @@ from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.metrics import OF_SCORES, check_metric
 from pipeline.evaluation.rows import require_finite
 from pipeline.evaluation.split_layers import SplitLayer
-from pipeline.heads.solvers.device import run_one_by_one
+from pipeline.heads.memory import find_streamed, free_memory, is_wide, needed_memory
+from pipeline.heads.solvers.blocks import StreamedRows
+from pipeline.heads.solvers.device import T, Task, run_one_by_one
 from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
 from pipeline.options import CLASSIFICATION
 from pipeline.results import Progress
@@ -37,8 +39,8 @@ _ROOM = 2_000_000_000
 """Bytes that must be free in memory for rows that workers share, as joblib has it."""
 
 
-def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> None:
-    """Refuse what the rows and heads do not allow, before anything is trained."""
+def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> list[Trial]:
+    """Refuse what rows, heads and memory do not allow, before anything is trained; return what `find_streamed` does."""
     for data, head in trials:
         rows, most = len(data.splits.train) + len(data.splits.val), head.family.most_rows
         if most is not None and rows > most:
@@ -59,12 +61,15 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> Non
             )
         if data.layer.table.task == CLASSIFICATION:
             check_metric(metric, classes)
+    streamed = find_streamed(trials)
     for layer in dict.fromkeys(data.layer for data, _ in trials):
         require_finite(layer)
+    return streamed
 
 
 def run_trials(
     trials: Sequence[Trial],
+    streamed: Collection[Trial],
     jobs: int | None,
     progress: Progress | None,
     *,
@@ -73,13 +78,16 @@ def run_trials(
     keep: bool,
     finished: Callable[[int, TrialOutcome], None],
 ) -> Pipeline | None:
-    """Run all trials: first those on a device, one by one, then those on the CPU, several at a time.
+    """Run all trials: first those on a device, one by one, then those on the CPU, several at a time, then the streamed.
 
     Parameters
     ----------
     trials : sequence of Trial
+    streamed : collection of Trial
+        Those that read their rows in each pass, one trial after another, with all cores.
     jobs : int or None
-        Number of processes, by default one per core; never more than there are trials.
+        Number of processes, by default one per core, or as many as memory has room for; never more than there are
+        trials.
     progress : callable or None
         Called as ``progress(done, total, "fit")``.
     balanced : bool
@@ -98,8 +106,9 @@ def run_trials(
     """
     best: tuple[float, float, float, int] | None = None
     model = None
-    on_device, on_cpu = _order(trials)
-    workers = min(jobs or joblib.cpu_count(), len(on_cpu)) or 1
+    on_device, on_cpu, passing = _order(trials, streamed)
+    most = max((needed_memory(trials[index]) for index in on_cpu), default=1)
+    workers = min(jobs or min(joblib.cpu_count(), max(1, free_memory() // most)), len(on_cpu)) or 1
     # one trial prepared ahead keeps the workers busy without holding more rows than they use
     parallel = joblib.Parallel(
         workers,
@@ -112,10 +121,10 @@ def run_trials(
     )
     with threadpool_limits(1 if workers > 1 else None):
         outcomes = itertools.chain.from_iterable(
-            run(_tasks([trials[index] for index in part], balanced=balanced, metric=metric, keep=keep))
-            for run, part in ((run_one_by_one, on_device), (parallel, on_cpu))
+            run(_tasks([trials[index] for index in part], streamed, balanced=balanced, metric=metric, keep=keep))
+            for run, part in ((run_one_by_one, on_device), (parallel, on_cpu), (_in_turn, passing))
         )
-        for done, (index, outcome) in enumerate(zip(on_device + on_cpu, outcomes, strict=True), 1):
+        for done, (index, outcome) in enumerate(zip(on_device + on_cpu + passing, outcomes, strict=True), 1):
             rank = preference(trials[index].data.shots, outcome.choice.score, index, outcome.choice.log_loss)
             if best is None or rank > best:
                 best, model = rank, outcome.pipeline
@@ -125,29 +134,36 @@ def run_trials(
     return model
 
 
-def _order(trials: Sequence[Trial]) -> tuple[list[int], list[int]]:
-    """Return the indices of trials on a device and on the CPU, trials of the same data together: they share rows."""
+def _order(trials: Sequence[Trial], streamed: Collection[Trial]) -> tuple[list[int], list[int], list[int]]:
+    """Return indices of trials on a device, on the CPU and streamed; those of the same data together."""
     first: dict[SplitLayer, int] = {}
     for index, trial in enumerate(trials):
         first.setdefault(trial.data, index)
     indices = sorted(range(len(trials)), key=lambda index: first[trials[index].data])
-    on_device = [index for index in indices if trials[index].head.family.device is not None]
-    return on_device, [index for index in indices if trials[index].head.family.device is None]
+    passing = [index for index in indices if trials[index] in streamed]
+    on_device = [index for index in indices if trials[index].head.family.device is not None and index not in passing]
+    return on_device, [index for index in indices if index not in {*on_device, *passing}], passing
 
 
-def _tasks(trials: Sequence[Trial], *, balanced: bool, metric: str, keep: bool) -> Iterator[Any]:
+def _tasks(
+    trials: Sequence[Trial], streamed: Collection[Trial], *, balanced: bool, metric: str, keep: bool
+) -> Iterator[Any]:
     """Prepare rows when a worker is about to need them, once for all heads on the same data that need the same."""
     prepared: dict[tuple[str, bool], Prepared] = {}
     current = None
-    for data, head in trials:
+    for trial in trials:
+        data, head = trial
         if data is not current:
             prepared, current = {}, data
         table = data.layer.table
-        scaling, rotated = head.scaling, head.family.linear and data.layer.dim > len(data.splits.train)
+        scaling, rotated = head.scaling, is_wide(trial)
         if (scaling, rotated) not in prepared:
             dims = [info.dim for _, info in data.layer.parts]
+            read: Any = data.layer.features
+            if trial in streamed:
+                read = partial(StreamedRows, data.layer.features, data.layer.dim)
             prepared[scaling, rotated] = prepare_trial(
-                data.layer.features,
+                read,
                 table.y,
                 table.labels,
                 data.splits,
@@ -158,6 +174,10 @@ def _tasks(trials: Sequence[Trial], *, balanced: bool, metric: str, keep: bool) 
             )
         how: Any = {"task": table.task, "balanced": balanced, "metric": metric, "keep": keep}
         yield joblib.delayed(run_trial)(head, prepared[scaling, rotated], len(table.classes), **how)
+
+
+def _in_turn(tasks: Iterable[Task[T]]) -> Iterator[T]:
+    return (function(*arguments, **options) for function, arguments, options in tasks)
 
 
 def _end_with(parent: int) -> None:

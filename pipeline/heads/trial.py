@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.evaluation.splits import Splits
 from pipeline.heads.choose import Choice, Fold, Scaled, default_threshold, make_fold, scale, search, train_final
 from pipeline.heads.family import Family, Params
 from pipeline.heads.registry import Head
+from pipeline.heads.solvers.blocks import by_blocks
 from pipeline.options import CLASSIFICATION, MULTILABEL, REGRESSION
 
 MOST_FOLDS = 5
@@ -127,7 +129,7 @@ def prepare_trial(
     Parameters
     ----------
     features : callable
-        Maps row numbers (k,) to a fresh array (k, d) of float32.
+        Maps row numbers (k,) to a fresh array (k, d) of float32, or to `StreamedRows` of them.
     y : (n, ...) array
         What heads learn of all rows.
     labels : (n,) int64
@@ -207,11 +209,11 @@ def _predict(
     if thresholds is not None:
         scores = family.scores(estimator, held)
         return scores >= thresholds, scores
-    y_pred = np.asarray(estimator.predict(held), np.int64)
+    y_pred = np.asarray(by_blocks(estimator.predict, held), np.int64)
     if not family.probabilities and len(y_pred) * n_classes > MOST_SCORES:
         return y_pred, None
     scores = np.full((len(y_pred), n_classes), 0.0 if family.probabilities else -np.inf)
-    scores[:, estimator.classes_] = family.scores(estimator, held)
+    scores[:, estimator.classes_] = by_blocks(partial(family.scores, estimator), held)
     return y_pred, scores
 
 

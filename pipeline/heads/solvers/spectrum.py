@@ -82,7 +82,7 @@ def find_spectrum(rows: Float32Array) -> Spectrum:
     A poor estimate makes the optimisation slower, not less exact. If rows or features are few, only half as many
     directions are computed, because in float32 the last ones are rounding noise.
     """
-    sample = rows[:: -(-len(rows) // _ROWS)]
+    sample = np.asarray(rows[:: -(-len(rows) // _ROWS)])
     mean = sample.mean(axis=0, dtype=np.float64)
     count = max(1, min(_DIRECTIONS, min(sample.shape) // 2))
     _, sizes, axes = randomized_svd(sample - mean.astype(np.float32), count, n_iter=2, random_state=0)

@@ -1,0 +1,101 @@
+"""Which trials have room in memory, and which must read their rows from the cache in each pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pipeline.errors import FitError
+from pipeline.heads.registry import FAMILIES_OF
+from pipeline.heads.trial import MOST_FOLDS, Trial
+
+_GROUPS = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+"""Folder and files of control groups, of versions 2 and 1, by what /proc/self/cgroup calls them."""
+_OF_CLASS = 40
+"""Bytes that scores and their derivatives take for each row and class."""
+
+
+def find_streamed(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials whose rows do not fit into free memory.
+
+    Raises
+    ------
+    FitError
+        If one of these has a head that needs all rows in memory.
+    """
+    free, streamed = free_memory(), []
+    for trial in trials:
+        needed = needed_memory(trial)
+        if needed <= free:
+            continue
+        streamed.append(trial)
+        if not trial.head.family.streams or is_wide(trial):
+            layer, n = trial.data.layer, len(trial.data.splits.train) + len(trial.data.splits.val)
+            others = [name for name, family in FAMILIES_OF[layer.table.task].items() if family.streams]
+            hint = f", or {', '.join(others)}, which need not hold all rows" if others and not is_wide(trial) else ""
+            raise FitError(
+                f"{trial.head.name} on {n} x {layer.dim} features of {layer.name} would take {needed / 1e9:.3g} GB of "
+                f"memory, and {free / 1e9:.3g} GB are free; use fewer shots, a smaller layer{hint}"
+            )
+    return streamed
+
+
+def streamed_notes(trials: Sequence[Trial]) -> list[str]:
+    """Return what a user should know about trials that `find_streamed` found."""
+    return [
+        f"{trial.head.name}: the features of {trial.data.layer.name} do not fit into free memory with all that a fit "
+        "needs, so they are read from the cache in each pass, which takes longer"
+        for trial in trials
+    ]
+
+
+def is_wide(trial: Trial) -> bool:
+    """Tell whether a head is trained on rows rotated onto their span."""
+    return trial.head.family.linear and trial.data.layer.dim > len(trial.data.splits.train)
+
+
+def needed_memory(trial: Trial) -> int:
+    """Return about how many bytes a trial takes if all of its rows are in memory, with what is kept for workers."""
+    (data, head), splits = trial, trial.data.splits
+    known = len(splits.train) + len(splits.val)
+    copies = 1 if splits.val.size and head.scaling != "standard" else 2 if splits.val.size else 1 + MOST_FOLDS
+    scores = _OF_CLASS * len(data.layer.table.classes) if head.family.linear else 0
+    row = 4 * data.layer.dim
+    return 2 * row * (copies * known + len(splits.test)) + known * round(row * head.family.memory + scores)
+
+
+def free_memory() -> int:
+    """Return how many bytes this process may still take: what the system can free, within the limits of its groups."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    table = Path("/proc/meminfo")
+    if not table.is_file():  # macOS does not tell what it can free
+        return os.sysconf("SC_PHYS_PAGES") * page // 2
+    available = dict(line.split(":") for line in table.read_text().splitlines())["MemAvailable"]
+    return min(int(available.split()[0]) * 1024, *_left_in_groups())
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield what each control group of this process, as of a container or a batch job, leaves of its limit."""
+    yield 1 << 62
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, path = line.split(":", 2)
+        for kind in _GROUPS.keys() & kinds.split(","):
+            folder, limit, usage = _GROUPS[kind]
+            root = Path("/sys/fs/cgroup", folder)
+            inside = root / path.lstrip("/")
+            for group in (inside, *inside.parents):
+                if group.is_relative_to(root) and (most := _number(group / limit)) is not None:
+                    stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
+                    cached = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
+                    yield most - (_number(group / usage) or 0) + cached
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # there is none, or it is "max"
+        return None
