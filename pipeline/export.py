@@ -103,9 +103,13 @@ class _Parts:
     classes: Sequence[str]
 
 
+def _require_classes(model: SavedModel | TunedModel) -> None:
+    if model.task != CLASSIFICATION:
+        raise ModelFileError(f"only models that predict a class can be written as ONNX, not one of task '{model.task}'")
+
+
 def _head_parts(saved: SavedModel) -> _Parts:
-    if saved.task != CLASSIFICATION:
-        raise ModelFileError(f"only models that predict a class can be written as ONNX, not one of task '{saved.task}'")
+    _require_classes(saved)
     specs = saved.specs
     scores = HeadScores(saved, half=specs[0].store == "float16")
     if len({(spec.backbone, spec.weights_digest, spec.pool, spec.preprocessing, spec.store) for spec in specs}) > 1:
@@ -122,6 +126,7 @@ def _head_parts(saved: SavedModel) -> _Parts:
 
 def _network_parts(path: str | Path) -> _Parts:
     tuned = describe_network(path)
+    _require_classes(tuned)
     backbone = _backbone(f"{tuned.scores.backbone}@{path}", None, tuned.scores)
     params = tuned.metrics["params"]
     return _Parts(tuned, backbone, [tuned.scores], nn.Identity(), True, tuned.top, params, tuned.classes)

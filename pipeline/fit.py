@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from features_cache import Catalog, nearest
+from features_cache import Catalog
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
@@ -24,6 +24,7 @@ from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
 from pipeline.evaluation.split_layers import SplitLayer, split_layers
 from pipeline.evaluation.splits import check_draws
+from pipeline.evaluation.targets import check_task
 from pipeline.heads.choose import Choice, choice_notes
 from pipeline.heads.memory import streamed_notes
 from pipeline.heads.parallel import check_trials, run_trials
@@ -32,16 +33,7 @@ from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
 from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
-from pipeline.options import (
-    CLASSIFICATION,
-    DEFAULT_HEADS,
-    METRICS_OF,
-    MULTILABEL,
-    NEAR,
-    REGRESSION,
-    TASK,
-    check_options,
-)
+from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, MULTILABEL, NEAR, REGRESSION
 from pipeline.results import LOWER_IS_BETTER, FitResult, MultilabelResult, Progress, RegressionResult, to_json
 
 T = TypeVar("T")
@@ -184,7 +176,8 @@ def fit(
         for result in report.results:
             print(result.head, result.accuracy, result.accuracy_ci95)
     """
-    metric = _check(task, seeds, shots, metric, balanced=balanced)
+    check_draws(seeds, shots)
+    metric = check_task(task, metric, shots=set(shots) != {"all"}, balanced=balanced)
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
     chosen = _find_heads((DEFAULT_HEADS[task],) if heads is None else heads, task, device)
@@ -251,20 +244,6 @@ def fit(
 
 def _distinct(values: Sequence[T]) -> list[T]:
     return list(dict.fromkeys(values))
-
-
-def _check(task: str, seeds: Sequence[int], shots: Sequence[int | str], metric: str | None, *, balanced: bool) -> str:
-    """Refuse options that do not fit the task or each other; return the metric to choose by."""
-    check_options([TASK], {"task": task})
-    check_draws(seeds, shots)
-    known = METRICS_OF[task]
-    if metric is not None and metric not in known:
-        raise FitError(
-            f"expected a metric for {task}, one of {', '.join(known)}; got {metric!r}{nearest(metric, known)}"
-        )
-    if task != CLASSIFICATION and (balanced or set(shots) != {"all"}):
-        raise FitError(f"{'balanced' if balanced else 'shots'} is about classes; leave it out for {task}")
-    return metric or known[0]
 
 
 def _find_heads(names: Sequence[str], task: str, device: str) -> list[Head]:

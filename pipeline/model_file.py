@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from features_cache import atomic_write, nearest_beside
 from pipeline.errors import ModelFileError, first_line
+from pipeline.options import CLASSIFICATION, MULTILABEL, TASKS
 from pipeline.provenance import installed_version
 from pipeline.spec import canonical_json
 
@@ -98,6 +99,18 @@ class ModelFormat:
     def lacks(self, path: Path, *names: str) -> ModelFileError:
         """Return the error that says which fields of the description are missing or make no sense."""
         return ModelFileError(f"{path} does not say its {', '.join(names)}; {self.remedy}")
+
+
+TASK_DEFAULTS: dict[str, Any] = {"task": CLASSIFICATION, "thresholds": None}
+"""What models predict that were saved before there were other tasks."""
+
+
+def fits_task(fields: Mapping[str, Any]) -> bool:
+    """Tell whether a model's task is one of `pipeline.options.TASKS`, and each of several labels has a threshold."""
+    told = fields["thresholds"]
+    if fields["task"] != MULTILABEL:
+        return fields["task"] in TASKS and told is None
+    return isinstance(told, list) and len(told) == len(fields["classes"]) and all(type(one) is float for one in told)
 
 
 @contextmanager

@@ -266,7 +266,7 @@ FIT_LABELS = (
         default=None,
     ),
 )
-"""The same for `fit`, which also predicts labels and numbers."""
+"""The same for `fit` and `finetune`, which also predict labels and numbers."""
 ABOVE = (*LABELS, METRIC)
 """What a plan gives above its tables, because it is the same for all jobs."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
@@ -339,7 +339,7 @@ FINETUNE = (
     *RECIPE,
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
-    *ABOVE,
+    *FIT_LABELS,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "What to record for each layer; warns where it is unhealthy."),

@@ -226,7 +226,7 @@ def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Se
 
 def _say(model: SavedModel | TunedModel, uris: list[str], features: Float32Array) -> Iterator[Prediction]:
     """Yield what the model predicts of rows of features (n, d)."""
-    if isinstance(model, TunedModel) or model.task == CLASSIFICATION:
+    if model.task == CLASSIFICATION:
         labels, probabilities = model.predict(features)
         for index, uri in enumerate(uris):
             probability = None if probabilities is None else float(probabilities[index])

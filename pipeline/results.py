@@ -390,20 +390,38 @@ class SeedSummary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneResult(FitResult):
-    """One fine-tuned network, one seed: a `FitResult` whose head was trained together with what is above the line.
+class Tuning:
+    """How a fine-tuned network was trained, beside its result, whose head was trained with what is above the line.
 
     `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
     which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
     ``train_loss``, ``train_acc`` (of each batch before its step), ``valid_loss`` and ``valid_acc`` (where there were
-    validation images), the highest learning rate, the seconds, and, where they were watched, ``gradients``:
-    ``{LAYER: {gradient, weight, update, dead}}``.
+    validation images; accuracies only of classes), the highest learning rate, the seconds, and, where they were
+    watched, ``gradients``: ``{LAYER: {gradient, weight, update, dead}}``.
     """
 
     freeze: str = ""
     epochs: int = 0
     trainable_parameters: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(FitResult, Tuning):
+    """A fine-tuned network that predicts a class, one seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRegressionResult(RegressionResult, Tuning):
+    """A fine-tuned network that predicts a number, one seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneMultilabelResult(MultilabelResult, Tuning):
+    """A fine-tuned network that predicts any number of labels, one seed."""
+
+
+TunedResult = FinetuneResult | FinetuneRegressionResult | FinetuneMultilabelResult
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import (
     average_precision_score,
@@ -32,6 +33,8 @@ from pipeline.evaluation.splits import make_splits
 from pipeline.evaluation.targets import read_answers
 from pipeline.export import export
 from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.finetuning.objective import Labels, Numbers
 from pipeline.fit import fit
 from pipeline.heads.choose import scale, train_final
 from pipeline.heads.registry import FAMILIES_OF, Head
@@ -40,6 +43,7 @@ from pipeline.predict import predict
 from pipeline.results import from_json, to_json
 
 Thawline = Callable[..., Any]
+TINY = "test_resnet@random:0"
 N, D, NAMES = 240, 12, ("fur", "legs", "wings")
 OTHERS = [(task, name) for task in ("multilabel", "regression") for name in FAMILIES_OF[task]]
 
@@ -424,27 +428,32 @@ def test_a_forged_task_is_refused(changed: dict[str, Any], folder: Path, tmp_pat
         load_model(tmp_path / "f.skops")
 
 
+@pytest.fixture(scope="module")
+def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of two colours, and a table that says what they show."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder / "photos", ("bright", "dark"), each=12)
+    rows = ["uri,said,number"]
+    for name, told in (("bright", ("light|even", "light")), ("dark", ("even", "|"))):
+        rows += [f"{name}/{i}.png,{told[i % 2]},{100 * (name == 'bright') + i}" for i in range(12)]
+    (folder / "table.csv").write_text("\n".join(rows))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("task", "head"), [("regression", "ridge"), ("multilabel", "logreg"), ("multilabel", "knn"), ("regression", "knn")]
 )
 def test_new_photos_get_numbers_or_labels(
-    task: str, head: str, write_photos: Callable[..., Path], tmp_path: Path, thawline: Thawline
+    task: str, head: str, photos: Path, tmp_path: Path, thawline: Thawline
 ) -> None:
-    photos = write_photos(tmp_path / "photos", ("bright", "dark"), each=12)
-    rows: Sequence[str] = [
-        f"{name}/{i},{'light|even' if name == 'bright' and i % 2 == 0 else 'light' if name == 'bright' else '|'},{i}"
-        for name in ("bright", "dark")
-        for i in range(12)
-    ]
-    (tmp_path / "table.csv").write_text("\n".join(["uri,said,number", *(row.replace(",", ".png,", 1) for row in rows)]))
-    extract(photos, ["test_resnet@random:0"], ["layer1"], output=tmp_path / "cache", size=32, engine="torch")
+    extract(photos / "photos", [TINY], ["layer1"], output=tmp_path / "cache", size=32, engine="torch")
     target = "number" if task == "regression" else "said"
     model = tmp_path / "m.skops"
-    known = {"labels": tmp_path / "table.csv", "target": target, "task": task, "save": model, "jobs": 1}
+    known = {"labels": photos / "table.csv", "target": target, "task": task, "save": model, "jobs": 1}
     report = fit(tmp_path / "cache", heads=[head], **known)
-    found = {one.uri: one for one in predict(model, photos, tmp_path / "cache", engine="torch").predictions}
+    found = {one.uri: one for one in predict(model, photos / "photos", tmp_path / "cache", engine="torch").predictions}
     shown = thawline(
-        "predict", model, photos, "-o", tmp_path / "cache", "--engine", "torch", "--csv", tmp_path / "p.csv"
+        "predict", model, photos / "photos", "-o", tmp_path / "cache", "--engine", "torch", "--csv", tmp_path / "p.csv"
     )
     assert shown.returncode == 0, shown.stderr
     written = {row["uri"]: row for row in csv.DictReader((tmp_path / "p.csv").read_text().splitlines())}
@@ -460,3 +469,50 @@ def test_new_photos_get_numbers_or_labels(
             assert one.label == ("|".join(names) or "|")
             assert one.scores is not None
             assert float(written[uri][report.classes[0]]) == one.scores[report.classes[0]]
+
+
+@pytest.mark.parametrize(("top", "lr"), [("linear", 0.02), ("hidden", 0.005), ("direct", 0.001)])
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_a_network_is_fine_tuned_on_labels_or_numbers(
+    task: str, top: str, lr: float, photos: Path, tmp_path: Path
+) -> None:
+    target = "number" if task == "regression" else "said"
+    known = {"labels": photos / "table.csv", "target": target, "task": task, "save": tmp_path / "m.safetensors"}
+    report = finetune(
+        photos / "photos", TINY, top=top, epochs=20, patience=20, lr=lr, size=32, engine="torch", device="cpu",
+        output=tmp_path / "cache", **known
+    )  # fmt: skip
+    result, found = report.results[0], report.predictions[0]
+    assert from_json(type(result), json.loads(json.dumps(to_json(result)))) == result
+    predicted = {one.uri: one for one in predict(known["save"], photos / "photos", engine="torch").predictions}
+    if task == "regression":
+        assert result.r2 == pytest.approx(r2_score(found.y_true, found.y_pred))
+        assert result.r2 > 0.5, "colours tell most of the number"
+        said = [predicted[uri].value for uri in found.uris.tolist()]
+        np.testing.assert_allclose(said, found.y_pred, rtol=1e-3)
+    else:
+        assert found.probabilities is not None
+        np.testing.assert_array_equal(found.y_pred, found.probabilities >= [one.threshold for one in result.labels])
+        assert {one.label: one.f1 for one in result.labels}["light"] == 1
+        said = [list((predicted[uri].scores or {}).values()) for uri in found.uris.tolist()]
+        np.testing.assert_allclose(said, found.probabilities, atol=1e-3)
+    losses = [epoch["valid_loss"] for epoch in result.history]
+    assert result.params["best_epoch"] == 1 + int(np.argmin(losses))
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize("option", [{"class_weights": True}, {"label_smoothing": 0.1}, {"shots": [2]}])
+def test_training_options_for_classes_are_refused_for_others(option: dict[str, Any], photos: Path) -> None:
+    with pytest.raises(FitError, match=f"{next(iter(option))} is about classes"):
+        finetune(photos / "photos", TINY, labels=photos / "table.csv", target="number", task="regression", **option)
+
+
+def test_objectives_of_labels_and_numbers_are_torchs() -> None:
+    rng = torch.Generator().manual_seed(0)
+    outputs = torch.randn(6, 3, generator=rng)
+    labels = torch.rand(6, 3, generator=rng) < 0.5
+    expected = torch.nn.BCEWithLogitsLoss()(outputs, labels.float()) * 3
+    torch.testing.assert_close(Labels()(outputs, labels), expected)
+    numbers = 100 + 10 * torch.randn(6, generator=rng, dtype=torch.float64)
+    expected = torch.nn.MSELoss()(outputs[:, :1] * 10 + 100, numbers[:, None].float()) / 100
+    torch.testing.assert_close(Numbers(100, 10)(outputs[:, :1], numbers), expected)

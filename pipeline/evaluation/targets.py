@@ -11,10 +11,11 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
+from features_cache import nearest
 from pipeline.arrays import BoolArray, Float64Array, IntArray
-from pipeline.errors import TableError
+from pipeline.errors import FitError, TableError
 from pipeline.evaluation.leaks import MOST_NAMED
-from pipeline.options import MULTILABEL, REGRESSION
+from pipeline.options import CLASSIFICATION, METRICS_OF, MULTILABEL, REGRESSION, TASK, check_options
 
 BAR = "|"
 """Between the labels of a cell. A bar alone says that an image has none of them."""
@@ -44,6 +45,26 @@ class Answers(NamedTuple):
     labels: IntArray
     values: NDArray[Any] | None = None
     notes: tuple[str, ...] = ()
+
+
+def check_task(task: str, metric: str | None, **of_classes: Any) -> str:
+    """Return the metric to choose by.
+
+    Raises
+    ------
+    FitError
+        If there is no such task, no such metric of it, or one of the options `of_classes` is given for another task.
+    """
+    check_options([TASK], {"task": task})
+    known = METRICS_OF[task]
+    if metric is not None and metric not in known:
+        raise FitError(
+            f"expected a metric for {task}, one of {', '.join(known)}; got {metric!r}{nearest(metric, known)}"
+        )
+    for name, given in of_classes.items():
+        if given and task != CLASSIFICATION:
+            raise FitError(f"{name} is about classes; leave it out for {task}")
+    return metric or known[0]
 
 
 def read_answers(task: str, cells: Sequence[str], where: str, columns: Sequence[str] = ()) -> Answers:

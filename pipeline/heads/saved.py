@@ -24,8 +24,8 @@ from pipeline.errors import BackboneError, FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
 from pipeline.heads.family import Family
 from pipeline.heads.registry import find_head
-from pipeline.model_file import ModelFormat, check_destination, named, reading, writing
-from pipeline.options import CLASSIFICATION, MULTILABEL, REGRESSION, TASKS
+from pipeline.model_file import TASK_DEFAULTS, ModelFormat, check_destination, fits_task, named, reading, writing
+from pipeline.options import CLASSIFICATION, REGRESSION
 from pipeline.spec import LayerSpec, parse_size
 
 FORMAT = ModelFormat(
@@ -44,7 +44,7 @@ FORMAT = ModelFormat(
     },
     libraries=("thawline", "scikit-learn", "numpy", "skops"),
     remedy="fit and save it again",
-    defaults={"task": CLASSIFICATION, "thresholds": None},
+    defaults=TASK_DEFAULTS,
 )
 _DESCRIPTION = "thawline.json"
 _CLASSES = frozenset(
@@ -215,20 +215,13 @@ def load_model(path: str | Path) -> SavedModel:
     fields = FORMAT.read_fields(path, description)
     if not fields["layers"] or not all(map(_is_layer, fields["layers"])):
         raise FORMAT.lacks(path, "layers")
-    if not _fits_task(fields):
+    if not fits_task(fields):
         raise FORMAT.lacks(path, "task", "thresholds")
     try:
         find_head(fields["head"], fields["task"])
     except FitError as error:
         raise ModelFileError(f"{path} holds a head that this version of thawline does not have: {error}") from error
     return SavedModel(pipeline, **fields | {"classes": tuple(fields["classes"])})
-
-
-def _fits_task(fields: dict[str, Any]) -> bool:
-    told = fields["thresholds"]
-    if fields["task"] != MULTILABEL:
-        return fields["task"] in TASKS and told is None
-    return isinstance(told, list) and len(told) == len(fields["classes"]) and all(type(one) is float for one in told)
 
 
 def _is_layer(layer: Any) -> bool:

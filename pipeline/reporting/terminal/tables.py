@@ -15,7 +15,6 @@ from pipeline.results import (
     Agreement,
     DriftResult,
     ExtractResult,
-    FinetuneResult,
     FitResult,
     HeadResult,
     LayerScore,
@@ -27,6 +26,7 @@ from pipeline.results import (
     PretrainResult,
     RegressionResult,
     SeedSummary,
+    TunedResult,
     UnitResult,
 )
 
@@ -105,7 +105,7 @@ def labels_table(result: MultilabelResult) -> Table:
     return rows_table(columns, rows, title)
 
 
-def finetune_table(results: Sequence[FinetuneResult]) -> Table:
+def finetune_table(results: Sequence[TunedResult]) -> Table:
     """One row for each run, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
         "target": _targets(results),
