@@ -391,8 +391,8 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
-        *LABELS,
-        Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
+        *FIT_LABELS[:-1],
+        Option("fit", FLAG, "Also fit the default head, and compare the orders.", False, stage_name="fitted"),
     ),
     "units": (
         Option("layer", TEXT, "Layer name or alias.", short="l", repeat="layers", required=True),

@@ -504,9 +504,10 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How one layer promises to suit the classes; of its training rows, more is better.
+    """How one layer promises to suit the target; of its training rows, more is better.
 
-    `leep` is that of the logits, ``None`` for other layers; `accuracy` is on test, ``None`` where nothing was fitted.
+    `h_score` and `leep` are about classes, and `leep` is that of the logits; elsewhere they are None. `test_score` is
+    the `metric` of a fitted head on test, and `accuracy` the same if that is accuracy; None where nothing was fitted.
     """
 
     backbone: str
@@ -515,14 +516,16 @@ class LayerScore:
     dim: int
     n_train: int
     logme: float
-    h_score: float
+    h_score: float | None
     leep: float | None
     accuracy: float | None = None
+    metric: str = "accuracy"
+    test_score: float | None = None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the order by one score agrees with the order by test accuracy, over so many layers: 1 is the same order."""
+    """How the order by one score agrees with the order on test, over so many layers: 1 is the same order."""
 
     score: str
     layers: int

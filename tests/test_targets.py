@@ -40,6 +40,7 @@ from pipeline.heads.choose import scale, train_final
 from pipeline.heads.registry import FAMILIES_OF, Head
 from pipeline.heads.saved import load_model, save_model
 from pipeline.predict import predict
+from pipeline.rank import rank
 from pipeline.results import from_json, to_json
 
 Thawline = Callable[..., Any]
@@ -417,6 +418,21 @@ def test_the_command_prints_metrics_and_labels_and_draws(folder: Path, tmp_path:
     document = thawline(*asked, "--task", "multilabel", "--target", "parts", "--json", "--seed", 0, "--seed", 1).json
     assert {one["label"] for one in document["results"][0]["labels"]} == set(NAMES)
     assert document["summary"][0]["metric"] == "average_precision"
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_rank_puts_the_layer_first_that_tells_the_target(
+    task: str, folder: Path, features: np.ndarray, thawline: Thawline
+) -> None:
+    target = "parts" if task == "multilabel" else "weight"
+    known = {"labels": folder / "table.csv", "target": target, "task": task}
+    first, second = rank(folder / "cache.h5", fitted=True, **known).ranking
+    assert (first.layer, second.layer) == ("deep", "noise")
+    assert (first.h_score, first.leep, first.accuracy) == (None, None, None)
+    assert first.test_score is not None
+    assert first.test_score == getattr(run(folder, task).results[0], first.metric)
+    shown = thawline("rank", folder / "cache.h5", "--labels", folder / "table.csv", "--target", target, "--task", task)
+    assert "H-score" not in shown.stdout
 
 
 @pytest.mark.parametrize("changed", [{"thresholds": [0.5]}, {"thresholds": None}, {"task": "clustering"}])

@@ -311,25 +311,26 @@ def count_table(predictions: Iterable[Prediction], target: str) -> Table:
 
 def rank_table(ranking: Sequence[LayerScore]) -> Table:
     """One row for each layer, the best first; columns that are empty or say the same everywhere are left out."""
+    reached = METRIC_COLUMNS.get(ranking[0].metric, ranking[0].metric)
     columns = {
         "": [str(rank) for rank in range(1, len(ranking) + 1)],
         **_columns(ranking, "backbone", "pool", "layer"),
         "features": [str(score.dim) for score in ranking],
         "LogME": [f"{score.logme:.3f}" for score in ranking],
-        "H-score": [f"{score.h_score:.2f}" for score in ranking],
+        "H-score": ["" if score.h_score is None else f"{score.h_score:.2f}" for score in ranking],
         "LEEP": ["" if score.leep is None else f"{score.leep:.3f}" for score in ranking],
-        "accuracy": ["" if score.accuracy is None else f"{score.accuracy:.3f}" for score in ranking],
+        reached: ["" if score.test_score is None else f"{score.test_score:.3f}" for score in ranking],
     }
     needless = [name for name in ("backbone", "pool") if len(set(columns[name])) == 1]
-    needless += [name for name in ("LEEP", "accuracy") if not any(columns[name])]
+    needless += [name for name in ("H-score", "LEEP", reached) if not any(columns[name])]
     shown = {name: cells for name, cells in columns.items() if name not in needless}
     return rows_table(tuple(shown), list(zip(*shown.values(), strict=True)))
 
 
-def agreement_lines(agreement: Sequence[Agreement]) -> list[str]:
-    """Say how well the order by each score agrees with the order by test accuracy."""
+def agreement_lines(agreement: Sequence[Agreement], metric: str = "accuracy") -> list[str]:
+    """Say how well the order by each score agrees with the order by a metric on test."""
     return [
-        f"{_SCORES[found.score]} against test accuracy over {found.layers} layers: "
+        f"{_SCORES[found.score]} against test {METRIC_COLUMNS.get(metric, metric)} over {found.layers} layers: "
         f"Kendall's tau {found.kendall_tau:.2f}, Spearman's rho {found.spearman_rho:.2f}"
         for found in agreement
     ]
