@@ -20,7 +20,7 @@ from pipeline.errors import ModelFileError, first_cause, first_line
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
-from pipeline.options import CLASSIFICATION
+from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, REGRESSION
 from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, Size, json_fields
@@ -35,8 +35,9 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
 
     The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images, resized and cropped as the metadata says; it
     normalises them itself. It gives ``label``, int64 (n,); ``scores``, float32 (n, K), whose largest is the label; and,
-    if the model has them, ``probabilities``, float32 (n, K), calibrated as in `pipeline.predict.predict`. It computes
-    in float32, whatever the precision that the model was trained in.
+    if the model has them, ``probabilities``, float32 (n, K), calibrated as in `pipeline.predict.predict`. A model for
+    several labels gives ``labels``, bool (n, K), instead of ``label``, and one for numbers only ``value``, float32
+    (n,). The graph computes in float32, whatever the precision that the model was trained in.
 
     The metadata has three entries in JSON: ``classes`` (K names, in the order of the scores), ``preprocessing`` (a
     `pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, temperature, test metrics, versions).
@@ -71,7 +72,7 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     path = check_destination(path, ".onnx")
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
     network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
-    graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)
+    graph = Predictor(network, parts.scores, parts.model, has_probabilities=parts.has_probabilities)
     program = onnx_program(graph, network.size, graph.outputs)
     metadata = {name: json.dumps(part, ensure_ascii=False) for name, part in _metadata(parts).items()}
     program.model.metadata_props.update(metadata)
@@ -103,13 +104,7 @@ class _Parts:
     classes: Sequence[str]
 
 
-def _require_classes(model: SavedModel | TunedModel) -> None:
-    if model.task != CLASSIFICATION:
-        raise ModelFileError(f"only models that predict a class can be written as ONNX, not one of task '{model.task}'")
-
-
 def _head_parts(saved: SavedModel) -> _Parts:
-    _require_classes(saved)
     specs = saved.specs
     scores = HeadScores(saved, half=specs[0].store == "float16")
     if len({(spec.backbone, spec.weights_digest, spec.pool, spec.preprocessing, spec.store) for spec in specs}) > 1:
@@ -119,14 +114,15 @@ def _head_parts(saved: SavedModel) -> _Parts:
         )
     request = saved.layers[0]["request"]
     backbone = _backbone(request["backbone"], request["size"], specs[0])
-    classes = [saved.classes[number] for number in saved.pipeline.classes_]
-    has_probabilities = find_head(saved.head).family.probabilities
+    classes = list(saved.classes)
+    if saved.task == CLASSIFICATION:
+        classes = [classes[number] for number in saved.pipeline.classes_]
+    has_probabilities = find_head(saved.head, saved.task).family.probabilities
     return _Parts(saved, backbone, specs, scores, has_probabilities, saved.head, saved.params, classes)
 
 
 def _network_parts(path: str | Path) -> _Parts:
     tuned = describe_network(path)
-    _require_classes(tuned)
     backbone = _backbone(f"{tuned.scores.backbone}@{path}", None, tuned.scores)
     params = tuned.metrics["params"]
     return _Parts(tuned, backbone, [tuned.scores], nn.Identity(), True, tuned.top, params, tuned.classes)
@@ -147,21 +143,34 @@ def _backbone(name: str, size: Size | None, spec: LayerSpec) -> Backbone:
     return backbone
 
 
-class Classifier(nn.Module):
+class Predictor(nn.Module):
     """A saved model as one module, in float32; `scores` maps the joined features (n, d) to scores (n, K)."""
 
+    thresholds: Tensor
+
     def __init__(
-        self, network: TappedNetwork, scores: nn.Module, temperature: float | None, *, has_probabilities: bool
+        self, network: TappedNetwork, scores: nn.Module, model: SavedModel | TunedModel, *, has_probabilities: bool
     ) -> None:
         super().__init__()
-        self.network, self.scores, self.temperature = network, scores, temperature
-        self.outputs = ["label", "scores", *(["probabilities"] if has_probabilities else [])]
+        self.network, self.scores, self.task = network, scores, model.task
+        self.temperature, self.has_probabilities = model.temperature or 1.0, has_probabilities
+        answer = "label" if model.task == CLASSIFICATION else "labels"
+        self.outputs = [answer, "scores", *(["probabilities"] if has_probabilities else [])]
+        if model.task == REGRESSION:
+            self.outputs = ["value"]
+        self.register_buffer("thresholds", torch.tensor(model.thresholds or [], dtype=torch.float32))
         self.eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map uint8 (n, h, w, 3) to labels (n,), scores (n, K) and, if there are any, probabilities (n, K)."""
+        """Map uint8 (n, h, w, 3) to `outputs`, see `export`."""
         scores = self.scores(torch.cat(self.network(pixels), 1))
-        results = scores.argmax(1), scores, (scores / (self.temperature or 1.0)).softmax(1)
+        if self.task == REGRESSION:
+            return (scores[:, 0],)
+        if self.task == CLASSIFICATION:
+            results = scores.argmax(1), scores, (scores / self.temperature).softmax(1)
+        else:
+            probabilities = scores.sigmoid()
+            results = (probabilities if self.has_probabilities else scores) >= self.thresholds, scores, probabilities
         return results[: len(self.outputs)]
 
 
@@ -178,11 +187,12 @@ class HeadScores(nn.Module):
         from sklearn.preprocessing import Normalizer, StandardScaler
 
         super().__init__()
-        hyperplanes = find_head(saved.head).family.hyperplanes(saved.pipeline.named_steps["classifier"])
+        family = find_head(saved.head, saved.task).family
+        hyperplanes = family.hyperplanes(saved.pipeline.named_steps["classifier"])
         if hyperplanes is None:
             raise ModelFileError(
                 f"only heads with one hyperplane per class can be exported, and {saved.head} has none; "
-                "fit another, such as logreg"
+                f"fit another, such as {DEFAULT_HEADS[saved.task]}"
             )
         buffers = hyperplanes._asdict()
         scaler = saved.pipeline.named_steps.get("scaler")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.metrics import (
     average_precision_score,
@@ -31,7 +32,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.regression import measure_numbers, rate_numbers
 from pipeline.evaluation.splits import make_splits
 from pipeline.evaluation.targets import read_answers
-from pipeline.export import export
+from pipeline.export import HeadScores
 from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning.objective import Labels, Numbers
@@ -281,6 +282,8 @@ def test_a_regression_is_scikit_learns_ridge_of_scaled_rows(folder: Path, featur
     assert from_json(type(result), json.loads(json.dumps(to_json(result)))) == result
     saved = load_model(tmp_path / "m.skops")
     np.testing.assert_allclose(saved.predict_values(features[test]), found.y_pred, rtol=1e-5)
+    in_graph = HeadScores(saved, half=False)(torch.from_numpy(features[test])).numpy()
+    np.testing.assert_allclose(in_graph[:, 0], found.y_pred, rtol=1e-4)
 
 
 def test_labels_are_predicted_from_thresholds_of_validation_rows(
@@ -304,8 +307,8 @@ def test_labels_are_predicted_from_thresholds_of_validation_rows(
     assert (saved.task, saved.thresholds) == ("multilabel", thresholds.tolist())
     test = np.array([int(uri[:3]) for uri in found.uris])
     np.testing.assert_allclose(saved.predict_values(features[test]), found.probabilities, atol=1e-6)
-    with pytest.raises(ModelFileError, match="only models that predict a class"):
-        export(tmp_path / "m.skops", tmp_path / "m.onnx")
+    in_graph = HeadScores(saved, half=False)(torch.from_numpy(features[test])).numpy()
+    np.testing.assert_allclose(expit(in_graph), found.probabilities, atol=1e-4)
 
 
 @pytest.mark.parametrize("task", ["multilabel", "regression"])

@@ -121,5 +121,5 @@ class Family(ABC):
         return self
 
     def hyperplanes(self, estimator: Any) -> Hyperplanes | None:
-        """Return a trained `estimator` as one hyperplane per class; None if it has none."""
+        """Return a trained `estimator` as one hyperplane per class, label or number; None if it has none."""
         return None

@@ -26,12 +26,25 @@ from pipeline.heads.linear import LinearFamily
 from pipeline.heads.linear_svm import follow_margins, separate
 from pipeline.heads.logreg import Loss, find_optimum, follow, on_device
 from pipeline.heads.ridge import follow_squares
+from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 
-class LabelsLogreg(LinearFamily):
-    """A binary logistic regression for each label, all with the same C."""
+class _LabelsLinear(LinearFamily):
+    """A hyperplane for each label."""
 
     weighted = False
+
+    def hyperplanes(self, estimator: Any) -> Hyperplanes:
+        """Return the coefficients (K, d) and intercepts (K,) of all labels."""
+        parts = getattr(estimator, "estimators_", [estimator])
+        return Hyperplanes(
+            np.vstack([one.coef_ for one in parts]), np.concatenate([np.atleast_1d(one.intercept_) for one in parts])
+        )
+
+
+class LabelsLogreg(_LabelsLinear):
+    """A binary logistic regression for each label, all with the same C."""
+
     probabilities = True
     fixed: ClassVar[Params] = {"C": 300.0}
 
@@ -93,10 +106,9 @@ class _LabelsLoss(Loss):
         return float(self.shares @ (np.logaddexp(0, scores) - self.targets * scores).sum(axis=1))
 
 
-class LabelsSvm(LinearFamily):
+class LabelsSvm(_LabelsLinear):
     """A binary linear SVM with squared hinge loss for each label, all with the same C."""
 
-    weighted = False
     cost = 1.5e-5
 
     def path(
@@ -112,10 +124,9 @@ class LabelsSvm(LinearFamily):
         return Fitted(one_for_each(LinearSVC(**params), y, weights[:, :-1], weights[:, -1]), params, converged)
 
 
-class LabelsRidge(LinearFamily):
+class LabelsRidge(_LabelsLinear):
     """Least squares on -1 and 1 for each label, all with the same alpha, which is 1 / C."""
 
-    weighted = False
     fixed: ClassVar[Params] = {"alpha": 1.0}
     cost = 1e-7
 

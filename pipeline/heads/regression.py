@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from sklearn.linear_model import Ridge
@@ -17,6 +17,7 @@ from pipeline.heads.knn import K_GRID, inverse_distances, nearest_first
 from pipeline.heads.linear import C_GRID
 from pipeline.heads.rbf_svm import kernel_scale
 from pipeline.heads.ridge import follow_squares
+from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 _C = (0.1, 1.0, 10.0, 100.0)
 _GAMMA = (0.125, 0.5, 1.0, 2.0)
@@ -44,6 +45,10 @@ class RidgeRegression(Family):
     def fit(self, params: Params, train: Float32Array, y: Float64Array, weight: Weights = None) -> Fitted:
         """Train a `Ridge` by singular values, as for classes."""
         return Fitted(Ridge(solver="svd", **params).fit(train.astype(np.float64), y, weight), params, converged=True)
+
+    def hyperplanes(self, estimator: Any) -> Hyperplanes:
+        """Return the coefficients (1, d) and the intercept (1,)."""
+        return Hyperplanes(np.atleast_2d(estimator.coef_), np.atleast_1d(estimator.intercept_))
 
 
 class KernelSvr(Family):
