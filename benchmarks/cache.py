@@ -139,7 +139,7 @@ def listing(folder: Path) -> Figures:
     A folder, a manifest of its files and tar shards of them are listed, the shards twice; rows of the folder are
     compared with an unchanged cache file of them; and that file grows by one row.
     """
-    count, figures = 200_000, {}
+    count, figures = 200_000, Figures()
     images = folder / "images"
     for number in range(count):
         if number % 1000 == 0:
@@ -158,7 +158,8 @@ def listing(folder: Path) -> Figures:
                     info.size = len(data)
                     archive.addfile(info, io.BytesIO(data))
     cache = folder / "cache" / "all.h5"
-    for kind, path in {"folder": images, "manifest": manifest, "shards": shards, "again": shards, "grow": images}.items():
+    sources = {"folder": images, "manifest": manifest, "shards": shards, "again": shards, "grow": images}
+    for kind, path in sources.items():
         if kind == "grow":
             (images / "0000" / "new.png").write_bytes(b"new")
         command = [sys.executable, __file__, "--list", kind, str(path), str(cache)]

@@ -1,7 +1,7 @@
 """How fast heads are chosen and trained beside scikit-learn as most people call it, on the same rows in the same run.
 
-    python benchmarks/heads.py [search] [wide] [grid] [large] [streamed] [--rows 3068] [--dim 1280] [--classes 10] [--shrink 1]
-        [--cache CACHE --layer LAYER]
+    python benchmarks/heads.py [search] [wide] [grid] [large] [streamed] [--rows 3068] [--dim 1280] [--classes 10]
+        [--shrink 1] [--cache CACHE --layer LAYER]
 
 - search: a head over 45 values of C on ROWS x DIM. The peer is a loop over C of cold float64 scikit-learn fits: with as
   many BLAS threads as there are cores, as a user runs it, with one, and with one and a tolerance of 1e-8: what the

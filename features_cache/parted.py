@@ -193,7 +193,7 @@ def _gather(
     holders = np.searchsorted(starts, rows, "right") - 1
     different = np.unique(holders).tolist()
     if len(different) == 1:
-        return reads[different[0]](rows - starts[different[0]])
+        return np.asarray(reads[different[0]](rows - starts[different[0]]))
     found = np.empty((len(rows), info.dim), DTYPES[info.dtype])
     for holder in different:
         where = np.flatnonzero(holders == holder)
