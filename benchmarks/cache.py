@@ -6,11 +6,13 @@ Kills, and damaged and forged files, have harnesses of their own beside this fil
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from features_cache import CacheWriter, LayerInfo, Rows, open_cache, verify
+from features_cache import CacheWriter, LayerInfo, Rows, grow, open_cache, same_rows, verify
 from pipeline.extract import extract
+from pipeline.extraction.lookup import rows_of
+from pipeline.images.sources.registry import open_source
 
 TINY = {"backbones": ["resnet18@random:0"], "layers": ["layer1"], "size": 32}
 Figures = dict[str, float]
@@ -129,6 +133,73 @@ def sources(folder: Path) -> Figures:
     return figures
 
 
+def listing(folder: Path) -> Figures:
+    """Seconds of processor time and peak bytes for each row, of what is done before and beside computing.
+
+    A folder, a manifest of its files and tar shards of them are listed, the shards twice; rows of the folder are
+    compared with an unchanged cache file of them; and that file grows by one row.
+    """
+    count, figures = 200_000, Figures()
+    images = folder / "images"
+    for number in range(count):
+        if number % 1000 == 0:
+            (images / f"{number // 1000:04d}").mkdir(parents=True)
+        (images / f"{number // 1000:04d}" / f"{number:08d}.png").write_bytes(b"%d" % number)
+    uris = sorted(path.relative_to(folder).as_posix() for path in images.glob("*/*"))
+    manifest = folder / "manifest.csv"
+    manifest.write_text("path,label,split\n" + "".join(f"{uri},{uri[7:10]},train\n" for uri in uris))
+    shards = folder / "shards"
+    shards.mkdir()
+    for number in range(20):
+        with tarfile.open(shards / f"{number:05d}.tar", "w") as archive:
+            for uri in uris[number::20]:
+                for member, data in ((f"{uri[12:-4]}.png", b"x"), (f"{uri[12:-4]}.cls", b"7")):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    cache = folder / "cache" / "all.h5"
+    sources = {"folder": images, "manifest": manifest, "shards": shards, "again": shards, "grow": images}
+    for kind, path in sources.items():
+        if kind == "grow":
+            (images / "0000" / "new.png").write_bytes(b"new")
+        command = [sys.executable, __file__, "--list", kind, str(path), str(cache)]
+        env = os.environ | {"XDG_CACHE_HOME": str(folder / "user")}
+        told = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+        figures |= {f"{name}_{kind}": value for name, value in json.loads(told).items()}
+    return figures
+
+
+def list_rows(kind: str, path: str, cache: str) -> Figures:
+    """List a source, or let the cache of a folder grow; return microseconds, and peak bytes above the start, a row."""
+    file = Path(cache)
+    rows_of(open_source("digits"))  # imports
+    before, began = _peak(), time.process_time()
+    images = open_source(path)
+    rows = rows_of(images)
+    count = len(rows)
+    figures = {"us": 1e6 * (time.process_time() - began) / count, "bytes": (_peak() - before) / count}
+    layer = LayerInfo("a", 8, "float32", {}, "f")
+    if kind == "folder":
+        with CacheWriter.create(file, rows, images.classes, [layer], {"source": "s"}, {}) as writer:
+            digests = np.random.default_rng(0).integers(0, 256, (count, 16), np.uint8)
+            for start in range(0, count, 4096):
+                k = np.arange(start, min(start + 4096, count))
+                writer.write(k, {"a": np.zeros((len(k), 8), np.float32)}, digests[k])
+        began = time.process_time()
+        if not same_rows(open_cache(file), rows, images.classes):
+            raise SystemExit("the source differs from its cache")
+        figures["us_compared"] = 1e6 * (time.process_time() - began) / count
+    if kind == "grow":
+        began = time.process_time()
+        grow(file, rows, images.classes, [layer], {"source": "s"}, {}).close()
+        figures = {"us": 1e6 * (time.process_time() - began) / count, "bytes": (_peak() - before) / count}
+    return figures
+
+
+def _peak() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def verifying(folder: Path) -> Figures:
     """Gigabytes a second that `verify` checks from the page cache."""
     figures = {}
@@ -144,11 +215,15 @@ def verifying(folder: Path) -> Figures:
 
 def main() -> None:
     """Parse, measure, print."""
-    parts = {"writing": writing, "opening": opening, "sources": sources, "verifying": verifying}
+    parts = {"writing": writing, "opening": opening, "sources": sources, "listing": listing, "verifying": verifying}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=parts, action="append", help="measure only this; repeat")
     parser.add_argument("--extract", nargs=2, metavar=("SOURCE", "CACHE"), help=argparse.SUPPRESS)
+    parser.add_argument("--list", nargs=3, metavar=("KIND", "SOURCE", "CACHE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.list:
+        print(json.dumps(list_rows(*arguments.list)))
+        return
     if arguments.extract:
         extract(arguments.extract[0], output=arguments.extract[1], **TINY)  # type: ignore[arg-type]
         status = Path("/proc/self/status").read_text()

@@ -18,7 +18,7 @@ from features_cache.errors import (
 )
 from features_cache.export import export_features
 from features_cache.grow import Donors, grow, same_rows
-from features_cache.layout import DONE, PENDING, UNREADABLE, LayerInfo, Rows
+from features_cache.layout import DONE, PENDING, TEXT, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
 from features_cache.parted import PartedCache, open_part
 from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, open_plan, published_path
@@ -33,6 +33,7 @@ __all__ = [
     "DONE",
     "PENDING",
     "PLAN_SUFFIX",
+    "TEXT",
     "UNREADABLE",
     "AmbiguousCacheError",
     "CacheError",

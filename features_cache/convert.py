@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from features_cache.errors import CacheError
 from features_cache.layout import DIGEST_BYTES, DTYPES, REASON_BYTES, RECORD, LayerInfo, text_width
 
+_CHUNK = 1 << 15  # texts that are Python objects at once
+
 
 def parse_json(content: bytes | str) -> Any:
     """Return the value of strict JSON; raises `ValueError` for anything else.
@@ -122,13 +124,19 @@ def fixed_text(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
     CacheError
         A value has a zero byte or is not valid Unicode; `what` names it.
     """
+    found = [_encoded(values[start : start + _CHUNK], what) for start in range(0, len(values), _CHUNK)]
+    joined = np.concatenate(found) if found else np.empty(0, "S1")
+    return joined.astype(f"S{text_width(joined.dtype.itemsize)}", copy=False)
+
+
+def _encoded(values: Sequence[str], what: str) -> NDArray[np.bytes_]:
     try:
         encoded = [value.encode() for value in values]
     except UnicodeEncodeError as error:
         raise CacheError(f"a {what} cannot be written as UTF-8 ({error.reason}); rename it") from None
     if any(b"\0" in value for value in encoded):
         raise CacheError(f"a {what} has a zero byte; rename it")
-    return np.array(encoded, f"S{text_width(max(map(len, encoded), default=0))}")
+    return np.array(encoded, f"S{max(1, max(map(len, encoded)))}")
 
 
 def decoded_text(raw: NDArray[np.bytes_]) -> NDArray[np.str_]:

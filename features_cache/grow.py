@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.catalog import superseded_files
-from features_cache.checksums import crc_rows, records_of, sound_results, sound_sources
+from features_cache.checksums import chunks, crc_rows, records_of, sound_results, sound_sources
 from features_cache.convert import digest_keys, fixed_text
 from features_cache.errors import CacheError, explained
 from features_cache.layout import DONE, RUN_BYTES, RUN_SLOTS, UNREADABLE, LayerInfo, Rows
@@ -24,6 +24,8 @@ from features_cache.runs import encode_run
 from features_cache.writer import CacheWriter
 
 _CHUNK_BYTES = 32 << 20
+_ROW_BYTES = 64  # of a name, about: for chunks of rows
+_CARRIED_BYTES = 500  # of a row that is carried over, beside its features
 
 
 def same_rows(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
@@ -33,7 +35,9 @@ def same_rows(file: CacheFile, rows: Rows, classes: Sequence[str]) -> bool:
     texts = {"uri": rows.uris, "split": rows.splits, "group": rows.groups}
     numbers = {"label": rows.labels, "size": rows.sizes, "mtime_ns": rows.mtimes_ns}
     return all(np.array_equal(file.array(f"/rows/{name}"), values) for name, values in numbers.items()) and all(
-        np.array_equal(file.array(f"/rows/{name}"), fixed_text(values, name)) for name, values in texts.items()
+        np.array_equal(file.array(f"/rows/{name}")[part], fixed_text(values[part], name))
+        for name, values in texts.items()
+        for part in chunks(len(rows), _ROW_BYTES)  # so that one long text does not widen all
     )
 
 
@@ -54,17 +58,36 @@ def match_rows(
     new, old : ndarray of int64, shape (k,)
         Row numbers in `rows` (ascending) and in `file`.
     """
-    finished = np.flatnonzero(~file.pending)
-    row_of = dict(zip(file.uris[finished].tolist(), finished.tolist(), strict=True))
-    old = np.array([row_of.get(uri, -1) for uri in rows.uris], np.int64)
+    pending, column = file.pending, np.asarray(file.array("/rows/uri"))
+    in_order = all((column[part][1:] > column[part][:-1]).all() for part in _overlapping(len(column)))
+    order = None if in_order else np.argsort(column, kind="stable")
+    old = np.concatenate(
+        [_find(column, order, fixed_text(rows.uris[part], "uri")) for part in chunks(len(rows), _ROW_BYTES)]
+    )
     same = (file.sizes[old] == np.asarray(rows.sizes)) & (file.mtimes_ns[old] == np.asarray(rows.mtimes_ns))
-    old[~same] = -1
+    old[~same | pending[old]] = -1
     if digests is not None:
-        known = np.flatnonzero(digests.any(axis=1))
-        by_digest = dict(zip(digest_keys(file.digests[finished]).tolist(), finished.tolist(), strict=True))
-        old[known] = [by_digest.get(key, -1) for key in digest_keys(digests[known]).tolist()]
+        known, finished = np.flatnonzero(digests.any(axis=1)), np.flatnonzero(~pending)
+        keys = digest_keys(file.digests[finished])
+        found = _find(keys, np.argsort(keys, kind="stable"), digest_keys(digests[known]))
+        old[known] = np.append(finished, -1)[found]
     new = np.flatnonzero(old >= 0)
     return new, old[new]
+
+
+def _find(column: NDArray[np.bytes_], order: NDArray[np.int64] | None, wanted: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    """Return where each of `wanted` (k,) is last in a column (n,), -1 for none; `order` sorts an unsorted one."""
+    if not len(column):
+        return np.full(len(wanted), -1)
+    fits = np.strings.str_len(wanted) <= column.dtype.itemsize  # the others would widen the whole column
+    wanted = np.where(fits, wanted, b"").astype(column.dtype)
+    places = np.maximum(np.searchsorted(column, wanted, "right", sorter=order) - 1, 0)
+    found = places if order is None else order[places]
+    return np.where(fits & (column[found] == wanted), found, -1)
+
+
+def _overlapping(count: int) -> Iterator[slice]:
+    return (slice(part.start, part.stop + 1) for part in chunks(count, _ROW_BYTES))
 
 
 def grow(
@@ -123,7 +146,7 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
     new_file = open_cache(target)
     number_of = _renumbered(old, new_file)
     ledger = Ledger(new_file)
-    chunk = max(1, _CHUNK_BYTES // sum(layer.row_bytes for layer in old.layers.values()))
+    chunk = max(1, _CHUNK_BYTES // (_CARRIED_BYTES + sum(layer.row_bytes for layer in old.layers.values())))
     try:
         for run in old.runs if number_of else []:
             record = np.array([encode_run({**run, "run": number_of[run["run"]]})], f"S{RUN_BYTES}")

@@ -17,6 +17,8 @@ VERSION = 1
 PENDING, DONE, UNREADABLE = 0, 1, 2
 """Row states: not computed yet, features on disk, image could not be decoded."""
 
+TEXT = np.dtypes.StringDType()
+"""Texts of any length in memory, which one long text does not widen."""
 SPLITS = ("", "train", "val", "test")
 DTYPES = {"float32": "<f4", "float16": "<f2"}
 RUN_SLOTS, RUN_BYTES = 128, 4096
@@ -79,6 +81,8 @@ class LayerInfo:
 @dataclass(frozen=True)
 class Rows:
     """The images of a source as columns, one entry per image.
+
+    Texts may be arrays of dtype `TEXT`, whose entries take only the bytes that they need.
 
     Parameters
     ----------

@@ -190,9 +190,12 @@ def _gather(
     rows: NDArray[np.int64],
 ) -> NDArray[Any]:
     """Read rows, (k,), from the files that hold them into one array (k, dim)."""
-    found = np.empty((len(rows), info.dim), DTYPES[info.dtype])
     holders = np.searchsorted(starts, rows, "right") - 1
-    for holder in np.unique(holders).tolist():
+    different = np.unique(holders).tolist()
+    if len(different) == 1:
+        return np.asarray(reads[different[0]](rows - starts[different[0]]))
+    found = np.empty((len(rows), info.dim), DTYPES[info.dtype])
+    for holder in different:
         where = np.flatnonzero(holders == holder)
         found[where] = reads[holder](rows[where] - starts[holder])
     return found

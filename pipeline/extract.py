@@ -159,7 +159,7 @@ def extract(
         return _extract_on(cluster, source, asked_for, computing, progress or silent)
     images = open_source(source)
     rows = rows_of(images)
-    asked = np.array([only is None or uri in only for uri in rows.uris], bool)
+    asked = np.ones(len(rows), bool) if only is None else np.array([uri in only for uri in rows.uris], bool)
     if part is not None and part_rows is None:
         part_rows = 0
     files = files_of(images, Path(output))

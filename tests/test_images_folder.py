@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +210,10 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
 
 def test_walk_takes_any_suffix(tmp_path: Path) -> None:
     make(tmp_path, "a.tar", "sub/B.TAR", "c.jpg", "tar")
-    assert {found.uri for found in walk(tmp_path, lambda _, extension: extension == ".tar")[0]} == {
-        "a.tar",
-        "sub/B.TAR",
-    }
+    others: Counter[str] = Counter()
+    found = {item.uri for item in walk(tmp_path, lambda _, extension: extension == ".tar", others)}
+    assert found == {"a.tar", "sub/B.TAR"}
+    assert others == {".jpg": 1, "without extension": 1}
 
 
 def test_pictures_that_are_not_read_are_counted_beside_those_that_are(tmp_path: Path) -> None:

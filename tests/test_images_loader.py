@@ -25,7 +25,7 @@ import pipeline.images.loader
 from pipeline.errors import UnreadableImageError
 from pipeline.images.loader import MIN_READERS, WINDOW_BATCHES, LoadedImage, default_workers, load_images
 from pipeline.images.resize import PreparedImage
-from pipeline.images.sources.items import ImageSource, Item
+from pipeline.images.sources.items import ImageSource, Item, Items
 from pipeline.images.sources.registry import open_source
 from pipeline.spec import Preprocessing
 
@@ -60,7 +60,7 @@ def source_of(levels: list[int], before: Callable[[int], None] = lambda row: Non
         return FILES[levels[row]]
 
     items = [Item(str(row), -1, "", "", 100 + row, 1000 + row) for row in range(len(levels))]
-    return ImageSource(name="greys", location="/greys", classes=(), items=items, reader=read)
+    return ImageSource(name="greys", location="/greys", classes=(), items=Items.of(items), reader=read)
 
 
 @pytest.fixture(autouse=True)

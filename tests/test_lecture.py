@@ -18,7 +18,7 @@ from sklearn.linear_model import Ridge
 from pipeline.errors import FitError
 from pipeline.evaluation.intervals import corrected_t_test
 from pipeline.images.decode import decode
-from pipeline.images.sources.registry import open_source
+from pipeline.images.sources.registry import Items, open_source
 from pipeline.lecture import CLAIMS, lecture
 from pipeline.lecturing import direct, gradients
 from pipeline.lecturing.claim import Findings, Setting, mean_interval, seeds_figure, verdict
@@ -66,10 +66,8 @@ def test_a_verdict_is_that_of_the_whole_interval() -> None:
 def test_no_seed_trains_on_test_images(setting: Setting) -> None:
     splits = [item.split for item in setting.split_source.items]
     assert {name: splits.count(name) for name in ("train", "val", "test")} == {"train": 18, "val": 6, "test": 6}
-    given = replace(
-        setting.source,
-        items=[item._replace(split="test" if row % 2 else "train") for row, item in enumerate(setting.source.items)],
-    )
+    items = [item._replace(split="test" if row % 2 else "train") for row, item in enumerate(setting.source.items)]
+    given = replace(setting.source, items=Items.of(items))
     kept = replace(setting, source=given).split_source
     assert {row for row, item in enumerate(kept.items) if item.split == "test"} == set(range(1, 30, 2))
 

@@ -14,7 +14,7 @@ from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.metrics import check_metric
-from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.images.sources.registry import ImageSource, Items, open_source
 from pipeline.options import NEAR, tune_parameters
 from pipeline.spec import NO_POOL
 
@@ -57,8 +57,8 @@ def _label(images: ImageSource, labels: LabelsTable) -> ImageSource:
     columns = zip(*((item.uri, item.split, item.group) for item in images.items), strict=True)
     known = labels.join(*map(np.array, columns))
     told = zip(images.items, known.labels.tolist(), known.splits.tolist(), known.groups.tolist(), strict=True)
-    items = [item._replace(label=label, split=split, group=group) for item, label, split, group in told]
-    return replace(images, classes=known.classes, items=items)
+    items = (item._replace(label=label, split=split, group=group) for item, label, split, group in told)
+    return replace(images, classes=known.classes, items=Items.of(items))
 
 
 def check_heads(plan: Plan) -> None:

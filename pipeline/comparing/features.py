@@ -96,7 +96,7 @@ def listing_digest(images: ImageSource) -> str:
     Decoding rules count only where they can differ, so that all other results outlive them.
     """
     redecoded = any(item.uri.lower().endswith(REDECODED) for item in images.items)
-    return fingerprint_of([images.classes, images.items, *([DECODE_POLICY] if redecoded else [])])
+    return fingerprint_of([images.classes, [*images.items], *([DECODE_POLICY] if redecoded else [])])
 
 
 def finetune_key(job: Finetune, source: str, listing: str, labels: LabelsTable | None, metric: str) -> str:

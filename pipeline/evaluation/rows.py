@@ -92,13 +92,11 @@ class Layer:
 
     def features(self, index: IntArray) -> NDArray[np.float32]:
         """Read the features of the rows `index` (k,) of the table into a new array (k, dim) of float32."""
-        out = np.empty((len(index), self.dim), np.float32)
-        start = 0
-        for file, info in self.parts:
-            rows = self.table.rows[self.table.files.index(file)][index]
-            out[:, start : start + info.dim] = as_float32(file.features(info.name, rows))
-            start += info.dim
-        return out
+        found = [
+            as_float32(file.features(info.name, self.table.rows[self.table.files.index(file)][index]))
+            for file, info in self.parts
+        ]
+        return found[0] if len(found) == 1 else np.hstack(found)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return what a saved model needs to extract each part again, in order: spec, fingerprint, dim and request."""

@@ -18,15 +18,7 @@ from pipeline.spec import LayerSpec, Request, aliases_of, is_outdated
 
 def rows_of(images: ImageSource) -> Rows:
     """Return the images of a source as columns of a cache file."""
-    items = images.items
-    return Rows(
-        uris=[item.uri for item in items],
-        labels=np.array([item.label for item in items], np.int64),
-        splits=[item.split for item in items],
-        groups=[item.group for item in items],
-        sizes=np.array([item.size for item in items], np.int64),
-        mtimes_ns=np.array([item.mtime_ns for item in items], np.int64),
-    )
+    return images.items.rows
 
 
 def files_of(images: ImageSource, folder: Path) -> list[CacheFile]:

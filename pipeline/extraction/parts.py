@@ -32,7 +32,7 @@ from pipeline.errors import BackboneError, EngineError, SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
 from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
-from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.images.sources.registry import ImageSource, Items, open_source
 from pipeline.results import Progress
 from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View, parse_size
 
@@ -107,11 +107,11 @@ def most_rows(layers: Sequence[LayerInfo], asked: int | None) -> int:
 
 def slice_source(images: ImageSource, where: slice) -> ImageSource:
     """Return a range of a source's items as a source of its own, with the classes that occur in it."""
-    items = images.items[where]
-    labels = sorted({item.label for item in items} - {-1})
-    number = {label: index for index, label in enumerate(labels)} | {-1: -1}
-    own = [item._replace(label=number[item.label]) for item in items]
-    return replace(images, items=own, classes=tuple(images.classes[label] for label in labels))
+    rows = images.items[where].rows
+    found = np.unique(rows.labels)
+    labels = np.searchsorted(found[found >= 0], rows.labels) - (rows.labels < 0)
+    classes = tuple(images.classes[label] for label in found[found >= 0].tolist())
+    return replace(images, items=Items(replace(rows, labels=labels)), classes=classes)
 
 
 class PartFiller:
@@ -131,7 +131,7 @@ class PartFiller:
         self, plan: PartPlan, images: ImageSource, computing: Computing, extractor: FeatureExtractor | None = None
     ) -> None:
         self.plan, self._images, self._computing, self._extractor = plan, images, computing, extractor
-        self._where = {part.number: where for part, where in plan.ranges([item.uri for item in images.items])}
+        self._where = {part.number: where for part, where in plan.ranges(images.items.rows.uris)}
 
     def fill_share(self, asked: BoolArray, share: tuple[int, int], progress: Progress) -> FilledParts:
         """Fill each part whose place in the plan leaves the index of `share` when divided by its count.
@@ -306,7 +306,7 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
         How many rows of parts that exist are pending now.
     """
     pending = 0
-    for part, where in plan.ranges([item.uri for item in images.items]):
+    for part, where in plan.ranges(images.items.rows.uris):
         own = slice_source(images, where)
         rows, file = rows_of(own), open_part(plan, part.number)
         if file is None and part.origin is None:

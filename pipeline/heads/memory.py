@@ -29,7 +29,7 @@ def find_streamed(trials: Sequence[Trial]) -> list[Trial]:
     """
     free, streamed = free_memory(), []
     for trial in trials:
-        needed = trial_memory(trial)
+        needed = memory_of_trial(trial)
         if needed <= free:
             continue
         streamed.append(trial)
@@ -58,7 +58,7 @@ def is_wide(trial: Trial) -> bool:
     return trial.head.family.linear and trial.data.layer.dim > len(trial.data.splits.train)
 
 
-def trial_memory(trial: Trial) -> int:
+def memory_of_trial(trial: Trial) -> int:
     """Return about how many bytes a trial takes if all of its rows are in memory, with what is kept for workers."""
     (data, head), splits = trial, trial.data.splits
     known = len(splits.train) + len(splits.val)

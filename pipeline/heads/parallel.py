@@ -25,7 +25,7 @@ from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.metrics import OF_SCORES, check_metric
 from pipeline.evaluation.rows import require_finite
 from pipeline.evaluation.split_layers import SplitLayer
-from pipeline.heads.memory import find_streamed, free_memory, is_wide, trial_memory
+from pipeline.heads.memory import find_streamed, free_memory, is_wide, memory_of_trial
 from pipeline.heads.solvers.blocks import StreamedRows
 from pipeline.heads.solvers.device import T, Task, run_one_by_one
 from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
@@ -107,7 +107,7 @@ def run_trials(
     best: tuple[float, float, float, int] | None = None
     model = None
     on_device, on_cpu, passing = _order(trials, streamed)
-    most = max((trial_memory(trials[index]) for index in on_cpu), default=1)
+    most = max((memory_of_trial(trials[index]) for index in on_cpu), default=1)
     workers = min(jobs or min(joblib.cpu_count(), max(1, free_memory() // most)), len(on_cpu)) or 1
     # one trial prepared ahead keeps the workers busy without holding more rows than they use
     parallel = joblib.Parallel(

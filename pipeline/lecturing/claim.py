@@ -16,7 +16,7 @@ from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.evaluation.intervals import CONFIDENCE
 from pipeline.evaluation.splits import labelled_rows, make_splits
 from pipeline.images.loader import digest_of
-from pipeline.images.sources.registry import ImageSource, Item
+from pipeline.images.sources.registry import ImageSource, Item, Items
 from pipeline.reporting.charts.theme import MARKERS
 from pipeline.reporting.page.method_charts import HEIGHT, WIDTH, Chart
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
@@ -48,14 +48,15 @@ class Setting:
         digests = np.array([list(use_image(self.source, item, digest_of)) for item in items], np.uint8)
         splits = make_splits(labels, given, groups, digests, seed=0)
         parts = {row: name for name in ("train", "val", "test") for row in getattr(splits, name).tolist()}
-        return replace(self.source, items=[item._replace(split=parts.get(row, "")) for row, item in enumerate(items)])
+        named = (item._replace(split=parts.get(row, "")) for row, item in enumerate(items))
+        return replace(self.source, items=Items.of(named))
 
     @cached_property
     def sample(self) -> ImageSource:
         """At most 1,000 labelled images of the source, 200 in the short form, drawn by seed 0."""
         labelled = labelled_rows(np.array([item.label for item in self.source.items], np.int64))
-        drawn = np.sort(np.random.default_rng(0).permutation(labelled)[: 200 if self.quick else 1000]).tolist()
-        return replace(self.source, items=[self.source.items[row] for row in drawn])
+        drawn = np.sort(np.random.default_rng(0).permutation(labelled)[: 200 if self.quick else 1000])
+        return replace(self.source, items=self.source.items[drawn])
 
 
 def use_image(source: ImageSource, item: Item, use: Callable[[bytes], T]) -> T:

@@ -13,7 +13,7 @@ from features_cache import DONE, CacheError, CacheFile, open_cache, scratch_fold
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.errors import SourceError
 from pipeline.extract import extract
-from pipeline.images.sources.registry import ImageSource, Item, open_source
+from pipeline.images.sources.registry import ImageSource, Item, Items, open_source
 from pipeline.neighbours.rows import UnitRows
 from pipeline.results import Progress
 from pipeline.spec import DECODE_POLICY, LayerSpec
@@ -104,7 +104,7 @@ def open_images(paths: Sequence[str | Path]) -> ImageSource:
         return source.read(original)
 
     items = sorted(item._replace(uri=name, label=-1) for name, (_, item) in found.items())
-    return ImageSource("images", "several sources", (), items, read)
+    return ImageSource("images", "several sources", (), Items.of(items), read)
 
 
 def source_of(file: CacheFile) -> ImageSource:

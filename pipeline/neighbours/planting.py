@@ -21,7 +21,7 @@ from pipeline.arrays import Float32Array, StrArray
 from pipeline.errors import FitError, UnreadableImageError
 from pipeline.images.decode import decode
 from pipeline.images.loader import digest_of
-from pipeline.images.sources.registry import ImageSource, Item
+from pipeline.images.sources.registry import ImageSource, Item, Items
 from pipeline.invalidation import stage_key
 from pipeline.neighbours.like import features_like, source_of
 from pipeline.neighbours.nearest import ROUNDING
@@ -179,7 +179,7 @@ def _planted(images: DistinctImages, engine: str, device: str, progress: Progres
             raise UnreadableImageError("it has other bytes than when it was extracted")
         return EDITS[edit](decode(data).image)
 
-    made = ImageSource("planted copies", source.location, (), sorted(copies), read)
+    made = ImageSource("planted copies", source.location, (), Items.of(sorted(copies)), read)
     like = features_like(images.file, images.layer, made, engine=engine, device=device, progress=progress)
     if not len(like.read):
         raise FitError(f"no image of {images.file.path.name} can be read as it was extracted; extract again")

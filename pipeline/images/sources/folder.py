@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
+import numpy as np
+
+from features_cache import TEXT
 from pipeline.errors import SourceError
 from pipeline.images.sources.items import (
     IMAGE_EXTENSIONS,
     ImageSource,
     Item,
+    Items,
     Location,
     build_source,
     extension_of,
     is_image_file,
     read_file,
+    sort_source,
     stamp,
 )
 from pipeline.images.sources.remote import RemotePath
@@ -29,18 +35,25 @@ def open_folder(path: Location) -> ImageSource | None:
     """Return the images under a folder, labelled by its class folders if it has any; None if `path` is no folder."""
     if not path.is_dir():
         return None
-    files, passed_over = walk(path, is_image_file)
-    labelled = [
-        (item._replace(split=split), label)
-        for item, (split, label) in zip(files, splits_and_classes([item.uri for item in files], path), strict=True)
-    ]
-    if isinstance(path, RemotePath):
-        listed = path.files
-        source = build_source(path.name or "root", path.as_posix(), labelled, lambda item: read_file(listed[item.uri]))
-        remarks = *source.remarks, *unnoticed(item for item in source.items if path.is_http)
-        return replace(source, passed_over=passed_over, remarks=remarks, remote=True)
-    source = build_source(path.name or "root", path.as_posix(), labelled, lambda item: read_file(path / item.uri))
-    return replace(source, passed_over=passed_over)
+    passed_over: Counter[str] = Counter()
+    rows = Items.of(walk(path, is_image_file, passed_over), ascii(path.as_posix())[1:-1]).rows
+    numbers: dict[tuple[str, str], int] = {}  # of pairs of split and class, which are few
+    found = splits_and_classes(rows.uris, path)
+    labels = np.fromiter((numbers.setdefault(pair, len(numbers)) for pair in found), np.int64, len(rows))
+    splits, names = zip(*numbers, strict=True) if numbers else ((), ())
+    texts: Any = np.array([*splits, ""], TEXT)[labels]
+    items = Items(replace(rows, labels=labels, splits=texts))
+    listed = path.files if isinstance(path, RemotePath) else None
+    source = sort_source(
+        path.name or "root",
+        path.as_posix(),
+        items,
+        names,
+        lambda item: read_file(path / item.uri if listed is None else listed[item.uri]),
+    )
+    is_web = isinstance(path, RemotePath) and path.is_http
+    remarks = *source.remarks, *unnoticed(source.items if is_web else ())
+    return replace(source, passed_over=dict(passed_over), remarks=remarks, remote=isinstance(path, RemotePath))
 
 
 def open_image(path: Location) -> ImageSource | None:
@@ -65,8 +78,8 @@ def unnoticed(items: Iterable[Item]) -> Iterator[str]:
         )
 
 
-def splits_and_classes(uris: list[str], root: Location) -> list[tuple[str, str]]:
-    """Return the split and the class name that each path implies, ``""`` for none.
+def splits_and_classes(uris: Collection[str], root: Location) -> Iterator[tuple[str, str]]:
+    """Return an iterator of the split and the class name that each path implies, ``""`` for none.
 
     A path is ``[SPLIT/][CLASS/…/]FILE``. Folders that have a split's name are splits, unless they have other folders
     beside them and hold images directly: then they are classes (a `train` beside a `bus`). Images beside class folders
@@ -77,52 +90,46 @@ def splits_and_classes(uris: list[str], root: Location) -> list[tuple[str, str]]
     SourceError
         Split folders that contain class folders have other folders beside them.
     """
-    parts = [uri.split("/") for uri in uris]
-    tops = {path[0] for path in parts if len(path) > 1}
+    below = {(top, "/" in rest) for top, slash, rest in (uri.partition("/") for uri in uris) if slash}
+    tops = {top for top, _ in below}
     splits = {top for top in tops if top.lower() in SPLIT_WORDS}
     if splits != tops and splits:
-        if any(path[0] in splits and len(path) > 2 for path in parts):
+        if any(top in splits and has_folders for top, has_folders in below):
             raise SourceError(
                 f"{root}: expected split folders alone or class folders alone, found split {', '.join(sorted(splits))} "
                 f"beside {', '.join(sorted(tops - splits)[:5])}: move or rename one kind"
             )
         splits = set()
-    found = []
-    for path in parts:
-        split = SPLIT_WORDS[path[0].lower()] if path[0] in splits and len(path) > 1 else ""
-        below = path[1:] if split else path
-        found.append((split, below[0] if len(below) > 1 else ""))
-    return found
+
+    def split_and_class(uri: str) -> tuple[str, str]:
+        top, slash, rest = uri.partition("/")
+        split = SPLIT_WORDS[top.lower()] if slash and top in splits else ""
+        name, slash, _ = (rest if split else uri).partition("/")
+        return split, name if slash else ""
+
+    return map(split_and_class, uris)
 
 
-def walk(root: Location, is_wanted: Callable[[Location, str], bool]) -> tuple[list[Item], dict[str, int]]:
-    """Return the files under `root` that `is_wanted` takes, in no order, without split or class.
+def walk(root: Location, is_wanted: Callable[[Location, str], bool], passed_over: Counter[str]) -> Iterator[Item]:
+    """Yield the files under `root` that `is_wanted` takes, in no order, without split or class.
 
-    It is called with the path of each regular file and its extension in lower case.
+    It is called with the path of each regular file and its extension in lower case. The extensions of other files are
+    counted in `passed_over`.
 
     Hidden names are left out. Links to files and folders are followed, but a link to a folder that contains it is not.
     A link that leads nowhere and has an image's extension is kept as a missing file, which cannot be read later.
-
-    Returns
-    -------
-    files : list of Item
-    passed_over : dict of str to int
-        How many other files there are of each extension.
 
     Raises
     ------
     SourceError
         A folder cannot be listed.
     """
-    files: list[Item] = []
-    passed_over: Counter[str] = Counter()
     for item, path in _remote_files(root) if isinstance(root, RemotePath) else _files(root):
         extension = extension_of(item.uri.rpartition("/")[2])
         if is_wanted(path, extension) if path is not None else extension in IMAGE_EXTENSIONS:
-            files.append(item)
+            yield item
         else:
             passed_over[extension] += 1
-    return files, dict(passed_over)
 
 
 def _remote_files(root: RemotePath) -> Iterator[tuple[Item, RemotePath]]:
@@ -158,10 +165,10 @@ def _entries(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
                 pending.append((f"{prefix}{entry.name}/", Path(entry.path), ancestors | {identity}))
 
 
-def _listing(folder: Path) -> list[os.DirEntry[str]]:
+def _listing(folder: Path) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:  # one system call a file where pathlib makes several
-            return list(entries)
+            yield from entries
     except OSError as error:
         raise SourceError(f"{folder}: expected a folder that can be listed: {error.strerror}") from None
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import chain, islice
+from operator import eq
 from pathlib import Path
 from stat import S_ISREG
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, overload
 from unicodedata import normalize
 
+import numpy as np
+
+from features_cache import TEXT, Rows
+from pipeline.arrays import IntArray
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.formats import START_LENGTH, has_image_header, is_tiff
 from pipeline.images.sources.remote import MISSING_SIZE, RemotePath, Stamp
@@ -67,6 +73,11 @@ SHARD_CHANGED = "the shard changed after it was listed"
 TIME_LIMIT = 2**63 - 1
 """Latest time in nanoseconds that a cache can store (in the year 2262); later ones count as this one."""
 
+_AT_ONCE = 1 << 12
+"""Items that are Python objects at once."""
+_COLUMNS: tuple[Any, ...] = (TEXT, np.dtype(np.int64), TEXT, TEXT, np.dtype(np.int64), np.dtype(np.int64))
+"""Of the fields of `Item`, and of `Rows`."""
+
 Location = Path | RemotePath
 """Where a file or folder is: on this machine, or behind a URL."""
 
@@ -100,29 +111,89 @@ class Item(NamedTuple):
     mtime_ns: int = 0
 
 
+class Items(Sequence[Item]):
+    """Items of a source, kept as columns: about 100 bytes each.
+
+    Parameters
+    ----------
+    rows : Rows
+        The columns; their texts are arrays of `TEXT`.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    @classmethod
+    def of(cls, items: Iterable[Item], location: str = "") -> Items:
+        """Return `items` in the same order.
+
+        Raises `SourceError`, which names the location, if a uri or group cannot be stored.
+        """
+        parts: list[list[Any]] = [[] for _ in _COLUMNS]
+        iterator = iter(items)
+        while chunk := list(islice(iterator, _AT_ONCE)):
+            uris, labels, splits, groups, sizes, times = zip(*chunk, strict=True)
+            check_names(location, chain(uris, groups))
+            bounded = [max(-TIME_LIMIT, min(time, TIME_LIMIT)) for time in times]
+            for part, dtype, column in zip(
+                parts, _COLUMNS, (uris, labels, splits, groups, sizes, bounded), strict=True
+            ):
+                part.append(np.array(column, dtype))
+        columns: list[Any] = []
+        for part, dtype in zip(parts, _COLUMNS, strict=True):
+            columns.append(np.concatenate([np.empty(0, dtype), *part]))
+            part.clear()
+        return cls(Rows(*columns))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, where: int) -> Item: ...
+    @overload
+    def __getitem__(self, where: slice | IntArray) -> Items: ...
+    def __getitem__(self, where: Any) -> Any:
+        columns: list[Any] = [getattr(self.rows, one.name)[where] for one in fields(Rows)]
+        if isinstance(where, slice | np.ndarray):
+            return Items(Rows(*columns))
+        uri, label, split, group, size, mtime_ns = columns
+        return Item(uri, int(label), split, group, int(size), int(mtime_ns))
+
+    def __iter__(self) -> Iterator[Item]:
+        for start in range(0, len(self), _AT_ONCE):
+            part = self[start : start + _AT_ONCE].rows
+            yield from map(Item, *(getattr(part, one.name).tolist() for one in fields(Rows)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass
 class Packed:
-    """The images in files that hold many.
+    """What is in files that hold many images, apart from the images' items.
 
     Attributes
     ----------
-    labelled : list of (Item, str)
-        Items without a label, each with the name of its class.
     readers : dict of str to callable
-        Return the bytes of an image, by its uri, or raise `UnreadableImageError`.
+        By a file's path relative to the source: returns the bytes of an image, by the rest of its uri behind the
+        file's, or raises `UnreadableImageError`.
     passed_over, remarks
         As in `ImageSource`.
     """
 
-    labelled: list[tuple[Item, str]] = field(default_factory=list)
-    readers: dict[str, Callable[[], bytes]] = field(default_factory=dict)
+    readers: dict[str, Callable[[str], bytes]] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
 
-    def add(self, item: Item, label: str, reader: Callable[[], bytes]) -> None:
-        """Add an image."""
-        self.labelled.append((item, label))
-        self.readers[item.uri] = reader
+    def read(self, item: Item) -> bytes:
+        """Return the bytes of an image."""
+        file, _, member = item.uri.partition("/")
+        while file not in self.readers:
+            folder, _, member = member.partition("/")
+            file += f"/{folder}"
+        return self.readers[file](member)
 
 
 @dataclass(frozen=True)
@@ -137,7 +208,7 @@ class ImageSource:
         Absolute POSIX path, a URL, or ``"digits"``.
     classes : tuple of str
         Class names in plain text order, so ``"10"`` comes before ``"9"``.
-    items : list of Item
+    items : Items
         Sorted by uri.
     reader : callable
         Returns an item's bytes or raises `UnreadableImageError`; many threads may call it at once.
@@ -152,7 +223,7 @@ class ImageSource:
     name: str
     location: str
     classes: tuple[str, ...]
-    items: list[Item] = field(repr=False)
+    items: Items = field(repr=False)
     reader: Callable[[Item], bytes] = field(repr=False)
     passed_over: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
@@ -202,20 +273,39 @@ def build_source(
     SourceError
         The location, a name, a label or a group is not valid UTF-8 or holds a NUL, which a cache cannot store.
     """
-    ordered = sorted(labelled)
-    for text in (location, *(text for item, label in ordered for text in (item.uri, label, item.group))):
-        if not _can_be_stored(text):
-            where = ascii(location)[1:-1]
-            raise SourceError(f"{where}: expected names in UTF-8 without NUL, found {text!a}: rename it")
-    ordered = [(item, normalize("NFC", label)) for item, label in ordered]
-    classes = tuple(sorted({label for _, label in ordered} - {""}))
+    numbers: dict[str, int] = {}
+    numbered = (Item(one.uri, numbers.setdefault(label, len(numbers)), *one[2:]) for one, label in labelled)
+    return sort_source(name, location, Items.of(numbered, location), list(numbers), reader)
+
+
+def sort_source(
+    name: str, location: str, items: Items, names: Iterable[str], reader: Callable[[Item], bytes]
+) -> ImageSource:
+    """Return a source as `build_source`, from items whose labels are indices into `names`."""
+    names = list(names) if items else []
+    check_names(location, [location, *names])
+    composed = [normalize("NFC", name) for name in names]
+    classes = tuple(sorted(set(composed) - {""}))
     numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
-    items = [
-        item._replace(label=numbers[label], mtime_ns=max(-TIME_LIMIT, min(item.mtime_ns, TIME_LIMIT)))
-        for item, label in ordered
-    ]
+    rows, uris = items.rows, np.asarray(items.rows.uris)
+    if len(items):
+        rows.labels[:] = np.array([numbers[name] for name in composed])[rows.labels]
+    if not (uris[1:] >= uris[:-1]).all():
+        order = np.argsort(uris, kind="stable")
+        del uris
+        for one in fields(Rows):  # one by one, so that only one is there twice
+            object.__setattr__(rows, one.name, getattr(rows, one.name)[order])
     remarks = tuple(_alike_names(classes))
     return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader, remarks=remarks)
+
+
+def check_names(location: str, names: Iterable[str]) -> None:
+    """Raise `SourceError`, which names the location, if a name cannot be stored in a cache."""
+    names = list(names)
+    if not _can_be_stored("".join(names)):
+        found = next(name for name in names if not _can_be_stored(name))
+        where = ascii(location)[1:-1]
+        raise SourceError(f"{where}: expected names in UTF-8 without NUL, found {found!a}: rename it")
 
 
 def _alike_names(classes: Iterable[str]) -> Iterator[str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
+
+import numpy as np
 
 from features_cache import nearest
 from pipeline.errors import SourceError, TableError
@@ -20,7 +24,6 @@ from pipeline.images.sources.items import (
     build_source,
     is_file_of,
     read_file,
-    stamp,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate_all
 from pipeline.tables import ENDINGS, MESSAGE_LENGTH, SPLIT_WORDS, read_columns, row_number
@@ -98,37 +101,51 @@ def _open_table(path: Location, columns: Mapping[str, Sequence[str]], header: Se
     """Return the source of the columns of a table, by their meaning; `header` has the names of all columns."""
     if not columns["path"]:
         raise SourceError(f"{path}: expected at least one row below the header, found none")
-    labelled = list(_labelled(path, columns))
-    images = _locations(path.parent, [item.uri for item, _ in labelled])
-    is_web = {uri for uri, image in images.items() if isinstance(image, RemotePath) and image.is_http}
-    found = _stamped(images)
-    stamped = ((item._replace(**found[item.uri]._asdict()), label) for item, label in labelled)
+    folder = path.parent
+    located = _located(path, columns["path"])
+    stamps = _stamped(located)
+    local = f"{folder}/" if isinstance(folder, Path) else ""
+
+    def stamp_of(uri: str) -> Stamp:
+        return stamps[uri] if uri in stamps else _stamp(local + uri)
+
+    labelled = _labelled(path, columns, stamp_of)
     source = build_source(
-        f"{path.parent.name}-{path.stem}", path.as_posix(), stamped, lambda item: read_file(images[item.uri])
+        f"{folder.name}-{path.stem}",
+        path.as_posix(),
+        labelled,
+        lambda item: read_file(located.get(item.uri) or folder / item.uri),
     )
-    remarks = [*synonyms_beside(path, header), *unnoticed(item for item in source.items if item.uri in is_web)]
-    remote = any(isinstance(image, RemotePath) for image in images.values())
-    return replace(source, remarks=(*source.remarks, *remarks), remote=remote)
+    _check_unique(path, columns["path"], source.items.rows.uris)
+    remote = {uri: image for uri, image in located.items() if isinstance(image, RemotePath)}
+    web = {uri for uri, image in remote.items() if image.is_http}
+    remarks = [*synonyms_beside(path, header), *unnoticed(item for item in source.items if item.uri in web)]
+    return replace(source, remarks=(*source.remarks, *remarks), remote=bool(remote))
 
 
-def _labelled(path: Location, columns: Mapping[str, Sequence[str]]) -> Iterator[tuple[Item, str]]:
-    seen: dict[str, int] = {}
+def _uri_of(cell: str) -> str:
+    return cell if is_url(cell) else posixpath.normpath(cell)
+
+
+def _check_unique(path: Location, cells: Sequence[str], uris: Any) -> None:
+    """Raise `SourceError` if two of the sorted `uris` are the same."""
+    repeated = np.flatnonzero(uris[1:] == uris[:-1])
+    if len(repeated):
+        uri = uris[repeated[0]]
+        rows = [row_number(path, index) for index, cell in enumerate(cells) if _uri_of(cell) == uri]
+        raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {rows[0]} and {rows[1]}")
+
+
+def _labelled(
+    path: Location, columns: Mapping[str, Sequence[str]], stamp_of: Callable[[str], Stamp]
+) -> Iterator[tuple[Item, str]]:
     for index, row in enumerate(zip(*columns.values(), strict=True)):
         number, cells = row_number(path, index), dict(zip(columns, row, strict=True))
         if not cells["path"]:
             raise SourceError(f"{path}: expected a path in row {number}, found none")
-        uri = cells["path"] if is_url(cells["path"]) else posixpath.normpath(Path(cells["path"]).as_posix())
-        if uri in seen:
-            raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {seen[uri]} and {number}")
-        if isinstance(path, RemotePath) and not path.may_name(uri):
-            raise SourceError(
-                f"{path}: expected a path relative to the manifest or a URL in row {number}, found {uri!r}"
-            )
-        seen[uri] = number
-        yield (
-            Item(uri, split=split_of(path, number, cells.get("split", "")), group=cells.get("group", "")),
-            cells.get("label", ""),
-        )
+        uri = _uri_of(cells["path"])
+        split = split_of(path, number, cells.get("split", ""))
+        yield Item(uri, -1, split, cells.get("group", ""), *stamp_of(uri)), cells.get("label", "")
 
 
 def split_of(path: Location, number: int, word: str) -> str:
@@ -139,8 +156,20 @@ def split_of(path: Location, number: int, word: str) -> str:
     return SPLIT_WORDS[word.lower()] if word else ""
 
 
-def _locations(folder: Location, uris: Sequence[str]) -> dict[str, Location]:
-    """Return where images are."""
+def _located(path: Location, cells: Iterable[str]) -> dict[str, Location]:
+    """Return where the images are that a URL names, or that lie beside a remote manifest.
+
+    Raises `SourceError` if a remote manifest names an image elsewhere than on servers.
+    """
+    folder, uris = path.parent, []
+    for index, cell in enumerate(cells):
+        if isinstance(path, RemotePath) and cell and not path.may_name(_uri_of(cell)):
+            raise SourceError(
+                f"{path}: expected a path relative to the manifest or a URL in row {row_number(path, index)}, found "
+                f"{_uri_of(cell)!r}"
+            )
+        if is_url(cell) or isinstance(path, RemotePath):
+            uris.append(_uri_of(cell))
     found: dict[str, Location] = {uri: folder / uri for uri in uris if not is_url(uri)}
     urls = [uri for uri in uris if is_url(uri)]
     return found | dict(zip(urls, locate_all(urls), strict=True))
@@ -160,13 +189,14 @@ def _stamped(images: Mapping[str, Location]) -> dict[str, Stamp]:
     listings = map_ahead(RemotePath.listing, folders.values(), LISTED_AT_ONCE, LISTED_AT_ONCE)
     listed = {file.key: file.stat() for listing in listings for file in listing.values()}
     return {
-        uri: listed.get(image.key, Stamp()) if isinstance(image, RemotePath) else _stamp(image)
+        uri: listed.get(image.key, Stamp()) if isinstance(image, RemotePath) else _stamp(str(image))
         for uri, image in images.items()
     }
 
 
-def _stamp(path: Path) -> Stamp:
+def _stamp(path: str) -> Stamp:
     try:
-        return stamp(path)
+        status = os.stat(path)  # noqa: PTH116 (a Path for each image takes longer than the call)
+        return Stamp(status.st_size, status.st_mtime_ns)
     except (OSError, ValueError):  # reading it will tell why
         return Stamp()

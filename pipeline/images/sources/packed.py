@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from pipeline.images.sources.folder import unnoticed, walk
-from pipeline.images.sources.items import ImageSource, Location, Packed, build_source, extension_of
+from pipeline.images.sources.items import ImageSource, Item, Location, Packed, build_source, extension_of
 from pipeline.images.sources.remote import RemotePath
 from pipeline.images.sources.shards import read_shards
 from pipeline.images.sources.tables import holds_images, read_arrow, read_parquet
 from pipeline.images.sources.zips import read_zips
 
-_READERS: dict[tuple[str, ...], Callable[[Mapping[str, Location]], Packed]] = {
+_READERS: dict[tuple[str, ...], Callable[[Mapping[str, Location], Packed], Iterator[tuple[Item, str]]]] = {
     (".tar", ".tar.gz", ".tgz"): read_shards,
     (".zip",): read_zips,
     (".parquet",): read_parquet,
     (".arrow",): read_arrow,
 }
-"""What reads files, by the endings of their names; in a folder, files of the first kind that is there are read."""
+"""What lists the images in files, by the endings of their names, and adds readers and remarks to a `Packed`.
+
+In a folder, files of the first kind that is there are read.
+"""
 
 
 def open_packed(path: Location) -> ImageSource | None:
@@ -38,8 +41,7 @@ def open_packed(path: Location) -> ImageSource | None:
     others: Counter[str] = Counter()
     if path.is_dir():
         name = path.name or "root"
-        found, passed_over = walk(path, lambda file, _: file.name.lower().endswith(endings))
-        others.update(passed_over)
+        found = list(walk(path, lambda file, _: file.name.lower().endswith(endings), others))
         below = path.files if isinstance(path, RemotePath) else None
         files = {
             uri: path / uri if below is None else below[uri].ask_size() for uri in sorted(item.uri for item in found)
@@ -56,8 +58,9 @@ def open_packed(path: Location) -> ImageSource | None:
     kind = next((kind for kind in _READERS if any(uri.lower().endswith(kind) for uri in files)), ())
     chosen = {uri: file for uri, file in files.items() if uri.lower().endswith(kind)}
     others.update(extension_of(uri) for uri in files.keys() - chosen.keys())
-    packed = _READERS[kind](chosen) if chosen else Packed()
-    source = build_source(name, path.as_posix(), packed.labelled, lambda item: packed.readers[item.uri]())
+    packed = Packed()
+    labelled = _READERS[kind](chosen, packed) if chosen else ()
+    source = build_source(name, path.as_posix(), labelled, packed.read)
     is_web = isinstance(path, RemotePath) and path.is_http
     return replace(
         source,

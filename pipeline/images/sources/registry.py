@@ -10,12 +10,12 @@ from features_cache import nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.sources.digits import open_digits
 from pipeline.images.sources.folder import open_folder, open_image
-from pipeline.images.sources.items import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS, ImageSource, Item, Location
+from pipeline.images.sources.items import FOREIGN_EXTENSIONS, IMAGE_EXTENSIONS, ImageSource, Item, Items, Location
 from pipeline.images.sources.manifest import open_manifest
 from pipeline.images.sources.packed import open_packed
 from pipeline.images.sources.remote import RemotePath, is_url, locate
 
-__all__ = ["ImageSource", "Item", "open_source"]
+__all__ = ["ImageSource", "Item", "Items", "open_source"]
 
 _PATHS: dict[str, Callable[[Any], ImageSource | None]] = {
     "a folder of images": open_folder,

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zipfile
+import zlib
+from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from io import DEFAULT_BUFFER_SIZE, BufferedReader, BytesIO, FileIO, RawIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from features_cache import TEXT, atomic_write
+from pipeline.arrays import IntArray
 from pipeline.errors import SourceError
 from pipeline.images.ahead import map_ahead
 from pipeline.images.sources.gzipped import Gzipped
@@ -20,6 +29,7 @@ from pipeline.images.sources.items import (
     Item,
     Location,
     Packed,
+    check_names,
     check_size,
     check_unchanged,
     extension_of,
@@ -31,9 +41,14 @@ from pipeline.images.sources.items import (
     unreadable,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
+from pipeline.spec import fingerprint_of
 from pipeline.tables import text_of
+from pipeline.user_folder import user_folder
 
 GZIPPED = (".tar.gz", ".tgz")
+
+_RULES = 1
+"""Of listing a shard; raise it when the same shard could give other names, places or labels."""
 
 LABEL_LIMIT = 1 << 20
 """Most bytes of a ``.cls`` or ``.json`` member that holds a label."""
@@ -59,28 +74,36 @@ class _BoundedReader(BufferedReader):
 
 
 class _Shard(NamedTuple):
-    """What a shard holds.
+    """What a shard holds; columns of its images, sorted by the names of their members.
 
     Attributes
     ----------
-    images : dict of str to callable
-        Reads each image, by the name of its member. If several have the same name, the last one counts.
-    sizes : dict of str to int
-        Bytes of each image.
-    labels : dict of str to str
-        By the name of the member without its extension.
-    others : Counter
+    names : (n,) TEXT
+        If several members have the same name, the last one counts.
+    starts, sizes : (n,) int64
+        Where the bytes of each image are in the shard, or in its content if it is packed, and how many.
+    labels : (n,) TEXT
+    unreached : str
+        Of the images without a label, the name of the first for which a label has the same name up to the first dot.
+    unreached_count : int
+    others : dict of str to int
         How many other members there are, by their extensions.
+    gzipped : Gzipped, optional
+        The content of a packed shard.
     """
 
-    images: dict[str, Callable[[], bytes]]
-    sizes: dict[str, int]
-    labels: dict[str, str]
-    others: Counter[str]
+    names: NDArray[Any]
+    starts: IntArray
+    sizes: IntArray
+    labels: NDArray[Any]
+    unreached: str
+    unreached_count: int
+    others: dict[str, int]
+    gzipped: Gzipped | None = None
 
 
-def read_shards(files: Mapping[str, Location]) -> Packed:
-    """Return the images in shards.
+def read_shards(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple[Item, str]]:
+    """Yield the images in shards with their classes.
 
     The label is the text of the ``.cls`` member that belongs to the image (see `_label_of`), else ``"label"`` in the
     ``.json`` member. Links, hidden members and members whose name leads out of the shard are ignored.
@@ -90,33 +113,82 @@ def read_shards(files: Mapping[str, Location]) -> Packed:
     SourceError
         A shard is damaged, a label is neither text nor a number, or an image has two labels.
     """
-    packed = Packed()
-    unreached: list[str] = []
+    unreached, first = 0, ""
     hold_if_small(files.values())
-    for uri, shard in zip(files, map_ahead(_read_shard, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
+    for uri, shard in zip(files, map_ahead(_list_shard, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
         packed.passed_over.update(shard.others)
-        by_sample: defaultdict[str, set[str]] = defaultdict(set)
-        for stem, label in shard.labels.items():
-            by_sample[_sample(stem)].add(label)
-        split, mtime_ns = split_in(uri), stamp(files[uri]).mtime_ns
-        for member, read in shard.images.items():
-            item = Item(f"{uri}/{member}", split=split, size=shard.sizes[member], mtime_ns=mtime_ns)
-            label = _label_of(item.uri, _stem(member), shard.labels, by_sample)
-            packed.add(item, label, read)
-            if not label and any(by_sample.get(_sample(_stem(member)), ())):
-                unreached.append(item.uri)
+        listed, split = stamp(files[uri]), split_in(uri)
+        packed.readers[uri] = partial(_read, files[uri], listed, shard)
+        for member, size, label in zip(shard.names, shard.sizes.tolist(), shard.labels, strict=True):
+            yield Item(f"{uri}/{member}", split=split, size=size, mtime_ns=listed.mtime_ns), label
+        unreached += shard.unreached_count
+        first = first or (shard.unreached and f"{uri}/{shard.unreached}")
     if unreached:
         packed.remarks.append(
-            f"{len(unreached)} images such as {unreached[0]} have no label, though a label has the same name up to the "
-            f"first dot: if it is theirs, call it {_sample(unreached[0].rpartition('/')[2])}.cls"
+            f"{unreached} images such as {first} have no label, though a label has the same name up to the first dot: "
+            f"if it is theirs, call it {_sample(first.rpartition('/')[2])}.cls"
         )
-    return packed
+
+
+def _list_shard(shard: Location) -> _Shard:
+    """Return what a shard holds: what an earlier call found, if its size and token are the same, or by reading it."""
+    listed = stamp(shard)
+    if shard.name.lower().endswith(GZIPPED) or listed.size < 0 or not listed.mtime_ns:
+        return _read_shard(shard)
+    with suppress(RuntimeError):
+        kept = user_folder("shards") / f"{fingerprint_of(shard.as_posix())}.npz"
+        key = [_RULES, *listed]
+        known = _recall(kept, key)
+        if known is None:
+            known = _read_shard(shard)
+            _remember(kept, key, known)
+        return known
+    return _read_shard(shard)
+
+
+def _recall(kept: Path, key: list[int]) -> _Shard | None:
+    """Return the listing in a file of ours, None if there is none of this key or it is damaged."""
+    try:
+        with np.load(kept) as columns:
+            if columns["key"].tolist() != key:
+                return None
+            first, count, others = json.loads(str(columns["others"]))
+            texts = {name: bytes(columns[name]).decode().split("\0")[:-1] for name in ("names", "classes")}
+            numbers, starts, sizes = (np.asarray(columns[name], np.int64) for name in ("labels", "starts", "sizes"))
+            labels = np.array([*texts["classes"], ""], TEXT)[numbers]
+            found = _Shard(np.array(texts["names"], TEXT), starts, sizes, labels, first, count, others)
+    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return found if {len(found.names)} == {len(found.starts), len(found.sizes), len(found.labels)} else None
+
+
+def _remember(kept: Path, key: list[int], shard: _Shard) -> None:
+    """Keep a listing in a file of ours, if it can be."""
+    classes, labels = np.unique(shard.labels, return_inverse=True)
+    texts = {"names": shard.names.tolist(), "classes": classes.tolist()}
+    encoded: dict[str, Any] = {
+        name: np.frombuffer("".join(f"{one}\0" for one in some).encode("utf-8", "replace"), np.uint8)
+        for name, some in texts.items()
+    }
+    others = np.array(json.dumps([shard.unreached, shard.unreached_count, shard.others]))
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(kept) as draft:
+            np.savez_compressed(
+                draft,
+                key=np.array(key),
+                labels=labels,
+                starts=shard.starts,
+                sizes=shard.sizes,
+                others=others,
+                **encoded,
+            )
 
 
 def _read_shard(shard: Location) -> _Shard:
-    listed, gzipped = stamp(shard), None
+    gzipped = None
     sizes: dict[str, int] = {}
-    images: dict[str, Callable[[], bytes]] = {}
+    starts: dict[str, int] = {}
     labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
     others: Counter[str] = Counter()
     kind = "an uncompressed tar file"
@@ -129,11 +201,7 @@ def _read_shard(shard: Location) -> _Shard:
             for member, info in _plain_members(archive):
                 extension = extension_of(member.rpartition("/")[2])
                 if extension in IMAGE_EXTENSIONS or _has_image_header(archive, info, extension):
-                    sizes[member] = info.size
-                    part = info.offset_data, info.size, listed
-                    images[member] = (
-                        partial(read_part, shard, *part) if gzipped is None else partial(_read, gzipped, shard, *part)
-                    )
+                    sizes[member], starts[member] = info.size, info.offset_data
                 elif extension in {".cls", ".json"}:
                     found, label = labels[_stem(member)], _label(shard, archive, info, extension)
                     if found.setdefault(extension, label) != label:
@@ -147,7 +215,28 @@ def _read_shard(shard: Location) -> _Shard:
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise SourceError(f"{shard}: expected {kind}, found a damaged or another file: {error}") from None
     by_stem = {stem: found.get(".cls") or found.get(".json", "") for stem, found in labels.items()}
-    return _Shard(images, sizes, by_stem, others)
+    by_sample: defaultdict[str, set[str]] = defaultdict(set)
+    for stem, label in by_stem.items():
+        by_sample[_sample(stem)].add(label)
+    names = sorted(sizes)
+    check_names(shard.as_posix(), names)
+    given = [_label_of(f"{shard}: {name}", _stem(name), by_stem, by_sample) for name in names]
+    check_names(shard.as_posix(), by_stem.values())
+    unreached = [
+        name
+        for name, label in zip(names, given, strict=True)
+        if not label and any(by_sample.get(_sample(_stem(name)), ()))
+    ]
+    return _Shard(
+        np.array(names, TEXT),
+        np.array([starts[name] for name in names], np.int64),
+        np.array([sizes[name] for name in names], np.int64),
+        np.array(given, TEXT),
+        unreached[0] if unreached else "",
+        len(unreached),
+        dict(others),
+        gzipped,
+    )
 
 
 def _raw(shard: Location) -> RawIOBase | BytesIO:
@@ -158,12 +247,16 @@ def _packed(shard: Location) -> BufferedReader:
     return BufferedReader(cast(RawIOBase, _raw(shard)), FETCHED_PACKED if isinstance(shard, RemotePath) else 1 << 16)
 
 
-def _read(gzipped: Gzipped, shard: Location, offset: int, size: int, listed: Stamp) -> bytes:
-    """Return a member's bytes from a gzip file; raises as `read_part`."""
+def _read(path: Location, listed: Stamp, shard: _Shard, member: str) -> bytes:
+    """Return a member's bytes; raises as `read_part`."""
+    row = bisect_left(shard.names, member)
+    start, size = int(shard.starts[row]), int(shard.sizes[row])
+    if shard.gzipped is None:
+        return read_part(path, start, size, listed)
     check_size(size)
-    check_unchanged(shard, listed)
+    check_unchanged(path, listed)
     with unreadable("shard"):
-        return gzipped.read(offset, size)
+        return shard.gzipped.read(start, size)
 
 
 def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -87,19 +89,21 @@ def holds_images(path: Location) -> bool:
         return False  # who reads it as a manifest says why
 
 
-def read_parquet(files: Mapping[str, Location]) -> Packed:
-    """Return the images in Parquet files, see `_packed`."""
-    return _packed(files, _list_parquet)
+def read_parquet(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple[Item, str]]:
+    """Yield the images in Parquet files, see `_read_tables`."""
+    return _read_tables(files, packed, _list_parquet)
 
 
-def read_arrow(files: Mapping[str, Location]) -> Packed:
-    """Return the images in files of Arrow's streaming format, see `_packed`."""
+def read_arrow(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple[Item, str]]:
+    """Yield the images in files of Arrow's streaming format, see `_read_tables`."""
     hold_if_small(files.values())
-    return _packed(files, _list_arrow)
+    return _read_tables(files, packed, _list_arrow)
 
 
-def _packed(files: Mapping[str, Location], list_file: Callable[[Location], _Listed]) -> Packed:
-    """Return the images in tables: an image a row.
+def _read_tables(
+    files: Mapping[str, Location], packed: Packed, list_file: Callable[[Location], _Listed]
+) -> Iterator[tuple[Item, str]]:
+    """Yield the images in tables with their classes: an image a row.
 
     They are in a column that Hugging Face's metadata calls an image, or of structs with a field ``bytes``, or of bytes.
     The label is in the column ``label``, or in the one of class labels; numbers become class names where the
@@ -110,20 +114,23 @@ def _packed(files: Mapping[str, Location], list_file: Callable[[Location], _List
     SourceError
         A file is no table, has no images, a label is neither text nor a number, or pyarrow is not installed.
     """
-    packed, held = Packed(), Held[Any](HELD_BYTES)
+    held = Held[Any](HELD_BYTES)
     for uri, table in zip(files, map_ahead(list_file, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
         listed, named_split = stamp(files[uri]), split_in(uri)
         packed.remarks = packed.remarks or table.columns.remarks
-        places = ((read, index) for count, read in table.chunks for index in range(count))
-        for number, ((name, label, split, group), (read, index)) in enumerate(zip(table.rows, places, strict=True)):
+        for number, (name, label, split, group) in enumerate(table.rows):
             where = f"{uri}/{number:07d}" + f"/{name}" * bool(name)
             item = Item(where, split=split or named_split, group=group, **listed._asdict())
-            packed.add(item, label, partial(_read, held, read, index))
-    return packed
+            yield item, label
+        ends = [*accumulate(count for count, _ in table.chunks)]
+        packed.readers[uri] = partial(_read, held, ends, [read for _, read in table.chunks])
 
 
-def _read(held: Held[Any], read: Callable[[], Any], index: int) -> bytes:
-    """Return the image at an index of the chunk that `read` returns."""
+def _read(held: Held[Any], ends: Sequence[int], reads: Sequence[Callable[[], Any]], member: str) -> bytes:
+    """Return the image of the row whose number `member` begins with, from the chunk that holds it."""
+    number = int(member.partition("/")[0])
+    which = bisect_right(ends, number)
+    read, index = reads[which], number - (ends[which - 1] if which else 0)
     chunk = held.get(read, read)
     if index >= len(chunk):
         raise UnreadableImageError("no image in its row")

@@ -55,8 +55,10 @@ class _Member(NamedTuple):
     encrypted: bool
 
 
-def read_zips(files: Mapping[str, Location]) -> Packed:
-    """Return the images in archives; split and class are folders in the archive, as in a folder of images.
+def read_zips(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple[Item, str]]:
+    """Yield the images in archives with their classes.
+
+    Split and class are folders in the archive, as in a folder of images.
 
     A folder that holds all else (``photos/cat/1.jpg``) is no class. Hidden members are ignored.
 
@@ -65,7 +67,6 @@ def read_zips(files: Mapping[str, Location]) -> Packed:
     SourceError
         An archive is damaged, or its folders contradict each other.
     """
-    packed = Packed()
     for uri, found in zip(files, map_ahead(_list, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
         members, others = found
         packed.passed_over.update(others)
@@ -74,8 +75,8 @@ def read_zips(files: Mapping[str, Location]) -> Packed:
         for name, (split, label) in zip(members, _splits_and_classes([*members], archive), strict=True):
             member = members[name]
             item = Item(f"{uri}/{name}", split=split or named_split, size=member.size, mtime_ns=listed.mtime_ns)
-            packed.add(item, label, partial(_read, archive, member, listed))
-    return packed
+            yield item, label
+        packed.readers[uri] = partial(_read, archive, members, listed)
 
 
 def _list(archive: Location) -> tuple[dict[str, _Member], list[str]]:
@@ -124,7 +125,7 @@ def _has_image_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, extension
         return False
 
 
-def _splits_and_classes(names: list[str], archive: Location) -> list[tuple[str, str]]:
+def _splits_and_classes(names: list[str], archive: Location) -> Iterator[tuple[str, str]]:
     """Return split and class of each name, see `read_zips`."""
     below = [name.split("/") for name in names]
     tops = {parts[0] for parts in below}
@@ -138,8 +139,9 @@ def _splits_and_classes(names: list[str], archive: Location) -> list[tuple[str, 
     return splits_and_classes(["/".join(parts) for parts in below], archive)
 
 
-def _read(archive: Location, member: _Member, listed: Stamp) -> bytes:
+def _read(archive: Location, members: Mapping[str, _Member], listed: Stamp, name: str) -> bytes:
     """Return a member's bytes; raises as `read_part`, and `UnreadableImageError` if they are damaged or encrypted."""
+    member = members[name]
     check_size(member.size)
     if member.encrypted:
         raise UnreadableImageError("encrypted")
