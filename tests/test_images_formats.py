@@ -136,7 +136,7 @@ def test_an_orientation_in_the_text_counts_beside_a_large_profile() -> None:
 
 PEAKS = """
 import io, json, sys, zipfile
-from pipeline.images.formats import trial_memory, reader_of
+from pipeline.images.formats import needed_memory, reader_of
 from pipeline.images.resize import prepare
 from pipeline.spec import Preprocessing
 
@@ -162,7 +162,7 @@ with zipfile.ZipFile(sys.argv[1]) as archive:
         image = reader_of(data)(io.BytesIO(data))
         size = image.size
         image.draft(None, (64, 64))
-        found[name] = peak, trial_memory(image, size), reason
+        found[name] = peak, needed_memory(image, size), reason
 print(json.dumps(found))
 """
 
