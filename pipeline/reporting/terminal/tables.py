@@ -192,7 +192,12 @@ def metric_text(metric: str, value: float | None) -> str:
     """Return a metric as text: shares with three decimals, errors with four digits, ``-`` where it is not known."""
     if value is None or value != value:
         return "-"
-    return f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{value:.3f}"
+    return four_digits(value) if metric in LOWER_IS_BETTER else f"{value:.3f}"
+
+
+def four_digits(value: float) -> str:
+    """Return a number in the unit of a target as text, with four significant digits."""
+    return f"{value:#.4g}".rstrip(".")
 
 
 def _ends(metric: str, interval: tuple[float, float] | None) -> str:
@@ -280,7 +285,7 @@ def prediction_table(predictions: Sequence[Prediction], target: str, most: int =
     """The first `most` predictions of a target; `count_table` sums up the rest."""
     rows = []
     for prediction in predictions[:most]:
-        told = prediction.label if prediction.value is None else f"{prediction.value:.4g}"
+        told = prediction.label if prediction.value is None else four_digits(prediction.value)
         rows.append((prediction.uri, told or f"unreadable: {prediction.reason}", _certainty(prediction)))
     if len(predictions) > most:
         rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
