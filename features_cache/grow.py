@@ -24,7 +24,7 @@ from features_cache.runs import encode_run
 from features_cache.writer import CacheWriter
 
 _CHUNK_BYTES = 32 << 20
-_ROW_BYTES = 64  # of a name, about: for chunks of rows
+_ROW_BYTES = 512  # of a row's texts, far more than most: for chunks of rows, which a long one widens
 _CARRIED_BYTES = 500  # of a row that is carried over, beside its features
 
 
@@ -155,7 +155,10 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
             ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
         for start in range(0, len(new_rows), chunk):
             new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
-            stored = {name: np.asarray(old.matrix(name))[before] for name in old.layers}
+            stored = {}
+            for name in old.layers:
+                stored[name] = np.asarray(old.matrix(name))[before]
+                old.release(name, before)
             states = old.states[before]
             sound = sound_sources(old, before) & sound_results(old, before)
             for name, values in stored.items():
