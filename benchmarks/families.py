@@ -7,18 +7,21 @@ Takes the smallest network of every family, with random weights, and compares in
 - thaw line: how many layers it can follow; trunk and thawed part at the middle one against the whole, bit for bit;
 - onnx: penultimate and logits in ONNX Runtime against torch, at most 1e-3 relative.
 
-Each family runs in a process of its own with a time limit. Families that the output file has already are not run again.
+Each family runs in a process of its own, and each check has a time limit; seconds are of one processor. What the output
+file has already is not done again. ``python benchmarks/families.py --network timm/convit_tiny`` checks one network in
+this process.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,34 +39,42 @@ from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import normalisation, tap
 from pipeline.backbones.thaw_line import find_line, possible_lines, split, top_input
 from pipeline.backbones.trace import hooked
+from pipeline.export import INPUT, onnx_program
 from pipeline.spec import NO_POOL
 
-LIMIT_S = 300
+LIMIT_S = 600
 CHECKS = ("features", "openvino", "thaw line", "onnx")
 
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), help="Keep the results in this file, and go on with it.")
-@click.option("--family", help="Only this one, in this process; prints JSON.")
-@click.option("--network", help="The network of --family.")
-def main(output: Path | None, family: str | None, network: str | None) -> None:
+@click.option("--network", help="Check only this one, in this process, and print JSON.")
+@click.option("--check", "checks", type=click.Choice(CHECKS), multiple=True, default=CHECKS, help="Do only this one.")
+def main(output: Path | None, network: str | None, checks: Sequence[str]) -> None:
     """Print a table of all families, and the counts."""
-    if family and network:
-        print(json.dumps(check(family, network)))
+    if network:
+        for found in check(network, checks):
+            print(json.dumps(found))
         return
     output = output or Path(tempfile.mkdtemp()) / "families.jsonl"
-    done = {row["family"]: row for row in map(json.loads, output.read_text().splitlines())} if output.exists() else {}
-    for name, smallest in families().items():
-        if name not in done:
-            done[name] = run(name, smallest)
+    lines = output.read_text().splitlines() if output.exists() else []
+    rows: dict[str, dict[str, Any]] = {row["family"]: row for row in map(json.loads, lines)}
+    for name, members in families().items():
+        row = rows.setdefault(name, {"family": name})
+        left = [one for one in checks if one not in row and "error" not in row]
+        if left:
+            row.setdefault("network", min(members, key=weight))
+            before = row.get("seconds", 0.0)
+            row |= run(row["network"], left)
+            row["seconds"] = round(before + row.get("seconds", 0.0), 1)
             with output.open("a") as file:
-                file.write(json.dumps(done[name]) + "\n")
-            print(done[name], file=sys.stderr, flush=True)
-    report(list(done.values()))
+                file.write(json.dumps(row) + "\n")
+            print(row, file=sys.stderr, flush=True)
+    report(list(rows.values()))
 
 
-def families() -> dict[str, str]:
-    """Return the smallest network of each family, by the name of the module that defines it."""
+def families() -> dict[str, list[str]]:
+    """Return the networks of each family, by the name of the module that defines it; timm's test networks, if any."""
     import timm
     import torchvision
 
@@ -73,7 +84,7 @@ def families() -> dict[str, str]:
     for name in torchvision.models.list_models(module=torchvision.models):
         module = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
         members[f"torchvision {module}"].append(f"torchvision/{name}")
-    return {family: min(names, key=weight) for family, names in sorted(members.items())}
+    return {family: [name for name in names if "/test_" in name] or names for family, names in sorted(members.items())}
 
 
 def weight(name: str) -> float:
@@ -94,39 +105,59 @@ def weight(name: str) -> float:
         return float("inf")
 
 
-def run(family: str, network: str) -> dict[str, Any]:
-    """Check one family in a process of its own."""
-    command = [sys.executable, __file__, "--family", family, "--network", network]
-    began = time.perf_counter()
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        return {"family": family, "network": network, "error": f"not done in {LIMIT_S} s"}
-    if child.returncode:
-        return {"family": family, "network": network, "error": child.stderr.strip().splitlines()[-1][:200]}
-    row: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-    return row | {"seconds": round(time.perf_counter() - began, 1)}
+def run(network: str, checks: Sequence[str]) -> dict[str, Any]:
+    """Check one network in a process of its own."""
+    context = multiprocessing.get_context("fork")  # libraries are imported only once
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=send_checks, args=(sending, network, checks))
+    child.start()
+    sending.close()
+    row: dict[str, Any] = {}
+    for name in ("error", *checks):  # it first tells what was loaded
+        if not receiving.poll(LIMIT_S):
+            row[name] = f"not done in {LIMIT_S} s"
+            break
+        try:
+            row |= receiving.recv()
+        except EOFError:
+            row[name] = "its process ended early"
+            break
+        if "error" in row:
+            break
+    child.kill()
+    child.join()
+    return row
 
 
-def check(family: str, network: str) -> dict[str, Any]:
-    """Return what works: for each of `CHECKS` a difference or a count, or why not."""
+def send_checks(sending: Connection, network: str, checks: Sequence[str]) -> None:
+    """Send what `check` yields."""
+    for found in check(network, checks):
+        sending.send(found)
+
+
+def check(network: str, checks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield what the network is or why it cannot be loaded, then for each check a difference or a count, or why not."""
     torch.manual_seed(0)
-    row: dict[str, Any] = {"family": family, "network": network}
     try:
         backbone = load_backbone(f"{network}@random:0")
-        row["layers"] = len(backbone.traced.shapes)
-        row["traced"] = backbone.traced.graph is not None
-    except ThawlineError as error:
-        return row | {"error": str(error)}
+        yield {"layers": len(backbone.traced.shapes), "traced": backbone.traced.graph is not None}
+    except Exception as error:
+        yield {"error": reason(error)}
+        return
     height, width = backbone.preprocessing.size
     pixels = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
-    checks: tuple[Callable[[Backbone, Tensor], Any], ...] = (features, openvino, thaw_line, onnx)
-    for name, one in zip(CHECKS, checks, strict=True):
+    for name in checks:
+        found: float | str
         try:
-            row[name] = one(backbone, pixels)
+            found = HOW[name](backbone, pixels)
         except Exception as error:  # whatever fails is what this benchmark is there to tell
-            row[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-    return row
+            found = reason(error)
+        yield {name: found, "seconds": round(time.process_time(), 1)}
+
+
+def reason(error: Exception) -> str:
+    """Return what an error says, with its type if it is not one of thawline, which users would not be told."""
+    return str(error) if isinstance(error, ThawlineError) else f"{type(error).__name__}: {error}"[:200]
 
 
 def layers_of(backbone: Backbone) -> list[str]:
@@ -198,6 +229,8 @@ def openvino(backbone: Backbone, pixels: Tensor) -> float | str:
 def thaw_line(backbone: Backbone, pixels: Tensor) -> int | str:
     """Return how many layers the line can follow, if trunk and thawed part together are the whole, bit for bit."""
     lines = list(possible_lines(backbone))
+    if not lines:
+        return "every layer is bypassed"
     scale, shift = normalisation(backbone.preprocessing)
     images = pixels.permute(0, 3, 1, 2).float() * scale + shift
     trunk, body = split(backbone, find_line(backbone, lines[len(lines) // 2]))
@@ -214,23 +247,21 @@ def onnx(backbone: Backbone, pixels: Tensor) -> float:
 
     network = tap(backbone, [name for name in (PENULTIMATE, LOGITS) if name in resolved_aliases(backbone)])
     names = [f"out{index}" for index in range(len(network.layers))]
-    batch = {0: torch.export.Dim("n")}
-    program = torch.onnx.export(
-        network,
-        (pixels,),
-        input_names=["pixels"],
-        output_names=names,
-        dynamic_shapes=(batch,),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
+    program = onnx_program(network, network.size, names)
     with tempfile.TemporaryDirectory() as folder:
         program.save(path := Path(folder) / "network.onnx")
         session = onnxruntime.InferenceSession(path)
     with torch.inference_mode():
-        arrays = zip(session.run(None, {"pixels": pixels.numpy()}), network(pixels), strict=True)
+        arrays = zip(session.run(None, {INPUT: pixels.numpy()}), network(pixels), strict=True)
         return max(difference(torch.from_numpy(a), b) for a, b in arrays)
+
+
+HOW: dict[str, Callable[[Backbone, Tensor], float | str]] = {
+    "features": features,
+    "openvino": openvino,
+    "thaw line": thaw_line,
+    "onnx": onnx,
+}
 
 
 def report(rows: list[dict[str, Any]]) -> None:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import click
 import numpy as np
@@ -24,7 +26,8 @@ from scipy.stats import t as student
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-from pipeline.arrays import BoolArray, Float64Array
+from pipeline.arrays import BoolArray, Float64Array, IntArray
+from pipeline.evaluation.bootstrap import compare_redrawn, mean_known
 from pipeline.evaluation.comparisons import holm, may_be_best
 from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
 from pipeline.evaluation.intervals import (
@@ -38,6 +41,9 @@ from pipeline.evaluation.intervals import (
     wilson,
 )
 from pipeline.evaluation.metrics import count, macro_f1
+from pipeline.evaluation.multilabel import rate_labels, redraw_labels, scores_of
+from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.regression import rate_numbers, redraw_numbers
 
 LEVEL = 0.05
 Row = dict[str, float | str]
@@ -253,6 +259,59 @@ def hidden_ends(results: list[dict[str, object]]) -> Iterator[tuple[int, bool, f
                     yield times, bool(low <= means[index] <= high), high - low
 
 
+def numbers_of(rng: np.random.Generator, groups: IntArray, k: int, correlation: float) -> list[Predictions]:
+    """Return what k equally good models predict of numbers, whose errors are alike in a group and between models."""
+
+    def noise() -> Float64Array:
+        return np.asarray(0.5 * rng.standard_normal(len(groups)) + 0.4 * rng.standard_normal(len(groups))[groups])
+
+    y, common = noise() * 2, noise()
+    errors = [np.sqrt(correlation) * common + np.sqrt(1 - correlation) * noise() for _ in range(k)]
+    return [_predictions(groups, y, y + error) for error in errors]
+
+
+def label_sets_of(rng: np.random.Generator, groups: IntArray, k: int, correlation: float) -> list[Predictions]:
+    """Return what k equally good models say of five labels, which 5 to 50 % of the rows have."""
+
+    def noise() -> Float64Array:
+        found = rng.standard_normal((len(groups), 5)) + rng.standard_normal((len(groups), 5))[groups]
+        return np.asarray(found / np.sqrt(2))
+
+    y = noise() > [NormalDist().inv_cdf(1 - share) for share in (0.05, 0.1, 0.2, 0.4, 0.5)]
+    common = noise()
+    scores = [y + np.sqrt(correlation) * common + np.sqrt(1 - correlation) * noise() for _ in range(k)]
+    return [_predictions(groups, y, score > 0.5, score) for score in scores]
+
+
+def _predictions(groups: IntArray, y: Any, found: Any, scores: Float64Array | None = None) -> Predictions:
+    names = np.char.mod("%d", np.arange(len(groups)))
+    return Predictions(names, y, found, None, groups=np.char.mod("%d", groups), scores=scores)
+
+
+def redrawn_errors(
+    metric: str, groups: int, each: int, correlation: float, draws: int, rng: np.random.Generator
+) -> Row:
+    """Return how often the interval of a metric holds it, and how often four equally good models are told apart."""
+    make = numbers_of if metric == "r2" else label_sets_of
+    redraw = redraw_numbers if metric == "r2" else redraw_labels
+    many = make(rng, np.repeat(np.arange(50_000 // each), each), 1, 0.0)[0]
+    once = np.ones((1, len(many.uris)))
+    if metric == "r2":
+        truth = rate_numbers(metric, many.y_true, many.y_pred, once)[0]
+    else:
+        truth = mean_known(rate_labels(metric, many.y_true, many.y_pred, scores_of(many), None, once))[0]
+    held, told, out = [], [], []
+    for _ in range(draws):
+        models = [redraw(metric, [one]) for one in make(rng, np.repeat(np.arange(groups), each), 4, correlation)]
+        low, high = models[0].interval()
+        p_values, best = compare_redrawn(models, 0)
+        held.append(low <= truth <= high)
+        told.append(min(p for p in p_values if p is not None) <= LEVEL)
+        out.append(not best.all())
+    row: Row = {"metric": metric, "test rows": f"{groups} groups of {each}", "correlation": str(correlation)}
+    return row | {"covered": np.mean(held), "told apart": np.mean(told), "one is out": np.mean(out)}
+
+
 def table_of(title: str, rows: list[Row], good: Callable[[float], bool]) -> Table:
     """Show rows; shares that are not as good as they should be are starred."""
     table = Table(*rows[0], title=title)
@@ -304,6 +363,10 @@ def main(draws: int, curves: tuple[Path, ...]) -> None:
         for k in (5, 10, 40):
             for correlation in (0.0, 0.5, 0.9):
                 tables["best sets"].append(best_set_errors(k, correlation, draws // 4, rng))
+        for metric, (groups, each), correlation in product(
+            ("r2", "average_precision"), ((100, 1), (400, 1), (40, 10), (20, 20)), (0.0, 0.8)
+        ):
+            tables["redrawn"].append(redrawn_errors(metric, groups, each, correlation, draws // 10, rng))
         for n in (100, 400):
             for chosen_from in ((1, 1), (8, 3), (30, 3)):
                 tables["opening"].append(opening_errors(n, *chosen_from, draws // 4, rng))
@@ -335,6 +398,11 @@ def show(tables: dict[str, list[Row]], draws: int) -> None:
         ("groups", "coverage of 95 % intervals where rows come in groups (*: less than 95 % and noise)", enough),
         ("levels", "equal models told apart at 5 % (*: more than 5 % and noise)", lambda v: v <= LEVEL + rare),
         ("best sets", "sets of models that may be the best (*: more than 5 % and noise)", lambda v: v <= LEVEL + noise),
+        (
+            "redrawn",
+            "metrics of redrawn test rows, four equal models (*: intervals below 95 %, claims above 5 %, and noise)",
+            lambda v: v <= LEVEL + 1.6 * noise or v >= 1 - LEVEL - 1.6 * noise,
+        ),
         (
             "opening",
             "the report's opening on equal methods (*: intervals below 95 %, claims above 5 %, and noise)",

@@ -20,8 +20,8 @@ _CHUNK = 1 << 15  # texts that are Python objects at once
 def parse_json(content: bytes | str) -> Any:
     """Return the value of strict JSON; raises `ValueError` for anything else.
 
-    NaN, infinities and numbers too large for a float, which Python's own reader takes, are refused: they could not be
-    written again.
+    NaN, infinities, numbers too large for a float and lone surrogates, which Python's own reader takes, are refused:
+    they could not be written again. (Surrogates that stand for bytes of a file's name can.)
     """
 
     def finite(text: str) -> float:
@@ -34,7 +34,9 @@ def parse_json(content: bytes | str) -> Any:
         return int(text)
 
     try:
-        return json.loads(content, parse_constant=finite, parse_float=finite, parse_int=whole)
+        value = json.loads(content, parse_constant=finite, parse_float=finite, parse_int=whole)
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        return value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON: {error}") from None
 

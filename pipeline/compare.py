@@ -199,6 +199,12 @@ def _write_report(comparison: Comparison) -> None:
         if found is not None and found.files:
             fitted = dict.fromkeys(comparison.fits(extraction, found).values(), found)
             seen[comparison.names[extraction.source]].features.update(fitted)
+    for result in comparison.folder.results.values():
+        if result.source not in seen:
+            raise RunFolderError(
+                f"{comparison.folder.path / 'results.jsonl'} has a result of the source {result.source!r:.80}, "
+                "which the plan does not have; remove its line"
+            )
     comparison.folder.write("report.html", render(comparison.folder, comparison.plan.text, seen))
 
 

@@ -44,9 +44,14 @@ class RunFolderError(ThawlineError):
     """A run folder belongs to another plan, is in use, or cannot be read or written."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, 200 characters at most; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that began a chain of errors, where libraries wrap the one that says what is wrong."""
+    return error if error.__cause__ is None else first_cause(error.__cause__)
 
 
 def one_line(error: Exception) -> str:

@@ -16,10 +16,11 @@ from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.taps import TappedNetwork, tap
-from pipeline.errors import ModelFileError, first_line
+from pipeline.errors import ModelFileError, first_cause, first_line
 from pipeline.heads.registry import find_head
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.model_file import check_destination, writing
+from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, REGRESSION
 from pipeline.provenance import installed_version
 from pipeline.results import ExportResult
 from pipeline.spec import LayerSpec, Size, json_fields
@@ -34,8 +35,9 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
 
     The graph takes ``pixels``, uint8 (n, height, width, 3): RGB images, resized and cropped as the metadata says; it
     normalises them itself. It gives ``label``, int64 (n,); ``scores``, float32 (n, K), whose largest is the label; and,
-    if the model has them, ``probabilities``, float32 (n, K), calibrated as in `pipeline.predict.predict`. It computes
-    in float32, whatever the precision that the model was trained in.
+    if the model has them, ``probabilities``, float32 (n, K), calibrated as in `pipeline.predict.predict`. A model for
+    several labels gives ``labels``, bool (n, K), instead of ``label``, and one for numbers only ``value``, float32
+    (n,). The graph computes in float32, whatever the precision that the model was trained in.
 
     The metadata has three entries in JSON: ``classes`` (K names, in the order of the scores), ``preprocessing`` (a
     `pipeline.spec.Preprocessing`) and ``model`` (head, parameters, layers, temperature, test metrics, versions).
@@ -70,8 +72,8 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     path = check_destination(path, ".onnx")
     parts = _network_parts(model) if is_network_file(model) else _head_parts(load_model(model))
     network = tap(parts.backbone, [spec.layer for spec in parts.specs], parts.specs[0].pool)
-    graph = Classifier(network, parts.scores, parts.model.temperature, has_probabilities=parts.has_probabilities)
-    program = _program(graph)
+    graph = Predictor(network, parts.scores, parts.model, has_probabilities=parts.has_probabilities)
+    program = onnx_program(graph, network.size, graph.outputs)
     metadata = {name: json.dumps(part, ensure_ascii=False) for name, part in _metadata(parts).items()}
     program.model.metadata_props.update(metadata)
     with writing(path) as draft:
@@ -112,8 +114,10 @@ def _head_parts(saved: SavedModel) -> _Parts:
         )
     request = saved.layers[0]["request"]
     backbone = _backbone(request["backbone"], request["size"], specs[0])
-    classes = [saved.classes[number] for number in saved.pipeline.classes_]
-    has_probabilities = find_head(saved.head).family.probabilities
+    classes = list(saved.classes)
+    if saved.task == CLASSIFICATION:
+        classes = [classes[number] for number in saved.pipeline.classes_]
+    has_probabilities = find_head(saved.head, saved.task).family.probabilities
     return _Parts(saved, backbone, specs, scores, has_probabilities, saved.head, saved.params, classes)
 
 
@@ -139,21 +143,34 @@ def _backbone(name: str, size: Size | None, spec: LayerSpec) -> Backbone:
     return backbone
 
 
-class Classifier(nn.Module):
+class Predictor(nn.Module):
     """A saved model as one module, in float32; `scores` maps the joined features (n, d) to scores (n, K)."""
 
+    thresholds: Tensor
+
     def __init__(
-        self, network: TappedNetwork, scores: nn.Module, temperature: float | None, *, has_probabilities: bool
+        self, network: TappedNetwork, scores: nn.Module, model: SavedModel | TunedModel, *, has_probabilities: bool
     ) -> None:
         super().__init__()
-        self.network, self.scores, self.temperature = network, scores, temperature
-        self.outputs = ["label", "scores", *(["probabilities"] if has_probabilities else [])]
+        self.network, self.scores, self.task = network, scores, model.task
+        self.temperature, self.has_probabilities = model.temperature or 1.0, has_probabilities
+        answer = "label" if model.task == CLASSIFICATION else "labels"
+        self.outputs = [answer, "scores", *(["probabilities"] if has_probabilities else [])]
+        if model.task == REGRESSION:
+            self.outputs = ["value"]
+        self.register_buffer("thresholds", torch.tensor(model.thresholds or [], dtype=torch.float32))
         self.eval()
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """Map uint8 (n, h, w, 3) to labels (n,), scores (n, K) and, if there are any, probabilities (n, K)."""
+        """Map uint8 (n, h, w, 3) to `outputs`, see `export`."""
         scores = self.scores(torch.cat(self.network(pixels), 1))
-        results = scores.argmax(1), scores, (scores / (self.temperature or 1.0)).softmax(1)
+        if self.task == REGRESSION:
+            return (scores[:, 0],)
+        if self.task == CLASSIFICATION:
+            results = scores.argmax(1), scores, (scores / self.temperature).softmax(1)
+        else:
+            probabilities = scores.sigmoid()
+            results = (probabilities if self.has_probabilities else scores) >= self.thresholds, scores, probabilities
         return results[: len(self.outputs)]
 
 
@@ -170,11 +187,12 @@ class HeadScores(nn.Module):
         from sklearn.preprocessing import Normalizer, StandardScaler
 
         super().__init__()
-        hyperplanes = find_head(saved.head).family.hyperplanes(saved.pipeline.named_steps["classifier"])
+        family = find_head(saved.head, saved.task).family
+        hyperplanes = family.hyperplanes(saved.pipeline.named_steps["classifier"])
         if hyperplanes is None:
             raise ModelFileError(
                 f"only heads with one hyperplane per class can be exported, and {saved.head} has none; "
-                "fit another, such as logreg"
+                f"fit another, such as {DEFAULT_HEADS[saved.task]}"
             )
         buffers = hyperplanes._asdict()
         scaler = saved.pipeline.named_steps.get("scaler")
@@ -209,8 +227,11 @@ def _length(rows: Tensor) -> Tensor:
     return torch.where(length == 0, 1.0, length)
 
 
-def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
-    """Return the graph as ONNX, for any number of images."""
+def onnx_program(graph: nn.Module, size: tuple[int, int], outputs: list[str]) -> torch.onnx.ONNXProgram:
+    """Return a module that maps images (n, height, width, 3) to `outputs` as ONNX, for any number of images.
+
+    Raises `ModelFileError` if it has too many weights, or operations that ONNX lacks.
+    """
     weight = sum(item.nbytes for item in graph.state_dict().values())
     if weight > _LARGEST:
         raise ModelFileError(
@@ -220,15 +241,15 @@ def _program(graph: Classifier) -> torch.onnx.ONNXProgram:
     try:
         program = torch.onnx.export(
             graph,
-            (torch.zeros(2, *graph.network.size, 3, dtype=torch.uint8),),
+            (torch.zeros(2, *size, 3, dtype=torch.uint8),),
             input_names=[INPUT],
-            output_names=graph.outputs,
-            dynamic_shapes={INPUT: {0: torch.export.Dim("n")}},
+            output_names=outputs,
+            dynamic_shapes=({0: torch.export.Dim("n")},),
             dynamo=True,
             verbose=False,
         )
     except Exception as error:  # the exporter runs the network's code on symbols, which can raise anything
-        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(error)}") from error
+        raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(first_cause(error))}") from error
     return cast("torch.onnx.ONNXProgram", program)
 
 

@@ -15,12 +15,16 @@ from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes, clusters_of
+from pipeline.evaluation.metric_comparisons import compare_metrics, summarise_metrics
 from pipeline.evaluation.metrics import mean_if_known
+from pipeline.evaluation.multilabel import measure_labels
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
+from pipeline.evaluation.regression import measure_numbers
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
 from pipeline.evaluation.split_layers import SplitLayer, split_layers
 from pipeline.evaluation.splits import check_draws
+from pipeline.evaluation.targets import check_task
 from pipeline.heads.choose import Choice, choice_notes
 from pipeline.heads.memory import streamed_notes
 from pipeline.heads.parallel import check_trials, run_trials
@@ -29,10 +33,11 @@ from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
 from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
-from pipeline.options import METRIC, NEAR, check_options
-from pipeline.results import FitResult, Progress, SeedSummary, to_json
+from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, MULTILABEL, NEAR, REGRESSION
+from pipeline.results import LOWER_IS_BETTER, FitResult, MultilabelResult, Progress, RegressionResult, to_json
 
 T = TypeVar("T")
+AnyResult = FitResult | RegressionResult | MultilabelResult
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +46,16 @@ class FitReport:
 
     Parameters
     ----------
-    results : list of FitResult
+    results : list of FitResult, RegressionResult or MultilabelResult
+        According to the task.
     predictions : list of Predictions
         One for each result.
-    summary : list of SeedSummary
+    summary : list of SeedSummary or MetricSummary
         One for each layer, head and number of shots; empty if there is a single seed.
     notes : list of str
         What a user should know, a sentence each.
     classes : tuple of str
-        Class names by number.
+        Names of the classes or labels by number.
     best : int
         Index of the result whose model is saved: of those with the most shots, the one of best validation score;
         ties go to the lower log-loss.
@@ -59,9 +65,9 @@ class FitReport:
         That of the best result.
     """
 
-    results: list[FitResult]
+    results: list[Any]
     predictions: list[Predictions]
-    summary: list[SeedSummary]
+    summary: list[Any]
     notes: list[str]
     classes: tuple[str, ...]
     best: int
@@ -77,7 +83,7 @@ class FitReport:
 def fit(
     cache: str | Path | Catalog,
     layers: Sequence[str] | None = None,
-    heads: Sequence[str] = ("logreg",),
+    heads: Sequence[str] | None = None,
     seeds: Sequence[int] = (0,),
     shots: Sequence[int | str] = ("all",),
     source: str | None = None,
@@ -85,17 +91,18 @@ def fit(
     pool: str | None = None,
     *,
     labels: str | Path | LabelsTable | None = None,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
     key: str | None = None,
+    task: str = CLASSIFICATION,
     cv: int | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     balanced: bool = False,
     drop_leaks: bool | str = False,
     save: str | Path | None = None,
     jobs: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-    on_result: Callable[[FitResult, Predictions], None] | None = None,
+    on_result: Callable[[Any, Predictions], None] | None = None,
 ) -> FitReport:
     """Train every head on every layer with every seed and number of shots.
 
@@ -105,22 +112,27 @@ def fit(
         A folder of cache files, or one file.
     layers : sequence of str, optional
         Layer names; ``A+B`` joins two. By default every layer of the one file that fits.
-    heads : sequence of str, default ``("logreg",)``
-        ``FAMILY`` or ``FAMILY/SCALING``, see `pipeline.heads.registry`.
+    heads : sequence of str, optional
+        ``FAMILY`` or ``FAMILY/SCALING``, see `pipeline.heads.registry`; by default ``logreg``, for numbers ``ridge``.
     seeds : sequence of int, default ``(0,)``
         Draw the splits that the source does not give, and the shots.
     shots : sequence of int or "all", default ``("all",)``
-        Number of training rows per class. Parameters are then chosen inside these rows, and val is not used.
+        Number of training rows per class. Parameters are then chosen inside these rows, and val is not used. Labels and
+        numbers are learnt from all rows.
     source, backbone, pool : str, optional
         Select a file if the cache holds several.
     labels, target, key
         A table to take labels from, and its columns, see `pipeline.evaluation.labels.read_labels`; by default labels
         are those of the source.
+    task : str, default "classification"
+        What is predicted: a class; any number of labels (``"multilabel"``), which a cell names with bars between them,
+        or which are columns of 0 and 1; or a number (``"regression"``).
     cv : int, optional
         Number of folds of a cross-validation, which replaces the test split: every row is test once, parameters are
         chosen inside the other folds, and a result is about all rows. Repeated with each seed.
-    metric : str, default "accuracy"
-        What parameters and the saved model are chosen by on validation rows, one of `pipeline.options.METRICS`.
+    metric : str, optional
+        What parameters and the saved model are chosen by on validation rows, one of `pipeline.options.METRICS_OF` the
+        task; by default the first.
     balanced : bool, default False
         Let every class count alike, whatever its size, in training and in the choice of parameters.
     drop_leaks : bool or "near", default False
@@ -164,19 +176,17 @@ def fit(
         for result in report.results:
             print(result.head, result.accuracy, result.accuracy_ci95)
     """
-    if not heads:
-        raise FitError("expected at least one head, got none")
     check_draws(seeds, shots)
-    check_options([METRIC], {"metric": metric})
+    metric = check_task(task, metric, shots=set(shots) != {"all"}, balanced=balanced)
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
-    chosen = _find_heads(heads, device)
+    chosen = _find_heads((DEFAULT_HEADS[task],) if heads is None else heads, task, device)
     destination = None if save is None else check_destination(save, ".skops")
     if drop_leaks not in (False, True, NEAR):
         raise FitError(f"expected drop_leaks to be true, false or '{NEAR}', got {drop_leaks!r}")
-    answers = find_labels(labels, target, key)
+    answers = find_labels(labels, target, key, task)
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
-    selected = select(catalog, layers, source, backbone, pool, answers)
+    selected = select(catalog, layers, source, backbone, pool, answers, task)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; name one source")
     near_notes: list[str] = []
@@ -189,7 +199,7 @@ def fit(
     folds = cv or 1
     waiting: dict[int, TrialOutcome] = {}  # until all folds of their result are done
     choices: dict[int, Choice] = {}
-    found: dict[int, tuple[FitResult, Predictions]] = {}
+    found: dict[int, tuple[Any, Predictions]] = {}
     distances: dict[tuple[Any, ...], Nearness] = {}  # of layers and splits, which heads and often seeds share
 
     def near_of(data: Sequence[SplitLayer]) -> Nearness:
@@ -207,8 +217,10 @@ def fit(
             outcomes = [waiting.pop(fold) for fold in own]
             of_result = [trials[fold] for fold in own]
             result, predictions = _result(of_result, outcomes, balanced=balanced, cv=cv, metric=metric)
-            price = leak_price(near_of([trial.data for trial in of_result]), predictions)
-            found[number] = replace(result, leak_price=price), predictions
+            if isinstance(result, FitResult):
+                price = leak_price(near_of([trial.data for trial in of_result]), predictions)
+                result = replace(result, leak_price=price)
+            found[number] = result, predictions
             if on_result is not None:
                 on_result(*found[number])
 
@@ -217,13 +229,15 @@ def fit(
 
     results = [found[number][0] for number in range(len(found))]
     predictions = [found[number][1] for number in range(len(found))]
-    results = compare_results(results, predictions)
-    ranks = [preference(one.shots, one.validated, index, one.validation_log_loss) for index, one in enumerate(results)]
+    of_classes = task == CLASSIFICATION
+    results = (compare_results if of_classes else compare_metrics)(results, predictions)
+    losses = [one.validation_log_loss if of_classes else None for one in results]
+    ranks = [preference(one.shots, one.validated, index, losses[index]) for index, one in enumerate(results)]
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
     notes = _notes(trials, choices) + _distinct(streamed_notes(streamed)) + near_notes + best_notes(results)
-    summary = summarise_seeds(results, predictions)
+    summary = (summarise_seeds if of_classes else summarise_metrics)(results, predictions)
     kept = trials[best * folds].data.layer
     return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)
 
@@ -232,8 +246,10 @@ def _distinct(values: Sequence[T]) -> list[T]:
     return list(dict.fromkeys(values))
 
 
-def _find_heads(names: Sequence[str], device: str) -> list[Head]:
-    heads = _distinct([find_head(name) for name in names])
+def _find_heads(names: Sequence[str], task: str, device: str) -> list[Head]:
+    if not names:
+        raise FitError("expected at least one head, got none")
+    heads = _distinct([find_head(name, task) for name in names])
     if device in ("auto", "cpu"):
         return heads
     from pipeline.engines.select import find_device
@@ -244,7 +260,7 @@ def _find_heads(names: Sequence[str], device: str) -> list[Head]:
 
 def _result(
     trials: Sequence[Trial], outcomes: Sequence[TrialOutcome], *, balanced: bool, cv: int | None, metric: str
-) -> tuple[FitResult, Predictions]:
+) -> tuple[AnyResult, Predictions]:
     """Put together what the folds of a cross-validation, or a single trial, found."""
     data, table = trials[0].data, trials[0].data.layer.table
     splits = [trial.data.splits for trial in trials]
@@ -258,28 +274,36 @@ def _result(
     )
     validated = mean_if_known([outcome.choice.score for outcome in outcomes])
     params = [outcome.params for outcome in outcomes]
+    trained: dict[str, Any] = {
+        "kind": "head",
+        "backbone": data.layer.handle("backbone"),
+        "layer": data.layer.name,
+        "pool": data.layer.handle("pool"),
+        "head": trials[0].head.name,
+        "params": max(params, key=params.count),  # the most frequent over folds; ties go to the first
+        "seed": data.seed,
+        "shots": data.shots,
+        "n_train": _mean_count([each.train for each in splits]),
+        "n_val": _mean_count([each.val for each in splits]),
+        "n_pool": len(table.labels) - _mean_count([each.test for each in splits]),
+        "seconds": sum(outcome.seconds for outcome in outcomes),
+        "converged": all(outcome.converged for outcome in outcomes),
+        "cv": cv,
+        "target": table.target,
+        "metric": metric,
+        "validation_score": -validated if validated is not None and metric in LOWER_IS_BETTER else validated,
+    }
+    if table.task == REGRESSION:
+        return RegressionResult(**trained, **measure_numbers(predictions)), predictions
+    if table.task == MULTILABEL:
+        thresholds = np.mean(np.array([outcome.thresholds for outcome in outcomes]), axis=0)
+        return MultilabelResult(**trained, **measure_labels(predictions, table.classes, thresholds)), predictions
     result = FitResult(
-        kind="head",
-        backbone=data.layer.handle("backbone"),
-        layer=data.layer.name,
-        pool=data.layer.handle("pool"),
-        head=trials[0].head.name,
-        params=max(params, key=params.count),  # the most frequent over folds; ties go to the first
-        seed=data.seed,
-        shots=data.shots,
-        n_train=_mean_count([each.train for each in splits]),
-        n_val=_mean_count([each.val for each in splits]),
-        n_pool=len(table.labels) - _mean_count([each.test for each in splits]),
+        **trained,
         validation_accuracy=validated if metric == "accuracy" else None,
         validation_log_loss=mean_if_known([outcome.choice.log_loss for outcome in outcomes]),
         **measure(predictions, len(table.classes)),
-        seconds=sum(outcome.seconds for outcome in outcomes),
-        converged=all(outcome.converged for outcome in outcomes),
         balanced=balanced,
-        cv=cv,
-        target=table.target,
-        metric=metric,
-        validation_score=validated,
     )
     return result, predictions
 
@@ -288,15 +312,17 @@ def _mean_count(parts: Sequence[IntArray]) -> int:
     return round(sum(len(part) for part in parts) / len(parts))
 
 
-def _saved_model(pipeline: Any, layer: Layer, result: FitResult) -> SavedModel:
+def _saved_model(pipeline: Any, layer: Layer, result: AnyResult) -> SavedModel:
     return SavedModel(
         pipeline,
         result.head,
         result.params,
         layer.describe(),
         layer.table.classes,
-        result.temperature,
+        result.temperature if isinstance(result, FitResult) else None,
         to_json(result),
+        layer.table.task,
+        [one.threshold for one in result.labels] if isinstance(result, MultilabelResult) else None,
     )
 
 

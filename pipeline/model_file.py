@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from features_cache import atomic_write, nearest_beside
 from pipeline.errors import ModelFileError, first_line
+from pipeline.options import CLASSIFICATION, MULTILABEL, TASKS
 from pipeline.provenance import installed_version
 from pipeline.spec import canonical_json
 
@@ -38,6 +39,8 @@ class ModelFormat:
         The distributions whose versions are saved with the model, in the field ``versions``.
     remedy : str
         What to do about a file that cannot be used, such as ``"fit and save it again"``.
+    defaults : mapping of str to object, optional
+        Values of fields that older files do not have.
     """
 
     name: str
@@ -45,6 +48,7 @@ class ModelFormat:
     fields: Mapping[str, Any]
     libraries: Sequence[str]
     remedy: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def versions(self) -> dict[str, str]:
         """Return the installed versions of the libraries that a saved model depends on."""
@@ -80,6 +84,7 @@ class ModelFormat:
 
     def read_fields(self, path: Path, description: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields of a description, or raise `ModelFileError` if one is missing or impossible."""
+        description = {**self.defaults, **description}
         wrong = [name for name, kind in self.fields.items() if not isinstance(description.get(name, ...), kind)]
         temperature = description.get("temperature")
         if isinstance(temperature, float) and not 0 < temperature < float("inf"):
@@ -94,6 +99,18 @@ class ModelFormat:
     def lacks(self, path: Path, *names: str) -> ModelFileError:
         """Return the error that says which fields of the description are missing or make no sense."""
         return ModelFileError(f"{path} does not say its {', '.join(names)}; {self.remedy}")
+
+
+TASK_DEFAULTS: dict[str, Any] = {"task": CLASSIFICATION, "thresholds": None}
+"""What models predict that were saved before there were other tasks."""
+
+
+def fits_task(fields: Mapping[str, Any]) -> bool:
+    """Tell whether a model's task is one of `pipeline.options.TASKS`, and each of several labels has a threshold."""
+    told = fields["thresholds"]
+    if fields["task"] != MULTILABEL:
+        return fields["task"] in TASKS and told is None
+    return isinstance(told, list) and len(told) == len(fields["classes"]) and all(type(one) is float for one in told)
 
 
 @contextmanager

@@ -34,9 +34,10 @@ OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "plateau")
 TOPS = ("linear", "hidden", "direct")
 INITS = ("pretrained", "random")
-TASKS = ("rotation", "pseudo-classes", "slow", "ego-motion")
+NEARBY_TASKS = ("rotation", "pseudo-classes", "slow", "ego-motion")
 TRAIN_PRECISIONS = ("auto", "fp32", "bf16")
 WATCHES = ("gradients",)
+CLASSIFICATION, MULTILABEL, REGRESSION = TASKS = ("classification", "multilabel", "regression")
 METRICS = (
     "accuracy",
     "mean_per_class_accuracy",
@@ -46,7 +47,14 @@ METRICS = (
     "average_precision",
     "top5_accuracy",
 )
-"""What parameters and models may be chosen by, on validation rows."""
+"""What parameters and models may be chosen by, on validation rows, if classes are predicted."""
+METRICS_OF = {
+    CLASSIFICATION: METRICS,
+    MULTILABEL: ("average_precision", "macro_f1", "micro_f1"),
+    REGRESSION: ("r2", "mae"),
+}
+"""The metrics of each task, the default first."""
+DEFAULT_HEADS = {CLASSIFICATION: "logreg", MULTILABEL: "logreg", REGRESSION: "ridge"}
 
 
 @dataclass(frozen=True)
@@ -245,6 +253,20 @@ LABELS = (
 )
 """Where the labels come from."""
 METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
+TASK = Option("task", choice(*TASKS), "What is predicted: a class, any number of labels, or a number.", CLASSIFICATION)
+FIT_LABELS = (
+    LABELS[0],
+    replace(LABELS[1], help=f"{LABELS[1].help} Several columns of 0 and 1 are a label each.", repeat="target"),
+    LABELS[2],
+    TASK,
+    replace(
+        METRIC,
+        kind=choice(*dict.fromkeys(name for names in METRICS_OF.values() for name in names)),
+        help=f"{METRIC.help} Default: accuracy, average_precision of labels, or r2 of numbers.",
+        default=None,
+    ),
+)
+"""The same for `fit` and `finetune`, which also predict labels and numbers."""
 ABOVE = (*LABELS, METRIC)
 """What a plan gives above its tables, because it is the same for all jobs."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
@@ -273,13 +295,13 @@ EXTRACT = (
 )
 FIT = (
     crossed("layer", TEXT, "Layer, or A+B to join two. Default: every cached layer.", None, "l", repeat="layers"),
-    crossed("head", TEXT, "Such as logreg, linear_svm or rbf_svm/l2.", "logreg", repeat="heads"),
+    crossed("head", TEXT, "Such as linear_svm or rbf_svm/l2; default: logreg, of numbers ridge.", repeat="heads"),
     SHOTS,
     SEED,
     WHICH_SOURCE,
     WHICH_BACKBONE,
     WHICH_POOL,
-    *ABOVE,
+    *FIT_LABELS,
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
     once("drop-leaks", LEAKS, "Leave out test images with training images' bytes; near: near-duplicates, too.", False),
@@ -317,7 +339,7 @@ FINETUNE = (
     *RECIPE,
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
-    *ABOVE,
+    *FIT_LABELS,
     replace(OUTPUT, help="Folder of cache files and checkpoints."),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "What to record for each layer; warns where it is unhealthy."),
@@ -333,7 +355,7 @@ FINETUNE = (
 _NO_PRETEXT = ("top", "layer-decay", "lr-at", "label-smoothing", "class-weights", "augment", "views")
 PRETRAIN = (
     Option("backbone", TEXT, "NAME or NAME@WEIGHTS.", DEFAULT_BACKBONE, "b"),
-    Option("task", choice(*TASKS), "What the network learns to predict.", required=True),
+    Option("task", choice(*NEARBY_TASKS), "What the network learns to predict.", required=True),
     Option("save", FILE, "Write the backbone as this .safetensors file; it is then NAME@FILE.", required=True),
     Option("init", choice(*reversed(INITS)), "Weights to start from, unless NAME@random:SEED says it.", "random"),
     Option("augment", TEXT, "none, or crop, flip and colour, joined by +; default: what suits the task."),
@@ -369,8 +391,8 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
-        *LABELS,
-        Option("fit", FLAG, "Also fit logistic regression, and compare the orders.", False, stage_name="fitted"),
+        *FIT_LABELS[:-1],
+        Option("fit", FLAG, "Also fit the default head, and compare the orders.", False, stage_name="fitted"),
     ),
     "units": (
         Option("layer", TEXT, "Layer name or alias.", short="l", repeat="layers", required=True),

@@ -17,12 +17,15 @@ from typing import NamedTuple
 import numpy as np
 
 from features_cache import DONE, UNREADABLE, CacheFile, atomic_write, explained, open_cache, scratch_folder
+from pipeline.arrays import Float32Array
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
 from pipeline.errors import EngineError, resumable
 from pipeline.evaluation.rows import join_rows
+from pipeline.evaluation.targets import BAR
 from pipeline.extract import extract
 from pipeline.heads.saved import SavedModel, load_model
 from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.options import CLASSIFICATION
 from pipeline.results import Prediction, Progress
 from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec, Size
 
@@ -157,13 +160,17 @@ def _misread(images: ImageSource) -> Iterator[str]:
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
     """Write ``uri,label,probability,state,reason`` rows; absent values are empty.
 
-    An existing file is replaced, and stays as it was after an error. Raises `CacheError` if it cannot be written.
+    A column ``value``, or a column with the score of each of several labels, follows where the model gives them. An
+    existing file is replaced, and stays as it was after an error. Raises `CacheError` if it cannot be written.
     """
     with explained(path, "write"), atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(("uri", "label", "probability", "state", "reason"))
+        names = next((list(item.scores) for item in predictions if item.scores), [])
+        numbers = ["value"] if any(item.value is not None for item in predictions) else []
+        writer.writerow(("uri", "label", "probability", "state", "reason", *numbers, *names))
         for item in predictions:
-            writer.writerow((item.uri, item.label, item.probability, item.state, item.reason))
+            more = [item.value] * len(numbers) + [item.scores and item.scores[name] for name in names]
+            writer.writerow((item.uri, item.label, item.probability, item.state, item.reason, *more))
 
 
 def _available_precision(wanted: str, engine: str, device: str, notes: list[str]) -> str:
@@ -211,8 +218,25 @@ def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Se
             file.features(spec.layer, chunk).astype(np.float32)
             for file, spec, chunk in zip(files, specs, chunks, strict=True)
         ]
-        labels, probabilities = model.predict(np.concatenate(parts, axis=1))
-        for index, row in enumerate(chunks[0]):
-            probability = None if probabilities is None else float(probabilities[index])
-            predictions[row] = Prediction(predictions[row].uri, model.classes[labels[index]], probability, "done")
+        said = _say(model, files[0].uris[chunks[0]].tolist(), np.concatenate(parts, axis=1))
+        for row, prediction in zip(chunks[0].tolist(), said, strict=True):
+            predictions[row] = prediction
     return predictions
+
+
+def _say(model: SavedModel | TunedModel, uris: list[str], features: Float32Array) -> Iterator[Prediction]:
+    """Yield what the model predicts of rows of features (n, d)."""
+    if model.task == CLASSIFICATION:
+        labels, probabilities = model.predict(features)
+        for index, uri in enumerate(uris):
+            probability = None if probabilities is None else float(probabilities[index])
+            yield Prediction(uri, model.classes[labels[index]], probability, "done")
+        return
+    for uri, found in zip(uris, model.predict_values(features).tolist(), strict=True):
+        if model.thresholds is None:
+            yield Prediction(uri, None, None, "done", value=found)
+        else:
+            told = zip(model.classes, found, model.thresholds, strict=True)
+            names = [name for name, score, least in told if score >= least]
+            scores = dict(zip(model.classes, found, strict=True))
+            yield Prediction(uri, BAR.join(names) or BAR, None, "done", scores=scores)

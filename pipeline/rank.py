@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
+from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheFile, Catalog
 from pipeline.arrays import IntArray
-from pipeline.diagnostics.transfer_scores import h_score, leep, logme
+from pipeline.diagnostics.transfer_scores import h_score, indicators, leep, logme
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.labels import find_labels
 from pipeline.evaluation.rows import Layer, pooled, require_finite, select
 from pipeline.evaluation.split_layers import split_layers
+from pipeline.evaluation.targets import check_task
 from pipeline.fit import fit
+from pipeline.options import CLASSIFICATION, REGRESSION
 from pipeline.results import Agreement, LayerScore, Progress
 from pipeline.spec import aliases_of
 
@@ -54,12 +57,13 @@ def rank(
     seed: int = 0,
     *,
     labels: str | Path | None = None,
-    target: str | None = None,
+    target: str | Sequence[str] | None = None,
     key: str | None = None,
+    task: str = CLASSIFICATION,
     fitted: bool = False,
     progress: Progress | None = None,
 ) -> RankReport:
-    """Score every cached layer of one source by LogME and H-score, and cached logits by LEEP.
+    """Score every cached layer of one source by LogME; for classes also by H-score, and cached logits by LEEP.
 
     Only training rows are scored; validation and test rows are not looked at.
 
@@ -71,10 +75,10 @@ def rank(
         Rank only these.
     seed : int, default 0
         Draws the splits that the source does not give, as in `fit`.
-    labels, target, key
-        A table to take labels from, as for `fit`.
+    labels, target, key, task
+        A table to take labels from, and what is predicted, as for `fit`.
     fitted : bool, default False
-        Also fit logistic regression on every layer, and compare the scores with its test accuracy.
+        Also fit the default head of the task on every layer, and compare the scores with its default metric on test.
     progress : callable, optional
         Called as ``progress(done, total, text)``.
 
@@ -94,12 +98,13 @@ def rank(
         for score in rank("cache", pool="avg").ranking:
             print(score.layer, score.logme)
     """
+    metric = check_task(task, None)
     catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
     catalog.check_source(files[0])
     alone = [Catalog(file.path) for file in pooled(files) or files]
-    answers = find_labels(labels, target, key)
-    layers = [layer for one in alone for layer in select(one, labels=answers)]
+    answers = find_labels(labels, target, key, task)
+    layers = [layer for one in alone for layer in select(one, labels=answers, task=task)]
     split = split_layers(layers, [seed], ["all"], None, drop_leaks=False)
     limited = any(min(each.layer.dim, len(each.splits.train)) > MOST_ROWS for each in split)
     scores, notes = [], []
@@ -113,22 +118,25 @@ def rank(
     if limited:
         notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
     if fitted:
-        reports = [fit(one, seeds=[seed], labels=answers, progress=progress) for one in alone]
-        accuracies = [result.accuracy for report in reports for result in report.results]
-        scores = [replace(score, accuracy=accuracy) for score, accuracy in zip(scores, accuracies, strict=True)]
+        reports = [fit(one, seeds=[seed], labels=answers, task=task, progress=progress) for one in alone]
+        reached = [getattr(result, metric) for report in reports for result in report.results]
+        scores = [
+            replace(score, metric=metric, test_score=value, accuracy=value if metric == "accuracy" else None)
+            for score, value in zip(scores, reached, strict=True)
+        ]
     ranking = sorted(scores, key=lambda score: -score.logme)
     return RankReport(ranking, agreements(ranking) if fitted else [], list(dict.fromkeys(notes)))
 
 
 def agreements(scores: Sequence[LayerScore]) -> list[Agreement]:
-    """Compare the order by each score with the order by accuracy, if at least three layers have both."""
+    """Compare the order by each score with the order on test, if at least three layers have both."""
     found = []
     for name in ("logme", "h_score", "leep"):
-        pairs = [(getattr(score, name), score.accuracy) for score in scores if getattr(score, name) is not None]
+        pairs = [(getattr(score, name), score.test_score) for score in scores if getattr(score, name) is not None]
         if len(pairs) < _FEWEST or min(len(set(column)) for column in zip(*pairs, strict=True)) == 1:
             continue
-        values, accuracies = zip(*pairs, strict=True)
-        tau, rho = kendalltau(values, accuracies).statistic, spearmanr(values, accuracies).statistic
+        values, reached = zip(*pairs, strict=True)
+        tau, rho = kendalltau(values, reached).statistic, spearmanr(values, reached).statistic
         found.append(Agreement(name, len(pairs), float(tau), float(rho)))
     return found
 
@@ -153,14 +161,18 @@ def _draw(train: IntArray, labels: IntArray, seed: int) -> IntArray:
 
 
 def _score(layer: Layer, rows: IntArray) -> LayerScore:
-    labels = layer.table.labels[rows]
+    table, labels = layer.table, layer.table.labels[rows]
     if len(np.unique(labels)) < 2:
-        raise FitError("ranking needs training rows of at least two classes")
+        raise FitError("ranking needs training rows of at least two classes, or of different numbers or labels")
     features = layer.features(rows)
+    of_classes = table.task == CLASSIFICATION
+    targets = indicators(labels) if of_classes else table.y[rows].reshape(len(rows), -1).astype(np.float64)
+    if table.task == REGRESSION:
+        targets = StandardScaler().fit_transform(targets)
     file, info = layer.parts[0]
     are_logits = info.name in aliases_of(file.request).get("logits", ())
     with threadpool_limits(1):  # two threads would mostly wait for each other
-        scores = logme(features, labels), h_score(features, labels)
+        scores = logme(features, targets), h_score(features, labels) if of_classes else None
     return LayerScore(
         backbone=layer.handle("backbone"),
         pool=layer.handle("pool"),
@@ -169,5 +181,5 @@ def _score(layer: Layer, rows: IntArray) -> LayerScore:
         n_train=len(rows),
         logme=scores[0],
         h_score=scores[1],
-        leep=leep(features, labels) if are_logits else None,
+        leep=leep(features, labels) if are_logits and of_classes else None,
     )

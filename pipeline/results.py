@@ -9,6 +9,9 @@ from functools import cache
 from types import UnionType
 from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
+LOWER_IS_BETTER = ("mae",)
+"""Metrics of which less is better."""
+
 R = TypeVar("R")
 
 
@@ -152,51 +155,31 @@ class LeakPrice:
     accuracy_far: float | None = None
 
 
-@dataclass(frozen=True)
-class FitResult:
-    """One head on one layer with one seed: how it was trained, and how good it is on test.
+@dataclass(frozen=True, kw_only=True)
+class HeadResult:
+    """What was trained on one layer with one seed, whatever it predicts.
 
     Attributes
     ----------
-    accuracy_ci95 : (float, float)
-        Wilson's 95 % interval, for `n_effective` rows.
-    log_loss, ece : float or None
-        None for heads without probabilities.
-    balanced : bool
-        Whether classes had equal weight in training.
     cv : int or None
-        Number of folds. With cross-validation every row is tested once, `params` are those chosen most often,
-        `temperature` is the median over folds, and `n_train` and `n_val` are those of one fold.
-    temperature, log_loss_calibrated, ece_calibrated : float or None
-        The calibration and the two scores after it. None without probabilities, without rows to fit it on, or if it
-        would not help on validation rows.
-    p_vs_best : float or None
-        P-value of McNemar's exact test with Holm's correction against the result that is best by `metric` on
-        validation rows, among those of the same test rows and shots; None for that result. If test rows come in
-        groups, whole groups are compared.
-    validation_accuracy : float or None
-        What the parameters were chosen by if that is accuracy; None if there was nothing to choose by.
-    validation_log_loss : float or None
-        What broke ties of it, before calibration; None without probabilities, and in results of older versions.
-    leak_price : LeakPrice or None
-        How accuracy depends on the distance of test images from training images; None in results of older versions.
+        Number of folds. With cross-validation every row is tested once, `params` are those chosen most often, and
+        `n_train` and `n_val` are those of one fold.
     n_pool : int
         Labelled rows outside test (in a fold), from which few shots draw their training rows.
-    in_best_set : bool or None
-        Whether this may be the best of the results with the same test rows and shots, with 95 % confidence, see
-        `pipeline.evaluation.comparisons.may_be_best`; None if there is no other.
     n_groups : int or None
         Number of groups of test rows; a row without a group counts as one. None in old run folders.
-    n_effective : float or None
-        How many independent test rows would tell the accuracy as precisely as these groups do; `n_test` without groups.
     target : str or None
         The column of a table that the labels came from; None for the labels of the source.
     metric : str
-        What parameters were chosen by on validation rows, one of `pipeline.options.METRICS`.
+        What parameters were chosen by on validation rows, one of `pipeline.options.METRICS_OF`.
     validation_score : float or None
         That metric on validation rows. None if there was nothing to choose by, and in results of older versions.
-    kappa, top5_accuracy, auroc, average_precision : float or None
-        See `pipeline.evaluation.metrics.Metrics`; None in results of older versions.
+    p_vs_best : float or None
+        P-value, with Holm's correction, against the result that is best by `metric` on validation rows, among those of
+        the same test rows and shots; None for that result. If test rows come in groups, whole groups are compared.
+    in_best_set : bool or None
+        Whether this may be the best of the results with the same test rows and shots, with 95 % confidence, see
+        `pipeline.evaluation.comparisons.may_be_best`; None if there is no other.
     """
 
     kind: str
@@ -210,30 +193,67 @@ class FitResult:
     n_train: int
     n_val: int
     n_test: int
+    seconds: float
+    converged: bool
+    cv: int | None = None
+    n_pool: int = 0
+    n_groups: int | None = None
+    target: str | None = None
+    metric: str = "accuracy"
+    validation_score: float | None = None
+    p_vs_best: float | None = None
+    in_best_set: bool | None = None
+
+    @property
+    def validated(self) -> float | None:
+        """What the parameters were chosen by, on validation rows: larger is better."""
+        score = self.validation_score
+        return -score if score is not None and self.metric in LOWER_IS_BETTER else score
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult(HeadResult):
+    """A head that predicts a class: how it was trained, and how good it is on test.
+
+    The p-value is that of McNemar's exact test.
+
+    Attributes
+    ----------
+    accuracy_ci95 : (float, float)
+        Wilson's 95 % interval, for `n_effective` rows.
+    log_loss, ece : float or None
+        None for heads without probabilities.
+    balanced : bool
+        Whether classes had equal weight in training.
+    temperature, log_loss_calibrated, ece_calibrated : float or None
+        The calibration (over folds the median) and the two scores after it. None without probabilities, without rows to
+        fit it on, or if it would not help on validation rows.
+    validation_accuracy : float or None
+        What the parameters were chosen by if that is accuracy; None if there was nothing to choose by.
+    validation_log_loss : float or None
+        What broke ties of it, before calibration; None without probabilities, and in results of older versions.
+    leak_price : LeakPrice or None
+        How accuracy depends on the distance of test images from training images; None in results of older versions.
+    n_effective : float or None
+        How many independent test rows would tell the accuracy as precisely as these groups do; `n_test` without groups.
+    kappa, top5_accuracy, auroc, average_precision : float or None
+        See `pipeline.evaluation.metrics.Metrics`; None in results of older versions.
+    """
+
     accuracy: float
     accuracy_ci95: tuple[float, float]
     mean_per_class_accuracy: float
     macro_f1: float
     log_loss: float | None
     ece: float | None
-    seconds: float
-    converged: bool
     balanced: bool = False
-    cv: int | None = None
     temperature: float | None = None
     log_loss_calibrated: float | None = None
     ece_calibrated: float | None = None
-    p_vs_best: float | None = None
     validation_accuracy: float | None = None
-    n_pool: int = 0
-    in_best_set: bool | None = None
-    n_groups: int | None = None
     n_effective: float | None = None
     validation_log_loss: float | None = None
-    target: str | None = None
     leak_price: LeakPrice | None = None
-    metric: str = "accuracy"
-    validation_score: float | None = None
     kappa: float | None = None
     top5_accuracy: float | None = None
     auroc: float | None = None
@@ -243,6 +263,98 @@ class FitResult:
     def validated(self) -> float | None:
         """What the parameters were chosen by, on validation rows; also in results of older versions."""
         return self.validation_score if self.validation_score is not None else self.validation_accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionResult(HeadResult):
+    """A head that predicts a number, and how good it is on test.
+
+    The p-value and the intervals are those of a bootstrap of test rows.
+
+    Attributes
+    ----------
+    r2 : float
+        Share of the variance of the test rows' numbers that is explained; NaN if these are all the same.
+    rmse, mae : float
+        Root of the mean squared error, and mean absolute error, in the units of the target.
+    """
+
+    r2: float
+    r2_ci95: tuple[float, float]
+    rmse: float
+    rmse_ci95: tuple[float, float]
+    mae: float
+    mae_ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LabelScore:
+    """How well one of several labels is predicted.
+
+    Attributes
+    ----------
+    positives : int
+        Test rows that have the label.
+    average_precision : float or None
+        None if all test rows have it, or none.
+    f1 : float or None
+        None if no test row has it or is predicted to.
+    threshold : float
+        The probability, or the distance from the hyperplane, from which on the label is predicted; after
+        cross-validation the mean over folds.
+    """
+
+    label: str
+    positives: int
+    average_precision: float | None
+    average_precision_ci95: tuple[float, float] | None
+    f1: float | None
+    threshold: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultilabelResult(HeadResult):
+    """A head that predicts any number of labels, and how good it is on test.
+
+    The p-value and the intervals are those of a bootstrap of test rows. `average_precision` and `auroc` are means over
+    the labels that some test rows have and others lack (None if there are none), `macro_f1` is a mean over the labels
+    that some test row has or is predicted to have, and `micro_f1` counts all labels of all rows together.
+    """
+
+    average_precision: float | None
+    average_precision_ci95: tuple[float, float] | None
+    macro_f1: float
+    macro_f1_ci95: tuple[float, float]
+    micro_f1: float
+    micro_f1_ci95: tuple[float, float]
+    auroc: float | None
+    labels: list[LabelScore]
+
+
+@dataclass(frozen=True)
+class MetricSummary:
+    """One head that predicts labels or numbers, over several seeds: the metric that its parameters were chosen by.
+
+    `ci95` is an interval around the mean for other test rows; `sd`, `lowest` and `highest` are what another draw gives:
+    of the training rows alone if `shared_test`, else of training and test rows. `p_vs_best` and `in_best_set` are as in
+    `HeadResult`, about the mean over seeds.
+    """
+
+    backbone: str
+    layer: str
+    pool: str
+    head: str
+    shots: int | str
+    metric: str
+    seeds: int
+    mean: float
+    ci95: tuple[float, float]
+    sd: float
+    lowest: float
+    highest: float
+    p_vs_best: float | None = None
+    in_best_set: bool | None = None
+    shared_test: bool = False
 
 
 @dataclass(frozen=True)
@@ -277,21 +389,39 @@ class SeedSummary:
     shared_test: bool = False
 
 
-@dataclass(frozen=True)
-class FinetuneResult(FitResult):
-    """One fine-tuned network, one seed: a `FitResult` whose head was trained together with what is above the line.
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """How a fine-tuned network was trained, beside its result, whose head was trained with what is above the line.
 
     `layer` is what the head reads, `head` the kind of new top. `freeze` is ``"all"``, ``"none"`` or the layer up to
     which everything was frozen; `epochs` how many were trained. `history` has for each epoch its number,
     ``train_loss``, ``train_acc`` (of each batch before its step), ``valid_loss`` and ``valid_acc`` (where there were
-    validation images), the highest learning rate, the seconds, and, where they were watched, ``gradients``:
-    ``{LAYER: {gradient, weight, update, dead}}``.
+    validation images; accuracies only of classes), the highest learning rate, the seconds, and, where they were
+    watched, ``gradients``: ``{LAYER: {gradient, weight, update, dead}}``.
     """
 
     freeze: str = ""
     epochs: int = 0
     trainable_parameters: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(FitResult, Tuning):
+    """A fine-tuned network that predicts a class, one seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRegressionResult(RegressionResult, Tuning):
+    """A fine-tuned network that predicts a number, one seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneMultilabelResult(MultilabelResult, Tuning):
+    """A fine-tuned network that predicts any number of labels, one seed."""
+
+
+TunedResult = FinetuneResult | FinetuneRegressionResult | FinetuneMultilabelResult
 
 
 @dataclass(frozen=True)
@@ -342,13 +472,20 @@ class PretrainResult:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's label; `probability` is that of `label`, ``None`` where the head has none."""
+    """What a model says of one image.
+
+    `probability` is that of `label`, None where the head has none. Of a model for several labels, `label` names those
+    that are predicted, with bars between them (a bar alone for none), and `scores` holds the probability, or the
+    distance from the hyperplane, of all. A model for numbers gives a `value`, and no label.
+    """
 
     uri: str
     label: str | None
     probability: float | None
     state: str
     reason: str = ""
+    value: float | None = None
+    scores: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -367,9 +504,10 @@ class ExportResult:
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How one layer promises to suit the classes; of its training rows, more is better.
+    """How one layer promises to suit the target; of its training rows, more is better.
 
-    `leep` is that of the logits, ``None`` for other layers; `accuracy` is on test, ``None`` where nothing was fitted.
+    `h_score` and `leep` are about classes, and `leep` is that of the logits; elsewhere they are None. `test_score` is
+    the `metric` of a fitted head on test, and `accuracy` the same if that is accuracy; None where nothing was fitted.
     """
 
     backbone: str
@@ -378,14 +516,16 @@ class LayerScore:
     dim: int
     n_train: int
     logme: float
-    h_score: float
+    h_score: float | None
     leep: float | None
     accuracy: float | None = None
+    metric: str = "accuracy"
+    test_score: float | None = None
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the order by one score agrees with the order by test accuracy, over so many layers: 1 is the same order."""
+    """How the order by one score agrees with the order on test, over so many layers: 1 is the same order."""
 
     score: str
     layers: int

@@ -18,6 +18,8 @@ from pipeline.backbones import zoo_timm
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers
 from pipeline.backbones.taps import normalisation, tap
+from pipeline.backbones.thaw_line import find_line
+from pipeline.errors import BackboneError
 from pipeline.extract import extract
 from pipeline.finetuning.network import ThawedNetwork
 from pipeline.fit import fit
@@ -83,11 +85,13 @@ def test_logits_and_penultimate_are_those_of_all_classifiers(name: str) -> None:
     torch.testing.assert_close(penultimate, expected)
 
 
-def test_their_layers_are_listed() -> None:
+def test_their_layers_are_listed_and_bypassed() -> None:
     backbone = build("crossvit_9_240")
     *_, penultimate, logits = list_layers(backbone)
     assert penultimate == ("penultimate", (384,), ("penultimate",))
     assert logits == ("logits", (10,), ("logits",))
+    with pytest.raises(BackboneError, match="some paths bypass each of its layers; freeze 'all' or 'none'"):
+        find_line(backbone, "blocks.0")
     shared = next(row for row in list_layers(build("levit_128s")) if "penultimate" in row.aliases)
     assert shared.shape == (384,)
 

@@ -92,7 +92,12 @@ def test_the_options_of_a_command_are_parameters_of_its_stage_with_the_same_defa
 def test_all_that_trains_can_be_said_in_a_plan_and_on_the_command_line() -> None:
     assert {option.parameter for option in RECIPE} == {field.name for field in dataclasses.fields(Recipe)}
     above = {option.name for option in ABOVE}  # stand above the tables
-    assert {option.name for option in FINETUNE} - set(TABLES["finetune"]) == {"save", "picture", "watch"} | above
+    assert {option.name for option in FINETUNE} - set(TABLES["finetune"]) == {
+        "save",
+        "picture",
+        "watch",
+        "task",
+    } | above
 
 
 def test_the_order_of_a_fine_tunes_options_stays() -> None:

@@ -31,7 +31,7 @@ from pipeline.comparing.answer import answer, extraction_seconds, seconds
 from pipeline.comparing.check import open_sources
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import ExtractionCost, JobResult, RunFolder, RunInfo
-from pipeline.comparing.methods import leaderboards
+from pipeline.comparing.methods import MethodScore, leaderboards
 from pipeline.comparing.paired import best_set, compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.engines.torch_engine import TorchEngine
@@ -274,12 +274,28 @@ def test_predictions_that_unpack_to_more_than_any_are_not_read(tmp_path: Path, m
         folder.predictions("one")
 
 
-@pytest.mark.parametrize("shots", ["alé", 0, -1])
-def test_shots_that_make_no_sense_are_damage(tmp_path: Path, shots: int | str) -> None:
-    line = json.dumps(record("x").to_json() | {"shots": shots})
-    (tmp_path / "results.jsonl").write_text(f"{line}\n")
-    with pytest.raises(RunFolderError, match="line 1 is damaged: 'shots': expected"):
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("shots", "alé", "'shots': expected"),
+        ("shots", 0, "'shots': expected"),
+        ("shots", -1, "'shots': expected"),
+        ("metric", "accurac", "'metric': expected one of accuracy, .*; did you mean accuracy?"),
+        ("source", "\ud800", "expected JSON: .* surrogates not allowed"),
+    ],
+)
+def test_values_that_make_no_sense_are_damage(tmp_path: Path, key: str, value: int | str, problem: str) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(record("x").to_json() | {key: value}) + "\n")
+    with pytest.raises(RunFolderError, match=f"line 1 is damaged: {problem}"):
         RunFolder(tmp_path)
+
+
+def test_a_result_of_a_source_that_the_plan_lacks_is_damage(plan: Path, run: Path) -> None:
+    forged = [json.dumps(line | {"source": "../x"}) for line in lines_of(run)]
+    (run / "results.jsonl").write_text("\n".join(forged) + "\n")
+    (run / "report.html").unlink()
+    with pytest.raises(RunFolderError, match=r"results\.jsonl has a result of the source '\.\./x', which the plan"):
+        compare(plan, run)
 
 
 def test_an_edited_plan_does_what_is_new_and_drops_what_is_gone(plan: Path, run: Path) -> None:
@@ -608,6 +624,19 @@ def record(key: str, seed: int = 0, **changes: Any) -> JobResult:
 
 def names_of(records: list[JobResult]) -> list[str]:
     return list(dict.fromkeys(score.name for score in leaderboards(records)[0].scores.values()))
+
+
+def test_seeds_that_draw_their_own_weights_are_one_method() -> None:
+    tuned = {"kind": "finetune", "freeze": "none", "epochs": 1}
+
+    def scores(init: str) -> list[MethodScore]:
+        runs = [record(f"{seed}", seed, **tuned, backbone=f"a@random:{seed}", params={"init": init}) for seed in (0, 1)]
+        return list(leaderboards(runs)[0].scores.values())
+
+    (score,) = scores("random")
+    assert list(score.by_seed) == [0, 1]
+    assert score.method.backbone == "a@random"
+    assert len(scores("pretrained")) == 2, "the plan names two backbones with weights of their own"
 
 
 def said(right: np.ndarray, first: int = 0) -> Predictions:

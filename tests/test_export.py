@@ -129,6 +129,37 @@ def test_the_graph_of_a_fine_tuned_network_says_what_predict_says(
     np.testing.assert_allclose(found["probabilities"].max(axis=1), [i.probability for i in expected], atol=1e-3)
 
 
+@pytest.mark.parametrize(("task", "head"), [("multilabel", "logreg"), ("regression", "")])
+def test_the_graph_gives_labels_or_a_number(
+    make_photos: Callable[..., Path], tmp_path: Path, task: str, head: str
+) -> None:
+    photos, table, model = make_photos(CLASSES, each=9), tmp_path / "table.csv", tmp_path / "model.safetensors"
+    rows = [
+        f"{name}/{i}.png,{'|'.join(CLASSES[: k + 1])},{10 * k + i}" for k, name in enumerate(CLASSES) for i in range(9)
+    ]
+    table.write_text("\n".join(["uri,parts,weight", *(row.replace("|".join(CLASSES), "|", 1) for row in rows)]))
+    told = {"labels": table, "target": "parts" if task == "multilabel" else "weight", "task": task}
+    if head:
+        extract(photos, [NETWORK], ["layer2"], output=tmp_path / "cache", **HOW)
+        model = tmp_path / "model.skops"
+        fit(tmp_path / "cache", heads=[head], save=model, **told)
+    else:
+        finetune(photos, NETWORK, output=tmp_path / "cache", save=model, epochs=3, lr=0.01, **HOW, **told)
+    result = export(model, tmp_path / "model.onnx")
+    fresh, images = doubtful_photos(tmp_path)
+    expected = predict(model, fresh, tmp_path / "predicted", engine="torch").predictions
+    found, metadata = run_on_images(tmp_path / "model.onnx", images)
+    assert result.outputs == list(found)
+    if task == "regression":
+        np.testing.assert_allclose(found["value"], [one.value for one in expected], rtol=1e-3, atol=1e-2)
+        return
+    names = metadata["classes"]
+    scores = np.array([[(one.scores or {})[name] for name in names] for one in expected])
+    np.testing.assert_allclose(found["probabilities"], scores, atol=1e-3)
+    said = ["|".join(name for name, has in zip(names, row, strict=True) if has) or "|" for row in found["labels"]]
+    assert said == [one.label for one in expected]
+
+
 def test_other_heads_score_as_scikit_learn_does(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos, (first, second) = make_photos(), ("ridge/none", "centroid")
     ridge, centroid = load_model(trained(photos, tmp_path, first)), load_model(trained(photos, tmp_path, second))
@@ -181,7 +212,7 @@ def test_what_cannot_be_written_leaves_nothing(
         export(model, tmp_path / "nowhere" / "model.onnx")
 
     def fail(*_: Any, **__: Any) -> None:
-        raise torch.onnx.OnnxExporterError("no operator\nfor that")
+        raise torch.onnx.OnnxExporterError("step 3 failed") from AssertionError("no operator\nfor that")
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     before = set(tmp_path.iterdir())

@@ -296,6 +296,7 @@ def test_a_table_with_paths_is_a_manifest_even_with_images_inside(tmp_path: Path
         (table_of(label=[[1]] * len(IMAGES)), r"expected numbers or text in column 'label', found list"),
         (table_of(split=["dev"] * len(IMAGES)), r"expected split train, val, test or none in row 1, found 'dev'"),
         (pa.table({"x": [1]}), r"expected a column that holds images, found x"),
+        (pa.table([[b"a"], [b"b"]], ["image", "image"]), r"expected one column 'image', found 2"),
     ],
 )
 @pytest.mark.parametrize("write", [write_parquet, write_arrow], ids=["parquet", "arrow"])

@@ -143,7 +143,7 @@ def test_a_uri_is_never_overruled_by_a_file_name(tmp_path: Path) -> None:
 def test_a_table_for_other_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"names no image of this source: its first key is 'x\.png'.*'a/1\.png'"):
         join(write(tmp_path / "t.csv", "uri,label\nx.png,a\n"), ["a/1.png"])
-    with pytest.raises(TableError, match="column 'label' is empty for all images"):
+    with pytest.raises(TableError, match=r"column 'label' of t\.csv is empty for all images"):
         join(write(tmp_path / "t.csv", "uri,label\na.png,\nb.png,x\n"), ["a.png"])
 
 
@@ -160,13 +160,13 @@ def test_rows_that_say_the_same_count_once_and_odd_classes_are_named(tmp_path: P
     text = "uri,label,more\na,nan,x\nb,7,\nb,7,other\nc,,\nd,cafe\u0301,\ne,caf\u00e9,\n"
     found = join(write(tmp_path / "t.csv", text), list("abcde"), target="label")
     assert names(found) == ["nan", "7", "", "caf\u00e9", "caf\u00e9"], "one name in two forms is one class"
-    assert any("'nan' in column 'label' counts as a class" in note for note in found.notes)
+    assert any("'nan' in column 'label' of t.csv counts as a class" in note for note in found.notes)
     assert "1 of 5 images have no label in t.csv: c" in found.notes
 
 
 def test_numbers_among_words_are_told(tmp_path: Path) -> None:
     found = join(write(tmp_path / "t.csv", "uri,label\na,1\nb,2\nc,many\n"), list("abc"))
-    assert "column 'label' mixes numbers with text, each of them a class: many" in found.notes
+    assert "column 'label' of t.csv mixes numbers with text, each of them a class: many" in found.notes
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,22 @@ def test_parts_hold_what_one_file_holds_and_read_like_one(whole: CacheFile, part
         rows = np.array([20, 3, 10])
         np.testing.assert_array_equal(parted.features(layer, rows), whole.features(layer, rows))
     assert {run["part"] for run in parted.runs} == {part.path.name for part in parted.parts}
+
+
+def test_forged_handles_do_not_change_what_a_part_holds(parted: PartedCache, photos: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(parted.path.parent, tmp_path / "copy")) / parted.path.name
+    handles = open_plan(copy).handles
+    copy.with_name(parted.parts[1].path.name).unlink()
+
+    def fill(forged: dict[str, str]) -> None:
+        replace(open_plan(copy), handles=forged).rewrite()
+        parts.fill_part(str(forged), copy, 1, str(photos), parts.Computing(engine="torch"), lambda *_: None)
+
+    with pytest.raises(DamagedCacheError, match="its handles lack pool; delete it"):
+        fill({name: handle for name, handle in handles.items() if name != "pool"})
+    fill(handles | {"pool": "max"})
+    for layer in LAYERS:
+        np.testing.assert_array_equal(open_cache(copy).matrix(layer)[:], parted.matrix(layer)[:])
 
 
 def test_a_folder_shows_the_parts_as_one_file(whole: CacheFile, parted: PartedCache) -> None:

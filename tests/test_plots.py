@@ -50,8 +50,9 @@ def predictions(k: int, n: int = 300) -> tuple[np.ndarray, np.ndarray, list[str]
 
 def result(layer: str, accuracy: float, head: str = "logreg", shots: int | str = "all", seed: int = 0) -> FitResult:
     return FitResult(
-        "head", "net", layer, "avg", head, {}, seed, shots, 80, 20, 50, accuracy, (0, 1), accuracy, accuracy, None,
-        None, 1.0, True,
+        kind="head", backbone="net", layer=layer, pool="avg", head=head, params={}, seed=seed, shots=shots, n_train=80,
+        n_val=20, n_test=50, accuracy=accuracy, accuracy_ci95=(0, 1), mean_per_class_accuracy=accuracy,
+        macro_f1=accuracy, log_loss=None, ece=None, seconds=1.0, converged=True,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from scipy.stats import kendalltau
 
 from features_cache import AmbiguousCacheError, CacheError, Catalog, open_cache
 from pipeline import rank as rank_module
-from pipeline.diagnostics.transfer_scores import h_score, leep, logme
+from pipeline.diagnostics.transfer_scores import h_score, indicators, leep, logme
 from pipeline.evaluation.rows import Layer
 from pipeline.extract import extract
 from pipeline.rank import agreements, rank
@@ -59,7 +59,7 @@ def test_layers_of_all_backbones_are_scored_on_training_rows_alone(
         )
         matrix, labels = np.asarray(file.matrix(score.layer)[rows]), file.labels[rows]
         assert score.n_train == len(rows) == 15
-        assert score.logme == logme(matrix, labels)
+        assert score.logme == logme(matrix, indicators(labels))
         assert score.h_score == h_score(matrix, labels)
         assert score.leep == (leep(matrix, labels) if score.layer == "fc" else None)
 
@@ -74,7 +74,8 @@ def test_the_order_is_compared_with_fitted_accuracies(cache: Path) -> None:
 def test_agreement_is_kendalls_tau_where_there_is_something_to_order() -> None:
     logmes, accuracies = [0.3, 0.2, 0.1, 0.0], [0.9, 0.95, 0.7, 0.6]
     scores = [
-        LayerScore("net", "avg", str(k), 4, 9, logmes[k], 1.0, 0.5 if k < 2 else None, accuracies[k]) for k in range(4)
+        LayerScore("net", "avg", str(k), 4, 9, logmes[k], 1.0, 0.5 if k < 2 else None, test_score=accuracies[k])
+        for k in range(4)
     ]
     (found,) = agreements(scores)
     assert (found.score, found.layers) == ("logme", 4)

@@ -74,6 +74,7 @@ def test_a_network_whose_own_size_is_no_square_has_it() -> None:
     ("name", "size", "message"),
     [
         ("test_vit", "100x128", "takes multiples of 16 pixels, not 100x128; sizes that work: 96x128, 128x160"),
+        ("convit_tiny", "64x256", "takes squares only, not 64x256; sizes that work: 64, 256"),
         ("vit_b_16", "192x256", "takes images of 224 pixels only"),
         ("test_vit", "0x128", "from 1 to 4096, or HEIGHTxWIDTH, not 0x128"),
         ("test_vit", "96x128x3", "from 1 to 4096, or HEIGHTxWIDTH, not 96x128x3"),

@@ -7,7 +7,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import ledoit_wolf
 from threadpoolctl import threadpool_limits
 
-from pipeline.diagnostics.transfer_scores import h_score, leep, logme
+from pipeline.diagnostics.transfer_scores import h_score, indicators, leep, logme
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +35,15 @@ def evidence_by_search(features: np.ndarray, y: np.ndarray) -> float:
     return max(-minimize(negative, start, method="Nelder-Mead", options={"xatol": 1e-6}).fun for start in starts)
 
 
+def logme_of_classes(features: np.ndarray, labels: np.ndarray) -> float:
+    return logme(features, indicators(labels))
+
+
 @pytest.mark.parametrize(("n", "d", "apart"), [(40, 5, 1.0), (40, 5, 0.0), (30, 60, 0.3), (25, 1, 2.0)])
 def test_logme_is_the_maximum_of_the_evidence(n: int, d: int, apart: float) -> None:
     features, labels = clouds(n, d, apart=apart)
     expected = np.mean([evidence_by_search(features, (labels == k).astype(float)) for k in range(3)]) / n
-    assert logme(features, labels) == pytest.approx(expected, abs=1e-4)
+    assert logme_of_classes(features, labels) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 8), (30, 90)])
@@ -70,7 +74,7 @@ def test_leep_is_the_likelihood_of_the_empirical_classifier() -> None:
     assert leep(logits, labels) == pytest.approx(total / 50)
 
 
-@pytest.mark.parametrize("score", [logme, h_score])
+@pytest.mark.parametrize("score", [logme_of_classes, h_score])
 def test_scores_rise_with_the_distance_of_classes_and_forget_the_unit(score) -> None:
     values = [score(*clouds(90, 20, apart=apart)) for apart in (0.0, 0.3, 1.0, 3.0)]
     assert values == sorted(values)
@@ -78,7 +82,14 @@ def test_scores_rise_with_the_distance_of_classes_and_forget_the_unit(score) -> 
     assert score(features * 1000, labels) == pytest.approx(score(features, labels), rel=1e-4)
 
 
-@pytest.mark.parametrize("score", [logme, h_score])
+@pytest.mark.parametrize("score", [logme_of_classes, h_score])
 @pytest.mark.parametrize("values", [np.zeros((9, 4)), np.ones((9, 4)), np.eye(3)[np.arange(9) % 3]], ids=str)
 def test_degenerate_features_have_finite_scores(score, values: np.ndarray) -> None:
     assert np.isfinite(score(values.astype(np.float32), np.arange(9) % 3))
+
+
+def test_logme_of_a_number_is_the_maximum_of_the_evidence() -> None:
+    features, _ = clouds(40, 5)
+    number = features[:, 0] + 0.3 * np.random.default_rng(1).standard_normal(40)
+    expected = evidence_by_search(features, number) / 40
+    assert logme(features, number[:, None].astype(float)) == pytest.approx(expected, abs=1e-4)

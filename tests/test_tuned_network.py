@@ -122,7 +122,7 @@ def test_a_million_classes_are_refused_before_they_take_memory(tmp_path: Path) -
     saved(path)
     many = replace(describe_network(path), classes=("",) * 1_000_000)
     save_network(path, many, load_file(path))
-    with pytest.raises(ModelFileError, match="holds no linear top of 1000000 classes for timm/test_resnet"):
+    with pytest.raises(ModelFileError, match="holds no linear top of 1000000 outputs for timm/test_resnet"):
         load_backbone(f"{NET}@{path}")
 
 

@@ -16,10 +16,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
-from scipy.special import softmax
+from scipy.special import expit, softmax
 
 from features_cache import parse_json
-from pipeline.model_file import ModelFormat, reading, writing
+from pipeline.model_file import TASK_DEFAULTS, ModelFormat, fits_task, reading, writing
+from pipeline.options import CLASSIFICATION, REGRESSION
 from pipeline.spec import LayerSpec
 
 FORMAT = ModelFormat(
@@ -32,9 +33,12 @@ FORMAT = ModelFormat(
         "temperature": float | None,
         "metrics": dict,
         "versions": dict,
+        "task": str,
+        "thresholds": list | None,
     },
     libraries=("thawline", "torch", "torchvision", "timm"),
     remedy="fine-tune and save it again",
+    defaults=TASK_DEFAULTS,
 )
 TOP_LAYER = "new_head"
 """Name of the layer that takes the place of the old classifier."""
@@ -49,7 +53,8 @@ class TunedModel:
 
     `scores` is the layer of its class scores, with the digest of all weights and the precision to compute in; `top` is
     the kind of the new classifier. `temperature` calibrates the probabilities (see `pipeline.evaluation.calibration`),
-    `metrics` is the network's `FinetuneResult` as JSON, and `versions` has the libraries it was made with.
+    `metrics` is the network's result as JSON, and `versions` has the libraries it was made with. `task` and
+    `thresholds` are as in `pipeline.heads.saved.SavedModel`.
     """
 
     scores: LayerSpec
@@ -57,7 +62,19 @@ class TunedModel:
     classes: tuple[str, ...]
     temperature: float | None
     metrics: dict[str, Any]
+    task: str = CLASSIFICATION
+    thresholds: list[float] | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the network gives: one for each class or label, or a single one."""
+        return 1 if self.task == REGRESSION else len(self.classes)
+
+    def predict_values(self, scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Return the probabilities (n, K) of several labels, or numbers (n,), for scores (n, K or 1)."""
+        found = scores.astype(np.float64)
+        return found[:, 0] if self.task == REGRESSION else np.asarray(expit(found))
 
     def predict(self, scores: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return labels (n,), indices into `classes`, and their calibrated probabilities (n,) for scores (n, K)."""
@@ -123,6 +140,8 @@ def _model(path: Path, description: Mapping[str, Any]) -> TunedModel:
             raise ValueError(f"expected the layer {TOP_LAYER}, got {scores.layer:.40}")
     except ValueError as error:
         raise FORMAT.lacks(path, "scores") from error
+    if not fits_task(fields):
+        raise FORMAT.lacks(path, "task", "thresholds")
     return TunedModel(**fields | {"scores": scores, "classes": tuple(fields["classes"])})
 
 

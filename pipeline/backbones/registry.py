@@ -247,12 +247,14 @@ def _check_size(backbone: Backbone, size: Size | None) -> None:
         if any(side % patch for side in _sides(size)):  # timm would leave out the last pixels
             raise BackboneError(f"{backbone.handle} takes multiples of {patch} pixels, not {size_name(size)}")
         _ = backbone.traced
+        if _takes_for_square(backbone, _sides(size), patch):
+            raise BackboneError(f"{backbone.handle} takes squares only, not {size_name(size)}")
     except BackboneError as error:
         step = math.lcm(patch, 32)
         below = [side // step * step for side in _sides(size)]
         candidates = [below, [side + step for side in below], [below[0]] * 2, [below[-1]] * 2]
         tried = dict.fromkeys(found for sides in candidates if min(sides) and (found := parse_size(sides)))
-        working = [size_name(other) for other in tried if _runs(backbone, other)]
+        working = [size_name(other) for other in tried if _runs(backbone, other, patch)]
         way = f"sizes that work: {', '.join(working[:2])}" if working else "leave out the size or give another"
         raise BackboneError(f"{error}; {way}") from error
 
@@ -266,14 +268,27 @@ def _patch(module: nn.Module) -> int:
     return int(side) if side == step else 1
 
 
+def _takes_for_square(backbone: Backbone, sides: tuple[int, int], patch: int) -> bool:
+    """Tell whether a network would lay out the patches of a rectangle as a square.
+
+    A network that takes the square root of their number for a side, as ConViT does, runs on 4 x 16 patches as if they
+    were 8 x 8. It does not run on 8 x 16, which are no square number.
+    """
+    (low, high), patches = sorted(sides), math.prod(sides) // patch**2
+    return (
+        low < high and math.isqrt(patches) ** 2 == patches and patch > 1 and not _runs(backbone, (2 * low, high), patch)
+    )
+
+
 def _sides(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _runs(backbone: Backbone, size: Size) -> bool:
+def _runs(backbone: Backbone, size: Size, patch: int) -> bool:
     zoo_name, _, bare = backbone.name.partition("/")
     try:
-        return bool(_sketch(zoo_name, bare, size).traced.shapes)
+        shapes = _sketch(zoo_name, bare, size).traced.shapes
+        return bool(shapes) and not _takes_for_square(backbone, _sides(size), patch)
     except BackboneError:
         return False
 

@@ -62,6 +62,11 @@ def find_line(backbone: Backbone, name: str) -> LayerNode:
     possible = possible_lines(backbone)
     if name in possible:
         return possible[name]
+    if not possible:
+        raise BackboneError(
+            f"the thaw line of {backbone.handle} cannot follow '{name}': some paths bypass each of its layers; freeze "
+            "'all' or 'none'"
+        )
     known = name in backbone.traced.shapes
     why = "some paths bypass it" if known else f"there is no such layer{nearest(name, possible)}"
     named = a_few(list(possible), 12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -77,6 +78,14 @@ class Top(nn.Module):
         features: Tensor = activations.float() if activations.ndim == 2 else self.pool(activations)
         return features
 
+    @torch.no_grad()
+    def rescale(self, shift: float, scale: float) -> None:
+        """Let the top give its outputs times `scale`, plus `shift`."""
+        last = cast("nn.Linear", self.layers[-1] if isinstance(self.layers, nn.Sequential) else self.layers)
+        for item in (last.weight, last.bias, *(self.direct.parameters() if self.direct is not None else ())):
+            item.mul_(scale)
+        last.bias.add_(shift)
+
     def forward(self, activations: Tensor, image: Tensor | None = None) -> Tensor:
         """Map what `pooled` takes and the small image (n, 3072) to logits (n, k), in float32 even under autocast."""
         with torch.autocast(activations.device.type, enabled=False):
@@ -122,13 +131,13 @@ def tuned_backbone(base: Backbone, path: Path) -> Backbone:
         )
     top_input(base)  # traces the network, which cannot be done on the meta device
     with torch.device("meta"):  # takes no memory: the number of classes may be forged
-        top = new_top(base, model.top, len(model.classes))
+        top = new_top(base, model.top, model.outputs)
     shapes = {f"{TOP_LAYER}.{key}": item.shape for key, item in top.state_dict().items()}
     if any(key not in tensors or tensors[key].shape != shape for key, shape in shapes.items()):
         raise ModelFileError(
-            f"{path} holds no {model.top} top of {len(model.classes)} classes for {name}; fine-tune and save it again"
+            f"{path} holds no {model.top} top of {model.outputs} outputs for {name}; fine-tune and save it again"
         )
-    traced = with_top(base, top.to_empty(device="cpu"), len(model.classes))
+    traced = with_top(base, top.to_empty(device="cpu"), model.outputs)
     try:
         fill_weights(traced.module, {name: torch.from_numpy(item) for name, item in tensors.items()}, path.name)
     except BackboneError as error:

@@ -13,7 +13,7 @@ from pipeline.commands.output import print_json, print_table, say, say_all, with
 from pipeline.errors import resumable
 
 if TYPE_CHECKING:
-    from pipeline.results import FinetuneResult
+    from pipeline.results import TunedResult
 
 
 @click.command()
@@ -28,7 +28,8 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
     """
     from pipeline.finetune import finetune as run
     from pipeline.model_file import check_destination
-    from pipeline.reporting.terminal.tables import finetune_table
+    from pipeline.reporting.terminal.tables import finetune_table, labels_table
+    from pipeline.results import MultilabelResult
 
     if picture:
         check_destination(picture, ".png")
@@ -39,15 +40,18 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
         print_json({"results": report.results, "notes": report.notes, "best": report.best, "saved": saved})
     else:
         print_table(finetune_table(report.results))
+        best = report.results[report.best]
+        if isinstance(best, MultilabelResult):
+            click.echo()
+            print_table(labels_table(best))
         if report.saved:
-            best = report.results[report.best]
-            validated = "" if best.validated is None else f", validation {best.metric} {best.validated:.3f}"
+            validated = "" if best.validated is None else f", validation {best.metric} {best.validation_score:.3f}"
             click.echo(f"model: {report.saved} (seed {best.seed}, shots {best.shots}{validated})")
     if picture:
         _draw(report.results, picture, gradients=options["watch"] is not None)
 
 
-def _draw(results: Sequence[FinetuneResult], picture: Path, *, gradients: bool) -> None:
+def _draw(results: Sequence[TunedResult], picture: Path, *, gradients: bool) -> None:
     from pipeline.reporting.charts.finetune_pictures import save_gradients, save_training
 
     save_training(results, picture)

@@ -12,7 +12,7 @@ from pipeline.commands.output import print_json, print_table, say, say_all, with
 
 if TYPE_CHECKING:
     from pipeline.fit import FitReport
-    from pipeline.results import FitResult
+    from pipeline.results import HeadResult
 
 
 @click.command(cls=ValueMayFollow)
@@ -22,7 +22,8 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Train heads on CACHE and measure them on test images."""
     from pipeline.fit import fit as run
     from pipeline.reporting.terminal.neighbour_tables import nearness_table, price_lines
-    from pipeline.reporting.terminal.tables import fit_table, seeds_table
+    from pipeline.reporting.terminal.tables import fit_table, labels_table, seeds_table
+    from pipeline.results import FitResult, MultilabelResult
 
     if plot:
         plot.mkdir(parents=True, exist_ok=True)  # before the work that would be lost
@@ -40,7 +41,11 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
         print_json(document | {"plots": drawn} if plot else document)
         return
     print_table(fit_table(report.results))
-    if price := report.results[report.best].leak_price:
+    best = report.results[report.best]
+    if isinstance(best, MultilabelResult):
+        click.echo()
+        print_table(labels_table(best))
+    if isinstance(best, FitResult) and (price := best.leak_price):
         click.echo()
         print_table(nearness_table(price))
         for line in price_lines(price):
@@ -49,14 +54,14 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
         click.echo()
         print_table(seeds_table(report.summary))
     if report.saved:
-        click.echo(f"model: {report.saved} ({_described(report.results[report.best])})")
+        click.echo(f"model: {report.saved} ({_described(best)})")
     for path in drawn:
         click.echo(f"picture: {path}")
 
 
-def _described(result: FitResult) -> str:
+def _described(result: HeadResult) -> str:
     name = "" if result.metric == "accuracy" else f" {result.metric}"
-    validated = "not validated" if result.validated is None else f"validation{name} {result.validated:.3f}"
+    validated = "not validated" if result.validated is None else f"validation{name} {result.validation_score:.3f}"
     return f"{result.head} on {result.layer}, shots {result.shots}, seed {result.seed}, {validated}"
 
 

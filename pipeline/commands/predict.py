@@ -33,5 +33,5 @@ def predict(model: str, source: str, csv: Path | None, as_json: bool, **options:
         return
     target = report.target or "label"
     print_table(prediction_table(report.predictions, target))
-    if len(report.predictions) > 1:
+    if len(report.predictions) > 1 and not any(one.value is not None for one in report.predictions):
         print_table(count_table(report.predictions, target))

@@ -16,7 +16,7 @@ from pipeline.commands.output import print_json, print_table, say_all, with_prog
 def rank(cache: str, as_json: bool, **options: Any) -> None:
     """Order the layers in CACHE before any fit.
 
-    The first is the one that promises to separate the classes best.
+    The first is the one that promises to tell the target best.
     """
     from pipeline.rank import rank as run
     from pipeline.reporting.terminal.tables import agreement_lines, rank_table
@@ -27,5 +27,5 @@ def rank(cache: str, as_json: bool, **options: Any) -> None:
         print_json({"ranking": report.ranking, "agreement": report.agreement})
         return
     print_table(rank_table(report.ranking))
-    for line in agreement_lines(report.agreement):
+    for line in agreement_lines(report.agreement, report.ranking[0].metric):
         click.echo(line)

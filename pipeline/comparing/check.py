@@ -15,7 +15,7 @@ from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.metrics import check_metric
 from pipeline.images.sources.registry import ImageSource, Items, open_source
-from pipeline.options import LABELS, NEAR, tune_parameters
+from pipeline.options import NEAR, tune_parameters
 from pipeline.spec import NO_POOL
 
 
@@ -23,7 +23,7 @@ def open_labels(plan: Plan) -> LabelsTable | None:
     """Return the table of labels that the plan names; None if labels are those of the sources."""
     first = next(iter(plan.labels), "")
     with errors_at(plan, None, first):
-        return find_labels(*(plan.labels.get(option.name) for option in LABELS))
+        return find_labels(plan.labels.get("labels"), plan.labels.get("target"), plan.labels.get("key"))
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:

@@ -20,7 +20,7 @@ import numpy as np
 from features_cache import WriterLock, atomic_write, nearest, open_own, parse_json
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.predictions import Predictions
-from pipeline.options import SHOTS_OR_ALL
+from pipeline.options import METRIC, SHOTS_OR_ALL
 from pipeline.results import FinetuneResult, FitResult, from_json, to_json
 
 HEAD, FINETUNE = "head", "finetune"
@@ -77,8 +77,9 @@ class JobResult:
             raise ValueError(
                 f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
             )
-        if problem := SHOTS_OR_ALL.problem(result.shots):
-            raise ValueError(f"'shots': {problem}")
+        for name, kind_of_value in (("shots", SHOTS_OR_ALL), ("metric", METRIC.kind)):
+            if problem := kind_of_value.problem(getattr(result, name)):
+                raise ValueError(f"'{name}': {problem}")
         return from_json(cls, document | {"result": result})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
@@ -70,9 +71,12 @@ def method_of(job: JobResult) -> Method:
     """Return the method of a result."""
     result = job.result
     freeze = result.freeze if isinstance(result, FinetuneResult) else ""
+    backbone = result.backbone
+    if result.params.get("init") == "random":  # each seed draws its own weights, and its backbone is named after them
+        backbone = re.sub(r"@random:\d+$", "@random", backbone)
     return Method(
         kind=result.kind,
-        backbone=result.backbone,
+        backbone=backbone,
         head=result.head,
         layer="" if freeze else result.layer,
         freeze=freeze,

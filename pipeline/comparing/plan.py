@@ -12,7 +12,7 @@ from typing import Any
 from features_cache import nearest
 from pipeline.errors import PlanError
 from pipeline.images.sources.remote import is_url
-from pipeline.options import LABELS, METRICS, TABLES, Option, shared_keys
+from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, LABELS, METRICS, TABLES, Option, shared_keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +107,8 @@ def _build(plan: Plan) -> Plan:
         for place, entry in enumerate(entries):
             own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
             known = {key: option.default for key, option in options.items() if key != "output"}
+            if table == "fit":
+                known["head"] = DEFAULT_HEADS[CLASSIFICATION]
             defaults = {key: (default,) for key, default in known.items() if default is not None}
             above = {key: values for key, values in common.items() if key in options}
             lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))

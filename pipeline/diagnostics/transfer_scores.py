@@ -1,4 +1,4 @@
-"""How well features suit classes, without training: LogME, H-score and LEEP. Higher is better for all three."""
+"""How well features suit a target, without training: LogME, and for classes H-score and LEEP. Higher is better."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _RATIOS = np.linspace(-14, 14, 57)
 
 
 class Projection(NamedTuple):
-    """Class indicators projected on the singular vectors of the features.
+    """Targets projected on the singular vectors of the features.
 
     Parameters
     ----------
     squares : (r,) float64
         Squared singular values of the rows; r is their rank.
     shares : (r, K) float64
-        Squared inner products of the left singular vectors with the 0-1 indicator of each class.
+        Squared inner products of the left singular vectors with each target.
     sizes : (K,) float64
-        Number of rows of each class.
+        Sums of squares of the targets; of class indicators the number of rows of each class.
     """
 
     squares: Float64Array
@@ -33,36 +33,41 @@ class Projection(NamedTuple):
     sizes: Float64Array
 
 
-def project(features: FloatArray, labels: IntArray) -> Projection:
-    """Project class indicators by an eigendecomposition of the smaller Gram matrix, in float64."""
+def indicators(labels: IntArray) -> Float64Array:
+    """Return 1 where a row is of a class and 0 elsewhere (n, K), for labels (n,)."""
+    codes = np.unique(labels, return_inverse=True)[1]
+    return np.eye(codes.max() + 1)[codes]
+
+
+def project(features: FloatArray, targets: Float64Array) -> Projection:
+    """Project targets (n, K) by an eigendecomposition of the smaller Gram matrix, in float64."""
     rows = features.astype(np.float64)
-    _, codes = np.unique(labels, return_inverse=True)
-    indicators = np.eye(codes.max() + 1)[codes]  # (n, K)
     wide = rows.shape[1] > len(rows)
     squares, vectors = eigh(rows @ rows.T if wide else rows.T @ rows, overwrite_a=True)
     kept = squares > squares[-1] * max(rows.shape) * np.finfo(np.float64).eps
     squares, vectors = squares[kept], vectors[:, kept]
-    inner = vectors.T @ (indicators if wide else rows.T @ indicators)
+    inner = vectors.T @ (targets if wide else rows.T @ targets)
     if not wide:
         inner /= np.sqrt(squares)[:, None]
-    return Projection(squares, np.square(inner), indicators.sum(axis=0))
+    return Projection(squares, np.square(inner), np.square(targets).sum(axis=0))
 
 
-def logme(features: FloatArray, labels: IntArray) -> float:
-    """Return the maximum log evidence per row of a Bayesian linear regression on class indicators (You et al. 2021).
+def logme(features: FloatArray, targets: Float64Array) -> float:
+    """Return the maximum log evidence per row of a Bayesian linear regression on targets (You et al. 2021).
 
-    This is the mean over classes of ``max over a, b of log p(y | F, a, b) / n``, where weights are normal with
+    This is the mean over targets of ``max over a, b of log p(y | F, a, b) / n``, where weights are normal with
     precision a and noise with precision b. The best b for a given ratio of the two is known, so the search is over one
-    number per class.
+    number per target.
 
     Parameters
     ----------
     features : (n, d) float
         As cached, neither centred nor scaled.
-    labels : (n,) int64
+    targets : (n, K) float64
+        The `indicators` of classes, labels of 0 and 1, or a number, standardised so that layers of other rows compare.
     """
-    found = project(features, labels)
-    n = len(labels)
+    found = project(features, targets)
+    n = len(targets)
     rest = np.maximum(found.sizes - found.shares.sum(axis=0), 0.0)  # the part of |y|² outside the span of the rows
     if not found.squares.size:
         return float(np.mean([_evidence(n, size, 0.0) for size in found.sizes]))
@@ -103,7 +108,7 @@ def h_score(features: FloatArray, labels: IntArray) -> float:
     labels : (n,) int64
     """
     centred = features - features.mean(axis=0, dtype=np.float64)
-    found = project(centred, labels)
+    found = project(centred, indicators(labels))
     if not found.squares.size:
         return 0.0
     n, d = centred.shape

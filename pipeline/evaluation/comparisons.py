@@ -72,9 +72,23 @@ def may_be_best(right: BoolArray, groups: NDArray[np.generic] | None = None, lev
     array([ True,  True, False])
     """
     clusters = None if groups is None else number_clusters(np.asarray(groups))
-    leads, largest = _leads(_totals(np.asarray(right, bool), clusters))
-    allowed = math.floor((1 - level) * (_DRAWS + 1) + _SAME)  # so many of the draws, with the observed one, are beyond
-    best = np.ones(len(right), bool)
+    return step_down(*_leads(_totals(np.asarray(right, bool), clusters)), level)
+
+
+def step_down(leads: Float64Array, largest: Float64Array, level: float) -> BoolArray:
+    """Return which of k models no rival leads by more than chance, the others left out first (Romano and Wolf 2005).
+
+    Parameters
+    ----------
+    leads : (k,) float64
+        Of the rival that leads each model most.
+    largest : (draws, k) float64
+        The same by chance.
+    level : float
+        Probability that all of equally good models are kept.
+    """
+    allowed = math.floor((1 - level) * (len(largest) + 1) + _SAME)  # draws that may be beyond, with the observed one
+    best = np.ones(len(leads), bool)
     while allowed:
         bound = np.sort(largest[:, best].max(axis=1))[-allowed]
         left_out = best & (leads > bound + _SAME)
@@ -150,7 +164,7 @@ def compare_with_chosen(right: BoolArray, units: NDArray[np.str_], chosen: int) 
     """
     clusters = number_clusters(units)
     tested = [mcnemar(right[chosen], row, clusters) for row in right]
-    return _adjusted([None if index == chosen else p for index, p in enumerate(tested)])
+    return adjusted([None if index == chosen else p for index, p in enumerate(tested)])
 
 
 def compare_over_splits(
@@ -175,7 +189,7 @@ def compare_over_splits(
         A p-value for each head; None for the chosen one, and for a head whose lead over it is the same on every split.
     """
     tested = [corrected_t_test(accuracies[chosen] - values, n_train, n_test)[1] for values in accuracies]
-    return _adjusted([None if index == chosen or math.isnan(p) else p for index, p in enumerate(tested)])
+    return adjusted([None if index == chosen or math.isnan(p) else p for index, p in enumerate(tested)])
 
 
 def best_validated(validated: Sequence[tuple[float | None, float | None]]) -> int:
@@ -184,7 +198,7 @@ def best_validated(validated: Sequence[tuple[float | None, float | None]]) -> in
     return ranks.index(max(ranks))
 
 
-def _adjusted(p_values: Sequence[float | None]) -> list[float | None]:
+def adjusted(p_values: Sequence[float | None]) -> list[float | None]:
     """Return the p-values after Holm's correction; None stays None."""
     adjusted = iter(holm([p for p in p_values if p is not None]))
     return [None if p is None else next(adjusted) for p in p_values]

@@ -11,6 +11,7 @@ from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import NearDuplicates, join_units
 from pipeline.evaluation.splits import MISSED, Splits, check_parts, draw_shots, hold_out_val, labelled_rows
+from pipeline.options import CLASSIFICATION
 
 
 def stratified_folds(labels: IntArray, units: IntArray, count: int, seed: int) -> list[tuple[IntArray, IntArray]]:
@@ -65,12 +66,13 @@ def cross_splits(
     classes: Sequence[str] = (),
     *,
     near: NearDuplicates | None = None,
+    task: str = CLASSIFICATION,
 ) -> list[Splits]:
     """Make every labelled row a test row once: one split per fold, with val (or shots) drawn from the other folds.
 
     Parameters
     ----------
-    labels, given, groups, digests, seed, shots, classes, near
+    labels, given, groups, digests, seed, shots, classes, near, task
         As for `pipeline.evaluation.splits.make_splits`; a given val split is ignored, and no row is left out.
     count : int
         Number of folds.
@@ -98,7 +100,7 @@ def cross_splits(
             "and two classes outside it; use fewer folds"
         )
     rng = np.random.default_rng(seed)
-    return [_split(rows[rest], rows[held], labels, units, rng, shots, classes) for rest, held in folds]
+    return [_split(rows[rest], rows[held], labels, units, rng, shots, classes, task) for rest, held in folds]
 
 
 def _split(
@@ -109,12 +111,13 @@ def _split(
     rng: np.random.Generator,
     shots: int | str,
     classes: Sequence[str],
+    task: str,
 ) -> Splits:
     notes: list[str] = []
     if shots == "all":
         train, val = hold_out_val(train, labels, units, rng)
     else:
         train, val = draw_shots(train, labels, int(shots), rng, notes, classes), train[:0]
-    # that a fold's val or test lacks a class is not worth a note
-    notes += [note for note in check_parts(train, val, test, labels, classes) if note.startswith(MISSED)]
+    if task == CLASSIFICATION:  # that a fold's val or test lacks a class is not worth a note
+        notes += [note for note in check_parts(train, val, test, labels, classes) if note.startswith(MISSED)]
     return Splits(train, val, test, notes, [], units)

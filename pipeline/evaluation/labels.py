@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 import numpy as np
+from numpy.typing import NDArray
 
 from features_cache import CacheFile, nearest
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import TableError
 from pipeline.evaluation.leaks import MOST_NAMED
+from pipeline.evaluation.targets import BAR, read_answers, some
+from pipeline.options import CLASSIFICATION, MULTILABEL
 from pipeline.spec import fingerprint_of
-from pipeline.tables import SPLIT_WORDS, read_columns
+from pipeline.tables import SPLIT_WORDS, read_columns, row_number
 
 KEYS = ("uri", "path", "file", "filename", "file_name", "image", "image_id", "id")
 """Columns that name the images, unless the user says which one does; the first of these counts."""
@@ -26,7 +30,7 @@ TARGET = "label"
 
 _CHUNK = 1 << 16
 _MISSING, _AMBIGUOUS = -1, -2
-_NOT_GIVEN = ("nan", "na", "n/a", "null", "none")
+_YES_OR_NO = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +39,8 @@ class RowLabels:
 
     Parameters
     ----------
-    classes : tuple of str
-    labels : (n,) int64
-        Indices into `classes`, -1 for none.
+    classes, labels, values
+        See `pipeline.evaluation.targets.Answers`.
     splits, groups : (n,) str
     notes : tuple of str
         What a user should know about where these came from.
@@ -48,26 +51,35 @@ class RowLabels:
     splits: StrArray
     groups: StrArray
     notes: tuple[str, ...] = ()
+    values: NDArray[Any] | None = None
 
 
-def labels_of(file: CacheFile) -> RowLabels:
-    """Return the labels that the source itself gave to the rows of a cache file."""
-    return RowLabels(tuple(file.classes), np.asarray(file.labels), file.splits, file.groups)
+def labels_of(file: CacheFile, task: str = CLASSIFICATION) -> RowLabels:
+    """Return what the source itself says of the rows of a cache file; raises `TableError` if that fits no such task."""
+    classes, labels = tuple(file.classes), np.asarray(file.labels)
+    if task == CLASSIFICATION:
+        return RowLabels(classes, labels, file.splits, file.groups)
+    found = read_answers(task, np.array([*classes, ""])[labels].tolist(), "the label of the source")
+    return RowLabels(found.classes, found.labels, file.splits, file.groups, found.notes, found.values)
 
 
 @dataclass(frozen=True, eq=False)
 class LabelsTable:
-    """A table that gives a label to each image that it names; keys are unique.
+    """A table that says what is to be predicted of each image that it names; keys are unique.
 
     Parameters
     ----------
     path : Path
     target : str
-        Name of the column of labels.
+        Name of the column of labels, or the names of several.
     keys, labels : list of str
-        ``""`` is no label.
+        Cells as `pipeline.evaluation.targets.read_answers` takes them; ``""`` is no label.
     splits, groups : list of str, optional
         None where the table has no such column.
+    task : str, default "classification"
+        One of `pipeline.options.TASKS`.
+    columns : tuple of str, optional
+        The names of several columns of 0 and 1, each of them a label.
     """
 
     path: Path
@@ -76,6 +88,8 @@ class LabelsTable:
     labels: list[str]
     splits: list[str] | None
     groups: list[str] | None
+    task: str = CLASSIFICATION
+    columns: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -108,14 +122,13 @@ class LabelsTable:
                 "cache export does"
             )
         cells = [self.labels[one] for one in found[labelled].tolist()]
-        names = {name: normalize("NFC", name) for name in dict.fromkeys(cells)}
-        classes = tuple(sorted(set(names.values()) - {""}))
-        if not classes:
-            raise TableError(f"{self.path}: column {self.target!r} is empty for all images of this source")
-        numbers = {name: number for number, name in enumerate(classes)} | {"": -1}
+        answers = read_answers(self.task, cells, f"column '{self.target}' of {self.path.name}", self.columns)
         labels = np.full(len(uris), -1)
-        codes = {cell: numbers[name] for cell, name in names.items()}
-        labels[labelled] = np.fromiter(map(codes.__getitem__, cells), np.int64, len(cells))
+        labels[labelled] = answers.labels
+        values = None
+        if answers.values is not None:
+            values = np.zeros((len(uris), *answers.values.shape[1:]), answers.values.dtype)
+            values[labelled] = answers.values
         own = {"split": self.splits, "group": self.groups}
         columns = {"split": splits, "group": groups}
         for name, column in own.items():
@@ -124,8 +137,8 @@ class LabelsTable:
                 columns[name][labelled] = [column[one] for one in found[labelled].tolist()]
                 columns[name] = columns[name].astype(np.str_)
         joined = self._joined(way, [name for name, column in own.items() if column is not None])
-        notes = (joined, *self._left_out(uris, found, labels, way), *_odd(classes, self.target))
-        return RowLabels(classes, labels, columns["split"], columns["group"], notes)
+        notes = (joined, *self._left_out(uris, found, labels, way), *answers.notes)
+        return RowLabels(answers.classes, labels, columns["split"], columns["group"], notes, values)
 
     def _find(self, uris: StrArray) -> tuple[str, IntArray]:
         """Return how images are found, and for each the number of its key, or why it has none."""
@@ -173,25 +186,30 @@ class LabelsTable:
         }
         for what, rows in cases.items():
             if rows.any():
-                yield f"{int(rows.sum())} of {len(uris)} {what}: {_some(uris[rows][:MOST_NAMED], int(rows.sum()))}"
+                yield f"{int(rows.sum())} of {len(uris)} {what}: {some(uris[rows][:MOST_NAMED], int(rows.sum()))}"
         unused = np.ones(len(self.keys), bool)
         unused[found[found >= 0]] = False
         if (count := int(unused.sum())) and not (found == _AMBIGUOUS).any():
             first = [self.keys[number] for number in np.flatnonzero(unused)[:MOST_NAMED].tolist()]
-            yield f"{count} of {len(self.keys)} keys of {self.path.name} fit no image: {_some(first, count)}"
+            yield f"{count} of {len(self.keys)} keys of {self.path.name} fit no image: {some(first, count)}"
 
 
-def read_labels(path: str | Path, target: str | None = None, key: str | None = None) -> LabelsTable:
-    """Read a table that labels images, with their splits and groups where it has columns ``split`` and ``group``.
+def read_labels(
+    path: str | Path, target: str | Sequence[str] | None = None, key: str | None = None, task: str = CLASSIFICATION
+) -> LabelsTable:
+    """Read a table that says what is to be predicted, with splits and groups where it has columns of these names.
 
     Parameters
     ----------
     path : str or Path
         See `pipeline.tables.read_columns`.
-    target : str, optional
+    target : str or sequence of str, optional
         The column of labels: by default ``label``, or else the only column that is neither key, split nor group.
+        Several columns of 0 and 1 are a label each, for the task ``"multilabel"``.
     key : str, optional
         The column that names images: by default the first that is called as one of `KEYS`.
+    task : str, default "classification"
+        One of `pipeline.options.TASKS`.
 
     Raises
     ------
@@ -199,11 +217,14 @@ def read_labels(path: str | Path, target: str | None = None, key: str | None = N
         If a column is missing, a split is unknown, or an image is named twice with different labels.
     """
     path = Path(path)
+    targets = tuple(dict.fromkeys((target,) if isinstance(target, str) else target or ()))
+    if len(targets) > 1 and task != MULTILABEL:
+        raise TableError(f"{path}: several columns are labels of task '{MULTILABEL}'; name one of {some(targets, 1)}")
     roles: dict[str, str] = {}
 
     def choose(header: Sequence[str]) -> list[str]:
-        roles.update(_roles(path, header, target, key))
-        return list(dict.fromkeys(roles.values()))
+        roles.update(_roles(path, header, targets, key))
+        return list(dict.fromkeys([*roles.values(), *targets]))
 
     columns = read_columns(path, choose)
     found = {role: columns[name] for role, name in roles.items()}
@@ -211,37 +232,70 @@ def read_labels(path: str | Path, target: str | None = None, key: str | None = N
         raise TableError(f"{path}: expected at least one row below the header, found none")
     if "split" in found:
         found["split"] = _splits(path, found["split"])
+    if len(targets) > 1:
+        roles["target"], found["target"] = ", ".join(targets), _label_sets(path, targets, columns)
     found = _each_once(path, roles, found)
-    return LabelsTable(path, roles["target"], found["key"], found["target"], found.get("split"), found.get("group"))
+    return LabelsTable(
+        path,
+        roles["target"],
+        found["key"],
+        found["target"],
+        found.get("split"),
+        found.get("group"),
+        task,
+        targets if len(targets) > 1 else (),
+    )
 
 
-def find_labels(labels: str | Path | LabelsTable | None, target: str | None, key: str | None) -> LabelsTable | None:
+def find_labels(
+    labels: str | Path | LabelsTable | None,
+    target: str | Sequence[str] | None,
+    key: str | None,
+    task: str = CLASSIFICATION,
+) -> LabelsTable | None:
     """Return the table that a stage was asked to take labels from; see `read_labels`."""
-    if not isinstance(labels, str | Path) and (target, key) != (None, None):
+    if isinstance(labels, LabelsTable) and labels.task != task:
+        raise TableError(f"{labels.path} was read for task '{labels.task}'; read it for task '{task}'")
+    if not isinstance(labels, str | Path) and (target or key):
         raise TableError(f"{'target' if target else 'key'} names a column of a table; also name that table (labels)")
-    return read_labels(labels, target, key) if isinstance(labels, str | Path) else labels
+    return read_labels(labels, target, key, task) if isinstance(labels, str | Path) else labels
 
 
-def _roles(path: Path, header: Sequence[str], target: str | None, key: str | None) -> dict[str, str]:
-    """Return which column is the key, the target, the split and the group."""
+def _roles(path: Path, header: Sequence[str], targets: Sequence[str], key: str | None) -> dict[str, str]:
+    """Return which column is the key, the (first) target, the split and the group."""
     by_word = {name.lower(): name for name in header}
-    named = _some(header, len(header))
-    for asked in (target, key):
+    named = some(header, len(header))
+    for asked in (*targets, key):
         if asked is not None and asked not in header:
             raise TableError(f"{path} has no column {asked!r}, but {named}{nearest(asked, header)}")
-    found_key = key or next((by_word[word] for word in KEYS if by_word.get(word, target) != target), None)
+    free = {word: name for word, name in by_word.items() if name not in targets}
+    found_key = key or next((free[word] for word in KEYS if word in free), None)
     if found_key is None:
         raise TableError(f"{path}: say which column names the images (key): {named}")
-    roles = {"key": found_key}
-    roles |= {word: by_word[word] for word in ("split", "group") if word in by_word and by_word[word] != target}
+    if found_key in targets:
+        raise TableError(f"{path}: column {found_key!r} cannot be both key and target")
+    roles = {"key": found_key} | {word: free[word] for word in ("split", "group") if word in free}
     others = [name for name in header if name not in roles.values()]
     label = next((name for name in others if name.lower() == TARGET), None)
-    found_target = target or label or (others[0] if len(others) == 1 else None)
-    if found_target == found_key:
-        raise TableError(f"{path}: column {found_key!r} cannot be both key and target")
-    if found_target is None:
-        raise TableError(f"{path}: say which column holds the labels (target): {_some(others, len(others)) or 'none'}")
-    return roles | {"target": found_target}
+    found = targets[0] if targets else label or (others[0] if len(others) == 1 else None)
+    if found is None:
+        raise TableError(f"{path}: say which column holds the labels (target): {some(others, len(others)) or 'none'}")
+    return roles | {"target": found}
+
+
+def _label_sets(path: Path, names: Sequence[str], columns: dict[str, list[str]]) -> list[str]:
+    """Return cells of labels for columns that say of each label whether an image has it; empty if one does not say."""
+    cells = []
+    for number, row in enumerate(zip(*(columns[name] for name in names), strict=True)):
+        found = [_YES_OR_NO.get(cell.lower()) for cell in row]
+        for name, cell, has in zip(names, row, found, strict=True):
+            if cell and has is None:
+                raise TableError(
+                    f"{path}: expected 0 or 1 in column {name!r}, found {cell!r} in row {row_number(path, number)}"
+                )
+        own = [name for name, has in zip(names, found, strict=True) if has]
+        cells.append("" if None in found else BAR.join(own) or BAR)
+    return cells
 
 
 def _splits(path: Path, words: list[str]) -> list[str]:
@@ -271,25 +325,6 @@ def _each_once(path: Path, roles: dict[str, str], found: dict[str, list[str]]) -
     return {role: [column[number] for number in last.values()] for role, column in found.items()}
 
 
-def _odd(classes: Sequence[str], target: str) -> Iterator[str]:
-    """Name classes that look like a missing label, or like numbers among words."""
-    for name in classes:
-        if name.lower() in _NOT_GIVEN:
-            yield f"'{name}' in column '{target}' counts as a class; leave the cell empty if it stands for no label"
-    kinds = Counter(_is_number(name) for name in classes)
-    if len(kinds) > 1:
-        words = [name for name in classes if not _is_number(name)]
-        yield f"column '{target}' mixes numbers with text, each of them a class: {_some(words, len(words))}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _texts(column: StrArray) -> Iterator[str]:
     for start in range(0, len(column), _CHUNK):  # a list of all would double the memory
         yield from column[start : start + _CHUNK].tolist()
@@ -307,8 +342,3 @@ def _ending(key: str) -> str:
     """Return the last dot of a file name and what follows; ``""`` if there is none."""
     _, dot, ending = _file_name(key).rpartition(".")
     return f"{dot}{ending}" if dot else ""
-
-
-def _some(names: Sequence[str] | StrArray, count: int) -> str:
-    shown = ", ".join(str(name) for name in names[:MOST_NAMED])
-    return f"{shown} and {count - MOST_NAMED} more" if count > MOST_NAMED else shown

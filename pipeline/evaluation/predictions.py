@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray, StrArray
 from pipeline.evaluation.calibration import tempered
@@ -14,6 +15,7 @@ from pipeline.evaluation.intervals import accuracy_interval, effective_rows, num
 from pipeline.evaluation.leaks import clusters_of
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.rows import Table
+from pipeline.options import CLASSIFICATION
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,8 @@ class Predictions:
     ----------
     uris : (n,) str
         Names of the images.
-    y_true, y_pred : (n,) int64
-        Class numbers.
+    y_true, y_pred : (n,) int64, (n, K) bool or (n,) float64
+        Class numbers, labels or numbers.
     probability : (n,) float or None
         Probability of `y_pred`, calibrated if possible; None for heads without probabilities.
     probabilities : (n, K) float64, optional
@@ -43,8 +45,8 @@ class Predictions:
     """
 
     uris: StrArray
-    y_true: IntArray
-    y_pred: IntArray
+    y_true: NDArray[Any]
+    y_pred: NDArray[Any]
     probability: FloatArray | None
     probabilities: Float64Array | None = None
     temperatures: Float64Array | None = None
@@ -79,7 +81,7 @@ class Predictions:
 def collect_predictions(
     table: Table,
     tests: Sequence[IntArray],
-    y_pred: Sequence[IntArray],
+    y_pred: Sequence[NDArray[Any]],
     probabilities: Sequence[Float64Array | None],
     temperatures: Sequence[float | None],
     scores: Sequence[Float64Array | None] = (),
@@ -92,7 +94,7 @@ def collect_predictions(
     tests : sequence of (m,) int64
         Row numbers of each fold's test rows; a single array without cross-validation.
     y_pred, probabilities, temperatures, scores : sequences
-        For each fold the predicted classes (m,), the probabilities (m, K) of all classes, what calibrates these, and
+        For each fold what is predicted (m, ...), the probabilities (m, K) of all classes, what calibrates these, and
         the scores (m, K) where there are no probabilities.
     """
     rows = np.concatenate(tests)
@@ -107,8 +109,10 @@ def collect_predictions(
     known = [one for one in scores if one is not None]
     ranked = np.concatenate(known)[order] if len(known) == len(tests) else None
     clusters = clusters_of(table.groups, table.digests, table.near)[rows]
-    columns = (table.uris[rows], table.labels[rows], labels, None, of_all, of_rows, folds, clusters, ranked)
+    columns = (table.uris[rows], table.y[rows], labels, None, of_all, of_rows, folds, clusters, ranked)
     found = Predictions(*columns)
+    if table.task != CLASSIFICATION:
+        return found
     calibrated = found.calibrated
     sure = of_all if calibrated is None else calibrated
     return found if sure is None else replace(found, probability=sure[np.arange(len(labels)), labels])
@@ -120,8 +124,7 @@ def measure(predictions: Predictions, n_classes: int) -> dict[str, Any]:
     y_true, right, clusters = predictions.y_true, predictions.right, number_clusters(predictions.units)
     n_effective = effective_rows(right.astype(np.float64), clusters)
     return {
-        "n_test": len(y_true),
-        "n_groups": len(right) if clusters is None else int(clusters.max()) + 1,
+        **count_rows(predictions),
         "n_effective": n_effective,
         "accuracy_ci95": accuracy_interval(float(right.mean()), len(right), n_effective),
         **asdict(
@@ -138,3 +141,8 @@ def measure(predictions: Predictions, n_classes: int) -> dict[str, Any]:
         "log_loss_calibrated": None if calibrated is None else log_loss(y_true, calibrated),
         "ece_calibrated": None if calibrated is None else expected_calibration_error(y_true, calibrated),
     }
+
+
+def count_rows(predictions: Predictions) -> dict[str, int]:
+    """Return the number of test rows and that of their groups; a row without a group counts as one."""
+    return {"n_test": len(predictions.uris), "n_groups": len(np.unique(predictions.units))}

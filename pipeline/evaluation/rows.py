@@ -15,6 +15,7 @@ from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.labels import LabelsTable, labels_of
 from pipeline.evaluation.leaks import NearDuplicates
+from pipeline.options import CLASSIFICATION
 from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
 _CHUNK = 4096
@@ -36,6 +37,10 @@ class Table:
         The column of a table that labels came from; None for the labels of the source.
     near : NearDuplicates, optional
         Of the rows, if near-duplicates are to be kept together.
+    task : str
+        What is predicted, one of `pipeline.options.TASKS`.
+    values : (n, K) bool or (n,) float64, optional
+        Which of several labels each row has, or its number; `labels` then only tell what splits are stratified by.
     """
 
     files: tuple[CacheFile, ...]
@@ -49,6 +54,13 @@ class Table:
     notes: tuple[str, ...]
     target: str | None = None
     near: NearDuplicates | None = None
+    task: str = CLASSIFICATION
+    values: NDArray[Any] | None = None
+
+    @property
+    def y(self) -> NDArray[Any]:
+        """What heads learn, by row: class numbers (n,), labels (n, K) or numbers (n,)."""
+        return self.labels if self.values is None else self.values
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +121,7 @@ def select(
     backbone: str | None = None,
     pool: str | None = None,
     labels: LabelsTable | None = None,
+    task: str = CLASSIFICATION,
 ) -> list[Layer]:
     """Find layers by name.
 
@@ -123,6 +136,8 @@ def select(
         Handles that narrow the files. Without a pool, files of whole activations are passed over if there are others.
     labels : LabelsTable, optional
         Labels, splits and groups to take instead of those of the source.
+    task : str, default "classification"
+        What is predicted, one of `pipeline.options.TASKS`; that of a table of labels counts more.
 
     Raises
     ------
@@ -142,7 +157,7 @@ def select(
         files = [catalog.find(layer=name, **narrowed) for name in names]
         key = tuple(dict.fromkeys(files))
         if key not in tables:
-            table = _tabulate(key, labels)
+            table = _tabulate(key, labels, task)
             tables[key] = replace(table, notes=(*table.notes, *older, *_misread(key)))
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
@@ -231,12 +246,12 @@ def check_readable(file: CacheFile) -> None:
     raise FitError("; ".join(hints))
 
 
-def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None) -> Table:
+def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None, task: str) -> Table:
     first = files[0]
     for file in files:
         file.check_columns()
     check_readable(first)
-    known = labels_of(first) if labels is None else labels.join(first.uris, first.splits, first.groups)
+    known = labels_of(first, task) if labels is None else labels.join(first.uris, first.splits, first.groups)
     usable = (first.states == DONE) & (known.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")
@@ -268,6 +283,8 @@ def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None) -> Table
         np.array(first.digests[kept]),
         notes,
         None if labels is None else labels.target,
+        task=task if labels is None else labels.task,
+        values=None if known.values is None else known.values[kept],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.errors import FitError
 from pipeline.evaluation.folds import cross_splits
@@ -41,10 +42,11 @@ def split_layers(
         key = (id(table), seed, count)
         if key not in made:
             columns = (table.labels, table.splits, table.groups, table.digests)
+            how: Any = {"near": table.near, "task": table.task}
             if cv is None:
                 names = (table.classes, table.uris.tolist())
-                made[key] = [make_splits(*columns, seed, count, *names, drop_leaks=drop_leaks, near=table.near)]
+                made[key] = [make_splits(*columns, seed, count, *names, drop_leaks=drop_leaks, **how)]
             else:
-                made[key] = cross_splits(*columns, seed, cv, count, table.classes, near=table.near)
+                made[key] = cross_splits(*columns, seed, cv, count, table.classes, **how)
         found += [SplitLayer(layer, seed, count, splits) for splits in made[key]]
     return found

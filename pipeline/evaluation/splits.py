@@ -22,6 +22,7 @@ from pipeline.evaluation.leaks import (
     join_units,
     leak_notes,
 )
+from pipeline.options import CLASSIFICATION
 
 HELD_OUT = 0.2
 MISSED = "without a training row"
@@ -64,13 +65,14 @@ def make_splits(
     *,
     drop_leaks: bool = False,
     near: NearDuplicates | None = None,
+    task: str = CLASSIFICATION,
 ) -> Splits:
     """Divide labelled rows into train, val and test.
 
     Parameters
     ----------
     labels : (n,) int64
-        Class numbers; rows of label -1 are left out.
+        Class numbers, or what else to stratify by; rows of label -1 are left out.
     given : (n,) str
         ``"train"``, ``"val"``, ``"test"`` or ``""``; if any row has a split, rows without one are training rows.
     groups : (n,) str
@@ -88,6 +90,8 @@ def make_splits(
     near : NearDuplicates, optional
         Keep groups of near-duplicates together where splits are drawn; with `drop_leaks`, also leave out test rows that
         are near a training row.
+    task : str, default "classification"
+        One of `pipeline.options.TASKS`; tells whether `labels` are classes.
 
     Raises
     ------
@@ -98,13 +102,15 @@ def make_splits(
     units = join_units(groups, digests, near)
     rng = np.random.default_rng(seed)
     notes: list[str] = []
-    train, val, test = _assign(rows, labels, given, units, rng, notes, cut_val=shots == "all")
+    drawn = "20 % of the training rows of each class" if task == CLASSIFICATION else "20 % of the training rows"
+    train, val, test = _assign(rows, labels, given, units, rng, notes, drawn, cut_val=shots == "all")
     if drop_leaks:
         test = _without_leaks(train, val, test, digests, near, notes)
     if shots != "all":
         train = draw_shots(train, labels, int(shots), rng, notes, classes)
         val = val[:0]
-    notes += check_parts(train, val, test, labels, classes)
+    if task == CLASSIFICATION:
+        notes += check_parts(train, val, test, labels, classes)
     leaks = find_leaks(train, val, test, digests)
     notes += leak_notes(leaks, test, uris) + group_notes(train, val, test, groups)
     return Splits(train, val, test, notes, leaks, units)
@@ -138,6 +144,7 @@ def _assign(
     units: IntArray,
     rng: np.random.Generator,
     notes: list[str],
+    drawn: str,
     cut_val: bool,
 ) -> tuple[IntArray, IntArray, IntArray]:
     parts = {name: rows[given[rows] == name] for name in ("train", "val", "test", "")}
@@ -148,7 +155,7 @@ def _assign(
     if not train.size:
         raise FitError("every labelled row is given as val or test; add a train split")
     if not test.size:
-        notes.append("no test split given: 20 % of the training rows of each class were drawn as test set, by seed")
+        notes.append(f"no test split given: {drawn} were drawn as test set, by seed")
         count = train.size
         train, test = hold_out(train, labels, units, rng)
         if not test.size or not train.size:
@@ -159,7 +166,7 @@ def _assign(
     if not val.size and cut_val:
         train, val = hold_out_val(train, labels, units, rng)
         notes.append(
-            "no val split given: 20 % of the training rows of each class were drawn as val set, by seed"
+            f"no val split given: {drawn} were drawn as val set, by seed"
             if val.size
             else "too few training rows (or groups) for a val set: parameters are chosen inside train"
         )

@@ -189,7 +189,7 @@ class PartFiller:
             drop_tries(plan.path_of(number))
             return done
         layers = tuple(layer.name for layer in plan.layers)
-        engine = self._network().engine(layers, (plan.handles["pool"],))
+        engine = self._network().engine(layers, (request_of(plan).pool,))
         began = time.perf_counter()
         donors = () if computing.rehash else donors_of(plan, number)
         try:
@@ -268,6 +268,8 @@ def request_of(plan: PartPlan) -> Request:
         spec, *_ = [LayerSpec.from_json(layer.spec) for layer in plan.layers]
         if not isinstance(name, str) or max(spec.preprocessing.size) > LONGEST_SIDE:
             raise ValueError("its backbone or size makes no sense")
+        if missing := {"backbone", "pool"} - plan.handles.keys():
+            raise ValueError(f"its handles lack {', '.join(sorted(missing))}")
     except (ValueError, BackboneError) as error:
         raise DamagedCacheError(
             f"{plan.path} does not say how its layers are extracted: {error}; delete it and its parts, then extract "

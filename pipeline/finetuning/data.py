@@ -27,6 +27,7 @@ from pipeline.finetuning.inputs import CachedActivations, DecodedImages, Files, 
 from pipeline.finetuning.network import ALL, line_of
 from pipeline.finetuning.recipe import Recipe
 from pipeline.images.sources.registry import ImageSource
+from pipeline.options import CLASSIFICATION
 from pipeline.results import ExtractResult, Progress
 from pipeline.spec import DEFAULT_POOL, NO_AUGMENT, NO_POOL, Request, Size
 
@@ -61,6 +62,7 @@ class TrainingSetup:
     progress: Progress
     say: Callable[[str], None]
     labels: LabelsTable | None = None
+    task: str = CLASSIFICATION
     extracted: list[list[ExtractResult]] = field(default_factory=list)
 
     @property
@@ -107,13 +109,13 @@ def prepare_data(setup: TrainingSetup, draws: Sequence[tuple[int, int | str]]) -
     if line is None or not cached:
         listing = features or image or extract_plain(setup, INPUT)
         images = DecodedImages(setup.source, backbone.preprocessing, recipe.augment, setup.workers, listing.digests)
-        return TrainingData(backbone, resolved, _table([listing], setup.labels), images, top_reader, resolved.precision)
+        return TrainingData(backbone, resolved, _table([listing], setup), images, top_reader, resolved.precision)
     layer, pool = (PENULTIMATE, DEFAULT_POOL) if setup.freeze == ALL else (setup.freeze, _keeping(line.layout))
     if setup.freeze != ALL or recipe.views is not None:
         dim = pooled_dim(line.shape, line.layout, pool)
         _announce_size(setup, _request(setup, layer, pool), dim, resolved.precision)
     file = extract_plain(setup, layer, pool)
-    table = _table([one for one in (file, features, image) if one is not None], setup.labels)
+    table = _table([one for one in (file, features, image) if one is not None], setup)
     views = () if recipe.views is None else _extract_views(setup, draws, table, layer, (file, image))
     reader = CachedActivations(layer, pooled if setup.freeze == ALL else line, (file, image), views)
     return TrainingData(backbone, resolved, table, reader, top_reader, file.layers[layer].spec["precision"])
@@ -127,7 +129,7 @@ def _keeping(layout: Layout) -> str:
 def splits_of(table: Table, seed: int, shots: int | str) -> Splits:
     """Split `table` into train, val and test as `fit` does; raises `FitError` if it cannot be split."""
     columns = (table.labels, table.splits, table.groups, table.digests)
-    return make_splits(*columns, seed, shots, table.classes, table.uris.tolist())
+    return make_splits(*columns, seed, shots, table.classes, table.uris.tolist(), task=table.task)
 
 
 def extract_plain(setup: TrainingSetup, layer: str, pool: str = DEFAULT_POOL) -> CacheFile:
@@ -215,9 +217,9 @@ def _announce_size(setup: TrainingSetup, plain: Request, dim: int, precision: st
         )
 
 
-def _table(files: Sequence[CacheFile], labels: LabelsTable | None) -> Table:
+def _table(files: Sequence[CacheFile], setup: TrainingSetup) -> Table:
     """Return the labelled rows of the first file; raises `FitError` if another file lacks any of them."""
-    table = select(Catalog(files[0].path), [next(iter(files[0].layers))], labels=labels)[0].table
+    table = select(Catalog(files[0].path), [next(iter(files[0].layers))], labels=setup.labels, task=setup.task)[0].table
     for file in files[1:]:
         _require_rows(file, files[0], table.rows[0])
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class DecodedImages:
 
 
 class Subset:
-    """The rows of one split, with their labels (n,), read in batches.
+    """The rows of one split, with their labels (n, ...), read in batches.
 
     `rows` (n,) are numbers of rows in the reader. A `seed` shuffles every epoch in its own way. If `augmented`, each
     epoch reads another view instead of the plain images.
@@ -135,7 +135,7 @@ class Subset:
         self,
         reader: InputReader,
         rows: IntArray,
-        labels: IntArray,
+        labels: NDArray[Any],
         batch_size: int,
         seed: int | None = None,
         *,

@@ -261,12 +261,12 @@ def take_step(
     return value, outputs.detach()
 
 
-def predict_probabilities(network: ThawedNetwork, rows: Subset, device: str) -> Float64Array:
-    """Return the class probabilities of `rows` (n, k)."""
+def predict_scores(network: ThawedNetwork, rows: Subset, device: str) -> Float64Array:
+    """Return the outputs of the network for `rows` (n, k)."""
     network.eval()
     with torch.no_grad():
-        logits = torch.cat([network(*_on(device, inputs)).cpu() for inputs, _ in rows.batches()])
-    return logits.double().softmax(1).numpy()
+        scores = torch.cat([network(*_on(device, inputs)).cpu() for inputs, _ in rows.batches()])
+    return scores.double().numpy()
 
 
 def standardise(network: ThawedNetwork, rows: Subset, device: str, *, training: bool = False) -> None:

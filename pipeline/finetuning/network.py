@@ -17,7 +17,7 @@ from pipeline.backbones.thaw_line import LayerNode, find_line, split, top_input
 from pipeline.backbones.top import new_top
 from pipeline.backbones.weights import weights_digest
 from pipeline.engines.select import Resolved, has_bf16
-from pipeline.results import FinetuneResult, to_json
+from pipeline.results import FinetuneMultilabelResult, FinetuneResult, TunedResult, to_json
 from pipeline.spec import DEFAULT_POOL, LayerSpec
 
 ALL = "all"
@@ -132,13 +132,17 @@ def train_precision(network: ThawedNetwork, resolved: Resolved, asked: str) -> s
 
 
 def save_finetuned(
-    path: Path, network: ThawedNetwork, backbone: Backbone, classes: tuple[str, ...], result: FinetuneResult
+    path: Path, network: ThawedNetwork, backbone: Backbone, classes: tuple[str, ...], task: str, result: TunedResult
 ) -> None:
-    """Write `network`, trained from `backbone`, with its classes, its result and its calibration."""
+    """Write `network`, trained from `backbone`, with its classes, its result, and its calibration or thresholds."""
     state = network.cpu().whole_state()
     digest, precision = weights_digest(state), _scores_precision(network)
     spec = LayerSpec(backbone.name, digest, TOP_LAYER, DEFAULT_POOL, backbone.preprocessing, precision)
-    model = TunedModel(spec, result.head, classes, result.temperature, to_json(result), {})
+    temperature = result.temperature if isinstance(result, FinetuneResult) else None
+    thresholds = None
+    if isinstance(result, FinetuneMultilabelResult):
+        thresholds = [one.threshold for one in result.labels]
+    model = TunedModel(spec, result.head, classes, temperature, to_json(result), task, thresholds)
     save_network(path, model, {name: item.contiguous().numpy() for name, item in state.items()})
 
 

@@ -38,6 +38,27 @@ class Classification(Objective):
         return outputs.argmax(1) == targets
 
 
+class Labels(Objective):
+    """The sum of binary cross-entropies of scores (n, k), for labels (n, k) of 0 and 1."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean over rows of the sum over labels."""
+        loss = nn.functional.binary_cross_entropy_with_logits(outputs, targets.float(), reduction="sum")
+        return loss / len(outputs)
+
+
+class Numbers(Objective):
+    """The squared error of outputs (n, 1) for numbers (n,) that are shifted and scaled by those of training rows."""
+
+    def __init__(self, mean: float, spread: float) -> None:
+        super().__init__()
+        self.mean, self.spread = mean, spread
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean squared error of a batch."""
+        return nn.functional.mse_loss(outputs[:, 0], ((targets - self.mean) / self.spread).float())
+
+
 def class_weights(counts: IntArray) -> Tensor:
     """Return weights inverse to the counts (k,), 0 for classes without images; their mean over all images is 1."""
     present = counts > 0

@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 from sklearn.compose import ColumnTransformer
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from pipeline.arrays import Float32Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array, IntArray
+from pipeline.evaluation.bootstrap import mean_known
 from pipeline.evaluation.calibration import useful_temperature
 from pipeline.evaluation.metrics import OF_SCORES, rate
-from pipeline.heads.family import Fitted, Params, Step, of_both
+from pipeline.evaluation.multilabel import EVEN, best_thresholds, rate_labels
+from pipeline.evaluation.regression import rate_numbers
+from pipeline.heads.family import Family, Fitted, Params, Step, of_both
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.blocks import StreamedRows, by_blocks
 from pipeline.heads.solvers.span import Span, find_span
+from pipeline.options import CLASSIFICATION
+from pipeline.results import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ class Fold:
     """Rows to try candidates on, in their span if there is one, and their labels."""
 
     train: Float32Array
-    y: IntArray
+    y: NDArray[Any]
     held: Float32Array
-    y_held: IntArray
+    y_held: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class Choice:
     ----------
     params : dict
     score : float
-        The metric on the held-out rows of all folds, accuracy averaged over classes if balanced; NaN for fixed
-        parameters.
+        The metric on the held-out rows of all folds, accuracy averaged over classes if balanced, an error with a minus;
+        NaN for fixed parameters.
     log_loss : float or None
         Mean log-loss on these rows, before calibration; None for fixed parameters, or without probabilities.
     temperature : float or None
@@ -71,6 +76,9 @@ class Choice:
         Number of candidates whose solver hit its iteration limit on some fold.
     tried : int
         Number of candidates.
+    thresholds : (K,) float64 or None
+        Scores from which on each of several labels is predicted, found on these rows; None for other tasks, or if
+        nothing could be validated.
     """
 
     params: Params
@@ -79,6 +87,7 @@ class Choice:
     temperature: float | None
     unconverged: int
     tried: int
+    thresholds: Float64Array | None = None
 
 
 def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool, dims: Sequence[int] = ()) -> Scaled:
@@ -141,7 +150,7 @@ def _set_copy(scaler: Any) -> None:
         one.set_params(copy=True)
 
 
-def make_fold(scaled: Scaled, y: IntArray, y_held: IntArray) -> Fold:
+def make_fold(scaled: Scaled, y: NDArray[Any], y_held: NDArray[Any]) -> Fold:
     """Return the rows for a search, in their span if there is one; the wide rows can then be freed."""
     if scaled.span is None:
         return Fold(scaled.train, y, scaled.held, y_held)
@@ -154,11 +163,19 @@ def balanced_weights(y: IntArray) -> Float32Array:
     return np.asarray(len(y) / (len(classes) * counts)[codes], np.float32)
 
 
-def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric: str = "accuracy") -> Choice:
+def search(
+    head: Head,
+    folds: Sequence[Fold],
+    *,
+    balanced: bool = False,
+    metric: str = "accuracy",
+    task: str = CLASSIFICATION,
+) -> Choice:
     """Choose parameters by a metric on the held-out rows.
 
-    Ties go to the lower log-loss: if the held-out rows are few or easy, many candidates get all of them right, and the
-    most regularised of these has learnt least. Without probabilities, ties go to the most regularised candidate.
+    Of classes, ties go to the lower log-loss: if the held-out rows are few or easy, many candidates get all of them
+    right, and the most regularised of these has learnt least. Without probabilities, ties go to the most regularised
+    candidate.
 
     Parameters
     ----------
@@ -170,11 +187,15 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric:
     balanced : bool, default False
         Whether every class counts alike, in training and in the accuracy; other metrics are not weighted.
     metric : str, default "accuracy"
-        One of `pipeline.options.METRICS`.
+        One of `pipeline.options.METRICS_OF` the task.
+    task : str, default "classification"
+        One of `pipeline.options.TASKS`.
     """
     family = head.family
     if not folds:
         return Choice(head.fixed, float("nan"), None, None, 0, 0)
+    if task != CLASSIFICATION:
+        return _search_values(head, folds, metric)
     grid = family.grid(min(len(fold.y) for fold in folds))
     weights = [balanced_weights(fold.y) if balanced else None for fold in folds]
     paths = [
@@ -210,6 +231,45 @@ def search(head: Head, folds: Sequence[Fold], *, balanced: bool = False, metric:
     return Choice(grid[best], most, least, temperature, unconverged, len(grid))
 
 
+def _search_values(head: Head, folds: Sequence[Fold], metric: str) -> Choice:
+    """Choose parameters where labels (n, K) or numbers (n,) are predicted; ties go to the most regularised candidate.
+
+    Where the metric is not defined, as if no held-out row has a label, the head's fixed parameters are taken.
+    """
+    family = head.family
+    grid = family.grid(min(len(fold.y) for fold in folds))
+    paths = [family.path(grid, fold.train, fold.y, fold.held) for fold in folds]
+    truth, once = np.concatenate([fold.y_held for fold in folds]), np.ones((1, sum(len(fold.y_held) for fold in folds)))
+    numbers = np.repeat(np.arange(len(folds)), [len(fold.y_held) for fold in folds])
+    best, most, unconverged = 0, -math.inf, 0
+    thresholds = None
+    for number, steps in enumerate(zip(*paths, strict=True)):
+        unconverged += not all(step.converged for step in steps)
+        predicted, found = np.concatenate([step.predicted for step in steps]), None
+        if truth.ndim == 1:
+            score = float(rate_numbers(metric, truth, predicted, once)[0])
+        else:
+            scores = np.concatenate([_label_scores(step) for step in steps])
+            found = best_thresholds(truth, scores, default_threshold(family))
+            score = float(mean_known(rate_labels(metric, truth, scores >= found, scores, numbers, once))[0])
+        score = round(-score if metric in LOWER_IS_BETTER else score, 9)
+        if score > most:
+            best, most, thresholds = number, score, found
+    if most == -math.inf:
+        return Choice(head.fixed, float("nan"), None, None, unconverged, len(grid))
+    return Choice(grid[best], most, None, None, unconverged, len(grid), thresholds)
+
+
+def _label_scores(step: Step) -> Float64Array:
+    given = step.scores() if step.probabilities is None and step.scores else step.probabilities
+    return np.asarray(given, np.float64)
+
+
+def default_threshold(family: Family) -> float:
+    """Return the score from which on a label is predicted if validation rows do not say better."""
+    return EVEN if family.probabilities else 0.0
+
+
 def _rate(metric: str, steps: Sequence[Step], folds: Sequence[Fold], truth: IntArray, predicted: IntArray) -> float:
     """Return a metric other than accuracy of one candidate's steps on all folds."""
     n_classes = 1 + max(int(labels.max()) for fold in folds for labels in (fold.y, fold.y_held))
@@ -231,7 +291,9 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
     missed, tried = sum(choice.unconverged for choice in choices), sum(choice.tried for choice in choices)
     if missed:
         notes.append(f"{head.name}: the solver hit its iteration limit on {missed} of {tried} candidates")
-    dropped = sum(choice.temperature is None and not math.isnan(choice.score) for choice in choices)
+    dropped = sum(
+        choice.temperature is None and choice.thresholds is None and not math.isnan(choice.score) for choice in choices
+    )
     if head.family.probabilities and dropped:
         told = f"{dropped} of {len(choices)} models are not calibrated"
         notes.append(f"{head.name}: {told}, because it would not help on validation rows")
@@ -274,12 +336,15 @@ def _temperature(held: Sequence[NDArray[np.float64]], folds: Sequence[Fold]) -> 
     return useful_temperature(np.concatenate(parts), truth)
 
 
-def train_final(head: Head, params: Params, scaled: Scaled, y: IntArray, *, balanced: bool = False) -> Fitted:
+def train_final(head: Head, params: Params, scaled: Scaled, y: NDArray[Any], *, balanced: bool = False) -> Fitted:
     """Train on all rows, in their span if there is one, and convert the weights back to the features."""
     weight = balanced_weights(y) if balanced else None
     if scaled.span is None:
         return head.family.fit(params, scaled.train, y, weight)
     fitted = head.family.fit(params, scaled.span.rotated, y, weight)
-    fitted.estimator.coef_ = scaled.span.unrotate(scaled.train, fitted.estimator.coef_)
+    for one in getattr(fitted.estimator, "estimators_", [fitted.estimator]):
+        rotated = np.atleast_2d(one.coef_)
+        one.coef_ = scaled.span.unrotate(scaled.train, rotated).reshape(*one.coef_.shape[:-1], -1)
+        one.n_features_in_ = scaled.train.shape[1]
     fitted.estimator.n_features_in_ = scaled.train.shape[1]
     return fitted

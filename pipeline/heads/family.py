@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.arrays import Float32Array, Float64Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 Params = dict[str, Any]
@@ -22,8 +22,8 @@ class Step(NamedTuple):
 
     Parameters
     ----------
-    predicted : (m,) int64
-        Labels of the held-out rows.
+    predicted : (m,) int64, (m, K) bool or (m,) float64
+        Class numbers, labels or numbers of the held-out rows.
     converged : bool
         Whether the solver stopped by its tolerance rather than by its iteration limit.
     probabilities : (m, K) float, optional
@@ -33,14 +33,14 @@ class Step(NamedTuple):
         of two, larger where likelier.
     """
 
-    predicted: IntArray
+    predicted: NDArray[Any]
     converged: bool
     probabilities: NDArray[np.floating[Any]] | None = None
     scores: Callable[[], NDArray[np.floating[Any]]] | None = None
 
 
 class Fitted(NamedTuple):
-    """A trained scikit-learn classifier, its final parameters, and whether its solver converged."""
+    """A trained scikit-learn estimator, its final parameters, and whether its solver converged."""
 
     estimator: Any
     params: Params
@@ -98,13 +98,13 @@ class Family(ABC):
 
     @abstractmethod
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
-        """Fit the candidates in order on `train` (n, d) and `y` (n,), and predict `held` (m, d) with each."""
+        """Fit the candidates in order on `train` (n, d) and `y` (n, ...), and predict `held` (m, d) with each."""
 
     @abstractmethod
-    def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
-        """Train the final classifier on `train` (n, d) and `y` (n,)."""
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
+        """Train the final estimator on `train` (n, d) and `y` (n, ...)."""
 
     def predict_proba(self, estimator: Any, rows: Float32Array) -> Float64Array:
         """Return the probabilities (n, K) that a trained `estimator` gives to scaled rows (n, d), not calibrated."""
@@ -121,5 +121,5 @@ class Family(ABC):
         return self
 
     def hyperplanes(self, estimator: Any) -> Hyperplanes | None:
-        """Return a trained `estimator` as one hyperplane per class; None if it has none."""
+        """Return a trained `estimator` as one hyperplane per class, label or number; None if it has none."""
         return None

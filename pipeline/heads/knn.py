@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
 
-_K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
+K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 
 
 class Knn(Family):
@@ -27,19 +27,17 @@ class Knn(Family):
 
     def grid(self, n_rows: int) -> Sequence[Params]:
         """Return the values of k that `n_rows` rows allow, the largest first."""
-        return [{"k": k} for k in reversed(_K) if k <= n_rows]
+        return [{"k": k} for k in reversed(K_GRID) if k <= n_rows]
 
     def path(
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, all from one list of neighbours."""
         classes, codes = np.unique(y, return_inverse=True)
-        most = max(params["k"] for params in grid)
-        index = NearestNeighbors(n_neighbors=most, metric="cosine", algorithm="brute").fit(train)
-        distances, neighbours = index.kneighbors(held)  # (m, most), nearest first
+        distances, neighbours = nearest_first(train, held, max(params["k"] for params in grid))
         for params in grid:
             k = params["k"]
-            shares = _shares(codes[neighbours[:, :k]], distances[:, :k].astype(np.float64), len(classes))
+            shares = _shares(codes[neighbours[:, :k]], distances[:, :k], len(classes))
             yield Step(np.asarray(classes[shares.argmax(axis=1)]), converged=True, probabilities=_smooth(shares, k))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
@@ -53,10 +51,22 @@ class Knn(Family):
         return _smooth(shares, estimator.n_neighbors) if estimator.weights == "distance" else shares
 
 
-def _shares(codes: IntArray, distances: Float64Array, count: int) -> Float64Array:
-    """Return the share (m, count) that each class has in the weights of k neighbours (m, k); equal rows outvote all."""
+def nearest_first(train: Float32Array, held: Float32Array, most: int) -> tuple[Float64Array, IntArray]:
+    """Return the cosine distances (m, most) of the training rows nearest to each held-out row, and their numbers."""
+    index = NearestNeighbors(n_neighbors=most, metric="cosine", algorithm="brute").fit(train)
+    distances, neighbours = index.kneighbors(held)
+    return distances.astype(np.float64), neighbours
+
+
+def inverse_distances(distances: Float64Array) -> Float64Array:
+    """Return the weights of neighbours (m, k); equal rows outvote all others."""
     same = distances == 0
-    weights = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances))
+    return np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances))
+
+
+def _shares(codes: IntArray, distances: Float64Array, count: int) -> Float64Array:
+    """Return the share (m, count) that each class has in the weights of k neighbours (m, k)."""
+    weights = inverse_distances(distances)
     cells = np.arange(len(codes))[:, None] * count + codes
     votes = np.bincount(cells.ravel(), weights.ravel(), len(codes) * count).reshape(len(codes), count)
     return np.asarray(votes / votes.sum(axis=1, keepdims=True))

@@ -35,25 +35,42 @@ class LinearSvm(LinearFamily):
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate; each starts from the optimum of the one before."""
         classes, signs = one_against_rest(y)
-        rows, axes, spread = _principal(train)
-        held_rows = held @ axes[:-1] + axes[-1]
-        weights = np.zeros((signs.shape[1], rows.shape[1]))
-        for params in grid:
-            weights, converged = _squared_hinge(rows, signs, _costs(params, weight), weights, spread)
-            scores = held_rows @ weights.T.astype(np.float32)
+        for scores, converged in follow_margins(grid, train, signs, held, weight):
             yield Step(best_classes(classes, scores), converged, scores=partial(np.asarray, scores))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train from zero and store the optimum in a `LinearSVC`."""
         classes, signs = one_against_rest(y)
-        rows, axes, spread = _principal(train)
-        start = np.zeros((signs.shape[1], rows.shape[1]))
-        found, converged = _squared_hinge(rows, signs, _costs(params, weight), start, spread)
-        weights = found @ axes.T.astype(np.float64)
+        weights, converged = separate(params, train, signs, weight)
         model = LinearSVC(**params)
         model.classes_, model.n_features_in_ = classes, train.shape[1]
         model.coef_, model.intercept_ = weights[:, :-1].copy(), weights[:, -1].copy()
         return Fitted(model, params, converged)
+
+
+def follow_margins(
+    grid: Sequence[Params], train: Float32Array, signs: Float32Array, held: Float32Array, weight: Weights
+) -> Iterator[tuple[Float32Array, bool]]:
+    """Yield the scores (m, K) of `held` for each candidate, and whether it converged.
+
+    `signs` (n, K) are 1 for rows of a class and -1 for others. Each starts from the optimum of the one before.
+    """
+    rows, axes, spread = _principal(train)
+    held_rows = held @ axes[:-1] + axes[-1]
+    weights = np.zeros((signs.shape[1], rows.shape[1]))
+    for params in grid:
+        weights, converged = _squared_hinge(rows, signs, _costs(params, weight), weights, spread)
+        yield held_rows @ weights.T.astype(np.float32), converged
+
+
+def separate(
+    params: Params, train: Float32Array, signs: Float32Array, weight: Weights = None
+) -> tuple[Float64Array, bool]:
+    """Return the hyperplanes (K, d + 1) of one candidate, the intercepts last, and whether it converged."""
+    rows, axes, spread = _principal(train)
+    start = np.zeros((signs.shape[1], rows.shape[1]))
+    found, converged = _squared_hinge(rows, signs, _costs(params, weight), start, spread)
+    return found @ axes.T.astype(np.float64), converged
 
 
 def _costs(params: Params, weight: Weights) -> Float32Array:

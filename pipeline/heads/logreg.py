@@ -61,27 +61,22 @@ class Logreg(LinearFamily):
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
-        loss, held_rows = Loss(train, y, weight, self.device), _on(self.device, held)
+        loss, held_rows = Loss(train, y, weight, self.device), on_device(self.device, held)
         for weights, _, converged in follow(loss, [params["C"] for params in grid], relative=False):
             scores = loss.scores(held_rows, weights)
             yield Step(loss.classes[scores.argmax(axis=1)], converged, softmax(scores, axis=1))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
-        """Train and store the optimum in a `LogisticRegression`.
-
-        For C above 1 this goes up in factors of ten. Starting from the class shares would end far from the optimum,
-        because the loss is nearly flat once the classes are separated.
-        """
+        """Train and store the optimum in a `LogisticRegression`."""
         loss = Loss(train, y, weight, self.device)
-        weights, steps, _ = deque(follow(loss, _decades(params["C"]), relative=True), maxlen=1).pop()
-        weights, more, converged = loss.in_float64().minimise(params["C"], weights, relative=True)
+        weights, steps, converged = find_optimum(loss, params["C"])
         model = LogisticRegression(**params)
-        model.classes_, model.n_features_in_, model.n_iter_ = loss.classes, train.shape[1], np.array([steps + more])
+        model.classes_, model.n_features_in_, model.n_iter_ = loss.classes, train.shape[1], np.array([steps])
         model.coef_, model.intercept_ = loss.hyperplanes(weights)
         return Fitted(model, params, converged)
 
 
-def _on(device: str | None, rows: Float32Array) -> Matrix:
+def on_device(device: str | None, rows: Float32Array) -> Matrix:
     """Return `rows` (n, d) on `device`, unchanged if that is None or rows are streamed."""
     return rows if device is None or isinstance(rows, StreamedRows) else DeviceRows(rows, device)
 
@@ -104,7 +99,7 @@ class Loss:
     """
 
     def __init__(self, rows: Float32Array, y: IntArray, weight: Weights, device: str | None) -> None:
-        self.rows: Matrix = _on(device, rows)
+        self.rows: Matrix = on_device(device, rows)
         self.dim = rows.shape[1]
         self.dtype: type[np.floating[Any]] = np.float32
         self.tolerance = TOLERANCE
@@ -159,8 +154,8 @@ class Loss:
         by_coefficients = by_coefficients - np.outer(by_intercepts, self.spectrum.mean)
         return value, np.hstack([by_coefficients + penalty * weights[:, :-1], by_intercepts[:, None]])
 
-    def doubt_and_entropy(self, weights: Float64Array) -> tuple[float, float]:
-        """Return the mean chance that two draws from a row's probabilities differ, and the mean cross-entropy."""
+    def curvature_and_entropy(self, weights: Float64Array) -> tuple[Float64Array, float]:
+        """Return the curvature of the loss per unit of the rows' variance, (1,), and the loss without its penalty."""
 
         def part(where: slice, rows: Matrix) -> tuple[float, float]:
             codes, shares = self.codes[where], self.shares[where]
@@ -169,13 +164,12 @@ class Loss:
             return float(doubt @ shares), -float(logs[np.arange(len(logs)), codes] @ shares)
 
         doubt, entropy = sum_blocks(part, self.rows)
-        return doubt, entropy
+        return np.atleast_1d(doubt / len(self.classes)), entropy
 
     def minimise(self, c: float, start: Float64Array, *, relative: bool) -> tuple[Float64Array, int, bool]:
         """Return the optimal weights for C = `c`, the number of steps from `start`, and whether it converged."""
         penalty = 1 / (c * self.total)
-        doubt, entropy = self.doubt_and_entropy(start)
-        curvature = doubt / len(self.classes)
+        curvature, entropy = self.curvature_and_entropy(start)
         left = self.tolerance * (min(1, entropy) if relative else 1)
         units = self.spectrum.units(curvature, penalty)
 
@@ -201,6 +195,17 @@ def follow(loss: Loss, values: Sequence[float], *, relative: bool) -> Iterator[t
         before = weights
         weights, steps, converged = loss.minimise(c, start, relative=relative)
         yield weights, steps, converged
+
+
+def find_optimum(loss: Loss, c: float) -> tuple[Float64Array, int, bool]:
+    """Return the optimal weights for C = `c` to `FINAL_TOLERANCE`, the number of steps, and whether it converged.
+
+    For C above 1 this goes up in factors of ten. Starting from the class shares would end far from the optimum, because
+    the loss is nearly flat once the classes are separated.
+    """
+    weights, steps, _ = deque(follow(loss, _decades(c), relative=True), maxlen=1).pop()
+    weights, more, converged = loss.in_float64().minimise(c, weights, relative=True)
+    return weights, steps + more, converged
 
 
 def _decades(c: float) -> list[float]:

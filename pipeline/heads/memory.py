@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipeline.errors import FitError
+from pipeline.heads.registry import FAMILIES_OF
 from pipeline.heads.trial import MOST_FOLDS, Trial
 
 _GROUPS = {
@@ -34,10 +35,11 @@ def find_streamed(trials: Sequence[Trial]) -> list[Trial]:
         streamed.append(trial)
         if not trial.head.family.streams or is_wide(trial):
             layer, n = trial.data.layer, len(trial.data.splits.train) + len(trial.data.splits.val)
+            others = [name for name, family in FAMILIES_OF[layer.table.task].items() if family.streams]
+            hint = f", or {', '.join(others)}, which need not hold all rows" if others and not is_wide(trial) else ""
             raise FitError(
                 f"{trial.head.name} on {n} x {layer.dim} features of {layer.name} would take {needed / 1e9:.3g} GB of "
-                f"memory, and {free / 1e9:.3g} GB are free; use fewer shots, a smaller layer"
-                + ("" if is_wide(trial) else ", or logreg, ridge or centroid, which need not hold all rows")
+                f"memory, and {free / 1e9:.3g} GB are free; use fewer shots, a smaller layer{hint}"
             )
     return streamed
 

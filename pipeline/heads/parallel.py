@@ -29,6 +29,7 @@ from pipeline.heads.memory import find_streamed, free_memory, is_wide, memory_of
 from pipeline.heads.solvers.blocks import StreamedRows
 from pipeline.heads.solvers.device import T, Task, run_one_by_one
 from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
+from pipeline.options import CLASSIFICATION
 from pipeline.results import Progress
 
 MOST_CELLS = 1 << 27
@@ -58,7 +59,8 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> lis
                 f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
                 f"use {'another metric' if metric in OF_SCORES else 'centroid'}, or coarser labels"
             )
-        check_metric(metric, classes)
+        if data.layer.table.task == CLASSIFICATION:
+            check_metric(metric, classes)
     streamed = find_streamed(trials)
     for layer in dict.fromkeys(data.layer for data, _ in trials):
         require_finite(layer)
@@ -161,11 +163,17 @@ def _tasks(
             if trial in streamed:
                 read = partial(StreamedRows, data.layer.features, data.layer.dim)
             prepared[scaling, rotated] = prepare_trial(
-                read, table.labels, data.splits, scaling, rotated=rotated, seed=data.seed, dims=dims
+                read,
+                table.y,
+                table.labels,
+                data.splits,
+                scaling,
+                rotated=rotated,
+                seed=data.seed,
+                dims=dims,
             )
-        yield joblib.delayed(run_trial)(
-            head, prepared[scaling, rotated], len(table.classes), balanced=balanced, metric=metric, keep=keep
-        )
+        how: Any = {"task": table.task, "balanced": balanced, "metric": metric, "keep": keep}
+        yield joblib.delayed(run_trial)(head, prepared[scaling, rotated], len(table.classes), **how)
 
 
 def _in_turn(tasks: Iterable[Task[T]]) -> Iterator[T]:

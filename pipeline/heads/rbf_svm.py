@@ -36,7 +36,7 @@ class RbfSvm(Family):
         """Yield a `Step` for each candidate."""
         among = euclidean_distances(train.astype(np.float64), squared=True)
         across = euclidean_distances(held.astype(np.float64), train.astype(np.float64), squared=True)
-        scale = _scale(train)
+        scale = kernel_scale(train)
         kernel = np.empty_like(among)
         for params in grid:
             gamma = scale * params["gamma"]
@@ -47,10 +47,11 @@ class RbfSvm(Family):
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train an `SVC`; the gamma of the returned parameters is absolute."""
-        absolute = {"C": params["C"], "gamma": _scale(train) * params["gamma"]}
+        absolute = {"C": params["C"], "gamma": kernel_scale(train) * params["gamma"]}
         return Fitted(SVC(kernel="rbf", break_ties=True, **absolute).fit(train, y, weight), absolute, converged=True)
 
 
-def _scale(train: Float32Array) -> float:
+def kernel_scale(train: Float32Array) -> float:
+    """Return what scikit-learn calls gamma ``"scale"``: one over the number of features times their variance."""
     variance = float(train.var(dtype=np.float64))
     return 1 / (train.shape[1] * variance) if variance > 0 else 1.0

@@ -11,9 +11,11 @@ from pipeline.heads.family import Family, Params
 from pipeline.heads.knn import Knn
 from pipeline.heads.linear_svm import LinearSvm
 from pipeline.heads.logreg import Logreg
+from pipeline.heads.multilabel import LabelsKnn, LabelsLogreg, LabelsRidge, LabelsSvm
 from pipeline.heads.rbf_svm import RbfSvm
+from pipeline.heads.regression import KernelSvr, KnnRegression, RidgeRegression
 from pipeline.heads.ridge import Ridge
-from pipeline.options import head_name
+from pipeline.options import CLASSIFICATION, MULTILABEL, REGRESSION, head_name
 
 FAMILIES: dict[str, Family] = {
     "logreg": Logreg(),
@@ -23,6 +25,13 @@ FAMILIES: dict[str, Family] = {
     "centroid": Centroid(),
     "ridge": Ridge(),
 }
+"""Those that predict a class."""
+FAMILIES_OF: dict[str, dict[str, Family]] = {
+    CLASSIFICATION: FAMILIES,
+    MULTILABEL: {"logreg": LabelsLogreg(), "linear_svm": LabelsSvm(), "ridge": LabelsRidge(), "knn": LabelsKnn()},
+    REGRESSION: {"ridge": RidgeRegression(), "svr": KernelSvr(), "knn": KnnRegression()},
+}
+"""Those of each task; families of one name do the same for another kind of target."""
 SCALINGS = ("standard", "l2", "none")
 _FIXED: dict[str, Params] = {"logreg/l2": {"C": 300.0}}
 """Instead of `Family.fixed`: rows of length 1 need less regularisation than standardised ones."""
@@ -53,13 +62,13 @@ class Head:
         return _FIXED.get(self.name, self.family.fixed)
 
 
-def find_head(name: str) -> Head:
+def find_head(name: str, task: str = CLASSIFICATION) -> Head:
     """Return the head called `name`: ``FAMILY/SCALING``, or ``FAMILY`` with the default scaling.
 
     Raises
     ------
     FitError
-        If there is no such family or scaling.
+        If there is no such family for the task, or no such scaling.
 
     Examples
     --------
@@ -69,8 +78,10 @@ def find_head(name: str) -> Head:
     'logreg/l2'
     """
     family, _, scaling = head_name(name).partition("/")
-    if family not in FAMILIES:
-        raise FitError(f"no head named {family!r}; there are {', '.join(FAMILIES)}{nearest(family, FAMILIES)}")
+    families = FAMILIES_OF[task]
+    if family not in families:
+        of_task = "" if task == CLASSIFICATION else f" for {task}"
+        raise FitError(f"no head named {family!r}{of_task}; there are {', '.join(families)}{nearest(family, families)}")
     if scaling not in SCALINGS:
         raise FitError(f"no scaling named {scaling!r}; there are {', '.join(SCALINGS)}{nearest(scaling, SCALINGS)}")
-    return Head(f"{family}/{scaling}", FAMILIES[family], scaling)
+    return Head(f"{family}/{scaling}", families[family], scaling)

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from sklearn.linear_model import RidgeClassifier
 
-from pipeline.arrays import Float32Array, Float64Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array, FloatArray, IntArray
 from pipeline.heads.family import Fitted, Params, Step, Weights
 from pipeline.heads.linear import C_GRID, LinearFamily
 from pipeline.heads.solvers.blocks import StreamedRows, sum_blocks
@@ -32,16 +32,9 @@ class Ridge(LinearFamily):
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
-        sums = _decompose(train, y, weight)
-        unseen = None if isinstance(held, StreamedRows) else (held - sums.mean) @ sums.axes
-        for params in grid:
-            weights = sums.weights(params["alpha"])
-            if unseen is not None:
-                scores = unseen @ weights + sums.middle
-            else:
-                coefficients, intercepts = sums.hyperplanes(weights)
-                scores = held @ coefficients.T + intercepts
-            yield Step(best_classes(sums.classes, scores), converged=True, scores=partial(np.asarray, scores))
+        classes, signs = one_against_rest(y)
+        for scores in follow_squares([params["alpha"] for params in grid], train, signs, held, weight):
+            yield Step(best_classes(classes, scores), converged=True, scores=partial(np.asarray, scores))
 
     def fit(self, params: Params, train: Float32Array, y: IntArray, weight: Weights = None) -> Fitted:
         """Train a `RidgeClassifier` by singular values, for Cholesky fails on wide rows with a small alpha.
@@ -50,27 +43,27 @@ class Ridge(LinearFamily):
         """
         model = RidgeClassifier(solver="svd", **params)
         if isinstance(train, StreamedRows):
-            sums = _decompose(train, y, weight)
-            model.fit(np.zeros((len(sums.classes), train.shape[1])), sums.classes)
+            classes, signs = one_against_rest(y)
+            sums = decompose(train, signs, weight)
+            model.fit(np.zeros((len(classes), train.shape[1])), classes)
             model.coef_, model.intercept_ = sums.hyperplanes(sums.weights(params["alpha"]))
         else:
             model.fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """What weighted sums over rows tell of all solutions: the eigenvectors of their scatter, and targets along them."""
 
-    classes: IntArray
     mean: Float64Array  # (d,)
-    middle: Float64Array  # (K,), of the signs
+    middle: Float64Array  # (K,), of the targets
     values: Float64Array  # (d,)
     axes: Float64Array  # (d, d)
-    target: Float64Array  # (d, K)
+    along: Float64Array  # (d, K)
 
     def weights(self, alpha: float) -> Float64Array:
         """Return the coefficients (d, K) along the axes."""
-        return self.target / (self.values + alpha)[:, None]
+        return self.along / (self.values + alpha)[:, None]
 
     def hyperplanes(self, weights: Float64Array) -> Hyperplanes:
         """Return coefficients (K, d) and intercepts (K,) for rows that are not centred."""
@@ -78,21 +71,35 @@ class _Sums(NamedTuple):
         return Hyperplanes(coefficients, self.middle - coefficients @ self.mean)
 
 
-def _decompose(train: Float32Array, y: IntArray, weight: Weights) -> _Sums:
-    """Sum over training rows (n, d), in two passes: means, then products of centred rows."""
-    classes, signs = one_against_rest(y)
-    of_rows = np.ones((len(y), 1)) if weight is None else weight[:, None].astype(np.float64)
+def decompose(train: Float32Array, targets: FloatArray, weight: Weights = None) -> Sums:
+    """Sum over training rows (n, d) and their targets (n, K), in two passes: means, then products of centred rows."""
+    of_rows = np.ones((len(targets), 1)) if weight is None else weight[:, None].astype(np.float64)
 
     def sums(where: slice, rows: Float32Array) -> tuple[Float64Array]:
         return (np.sum(of_rows[where] * rows, axis=0),)
 
-    mean, middle = sum_blocks(sums, train)[0] / of_rows.sum(), sums(slice(None), signs)[0] / of_rows.sum()
+    mean, middle = sum_blocks(sums, train)[0] / of_rows.sum(), np.sum(of_rows * targets, axis=0) / of_rows.sum()
 
     def products(where: slice, rows: Float32Array) -> tuple[Float64Array, Float64Array]:
         centred = rows - mean
         weighted = of_rows[where] * centred
-        return weighted.T @ centred, weighted.T @ (signs[where] - middle)
+        return weighted.T @ centred, weighted.T @ (targets[where] - middle)
 
     scatter, along = sum_blocks(products, train)
     values, axes = np.linalg.eigh(scatter)
-    return _Sums(classes, mean, middle, np.maximum(values, 0), axes, axes.T @ along)  # below 0 is rounding
+    return Sums(mean, middle, np.maximum(values, 0), axes, axes.T @ along)  # below 0 is rounding
+
+
+def follow_squares(
+    alphas: Sequence[float], train: Float32Array, targets: FloatArray, held: Float32Array, weight: Weights = None
+) -> Iterator[Float64Array]:
+    """Yield the least-squares predictions (m, K) of `targets` (n, K) for each alpha, from one decomposition."""
+    sums = decompose(train, targets, weight)
+    unseen = None if isinstance(held, StreamedRows) else (held - sums.mean) @ sums.axes
+    for alpha in alphas:
+        weights = sums.weights(alpha)
+        if unseen is not None:
+            yield unseen @ weights + sums.middle
+        else:
+            coefficients, intercepts = sums.hyperplanes(weights)
+            yield held @ coefficients.T + intercepts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 
 from features_cache import parse_json
+from pipeline.arrays import Float32Array, Float64Array
 from pipeline.errors import BackboneError, FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
+from pipeline.heads.family import Family
 from pipeline.heads.registry import find_head
-from pipeline.model_file import ModelFormat, check_destination, named, reading, writing
+from pipeline.model_file import TASK_DEFAULTS, ModelFormat, check_destination, fits_task, named, reading, writing
+from pipeline.options import CLASSIFICATION, REGRESSION
 from pipeline.spec import LayerSpec, parse_size
 
 FORMAT = ModelFormat(
@@ -35,14 +39,18 @@ FORMAT = ModelFormat(
         "temperature": float | None,
         "metrics": dict,
         "versions": dict,
+        "task": str,
+        "thresholds": list | None,
     },
     libraries=("thawline", "scikit-learn", "numpy", "skops"),
     remedy="fit and save it again",
+    defaults=TASK_DEFAULTS,
 )
 _DESCRIPTION = "thawline.json"
 _CLASSES = frozenset(
     {"Pipeline", "StandardScaler", "Normalizer", "LogisticRegression", "LinearSVC", "SVC", "KNeighborsClassifier"}
-    | {"RidgeClassifier", "LabelBinarizer", "PCA", "ColumnTransformer"}
+    | {"RidgeClassifier", "LabelBinarizer", "PCA", "ColumnTransformer", "OneVsRestClassifier"}
+    | {"Ridge", "SVR", "KNeighborsRegressor"}
 )
 """The scikit-learn classes of saved heads. Others, which skops would trust, may take any amount of memory."""
 _VALUES = frozenset({"DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "NdArrayNode", "SliceNode"})
@@ -56,7 +64,7 @@ class SavedModel:
     Parameters
     ----------
     pipeline : Pipeline
-        Scaler (where there is one) and classifier; takes features (n, d), gives class numbers.
+        Scaler (where there is one) and estimator; takes features (n, d), gives class numbers, labels or numbers.
     head : str
         Name of the head, such as ``"logreg"``.
     params : dict
@@ -65,11 +73,15 @@ class SavedModel:
         In the order in which their features are joined: ``spec`` (a `LayerSpec` as JSON), ``fingerprint``, ``dim`` and
         ``request`` (what to ask of the extractor: backbone as the user wrote it, layer, pool, size, precision, ...).
     classes : tuple of str
-        Class names by number.
+        Names of the classes or labels by number; empty for numbers.
     temperature : float or None
         Calibrates the probabilities, see `pipeline.evaluation.calibration`; ``None`` leaves them as they are.
     metrics : dict
-        The `FitResult` of the same model, as JSON.
+        The result of the same model, as JSON.
+    task : str
+        What it predicts, one of `pipeline.options.TASKS`.
+    thresholds : list of float or None
+        Scores from which on each of several labels is predicted.
     versions : dict of str to str
         Libraries it was made with; `save_model` fills them in.
     """
@@ -81,6 +93,8 @@ class SavedModel:
     classes: tuple[str, ...]
     temperature: float | None
     metrics: dict[str, Any]
+    task: str = CLASSIFICATION
+    thresholds: list[float] | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -113,6 +127,36 @@ class SavedModel:
         ModelFileError
             If the model was trained on another number of features, or its classifier does not work.
         """
+        probabilities = None
+        with self._explained():
+            rows, classifier, family = self._scaled(features)
+            labels = np.asarray(classifier.predict(rows), np.int64)
+            if family.probabilities:
+                probabilities = family.predict_proba(classifier, rows)
+            columns = np.searchsorted(self.pipeline.classes_, labels)
+        known = labels.shape == features.shape[:1] and ((labels >= 0) & (labels < len(self.classes))).all()
+        if not known or (probabilities is not None and len(labels) and columns.max() >= probabilities.shape[-1]):
+            raise _other_classes()
+        if probabilities is None:
+            return labels, None
+        if self.temperature is not None:
+            probabilities = tempered(probabilities, self.temperature)
+        return labels, probabilities[np.arange(len(labels)), columns]
+
+    def predict_values(self, features: NDArray[np.floating[Any]]) -> Float64Array:
+        """Return the scores (n, K) of several labels, or numbers (n,), for features (n, d); raises as `predict`."""
+        with self._explained():
+            rows, estimator, family = self._scaled(features)
+            found = np.asarray(
+                estimator.predict(rows) if self.task == REGRESSION else family.scores(estimator, rows), np.float64
+            )
+        shape = (len(features),) if self.task == REGRESSION else (len(features), len(self.classes))
+        if found.shape != shape or not np.isfinite(found).all():
+            raise _other_classes()
+        return found
+
+    def _scaled(self, features: NDArray[np.floating[Any]]) -> tuple[Float32Array, Any, Family]:
+        """Return what the estimator reads, the estimator, and its family."""
         expected = sum(layer["dim"] for layer in self.layers)
         if features.shape[1] != expected:
             raise ModelFileError(
@@ -120,24 +164,22 @@ class SavedModel:
                 f"got {features.shape[1]}; extract the layers it names"
             )
         features = features.astype(np.float32, copy=False)
-        probabilities = None
+        rows = self.pipeline[:-1].transform(features) if len(self.pipeline) > 1 else features
+        return rows, self.pipeline[-1], find_head(self.head, self.task).family
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what a forged estimator raises into one line."""
         try:
-            rows = self.pipeline[:-1].transform(features) if len(self.pipeline) > 1 else features
-            classifier, family = self.pipeline[-1], find_head(self.head).family
-            labels = np.asarray(classifier.predict(rows), np.int64)
-            if family.probabilities:
-                probabilities = family.predict_proba(classifier, rows)
-            columns = np.searchsorted(self.pipeline.classes_, labels)
-        except Exception as error:  # a forged classifier can raise anything
+            yield
+        except ModelFileError:
+            raise
+        except Exception as error:  # it can raise anything
             raise ModelFileError(f"the model's classifier fails: {named(error)}; {FORMAT.remedy}") from error
-        known = labels.shape == features.shape[:1] and ((labels >= 0) & (labels < len(self.classes))).all()
-        if not known or (probabilities is not None and len(labels) and columns.max() >= probabilities.shape[-1]):
-            raise ModelFileError(f"the model's classifier gives other classes than its description; {FORMAT.remedy}")
-        if probabilities is None:
-            return labels, None
-        if self.temperature is not None:
-            probabilities = tempered(probabilities, self.temperature)
-        return labels, probabilities[np.arange(len(labels)), columns]
+
+
+def _other_classes() -> ModelFileError:
+    return ModelFileError(f"the model's classifier gives other classes than its description; {FORMAT.remedy}")
 
 
 def save_model(path: str | Path, model: SavedModel) -> None:
@@ -173,8 +215,10 @@ def load_model(path: str | Path) -> SavedModel:
     fields = FORMAT.read_fields(path, description)
     if not fields["layers"] or not all(map(_is_layer, fields["layers"])):
         raise FORMAT.lacks(path, "layers")
+    if not fits_task(fields):
+        raise FORMAT.lacks(path, "task", "thresholds")
     try:
-        find_head(fields["head"])
+        find_head(fields["head"], fields["task"])
     except FitError as error:
         raise ModelFileError(f"{path} holds a head that this version of thawline does not have: {error}") from error
     return SavedModel(pipeline, **fields | {"classes": tuple(fields["classes"])})

@@ -10,21 +10,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 
-from pipeline.arrays import Float32Array, IntArray
+from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.evaluation.folds import stratified_folds
 from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.evaluation.splits import Splits
-from pipeline.heads.choose import Choice, Fold, Scaled, make_fold, scale, search, train_final
-from pipeline.heads.family import Params
+from pipeline.heads.choose import Choice, Fold, Scaled, default_threshold, make_fold, scale, search, train_final
+from pipeline.heads.family import Family, Params
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.blocks import by_blocks
+from pipeline.options import CLASSIFICATION, MULTILABEL, REGRESSION
 
 MOST_FOLDS = 5
 FEWEST_FOLDS = {"l2": 3, "standard": 2, "none": 2}
@@ -51,8 +52,8 @@ class Prepared:
         To choose parameters on, unless `n_train` says where they stand in `final`.
     final : Scaled
         Train and val rows to train on, test rows held out.
-    y : (n,) int64
-        Labels of train and val.
+    y : (n, ...) array
+        What is to be learnt of train and val.
     seconds : float
         Time spent preparing.
     n_train : int, optional
@@ -62,7 +63,7 @@ class Prepared:
 
     own_folds: tuple[Fold, ...]
     final: Scaled
-    y: IntArray
+    y: NDArray[Any]
     seconds: float
     n_train: int | None = None
 
@@ -86,13 +87,15 @@ class TrialOutcome:
         Parameters of the final model.
     converged : bool
         Whether the final model's solver stopped by its tolerance.
-    y_pred : (m,) int64
-        Labels of the test rows.
+    y_pred : (m, ...) array
+        Class numbers, labels or numbers of the test rows.
     probabilities : (m, K) float64 or None
-        Of all classes; None for heads without probabilities.
+        Of all classes or labels; None for heads without probabilities.
     scores : (m, K) float64 or None
-        Of all classes, for heads without probabilities; minus infinity for classes without a training row. None if
-        there are more than `MOST_SCORES`.
+        Of all classes or labels, for heads without probabilities; minus infinity for classes without a training row.
+        None if there are more than `MOST_SCORES`.
+    thresholds : (K,) float64 or None
+        Scores or probabilities from which on each of several labels is predicted.
     seconds : float
         For preparation (all of it, even if other heads shared it), search, final training and test.
     pipeline : Pipeline or None
@@ -102,15 +105,17 @@ class TrialOutcome:
     choice: Choice
     params: Params
     converged: bool
-    y_pred: IntArray
+    y_pred: NDArray[Any]
     probabilities: NDArray[np.float64] | None
     scores: NDArray[np.float64] | None
+    thresholds: Float64Array | None
     seconds: float
     pipeline: Pipeline | None
 
 
 def prepare_trial(
     features: Callable[[IntArray], Float32Array],
+    y: NDArray[Any],
     labels: IntArray,
     splits: Splits,
     scaling: str,
@@ -125,8 +130,10 @@ def prepare_trial(
     ----------
     features : callable
         Maps row numbers (k,) to a fresh array (k, d) of float32, or to `StreamedRows` of them.
+    y : (n, ...) array
+        What heads learn of all rows.
     labels : (n,) int64
-        Of all rows.
+        What folds are stratified by; `y` if that is classes.
     splits : Splits
         If val is empty, parameters are chosen on stratified folds of train: five, or as many as the largest class has
         rows, or none if these are fewer than `FEWEST_FOLDS`. Groups and equal images stay together.
@@ -144,7 +151,7 @@ def prepare_trial(
     if val.size:
         pairs = [(train, val)]
     else:
-        count = min(MOST_FOLDS, int(np.bincount(labels[train]).max()))
+        count = min(MOST_FOLDS, int(np.bincount(labels[train]).max()) if y is labels else len(train))
         folded = (
             stratified_folds(labels[train], splits.units[train], count, seed) if count >= FEWEST_FOLDS[scaling] else []
         )
@@ -154,23 +161,32 @@ def prepare_trial(
         return scale(scaling, features(a), features(b), rotated=rotated, dims=dims)
 
     shared = bool(val.size) and scaling != "standard" and not rotated
-    folds = () if shared else tuple(make_fold(scaled(a, b), labels[a], labels[b]) for a, b in pairs)
+    folds = () if shared else tuple(make_fold(scaled(a, b), y[a], y[b]) for a, b in pairs)
     known = np.concatenate([train, val])
     final = scaled(known, test)
-    return Prepared(folds, final, labels[known], time.perf_counter() - began, len(train) if shared else None)
+    return Prepared(folds, final, y[known], time.perf_counter() - began, len(train) if shared else None)
 
 
-def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, metric: str, keep: bool) -> TrialOutcome:
+def run_trial(
+    head: Head,
+    rows: Prepared,
+    n_classes: int,
+    *,
+    balanced: bool,
+    metric: str,
+    keep: bool,
+    task: str = CLASSIFICATION,
+) -> TrialOutcome:
     """Choose parameters, train on train and val, predict test; on one BLAS thread."""
     began = time.perf_counter()
     with threadpool_limits(1):
-        choice = search(head, rows.folds, balanced=balanced, metric=metric)
+        choice = search(head, rows.folds, balanced=balanced, metric=metric, task=task)
         estimator, params, converged = train_final(head, choice.params, rows.final, rows.y, balanced=balanced)
-        y_pred = np.asarray(by_blocks(estimator.predict, rows.final.held), np.int64)
-        certain, scores = head.family.probabilities, None
-        if certain or len(y_pred) * n_classes <= MOST_SCORES:
-            scores = np.full((len(y_pred), n_classes), 0.0 if certain else -np.inf)
-            scores[:, estimator.classes_] = by_blocks(partial(head.family.scores, estimator), rows.final.held)
+        thresholds = choice.thresholds
+        if task == MULTILABEL and thresholds is None:
+            thresholds = np.full(n_classes, default_threshold(head.family))
+        y_pred, scores = _predict(head.family, estimator, rows.final.held, n_classes, task, thresholds)
+    certain = head.family.probabilities
     return TrialOutcome(
         choice,
         params,
@@ -178,9 +194,27 @@ def run_trial(head: Head, rows: Prepared, n_classes: int, *, balanced: bool, met
         y_pred,
         scores if certain else None,
         None if certain else scores,
+        thresholds,
         rows.seconds + time.perf_counter() - began,
         _as_pipeline(rows.final, estimator) if keep else None,
     )
+
+
+def _predict(
+    family: Family, estimator: Any, held: Float32Array, n_classes: int, task: str, thresholds: Float64Array | None
+) -> tuple[NDArray[Any], Float64Array | None]:
+    """Return what is predicted of held-out rows (m, ...), and the scores (m, K) behind it."""
+    if task == REGRESSION:
+        return np.asarray(estimator.predict(held), np.float64), None
+    if thresholds is not None:
+        scores = family.scores(estimator, held)
+        return scores >= thresholds, scores
+    y_pred = np.asarray(by_blocks(estimator.predict, held), np.int64)
+    if not family.probabilities and len(y_pred) * n_classes > MOST_SCORES:
+        return y_pred, None
+    scores = np.full((len(y_pred), n_classes), 0.0 if family.probabilities else -np.inf)
+    scores[:, estimator.classes_] = by_blocks(partial(family.scores, estimator), held)
+    return y_pred, scores
 
 
 def _as_pipeline(scaled: Scaled, estimator: object) -> Pipeline:

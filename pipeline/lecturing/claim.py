@@ -108,6 +108,11 @@ def verdict(interval: tuple[float, float], expected: int) -> str:
     return "agrees" if (low > 0) == (expected > 0) else "contradicts"
 
 
+def p_text(p: float) -> str:
+    """Return a p-value with its sign, such as ``p < 0.001``."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def seeds_figure(
     name: str,
     values: Sequence[float] | Float64Array,

@@ -55,21 +55,23 @@ def measure_claim(setting: Setting) -> Findings:
         ),
         seeds_figure(
             "training error, reduced minus naive, points", reduced.training_errors - naive.training_errors,
-            "no loss of accuracy", f"{_SZEGEDY}, section 3",
+            "no loss of accuracy", f"{_SZEGEDY}, section 3", expected=-1, tests=2,
         ),
         error_figure(
             "test error, reduced minus naive, points", reduced, naive, "no loss of accuracy", f"{_SZEGEDY}, section 3",
+            expected=-1, tests=2,
         ),
         *net_figures(nets, names),
     ]  # fmt: skip
     rates = ", ".join(f"{names[key]} {net.rate:g}" for key, net in nets.items())
+    weights = ", ".join(f"{names[key]} {net.results[0].trainable_parameters:,}" for key, net in nets.items())
     notes = [
         "Modules have the published widths and inputs; time is of one image, median and range of "
         f"{len(ratios)} passes in turn. Accuracy is that of two GoogLeNets of {_WIDTH} in place of 64 channels at "
         f"{_SIDE} pixels, {len(setting.seeds)} seeds, {epochs} epochs each; learning rate of "
         f"{', '.join(map(str, RATES))} by the first seed's validation accuracy: {rates}. Naive modules pass their "
-        "pooled input on, so that channels grow from module to module. That two errors do not differ is no proof that "
-        "they are equal: see the interval."
+        f"pooled input on, so that channels grow from module to module (weights: {weights}). That two errors do not "
+        "differ is no proof that they are equal: see the interval."
     ]
     return Findings(figures, [], notes)
 

@@ -11,7 +11,7 @@ from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards
 from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.errors import FitError
 from pipeline.images.sources.registry import open_source
-from pipeline.lecturing.claim import Setting, verdict
+from pipeline.lecturing.claim import Setting, p_text, verdict
 from pipeline.results import LectureFigure
 
 
@@ -52,4 +52,4 @@ def lead_figure(
         raise FitError(f"{first.name} and {second.name} share no test images")
     interval = (100 * paired.low, 100 * paired.high)
     judged = verdict(interval, expected) if expected else ""
-    return LectureFigure(f"{name} (p = {paired.p:.3f})", 100 * paired.difference, interval, published, origin, judged)
+    return LectureFigure(f"{name} ({p_text(paired.p)})", 100 * paired.difference, interval, published, origin, judged)

@@ -14,7 +14,7 @@ from pipeline.evaluation.intervals import CONFIDENCE, mcnemar, number_clusters, 
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.seeds import pool_seeds
 from pipeline.finetune import FinetuneReport, finetune
-from pipeline.lecturing.claim import Setting, verdict
+from pipeline.lecturing.claim import Setting, p_text, verdict
 from pipeline.results import FinetuneResult, LectureFigure
 
 RATES = (0.01, 0.03, 0.1)
@@ -89,7 +89,7 @@ def error_figure(
     interval = (100 * low, 100 * high)
     value = 100 * float(right_a.mean() - right_b.mean())
     return LectureFigure(
-        f"{name} (p = {p:.3f})", value, interval, published, origin, verdict(interval, expected) if expected else ""
+        f"{name} ({p_text(p)})", value, interval, published, origin, verdict(interval, expected) if expected else ""
     )
 
 

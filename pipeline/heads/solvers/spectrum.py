@@ -6,7 +6,6 @@ curvature of a linear head's loss, which costs L-BFGS hundreds of steps. In unit
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,18 +25,18 @@ class Units:
     ----------
     axes : (r, d) float64
         Orthonormal directions.
-    along : (r,) float64
-        Units of the coefficients along them.
-    rest : float
+    along : (r,) or (k, r) float64
+        Units of the coefficients along them, the same for all k hyperplanes or one row for each.
+    rest : (1,) or (k, 1) float64
         Unit of the coefficients orthogonal to all of them.
-    intercept : float
+    intercept : (1,) or (k, 1) float64
         Unit of the intercepts.
     """
 
     axes: Float64Array
     along: Float64Array
-    rest: float
-    intercept: float
+    rest: Float64Array
+    intercept: Float64Array
 
     def apply(self, weights: Float64Array) -> Float64Array:
         """Convert `weights` (k, d + 1) from these units to those of the features."""
@@ -68,10 +67,13 @@ class Spectrum:
     axes: Float64Array
     spread: Float64Array
 
-    def units(self, curvature: float, penalty: float) -> Units:
-        """Return units in which a loss with this curvature per unit of variance, plus its penalty, has curvature 1."""
+    def units(self, curvature: Float64Array, penalty: float) -> Units:
+        """Return units in which a loss, plus its penalty, has curvature 1.
+
+        `curvature` per unit of variance is that of all hyperplanes (1,), or of each (k, 1).
+        """
         along = 1 / np.sqrt(curvature * self.spread + penalty)
-        return Units(self.axes, along, float(along[-1]), 1 / math.sqrt(curvature + penalty))
+        return Units(self.axes, along, along[..., -1:], 1 / np.sqrt(curvature + penalty))
 
 
 def find_spectrum(rows: Float32Array) -> Spectrum:

@@ -231,6 +231,8 @@ def _columns(path: Location, schema: pa.Schema) -> _Columns:
         found = shorten(", ".join(schema.names), MESSAGE_LENGTH)
         raise SourceError(f"{path}: expected a column that holds images, found {found}")
     image, inside = next((one for one in images if one[0] == "image"), images[0])
+    if schema.names.count(image) > 1:
+        raise SourceError(f"{path}: expected one column '{image}', found {schema.names.count(image)}")
     numbered = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
     if len(numbered) == 1:
         names.setdefault("label", numbered[0])

@@ -54,8 +54,16 @@ def depth_line(
     return Line(label, list(results), means, intervals, [one.layer for one in ones], seeds, best=among, chosen=chosen)
 
 
-def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[str, float] | None = None) -> None:
-    """Draw accuracy against depth with intervals, name the layer that validation chose, and fill what may be the best.
+def draw_depth(
+    axes: Axes,
+    lines: Sequence[Line],
+    theme: Theme,
+    baseline: tuple[str, float] | None = None,
+    metric: str = "accuracy",
+) -> None:
+    """Draw accuracy, or another metric, against depth with intervals.
+
+    The layer that validation chose is named, and what may be the best is filled.
 
     The points of the lines, at most 8, are layers from the image upwards; `baseline` is the name and accuracy of a
     horizontal line to compare with. A single line has its layer named beside the point, and a dot for each seed. With
@@ -93,7 +101,7 @@ def draw_depth(axes: Axes, lines: Sequence[Line], theme: Theme, baseline: tuple[
     if baseline:
         label = f"{baseline[0]} {theme.share(baseline[1])}"
         axes.axhline(baseline[1], color=theme.quiet, linestyle="--", linewidth=1.2, label=label)
-    theme.show_shares(axes.yaxis, "test accuracy")
+    theme.show_shares(axes.yaxis, f"test {metric}")
     axes.margins(y=0.12)
 
 

@@ -13,13 +13,14 @@ from matplotlib.ticker import MaxNLocator
 
 from pipeline.arrays import Float64Array
 from pipeline.reporting.charts.theme import SCREEN, save_figure, short
-from pipeline.results import FinetuneResult
+from pipeline.reporting.terminal.tables import METRIC_COLUMNS
+from pipeline.results import FinetuneResult, TunedResult
 
 MOST_NAMED = 45  # with more layers, only every second, third or so is named
 _ORDERS = 6.0  # the colours span at most so many orders of magnitude; smaller numbers look like the smallest of these
 
 
-def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
+def save_training(results: Sequence[TunedResult], path: Path) -> None:
     """Write the losses over epochs as one PNG file, a panel for each run, with the epoch whose weights were kept."""
     with SCREEN.figure(5 * len(results), 3.6) as figure:
         panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
@@ -37,12 +38,19 @@ def save_training(results: Sequence[FinetuneResult], path: Path) -> None:
             axes.set_ylim(bottom=0)
             axes.set(xlabel="epoch", ylabel="loss")
             axes.legend()
-            title = f"freeze {result.freeze}, seed {result.seed}, shots {result.shots}: test {result.accuracy:.3f}"
+            title = f"freeze {result.freeze}, seed {result.seed}, shots {result.shots}: test {_reached(result)}"
             axes.set_title(title, fontsize=10)
         save_figure(figure, path, dpi=120)
 
 
-def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
+def _reached(result: TunedResult) -> str:
+    """Return what networks are compared by, with its name unless that is accuracy."""
+    if isinstance(result, FinetuneResult):
+        return f"{result.accuracy:.3f}"
+    return f"{METRIC_COLUMNS[result.metric]} {getattr(result, result.metric):.3f}"
+
+
+def save_gradients(results: Sequence[TunedResult], path: Path) -> None:
     """Write a row of three maps for each run as one PNG file: layers from the line upwards, epochs to the right.
 
     The runs were trained with ``watch="gradients"``. Colours show the norm of the gradient, how much a step changed the
@@ -69,7 +77,7 @@ def save_gradients(results: Sequence[FinetuneResult], path: Path) -> None:
         save_figure(figure, path, dpi=120)
 
 
-def _table(result: FinetuneResult, key: str) -> Float64Array:
+def _table(result: TunedResult, key: str) -> Float64Array:
     """Return one of the watched numbers (layers, epochs), NaN where there is none."""
     records = [epoch["gradients"].values() for epoch in result.history]
     return np.array([[layer[key] for layer in record] for record in records], np.float64).T

@@ -14,7 +14,9 @@ from pipeline.reporting.charts.confusion import confusion_figure
 from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.reliability import reliability_figure
 from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, save_figure, short
-from pipeline.results import FitResult
+from pipeline.reporting.charts.values import precisions_figure, residuals_figure
+from pipeline.reporting.terminal.tables import METRIC_COLUMNS
+from pipeline.results import FitResult, HeadResult, MultilabelResult, RegressionResult
 
 MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and the map shows less
 _FEWEST_MAPPED = 5
@@ -24,10 +26,12 @@ def draw_fit(report: FitReport, folder: Path) -> list[Path]:
     """Draw the results, and the predictions of the best one on its layer; return the paths of the files.
 
     They are ``confusion``, ``depth`` (of several layers), ``budget`` (of several numbers of shots), ``reliability`` (of
-    heads with probabilities) and ``embedding``, each as PNG and SVG. The folder exists; files of the same names are
-    replaced.
+    heads with probabilities) and ``embedding``; of numbers ``residuals`` and ``depth``; of several labels ``labels``
+    and ``depth``. Each is a PNG and an SVG. The folder exists; files of the same names are replaced.
     """
     kept, predictions = report.results[report.best], report.predictions[report.best]
+    if not isinstance(kept, FitResult):
+        return _draw_values(report, kept, folder)
     title = f"{kept.head} on {kept.layer}, {kept.accuracy:.3f} on {kept.n_test} test images"
     paths = save(confusion_figure(predictions.y_true, predictions.y_pred, report.classes, title), folder, "confusion")
     if len({result.layer for result in report.results}) > 1:
@@ -48,6 +52,44 @@ def draw_fit(report: FitReport, folder: Path) -> list[Path]:
         mapped = embedding_figure(report.layer.features(rows), *columns, report.classes, f"{kept.layer}: test images")
         paths += save(mapped, folder, "embedding")
     return paths
+
+
+def _draw_values(report: FitReport, kept: RegressionResult | MultilabelResult, folder: Path) -> list[Path]:
+    """Draw the results of a fit whose heads predict numbers or several labels."""
+    value = getattr(kept, kept.metric)
+    title = f"{kept.head} on {kept.layer}, {METRIC_COLUMNS[kept.metric]} {value:.3f} on {kept.n_test} test images"
+    if isinstance(kept, MultilabelResult):
+        paths = save(precisions_figure(kept.labels, title), folder, "labels")
+    else:
+        predictions = report.predictions[report.best]
+        target = kept.target or "value"
+        drawn = residuals_figure(predictions.y_true, predictions.y_pred, target, title)
+        paths = save(drawn, folder, "residuals")
+    if len({one.layer for one in report.results}) > 1:
+        paths += save(_metric_by_depth(report), folder, "depth")
+    return paths
+
+
+def _metric_by_depth(report: FitReport) -> Figure:
+    """Return the metric that parameters were chosen by over the layers, a line for each head."""
+    results, metric = report.results, report.results[0].metric
+    points = [(one.head, one.layer, one.mean, one.ci95) for one in report.summary] or [
+        (one.head, one.layer, getattr(one, metric), getattr(one, f"{metric}_ci95")) for one in results
+    ]
+    layers = sorted(dict.fromkeys(one.layer for one in results), key=lambda layer: layer != "input")
+    lines = []
+    for head in list(dict.fromkeys(one.head for one in results))[:MOST_LINES]:
+        own = sorted((layers.index(layer), value, ends) for name, layer, value, ends in points if name == head)
+        among = [(layers[x], head, "all") in report.may_be_best for x, _, _ in own] if report.may_be_best else ()
+        places, values, intervals = (list(column) for column in zip(*own, strict=True))
+        lines.append(Line(head, places, values, intervals, best=among))
+    with SCREEN.figure(max(8, 0.6 * len(layers) + 4), 4.6) as figure:
+        axes = figure.subplots()
+        draw_depth(axes, lines, SCREEN, metric=METRIC_COLUMNS[metric])
+        axes.set_xticks(np.arange(len(layers)), [short(layer, 28) for layer in layers], rotation=30, ha="right")
+        axes.set_title(f"{METRIC_COLUMNS[metric]} by layer, with 95 % intervals\n{_subject(results)}")
+        _add_legend(figure, lines)
+    return figure
 
 
 def depth_figure(results: Sequence[FitResult], best: Collection[tuple[str, str, int | str]] = ()) -> Figure:
@@ -124,7 +166,7 @@ def _part_text(part: Hashable) -> str:
     return f"{part} shots" if isinstance(part, int) else ("all labels" if part == "all" else short(str(part), 40))
 
 
-def _subject(results: Sequence[FitResult]) -> str:
+def _subject(results: Sequence[HeadResult]) -> str:
     """Return backbone and pooling for a title's second line."""
     return ", ".join(dict.fromkeys(f"{r.backbone}, {r.pool} pooling" for r in results))
 

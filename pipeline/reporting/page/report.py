@@ -26,6 +26,7 @@ from pipeline.comparing.paired import LEVEL, compare_scores
 from pipeline.evaluation.metrics import count
 from pipeline.evaluation.predictions import Predictions
 from pipeline.images.sources.registry import ImageSource
+from pipeline.options import METRICS
 from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
 from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
@@ -134,7 +135,7 @@ def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> l
                 "accuracy": score.accuracy,
                 "interval": f"{100 * low:.1f}–{100 * high:.1f}",
                 "best": "–" if among is None else "yes" if score.name in among.methods else "no",
-                "metrics": {name: score.mean(name) for name in METRIC_COLUMNS},
+                "metrics": {name: score.mean(name) for name in METRICS[1:]},
                 "log_loss": _calibrated(score, "log_loss"),
                 "ece": _calibrated(score, "ece"),
                 "seconds": seconds(score, extraction),

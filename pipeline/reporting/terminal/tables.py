@@ -10,18 +10,23 @@ import numpy as np
 from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
+from pipeline.evaluation.targets import BAR
 from pipeline.results import (
     Agreement,
     DriftResult,
     ExtractResult,
-    FinetuneResult,
     FitResult,
+    HeadResult,
     LayerScore,
     LectureFigure,
     LectureResult,
+    MetricSummary,
+    MultilabelResult,
     Prediction,
     PretrainResult,
+    RegressionResult,
     SeedSummary,
+    TunedResult,
     UnitResult,
 )
 
@@ -35,8 +40,14 @@ METRIC_COLUMNS = {
     "auroc": "AUROC",
     "average_precision": "average precision",
     "top5_accuracy": "top 5",
+    "micro_f1": "micro F1",
+    "r2": "R²",
+    "rmse": "RMSE",
+    "mae": "MAE",
 }
 """Headings of metrics other than accuracy."""
+OF_LABELS = ("average_precision", "macro_f1", "micro_f1")
+OF_NUMBERS = ("r2", "rmse", "mae")
 
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
@@ -70,7 +81,7 @@ def unreadable_lines(results: Iterable[ExtractResult], most: int = 10) -> list[s
     return lines
 
 
-def fit_table(results: Sequence[FitResult]) -> Table:
+def fit_table(results: Sequence[HeadResult]) -> Table:
     """One row for each result, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
         "target": _targets(results),
@@ -82,7 +93,19 @@ def fit_table(results: Sequence[FitResult]) -> Table:
     return _compared(settings, measured, results)
 
 
-def finetune_table(results: Sequence[FinetuneResult]) -> Table:
+def labels_table(result: MultilabelResult) -> Table:
+    """One row for each of several labels, the commonest first."""
+    rows = []
+    for one in sorted(result.labels, key=lambda one: -one.positives):
+        interval = "-" if one.average_precision_ci95 is None else "{:.3f}–{:.3f}".format(*one.average_precision_ci95)
+        known = (_known(one.average_precision), interval, _known(one.f1))
+        rows.append((one.label, str(one.positives), *known, f"{one.threshold:.3f}"))
+    title = f"labels by {result.head} on {result.layer}, {result.n_test} test images"
+    columns = ("label", "test images", "average precision", "95 % interval", "F1", "threshold")
+    return rows_table(columns, rows, title)
+
+
+def finetune_table(results: Sequence[TunedResult]) -> Table:
     """One row for each run, those that may be the best in bold; values that all rows share are in the title."""
     settings = {
         "target": _targets(results),
@@ -117,19 +140,28 @@ def pretrain_table(result: PretrainResult) -> Table:
     return facts_table(facts.items())
 
 
-def seeds_table(summary: Sequence[SeedSummary]) -> Table:
+def seeds_table(summary: Sequence[SeedSummary] | Sequence[MetricSummary]) -> Table:
     """One row for each head over its seeds: an interval for other test rows, and the spread over the seeds' draws."""
     settings = _columns(summary, "backbone", "pool", "layer", "head", "shots")
     shared = all(row.shared_test for row in summary)
     drawn = "of training rows; all have the same test rows" if shared else "of training and test rows"
-    measured = {
-        "mean accuracy": [f"{row.accuracy_mean:.3f}" for row in summary],
-        "95 % interval (test rows)": ["{:.3f}–{:.3f}".format(*row.accuracy_ci95) for row in summary],
-        "sd over seeds": [f"{row.accuracy_sd:.3f}" for row in summary],
-        "lowest–highest seed": [f"{row.accuracy_min:.3f}–{row.accuracy_max:.3f}" for row in summary],
-        **_judged(summary),
-    }
+    metric, columns = "accuracy", [_over_seeds(row) for row in summary]
+    if isinstance(summary[0], MetricSummary):
+        metric = METRIC_COLUMNS[summary[0].metric]
+    names = (f"mean {metric}", "95 % interval (test rows)", "sd over seeds", "lowest–highest seed")
+    measured = dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)) | _judged(summary)
     return _compared(settings, measured, summary, f"over {summary[0].seeds} seeds, each a draw {drawn}")
+
+
+def _over_seeds(row: SeedSummary | MetricSummary) -> tuple[str, str, str, str]:
+    """Return mean, interval, spread, lowest and highest value over seeds."""
+    if isinstance(row, SeedSummary):
+        ends = (row.accuracy_min, row.accuracy_max)
+        values = (row.accuracy_mean, row.accuracy_ci95, row.accuracy_sd, ends)
+    else:
+        values = (row.mean, row.ci95, row.sd, (row.lowest, row.highest))
+    mean, interval, spread, ends = values
+    return f"{mean:.3f}", "{:.3f}–{:.3f}".format(*interval), f"{spread:.3f}", "{:.3f}–{:.3f}".format(*ends)
 
 
 def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
@@ -137,8 +169,36 @@ def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
     return {name: [str(getattr(record, name)) for record in records] for name in names}
 
 
-def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
-    """Return the columns that heads and fine-tuned networks share."""
+def _measured(results: Sequence[HeadResult]) -> dict[str, list[str]]:
+    """Return the columns that heads and fine-tuned networks share; the results are all of one task."""
+    of_classes = [result for result in results if isinstance(result, FitResult)]
+    names = OF_NUMBERS if isinstance(results[0], RegressionResult) else OF_LABELS
+    return {
+        **(_of_classes(of_classes) if of_classes else _of_values(results, names)),
+        **_judged(results),
+        "seconds": [f"{result.seconds:.1f}" for result in results],
+    }
+
+
+def _of_values(results: Sequence[HeadResult], names: Sequence[str]) -> dict[str, list[str]]:
+    """Return metrics of labels or numbers; the one that parameters were chosen by has its interval beside it."""
+    columns = {}
+    for name in names:
+        columns[METRIC_COLUMNS[name]] = [number_or_dash(getattr(result, name)) for result in results]
+        if name == results[0].metric:
+            ends = [getattr(result, f"{name}_ci95") or (None, None) for result in results]
+            columns["95 % interval"] = ["–".join(map(number_or_dash, interval)) for interval in ends]
+    return columns
+
+
+def number_or_dash(value: float | None) -> str:
+    """Return three decimals, fewer for large numbers, or a dash for none."""
+    if value is None or value != value:
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _of_classes(results: Sequence[FitResult]) -> dict[str, list[str]]:
     return {
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
@@ -147,8 +207,6 @@ def _measured(results: Sequence[FitResult]) -> dict[str, list[str]]:
         METRIC_COLUMNS["auroc"]: [_known(result.auroc) for result in results],
         **_chosen_by(results),
         "log-loss": [_calibrated(result) for result in results],
-        **_judged(results),
-        "seconds": [f"{result.seconds:.1f}" for result in results],
     }
 
 
@@ -162,7 +220,7 @@ def _known(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, list[str]]:
+def _judged(records: Sequence[HeadResult] | Sequence[SeedSummary] | Sequence[MetricSummary]) -> dict[str, list[str]]:
     """Return the columns on which results differ by more than chance; the chosen result has no p-value."""
     return {
         "p vs chosen": [_p_value(record.p_vs_best) for record in records],
@@ -172,11 +230,11 @@ def _judged(records: Sequence[FitResult] | Sequence[SeedSummary]) -> dict[str, l
     }
 
 
-def _targets(results: Sequence[FitResult]) -> list[str]:
+def _targets(results: Sequence[HeadResult]) -> list[str]:
     return [result.target or "-" for result in results]
 
 
-def _counts(result: FitResult) -> str:
+def _counts(result: HeadResult) -> str:
     """Return the numbers of training, validation and test rows, and in how many groups the test rows come."""
     grouped = result.n_groups is not None and result.n_groups < result.n_test
     return f"{result.n_train}/{result.n_val}/{result.n_test}" + (f" in {result.n_groups} groups" if grouped else "")
@@ -185,7 +243,7 @@ def _counts(result: FitResult) -> str:
 def _compared(
     settings: dict[str, list[str]],
     measured: dict[str, list[str]],
-    records: Sequence[FitResult] | Sequence[SeedSummary],
+    records: Sequence[HeadResult] | Sequence[SeedSummary] | Sequence[MetricSummary],
     *title: str,
 ) -> Table:
     """Return a table of results, those that may be the best in bold; settings that all share are in the title."""
@@ -212,7 +270,7 @@ def _calibrated(result: FitResult) -> str:
     return f"{result.log_loss:.3f}{after}"
 
 
-def _params(result: FitResult) -> str:
+def _params(result: HeadResult) -> str:
     shown = " ".join(f"{name}={value:.3g}" for name, value in result.params.items())
     return shown if result.converged else f"{shown} (not converged)"
 
@@ -221,40 +279,58 @@ def prediction_table(predictions: Sequence[Prediction], target: str, most: int =
     """The first `most` predictions of a target; `count_table` sums up the rest."""
     rows = []
     for prediction in predictions[:most]:
-        shown = "-" if prediction.probability is None else f"{prediction.probability:.3f}"
-        rows.append((prediction.uri, prediction.label or f"unreadable: {prediction.reason}", shown))
+        told = prediction.label if prediction.value is None else number_or_dash(prediction.value)
+        rows.append((prediction.uri, told or f"unreadable: {prediction.reason}", _certainty(prediction)))
     if len(predictions) > most:
         rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
-    return rows_table(("image", target, "probability"), rows)
+    heading = "probability" if predictions[0].scores is None else "score"
+    columns = ("image", target, heading)
+    shown = 3 if any(row[2] != "-" for row in rows) else 2
+    return rows_table(columns[:shown], [row[:shown] for row in rows])
+
+
+def _certainty(prediction: Prediction) -> str:
+    """Return the probability of the label, or the scores of all labels that are predicted."""
+    if prediction.scores is None:
+        return _known(prediction.probability)
+    names = [name for name in (prediction.label or "").split(BAR) if name]
+    return " ".join(f"{prediction.scores[name]:.3f}" for name in names) or "-"
 
 
 def count_table(predictions: Iterable[Prediction], target: str) -> Table:
     """How many images got each label."""
-    counts = Counter(prediction.label or "(unreadable)" for prediction in predictions)
+    names: Counter[str] = Counter()
+    for prediction in predictions:
+        several = prediction.scores is not None and prediction.label != BAR
+        names.update(
+            (prediction.label or "(unreadable)").split(BAR) if several else [prediction.label or "(unreadable)"]
+        )
+    counts = names
     return rows_table((target, "images"), [(label, str(count)) for label, count in counts.most_common()])
 
 
 def rank_table(ranking: Sequence[LayerScore]) -> Table:
     """One row for each layer, the best first; columns that are empty or say the same everywhere are left out."""
+    reached = METRIC_COLUMNS.get(ranking[0].metric, ranking[0].metric)
     columns = {
         "": [str(rank) for rank in range(1, len(ranking) + 1)],
         **_columns(ranking, "backbone", "pool", "layer"),
         "features": [str(score.dim) for score in ranking],
         "LogME": [f"{score.logme:.3f}" for score in ranking],
-        "H-score": [f"{score.h_score:.2f}" for score in ranking],
+        "H-score": ["" if score.h_score is None else f"{score.h_score:.2f}" for score in ranking],
         "LEEP": ["" if score.leep is None else f"{score.leep:.3f}" for score in ranking],
-        "accuracy": ["" if score.accuracy is None else f"{score.accuracy:.3f}" for score in ranking],
+        reached: ["" if score.test_score is None else f"{score.test_score:.3f}" for score in ranking],
     }
     needless = [name for name in ("backbone", "pool") if len(set(columns[name])) == 1]
-    needless += [name for name in ("LEEP", "accuracy") if not any(columns[name])]
+    needless += [name for name in ("H-score", "LEEP", reached) if not any(columns[name])]
     shown = {name: cells for name, cells in columns.items() if name not in needless}
     return rows_table(tuple(shown), list(zip(*shown.values(), strict=True)))
 
 
-def agreement_lines(agreement: Sequence[Agreement]) -> list[str]:
-    """Say how well the order by each score agrees with the order by test accuracy."""
+def agreement_lines(agreement: Sequence[Agreement], metric: str = "accuracy") -> list[str]:
+    """Say how well the order by each score agrees with the order by a metric on test."""
     return [
-        f"{_SCORES[found.score]} against test accuracy over {found.layers} layers: "
+        f"{_SCORES[found.score]} against test {METRIC_COLUMNS.get(metric, metric)} over {found.layers} layers: "
         f"Kendall's tau {found.kendall_tau:.2f}, Spearman's rho {found.spearman_rho:.2f}"
         for found in agreement
     ]

@@ -1,0 +1,207 @@
+"""Heads for several labels at once: one hyperplane, or one vote, for each label, with the same parameter for all.
+
+Here `y` is (n, K) bool, and so is what a `Step` predicts; scores and probabilities are (n, K), of each label by itself.
+A label that all training rows have, or none, gets a hyperplane without weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import LabelBinarizer
+from sklearn.svm import LinearSVC
+
+from pipeline.arrays import BoolArray, Float32Array, Float64Array
+from pipeline.evaluation.multilabel import EVEN
+from pipeline.heads.family import Family, Fitted, Params, Step, Weights
+from pipeline.heads.knn import K_GRID, inverse_distances, nearest_first
+from pipeline.heads.linear import LinearFamily
+from pipeline.heads.linear_svm import follow_margins, separate
+from pipeline.heads.logreg import Loss, find_optimum, follow, on_device
+from pipeline.heads.ridge import follow_squares
+from pipeline.heads.solvers.hyperplanes import Hyperplanes
+
+
+class _LabelsLinear(LinearFamily):
+    """A hyperplane for each label."""
+
+    weighted = False
+
+    def hyperplanes(self, estimator: Any) -> Hyperplanes:
+        """Return the coefficients (K, d) and intercepts (K,) of all labels."""
+        parts = getattr(estimator, "estimators_", [estimator])
+        return Hyperplanes(
+            np.vstack([one.coef_ for one in parts]), np.concatenate([np.atleast_1d(one.intercept_) for one in parts])
+        )
+
+
+class LabelsLogreg(_LabelsLinear):
+    """A binary logistic regression for each label, all with the same C."""
+
+    probabilities = True
+    fixed: ClassVar[Params] = {"C": 300.0}
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = device
+
+    def on_device(self, device: str) -> Family:
+        """Return this family with products computed on `device`."""
+        return LabelsLogreg(device)
+
+    def path(
+        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+    ) -> Iterator[Step]:
+        """Yield a `Step` for each candidate."""
+        loss, held_rows = _LabelsLoss(train, y, weight, self.device), on_device(self.device, held)
+        for weights, _, converged in follow(loss, [params["C"] for params in grid], relative=False):
+            chances = expit(loss.scores(held_rows, weights))
+            yield Step(chances >= EVEN, converged, chances)
+
+    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+        """Train and store the optimum in a `OneVsRestClassifier` of `LogisticRegression`."""
+        loss = _LabelsLoss(train, y, weight, self.device)
+        weights, steps, converged = find_optimum(loss, params["C"])
+        made = one_for_each(LogisticRegression(**params), y, *loss.hyperplanes(weights))
+        for one in made.estimators_:
+            one.n_iter_ = np.array([steps])
+        return Fitted(made, params, converged)
+
+
+class _LabelsLoss(Loss):
+    """The sum over labels of mean binary cross-entropies; weights are (K, d + 1)."""
+
+    def __init__(self, rows: Float32Array, y: BoolArray, weight: Weights, device: str | None) -> None:
+        super().__init__(rows, np.zeros(len(rows), np.int64), weight, device)
+        self.targets = y.astype(np.float64)
+
+    def start(self) -> Float64Array:
+        """Return no weights, and intercepts for the share of each label, never 0 or 1."""
+        n = len(self.targets)
+        shares = (self.targets.sum(axis=0) + 0.5) / (n + 1)
+        return np.hstack([np.zeros((len(shares), self.dim)), logit(shares)[:, None]])
+
+    def curvature_and_entropy(self, weights: Float64Array) -> tuple[Float64Array, float]:
+        """Return the curvature (K, 1) of each label's loss, and their sum without penalty."""
+        scores = self.scores(self.rows, weights)
+        chances = expit(scores)
+        return (self.shares @ (chances * (1 - chances)))[:, None], self._entropy(scores)
+
+    def value_and_gradient(self, weights: Float64Array, penalty: float) -> tuple[float, Float64Array]:
+        """Return the loss and its derivative by `weights`."""
+        scores = self.scores(self.rows, weights)
+        value = self._entropy(scores) + penalty / 2 * float(np.sum(weights[:, :-1] ** 2))
+        off = (expit(scores) - self.targets) * self.shares[:, None]
+        by_intercepts = off.sum(axis=0)
+        by_coefficients = off.T.astype(self.dtype) @ self.rows - np.outer(by_intercepts, self.spectrum.mean)
+        return value, np.hstack([by_coefficients + penalty * weights[:, :-1], by_intercepts[:, None]])
+
+    def _entropy(self, scores: Float64Array) -> float:
+        return float(self.shares @ (np.logaddexp(0, scores) - self.targets * scores).sum(axis=1))
+
+
+class LabelsSvm(_LabelsLinear):
+    """A binary linear SVM with squared hinge loss for each label, all with the same C."""
+
+    cost = 1.5e-5
+
+    def path(
+        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+    ) -> Iterator[Step]:
+        """Yield a `Step` for each candidate."""
+        for scores, converged in follow_margins(grid, train, _signs(y), held, weight):
+            yield Step(scores > 0, converged, scores=partial(np.asarray, scores))
+
+    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+        """Train and store the optimum in a `OneVsRestClassifier` of `LinearSVC`."""
+        weights, converged = separate(params, train, _signs(y), weight)
+        return Fitted(one_for_each(LinearSVC(**params), y, weights[:, :-1], weights[:, -1]), params, converged)
+
+
+class LabelsRidge(_LabelsLinear):
+    """Least squares on -1 and 1 for each label, all with the same alpha, which is 1 / C."""
+
+    fixed: ClassVar[Params] = {"alpha": 1.0}
+    cost = 1e-7
+
+    def grid(self, n_rows: int) -> Sequence[Params]:
+        """Return 45 values of alpha from 1e6 down to 1e-5."""
+        return [{"alpha": 1 / params["C"]} for params in super().grid(n_rows)]
+
+    def path(
+        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+    ) -> Iterator[Step]:
+        """Yield a `Step` for each candidate."""
+        for scores in follow_squares([params["alpha"] for params in grid], train, _signs(y), held, weight):
+            yield Step(scores > 0, converged=True, scores=partial(np.asarray, scores))
+
+    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+        """Train a `RidgeClassifier`, which takes several labels at once."""
+        model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y.astype(np.int64), weight)
+        return Fitted(model, params, converged=True)
+
+
+class LabelsKnn(Family):
+    """Scikit-learn's `KNeighborsClassifier` for several labels, with ``weights="distance"``.
+
+    The probability of a label is its share of the votes after one more vote that is half for it.
+    """
+
+    probabilities = True
+    fixed: ClassVar[Params] = {"k": 1}
+    cost = 2e-8
+
+    def grid(self, n_rows: int) -> Sequence[Params]:
+        """Return the values of k that `n_rows` rows allow, the largest first."""
+        return [{"k": k} for k in reversed(K_GRID) if k <= n_rows]
+
+    def path(
+        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+    ) -> Iterator[Step]:
+        """Yield a `Step` for each candidate, all from one list of neighbours."""
+        distances, neighbours = nearest_first(train, held, max(params["k"] for params in grid))
+        for params in grid:
+            k = params["k"]
+            weights = inverse_distances(distances[:, :k])
+            shares = np.einsum("mk,mkl->ml", weights, y[neighbours[:, :k]]) / weights.sum(axis=1, keepdims=True)
+            chances = _smooth(shares, k)
+            yield Step(chances >= EVEN, converged=True, probabilities=chances)
+
+    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+        """Keep the rows in a `KNeighborsClassifier`."""
+        model = KNeighborsClassifier(params["k"], metric="cosine", algorithm="brute", weights="distance")
+        return Fitted(model.fit(train, y.astype(np.int64)), params, converged=True)
+
+    def predict_proba(self, estimator: Any, rows: Float32Array) -> Float64Array:
+        """Return smoothed shares (n, K); scikit-learn gives a table for each label, with a column for each value."""
+        tables = zip(estimator.predict_proba(rows), estimator.classes_, strict=True)
+        shares = np.column_stack([table @ (values == 1) for table, values in tables])
+        return _smooth(shares, estimator.n_neighbors)
+
+
+def one_for_each(model: Any, y: BoolArray, coefficients: Float64Array, intercepts: Float64Array) -> OneVsRestClassifier:
+    """Return hyperplanes (K, d) and (K,) as a fitted `OneVsRestClassifier` with a `model` for each label."""
+    made = OneVsRestClassifier(model)
+    made.label_binarizer_ = LabelBinarizer(sparse_output=True).fit(y.astype(np.int64))
+    made.n_features_in_ = coefficients.shape[1]
+    made.estimators_ = []
+    for weights, intercept in zip(coefficients, intercepts, strict=True):
+        one = type(model)(**model.get_params())
+        one.classes_, one.n_features_in_ = np.arange(2), made.n_features_in_
+        one.coef_, one.intercept_ = weights[None].copy(), np.array([intercept])
+        made.estimators_.append(one)
+    return made
+
+
+def _signs(y: BoolArray) -> Float32Array:
+    return np.where(y, np.float32(1), np.float32(-1))
+
+
+def _smooth(shares: Float64Array, k: int) -> Float64Array:
+    return np.asarray((k * shares + EVEN) / (k + 1))

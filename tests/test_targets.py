@@ -1,0 +1,537 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+    root_mean_squared_error,
+)
+from sklearn.preprocessing import Normalizer
+from sklearn.svm import LinearSVC
+
+from features_cache import CacheWriter, LayerInfo, Rows
+from pipeline.errors import FitError, ModelFileError, TableError
+from pipeline.evaluation.bootstrap import Redrawn, compare_redrawn, mean_known
+from pipeline.evaluation.labels import read_labels
+from pipeline.evaluation.multilabel import average_precisions, best_thresholds, mean_auroc, rate_labels
+from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.regression import measure_numbers, rate_numbers
+from pipeline.evaluation.splits import make_splits
+from pipeline.evaluation.targets import read_answers
+from pipeline.export import HeadScores
+from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.finetuning.objective import Labels, Numbers
+from pipeline.fit import fit
+from pipeline.heads.choose import scale, train_final
+from pipeline.heads.registry import FAMILIES_OF, Head
+from pipeline.heads.saved import load_model, save_model
+from pipeline.predict import predict
+from pipeline.rank import rank
+from pipeline.results import from_json, to_json
+
+Thawline = Callable[..., Any]
+TINY = "test_resnet@random:0"
+N, D, NAMES = 240, 12, ("fur", "legs", "wings")
+OTHERS = [(task, name) for task in ("multilabel", "regression") for name in FAMILIES_OF[task]]
+
+
+@pytest.fixture(scope="module")
+def features() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((N, D)).astype("f")
+
+
+def labels_of(x: np.ndarray) -> np.ndarray:
+    """Return three labels (n, 3) that a few features tell, the last one rare."""
+    return np.asarray(x[:, :3] + 0.4 * x[:, 3:6] > np.array([0, 0.3, 1.3]))
+
+
+def number_of(x: np.ndarray) -> np.ndarray:
+    return np.asarray(20 + 5 * (x[:, 0] - x[:, 1]) + x[:, 5], np.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(features: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache without labels, and a table with a number, labels in one column, and a column for each label."""
+    folder = tmp_path_factory.mktemp("targets")
+    digests = [np.frombuffer(hashlib.blake2b(b"%d" % i, digest_size=16).digest(), np.uint8) for i in range(N)]
+    zeros, none = np.zeros(N, np.int64), [""] * N
+    rows = Rows([f"{i:03d}.png" for i in range(N)], zeros - 1, none, none, zeros, zeros)
+    layers = [LayerInfo(name, D, "float32", {"layer": name, "pool": "avg"}, name) for name in ("deep", "noise")]
+    request = {"backbone": "net", "layers": ["deep", "noise"], "pool": "avg", "size": None, "precision": "auto"}
+    handles = {"source": "photos", "backbone": "net", "pool": "avg"}
+    with CacheWriter.create(folder / "cache.h5", rows, (), layers, handles, request) as writer:
+        writer.begin_run({})
+        noise = np.random.default_rng(1).standard_normal((N, D)).astype("f")
+        writer.write(np.arange(N), {"deep": features, "noise": noise}, np.array(digests))
+    y, numbers = labels_of(features), number_of(features)
+    with (folder / "table.csv").open("w", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["uri", "parts", "weight", "constant", "site", *NAMES])
+        for i in range(N):
+            told = "|".join(name for name, has in zip(NAMES, y[i], strict=True) if has) or "|"
+            table.writerow([rows.uris[i], told, repr(float(numbers[i])), 3, f"s{i // 6}", *y[i].astype(int)])
+    return folder
+
+
+def run(folder: Path, task: str, **options: Any) -> Any:
+    target = {"multilabel": "parts", "regression": "weight"}[task]
+    known = {"layers": ["deep"], "labels": folder / "table.csv", "target": target, "jobs": 1}
+    return fit(folder / "cache.h5", task=task, **known | options)
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "message"),
+    [
+        ("regression", ["1", "2", "old"], "expected a number.*found 'old'.*task 'classification'"),
+        ("regression", ["1", "2", "nan"], "expected a number.*found 'nan'"),
+        ("regression", ["1", "inf"], "expected a number.*found 'inf'"),
+        ("regression", ["3", "", "3.0"], "is 3 for all images, so there is nothing to predict"),
+        ("regression", ["", ""], "is empty for all images"),
+        ("multilabel", ["a", "a|b", "b|a|b"], "expected at least two labels.*found 1"),
+        ("multilabel", ["|", "|"], "expected at least two labels.*found 0"),
+    ],
+)
+def test_cells_that_do_not_fit_their_task_are_refused(task: str, cells: list[str], message: str) -> None:
+    with pytest.raises(TableError, match=message):
+        read_answers(task, cells, "column 'x' of t.csv")
+
+
+def test_labels_of_a_cell_are_told_apart_and_useless_ones_left_out() -> None:
+    found = read_answers("multilabel", ["b| a", "", "|", "b|all", "all|caf\u00e9", "cafe\u0301|b"], "column 'x'")
+    assert found.classes == ("a", "all", "b", "caf\u00e9")
+    assert found.values is not None
+    assert found.values.astype(int).tolist() == [
+        [1, 0, 1, 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+        [0, 1, 1, 0],
+        [0, 1, 0, 1],
+        [0, 0, 1, 1],
+    ]
+    assert (found.labels >= 0).tolist() == [True, False, True, True, True, True]
+    found = read_answers("multilabel", ["a|x", "b|x", "x"], "column 'x'", ("a", "b", "never", "x"))
+    assert found.classes == ("a", "b")
+    assert found.notes == ("column 'x': labels that all images or none have are left out: never, x",)
+
+
+def test_a_class_column_that_looks_like_another_task_is_noted() -> None:
+    numbers = read_answers("classification", [f"{i / 7}" for i in range(40)], "column 'age'")
+    assert "task 'regression' predicts the number" in numbers.notes[0]
+    assert read_answers("classification", [str(i % 10) for i in range(40)], "column 'digit'").notes == ()
+    assert "task 'multilabel'" in read_answers("classification", ["a|b", "a"], "column 'x'").notes[0]
+
+
+def test_columns_of_0_and_1_say_the_same_as_labels_with_bars(folder: Path, tmp_path: Path) -> None:
+    uris = np.array([f"{i:03d}.png" for i in range(N)])
+    none = np.full(N, "")
+    one = read_labels(folder / "table.csv", "parts", task="multilabel").join(uris, none, none)
+    several = read_labels(folder / "table.csv", NAMES, task="multilabel").join(uris, none, none)
+    assert one.classes == several.classes == NAMES
+    np.testing.assert_array_equal(one.values, several.values)
+    np.testing.assert_array_equal(one.labels, several.labels)
+    path = tmp_path / "t.csv"
+    path.write_text("uri,a,b\nx,1,\ny,yes,0\nz,FALSE,1\n")
+    found = read_labels(path, ["a", "b"], task="multilabel").join(np.array(["x", "y", "z"]), *[np.full(3, "")] * 2)
+    assert found.labels[0] == -1
+    assert found.values is not None
+    assert found.values[1:].tolist() == [[True, False], [False, True]]
+    path.write_text("uri,a,b\nx,1,0\ny,2,0\n")
+    with pytest.raises(TableError, match="expected 0 or 1 in column 'a', found '2' in row 3"):
+        read_labels(path, ["a", "b"], task="multilabel")
+    with pytest.raises(TableError, match="several columns are labels of task 'multilabel'"):
+        read_labels(path, ["a", "b"], task="regression")
+
+
+def test_splits_spread_rare_labels_evenly() -> None:
+    rng = np.random.default_rng(0)
+    shares = np.array([0.02, 0.05, 0.2, 0.5])
+    values = rng.random((1000, 4)) < shares
+    cells = ["|".join(np.array(list("abcd"))[row]) or "|" for row in values]
+    strata = read_answers("multilabel", cells, "x").labels
+    none = np.full(1000, "")
+    digests = np.frombuffer(rng.bytes(16 * 1000), np.uint8).reshape(1000, 16)
+    found = make_splits(strata, none, none, digests, seed=0, task="multilabel")
+    held = values[found.test].sum(axis=0) / values.sum(axis=0)
+    assert np.abs(held - 0.2)[:2] == pytest.approx(0, abs=0.03)
+    assert np.abs(held - 0.2)[2:] == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_metrics_of_weighted_rows_are_scikit_learns(ties: bool) -> None:
+    rng = np.random.default_rng(0)
+    y = rng.random((60, 4)) < [0.1, 0.3, 0.5, 0.9]
+    scores = y + rng.standard_normal(y.shape)
+    scores = np.round(scores) if ties else scores
+    weights = rng.integers(0, 3, (5, 60)).astype(float)
+    found = average_precisions(y, scores, weights)
+    predicted = scores > 0.5
+    for draw, weight in enumerate(weights):
+        kept = weight > 0
+        for label in range(4):
+            expected = average_precision_score(y[kept, label], scores[kept, label], sample_weight=weight[kept])
+            assert found[draw, label] == pytest.approx(expected)
+        for metric, average in (("macro_f1", "macro"), ("micro_f1", "micro")):
+            mine = mean_known(rate_labels(metric, y, predicted, scores, None, weight[None]))[0]
+            assert mine == pytest.approx(f1_score(y, predicted, average=average, sample_weight=weight, zero_division=0))
+        truth, said = scores[:, 0], scores[:, 1] + y[:, 0]
+        for metric, of_sklearn in (
+            ("r2", r2_score),
+            ("rmse", root_mean_squared_error),
+            ("mae", mean_absolute_error),
+        ):
+            mine = rate_numbers(metric, truth, said, weight[None])[0]
+            assert mine == pytest.approx(of_sklearn(truth, said, sample_weight=weight))
+    assert mean_auroc(y, scores, None) == pytest.approx(roc_auc_score(y, scores))
+
+
+def test_what_is_not_defined_is_not_a_number() -> None:
+    y = np.array([[True, False, True], [True, False, False]])
+    scores = np.array([[0.5, 0.5, 0.9], [0.1, 0.3, 0.1]])
+    once = np.ones((1, 2))
+    assert average_precisions(y, scores, once).tolist()[0][2] == 1
+    assert np.isnan(average_precisions(y, scores, once)[0, :2]).all(), "all rows have the label, or none"
+    assert np.isnan(rate_numbers("r2", np.ones(4), np.arange(4.0), np.ones((1, 4)))).all()
+    folds = np.array([0, 0, 1, 1])
+    two = average_precisions(np.tile(y, (2, 1)), np.vstack([scores, scores + 5]), np.ones((1, 4)), folds)
+    assert two[0, 2] == 1, "scores of different folds are not compared"
+
+
+def test_thresholds_give_the_best_f1() -> None:
+    rng = np.random.default_rng(0)
+    y = rng.random((50, 3)) < 0.3
+    y[:, 2] = False
+    scores = np.round(y + rng.standard_normal(y.shape), 1)
+    found = best_thresholds(y, scores, 0.25)
+    assert found[2] == 0.25
+    for label in range(2):
+        cuts = [-np.inf, *np.unique(scores[:, label])]
+        best = max(f1_score(y[:, label], scores[:, label] >= cut) for cut in cuts)
+        assert f1_score(y[:, label], scores[:, label] >= found[label]) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("task", "name"), OTHERS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_step_predicts_what_the_final_head_does(task: str, name: str, wide: bool) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((90, 120 if wide else D)).astype("f")
+    y = labels_of(x) if task == "multilabel" else number_of(x)
+    family = FAMILIES_OF[task][name]
+    params = family.grid(60)[len(family.grid(60)) // 2]
+    scaled = scale("l2", x[:60].copy(), x[60:].copy(), rotated=wide and family.linear)
+    step = next(iter(family.path([params], scaled.train, y[:60], scaled.held)))
+    final = train_final(Head("", family, "l2"), params, scaled, y[:60]).estimator
+    if task == "regression":
+        np.testing.assert_allclose(final.predict(scaled.held), step.predicted, rtol=1e-4)
+        return
+    scores = step.probabilities if step.scores is None else step.scores()
+    np.testing.assert_allclose(family.scores(final, scaled.held), scores, atol=2e-3)
+    if name != "knn":  # whose own votes are not smoothed
+        np.testing.assert_array_equal(final.predict(scaled.held).astype(bool), step.predicted)
+
+
+@pytest.mark.parametrize("c", [0.1, 3.0])
+def test_heads_of_several_labels_are_scikit_learns_for_each(features: np.ndarray, c: float) -> None:
+    y = labels_of(features)
+    y = np.column_stack([y, np.zeros(N, bool)])  # a label that no training row has
+    features = features.astype(np.float64)
+    families = FAMILIES_OF["multilabel"]
+    logreg = families["logreg"].fit({"C": c}, features.astype("f"), y).estimator
+    svm = families["linear_svm"].fit({"C": c}, features.astype("f"), y).estimator
+    ridge = families["ridge"].fit({"alpha": 1 / c}, features, y).estimator
+    for label in range(3):
+        one = LogisticRegression(C=c, tol=1e-8, max_iter=1000).fit(features, y[:, label])
+        np.testing.assert_allclose(logreg.estimators_[label].coef_, one.coef_, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            logreg.predict_proba(features)[:, label], one.predict_proba(features)[:, 1], atol=1e-4
+        )
+        margin = LinearSVC(C=c, tol=1e-8, max_iter=100_000).fit(features, y[:, label]).decision_function(features)
+        np.testing.assert_allclose(svm.decision_function(features)[:, label], margin, rtol=0.01, atol=0.03)
+        plain = RidgeClassifier(alpha=1 / c).fit(features, y[:, label])
+        np.testing.assert_allclose(ridge.decision_function(features)[:, label], plain.decision_function(features))
+    for estimator in (logreg, svm, ridge):
+        assert not estimator.predict(features)[:, 3].any()
+
+
+def test_a_regression_is_scikit_learns_ridge_of_scaled_rows(folder: Path, features: np.ndarray, tmp_path: Path) -> None:
+    report = run(folder, "regression", heads=["ridge"], save=tmp_path / "m.skops")
+    result, found = report.results[0], report.predictions[0]
+    test = np.array([int(uri[:3]) for uri in found.uris])
+    x = Normalizer().fit_transform(features.astype(float))
+    rest = np.setdiff1d(np.arange(N), test)
+    oracle = Ridge(**result.params).fit(x[rest], number_of(features)[rest])
+    np.testing.assert_allclose(found.y_pred, oracle.predict(x[test]), rtol=1e-4)
+    assert result.r2 == pytest.approx(r2_score(number_of(features)[test], found.y_pred))
+    assert result.r2_ci95[0] < result.r2 < result.r2_ci95[1]
+    assert result.rmse_ci95[0] < result.rmse < result.rmse_ci95[1]
+    assert (result.n_train, result.n_val, result.n_test) == (150, 40, 50)
+    assert from_json(type(result), json.loads(json.dumps(to_json(result)))) == result
+    saved = load_model(tmp_path / "m.skops")
+    np.testing.assert_allclose(saved.predict_values(features[test]), found.y_pred, rtol=1e-5)
+    in_graph = HeadScores(saved, half=False)(torch.from_numpy(features[test])).numpy()
+    np.testing.assert_allclose(in_graph[:, 0], found.y_pred, rtol=1e-4)
+
+
+def test_labels_are_predicted_from_thresholds_of_validation_rows(
+    folder: Path, features: np.ndarray, tmp_path: Path
+) -> None:
+    report = run(folder, "multilabel", save=tmp_path / "m.skops")
+    result, found = report.results[0], report.predictions[0]
+    assert (report.classes, result.head, result.metric) == (NAMES, "logreg/l2", "average_precision")
+    assert found.probabilities is not None
+    expected = average_precision_score(found.y_true, found.probabilities, average="macro")
+    assert result.average_precision == pytest.approx(expected)
+    assert result.macro_f1 == pytest.approx(f1_score(found.y_true, found.y_pred, average="macro"))
+    thresholds = np.array([one.threshold for one in result.labels])
+    np.testing.assert_array_equal(found.y_pred, found.probabilities >= thresholds)
+    assert [one.positives for one in result.labels] == found.y_true.sum(axis=0).tolist()
+    for one in result.labels:
+        low, high = one.average_precision_ci95 or (1, 0)
+        assert low <= (one.average_precision or 2) <= high
+    assert from_json(type(result), json.loads(json.dumps(to_json(result)))) == result
+    saved = load_model(tmp_path / "m.skops")
+    assert (saved.task, saved.thresholds) == ("multilabel", thresholds.tolist())
+    test = np.array([int(uri[:3]) for uri in found.uris])
+    np.testing.assert_allclose(saved.predict_values(features[test]), found.probabilities, atol=1e-6)
+    in_graph = HeadScores(saved, half=False)(torch.from_numpy(features[test])).numpy()
+    np.testing.assert_allclose(expit(in_graph), found.probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_a_useless_layer_is_told_from_a_good_one(task: str, folder: Path) -> None:
+    report = run(folder, task, heads=["ridge/l2", "ridge/standard"], layers=["deep", "noise"])
+    results = report.results
+    assert results[report.best].layer == "deep"
+    assert results[report.best].in_best_set
+    for bad in (one for one in results if one.layer == "noise"):
+        assert not bad.in_best_set
+        assert bad.p_vs_best is not None
+        assert bad.p_vs_best < 0.01
+    assert sum(one.p_vs_best is None for one in results) == 1
+
+
+def test_equal_models_are_told_apart_in_at_most_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluation.bootstrap.DRAWS", 199)
+    rng = np.random.default_rng(0)
+    found, uris = [], np.array([f"{i}" for i in range(60)])
+    from pipeline.evaluation.multilabel import redraw_labels
+
+    for _ in range(60):
+        y = rng.random((60, 2)) < [0.12, 0.4]
+        models = [
+            redraw_labels("average_precision", [Predictions(uris, y, y, None, scores=y + rng.standard_normal(y.shape))])
+            for _ in range(3)
+        ]
+        p_values, best = compare_redrawn(models, 0)
+        found.append([min(p for p in p_values if p is not None) <= 0.05, not best.all()])
+    assert (np.mean(found, axis=0) <= 0.05 + 2 * 0.028).all(), "two standard errors of 60 simulations"
+
+
+def test_the_mean_over_seeds_has_an_interval_and_rows_of_all_seeds_are_drawn_together(folder: Path) -> None:
+    report = run(folder, "regression", heads=["ridge", "knn"], seeds=[0, 1, 2], metric="mae")
+    summary = {one.head: one for one in report.summary}["ridge/l2"]
+    values = [one.mae for one in report.results if one.head == "ridge/l2"]
+    assert (summary.metric, summary.seeds, summary.shared_test) == ("mae", 3, False)
+    assert summary.mean == pytest.approx(np.mean(values))
+    assert summary.ci95[0] < summary.mean < summary.ci95[1]
+    assert (summary.lowest, summary.highest) == (min(values), max(values))
+    assert report.results[0].validation_score > 0
+    assert report.results[report.best].validation_score == min(one.validation_score for one in report.results)
+    assert {one.head for one in report.summary if one.in_best_set} == {"ridge/l2"}
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_with_cross_validation_every_row_is_tested_once(task: str, folder: Path) -> None:
+    report = run(folder, task, cv=3, heads=["ridge"])
+    found = report.predictions[0]
+    assert found.uris.tolist() == [f"{i:03d}.png" for i in range(N)]
+    assert np.bincount(found.folds).min() >= N // 3 - 2
+
+
+def test_rows_of_groups_count_together(features: np.ndarray) -> None:
+    y = number_of(features)[:60]
+    uris = np.array([f"{i}" for i in range(60)])
+    groups = np.array([f"g{i // 10}" for i in range(60)])
+    off = np.repeat(np.random.default_rng(0).standard_normal(6), 10)
+    alone = measure_numbers(Predictions(uris, y, y + off, None))
+    together = measure_numbers(Predictions(uris, y, y + off, None, groups=groups))
+    assert (alone["n_groups"], together["n_groups"]) == (60, 6)
+    width = [ends["rmse_ci95"][1] - ends["rmse_ci95"][0] for ends in (alone, together)]
+    assert width[1] > 2 * width[0]
+
+
+def test_an_interval_of_draws_that_never_differ_is_a_point() -> None:
+    same = Redrawn(0.5, np.full((1999, 1), 0.5), np.array([9]))
+    assert same.interval() == (0.5, 0.5)
+    assert compare_redrawn([same, same], 0) == ([None, 1.0], pytest.approx([True, True]))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("regression", {"shots": [5]}, "shots is about classes; leave it out for regression"),
+        ("multilabel", {"balanced": True}, "balanced is about classes"),
+        ("regression", {"metric": "accuracy"}, "expected a metric for regression, one of r2, mae; got 'accuracy'"),
+        ("multilabel", {"heads": ["rbf_svm"]}, "no head named 'rbf_svm' for multilabel; there are logreg"),
+        ("regression", {"heads": ["logreg"]}, "no head named 'logreg' for regression; there are ridge, svr, knn"),
+        ("regression", {"target": "constant"}, "is 3 for all images"),
+        ("regression", {"target": "parts"}, "expected a number"),
+        ("regression", {"labels": None, "target": None}, "is empty for all images"),
+        ("classification", {"target": list(NAMES)}, "several columns are labels"),
+        ("clustering", {}, "task: expected one of classification, multilabel, regression"),
+    ],
+)
+def test_what_does_not_fit_the_task_is_refused(task: str, options: dict[str, Any], message: str, folder: Path) -> None:
+    known = {"labels": folder / "table.csv", "target": "weight"}
+    with pytest.raises((FitError, TableError), match=message):
+        fit(folder / "cache.h5", ["deep"], task=task, **known | options)
+
+
+def test_a_table_that_was_read_for_another_task_is_refused(folder: Path) -> None:
+    table = read_labels(folder / "table.csv", "weight")
+    with pytest.raises(TableError, match="was read for task 'classification'"):
+        fit(folder / "cache.h5", ["deep"], task="regression", labels=table)
+
+
+def test_the_command_prints_metrics_and_labels_and_draws(folder: Path, tmp_path: Path, thawline: Thawline) -> None:
+    asked = ("fit", folder / "cache.h5", "-l", "deep", "-l", "noise", "--labels", folder / "table.csv", "--jobs", 1)
+    shown = thawline(*asked, "--task", "regression", "--target", "weight", "--plot", tmp_path)
+    assert "R²" in shown.stdout
+    assert "validation r2" not in shown.stdout, "nothing was saved"
+    several = [part for name in NAMES for part in ("--target", name)]
+    shown = thawline(*asked, "--task", "multilabel", *several, "--plot", tmp_path)
+    assert "target fur, legs, wings" in shown.stdout
+    assert "labels by logreg/l2 on deep" in shown.stdout
+    names = {path.stem for path in tmp_path.glob("*.png")}
+    assert names == {"residuals", "labels", "depth"}
+    document = thawline(*asked, "--task", "multilabel", "--target", "parts", "--json", "--seed", 0, "--seed", 1).json
+    assert {one["label"] for one in document["results"][0]["labels"]} == set(NAMES)
+    assert document["summary"][0]["metric"] == "average_precision"
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_rank_puts_the_layer_first_that_tells_the_target(
+    task: str, folder: Path, features: np.ndarray, thawline: Thawline
+) -> None:
+    target = "parts" if task == "multilabel" else "weight"
+    known = {"labels": folder / "table.csv", "target": target, "task": task}
+    first, second = rank(folder / "cache.h5", fitted=True, **known).ranking
+    assert (first.layer, second.layer) == ("deep", "noise")
+    assert (first.h_score, first.leep, first.accuracy) == (None, None, None)
+    assert first.test_score is not None
+    assert first.test_score == getattr(run(folder, task).results[0], first.metric)
+    shown = thawline("rank", folder / "cache.h5", "--labels", folder / "table.csv", "--target", target, "--task", task)
+    assert "H-score" not in shown.stdout
+
+
+@pytest.mark.parametrize("changed", [{"thresholds": [0.5]}, {"thresholds": None}, {"task": "clustering"}])
+def test_a_forged_task_is_refused(changed: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    run(folder, "multilabel", heads=["ridge"], save=tmp_path / "m.skops")
+    saved = load_model(tmp_path / "m.skops")
+    save_model(tmp_path / "f.skops", type(saved)(**vars(saved) | changed))
+    with pytest.raises(ModelFileError, match="does not say its task, thresholds"):
+        load_model(tmp_path / "f.skops")
+
+
+@pytest.fixture(scope="module")
+def photos(write_photos: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of two colours, and a table that says what they show."""
+    folder = tmp_path_factory.mktemp("photos")
+    write_photos(folder / "photos", ("bright", "dark"), each=12)
+    rows = ["uri,said,number"]
+    for name, told in (("bright", ("light|even", "light")), ("dark", ("even", "|"))):
+        rows += [f"{name}/{i}.png,{told[i % 2]},{100 * (name == 'bright') + i}" for i in range(12)]
+    (folder / "table.csv").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("regression", "ridge"), ("multilabel", "logreg"), ("multilabel", "knn"), ("regression", "knn")]
+)
+def test_new_photos_get_numbers_or_labels(
+    task: str, head: str, photos: Path, tmp_path: Path, thawline: Thawline
+) -> None:
+    extract(photos / "photos", [TINY], ["layer1"], output=tmp_path / "cache", size=32, engine="torch")
+    target = "number" if task == "regression" else "said"
+    model = tmp_path / "m.skops"
+    known = {"labels": photos / "table.csv", "target": target, "task": task, "save": model, "jobs": 1}
+    report = fit(tmp_path / "cache", heads=[head], **known)
+    found = {one.uri: one for one in predict(model, photos / "photos", tmp_path / "cache", engine="torch").predictions}
+    shown = thawline(
+        "predict", model, photos / "photos", "-o", tmp_path / "cache", "--engine", "torch", "--csv", tmp_path / "p.csv"
+    )
+    assert shown.returncode == 0, shown.stderr
+    written = {row["uri"]: row for row in csv.DictReader((tmp_path / "p.csv").read_text().splitlines())}
+    tested = report.predictions[0]
+    for index, uri in enumerate(tested.uris.tolist()):
+        one = found[uri]
+        if task == "regression":
+            assert one.value == pytest.approx(tested.y_pred[index], rel=1e-4)
+            assert float(written[uri]["value"]) == one.value
+            assert one.label is None
+        else:
+            names = [name for name, has in zip(report.classes, tested.y_pred[index], strict=True) if has]
+            assert one.label == ("|".join(names) or "|")
+            assert one.scores is not None
+            assert float(written[uri][report.classes[0]]) == one.scores[report.classes[0]]
+
+
+@pytest.mark.parametrize(("top", "lr"), [("linear", 0.02), ("hidden", 0.005), ("direct", 0.001)])
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_a_network_is_fine_tuned_on_labels_or_numbers(
+    task: str, top: str, lr: float, photos: Path, tmp_path: Path
+) -> None:
+    target = "number" if task == "regression" else "said"
+    known = {"labels": photos / "table.csv", "target": target, "task": task, "save": tmp_path / "m.safetensors"}
+    report = finetune(
+        photos / "photos", TINY, top=top, epochs=20, patience=20, lr=lr, size=32, engine="torch", device="cpu",
+        output=tmp_path / "cache", **known
+    )  # fmt: skip
+    result, found = report.results[0], report.predictions[0]
+    assert from_json(type(result), json.loads(json.dumps(to_json(result)))) == result
+    predicted = {one.uri: one for one in predict(known["save"], photos / "photos", engine="torch").predictions}
+    if task == "regression":
+        assert result.r2 == pytest.approx(r2_score(found.y_true, found.y_pred))
+        assert result.r2 > 0.5, "colours tell most of the number"
+        said = [predicted[uri].value for uri in found.uris.tolist()]
+        np.testing.assert_allclose(said, found.y_pred, rtol=1e-3)
+    else:
+        assert found.probabilities is not None
+        np.testing.assert_array_equal(found.y_pred, found.probabilities >= [one.threshold for one in result.labels])
+        assert {one.label: one.f1 for one in result.labels}["light"] == 1
+        said = [list((predicted[uri].scores or {}).values()) for uri in found.uris.tolist()]
+        np.testing.assert_allclose(said, found.probabilities, atol=1e-3)
+    losses = [epoch["valid_loss"] for epoch in result.history]
+    assert result.params["best_epoch"] == 1 + int(np.argmin(losses))
+    assert min(losses) < losses[0]
+
+
+@pytest.mark.parametrize("option", [{"class_weights": True}, {"label_smoothing": 0.1}, {"shots": [2]}])
+def test_training_options_for_classes_are_refused_for_others(option: dict[str, Any], photos: Path) -> None:
+    with pytest.raises(FitError, match=f"{next(iter(option))} is about classes"):
+        finetune(photos / "photos", TINY, labels=photos / "table.csv", target="number", task="regression", **option)
+
+
+def test_objectives_of_labels_and_numbers_are_torchs() -> None:
+    rng = torch.Generator().manual_seed(0)
+    outputs = torch.randn(6, 3, generator=rng)
+    labels = torch.rand(6, 3, generator=rng) < 0.5
+    expected = torch.nn.BCEWithLogitsLoss()(outputs, labels.float()) * 3
+    torch.testing.assert_close(Labels()(outputs, labels), expected)
+    numbers = 100 + 10 * torch.randn(6, generator=rng, dtype=torch.float64)
+    expected = torch.nn.MSELoss()(outputs[:, :1] * 10 + 100, numbers[:, None].float()) / 100
+    torch.testing.assert_close(Numbers(100, 10)(outputs[:, :1], numbers), expected)
