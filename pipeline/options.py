@@ -51,7 +51,7 @@ METRICS = (
 METRICS_OF = {
     CLASSIFICATION: METRICS,
     MULTILABEL: ("average_precision", "macro_f1", "micro_f1"),
-    REGRESSION: ("r2", "mae"),
+    REGRESSION: ("r2", "rmse", "mae"),
 }
 """The metrics of each task, the default first."""
 DEFAULT_HEADS = {CLASSIFICATION: "logreg", MULTILABEL: "logreg", REGRESSION: "ridge"}
@@ -256,13 +256,20 @@ METRIC = Option("metric", choice(*METRICS), "What parameters and models are chos
 TASK = Option("task", choice(*TASKS), "What is predicted: a class, any number of labels, or a number.", CLASSIFICATION)
 FIT_LABELS = (
     LABELS[0],
-    replace(LABELS[1], help=f"{LABELS[1].help} Several columns of 0 and 1 are a label each.", repeat="target"),
+    replace(
+        LABELS[1],
+        help="Its column of labels or numbers; default: label, or the only one left. Several of 0 and 1: a label each.",
+        repeat="target",
+    ),
     LABELS[2],
     TASK,
     replace(
         METRIC,
         kind=choice(*dict.fromkeys(name for names in METRICS_OF.values() for name in names)),
-        help=f"{METRIC.help} Default: accuracy, average_precision of labels, or r2 of numbers.",
+        help=(
+            f"{METRIC.help} Default: accuracy; labels have average_precision (default), macro_f1 and micro_f1, numbers "
+            "r2 (default), rmse and mae."
+        ),
         default=None,
     ),
 )

@@ -160,14 +160,16 @@ def _misread(images: ImageSource) -> Iterator[str]:
 def write_csv(predictions: Sequence[Prediction], path: Path) -> None:
     """Write ``uri,label,probability,state,reason`` rows; absent values are empty.
 
-    A column ``value``, or a column with the score of each of several labels, follows where the model gives them. An
-    existing file is replaced, and stays as it was after an error. Raises `CacheError` if it cannot be written.
+    A column ``value``, or ``score:LABEL`` for each of several labels, follows where the model gives them. An existing
+    file is replaced, and stays as it was after an error. Raises `CacheError` if it cannot be written.
     """
     with explained(path, "write"), atomic_write(path) as draft, draft.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         names = next((list(item.scores) for item in predictions if item.scores), [])
         numbers = ["value"] if any(item.value is not None for item in predictions) else []
-        writer.writerow(("uri", "label", "probability", "state", "reason", *numbers, *names))
+        writer.writerow(
+            ("uri", "label", "probability", "state", "reason", *numbers, *(f"score:{name}" for name in names))
+        )
         for item in predictions:
             more = [item.value] * len(numbers) + [item.scores and item.scores[name] for name in names]
             writer.writerow((item.uri, item.label, item.probability, item.state, item.reason, *more))

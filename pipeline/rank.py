@@ -132,7 +132,8 @@ def agreements(scores: Sequence[LayerScore]) -> list[Agreement]:
     """Compare the order by each score with the order on test, if at least three layers have both."""
     found = []
     for name in ("logme", "h_score", "leep"):
-        pairs = [(getattr(score, name), score.test_score) for score in scores if getattr(score, name) is not None]
+        both = [(getattr(score, name), score.test_score) for score in scores]
+        pairs = [(score, reached) for score, reached in both if score is not None and reached is not None]
         if len(pairs) < _FEWEST or min(len(set(column)) for column in zip(*pairs, strict=True)) == 1:
             continue
         values, reached = zip(*pairs, strict=True)

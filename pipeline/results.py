@@ -9,7 +9,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
-LOWER_IS_BETTER = ("mae",)
+LOWER_IS_BETTER = ("rmse", "mae")
 """Metrics of which less is better."""
 
 R = TypeVar("R")
@@ -173,7 +173,8 @@ class HeadResult:
     metric : str
         What parameters were chosen by on validation rows, one of `pipeline.options.METRICS_OF`.
     validation_score : float or None
-        That metric on validation rows. None if there was nothing to choose by, and in results of older versions.
+        That metric on validation rows. None if there was nothing to choose by, and in results of older versions. The F1
+        of several labels is too high there, because the same rows choose the thresholds.
     p_vs_best : float or None
         P-value, with Holm's correction, against the result that is best by `metric` on validation rows, among those of
         the same test rows and shots; None for that result. If test rows come in groups, whole groups are compared.
@@ -269,7 +270,7 @@ class FitResult(HeadResult):
 class RegressionResult(HeadResult):
     """A head that predicts a number, and how good it is on test.
 
-    The p-value and the intervals are those of a bootstrap of test rows.
+    The p-value and the intervals are those of a bootstrap of test rows; None where all rows are of one group.
 
     Attributes
     ----------
@@ -280,11 +281,11 @@ class RegressionResult(HeadResult):
     """
 
     r2: float
-    r2_ci95: tuple[float, float]
+    r2_ci95: tuple[float, float] | None
     rmse: float
-    rmse_ci95: tuple[float, float]
+    rmse_ci95: tuple[float, float] | None
     mae: float
-    mae_ci95: tuple[float, float]
+    mae_ci95: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -316,17 +317,18 @@ class LabelScore:
 class MultilabelResult(HeadResult):
     """A head that predicts any number of labels, and how good it is on test.
 
-    The p-value and the intervals are those of a bootstrap of test rows. `average_precision` and `auroc` are means over
+    The p-value and the intervals are those of a bootstrap of test rows; an interval is None where all rows are of one
+    group, or nothing is predicted wrong. `average_precision` and `auroc` are means over
     the labels that some test rows have and others lack (None if there are none), `macro_f1` is a mean over the labels
     that some test row has or is predicted to have, and `micro_f1` counts all labels of all rows together.
     """
 
     average_precision: float | None
     average_precision_ci95: tuple[float, float] | None
-    macro_f1: float
-    macro_f1_ci95: tuple[float, float]
-    micro_f1: float
-    micro_f1_ci95: tuple[float, float]
+    macro_f1: float | None
+    macro_f1_ci95: tuple[float, float] | None
+    micro_f1: float | None
+    micro_f1_ci95: tuple[float, float] | None
     auroc: float | None
     labels: list[LabelScore]
 
@@ -348,7 +350,7 @@ class MetricSummary:
     metric: str
     seeds: int
     mean: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     sd: float
     lowest: float
     highest: float

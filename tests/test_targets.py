@@ -27,7 +27,7 @@ from features_cache import CacheWriter, LayerInfo, Rows
 from pipeline.errors import FitError, ModelFileError, TableError
 from pipeline.evaluation.bootstrap import Redrawn, compare_redrawn, mean_known
 from pipeline.evaluation.labels import read_labels
-from pipeline.evaluation.multilabel import average_precisions, best_thresholds, mean_auroc, rate_labels
+from pipeline.evaluation.multilabel import average_precisions, best_thresholds, mean_auroc, rate_labels, redraw_labels
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.regression import measure_numbers, rate_numbers
 from pipeline.evaluation.splits import make_splits
@@ -102,6 +102,7 @@ def run(folder: Path, task: str, **options: Any) -> Any:
         ("regression", ["1", "inf"], "expected a number.*found 'inf'"),
         ("regression", ["3", "", "3.0"], "is 3 for all images, so there is nothing to predict"),
         ("regression", ["", ""], "is empty for all images"),
+        ("regression", ["1700000000", "1700000230"], "differ by 230 at most.*subtract a constant"),
         ("multilabel", ["a", "a|b", "b|a|b"], "expected at least two labels.*found 1"),
         ("multilabel", ["|", "|"], "expected at least two labels.*found 0"),
     ],
@@ -151,8 +152,14 @@ def test_columns_of_0_and_1_say_the_same_as_labels_with_bars(folder: Path, tmp_p
     assert found.values is not None
     assert found.values[1:].tolist() == [[True, False], [False, True]]
     path.write_text("uri,a,b\nx,1,0\ny,2,0\n")
-    with pytest.raises(TableError, match="expected 0 or 1 in column 'a', found '2' in row 3"):
+    with pytest.raises(TableError, match=r"expected 0 or 1 \(no or yes, .*\) in column 'a', found '2' in row 3"):
         read_labels(path, ["a", "b"], task="multilabel")
+    path.write_text("uri,a|b,e\u0301\nx,1.0,0.0\ny,0,1\n")
+    with pytest.raises(TableError, match="bars stand between labels; rename it"):
+        read_labels(path, ["a|b", "e\u0301"], task="multilabel")
+    path.write_text("uri,a,e\u0301\nx,1.0,0.0\ny,0,1\n")
+    found = read_labels(path, ["a", "e\u0301"], task="multilabel").join(np.array(["x", "y"]), *[np.full(2, "")] * 2)
+    assert found.classes == ("a", "\u00e9")
     with pytest.raises(TableError, match="several columns are labels of task 'multilabel'"):
         read_labels(path, ["a", "b"], task="regression")
 
@@ -165,7 +172,7 @@ def test_splits_spread_rare_labels_evenly() -> None:
     strata = read_answers("multilabel", cells, "x").labels
     none = np.full(1000, "")
     digests = np.frombuffer(rng.bytes(16 * 1000), np.uint8).reshape(1000, 16)
-    found = make_splits(strata, none, none, digests, seed=0, task="multilabel")
+    found = make_splits(strata, none, none, digests, seed=0, values=values, classes=list("abcd"))
     held = values[found.test].sum(axis=0) / values.sum(axis=0)
     assert np.abs(held - 0.2)[:2] == pytest.approx(0, abs=0.03)
     assert np.abs(held - 0.2)[2:] == pytest.approx(0, abs=0.05)
@@ -300,8 +307,9 @@ def test_labels_are_predicted_from_thresholds_of_validation_rows(
     np.testing.assert_array_equal(found.y_pred, found.probabilities >= thresholds)
     assert [one.positives for one in result.labels] == found.y_true.sum(axis=0).tolist()
     for one in result.labels:
-        low, high = one.average_precision_ci95 or (1, 0)
+        low, high = one.average_precision_ci95 or (1, 1)  # without a mistake there is no interval
         assert low <= (one.average_precision or 2) <= high
+    assert any(one.average_precision_ci95 for one in result.labels)
     assert from_json(type(result), json.loads(json.dumps(to_json(result)))) == result
     saved = load_model(tmp_path / "m.skops")
     assert (saved.task, saved.thresholds) == ("multilabel", thresholds.tolist())
@@ -325,18 +333,18 @@ def test_a_useless_layer_is_told_from_a_good_one(task: str, folder: Path) -> Non
 
 
 def test_equal_models_are_told_apart_in_at_most_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.evaluation.bootstrap.DRAWS", 199)
+    monkeypatch.setattr("pipeline.evaluation.bootstrap.MOST_DRAWS", 199)
     rng = np.random.default_rng(0)
     found, uris = [], np.array([f"{i}" for i in range(60)])
-    from pipeline.evaluation.multilabel import redraw_labels
-
     for _ in range(60):
         y = rng.random((60, 2)) < [0.12, 0.4]
         models = [
             redraw_labels("average_precision", [Predictions(uris, y, y, None, scores=y + rng.standard_normal(y.shape))])
             for _ in range(3)
         ]
-        p_values, best = compare_redrawn(models, 0)
+        compared = compare_redrawn(models, 0)
+        assert compared is not None
+        p_values, best = compared
         found.append([min(p for p in p_values if p is not None) <= 0.05, not best.all()])
     assert (np.mean(found, axis=0) <= 0.05 + 2 * 0.028).all(), "two standard errors of 60 simulations"
 
@@ -374,10 +382,79 @@ def test_rows_of_groups_count_together(features: np.ndarray) -> None:
     assert width[1] > 2 * width[0]
 
 
-def test_an_interval_of_draws_that_never_differ_is_a_point() -> None:
-    same = Redrawn(0.5, np.full((1999, 1), 0.5), np.array([9]))
-    assert same.interval() == (0.5, 0.5)
-    assert compare_redrawn([same, same], 0) == ([None, 1.0], pytest.approx([True, True]))
+def test_test_sets_that_cannot_differ_tell_nothing(folder: Path, tmp_path: Path) -> None:
+    same = np.full(1999, 0.5)
+    model = Redrawn(0.5, same, same[:, None], np.array([9.0]))
+    assert model.interval() is None
+    assert compare_redrawn([model, model], 0) is None
+    lines = (folder / "table.csv").read_text().splitlines()
+    rows = [
+        f"{line},{'test' if i < 60 else 'train'},{'one' if i < 60 else f'g{i}'}" for i, line in enumerate(lines[1:])
+    ]
+    (tmp_path / "t.csv").write_text("\n".join([f"{lines[0]},split,group", *rows]))
+    for task in ("regression", "multilabel"):
+        report = run(folder, task, labels=tmp_path / "t.csv", heads=["ridge", "knn"])
+        for one in report.results:
+            assert (one.n_test, one.n_groups) == (60, 1)
+            assert getattr(one, f"{one.metric}_ci95") is None
+            assert (one.p_vs_best, one.in_best_set) == (None, None)
+
+
+def test_a_label_that_one_seed_does_not_test_leaves_the_mean_over_seeds_right() -> None:
+    rng = np.random.default_rng(0)
+    seeds = []
+    for seed in range(2):
+        y = rng.random((80, 2)) < 0.4
+        y[:, 1] &= seed == 0
+        uris = np.array([f"{seed}-{i}" for i in range(80)])
+        seeds.append(Predictions(uris, y, y, None, scores=y + rng.standard_normal(y.shape)))
+    both = redraw_labels("average_precision", seeds)
+    alone = [redraw_labels("average_precision", [one]).observed for one in seeds]
+    assert both.observed == pytest.approx(np.mean(alone))
+    low, high = both.interval() or (1, 0)
+    assert low + 0.02 < both.observed < high - 0.02
+
+
+def test_large_test_sets_are_drawn_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.evaluation.bootstrap._MOST_CELLS", 100 * 3 * 500)
+    y = np.random.default_rng(0).random((100, 3)) < 0.3
+    uris = np.array([f"{i}" for i in range(100)])
+    assert len(redraw_labels("macro_f1", [Predictions(uris, y, ~y, None, scores=y * 1.0)]).draws) == 500
+
+
+def test_the_area_under_the_curve_is_a_mean_over_folds_of_each_label() -> None:
+    y = np.array([[1, 0], [0, 1], [1, 0], [0, 0]], bool)
+    scores = np.array([[0.9, 0.1], [0.1, 0.8], [0.2, 0.3], [0.7, 0.4]])
+    assert mean_auroc(y, scores, np.array([0, 0, 1, 1])) == pytest.approx(np.mean([np.mean([1, 0]), 1]))
+
+
+@pytest.mark.parametrize("head", FAMILIES_OF["regression"])
+@pytest.mark.parametrize(("scale", "shift"), [(1e-4, 0.0), (1e4, 0.0), (1.0, 1e4)])
+def test_numbers_are_predicted_as_well_in_any_unit(features: np.ndarray, head: str, scale: float, shift: float) -> None:
+    family, y = FAMILIES_OF["regression"][head], number_of(features)
+    params = family.grid(100)[len(family.grid(100)) // 2]
+    plain, other = (family.fit(params, features[:150], given[:150]).estimator for given in (y, scale * y + shift))
+    found = (other.predict(features[150:]) - shift) / scale
+    np.testing.assert_allclose(found, plain.predict(features[150:]), atol=0.05 * y.std())
+
+
+def test_training_rows_that_say_nothing_are_refused_or_told(folder: Path, tmp_path: Path) -> None:
+    head = "uri,n,said,split\n"
+    rows = [
+        f"{i:03d}.png,{5 if i % 2 else i},{'a|b' if i % 4 else 'c'},{'train' if i % 2 else 'test'}" for i in range(N)
+    ]
+    (tmp_path / "t.csv").write_text(head + "\n".join(rows))
+    for stage in (fit, rank):
+        with pytest.raises(FitError, match="training rows have the number 5"):
+            stage(folder / "cache.h5", labels=tmp_path / "t.csv", target="n", task="regression")
+    notes = run(folder, "multilabel", labels=tmp_path / "t.csv", target="said", heads=["ridge"]).notes
+    assert "labels without a training row: c" in notes
+
+
+def test_a_model_of_another_task_predicts_no_class(folder: Path, features: np.ndarray, tmp_path: Path) -> None:
+    run(folder, "regression", save=tmp_path / "m.skops")
+    with pytest.raises(ModelFileError, match="predicts no class; use predict_values"):
+        load_model(tmp_path / "m.skops").predict(features)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +462,11 @@ def test_an_interval_of_draws_that_never_differ_is_a_point() -> None:
     [
         ("regression", {"shots": [5]}, "shots is about classes; leave it out for regression"),
         ("multilabel", {"balanced": True}, "balanced is about classes"),
-        ("regression", {"metric": "accuracy"}, "expected a metric for regression, one of r2, mae; got 'accuracy'"),
+        (
+            "regression",
+            {"metric": "accuracy"},
+            "expected a metric for regression, one of r2, rmse, mae; got 'accuracy'",
+        ),
         ("multilabel", {"heads": ["rbf_svm"]}, "no head named 'rbf_svm' for multilabel; there are logreg"),
         ("regression", {"heads": ["logreg"]}, "no head named 'logreg' for regression; there are ridge, svr, knn"),
         ("regression", {"target": "constant"}, "is 3 for all images"),
@@ -487,7 +568,7 @@ def test_new_photos_get_numbers_or_labels(
             names = [name for name, has in zip(report.classes, tested.y_pred[index], strict=True) if has]
             assert one.label == ("|".join(names) or "|")
             assert one.scores is not None
-            assert float(written[uri][report.classes[0]]) == one.scores[report.classes[0]]
+            assert float(written[uri][f"score:{report.classes[0]}"]) == one.scores[report.classes[0]]
 
 
 @pytest.mark.parametrize(("top", "lr"), [("linear", 0.02), ("hidden", 0.005), ("direct", 0.001)])

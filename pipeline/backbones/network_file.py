@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
 from features_cache import parse_json
+from pipeline.errors import ModelFileError
 from pipeline.model_file import TASK_DEFAULTS, ModelFormat, fits_task, reading, writing
 from pipeline.options import CLASSIFICATION, REGRESSION
 from pipeline.spec import LayerSpec
@@ -78,6 +79,8 @@ class TunedModel:
 
     def predict(self, scores: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return labels (n,), indices into `classes`, and their calibrated probabilities (n,) for scores (n, K)."""
+        if self.task != CLASSIFICATION:
+            raise ModelFileError(f"the model is for task '{self.task}' and predicts no class; use predict_values")
         probabilities = np.asarray(softmax(scores.astype(np.float64) / (self.temperature or 1.0), axis=1))
         return scores.argmax(axis=1), probabilities.max(axis=1)
 

@@ -28,7 +28,7 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
     """
     from pipeline.finetune import finetune as run
     from pipeline.model_file import check_destination
-    from pipeline.reporting.terminal.tables import finetune_table, labels_table
+    from pipeline.reporting.terminal.tables import finetune_table, labels_table, metric_text
     from pipeline.results import MultilabelResult
 
     if picture:
@@ -45,7 +45,11 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
             click.echo()
             print_table(labels_table(best))
         if report.saved:
-            validated = "" if best.validated is None else f", validation {best.metric} {best.validation_score:.3f}"
+            validated = (
+                ""
+                if best.validated is None
+                else f", validation {best.metric} {metric_text(best.metric, best.validation_score)}"
+            )
             click.echo(f"model: {report.saved} (seed {best.seed}, shots {best.shots}{validated})")
     if picture:
         _draw(report.results, picture, gradients=options["watch"] is not None)

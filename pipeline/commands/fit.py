@@ -60,8 +60,12 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _described(result: HeadResult) -> str:
+    from pipeline.reporting.terminal.tables import metric_text
+
     name = "" if result.metric == "accuracy" else f" {result.metric}"
-    validated = "not validated" if result.validated is None else f"validation{name} {result.validation_score:.3f}"
+    validated = "not validated"
+    if result.validated is not None:
+        validated = f"validation{name} {metric_text(result.metric, result.validation_score)}"
     return f"{result.head} on {result.layer}, shots {result.shots}, seed {result.seed}, {validated}"
 
 

@@ -19,16 +19,19 @@ from statistics import NormalDist
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
-from pipeline.arrays import BoolArray, Float64Array, IntArray, StrArray
+from pipeline.arrays import BoolArray, Float32Array, Float64Array, FloatArray, IntArray, StrArray
 from pipeline.evaluation.comparisons import adjusted, step_down
 from pipeline.evaluation.intervals import CONFIDENCE
 
-DRAWS = 1999  # with the observed set 2000, of which 5 % are a whole number
+MOST_DRAWS = 1999  # with the observed set 2000, of which 5 % are a whole number
+FEWEST_DRAWS = 199
+"""Of large test sets, whose metrics hardly vary, fewer are drawn: about `_MOST_CELLS` over rows times parts."""
 
+_MOST_CELLS = 400_000_000
 _CELLS = 1 << 22  # weights held at once
 _SAME = 1e-12
 
-Statistic = Callable[[Float64Array], Float64Array]
+Statistic = Callable[[FloatArray], FloatArray]
 """Maps how often each row was drawn, (b, n), to the parts (b, k) whose mean is a metric of these b test sets, such as
 the average precision of each label; NaN where one is not defined."""
 
@@ -41,22 +44,29 @@ class Redrawn:
     ----------
     observed : float
         Larger is better.
-    parts : (DRAWS, k) float64
+    draws : (b,) float64
+        NaN where the metric is not defined.
+    parts : (b, k) float64
+        What the draws are means of.
     telling : (k,) float64
         How many groups of rows tell each part, see `effective_groups`: of a label, the groups of the rows that have it,
         or of those that lack it, whichever are fewer.
     """
 
     observed: float
+    draws: Float64Array
     parts: Float64Array
     telling: Float64Array
 
-    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """Return the bias-corrected percentile interval (Efron 1987, without acceleration), widened."""
-        draws = mean_known(self.parts)
-        known = np.sort(draws[~np.isnan(draws)])
-        if not len(known):
-            return self.observed, self.observed
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+        """Return the bias-corrected percentile interval (Efron 1987, without acceleration), widened.
+
+        None where no draw differs from the others, as with a single group of rows, or if nothing is predicted wrong:
+        then the rows do not tell how far the metric may be from what it is on others.
+        """
+        known = np.sort(self.draws[~np.isnan(self.draws)])
+        if not len(known) or known[-1] - known[0] < _SAME:
+            return None
         below = (np.sum(known < self.observed) + np.sum(known <= self.observed)) / 2 / len(known)
         shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
         tail = ndtri((1 - confidence) / 2)
@@ -87,12 +97,19 @@ def redraw(
     clusters = np.unique(np.concatenate(units), return_inverse=True)[1]
     sizes = [len(one) for one in units]
     ends = np.cumsum(sizes)[:-1]
-    drawn = []
-    for weights in _weights(clusters):
+    draws, parts = [], []
+    for weights in _weights(clusters, len(telling[0])):
         of_seeds = zip(statistics, np.split(weights, ends, axis=1), strict=True)
-        drawn.append(np.mean([statistic(own) for statistic, own in of_seeds], axis=0))
+        found = [np.asarray(statistic(own), np.float64) for statistic, own in of_seeds]
+        draws.append(np.mean([mean_known(one) for one in found], axis=0))
+        parts.append(found[0] if len(found) == 1 else mean_known(np.stack(found, axis=1)))
     observed = [mean_known(one(np.ones((1, size))))[0] for one, size in zip(statistics, sizes, strict=True)]
-    return Redrawn(sign * float(np.mean(observed)), sign * np.concatenate(drawn), np.min(telling, axis=0))
+    return Redrawn(
+        sign * float(np.mean(observed)),
+        sign * np.concatenate(draws),
+        sign * np.concatenate(parts),
+        np.min(telling, axis=0),
+    )
 
 
 def effective_groups(units: StrArray) -> float:
@@ -101,16 +118,16 @@ def effective_groups(units: StrArray) -> float:
     return float(sizes.sum() ** 2 / (sizes @ sizes)) if len(sizes) else 0.0
 
 
-def mean_known(parts: Float64Array) -> Float64Array:
-    """Return means (b,) over the parts (b, k) that are defined; NaN if none is."""
-    count = (~np.isnan(parts)).sum(axis=1)
-    return np.where(count > 0, np.nansum(parts, axis=1) / np.maximum(count, 1), np.nan)
+def mean_known(values: FloatArray) -> Float64Array:
+    """Return means (b, ...) over those of `values` (b, k, ...) that are defined; NaN where none is."""
+    count = (~np.isnan(values)).sum(axis=1)
+    return np.where(count > 0, np.nansum(values, axis=1) / np.maximum(count, 1), np.nan)
 
 
 def compare_redrawn(
     models: Sequence[Redrawn], chosen: int, level: float = CONFIDENCE
-) -> tuple[list[float | None], BoolArray]:
-    """Compare k models by a metric of the same test sets.
+) -> tuple[list[float | None], BoolArray] | None:
+    """Compare k models by a metric of the same test sets; None where these do not differ, as with a single group.
 
     Parameters
     ----------
@@ -122,14 +139,17 @@ def compare_redrawn(
     Returns
     -------
     p_values : list of float or None
-        Two-sided, with Holm's correction; None for the chosen model.
+        Two-sided, at least one over the number of draws, with Holm's correction; None for the chosen model.
     may_be_best : (k,) bool
         As `pipeline.evaluation.comparisons.may_be_best`.
     """
-    found = np.stack([mean_known(model.parts) for model in models])
+    found = np.stack([model.draws for model in models])
     found = found[:, ~np.isnan(found).any(axis=0)]
+    if not found.shape[1] or float(np.ptp(found, axis=1).max()) < _SAME:
+        return None
     observed = np.array([model.observed for model in models])
-    leads, by_chance, p_values = [], [], []
+    leads, by_chance = [], []
+    p_values: list[float | None] = []
     for number, model in enumerate(models):
         differences = found - found[number]
         spread = np.std(differences, axis=1)
@@ -144,15 +164,16 @@ def compare_redrawn(
     return adjusted(p_values), step_down(np.array(leads), np.stack(by_chance, axis=1), level)
 
 
-def _weights(clusters: IntArray) -> Iterator[Float64Array]:
-    """Yield how often each row is drawn, (b, n); the same for equal numbers of clusters."""
+def _weights(clusters: IntArray, parts: int) -> Iterator[Float32Array]:
+    """Yield how often each row is drawn, (b, n); the same for equal numbers of clusters, rows and parts."""
     count = int(clusters.max()) + 1
+    draws = int(np.clip(_MOST_CELLS // (len(clusters) * parts), FEWEST_DRAWS, MOST_DRAWS))
     rng = np.random.default_rng(0)
     step = max(1, _CELLS // len(clusters))
-    for start in range(0, DRAWS, step):
-        size = min(step, DRAWS - start)
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
         drawn = rng.integers(0, count, (size, count)) + count * np.arange(size)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)[:, clusters].astype(np.float64)
+        yield np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)[:, clusters].astype(np.float32)
 
 
 def _widening(parts: Float64Array, telling: Float64Array) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +11,15 @@ from numpy.typing import NDArray
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import FitError
 from pipeline.evaluation.leaks import NearDuplicates, join_units
-from pipeline.evaluation.splits import MISSED, Splits, check_parts, draw_shots, hold_out_val, labelled_rows
-from pipeline.options import CLASSIFICATION
+from pipeline.evaluation.splits import (
+    MISSED,
+    Splits,
+    check_parts,
+    check_values,
+    draw_shots,
+    hold_out_val,
+    labelled_rows,
+)
 
 
 def stratified_folds(labels: IntArray, units: IntArray, count: int, seed: int) -> list[tuple[IntArray, IntArray]]:
@@ -66,13 +74,13 @@ def cross_splits(
     classes: Sequence[str] = (),
     *,
     near: NearDuplicates | None = None,
-    task: str = CLASSIFICATION,
+    values: NDArray[Any] | None = None,
 ) -> list[Splits]:
     """Make every labelled row a test row once: one split per fold, with val (or shots) drawn from the other folds.
 
     Parameters
     ----------
-    labels, given, groups, digests, seed, shots, classes, near, task
+    labels, given, groups, digests, seed, shots, classes, near, values
         As for `pipeline.evaluation.splits.make_splits`; a given val split is ignored, and no row is left out.
     count : int
         Number of folds.
@@ -97,10 +105,10 @@ def cross_splits(
     if len(folds) < count:
         raise FitError(
             f"cannot make {count} folds of {len(rows)} rows in {n_units} independent groups: every fold needs a group, "
-            "and two classes outside it; use fewer folds"
+            "and two classes (or ranges of a number) outside it; use fewer folds"
         )
     rng = np.random.default_rng(seed)
-    return [_split(rows[rest], rows[held], labels, units, rng, shots, classes, task) for rest, held in folds]
+    return [_split(rows[rest], rows[held], labels, units, rng, shots, classes, values) for rest, held in folds]
 
 
 def _split(
@@ -111,13 +119,16 @@ def _split(
     rng: np.random.Generator,
     shots: int | str,
     classes: Sequence[str],
-    task: str,
+    values: NDArray[Any] | None,
 ) -> Splits:
     notes: list[str] = []
     if shots == "all":
         train, val = hold_out_val(train, labels, units, rng)
     else:
         train, val = draw_shots(train, labels, int(shots), rng, notes, classes), train[:0]
-    if task == CLASSIFICATION:  # that a fold's val or test lacks a class is not worth a note
-        notes += [note for note in check_parts(train, val, test, labels, classes) if note.startswith(MISSED)]
+    if values is None:
+        found = check_parts(train, val, test, labels, classes)
+    else:
+        found = check_values(train, val, test, values, classes)
+    notes += [note for note in found if MISSED in note]  # that a fold's val or test lacks a class is not worth one
     return Splits(train, val, test, notes, [], units)

@@ -30,7 +30,7 @@ TARGET = "label"
 
 _CHUNK = 1 << 16
 _MISSING, _AMBIGUOUS = -1, -2
-_YES_OR_NO = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_YES_OR_NO = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no"), False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,8 @@ class LabelsTable:
     @cached_property
     def digest(self) -> str:
         """Digest of all that the labels of a cache's rows depend on; the table's name does not count."""
-        return fingerprint_of([self.target, self.keys, self.labels, self.splits, self.groups])
+        told = [self.target, self.keys, self.labels, self.splits, self.groups]
+        return fingerprint_of(told if self.task == CLASSIFICATION else [self.task, self.columns, *told])
 
     def join(self, uris: StrArray, splits: StrArray, groups: StrArray) -> RowLabels:
         """Give labels to rows.
@@ -243,7 +244,7 @@ def read_labels(
         found.get("split"),
         found.get("group"),
         task,
-        targets if len(targets) > 1 else (),
+        tuple(normalize("NFC", name) for name in targets) if len(targets) > 1 else (),
     )
 
 
@@ -285,13 +286,17 @@ def _roles(path: Path, header: Sequence[str], targets: Sequence[str], key: str |
 
 def _label_sets(path: Path, names: Sequence[str], columns: dict[str, list[str]]) -> list[str]:
     """Return cells of labels for columns that say of each label whether an image has it; empty if one does not say."""
+    for name in names:
+        if BAR in name:
+            raise TableError(f"{path}: column {name!r} cannot be a label, because bars stand between labels; rename it")
     cells = []
     for number, row in enumerate(zip(*(columns[name] for name in names), strict=True)):
         found = [_YES_OR_NO.get(cell.lower()) for cell in row]
         for name, cell, has in zip(names, row, found, strict=True):
             if cell and has is None:
                 raise TableError(
-                    f"{path}: expected 0 or 1 in column {name!r}, found {cell!r} in row {row_number(path, number)}"
+                    f"{path}: expected 0 or 1 (no or yes, false or true) in column {name!r}, found {cell!r} in row "
+                    f"{row_number(path, number)}"
                 )
         own = [name for name, has in zip(names, found, strict=True) if has]
         cells.append("" if None in found else BAR.join(own) or BAR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -28,7 +29,7 @@ def compare_metrics(results: Sequence[R], predictions: Sequence[Predictions]) ->
     for indices in alike.values():
         if len(indices) > 1:
             found = _Compared([[results[index]] for index in indices], [[predictions[index]] for index in indices])
-            for index, p, best in zip(indices, found.p_values, found.may_be_best.tolist(), strict=True):
+            for index, p, best in zip(indices, found.p_values, found.may_be_best, strict=True):
                 judged[index] = replace(results[index], p_vs_best=p, in_best_set=best)
     return judged
 
@@ -68,7 +69,7 @@ def summarise_metrics(results: Sequence[R], predictions: Sequence[Predictions]) 
                 lowest=float(values.min()),
                 highest=float(values.max()),
                 p_vs_best=alone.p_values[position],
-                in_best_set=bool(alone.may_be_best[position]) if together and len(cells) > 1 else None,
+                in_best_set=alone.may_be_best[position] if together and len(cells) > 1 else None,
                 shared_test=len({one.uris.tobytes() for one in told}) == 1 and own[0].cv is None,
             )
         )
@@ -76,7 +77,8 @@ def summarise_metrics(results: Sequence[R], predictions: Sequence[Predictions]) 
 
 
 def _value(result: RegressionResult | MultilabelResult) -> float:
-    return float(getattr(result, result.metric))
+    value: float | None = getattr(result, result.metric)
+    return math.nan if value is None else value
 
 
 class _Compared:
@@ -88,9 +90,13 @@ class _Compared:
         self.redrawn = [redraw(metric, own) for own in predictions]
         self.less_is_better = metric in LOWER_IS_BETTER
         validated = [(mean_if_known([one.validated for one in own]), None) for own in models]
-        self.p_values, self.may_be_best = compare_redrawn(self.redrawn, best_validated(validated))
+        compared = compare_redrawn(self.redrawn, best_validated(validated))
+        self.p_values: list[float | None] = [None] * len(models)
+        self.may_be_best: list[bool | None] = [None] * len(models)
+        if compared is not None:
+            self.p_values, self.may_be_best = compared[0], compared[1].tolist()
 
-    def interval(self, position: int) -> tuple[float, float]:
+    def interval(self, position: int) -> tuple[float, float] | None:
         """Return the interval of the mean over seeds."""
-        low, high = self.redrawn[position].interval()
-        return (-high, -low) if self.less_is_better else (low, high)
+        ends = self.redrawn[position].interval()
+        return (-ends[1], -ends[0]) if ends is not None and self.less_is_better else ends

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.arrays import BoolArray, Float64Array, IntArray
-from pipeline.evaluation.bootstrap import Redrawn, effective_groups, redraw
+from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray
+from pipeline.evaluation.bootstrap import Redrawn, effective_groups, mean_known, redraw
 from pipeline.evaluation.metrics import auroc, none_if_unknown
 from pipeline.evaluation.predictions import Predictions, count_rows
 from pipeline.options import METRICS_OF, MULTILABEL
@@ -30,8 +30,8 @@ def average_precisions(
     y_true : (n, K) bool
     scores : (n, K) float64
         Larger where a label is likelier.
-    weights : (b, n) float64
-        How often each row counts in each of b test sets.
+    weights : (b, n) float
+        How often each row counts in each of b test sets, whole numbers.
     folds : (n,) int64, optional
         The model that gave the scores of each row. Scores of different models do not compare, so the result is a mean
         over folds.
@@ -44,24 +44,25 @@ def average_precisions(
     if folds is not None:
         parts = [folds == fold for fold in np.unique(folds)]
         of_folds = [average_precisions(y_true[part], scores[part], weights[:, part]) for part in parts]
-        count = (~np.isnan(of_folds)).sum(axis=0)
-        return np.where(count > 0, np.nansum(of_folds, axis=0) / np.maximum(count, 1), np.nan)
+        return mean_known(np.stack(of_folds, axis=1))
     return np.stack(
         [_average_precision(y, score, weights) for y, score in zip(y_true.T, scores.T, strict=True)], axis=1
     )
 
 
-def _average_precision(y_true: BoolArray, scores: Float64Array, weights: Float64Array) -> Float64Array:
+def _average_precision(y_true: BoolArray, scores: Float64Array, weights: FloatArray) -> FloatArray:
     order = np.argsort(-scores, kind="stable")
-    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of rows with equal scores
-    drawn = weights[:, order]
-    taken = np.cumsum(drawn, axis=1)[:, ends]
-    right = np.cumsum(drawn * y_true[order], axis=1)[:, ends]
-    gained = np.diff(right, axis=1, prepend=0)
-    positive = right[:, -1]
-    known = (positive > 0) & (positive < taken[:, -1])
-    precision = right / np.where(taken > 0, taken, 1)
-    return np.where(known, (gained * precision).sum(axis=1) / np.where(known, positive, 1), np.nan)
+    ranked, positive = scores[order], np.flatnonzero(y_true[order])
+    ends = np.searchsorted(-ranked, -ranked[positive], "right") - 1  # of the rows with the same score
+    last = np.searchsorted(positive, ends, "right") - 1
+    taken = np.cumsum(weights[:, order], axis=1)
+    own = weights[:, order[positive]]
+    right = np.cumsum(own, axis=1)
+    if not len(positive):
+        return np.full(len(weights), np.nan)
+    precision = right[:, last] / np.maximum(taken[:, ends], 1)
+    known = (right[:, -1] > 0) & (right[:, -1] < taken[:, -1])
+    return np.where(known, (own * precision).sum(axis=1) / np.where(known, right[:, -1], 1), np.nan)
 
 
 def f1_counts(y_true: BoolArray, y_pred: BoolArray, weights: Float64Array) -> tuple[Float64Array, Float64Array]:
@@ -92,15 +93,13 @@ def rate_labels(
 
 
 def mean_auroc(y_true: BoolArray, scores: Float64Array, folds: IntArray | None) -> float:
-    """Return the mean area under the ROC curve over labels, and over folds as in `average_precisions`."""
+    """Return the mean area under the ROC curve over labels, of each over folds as in `average_precisions`."""
     parts = [np.arange(len(y_true))] if folds is None else [np.flatnonzero(folds == fold) for fold in np.unique(folds)]
     found = [
-        auroc(y.astype(np.int64), np.column_stack([-score, score]))
-        for part in parts
-        for y, score in zip(y_true[part].T, scores[part].T, strict=True)
-    ]
-    known = [value for value in found if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+        [auroc(own[part].astype(np.int64), np.column_stack([-said[part], said[part]])) for part in parts]
+        for own, said in zip(y_true.T, scores.T, strict=True)
+    ]  # (K, folds)
+    return float(mean_known(mean_known(np.array(found))[None])[0])
 
 
 def best_thresholds(y_true: BoolArray, scores: Float64Array, default: float) -> Float64Array:
@@ -151,20 +150,20 @@ def measure_labels(predictions: Predictions, names: tuple[str, ...], thresholds:
     redrawn = {metric: redraw_labels(metric, [predictions]) for metric in METRICS_OF[MULTILABEL]}
     for metric, of_metric in redrawn.items():
         known = not math.isnan(of_metric.observed)
-        found |= {metric: of_metric.observed if known else None, f"{metric}_ci95": _share(of_metric) if known else None}
+        found |= {metric: of_metric.observed if known else None, f"{metric}_ci95": _share(of_metric)}
     once = np.ones((1, len(y_true)))
     precisions = average_precisions(y_true, scores, once, predictions.folds)[0]
     f1 = rate_labels("macro_f1", y_true, predictions.y_pred, scores, None, once)[0]
     drawn, telling = redrawn["average_precision"].parts, redrawn["average_precision"].telling
     found["labels"] = []
     for number, name in enumerate(names):
-        own = Redrawn(float(precisions[number]), drawn[:, [number]], telling[[number]])
+        own = Redrawn(float(precisions[number]), drawn[:, number], drawn[:, [number]], telling[[number]])
         known = not math.isnan(own.observed)
         score = LabelScore(
             label=name,
             positives=int(y_true[:, number].sum()),
             average_precision=own.observed if known else None,
-            average_precision_ci95=_share(own) if known else None,
+            average_precision_ci95=_share(own),
             f1=none_if_unknown(float(f1[number])),
             threshold=float(thresholds[number]),
         )
@@ -172,7 +171,7 @@ def measure_labels(predictions: Predictions, names: tuple[str, ...], thresholds:
     return found
 
 
-def _share(redrawn: Redrawn) -> tuple[float, float]:
+def _share(redrawn: Redrawn) -> tuple[float, float] | None:
     """Return an interval, not beyond 0 and 1."""
-    low, high = redrawn.interval()
-    return max(0.0, low), min(1.0, high)
+    ends = redrawn.interval()
+    return None if ends is None else (max(0.0, ends[0]), min(1.0, ends[1]))

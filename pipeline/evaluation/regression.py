@@ -61,8 +61,7 @@ def measure_numbers(predictions: Predictions) -> dict[str, Any]:
         redrawn = redraw_numbers(metric, [predictions])
         ends = redrawn.interval()
         less = metric in ERRORS
-        found |= {
-            metric: -redrawn.observed if less else redrawn.observed,
-            f"{metric}_ci95": (max(0.0, -ends[1]), -ends[0]) if less else (ends[0], min(1.0, ends[1])),
-        }
+        if ends is not None:
+            ends = (max(0.0, -ends[1]), -ends[0]) if less else (ends[0], min(1.0, ends[1]))
+        found |= {metric: -redrawn.observed if less else redrawn.observed, f"{metric}_ci95": ends}
     return found

@@ -42,7 +42,7 @@ def split_layers(
         key = (id(table), seed, count)
         if key not in made:
             columns = (table.labels, table.splits, table.groups, table.digests)
-            how: Any = {"near": table.near, "task": table.task}
+            how: Any = {"near": table.near, "values": table.values}
             if cv is None:
                 names = (table.classes, table.uris.tolist())
                 made[key] = [make_splits(*columns, seed, count, *names, drop_leaks=drop_leaks, **how)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,6 @@ from pipeline.evaluation.leaks import (
     join_units,
     leak_notes,
 )
-from pipeline.options import CLASSIFICATION
 
 HELD_OUT = 0.2
 MISSED = "without a training row"
@@ -65,7 +65,7 @@ def make_splits(
     *,
     drop_leaks: bool = False,
     near: NearDuplicates | None = None,
-    task: str = CLASSIFICATION,
+    values: NDArray[Any] | None = None,
 ) -> Splits:
     """Divide labelled rows into train, val and test.
 
@@ -90,27 +90,29 @@ def make_splits(
     near : NearDuplicates, optional
         Keep groups of near-duplicates together where splits are drawn; with `drop_leaks`, also leave out test rows that
         are near a training row.
-    task : str, default "classification"
-        One of `pipeline.options.TASKS`; tells whether `labels` are classes.
+    values : (n, K) bool or (n,) float64, optional
+        Which of several labels, whose names are `classes`, each row has, or its number, if `labels` are no classes.
 
     Raises
     ------
     FitError
-        If train or test would be empty, or train has fewer than two classes.
+        If train or test would be empty, or train has fewer than two classes or numbers.
     """
     rows = labelled_rows(labels)
     units = join_units(groups, digests, near)
     rng = np.random.default_rng(seed)
     notes: list[str] = []
-    drawn = "20 % of the training rows of each class" if task == CLASSIFICATION else "20 % of the training rows"
+    drawn = "20 % of the training rows of each class" if values is None else "20 % of the training rows"
     train, val, test = _assign(rows, labels, given, units, rng, notes, drawn, cut_val=shots == "all")
     if drop_leaks:
         test = _without_leaks(train, val, test, digests, near, notes)
     if shots != "all":
         train = draw_shots(train, labels, int(shots), rng, notes, classes)
         val = val[:0]
-    if task == CLASSIFICATION:
+    if values is None:
         notes += check_parts(train, val, test, labels, classes)
+    else:
+        notes += check_values(train, val, test, values, classes)
     leaks = find_leaks(train, val, test, digests)
     notes += leak_notes(leaks, test, uris) + group_notes(train, val, test, groups)
     return Splits(train, val, test, notes, leaks, units)
@@ -160,8 +162,8 @@ def _assign(
         train, test = hold_out(train, labels, units, rng)
         if not test.size or not train.size:
             raise FitError(
-                f"cannot draw a test set from {count} training rows: at least one class needs 3 images "
-                "that are not of one group; add images, or give a test split"
+                f"cannot draw a test set from {count} training rows: at least 3 images (of a class) must not be of one "
+                "group; add images, or give a test split"
             )
     if not val.size and cut_val:
         train, val = hold_out_val(train, labels, units, rng)
@@ -263,6 +265,25 @@ def check_parts(train: IntArray, val: IntArray, test: IntArray, labels: IntArray
         absent = np.setdiff1d(learnt, labels[part])
         if part.size and absent.size:
             notes.append(f"without a row in {name}: {_names(absent, classes)}")
+    return notes
+
+
+def check_values(
+    train: IntArray, val: IntArray, test: IntArray, values: NDArray[Any], names: Sequence[str]
+) -> list[str]:
+    """Refuse training rows of a single number; return notes on labels that cannot be learnt or tested."""
+    known = np.concatenate([train, val])
+    notes: list[str] = []
+    if values.ndim == 1:
+        if np.ptp(values[train]) == 0:
+            raise FitError(f"all {len(train)} training rows have the number {values[train][0]:g}; add others")
+        return notes
+    for part, what in ((known, MISSED), (test, "without a row in test")):
+        absent = np.flatnonzero(~values[part].any(axis=0))
+        if len(absent):
+            shown = ", ".join(names[index] for index in absent[:MOST_NAMED])
+            rest = f" and {len(absent) - MOST_NAMED} more" if len(absent) > MOST_NAMED else ""
+            notes.append(f"labels {what}: {shown}{rest}")
     return notes
 
 

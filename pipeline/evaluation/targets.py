@@ -21,6 +21,8 @@ BAR = "|"
 """Between the labels of a cell. A bar alone says that an image has none of them."""
 MOST_STRATA = 10
 """Ranges of a number that splits spread evenly."""
+LEAST_RANGE = 1e-5
+"""Of numbers, as a share of the largest: heads and networks compute in float32, which cannot tell smaller ones."""
 
 _NOT_GIVEN = ("nan", "na", "n/a", "null", "none")
 
@@ -110,9 +112,7 @@ def _read_classes(cells: Sequence[str], where: str) -> Answers:
 
 def _odd(classes: Sequence[str], labels: IntArray, where: str) -> Iterator[str]:
     """Name classes that look like a missing label, like numbers among words, or like another task."""
-    for name in classes:
-        if name.lower() in _NOT_GIVEN:
-            yield f"'{name}' in {where} counts as a class; leave the cell empty if it stands for no label"
+    yield from _not_given(classes, where, "class")
     kinds = Counter(_number(name) is not None for name in classes)
     if len(kinds) > 1:
         words = [name for name in classes if _number(name) is None]
@@ -121,6 +121,12 @@ def _odd(classes: Sequence[str], labels: IntArray, where: str) -> Iterator[str]:
         yield f"{where} holds {len(classes)} different numbers, each a class; task 'regression' predicts the number"
     if several := sum(BAR in name for name in classes):
         yield f"{several} classes in {where} hold a bar; task 'multilabel' takes them for several labels of an image"
+
+
+def _not_given(names: Sequence[str], where: str, kind: str) -> Iterator[str]:
+    for name in names:
+        if name.lower() in _NOT_GIVEN:
+            yield f"'{name}' in {where} counts as a {kind}; leave the cell empty if it stands for no label"
 
 
 def _read_label_sets(cells: Sequence[str], where: str, columns: Sequence[str]) -> Answers:
@@ -141,10 +147,10 @@ def _read_label_sets(cells: Sequence[str], where: str, columns: Sequence[str]) -
             f"{where}: expected at least two labels that some images have and others lack, found {int(kept.sum())}; "
             "for one label use task 'classification'"
         )
-    notes = tuple(_same_everywhere([names[index] for index in np.flatnonzero(~kept)], where))
-    values = values[:, kept]
+    notes = _same_everywhere([names[index] for index in np.flatnonzero(~kept)], where)
+    values, names = values[:, kept], tuple(name for name, is_kept in zip(names, kept.tolist(), strict=True) if is_kept)
     labels = np.where(answered, _rarest(values), -1)
-    return Answers(tuple(np.array(names)[kept].tolist()), labels, values, notes)
+    return Answers(names, labels, values, (*notes, *_not_given(names, where, "label")))
 
 
 def _same_everywhere(names: Sequence[str], where: str) -> Iterator[str]:
@@ -172,8 +178,14 @@ def _read_numbers(cells: Sequence[str], where: str) -> Answers:
             )
     values = np.array([known[cell] for cell in cells], np.float64)
     answered = np.isfinite(values)
-    if np.ptp(values[answered]) == 0:
+    extent, largest = np.ptp(values[answered]), np.abs(values[answered]).max()
+    if extent == 0:
         raise TableError(f"{where} is {values[answered][0]:g} for all images, so there is nothing to predict")
+    if extent < LEAST_RANGE * largest:
+        raise TableError(
+            f"{where}: the numbers differ by {extent:.3g} at most, which is too little beside {largest:.3g}; "
+            "subtract a constant, such as the smallest"
+        )
     labels = np.full(len(values), -1)
     labels[answered] = _ranges(values[answered])
     return Answers((), labels, values)

@@ -129,7 +129,7 @@ def _keeping(layout: Layout) -> str:
 def splits_of(table: Table, seed: int, shots: int | str) -> Splits:
     """Split `table` into train, val and test as `fit` does; raises `FitError` if it cannot be split."""
     columns = (table.labels, table.splits, table.groups, table.digests)
-    return make_splits(*columns, seed, shots, table.classes, table.uris.tolist(), task=table.task)
+    return make_splits(*columns, seed, shots, table.classes, table.uris.tolist(), values=table.values)
 
 
 def extract_plain(setup: TrainingSetup, layer: str, pool: str = DEFAULT_POOL) -> CacheFile:

@@ -299,7 +299,7 @@ def choice_notes(head: Head, choices: Sequence[Choice]) -> list[str]:
         notes.append(f"{head.name}: {told}, because it would not help on validation rows")
     if any(math.isnan(choice.score) for choice in choices) and head.fixed:
         fixed = ", ".join(f"{name}={value:g}" for name, value in head.fixed.items())
-        why = "nothing could be validated, as with so few rows (or groups) per class"
+        why = "nothing could be validated, as with few rows (or groups)"
         notes.append(f"{head.name}: {why}, so {fixed} is used")
     return notes
 

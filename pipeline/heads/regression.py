@@ -71,13 +71,19 @@ class KernelSvr(Family):
         for params in grid:
             absolute = _absolute(params, train, y)
             gamma = absolute.pop("gamma")
-            model = SVR(kernel="precomputed", **absolute).fit(np.exp(-gamma * among), y, weight)
+            model = SVR(kernel="precomputed", tol=_tolerance(y), **absolute).fit(np.exp(-gamma * among), y, weight)
             yield Step(model.predict(np.exp(-gamma * across)), converged=True)
 
     def fit(self, params: Params, train: Float32Array, y: Float64Array, weight: Weights = None) -> Fitted:
         """Train an `SVR`; the returned parameters are absolute."""
         absolute = _absolute(params, train, y)
-        return Fitted(SVR(kernel="rbf", **absolute).fit(train, y, weight), absolute, converged=True)
+        model = SVR(kernel="rbf", tol=_tolerance(y), **absolute)
+        return Fitted(model.fit(train, y, weight), absolute, converged=True)
+
+
+def _tolerance(y: Float64Array) -> float:
+    """Return scikit-learn's tolerance in units of `y` (n,); its own default is for numbers that spread by about 1."""
+    return 1e-3 * (float(y.std()) or 1.0)
 
 
 def _absolute(params: Params, train: Float32Array, y: Float64Array) -> Params:

@@ -1,7 +1,8 @@
 """Saved heads: a skops file with a description of the layers that the head reads; loading it runs no code from it.
 
-The archive holds what `skops.io.dump` wrote (so ``skops.io.load`` alone gives the scikit-learn pipeline) and one more
-member, ``thawline.json``: everything else that `predict` needs, and a digest of the whole file.
+The archive holds what `skops.io.dump` wrote, and one more member, ``thawline.json``: everything else that `predict`
+needs, and a digest of the whole file. So ``skops.io.load`` alone gives the scikit-learn pipeline; several labels it
+predicts from 0.5 or 0 on, not from our thresholds.
 """
 
 from __future__ import annotations
@@ -127,6 +128,8 @@ class SavedModel:
         ModelFileError
             If the model was trained on another number of features, or its classifier does not work.
         """
+        if self.task != CLASSIFICATION:
+            raise ModelFileError(f"the model is for task '{self.task}' and predicts no class; use predict_values")
         probabilities = None
         with self._explained():
             rows, classifier, family = self._scaled(features)

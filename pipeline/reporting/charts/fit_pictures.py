@@ -15,7 +15,7 @@ from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.reliability import reliability_figure
 from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, save_figure, short
 from pipeline.reporting.charts.values import precisions_figure, residuals_figure
-from pipeline.reporting.terminal.tables import METRIC_COLUMNS
+from pipeline.reporting.terminal.tables import METRIC_COLUMNS, metric_text
 from pipeline.results import FitResult, HeadResult, MultilabelResult, RegressionResult
 
 MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and the map shows less
@@ -56,8 +56,8 @@ def draw_fit(report: FitReport, folder: Path) -> list[Path]:
 
 def _draw_values(report: FitReport, kept: RegressionResult | MultilabelResult, folder: Path) -> list[Path]:
     """Draw the results of a fit whose heads predict numbers or several labels."""
-    value = getattr(kept, kept.metric)
-    title = f"{kept.head} on {kept.layer}, {METRIC_COLUMNS[kept.metric]} {value:.3f} on {kept.n_test} test images"
+    value = metric_text(kept.metric, getattr(kept, kept.metric))
+    title = f"{kept.head} on {kept.layer}, {METRIC_COLUMNS[kept.metric]} {value} on {kept.n_test} test images"
     if isinstance(kept, MultilabelResult):
         paths = save(precisions_figure(kept.labels, title), folder, "labels")
     else:
@@ -76,6 +76,7 @@ def _metric_by_depth(report: FitReport) -> Figure:
     points = [(one.head, one.layer, one.mean, one.ci95) for one in report.summary] or [
         (one.head, one.layer, getattr(one, metric), getattr(one, f"{metric}_ci95")) for one in results
     ]
+    points = [(head, layer, value, ends or (value, value)) for head, layer, value, ends in points if value is not None]
     layers = sorted(dict.fromkeys(one.layer for one in results), key=lambda layer: layer != "input")
     lines = []
     for head in list(dict.fromkeys(one.head for one in results))[:MOST_LINES]:

@@ -39,7 +39,7 @@ def precisions_figure(scores: Sequence[LabelScore], title: str) -> Figure:
         axes = figure.subplots()
         rows = np.arange(len(shown))
         values = np.array([one.average_precision for one in shown])
-        ends = np.array([one.average_precision_ci95 for one in shown])
+        ends = np.array([one.average_precision_ci95 or (one.average_precision,) * 2 for one in shown])
         axes.errorbar(
             values, rows, xerr=np.abs(ends.T - values), fmt="o", color=SCREEN.series[0], markersize=5, capsize=3
         )

@@ -12,6 +12,7 @@ from rich.table import Table
 from features_cache import UNREADABLE, open_cache
 from pipeline.evaluation.targets import BAR
 from pipeline.results import (
+    LOWER_IS_BETTER,
     Agreement,
     DriftResult,
     ExtractResult,
@@ -97,8 +98,7 @@ def labels_table(result: MultilabelResult) -> Table:
     """One row for each of several labels, the commonest first."""
     rows = []
     for one in sorted(result.labels, key=lambda one: -one.positives):
-        interval = "-" if one.average_precision_ci95 is None else "{:.3f}–{:.3f}".format(*one.average_precision_ci95)
-        known = (_known(one.average_precision), interval, _known(one.f1))
+        known = (_known(one.average_precision), _ends("", one.average_precision_ci95), _known(one.f1))
         rows.append((one.label, str(one.positives), *known, f"{one.threshold:.3f}"))
     title = f"labels by {result.head} on {result.layer}, {result.n_test} test images"
     columns = ("label", "test images", "average precision", "95 % interval", "F1", "threshold")
@@ -155,13 +155,11 @@ def seeds_table(summary: Sequence[SeedSummary] | Sequence[MetricSummary]) -> Tab
 
 def _over_seeds(row: SeedSummary | MetricSummary) -> tuple[str, str, str, str]:
     """Return mean, interval, spread, lowest and highest value over seeds."""
-    if isinstance(row, SeedSummary):
-        ends = (row.accuracy_min, row.accuracy_max)
-        values = (row.accuracy_mean, row.accuracy_ci95, row.accuracy_sd, ends)
-    else:
-        values = (row.mean, row.ci95, row.sd, (row.lowest, row.highest))
-    mean, interval, spread, ends = values
-    return f"{mean:.3f}", "{:.3f}–{:.3f}".format(*interval), f"{spread:.3f}", "{:.3f}–{:.3f}".format(*ends)
+    if isinstance(row, MetricSummary):
+        name, ends = row.metric, (row.lowest, row.highest)
+        return metric_text(name, row.mean), _ends(name, row.ci95), metric_text(name, row.sd), _ends(name, ends)
+    ends = (row.accuracy_min, row.accuracy_max)
+    return _known(row.accuracy_mean), _ends("", row.accuracy_ci95), _known(row.accuracy_sd), _ends("", ends)
 
 
 def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
@@ -184,18 +182,26 @@ def _of_values(results: Sequence[HeadResult], names: Sequence[str]) -> dict[str,
     """Return metrics of labels or numbers; the one that parameters were chosen by has its interval beside it."""
     columns = {}
     for name in names:
-        columns[METRIC_COLUMNS[name]] = [number_or_dash(getattr(result, name)) for result in results]
+        columns[METRIC_COLUMNS[name]] = [metric_text(name, getattr(result, name)) for result in results]
         if name == results[0].metric:
-            ends = [getattr(result, f"{name}_ci95") or (None, None) for result in results]
-            columns["95 % interval"] = ["–".join(map(number_or_dash, interval)) for interval in ends]
+            columns["95 % interval"] = [_ends(name, getattr(result, f"{name}_ci95")) for result in results]
     return columns
 
 
-def number_or_dash(value: float | None) -> str:
-    """Return three decimals, fewer for large numbers, or a dash for none."""
+def metric_text(metric: str, value: float | None) -> str:
+    """Return a metric as text: shares with three decimals, errors with four digits, ``-`` where it is not known."""
     if value is None or value != value:
         return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return four_digits(value) if metric in LOWER_IS_BETTER else f"{value:.3f}"
+
+
+def four_digits(value: float) -> str:
+    """Return a number in the unit of a target as text, with four significant digits."""
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _ends(metric: str, interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else "–".join(metric_text(metric, end) for end in interval)
 
 
 def _of_classes(results: Sequence[FitResult]) -> dict[str, list[str]]:
@@ -217,7 +223,7 @@ def _chosen_by(results: Sequence[FitResult]) -> dict[str, list[str]]:
 
 
 def _known(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    return metric_text("", value)
 
 
 def _judged(records: Sequence[HeadResult] | Sequence[SeedSummary] | Sequence[MetricSummary]) -> dict[str, list[str]]:
@@ -279,11 +285,11 @@ def prediction_table(predictions: Sequence[Prediction], target: str, most: int =
     """The first `most` predictions of a target; `count_table` sums up the rest."""
     rows = []
     for prediction in predictions[:most]:
-        told = prediction.label if prediction.value is None else number_or_dash(prediction.value)
+        told = prediction.label if prediction.value is None else four_digits(prediction.value)
         rows.append((prediction.uri, told or f"unreadable: {prediction.reason}", _certainty(prediction)))
     if len(predictions) > most:
         rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
-    heading = "probability" if predictions[0].scores is None else "score"
+    heading = "score" if any(one.scores for one in predictions) else "probability"
     columns = ("image", target, heading)
     shown = 3 if any(row[2] != "-" for row in rows) else 2
     return rows_table(columns[:shown], [row[:shown] for row in rows])
