@@ -24,7 +24,7 @@ from features_cache.runs import encode_run
 from features_cache.writer import CacheWriter
 
 _CHUNK_BYTES = 32 << 20
-_ROW_BYTES = 64  # of a name, about: for chunks of rows
+_ROW_BYTES = 512  # of a row's texts, far more than most: for chunks of rows, which a long one widens
 _CARRIED_BYTES = 500  # of a row that is carried over, beside its features
 
 
@@ -155,7 +155,10 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
             ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
         for start in range(0, len(new_rows), chunk):
             new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
-            stored = {name: np.asarray(old.matrix(name))[before] for name in old.layers}
+            stored = {}
+            for name in old.layers:
+                stored[name] = np.asarray(old.matrix(name))[before]
+                old.release(name, before)
             states = old.states[before]
             sound = sound_sources(old, before) & sound_results(old, before)
             for name, values in stored.items():
@@ -215,7 +218,8 @@ class Donors:
     """
 
     def __init__(self, folder: Path, fingerprints: Collection[str], own_part: Path | None = None) -> None:
-        self._files: list[tuple[CacheFile, list[str], NDArray[np.int64], NDArray[np.uint64]]] = []
+        self._files: list[tuple[CacheFile, list[str]]] = []
+        keys, places = [np.empty(0, np.uint64)], [np.empty((0, 2), np.int64)]
         for path in sorted(folder.glob("*.h5")):
             if plan_of(path) is not None and path != own_part:
                 continue
@@ -226,9 +230,12 @@ class Donors:
                 continue  # `Catalog.problems` reports it
             names = {info.fingerprint: name for name, info in file.layers.items()}
             if names.keys() >= set(fingerprints):
-                keys = np.ascontiguousarray(file.digests[rows][:, :8]).view("<u8").reshape(-1)
-                order = np.argsort(keys, kind="stable")
-                self._files.append((file, [names[one] for one in fingerprints], rows[order], keys[order]))
+                keys.append(np.ascontiguousarray(file.digests[rows][:, :8]).view("<u8").reshape(-1))
+                places.append(np.column_stack([np.full(len(rows), len(self._files)), rows]))
+                self._files.append((file, [names[one] for one in fingerprints]))
+        joined = np.concatenate(keys)
+        order = np.argsort(joined, kind="stable")
+        self._keys, self._places = joined[order], np.concatenate(places)[order]
 
     def __contains__(self, digest: bytes) -> bool:
         return self.find(digest) is not None
@@ -242,11 +249,13 @@ class Donors:
     def find(self, digest: bytes) -> dict[str, NDArray[Any]] | None:
         """Return an image's features by layer name, each of shape (dim,), or None if no undamaged row has them."""
         key = np.frombuffer(digest[:8], "<u8")[0]
-        for file, names, rows, keys in self._files:
-            start, stop = np.searchsorted(keys, key, "left"), np.searchsorted(keys, key, "right")
-            for row in rows[start:stop].tolist():
-                if file.digests[row].tobytes() == digest and (features := _sound(file, names, row)) is not None:
-                    return features
+        for place in range(int(np.searchsorted(self._keys, key)), len(self._keys)):
+            if self._keys[place] != key:
+                break
+            number, row = self._places[place].tolist()
+            file, names = self._files[number]
+            if file.digests[row].tobytes() == digest and (features := _sound(file, names, row)) is not None:
+                return features
         return None
 
 

@@ -150,7 +150,7 @@ class CacheFile:
         matrix = self.matrix(layer)
         found = matrix[rows] if isinstance(rows, slice) else np.asarray(matrix)[rows]
         if not isinstance(rows, slice):
-            self._release(layer, rows)
+            self.release(layer, rows)
         sums = self.array(f"/crc/{layer}")[rows]
         parts = list(chunks(len(found), self.layers[layer].row_bytes))
         sound = [crc_rows(found[part]) == sums[part] for part in parts]
@@ -291,7 +291,7 @@ class CacheFile:
     def _text(self, name: str) -> NDArray[np.str_]:
         return decoded_text(np.array(self.array(name)))
 
-    def _release(self, layer: str, rows: NDArray[np.int64]) -> None:
+    def release(self, layer: str, rows: NDArray[np.int64]) -> None:
         """Let the pages of rows that were copied no longer count as memory of this process; the system keeps them."""
         if len(rows) and hasattr(mmap, "MADV_DONTNEED"):
             array = self.header.arrays[f"/features/{layer}"]

@@ -236,7 +236,7 @@ def fit(
     best = ranks.index(max(ranks))
     if destination is not None:
         save_model(destination, _saved_model(model, trials[best].data.layer, results[best]))
-    notes = _notes(trials, choices) + _distinct(streamed_notes(streamed)) + near_notes + best_notes(results)
+    notes = _notes(trials, choices) + streamed_notes(streamed) + near_notes + best_notes(results)
     summary = (summarise_seeds if of_classes else summarise_metrics)(results, predictions)
     kept = trials[best * folds].data.layer
     return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from features_cache import (
     superseded,
     verify,
 )
+from features_cache.grow import match_rows
 from features_cache.ledger import Ledger
 
 LAYERS = [LayerInfo("a", 4, "float32", {}, "f"), LayerInfo("b", 2, "float16", {}, "g")]
@@ -104,6 +106,7 @@ CHANGES: dict[str, tuple[Source, list[str]]] = {
     "relabelled": ({k: (v, 1 - label) for k, (v, label) in BASE.items()}, []),
     "reordered": (dict(reversed(BASE.items())), []),
     "mended": (BASE | {"bad.png": ("image mended", 0)}, ["image mended"]),
+    "a longer name": ({"0" * 999: ("image new", 1)} | BASE, ["image new"]),
     "renamed": ({f"moved-{k}" if k == "0.png" else k: v for k, v in BASE.items()}, ["image 0"]),
 }
 
@@ -120,6 +123,23 @@ def test_a_changed_source_costs_only_what_is_new(tmp_path: Path, case: str) -> N
     assert same_rows(open_cache(path), rows_of(source), ["x", "y"])
     assert [run["engine"] for run in open_cache(path).runs] == ["torch"]
     assert open_cache(path).request == {"q": 2}
+
+
+def test_one_long_name_does_not_widen_all(tmp_path: Path) -> None:
+    names = [*(f"{number:06d}" for number in range(20_000)), "x" * 4000]
+    zeros, none = np.zeros(len(names), np.int64), [""] * len(names)
+    rows = Rows(names[:-1], zeros[1:], none[1:], none[1:], zeros[1:], zeros[1:])
+    longer = Rows(names, zeros, none, none, zeros, zeros)
+    CacheWriter.create(tmp_path / "a.h5", rows, ["x"], LAYERS, {}, {}).close()
+    file = open_cache(tmp_path / "a.h5")
+    tracemalloc.start()
+    try:
+        assert not same_rows(file, longer, ["x"])
+        assert same_rows(file, rows, ["x"])
+        match_rows(file, longer)
+        assert tracemalloc.get_traced_memory()[1] < 25_000_000  # 80 MB if all were as wide
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_source_of_unreadable_images_only_grows_too(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import SourceError, UnreadableImageError
+from pipeline.images.sources import shards
 from pipeline.images.sources.items import split_in
 from pipeline.images.sources.registry import open_source
+from pipeline.user_folder import user_folder
 
 
 def write_tar(path: Path, *members: tuple[str, bytes] | tarfile.TarInfo) -> Path:
@@ -48,6 +50,27 @@ def test_one_shard(tmp_path: Path) -> None:
         ("train-000.tar/b.jpg", -1, "train", "", 7, time),
     ]
     assert [source.read(item) for item in source.items] == [b"image a", b"image b"]
+
+
+def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = (("b/é.jpg", b"image b"), ("a.png", b"image a"), ("a.cls", b"cat"), ("c.txt", b"?"), ("d.x.png", b"d"))
+    shard = write_tar(tmp_path / "train-000.tar", *members, ("d.y.cls", b"dog"))
+    first, read, before = open_source(shard), shards._read_shard, set(user_folder("shards").iterdir())
+    monkeypatch.setattr(shards, "_read_shard", lambda shard: pytest.fail("it was read again"))
+    again = open_source(shard)
+    assert again.items == first.items
+    assert (again.classes, again.notes) == (first.classes, first.notes)
+    assert [again.read(item) for item in again.items] == [b"image a", b"image b", b"d"]
+    monkeypatch.setattr(shards, "_read_shard", read)
+    for kept in before:
+        kept.write_bytes(kept.read_bytes()[:-50])
+    assert open_source(shard).items == first.items, "what is kept of it is damaged"
+    time = shard.stat().st_mtime_ns
+    write_tar(shard, ("e.png", b"image e"), ("e.cls", b"dog"))
+    os.utime(shard, ns=(time, time + 1))
+    assert labels_of(shard) == {"train-000.tar/e.png": "dog"}
+    with pytest.raises(UnreadableImageError, match="changed after it was listed"):
+        again.read(again.items[0])
 
 
 def test_a_folder_of_shards(tmp_path: Path) -> None:

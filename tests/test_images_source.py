@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.errors import SourceError
 from pipeline.images.sources import registry
-from pipeline.images.sources.items import ImageSource, Item, build_source
+from pipeline.images.sources.items import ImageSource, Item, Items, build_source
 from pipeline.images.sources.registry import open_source
 
 
@@ -107,6 +108,30 @@ def test_another_kind_of_source_is_one_opener_and_one_line(tmp_path: Path, monke
     (tmp_path / "none.list").write_text("")
     with pytest.raises(SourceError, match="expected at least one image"):
         open_source(tmp_path / "none.list")
+
+
+def test_items_are_a_sequence_that_keeps_columns() -> None:
+    made = [Item(f"é{n}", n % 3 - 1, "val" * (n % 2), "g" * n, n, 10**18 + n) for n in range(9)]
+    items = Items.of(iter(made))
+    assert (len(items), [*items], items[-2]) == (9, made, made[-2])
+    assert items == made != Items.of(made[:8])
+    assert items[2:7:2] == made[2:7:2]
+    assert items[np.array([4, 0])] == [made[4], made[0]]
+    assert type(items[3].size) is int
+    assert Items.of([]) == []
+    with pytest.raises(IndexError):
+        items[9]
+
+
+def test_items_take_little_memory() -> None:
+    tracemalloc.start()
+    try:
+        items = Items.of(Item(f"{n:050d}", size=n, mtime_ns=10**18 + n) for n in range(15_000))
+        assert tracemalloc.get_traced_memory()[1] < 350 * len(
+            items
+        )  # 2 MB of these are independent of how many they are
+    finally:
+        tracemalloc.stop()
 
 
 def test_classes_in_two_unicode_forms_are_one() -> None:

@@ -46,10 +46,13 @@ def find_streamed(trials: Sequence[Trial]) -> list[Trial]:
 
 def streamed_notes(trials: Sequence[Trial]) -> list[str]:
     """Return what a user should know about trials that `find_streamed` found."""
+    heads: dict[str, dict[str, None]] = {}
+    for trial in trials:
+        heads.setdefault(trial.data.layer.name, {})[trial.head.name] = None
     return [
-        f"{trial.head.name}: the features of {trial.data.layer.name} do not fit into free memory with all that a fit "
-        "needs, so they are read from the cache in each pass, which takes longer"
-        for trial in trials
+        f"{', '.join(names)}: the features of {layer} do not fit into free memory with all that a fit needs, so they "
+        "are read from the cache in each pass, which takes longer"
+        for layer, names in heads.items()
     ]
 
 

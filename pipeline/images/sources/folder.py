@@ -36,13 +36,7 @@ def open_folder(path: Location) -> ImageSource | None:
     if not path.is_dir():
         return None
     passed_over: Counter[str] = Counter()
-    rows = Items.of(walk(path, is_image_file, passed_over), ascii(path.as_posix())[1:-1]).rows
-    numbers: dict[tuple[str, str], int] = {}  # of pairs of split and class, which are few
-    found = splits_and_classes(rows.uris, path)
-    labels = np.fromiter((numbers.setdefault(pair, len(numbers)) for pair in found), np.int64, len(rows))
-    splits, names = zip(*numbers, strict=True) if numbers else ((), ())
-    texts: Any = np.array([*splits, ""], TEXT)[labels]
-    items = Items(replace(rows, labels=labels, splits=texts))
+    items, names = _split_and_named(Items.of(walk(path, is_image_file, passed_over), path.as_posix()), path)
     listed = path.files if isinstance(path, RemotePath) else None
     source = sort_source(
         path.name or "root",
@@ -54,6 +48,15 @@ def open_folder(path: Location) -> ImageSource | None:
     is_web = isinstance(path, RemotePath) and path.is_http
     remarks = *source.remarks, *unnoticed(source.items if is_web else ())
     return replace(source, passed_over=dict(passed_over), remarks=remarks, remote=isinstance(path, RemotePath))
+
+
+def _split_and_named(items: Items, root: Location) -> tuple[Items, list[str]]:
+    """Return items with the splits and labels that their paths imply, and the names that the labels stand for."""
+    numbers: dict[tuple[str, str], int] = {}  # of pairs of split and class, which are few
+    found = splits_and_classes(items.rows.uris, root)
+    labels = np.fromiter((numbers.setdefault(pair, len(numbers)) for pair in found), np.int64, len(items))
+    splits: Any = np.array([*(split for split, _ in numbers), ""], TEXT)[labels]
+    return Items(replace(items.rows, labels=labels, splits=splits)), [name for _, name in numbers]
 
 
 def open_image(path: Location) -> ImageSource | None:

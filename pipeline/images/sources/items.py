@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,9 +76,6 @@ TIME_LIMIT = 2**63 - 1
 
 _AT_ONCE = 1 << 12
 """Items that are Python objects at once."""
-_COLUMNS: tuple[Any, ...] = (TEXT, np.dtype(np.int64), TEXT, TEXT, np.dtype(np.int64), np.dtype(np.int64))
-"""Of the fields of `Item`, and of `Rows`."""
-
 Location = Path | RemotePath
 """Where a file or folder is: on this machine, or behind a URL."""
 
@@ -129,21 +127,20 @@ class Items(Sequence[Item]):
 
         Raises `SourceError`, which names the location, if a uri or group cannot be stored.
         """
-        parts: list[list[Any]] = [[] for _ in _COLUMNS]
+        texts: tuple[list[str], ...] = [], [], []  # joined by NUL, in which they take the least memory
+        numbers = array("q"), array("q"), array("q")
         iterator = iter(items)
         while chunk := list(islice(iterator, _AT_ONCE)):
             uris, labels, splits, groups, sizes, times = zip(*chunk, strict=True)
             check_names(location, chain(uris, groups))
+            for column, some in zip(texts, (uris, splits, groups), strict=True):
+                column.append("\0".join(some))
             bounded = [max(-TIME_LIMIT, min(time, TIME_LIMIT)) for time in times]
-            for part, dtype, column in zip(
-                parts, _COLUMNS, (uris, labels, splits, groups, sizes, bounded), strict=True
-            ):
-                part.append(np.array(column, dtype))
-        columns: list[Any] = []
-        for part, dtype in zip(parts, _COLUMNS, strict=True):
-            columns.append(np.concatenate([np.empty(0, dtype), *part]))
-            part.clear()
-        return cls(Rows(*columns))
+            for number, values in zip(numbers, (labels, sizes, bounded), strict=True):
+                number.extend(values)
+        named = [_unjoined(column, len(numbers[0])) for column in texts]
+        counted = [np.array(number, np.int64) for number in numbers]
+        return cls(Rows(named[0], counted[0], *named[1:], *counted[1:]))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,6 +165,16 @@ class Items(Sequence[Item]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _unjoined(joined: list[str], count: int) -> Any:
+    """Return the texts, `count` in all, that are joined by NUL in each of `joined`, which is emptied."""
+    column, end = np.empty(count, TEXT), count
+    while joined:
+        some = np.array(joined.pop().split("\0"), TEXT)
+        column[end - len(some) : end] = some
+        end -= len(some)
+    return column
 
 
 @dataclass

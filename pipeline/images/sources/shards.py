@@ -149,7 +149,7 @@ def _list_shard(shard: Location) -> _Shard:
 def _recall(kept: Path, key: list[int]) -> _Shard | None:
     """Return the listing in a file of ours, None if there is none of this key or it is damaged."""
     try:
-        with np.load(kept) as columns:
+        with kept.open("rb") as stream, np.load(stream) as columns:
             if columns["key"].tolist() != key:
                 return None
             first, count, others = json.loads(str(columns["others"]))
