@@ -44,6 +44,7 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -506,6 +507,16 @@ def make_photos(folder: Path) -> Path:
     return folder / "photos"
 
 
+def write_targets(photos: Path) -> Path:
+    """Write a table with a column for each task, named as it, and return its path."""
+    from pipeline.options import TASKS
+
+    table = photos.parent / "targets.csv"
+    rows = [f"{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]},{('x', 'y', 'x|y', '|')[i // 2 % 4]},{i}" for i in range(12)]
+    table.write_text("\n".join([f"uri,{','.join(TASKS)}", *rows]))
+    return table
+
+
 def use_tiny_zoo() -> None:
     """Make a network of a hundred weights known as `tiny`: real ones take seconds to build."""
     import torch
@@ -553,14 +564,18 @@ def heads(folder: Path) -> Forge:
     """The schema, an array, the description or the archive of a saved head changed, with a digest that fits."""
     from pipeline.extract import extract
     from pipeline.fit import fit
+    from pipeline.heads.registry import FAMILIES_OF
     from pipeline.heads.saved import FORMAT, _content, load_model
+    from pipeline.options import CLASSIFICATION, TASKS
     from pipeline.predict import predict
 
     photos, cache, target = make_photos(folder), folder / "cache", folder / "forged.skops"
     extract(photos, ["tiny@random:0"], ["penultimate"], output=cache, engine="torch", precision="fp32")
     originals = []
-    for head in ("logreg", "centroid", "knn", "rbf_svm", "linear_svm", "ridge"):
-        fit(cache, heads=[head], jobs=1, save=folder / "head.skops")
+    for task, head in product(TASKS, ("logreg", "centroid", "knn", "rbf_svm", "linear_svm", "ridge", "svr")):
+        if head not in FAMILIES_OF[task]:
+            continue
+        fit(cache, heads=[head], labels=write_targets(photos), target=task, task=task, save=folder / "head.skops")
         with zipfile.ZipFile(folder / "head.skops") as archive:
             originals.append({name: archive.read(name) for name in archive.namelist()})
     kept = set(cache.iterdir())
@@ -602,7 +617,7 @@ def heads(folder: Path) -> Forge:
 
     def read(whole: bool) -> None:
         model = load_model(target)
-        model.predict(np.zeros((2, 4), np.float32))
+        (model.predict if model.task == CLASSIFICATION else model.predict_values)(np.zeros((2, 4), np.float32))
         if not whole:
             return
         try:
@@ -643,20 +658,23 @@ def networks(folder: Path) -> Forge:
     from pipeline.backbones.network_file import FORMAT, _content, describe_network, is_network_file
     from pipeline.backbones.registry import load_backbone
     from pipeline.finetune import finetune
+    from pipeline.options import CLASSIFICATION, TASKS
     from pipeline.predict import predict
 
     photos, cache, target = make_photos(folder), folder / "cache", folder / "forged.safetensors"
     source = folder / "network.safetensors"
-    finetune(
-        photos, "tiny@random:0", epochs=1, save=source, output=cache, engine="torch", device="cpu", precision="fp32"
-    )
-    with safetensors.safe_open(source, "np") as file:
-        sound = json.loads((file.metadata() or {})["thawline"])
-    weights = safetensors.numpy.load_file(source)
+    originals = []
+    for task in TASKS:
+        told: Any = {"labels": write_targets(photos), "target": task, "task": task, "save": source, "output": cache}
+        finetune(photos, "tiny@random:0", epochs=1, engine="torch", device="cpu", precision="fp32", **told)
+        with safetensors.safe_open(source, "np") as file:
+            sound = json.loads((file.metadata() or {})["thawline"])
+        originals.append((sound, safetensors.numpy.load_file(source), source.read_bytes()))
     kept = set(cache.iterdir())
 
     def forge(rng: random.Random) -> Read:
-        description, tensors = sound, dict(weights)
+        description, weights, data = rng.choice(originals)
+        tensors = dict(weights)
         if rng.random() < 0.7:
             for _ in range(rng.choice([1, 1, 2])):
                 if rng.random() < 0.6:
@@ -669,7 +687,6 @@ def networks(folder: Path) -> Forge:
             text = written(description, rng).decode("utf-8", "replace")
             safetensors.numpy.save_file(tensors, target, {"thawline": text})
         else:
-            data = source.read_bytes()
             length = int.from_bytes(data[:8], "little")
             header = written(changed(json.loads(data[8 : 8 + length]), rng), rng)
             target.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
@@ -696,7 +713,7 @@ def networks(folder: Path) -> Forge:
         model = describe_network(target)
         backbone = load_backbone(f"tiny@{target}")
         scores = backbone.module(torch.zeros(2, 3, *backbone.preprocessing.size))
-        model.predict(scores.numpy())
+        (model.predict if model.task == CLASSIFICATION else model.predict_values)(scores.numpy())
         try:
             predict(target, photos, cache, engine="torch")
         finally:
