@@ -90,7 +90,7 @@ def predict(
     >>> caches = extract("photos", layers=["blocks.1"], size=32)
     >>> report = fit("thawline-cache", save="model.skops")
     >>> predict("model.skops", "new_photos").predictions[0]
-    Prediction(uri='cat/0.png', label='cat', probability=..., state='done', reason='')
+    Prediction(uri='cat/0.png', label='cat', probability=..., state='done', reason='', value=None, scores=None)
     """
     used, layers = _load(model)
     images = open_source(source)  # once, so that all layers are of the same images

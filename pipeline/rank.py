@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from scipy.stats import kendalltau, spearmanr
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from features_cache import AmbiguousCacheError, CacheFile, Catalog
@@ -169,7 +168,7 @@ def _score(layer: Layer, rows: IntArray) -> LayerScore:
     of_classes = table.task == CLASSIFICATION
     targets = indicators(labels) if of_classes else table.y[rows].reshape(len(rows), -1).astype(np.float64)
     if table.task == REGRESSION:
-        targets = StandardScaler().fit_transform(targets)
+        targets = (targets - targets.mean()) / targets.std()
     file, info = layer.parts[0]
     are_logits = info.name in aliases_of(file.request).get("logits", ())
     with threadpool_limits(1):  # two threads would mostly wait for each other

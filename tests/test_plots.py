@@ -67,7 +67,7 @@ def test_the_image_itself_comes_before_all_layers() -> None:
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["input", "layer1", "penultimate"]
 
 
-@pytest.mark.parametrize("k", [2, 10, 100, 130])
+@pytest.mark.parametrize("k", [2, 10, 40, 130])
 def test_confusion_matrix_has_any_number_of_classes(k: int, tmp_path: Path) -> None:
     y, found, names = predictions(k)
     figure = confusion_figure(y, found, names)
@@ -78,7 +78,7 @@ def test_confusion_matrix_has_any_number_of_classes(k: int, tmp_path: Path) -> N
     if k <= 10:
         assert sorted(map(int, texts(figure))) == sorted(expected[expected > 0].astype(int))
     ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert (ticks == [short(name) for name in names]) == (k <= 100)
+    assert (ticks == [short(name) for name in names]) == (k <= 120)
     save(figure, tmp_path, "m")
     figure.draw_without_rendering()
     for axes in figure.axes:

@@ -29,7 +29,7 @@ from pipeline.spec import Request
         ("test_resnet", (96, 160), "map", (3, 5)),
         ("test_resnet", (160, 64), "map", (5, 2)),
         ("swin_t", (96, 160), "map_last", (3, 5)),
-        ("test_vit", (96, 128), "tokens", (6, 8)),
+        ("test_vit", (64, 256), "tokens", (4, 16)),
     ],
 )
 def test_features_are_those_of_plain_hooks(name: str, size: tuple[int, int], kind: str, sides: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
 
-K_GRID = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
+_K = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50)
 
 
 class Knn(Family):
@@ -27,7 +27,7 @@ class Knn(Family):
 
     def grid(self, n_rows: int) -> Sequence[Params]:
         """Return the values of k that `n_rows` rows allow, the largest first."""
-        return [{"k": k} for k in reversed(K_GRID) if k <= n_rows]
+        return [{"k": k} for k in reversed(_K) if k <= n_rows]
 
     def path(
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None

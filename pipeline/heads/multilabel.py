@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.multiclass import OneVsRestClassifier
@@ -21,18 +22,19 @@ from sklearn.svm import LinearSVC
 from pipeline.arrays import BoolArray, Float32Array, Float64Array
 from pipeline.evaluation.multilabel import EVEN
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
-from pipeline.heads.knn import K_GRID, inverse_distances, nearest_first
+from pipeline.heads.knn import Knn, inverse_distances, nearest_first
 from pipeline.heads.linear import LinearFamily
-from pipeline.heads.linear_svm import follow_margins, separate
-from pipeline.heads.logreg import Loss, find_optimum, follow, on_device
-from pipeline.heads.ridge import follow_squares
+from pipeline.heads.linear_svm import LinearSvm, follow_margins, separate
+from pipeline.heads.logreg import Logreg, Loss, find_optimum, follow, on_device
+from pipeline.heads.ridge import Ridge, follow_squares
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 
-class _LabelsLinear(LinearFamily):
-    """A hyperplane for each label."""
+class _OfLabels(LinearFamily):
+    """A hyperplane for each label, of rows that weigh alike and are in memory."""
 
     weighted = False
+    streams = False
 
     def hyperplanes(self, estimator: Any) -> Hyperplanes:
         """Return the coefficients (K, d) and intercepts (K,) of all labels."""
@@ -42,21 +44,15 @@ class _LabelsLinear(LinearFamily):
         )
 
 
-class LabelsLogreg(_LabelsLinear):
+class LabelsLogreg(_OfLabels, Logreg):
     """A binary logistic regression for each label, all with the same C."""
-
-    probabilities = True
-    fixed: ClassVar[Params] = {"C": 300.0}
-
-    def __init__(self, device: str | None = None) -> None:
-        self.device = device
 
     def on_device(self, device: str) -> Family:
         """Return this family with products computed on `device`."""
         return LabelsLogreg(device)
 
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         loss, held_rows = _LabelsLoss(train, y, weight, self.device), on_device(self.device, held)
@@ -64,7 +60,7 @@ class LabelsLogreg(_LabelsLinear):
             chances = expit(loss.scores(held_rows, weights))
             yield Step(chances >= EVEN, converged, chances)
 
-    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Train and store the optimum in a `OneVsRestClassifier` of `LogisticRegression`."""
         loss = _LabelsLoss(train, y, weight, self.device)
         weights, steps, converged = find_optimum(loss, params["C"])
@@ -106,63 +102,46 @@ class _LabelsLoss(Loss):
         return float(self.shares @ (np.logaddexp(0, scores) - self.targets * scores).sum(axis=1))
 
 
-class LabelsSvm(_LabelsLinear):
+class LabelsSvm(_OfLabels, LinearSvm):
     """A binary linear SVM with squared hinge loss for each label, all with the same C."""
 
-    cost = 1.5e-5
-
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         for scores, converged in follow_margins(grid, train, _signs(y), held, weight):
             yield Step(scores > 0, converged, scores=partial(np.asarray, scores))
 
-    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Train and store the optimum in a `OneVsRestClassifier` of `LinearSVC`."""
         weights, converged = separate(params, train, _signs(y), weight)
         return Fitted(one_for_each(LinearSVC(**params), y, weights[:, :-1], weights[:, -1]), params, converged)
 
 
-class LabelsRidge(_LabelsLinear):
+class LabelsRidge(_OfLabels, Ridge):
     """Least squares on -1 and 1 for each label, all with the same alpha, which is 1 / C."""
 
-    fixed: ClassVar[Params] = {"alpha": 1.0}
-    cost = 1e-7
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return 45 values of alpha from 1e6 down to 1e-5."""
-        return [{"alpha": 1 / params["C"]} for params in super().grid(n_rows)]
-
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         for scores in follow_squares([params["alpha"] for params in grid], train, _signs(y), held, weight):
             yield Step(scores > 0, converged=True, scores=partial(np.asarray, scores))
 
-    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Train a `RidgeClassifier`, which takes several labels at once."""
         model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y.astype(np.int64), weight)
         return Fitted(model, params, converged=True)
 
 
-class LabelsKnn(Family):
+class LabelsKnn(Knn):
     """Scikit-learn's `KNeighborsClassifier` for several labels, with ``weights="distance"``.
 
     The probability of a label is its share of the votes after one more vote that is half for it.
     """
 
-    probabilities = True
-    fixed: ClassVar[Params] = {"k": 1}
-    cost = 2e-8
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return the values of k that `n_rows` rows allow, the largest first."""
-        return [{"k": k} for k in reversed(K_GRID) if k <= n_rows]
-
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: BoolArray, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, all from one list of neighbours."""
         distances, neighbours = nearest_first(train, held, max(params["k"] for params in grid))
@@ -173,7 +152,7 @@ class LabelsKnn(Family):
             chances = _smooth(shares, k)
             yield Step(chances >= EVEN, converged=True, probabilities=chances)
 
-    def fit(self, params: Params, train: Float32Array, y: BoolArray, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Keep the rows in a `KNeighborsClassifier`."""
         model = KNeighborsClassifier(params["k"], metric="cosine", algorithm="brute", weights="distance")
         return Fitted(model.fit(train, y.astype(np.int64)), params, converged=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import KNeighborsRegressor
@@ -13,9 +14,9 @@ from sklearn.svm import SVR
 
 from pipeline.arrays import Float32Array, Float64Array
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
-from pipeline.heads.knn import K_GRID, inverse_distances, nearest_first
-from pipeline.heads.linear import C_GRID
+from pipeline.heads.knn import Knn, inverse_distances, nearest_first
 from pipeline.heads.rbf_svm import kernel_scale
+from pipeline.heads.ridge import Ridge as ClassRidge
 from pipeline.heads.ridge import follow_squares
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
@@ -24,25 +25,20 @@ _GAMMA = (0.125, 0.5, 1.0, 2.0)
 _EPSILON = (0.01, 0.1)
 
 
-class RidgeRegression(Family):
+class RidgeRegression(ClassRidge):
     """Scikit-learn's `Ridge`: least squares; one decomposition serves all candidates."""
 
-    linear = True
-    fixed: ClassVar[Params] = {"alpha": 1.0}
-    cost = 1e-7
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return 45 values of alpha from 1e6 down to 1e-5."""
-        return [{"alpha": 1 / c} for c in C_GRID]
+    weighted = False
+    streams = False
 
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: Float64Array, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         for found in follow_squares([params["alpha"] for params in grid], train, y[:, None], held, weight):
             yield Step(found[:, 0], converged=True)
 
-    def fit(self, params: Params, train: Float32Array, y: Float64Array, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Train a `Ridge` by singular values, as for classes."""
         return Fitted(Ridge(solver="svd", **params).fit(train.astype(np.float64), y, weight), params, converged=True)
 
@@ -63,7 +59,7 @@ class KernelSvr(Family):
         return [{"C": c, "gamma": gamma, "epsilon": epsilon} for c in _C for gamma in _GAMMA for epsilon in _EPSILON]
 
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: Float64Array, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate."""
         among = euclidean_distances(train.astype(np.float64), squared=True)
@@ -74,7 +70,7 @@ class KernelSvr(Family):
             model = SVR(kernel="precomputed", tol=_tolerance(y), **absolute).fit(np.exp(-gamma * among), y, weight)
             yield Step(model.predict(np.exp(-gamma * across)), converged=True)
 
-    def fit(self, params: Params, train: Float32Array, y: Float64Array, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Train an `SVR`; the returned parameters are absolute."""
         absolute = _absolute(params, train, y)
         model = SVR(kernel="rbf", tol=_tolerance(y), **absolute)
@@ -92,18 +88,13 @@ def _absolute(params: Params, train: Float32Array, y: Float64Array) -> Params:
     return {"C": spread * params["C"], "gamma": gamma, "epsilon": spread * params["epsilon"]}
 
 
-class KnnRegression(Family):
+class KnnRegression(Knn):
     """Scikit-learn's `KNeighborsRegressor` by cosine distance: the mean of k neighbours, the nearer the weightier."""
 
-    fixed: ClassVar[Params] = {"k": 1}
-    cost = 2e-8
-
-    def grid(self, n_rows: int) -> Sequence[Params]:
-        """Return the values of k that `n_rows` rows allow, the largest first."""
-        return [{"k": k} for k in reversed(K_GRID) if k <= n_rows]
+    probabilities = False
 
     def path(
-        self, grid: Sequence[Params], train: Float32Array, y: Float64Array, held: Float32Array, weight: Weights = None
+        self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:
         """Yield a `Step` for each candidate, all from one list of neighbours."""
         distances, neighbours = nearest_first(train, held, max(params["k"] for params in grid))
@@ -111,7 +102,7 @@ class KnnRegression(Family):
             weights = inverse_distances(distances[:, : params["k"]])
             yield Step(np.average(y[neighbours[:, : params["k"]]], axis=1, weights=weights), converged=True)
 
-    def fit(self, params: Params, train: Float32Array, y: Float64Array, weight: Weights = None) -> Fitted:
+    def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Keep the rows in a `KNeighborsRegressor`."""
         model = KNeighborsRegressor(params["k"], metric="cosine", algorithm="brute", weights="distance")
         return Fitted(model.fit(train, y), params, converged=True)
