@@ -830,5 +830,29 @@ def test_a_head_that_needs_all_rows_in_memory_says_so_before_it_reads_any(
     assert reads == []
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_that_of_the_batch_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    files = {
+        1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file 100\ncache 7"),
+        2: ("", "memory.max", "memory.current", "anon 7\ninactive_file 100"),
+    }
+    folder, limit, usage, stat = files[version]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 50 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(
+        "4:memory,other:/job/step\n3:cpuset:/\n" if version == 1 else "0::/job/step\n"
+    )
+    for group, most in (("job/step", "max"), ("job", "3000")):
+        made = tmp_path / "sys" / folder / group
+        made.mkdir(parents=True, exist_ok=True)
+        for name, text in ((limit, most), (usage, "1000"), ("memory.stat", stat)):
+            (made / name).write_text(text)
+    monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path / "sys")
+    assert memory.free_memory() == 3000 - 1000 + 100
+    (tmp_path / "sys" / folder / "job" / limit).write_text("999999")
+    assert memory.free_memory() == 50 * 1024
+
+
 def test_free_memory_is_some_of_what_there_is() -> None:
     assert 1 << 20 < memory.free_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

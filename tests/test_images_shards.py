@@ -6,6 +6,7 @@ import io
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     members = (("b/é.jpg", b"image b"), ("a.png", b"image a"), ("a.cls", b"cat"), ("c.txt", b"?"), ("d.x.png", b"d"))
     shard = write_tar(tmp_path / "train-000.tar", *members, ("d.y.cls", b"dog"))
     first, read, before = open_source(shard), shards._read_shard, set(user_folder("shards").iterdir())
-    monkeypatch.setattr(shards, "_read_shard", lambda shard: pytest.fail("it was read again"))
+    monkeypatch.setattr(shards, "_read_shard", lambda *_: pytest.fail("it was read again"))
     again = open_source(shard)
     assert again.items == first.items
     assert (again.classes, again.notes) == (first.classes, first.notes)
@@ -71,6 +72,22 @@ def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert labels_of(shard) == {"train-000.tar/e.png": "dog"}
     with pytest.raises(UnreadableImageError, match="changed after it was listed"):
         again.read(again.items[0])
+
+
+def test_a_shard_that_changes_while_it_is_listed_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, read = write_tar(tmp_path / "a.tar", ("a.png", b"image a")), shards._read_shard
+
+    def read_and_replace(*arguments: Any) -> Any:
+        found = read(*arguments)
+        write_tar(shard, ("0.png", b"image 0"), ("a.png", b"image A"))
+        return found
+
+    monkeypatch.setattr(shards, "_read_shard", read_and_replace)
+    source = open_source(shard)
+    with pytest.raises(UnreadableImageError, match="changed after it was listed"):
+        source.read(source.items[0])
+    monkeypatch.setattr(shards, "_read_shard", read)
+    assert len(open_source(shard).items) == 2
 
 
 def test_a_folder_of_shards(tmp_path: Path) -> None:

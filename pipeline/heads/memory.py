@@ -10,6 +10,7 @@ from pipeline.errors import FitError
 from pipeline.heads.registry import FAMILIES_OF
 from pipeline.heads.trial import MOST_FOLDS, Trial
 
+_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 _GROUPS = {
     "": ("", "memory.max", "memory.current"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -73,25 +74,24 @@ def memory_of_trial(trial: Trial) -> int:
 
 def free_memory() -> int:
     """Return how many bytes this process may still take: what the system can free, within the limits of its groups."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    table = Path("/proc/meminfo")
-    if not table.is_file():  # macOS does not tell what it can free
-        return os.sysconf("SC_PHYS_PAGES") * page // 2
-    available = dict(line.split(":") for line in table.read_text().splitlines())["MemAvailable"]
-    return min(int(available.split()[0]) * 1024, *_left_in_groups())
+    table = _PROC / "meminfo"
+    lines = table.read_text().splitlines() if table.is_file() else []
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    if available is None:  # macOS does not tell what it can free
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return min([available, *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
     """Yield what each control group of this process, as of a container or a batch job, leaves of its limit."""
-    yield 1 << 62
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    table = _PROC / "self/cgroup"
+    for line in table.read_text().splitlines() if table.is_file() else ():
         _, kinds, path = line.split(":", 2)
         for kind in _GROUPS.keys() & kinds.split(","):
             folder, limit, usage = _GROUPS[kind]
-            root = Path("/sys/fs/cgroup", folder)
-            inside = root / path.lstrip("/")
+            inside = _CGROUP / folder / path.lstrip("/")
             for group in (inside, *inside.parents):
-                if group.is_relative_to(root) and (most := _number(group / limit)) is not None:
+                if group.is_relative_to(_CGROUP) and (most := _number(group / limit)) is not None:
                     stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
                     cached = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
                     yield most - (_number(group / usage) or 0) + cached

@@ -196,11 +196,10 @@ class Packed:
 
     def read(self, item: Item) -> bytes:
         """Return the bytes of an image."""
-        file, _, member = item.uri.partition("/")
-        while file not in self.readers:
-            folder, _, member = member.partition("/")
-            file += f"/{folder}"
-        return self.readers[file](member)
+        parts = item.uri.split("/")
+        ends = (end for end in range(1, len(parts)) if "/".join(parts[:end]) in self.readers)
+        end = next(ends)
+        return self.readers["/".join(parts[:end])]("/".join(parts[end:]))
 
 
 @dataclass(frozen=True)

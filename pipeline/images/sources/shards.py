@@ -78,6 +78,8 @@ class _Shard(NamedTuple):
 
     Attributes
     ----------
+    listed : Stamp
+        Of the shard before it was listed.
     names : (n,) TEXT
         If several members have the same name, the last one counts.
     starts, sizes : (n,) int64
@@ -92,6 +94,7 @@ class _Shard(NamedTuple):
         The content of a packed shard.
     """
 
+    listed: Stamp
     names: NDArray[Any]
     starts: IntArray
     sizes: IntArray
@@ -117,10 +120,10 @@ def read_shards(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple
     hold_if_small(files.values())
     for uri, shard in zip(files, map_ahead(_list_shard, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
         packed.passed_over.update(shard.others)
-        listed, split = stamp(files[uri]), split_in(uri)
-        packed.readers[uri] = partial(_read, files[uri], listed, shard)
+        split, mtime_ns = split_in(uri), shard.listed.mtime_ns
+        packed.readers[uri] = partial(_read, files[uri], shard)
         for member, size, label in zip(shard.names, shard.sizes.tolist(), shard.labels, strict=True):
-            yield Item(f"{uri}/{member}", split=split, size=size, mtime_ns=listed.mtime_ns), label
+            yield Item(f"{uri}/{member}", split=split, size=size, mtime_ns=mtime_ns), label
         unreached += shard.unreached_count
         first = first or (shard.unreached and f"{uri}/{shard.unreached}")
     if unreached:
@@ -133,36 +136,36 @@ def read_shards(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple
 def _list_shard(shard: Location) -> _Shard:
     """Return what a shard holds: what an earlier call found, if its size and token are the same, or by reading it."""
     listed = stamp(shard)
-    if shard.name.lower().endswith(GZIPPED) or listed.size < 0 or not listed.mtime_ns:
-        return _read_shard(shard)
-    with suppress(RuntimeError):
+    try:
         kept = user_folder("shards") / f"{fingerprint_of(shard.as_posix())}.npz"
-        key = [_RULES, *listed]
-        known = _recall(kept, key)
-        if known is None:
-            known = _read_shard(shard)
-            _remember(kept, key, known)
+    except RuntimeError:  # there is no such folder
+        return _read_shard(shard, listed)
+    if shard.name.lower().endswith(GZIPPED) or listed.size < 0 or not listed.mtime_ns:
+        return _read_shard(shard, listed)
+    if (known := _recall(kept, listed)) is not None:
         return known
-    return _read_shard(shard)
+    found = _read_shard(shard, listed)
+    _remember(kept, found)
+    return found
 
 
-def _recall(kept: Path, key: list[int]) -> _Shard | None:
-    """Return the listing in a file of ours, None if there is none of this key or it is damaged."""
+def _recall(kept: Path, listed: Stamp) -> _Shard | None:
+    """Return the listing in a file of ours, None if there is none of a shard of this stamp, or it is damaged."""
     try:
         with kept.open("rb") as stream, np.load(stream) as columns:
-            if columns["key"].tolist() != key:
+            if columns["key"].tolist() != [_RULES, *listed]:
                 return None
             first, count, others = json.loads(str(columns["others"]))
             texts = {name: bytes(columns[name]).decode().split("\0")[:-1] for name in ("names", "classes")}
             numbers, starts, sizes = (np.asarray(columns[name], np.int64) for name in ("labels", "starts", "sizes"))
             labels = np.array([*texts["classes"], ""], TEXT)[numbers]
-            found = _Shard(np.array(texts["names"], TEXT), starts, sizes, labels, first, count, others)
+            found = _Shard(listed, np.array(texts["names"], TEXT), starts, sizes, labels, first, count, others)
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
     return found if {len(found.names)} == {len(found.starts), len(found.sizes), len(found.labels)} else None
 
 
-def _remember(kept: Path, key: list[int], shard: _Shard) -> None:
+def _remember(kept: Path, shard: _Shard) -> None:
     """Keep a listing in a file of ours, if it can be."""
     classes, labels = np.unique(shard.labels, return_inverse=True)
     texts = {"names": shard.names.tolist(), "classes": classes.tolist()}
@@ -176,7 +179,7 @@ def _remember(kept: Path, key: list[int], shard: _Shard) -> None:
         with atomic_write(kept) as draft:
             np.savez_compressed(
                 draft,
-                key=np.array(key),
+                key=np.array([_RULES, *shard.listed]),
                 labels=labels,
                 starts=shard.starts,
                 sizes=shard.sizes,
@@ -185,7 +188,7 @@ def _remember(kept: Path, key: list[int], shard: _Shard) -> None:
             )
 
 
-def _read_shard(shard: Location) -> _Shard:
+def _read_shard(shard: Location, listed: Stamp) -> _Shard:
     gzipped = None
     sizes: dict[str, int] = {}
     starts: dict[str, int] = {}
@@ -228,6 +231,7 @@ def _read_shard(shard: Location) -> _Shard:
         if not label and any(by_sample.get(_sample(_stem(name)), ()))
     ]
     return _Shard(
+        listed,
         np.array(names, TEXT),
         np.array([starts[name] for name in names], np.int64),
         np.array([sizes[name] for name in names], np.int64),
@@ -247,14 +251,14 @@ def _packed(shard: Location) -> BufferedReader:
     return BufferedReader(cast(RawIOBase, _raw(shard)), FETCHED_PACKED if isinstance(shard, RemotePath) else 1 << 16)
 
 
-def _read(path: Location, listed: Stamp, shard: _Shard, member: str) -> bytes:
+def _read(path: Location, shard: _Shard, member: str) -> bytes:
     """Return a member's bytes; raises as `read_part`."""
     row = bisect_left(shard.names, member)
     start, size = int(shard.starts[row]), int(shard.sizes[row])
     if shard.gzipped is None:
-        return read_part(path, start, size, listed)
+        return read_part(path, start, size, shard.listed)
     check_size(size)
-    check_unchanged(path, listed)
+    check_unchanged(path, shard.listed)
     with unreadable("shard"):
         return shard.gzipped.read(start, size)
 
