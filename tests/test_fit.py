@@ -377,7 +377,7 @@ def test_with_shots_val_takes_no_part(make_cache: Make, shots: int) -> None:
         (r.n_train, r.n_val, r.n_test, r.params, r.accuracy) for r in second
     ]
     assert (first[0].n_train, first[0].n_val, first[0].n_test) == (3 * shots, 0, 21)
-    fixed = "logreg/l2: nothing could be validated, as with so few rows (or groups) per class, so C=300 is used"
+    fixed = "logreg/l2: nothing could be validated, as with few rows (or groups), so C=300 is used"
     assert (fixed in reports[0].notes) == (shots == 1)
 
 
