@@ -61,9 +61,8 @@ def match_rows(
     pending, column = file.pending, np.asarray(file.array("/rows/uri"))
     in_order = all((column[part][1:] > column[part][:-1]).all() for part in _overlapping(len(column)))
     order = None if in_order else np.argsort(column, kind="stable")
-    old = np.concatenate(
-        [_find(column, order, fixed_text(rows.uris[part], "uri")) for part in chunks(len(rows), _ROW_BYTES)]
-    )
+    located = [_find(column, order, fixed_text(rows.uris[part], "uri")) for part in chunks(len(rows), _ROW_BYTES)]
+    old = np.concatenate([np.empty(0, np.int64), *located])
     same = (file.sizes[old] == np.asarray(rows.sizes)) & (file.mtimes_ns[old] == np.asarray(rows.mtimes_ns))
     old[~same | pending[old]] = -1
     if digests is not None:

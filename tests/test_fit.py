@@ -833,8 +833,13 @@ def test_a_head_that_needs_all_rows_in_memory_says_so_before_it_reads_any(
 @pytest.mark.parametrize("version", [1, 2])
 def test_free_memory_is_that_of_the_batch_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     files = {
-        1: ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file 100\ncache 7"),
-        2: ("", "memory.max", "memory.current", "anon 7\ninactive_file 100"),
+        1: (
+            "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file 70\ntotal_active_file 30\ncache 7",
+        ),
+        2: ("", "memory.max", "memory.current", "anon 7\ninactive_file 70\nactive_file 30"),
     }
     folder, limit, usage, stat = files[version]
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -850,6 +855,8 @@ def test_free_memory_is_that_of_the_batch_job(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(memory, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path / "sys")
     assert memory.free_memory() == 3000 - 1000 + 100
+    (tmp_path / "sys" / folder / "job/memory.stat").unlink()
+    assert memory.free_memory() == 3000 - 1000
     (tmp_path / "sys" / folder / "job" / limit).write_text("999999")
     assert memory.free_memory() == 50 * 1024
 

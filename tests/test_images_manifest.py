@@ -99,6 +99,18 @@ def test_path_alone_is_enough_and_may_lead_anywhere(tmp_path: Path, write: Write
     assert [source.read(item) for item in source.items] == [b"up", b"abs"]
 
 
+def test_an_image_that_is_named_absolutely_counts_as_changed_when_it_is(tmp_path: Path) -> None:
+    image = tmp_path / "photos/a.png"
+    image.parent.mkdir()
+    image.write_bytes(b"first")
+    (tmp_path / "list").mkdir()
+    manifest = write_csv(tmp_path / "list", {"path": [str(image), "../photos/a.png"]})
+    before = open_source(manifest).items
+    assert [(item.size, item.mtime_ns) for item in before] == [(5, image.stat().st_mtime_ns)] * 2
+    image.write_bytes(b"second")
+    assert {item.size for item in open_source(manifest).items} == {6}
+
+
 def test_a_folder_as_a_row_is_unreadable(tmp_path: Path, write: Writer) -> None:
     (tmp_path / "folder.jpg").mkdir()
     source = open_source(write(tmp_path, {"path": ["folder.jpg"]}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import sys
 import tarfile
@@ -446,3 +447,22 @@ def test_a_dead_endpoint_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         open_source("s3://photos/a")
     assert "\n" not in str(caught.value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_small_shard_is_fetched_once_also_if_its_listing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    fs, packed = fsspec.filesystem("memory"), io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for number in range(5):
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = 3
+            archive.addfile(member, io.BytesIO(b"%03d" % number))
+    fs.pipe("/once/a.tar", packed.getvalue())
+    asked: list[object] = []
+    fetch = type(fs).cat_file
+    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **more: asked.append(args) or fetch(*args, **more))
+    for _ in range(2):
+        source = open_source("memory://once/a.tar")
+        assert [source.read(item) for item in source.items] == [b"%03d" % number for number in range(5)]
+    assert len(asked) == 2

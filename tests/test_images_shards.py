@@ -54,6 +54,7 @@ def test_one_shard(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SETTLED_NS", -1)
     members = (("b/é.jpg", b"image b"), ("a.png", b"image a"), ("a.cls", b"cat"), ("c.txt", b"?"), ("d.x.png", b"d"))
     shard = write_tar(tmp_path / "train-000.tar", *members, ("d.y.cls", b"dog"))
     first, read, before = open_source(shard), shards._read_shard, set(user_folder("shards").iterdir())
@@ -88,6 +89,18 @@ def test_a_shard_that_changes_while_it_is_listed_is_not_read(tmp_path: Path, mon
         source.read(source.items[0])
     monkeypatch.setattr(shards, "_read_shard", read)
     assert len(open_source(shard).items) == 2
+
+
+def test_a_shard_whose_time_was_kept_is_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SETTLED_NS", -1)
+    shard = write_tar(tmp_path / "a.tar", ("a.png", b"image"), ("a.cls", b"cat"))
+    assert open_source(shard).classes == ("cat",)
+    before = shard.stat()
+    write_tar(shard, ("a.png", b"image"), ("a.cls", b"dog"))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (shard.stat().st_size, shard.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert shard.stat().st_ctime_ns > before.st_ctime_ns
+    assert open_source(shard).classes == ("dog",)
 
 
 def test_a_folder_of_shards(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
-from features_cache import ThawlineError
+from features_cache import TEXT, ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
@@ -54,11 +55,12 @@ def label_sources(plan: Plan, sources: Mapping[str, ImageSource], labels: Labels
 
 
 def _label(images: ImageSource, labels: LabelsTable) -> ImageSource:
-    columns = zip(*((item.uri, item.split, item.group) for item in images.items), strict=True)
-    known = labels.join(*map(np.array, columns))
-    told = zip(images.items, known.labels.tolist(), known.splits.tolist(), known.groups.tolist(), strict=True)
-    items = (item._replace(label=label, split=split, group=group) for item, label, split, group in told)
-    return replace(images, classes=known.classes, items=Items.of(items))
+    rows = images.items.rows
+    known = labels.join(
+        np.asarray(rows.uris, np.str_), np.asarray(rows.splits, np.str_), np.asarray(rows.groups, np.str_)
+    )
+    told: dict[str, Any] = {"splits": known.splits.astype(TEXT), "groups": known.groups.astype(TEXT)}
+    return replace(images, classes=known.classes, items=Items(replace(rows, labels=known.labels, **told)))
 
 
 def check_heads(plan: Plan) -> None:

@@ -30,7 +30,7 @@ def find_streamed(trials: Sequence[Trial]) -> list[Trial]:
     """
     free, streamed = free_memory(), []
     for trial in trials:
-        needed = memory_of_trial(trial)
+        needed = memory_of_trial(trial, shared=False)
         if needed <= free:
             continue
         streamed.append(trial)
@@ -62,14 +62,17 @@ def is_wide(trial: Trial) -> bool:
     return trial.head.family.linear and trial.data.layer.dim > len(trial.data.splits.train)
 
 
-def memory_of_trial(trial: Trial) -> int:
-    """Return about how many bytes a trial takes if all of its rows are in memory, with what is kept for workers."""
+def memory_of_trial(trial: Trial, *, shared: bool) -> int:
+    """Return about how many bytes a trial takes if all of its rows are in memory, and `shared` with several workers."""
     (data, head), splits = trial, trial.data.splits
     known = len(splits.train) + len(splits.val)
     copies = 1 if splits.val.size and head.scaling != "standard" else 2 if splits.val.size else 1 + MOST_FOLDS
+    copies = min(copies, 2) if is_wide(trial) else copies  # folds of wide rows keep them in their span
     scores = _OF_CLASS * len(data.layer.table.classes) if head.family.linear else 0
     row = 4 * data.layer.dim
-    return 2 * row * (copies * known + len(splits.test)) + known * round(row * head.family.memory + scores)
+    return (2 if shared else 1) * row * (copies * known + len(splits.test)) + known * round(
+        row * head.family.memory + scores
+    )
 
 
 def free_memory() -> int:
@@ -92,9 +95,16 @@ def _left_in_groups() -> Iterator[int]:
             inside = _CGROUP / folder / path.lstrip("/")
             for group in (inside, *inside.parents):
                 if group.is_relative_to(_CGROUP) and (most := _number(group / limit)) is not None:
-                    stat = dict(one.split() for one in (group / "memory.stat").read_text().splitlines())
-                    cached = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
-                    yield most - (_number(group / usage) or 0) + cached
+                    yield most - (_number(group / usage) or 0) + _cached(group / "memory.stat")
+
+
+def _cached(stat: Path) -> int:
+    """Return how many bytes of a control group are pages of files, which the system can free."""
+    try:
+        told = dict(line.split() for line in stat.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return sum(int(told.get(f"total_{name}", told.get(name, "0"))) for name in ("inactive_file", "active_file"))
 
 
 def _number(path: Path) -> int | None:

@@ -107,7 +107,7 @@ def run_trials(
     best: tuple[float, float, float, int] | None = None
     model = None
     on_device, on_cpu, passing = _order(trials, streamed)
-    most = max((memory_of_trial(trials[index]) for index in on_cpu), default=1)
+    most = max((memory_of_trial(trials[index], shared=True) for index in on_cpu), default=1)
     workers = min(jobs or min(joblib.cpu_count(), max(1, free_memory() // most)), len(on_cpu)) or 1
     # one trial prepared ahead keeps the workers busy without holding more rows than they use
     parallel = joblib.Parallel(

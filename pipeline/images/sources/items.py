@@ -135,8 +135,8 @@ class Items(Sequence[Item]):
             check_names(location, chain(uris, groups))
             for column, some in zip(texts, (uris, splits, groups), strict=True):
                 column.append("\0".join(some))
-            bounded = [max(-TIME_LIMIT, min(time, TIME_LIMIT)) for time in times]
-            for number, values in zip(numbers, (labels, sizes, bounded), strict=True):
+            bounded = ([max(-TIME_LIMIT, min(value, TIME_LIMIT)) for value in some] for some in (sizes, times))
+            for number, values in zip(numbers, (labels, *bounded), strict=True):
                 number.extend(values)
         named = [_unjoined(column, len(numbers[0])) for column in texts]
         counted = [np.array(number, np.int64) for number in numbers]

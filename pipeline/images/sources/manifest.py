@@ -104,10 +104,10 @@ def _open_table(path: Location, columns: Mapping[str, Sequence[str]], header: Se
     folder = path.parent
     located = _located(path, columns["path"])
     stamps = _stamped(located)
-    local = f"{folder}/" if isinstance(folder, Path) else ""
+    local = str(folder) if isinstance(folder, Path) else ""
 
     def stamp_of(uri: str) -> Stamp:
-        return stamps[uri] if uri in stamps else _stamp(local + uri)
+        return stamps[uri] if uri in stamps else _stamp(posixpath.join(local, uri))  # which may be absolute
 
     labelled = _labelled(path, columns, stamp_of)
     source = build_source(

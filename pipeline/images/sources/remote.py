@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -109,6 +110,10 @@ def locate(url: str) -> Path | RemotePath:
     except Exception as error:  # each library has its own errors for what is no URL of it
         raise SourceError(f"{_shown(url)}: expected a URL that fsspec can open: {_told(error)}") from error
     return Path(path) if "file" in _protocols(fs) else RemotePath(fs, path, url)
+
+
+_LOCKS = [Lock() for _ in range(64)]
+"""So that threads fetch an object once; several objects may share one."""
 
 
 class RemotePath:
@@ -264,8 +269,17 @@ class RemotePath:
 
     def read(self, start: int | None = None, stop: int | None = None) -> bytes:
         """Return the bytes of the object, or those from `start` to `stop`: fewer only if it ends earlier."""
-        if self._held:
-            return self._held[start:stop]
+        if self.hold:
+            return self._whole()[start:stop]
+        return self._fetch(start, stop)
+
+    def _whole(self) -> bytes:
+        """Return all bytes, which are fetched once."""
+        with _LOCKS[(id(self) >> 4) % len(_LOCKS)]:
+            self._held = self._held or self._fetch(None, None)
+        return self._held
+
+    def _fetch(self, start: int | None, stop: int | None) -> bytes:
         kept = "; what was finished is kept, and the same command goes on from there"
         data: bytes = self._patiently(lambda: self.fs.cat_file(self._path, start=start, end=stop), remedy=kept)
         if start is not None and stop is not None and len(data) > stop - start:  # a server that knows no ranges
@@ -276,8 +290,8 @@ class RemotePath:
         """Return the object as a file of bytes whose parts are fetched as they are read; at once if `hold` is set."""
         size = self.stat().size
         if self.hold or size == MISSING_SIZE:
-            self._held = self._held or self.read()
-            return io.BytesIO(self._held)
+            self.hold = True
+            return io.BytesIO(self._whole())
         return _RemoteFile(self, size)
 
     def _patiently(self, request: Callable[[], T], pauses: tuple[float, ...] | None = None, remedy: str = "") -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import time
 import zipfile
 import zlib
 from bisect import bisect_left
@@ -62,6 +63,10 @@ FETCHED_AT_ONCE = 1 << 24
 
 FETCHED_PACKED = 1 << 21
 """Bytes of a remote gzipped shard that are fetched at once: to list it, and to unpack a block."""
+
+
+SETTLED_NS = 1_000_000_000
+"""The listing of a file that changed less than so long ago is not kept: the next change may have the same time."""
 
 
 class _BoundedReader(BufferedReader):
@@ -135,25 +140,34 @@ def read_shards(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple
 
 def _list_shard(shard: Location) -> _Shard:
     """Return what a shard holds: what an earlier call found, if its size and token are the same, or by reading it."""
-    listed = stamp(shard)
+    listed, key = stamp(shard), _key(shard)
     try:
         kept = user_folder("shards") / f"{fingerprint_of(shard.as_posix())}.npz"
     except RuntimeError:  # there is no such folder
         return _read_shard(shard, listed)
     if shard.name.lower().endswith(GZIPPED) or listed.size < 0 or not listed.mtime_ns:
         return _read_shard(shard, listed)
-    if (known := _recall(kept, listed)) is not None:
+    if (known := _recall(kept, key, listed)) is not None:
         return known
     found = _read_shard(shard, listed)
-    _remember(kept, found)
+    if isinstance(shard, RemotePath) or time.time_ns() - shard.stat().st_ctime_ns > SETTLED_NS:
+        _remember(kept, key, found)
     return found
 
 
-def _recall(kept: Path, listed: Stamp) -> _Shard | None:
-    """Return the listing in a file of ours, None if there is none of a shard of this stamp, or it is damaged."""
+def _key(shard: Location) -> list[int]:
+    """Return what tells whether a shard is the one that was listed: tools may keep its time, but not all of these."""
+    if isinstance(shard, RemotePath):
+        return [_RULES, *stamp(shard)]
+    status = shard.stat()
+    return [_RULES, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _recall(kept: Path, key: list[int], listed: Stamp) -> _Shard | None:
+    """Return the listing in a file of ours, None if there is none of a shard with this key, or it is damaged."""
     try:
         with kept.open("rb") as stream, np.load(stream) as columns:
-            if columns["key"].tolist() != [_RULES, *listed]:
+            if columns["key"].tolist() != key:
                 return None
             first, count, others = json.loads(str(columns["others"]))
             texts = {name: bytes(columns[name]).decode().split("\0")[:-1] for name in ("names", "classes")}
@@ -165,7 +179,7 @@ def _recall(kept: Path, listed: Stamp) -> _Shard | None:
     return found if {len(found.names)} == {len(found.starts), len(found.sizes), len(found.labels)} else None
 
 
-def _remember(kept: Path, shard: _Shard) -> None:
+def _remember(kept: Path, key: list[int], shard: _Shard) -> None:
     """Keep a listing in a file of ours, if it can be."""
     classes, labels = np.unique(shard.labels, return_inverse=True)
     texts = {"names": shard.names.tolist(), "classes": classes.tolist()}
@@ -179,7 +193,7 @@ def _remember(kept: Path, shard: _Shard) -> None:
         with atomic_write(kept) as draft:
             np.savez_compressed(
                 draft,
-                key=np.array([_RULES, *shard.listed]),
+                key=np.array(key),
                 labels=labels,
                 starts=shard.starts,
                 sizes=shard.sizes,
