@@ -191,7 +191,7 @@ def features(backbone: Backbone, pixels: Tensor) -> float:
             for name in backbone.classifiers:
                 if not any(torch.equal(read[name], other) for other in vectors):
                     vectors.append(read[name])
-            seen[PENULTIMATE] = torch.cat([vector.flatten(1) for vector in vectors], 1)
+            seen[PENULTIMATE] = torch.cat([averaged(one) for one in vectors], 1)
         pooled = {
             name: "avg" if name == PENULTIMATE else NO_POOL for name in layers
         }  # none would take the map before it
@@ -204,6 +204,11 @@ def features(backbone: Backbone, pixels: Tensor) -> float:
         wanted = seen[name].permute(0, 3, 1, 2) if item and item.layout.kind == "map_last" else seen[name]
         worst = max(worst, difference(one, wanted.flatten(1)))
     return worst
+
+
+def averaged(read: Tensor) -> Tensor:
+    """Return the vectors (n, d) of what a classifier reads: vectors, tokens (n, tokens, d) or maps (n, d, h, w)."""
+    return read.mean(1) if read.ndim == 3 else read.flatten(2).mean(2) if read.ndim == 4 else read
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
