@@ -269,13 +269,21 @@ HOW: dict[str, Callable[[Backbone, Tensor], float | str]] = {
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print a line for each family as a table in Markdown, and how many passed each check."""
+    """Print a line for each family as a table in Markdown, why checks were not passed, and how many were."""
+    reasons: list[str] = []
     print(f"| family | network | layers | {' | '.join(CHECKS)} | seconds |\n" + "|---" * (len(CHECKS) + 4) + "|")
     for row in rows:
-        found = [row.get("error") or row.get(name, "") for name in CHECKS]
-        shown = [f"{one:.0e}" if isinstance(one, float) else one for one in found]
-        cells = [row["family"], row["network"].partition("/")[2], row.get("layers", ""), *shown, round(row["seconds"])]
-        print(f"| {' | '.join(map(str, cells))} |")
+        cells = [row["family"], row["network"].partition("/")[2], row.get("layers", "–")]
+        for name in CHECKS:
+            found = row.get("error") or row.get(name, "–")
+            if isinstance(found, str) and found != "–":
+                reasons += [] if found in reasons else [found]
+                found = f"({reasons.index(found) + 1})"
+            cells.append(f"{found:.0e}" if isinstance(found, float) else found)
+        print(f"| {' | '.join(map(str, [*cells, round(row['seconds'])]))} |")
+    print()
+    for number, why in enumerate(reasons, 1):
+        print(f"{number}. {why}")
     for name in CHECKS:
         passed = sum(isinstance(row.get(name), int | float) and row[name] <= BOUNDS[name] for row in rows)
         print(f"\n{name}: {passed} of {sum(name in row or 'error' in row for row in rows)} families")
