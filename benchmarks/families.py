@@ -191,7 +191,7 @@ def features(backbone: Backbone, pixels: Tensor) -> float:
             for name in backbone.classifiers:
                 if not any(torch.equal(read[name], other) for other in vectors):
                     vectors.append(read[name])
-            seen[PENULTIMATE] = torch.cat([vector.flatten(1) for vector in vectors], 1)
+            seen[PENULTIMATE] = torch.cat([averaged(one) for one in vectors], 1)
         pooled = {
             name: "avg" if name == PENULTIMATE else NO_POOL for name in layers
         }  # none would take the map before it
@@ -204,6 +204,11 @@ def features(backbone: Backbone, pixels: Tensor) -> float:
         wanted = seen[name].permute(0, 3, 1, 2) if item and item.layout.kind == "map_last" else seen[name]
         worst = max(worst, difference(one, wanted.flatten(1)))
     return worst
+
+
+def averaged(read: Tensor) -> Tensor:
+    """Return the vectors (n, d) of what a classifier reads: vectors, tokens (n, tokens, d) or maps (n, d, h, w)."""
+    return read.mean(1) if read.ndim == 3 else read.flatten(2).mean(2) if read.ndim == 4 else read
 
 
 def difference(found: Tensor, wanted: Tensor) -> float:
@@ -264,13 +269,21 @@ HOW: dict[str, Callable[[Backbone, Tensor], float | str]] = {
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print a line for each family as a table in Markdown, and how many passed each check."""
+    """Print a line for each family as a table in Markdown, why checks were not passed, and how many were."""
+    reasons: list[str] = []
     print(f"| family | network | layers | {' | '.join(CHECKS)} | seconds |\n" + "|---" * (len(CHECKS) + 4) + "|")
     for row in rows:
-        found = [row.get("error") or row.get(name, "") for name in CHECKS]
-        shown = [f"{one:.0e}" if isinstance(one, float) else one for one in found]
-        cells = [row["family"], row["network"].partition("/")[2], row.get("layers", ""), *shown, round(row["seconds"])]
-        print(f"| {' | '.join(map(str, cells))} |")
+        cells = [row["family"], row["network"].partition("/")[2], row.get("layers", "–")]
+        for name in CHECKS:
+            found = row.get("error") or row.get(name, "–")
+            if isinstance(found, str) and found != "–":
+                reasons += [] if found in reasons else [found]
+                found = f"({reasons.index(found) + 1})"
+            cells.append(f"{found:.0e}" if isinstance(found, float) else found)
+        print(f"| {' | '.join(map(str, [*cells, round(row['seconds'])]))} |")
+    print()
+    for number, why in enumerate(reasons, 1):
+        print(f"{number}. {why}")
     for name in CHECKS:
         passed = sum(isinstance(row.get(name), int | float) and row[name] <= BOUNDS[name] for row in rows)
         print(f"\n{name}: {passed} of {sum(name in row or 'error' in row for row in rows)} families")

@@ -14,7 +14,7 @@ from timm.models.volo import VOLO
 from torch import Tensor, nn
 
 from features_cache import AmbiguousCacheError, open_cache
-from pipeline.backbones import zoo_timm
+from pipeline.backbones import layers, zoo_timm
 from pipeline.backbones.backbone import Backbone
 from pipeline.backbones.layers import list_layers
 from pipeline.backbones.taps import normalisation, tap
@@ -114,12 +114,13 @@ def test_features_of_the_first_classifier_alone_are_not_reused(
 ) -> None:
     photos, cache, name = make_photos(each=1), tmp_path / "cache", "deit_tiny_distilled_patch16_224@random:0"
 
-    def request(*layers: str) -> ExtractResult:
-        return extract(photos, [name], layers, output=cache, engine="torch", precision="fp32")[-1]
+    def request(*asked: str) -> ExtractResult:
+        return extract(photos, [name], asked, output=cache, engine="torch", precision="fp32")[-1]
 
     with monkeypatch.context() as former:
         former.setenv("XDG_CACHE_HOME", str(tmp_path / "former"))
         former.setattr(zoo_timm, "classifiers", lambda *_: ("head",))
+        former.setattr(layers, "scores_layer", lambda traced: traced.classifier)
         old = request("blocks.0", "penultimate", "logits")
         assert old.layers == {"blocks.0": 192, "penultimate": 192, "head": 1000}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "now"))

@@ -290,6 +290,17 @@ def test_stages_of_tokens_end_with_their_number_or_with_quarters(name: str, stag
     assert resolve_layers(sketch(name), ["stages"]) == tuple(stages)
 
 
+def test_logits_are_what_the_network_returns_where_a_relu_follows_the_classifier() -> None:
+    backbone = load_backbone("squeezenet1_1@random:0", size=64)
+    network = tap(backbone, ["logits", "classifier.1"])
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        logits, before = network(pixels)
+        images = pixels.permute(0, 3, 1, 2) * network.scale + network.shift
+        torch.testing.assert_close(logits, backbone.module(images))
+    assert (logits - before).max() > 0.1, "it averages after the ReLU"
+
+
 def test_a_network_without_blocks_in_a_row_has_no_stages() -> None:
     with pytest.raises(BackboneError, match="has no stages; layers that work: "):
         resolve_layers(sketch("timm/crossvit_tiny_240"), ["stages"])

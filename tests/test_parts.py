@@ -107,6 +107,8 @@ def test_forged_handles_do_not_change_what_a_part_holds(parted: PartedCache, pho
 
     with pytest.raises(DamagedCacheError, match="its handles lack pool; delete it"):
         fill({name: handle for name, handle in handles.items() if name != "pool"})
+    with pytest.raises(CacheError, match="has no part 9; extract again"):
+        parts.fill_part("", copy, 9, str(photos), parts.Computing(engine="torch"), lambda *_: None)
     fill(handles | {"pool": "max"})
     for layer in LAYERS:
         np.testing.assert_array_equal(open_cache(copy).matrix(layer)[:], parted.matrix(layer)[:])

@@ -50,6 +50,20 @@ def classifier_input(traced: Traced) -> fx.Node | None:
     return read if isinstance(read, fx.Node) else None
 
 
+def scores_layer(traced: Traced) -> str | None:
+    """Return the layer of the class scores; None if the network has no classifier.
+
+    That is the classifier or, where more than pooling follows it (SqueezeNet has a ReLU there), the network's output.
+    """
+    classifier = traced.nodes.get(traced.classifier or "")
+    output = node = None if traced.graph is None else traced.graph.output_node().args[0]
+    while isinstance(node, fx.Node) and node is not classifier and _only_pools(node, traced.module):
+        node = node.args[0]
+    if classifier is None or node is classifier or not isinstance(output, fx.Node):
+        return traced.classifier
+    return next((name for name, one in traced.nodes.items() if one is output), traced.classifier)
+
+
 def join_classifiers(traced: Traced, classifiers: Sequence[str], name: str) -> Traced:
     """Return a network with several classifiers with the layer of its class scores, and what the classifiers read.
 

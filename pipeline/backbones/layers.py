@@ -17,6 +17,7 @@ from pipeline.backbones.aliases import (
     STAGES,
     classifier_input,
     last_map,
+    scores_layer,
     stages,
 )
 from pipeline.backbones.backbone import Backbone
@@ -44,7 +45,7 @@ def list_layers(backbone: Backbone) -> list[LayerRow]:
     """
     traced = backbone.traced
     aliases: dict[str | None, list[str]] = {name: [STAGES] for name in stages(traced)}
-    aliases.setdefault(traced.classifier, []).append(LOGITS)
+    aliases.setdefault(scores_layer(traced), []).append(LOGITS)
     read = classifier_input(traced)
     for name in [name for name, node in traced.nodes.items() if node is read][-1:]:  # the outermost
         aliases.setdefault(name, []).append(PENULTIMATE)
@@ -90,7 +91,7 @@ def _resolve(backbone: Backbone, layer: str) -> tuple[str, ...]:
         if not found:
             raise BackboneError(f"{handle} has no stages; {_suggestion(traced)}")
         return found
-    name = traced.classifier if layer == LOGITS else layer
+    name = scores_layer(traced) if layer == LOGITS else layer
     if name is not None and find_tap(traced, name) is not None:
         return (name,)
     if layer in (LOGITS, PENULTIMATE):

@@ -171,7 +171,9 @@ class PartFiller:
         ThawlineError
             As `pipeline.extract.extract`; what was computed is carried over by the next call.
         """
-        plan, computing, where = self.plan, self._computing, self._where[number]
+        plan, computing, where = self.plan, self._computing, self._where.get(number)
+        if where is None:
+            raise CacheError(f"{plan.path} has no part {number}; extract again")
         images = slice_source(self._images, where)
         asked = np.ones(len(images.items), bool) if asked is None else asked[where]
         if images.items and not asked.any():
