@@ -56,9 +56,7 @@ def label_sources(plan: Plan, sources: Mapping[str, ImageSource], labels: Labels
 
 def _label(images: ImageSource, labels: LabelsTable) -> ImageSource:
     rows = images.items.rows
-    known = labels.join(
-        np.asarray(rows.uris, np.str_), np.asarray(rows.splits, np.str_), np.asarray(rows.groups, np.str_)
-    )
+    known = labels.join(*(np.array(np.asarray(some).tolist()) for some in (rows.uris, rows.splits, rows.groups)))
     told: dict[str, Any] = {"splits": known.splits.astype(TEXT), "groups": known.groups.astype(TEXT)}
     return replace(images, classes=known.classes, items=Items(replace(rows, labels=known.labels, **told)))
 
