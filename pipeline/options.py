@@ -254,15 +254,19 @@ LABELS = (
 """Where the labels come from."""
 METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
 TASK = Option("task", choice(*TASKS), "What is predicted: a class, any number of labels, or a number.", CLASSIFICATION)
-FIT_LABELS = (
+TASK_LABELS = (
     LABELS[0],
     replace(
         LABELS[1],
-        help="Its column of labels or numbers; default: label, or the only one left. Several of 0 and 1: a label each.",
+        help="Its column of labels or numbers; default: label, or the only one left. Columns of 0 and 1: a label each.",
         repeat="target",
     ),
     LABELS[2],
     TASK,
+)
+"""Where the labels come from, and what they are."""
+FIT_LABELS = (
+    *TASK_LABELS,
     replace(
         METRIC,
         kind=choice(*dict.fromkeys(name for names in METRICS_OF.values() for name in names)),
@@ -398,7 +402,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
-        *FIT_LABELS[:-1],
+        *TASK_LABELS,
         Option("fit", FLAG, "Also fit the default head, and compare the orders.", False, stage_name="fitted"),
     ),
     "units": (

@@ -190,7 +190,7 @@ def test_what_cannot_be_split_is_refused(labels: list[int], names: list[str] | N
 
 
 def test_one_group_cannot_be_split() -> None:
-    with pytest.raises(FitError, match="not be of one group"):
+    with pytest.raises(FitError, match="not all in one group"):
         split([0, 1] * 10, groups=["a"] * 20)
 
 

@@ -325,6 +325,15 @@ def test_aliases_that_make_no_sense_are_none(aliases: Any) -> None:
     assert aliases_of({"aliases": {"stages": ["a", "b"]}}) == {"stages": ["a", "b"]}
 
 
+@pytest.mark.parametrize(
+    ("layer", "known"), [("classifier.1", ["penultimate"]), ("flatten", ["logits", "penultimate"])]
+)
+def test_logits_of_squeezenet_that_lack_its_last_relu_are_not_taken_for_logits(layer: str, known: list[str]) -> None:
+    aliases = {"logits": [layer], "penultimate": ["features.12.cat"]}
+    assert sorted(aliases_of({"backbone": "squeezenet1_1@random:0", "aliases": aliases})) == known
+    assert sorted(aliases_of({"backbone": "vgg16", "aliases": aliases})) == ["logits", "penultimate"]
+
+
 @pytest.mark.parametrize("grown", [False, True])
 def test_an_image_that_could_not_be_read_once_is_read_the_next_time(
     make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grown: bool

@@ -127,12 +127,12 @@ def test_labels_of_a_cell_are_told_apart_and_useless_ones_left_out() -> None:
     assert (found.labels >= 0).tolist() == [True, False, True, True, True, True]
     found = read_answers("multilabel", ["a|x", "b|x", "x"], "column 'x'", ("a", "b", "never", "x"))
     assert found.classes == ("a", "b")
-    assert found.notes == ("column 'x': labels that all images or none have are left out: never, x",)
+    assert found.notes == ("column 'x': labels that every image or no image has are left out: never, x",)
 
 
 def test_a_class_column_that_looks_like_another_task_is_noted() -> None:
     numbers = read_answers("classification", [f"{i / 7}" for i in range(40)], "column 'age'")
-    assert "task 'regression' predicts the number" in numbers.notes[0]
+    assert "if they are measurements, use task 'regression'" in numbers.notes[0]
     assert read_answers("classification", [str(i % 10) for i in range(40)], "column 'digit'").notes == ()
     assert "task 'multilabel'" in read_answers("classification", ["a|b", "a"], "column 'x'").notes[0]
 
@@ -438,6 +438,26 @@ def test_numbers_are_predicted_as_well_in_any_unit(features: np.ndarray, head: s
     np.testing.assert_allclose(found, plain.predict(features[150:]), atol=0.05 * y.std())
 
 
+@pytest.mark.parametrize("metric", ["mae", "rmse", "r2"])
+def test_models_of_numbers_are_chosen_and_compared_alike_in_any_unit(metric: str, folder: Path, tmp_path: Path) -> None:
+    with (folder / "table.csv").open() as stream:
+        lines = [(row["uri"], float(row["weight"])) for row in csv.DictReader(stream)]
+    (tmp_path / "t.csv").write_text("\n".join(["uri,weight", *(f"{uri},{1e-12 * number!r}" for uri, number in lines)]))
+    options = {"metric": metric, "heads": ["ridge", "knn"], "layers": ["deep", "noise"], "seeds": [0, 1]}
+    plain = run(folder, "regression", **options)
+    tiny = run(folder, "regression", labels=tmp_path / "t.csv", **options)
+    unit = 1.0 if metric == "r2" else 1e-12
+    for one, other in zip(plain.results + plain.summary, tiny.results + tiny.summary, strict=True):
+        assert one.in_best_set == other.in_best_set
+        assert one.p_vs_best == other.p_vs_best
+    for one, other in zip(plain.results, tiny.results, strict=True):
+        assert one.params == other.params
+        assert getattr(other, metric) == pytest.approx(unit * getattr(one, metric), rel=1e-3)
+        assert getattr(other, f"{metric}_ci95") == pytest.approx(
+            unit * np.array(getattr(one, f"{metric}_ci95")), rel=1e-2
+        )
+
+
 def test_training_rows_that_say_nothing_are_refused_or_told(folder: Path, tmp_path: Path) -> None:
     head = "uri,n,said,split\n"
     rows = [
@@ -460,8 +480,8 @@ def test_a_model_of_another_task_predicts_no_class(folder: Path, features: np.nd
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("regression", {"shots": [5]}, "shots is about classes; leave it out for regression"),
-        ("multilabel", {"balanced": True}, "balanced is about classes"),
+        ("regression", {"shots": [5]}, "shots is only for classes; leave it out for regression"),
+        ("multilabel", {"balanced": True}, "balanced is only for classes"),
         (
             "regression",
             {"metric": "accuracy"},
@@ -603,7 +623,7 @@ def test_a_network_is_fine_tuned_on_labels_or_numbers(
 
 @pytest.mark.parametrize("option", [{"class_weights": True}, {"label_smoothing": 0.1}, {"shots": [2]}])
 def test_training_options_for_classes_are_refused_for_others(option: dict[str, Any], photos: Path) -> None:
-    with pytest.raises(FitError, match=f"{next(iter(option))} is about classes"):
+    with pytest.raises(FitError, match=f"{next(iter(option))} is only for classes"):
         finetune(photos / "photos", TINY, labels=photos / "table.csv", target="number", task="regression", **option)
 
 

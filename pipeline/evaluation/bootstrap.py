@@ -30,6 +30,7 @@ FEWEST_DRAWS = 199
 _MOST_CELLS = 400_000_000
 _CELLS = 1 << 22  # weights held at once
 _SAME = 1e-12
+"""Differences of at most this share of the values come from rounding."""
 
 Statistic = Callable[[FloatArray], FloatArray]
 """Maps how often each row was drawn, (b, n), to the parts (b, k) whose mean is a metric of these b test sets, such as
@@ -65,7 +66,7 @@ class Redrawn:
         then the rows do not tell how far the metric may be from what it is on others.
         """
         known = np.sort(self.draws[~np.isnan(self.draws)])
-        if not len(known) or known[-1] - known[0] < _SAME:
+        if not len(known) or known[-1] - known[0] <= _SAME * np.abs(known).max():
             return None
         below = (np.sum(known < self.observed) + np.sum(known <= self.observed)) / 2 / len(known)
         shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
@@ -145,7 +146,8 @@ def compare_redrawn(
     """
     found = np.stack([model.draws for model in models])
     found = found[:, ~np.isnan(found).any(axis=0)]
-    if not found.shape[1] or float(np.ptp(found, axis=1).max()) < _SAME:
+    size = np.abs(found).max(initial=0.0)
+    if not found.shape[1] or np.ptp(found, axis=1).max() <= _SAME * size:
         return None
     observed = np.array([model.observed for model in models])
     leads, by_chance = [], []
@@ -153,7 +155,7 @@ def compare_redrawn(
     for number, model in enumerate(models):
         differences = found - found[number]
         spread = np.std(differences, axis=1)
-        spread[spread < _SAME] = 1  # the two are the same, and their difference is 0
+        spread[spread <= _SAME * size] = size  # the two are the same, and their difference is 0
         wider = [_widening(other.parts - model.parts, np.minimum(other.telling, model.telling)) for other in models]
         of_rivals = (observed - observed[number]) / (spread * wider)
         chance = (differences - differences.mean(axis=1, keepdims=True)) / spread[:, None]
@@ -182,8 +184,9 @@ def _widening(parts: Float64Array, telling: Float64Array) -> float:
     count = np.maximum(known.sum(axis=0), 1)
     mean = np.nansum(parts, axis=0) / count
     variances = np.where(known, (parts - mean) ** 2, 0).sum(axis=0) / count
-    if variances.sum() < _SAME**2:
+    if not variances.any():
         return 1.0
+    variances /= variances.max()  # so that squares of tiny ones are not 0
     freedom = np.maximum(telling - 1, 1)
     right = variances * (freedom + 1) / freedom
     of_sum = float(right.sum() ** 2 / np.sum(right**2 / freedom))

@@ -11,9 +11,8 @@ import numpy as np
 from pipeline.arrays import Float64Array
 from pipeline.evaluation.bootstrap import Redrawn, effective_groups, redraw
 from pipeline.evaluation.predictions import Predictions, count_rows
-
-ERRORS = ("rmse", "mae")
-METRICS = ("r2", *ERRORS)
+from pipeline.options import METRICS_OF, REGRESSION
+from pipeline.results import LOWER_IS_BETTER
 
 
 def rate_numbers(metric: str, y_true: Float64Array, y_pred: Float64Array, weights: Float64Array) -> Float64Array:
@@ -47,7 +46,7 @@ def redraw_numbers(metric: str, of_seeds: Sequence[Predictions]) -> Redrawn:
     """Return a metric of predicted numbers, or its mean over seeds, and what other test sets might give."""
     statistics = [partial(_as_parts, metric, one.y_true, one.y_pred) for one in of_seeds]
     telling = [np.array([effective_groups(one.units)]) for one in of_seeds]
-    return redraw(statistics, [one.units for one in of_seeds], telling, -1 if metric in ERRORS else 1)
+    return redraw(statistics, [one.units for one in of_seeds], telling, -1 if metric in LOWER_IS_BETTER else 1)
 
 
 def _as_parts(metric: str, y_true: Float64Array, y_pred: Float64Array, weights: Float64Array) -> Float64Array:
@@ -57,10 +56,10 @@ def _as_parts(metric: str, y_true: Float64Array, y_pred: Float64Array, weights: 
 def measure_numbers(predictions: Predictions) -> dict[str, Any]:
     """Return the keys of a `RegressionResult` that measure predictions."""
     found: dict[str, Any] = {**count_rows(predictions)}
-    for metric in METRICS:
+    for metric in METRICS_OF[REGRESSION]:
         redrawn = redraw_numbers(metric, [predictions])
         ends = redrawn.interval()
-        less = metric in ERRORS
+        less = metric in LOWER_IS_BETTER
         if ends is not None:
             ends = (max(0.0, -ends[1]), -ends[0]) if less else (ends[0], min(1.0, ends[1]))
         found |= {metric: -redrawn.observed if less else redrawn.observed, f"{metric}_ci95": ends}

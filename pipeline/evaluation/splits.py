@@ -162,8 +162,8 @@ def _assign(
         train, test = hold_out(train, labels, units, rng)
         if not test.size or not train.size:
             raise FitError(
-                f"cannot draw a test set from {count} training rows: at least 3 images (of a class) must not be of one "
-                "group; add images, or give a test split"
+                f"cannot draw a test set from {count} training rows: it takes at least 3 images (of "
+                "one class, if classes are predicted) that are not all in one group; add images, or give a test split"
             )
     if not val.size and cut_val:
         train, val = hold_out_val(train, labels, units, rng)
@@ -276,7 +276,9 @@ def check_values(
     notes: list[str] = []
     if values.ndim == 1:
         if np.ptp(values[train]) == 0:
-            raise FitError(f"all {len(train)} training rows have the number {values[train][0]:g}; add others")
+            raise FitError(
+                f"all {len(train)} training rows have the number {values[train][0]:g}; add rows with other numbers"
+            )
         return notes
     for part, what in ((known, MISSED), (test, "without a row in test")):
         absent = np.flatnonzero(~values[part].any(axis=0))

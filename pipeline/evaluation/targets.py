@@ -65,7 +65,7 @@ def check_task(task: str, metric: str | None, **of_classes: Any) -> str:
         )
     for name, given in of_classes.items():
         if given and task != CLASSIFICATION:
-            raise FitError(f"{name} is about classes; leave it out for {task}")
+            raise FitError(f"{name} is only for classes; leave it out for {task}")
     return metric or known[0]
 
 
@@ -118,7 +118,8 @@ def _odd(classes: Sequence[str], labels: IntArray, where: str) -> Iterator[str]:
         words = [name for name in classes if _number(name) is None]
         yield f"{where} mixes numbers with text, each of them a class: {some(words, len(words))}"
     elif kinds[True] and len(classes) > max(MOST_STRATA, int((labels >= 0).sum()) // MOST_STRATA):
-        yield f"{where} holds {len(classes)} different numbers, each a class; task 'regression' predicts the number"
+        told = f"{where} holds {len(classes)} different numbers, each of them a class"
+        yield f"{told}; if they are measurements, use task 'regression'"
     if several := sum(BAR in name for name in classes):
         yield f"{several} classes in {where} hold a bar; task 'multilabel' takes them for several labels of an image"
 
@@ -155,7 +156,7 @@ def _read_label_sets(cells: Sequence[str], where: str, columns: Sequence[str]) -
 
 def _same_everywhere(names: Sequence[str], where: str) -> Iterator[str]:
     if names:
-        yield f"{where}: labels that all images or none have are left out: {some(names, len(names))}"
+        yield f"{where}: labels that every image or no image has are left out: {some(names, len(names))}"
 
 
 def _rarest(values: BoolArray) -> IntArray:

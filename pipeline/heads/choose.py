@@ -252,7 +252,7 @@ def _search_values(head: Head, folds: Sequence[Fold], metric: str) -> Choice:
             scores = np.concatenate([_label_scores(step) for step in steps])
             found = best_thresholds(truth, scores, default_threshold(family))
             score = float(mean_known(rate_labels(metric, truth, scores >= found, scores, numbers, once))[0])
-        score = round(-score if metric in LOWER_IS_BETTER else score, 9)
+        score = float(f"{-score if metric in LOWER_IS_BETTER else score:.9g}")  # so that equals tie, in any unit
         if score > most:
             best, most, thresholds = number, score, found
     if most == -math.inf:
