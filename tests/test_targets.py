@@ -524,6 +524,21 @@ def test_the_command_prints_metrics_and_labels_and_draws(folder: Path, tmp_path:
     assert document["summary"][0]["metric"] == "average_precision"
 
 
+@pytest.mark.parametrize(("task", "same", "drawn"), [("multilabel", "a", set()), ("regression", "3", {"residuals"})])
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_what_test_rows_cannot_tell_is_not_drawn(
+    task: str, same: str, drawn: set[str], seeds: int, folder: Path, tmp_path: Path, thawline: Thawline
+) -> None:
+    said = [same if i % 5 == 0 else ("a|b", "b", "a")[i % 3] if task == "multilabel" else i for i in range(N)]
+    rows = [f"{i:03d}.png,{said[i]},{'train' if i % 5 else 'test'}" for i in range(N)]
+    (tmp_path / "t.csv").write_text("\n".join(["uri,t,split", *rows]))
+    asked = ("fit", folder / "cache.h5", "-l", "deep", "-l", "noise", "--labels", tmp_path / "t.csv", "--jobs", 1)
+    numbers = [part for seed in range(seeds) for part in ("--seed", seed)]
+    shown = thawline(*asked, *numbers, "--target", "t", "--task", task, "--head", "ridge", "--plot", tmp_path)
+    assert ("nothing is drawn: each label is on all test images" in shown.stderr) is (not drawn)
+    assert {path.stem for path in tmp_path.glob("*.png")} == drawn
+
+
 @pytest.mark.parametrize("task", ["multilabel", "regression"])
 def test_rank_puts_the_layer_first_that_tells_the_target(
     task: str, folder: Path, features: np.ndarray, thawline: Thawline

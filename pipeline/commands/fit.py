@@ -78,4 +78,7 @@ def _draw(report: FitReport, folder: Path) -> list[str]:
             f"no installed font has {lacking[:20]}, so the .png pictures show boxes for them; install one, such as "
             "Noto Sans CJK for Chinese and Japanese, or use the .svg pictures"
         )
-    return [str(path) for path in draw_fit(report, folder)]
+    drawn = draw_fit(report, folder)
+    if not drawn:
+        say("nothing is drawn: each label is on all test images, or on none")
+    return [str(path) for path in drawn]

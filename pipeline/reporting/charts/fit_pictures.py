@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Hashable, Sequence
 from pathlib import Path
 
@@ -58,28 +59,39 @@ def _draw_values(report: FitReport, kept: RegressionResult | MultilabelResult, f
     """Draw the results of a fit whose heads predict numbers or several labels."""
     value = metric_text(kept.metric, getattr(kept, kept.metric))
     title = f"{kept.head} on {kept.layer}, {METRIC_COLUMNS[kept.metric]} {value} on {kept.n_test} test images"
-    if isinstance(kept, MultilabelResult):
-        paths = save(precisions_figure(kept.labels, title), folder, "labels")
-    else:
+    paths: list[Path] = []
+    if isinstance(kept, RegressionResult):
         predictions = report.predictions[report.best]
         target = kept.target or "value"
         drawn = residuals_figure(predictions.y_true, predictions.y_pred, target, title)
-        paths = save(drawn, folder, "residuals")
-    if len({one.layer for one in report.results}) > 1:
-        paths += save(_metric_by_depth(report), folder, "depth")
+        paths += save(drawn, folder, "residuals")
+    elif any(one.average_precision is not None for one in kept.labels):
+        paths += save(precisions_figure(kept.labels, title), folder, "labels")
+    points = _points(report)
+    if points and len({one.layer for one in report.results}) > 1:
+        paths += save(_metric_by_depth(report, points), folder, "depth")
     return paths
 
 
-def _metric_by_depth(report: FitReport) -> Figure:
-    """Return the metric that parameters were chosen by over the layers, a line for each head."""
-    results, metric = report.results, report.results[0].metric
+def _points(report: FitReport) -> list[tuple[str, str, float, tuple[float, float]]]:
+    """Return head, layer, the metric that parameters were chosen by and its interval, where it is defined on test."""
+    metric = report.results[0].metric
     points = [(one.head, one.layer, one.mean, one.ci95) for one in report.summary] or [
-        (one.head, one.layer, getattr(one, metric), getattr(one, f"{metric}_ci95")) for one in results
+        (one.head, one.layer, getattr(one, metric), getattr(one, f"{metric}_ci95")) for one in report.results
     ]
-    points = [(head, layer, value, ends or (value, value)) for head, layer, value, ends in points if value is not None]
+    return [
+        (head, layer, value, ends or (value, value))
+        for head, layer, value, ends in points
+        if value is not None and not math.isnan(value)
+    ]
+
+
+def _metric_by_depth(report: FitReport, points: Sequence[tuple[str, str, float, tuple[float, float]]]) -> Figure:
+    """Return the points over the layers, a line for each head."""
+    results, metric = report.results, report.results[0].metric
     layers = sorted(dict.fromkeys(one.layer for one in results), key=lambda layer: layer != "input")
     lines = []
-    for head in list(dict.fromkeys(one.head for one in results))[:MOST_LINES]:
+    for head in list(dict.fromkeys(head for head, *_ in points))[:MOST_LINES]:
         own = sorted((layers.index(layer), value, ends) for name, layer, value, ends in points if name == head)
         among = [(layers[x], head, "all") in report.may_be_best for x, _, _ in own] if report.may_be_best else ()
         places, values, intervals = (list(column) for column in zip(*own, strict=True))

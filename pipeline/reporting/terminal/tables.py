@@ -11,6 +11,7 @@ from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
 from pipeline.evaluation.targets import BAR
+from pipeline.options import METRICS_OF, MULTILABEL, REGRESSION
 from pipeline.results import (
     LOWER_IS_BETTER,
     Agreement,
@@ -47,8 +48,6 @@ METRIC_COLUMNS = {
     "mae": "MAE",
 }
 """Headings of metrics other than accuracy."""
-OF_LABELS = ("average_precision", "macro_f1", "micro_f1")
-OF_NUMBERS = ("r2", "rmse", "mae")
 
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
@@ -170,7 +169,7 @@ def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
 def _measured(results: Sequence[HeadResult]) -> dict[str, list[str]]:
     """Return the columns that heads and fine-tuned networks share; the results are all of one task."""
     of_classes = [result for result in results if isinstance(result, FitResult)]
-    names = OF_NUMBERS if isinstance(results[0], RegressionResult) else OF_LABELS
+    names = METRICS_OF[REGRESSION if isinstance(results[0], RegressionResult) else MULTILABEL]
     return {
         **(_of_classes(of_classes) if of_classes else _of_values(results, names)),
         **_judged(results),
@@ -305,13 +304,10 @@ def _certainty(prediction: Prediction) -> str:
 
 def count_table(predictions: Iterable[Prediction], target: str) -> Table:
     """How many images got each label."""
-    names: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for prediction in predictions:
-        several = prediction.scores is not None and prediction.label != BAR
-        names.update(
-            (prediction.label or "(unreadable)").split(BAR) if several else [prediction.label or "(unreadable)"]
-        )
-    counts = names
+        label = prediction.label or "(unreadable)"
+        counts.update([label] if prediction.scores is None or label == BAR else label.split(BAR))
     return rows_table((target, "images"), [(label, str(count)) for label, count in counts.most_common()])
 
 
