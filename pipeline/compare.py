@@ -35,6 +35,7 @@ from pipeline.comparing.paired import Against, BestSet, compare_runs
 from pipeline.comparing.plan import read_plan
 from pipeline.comparing.run import run
 from pipeline.errors import RunFolderError
+from pipeline.options import CLASSIFICATION
 from pipeline.provenance import machine
 from pipeline.results import Progress, silent
 
@@ -102,7 +103,7 @@ def compare(
 
 @dataclass(frozen=True)
 class DryRun:
-    """The jobs of a plan, and for each source what its test images will be able to show."""
+    """The jobs of a plan, and if it is about classes, what the test images of each source will be able to show."""
 
     jobs: list[Planned]
     power: list[Power]
@@ -127,8 +128,8 @@ def dry_run(plan: str | Path, output: str | Path) -> DryRun:
             passes.add(one_pass(extraction))
         compared.setdefault(extraction.source, []).extend(jobs)
         for job in jobs:
-            done = found.complete and folder.has(fit_key(job, found, name, comparison.labels, comparison.plan.metric))
-            planned.append(plan_fit(job, found, done, images, folder))
+            done = found.complete and folder.has(fit_key(job, found, name, comparison.question))
+            planned.append(plan_fit(job, found, done, images, folder, comparison.plan.task))
     stored: set[tuple[object, ...]] = set()
     for tune, (line, key) in comparison.finetunes().items():
         images = comparison.labelled[tune.source]
@@ -137,7 +138,9 @@ def dry_run(plan: str | Path, output: str | Path) -> DryRun:
         planned.append(plan_finetune(tune, comparison.is_kept(tune, key), images, device, stores=stores))
         stored.add(activations)
         compared.setdefault(tune.source, []).append(tune)
-    return DryRun(planned, [plan_power(comparison.labelled[source], jobs) for source, jobs in compared.items()])
+    of_classes = comparison.plan.task == CLASSIFICATION
+    power = [plan_power(comparison.labelled[source], jobs) for source, jobs in compared.items() if of_classes]
+    return DryRun(planned, power)
 
 
 def check_plan(comparison: Comparison) -> list[tuple[Extraction, Features, list[Fit]]]:

@@ -246,40 +246,29 @@ WHICH_SOURCE = Option("source", TEXT, "Which source, if the cache holds several:
 WHICH_BACKBONE = Option("backbone", TEXT, "Which backbone, if the cache holds several.", short="b")
 WHICH_LAYER = Option("layer", TEXT, "Which layer, if the cache holds several.", short="l")
 WHICH_POOL = Option("pool", choice(*POOLS), "Which pooling, if the cache holds several.")
+TASK = Option("task", choice(*TASKS), "What is predicted: a class, any number of labels, or a number.", CLASSIFICATION)
 LABELS = (
     Option("labels", FILE, "Take labels from this table, .csv, .tsv, .jsonl or .parquet, not from the source."),
-    Option("target", TEXT, "Its column of labels; default: label, or the only one left."),
-    Option("key", TEXT, "Its column of image names; default: the first called uri, path, file or the like."),
-)
-"""Where the labels come from."""
-METRIC = Option("metric", choice(*METRICS), "What parameters and models are chosen by, on validation rows.", METRICS[0])
-TASK = Option("task", choice(*TASKS), "What is predicted: a class, any number of labels, or a number.", CLASSIFICATION)
-TASK_LABELS = (
-    LABELS[0],
-    replace(
-        LABELS[1],
-        help="Its column of labels or numbers; default: label, or the only one left. Columns of 0 and 1: a label each.",
+    Option(
+        "target",
+        TEXT,
+        "Its column of labels or numbers; default: label, or the only one left. Columns of 0 and 1: a label each.",
         repeat="target",
     ),
-    LABELS[2],
+    Option("key", TEXT, "Its column of image names; default: the first called uri, path, file or the like."),
     TASK,
 )
 """Where the labels come from, and what they are."""
 FIT_LABELS = (
-    *TASK_LABELS,
-    replace(
-        METRIC,
-        kind=choice(*dict.fromkeys(name for names in METRICS_OF.values() for name in names)),
-        help=(
-            f"{METRIC.help} Default: accuracy; labels have average_precision (default), macro_f1 and micro_f1, numbers "
-            "r2 (default), rmse and mae."
-        ),
-        default=None,
+    *LABELS,
+    Option(
+        "metric",
+        choice(*dict.fromkeys(name for names in METRICS_OF.values() for name in names)),
+        "What parameters and models are chosen by, on validation rows. Default: accuracy; labels have "
+        "average_precision (default), macro_f1 and micro_f1, numbers r2 (default), rmse and mae.",
     ),
 )
-"""The same for `fit` and `finetune`, which also predict labels and numbers."""
-ABOVE = (*LABELS, METRIC)
-"""What a plan gives above its tables, because it is the same for all jobs."""
+"""The same, and what to choose by. A plan gives these above its tables, because they are the same for all jobs."""
 ONE_CACHE = (WHICH_SOURCE, WHICH_BACKBONE, WHICH_LAYER, WHICH_POOL)
 
 LOOK_LAYER = Option("layer", TEXT, "Layer to compare images on; default: penultimate, or the only one.", short="l")
@@ -402,7 +391,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         replace(WHICH_BACKBONE, help="Only this backbone."),
         replace(WHICH_POOL, help="Only this pooling."),
         SPLIT_SEED,
-        *TASK_LABELS,
+        *LABELS,
         Option("fit", FLAG, "Also fit the default head, and compare the orders.", False, stage_name="fitted"),
     ),
     "units": (
@@ -510,7 +499,7 @@ def shared_keys() -> dict[str, Option]:
             tables.setdefault(key, []).append(option)
     # A batch is a forward pass in one table and a training step in another.
     shared = {key: options[0] for key, options in tables.items() if len(options) > 1 and key != "batch-size"}
-    above = {one.name: replace(one, plan="once", kind=TEXT if one.kind is FILE else one.kind) for one in ABOVE}
+    above = {one.name: replace(one, plan="once", kind=TEXT if one.kind is FILE else one.kind) for one in FIT_LABELS}
     return {"source": source, **above, **shared}
 
 

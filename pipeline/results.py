@@ -274,13 +274,13 @@ class RegressionResult(HeadResult):
 
     Attributes
     ----------
-    r2 : float
-        Share of the variance of the test rows' numbers that is explained; NaN if these are all the same.
+    r2 : float or None
+        Share of the variance of the test rows' numbers that is explained; None if these are all the same.
     rmse, mae : float
         Root of the mean squared error, and mean absolute error, in the units of the target.
     """
 
-    r2: float
+    r2: float | None
     r2_ci95: tuple[float, float] | None
     rmse: float
     rmse_ci95: tuple[float, float] | None

@@ -25,7 +25,17 @@ from pipeline.finetune import finetune
 from pipeline.finetuning.recipe import Recipe
 from pipeline.fit import fit
 from pipeline.heads.registry import FAMILIES, SCALINGS
-from pipeline.options import ABOVE, COMMANDS, FINETUNE, OPTIMIZERS, RECIPE, SCHEDULES, TABLES, TOPS, tune_parameters
+from pipeline.options import (
+    COMMANDS,
+    FINETUNE,
+    FIT_LABELS,
+    OPTIMIZERS,
+    RECIPE,
+    SCHEDULES,
+    TABLES,
+    TOPS,
+    tune_parameters,
+)
 from pipeline.predict import predict
 from pipeline.rank import rank
 from pipeline.spec import STORES, Request
@@ -91,7 +101,7 @@ def test_the_options_of_a_command_are_parameters_of_its_stage_with_the_same_defa
 
 def test_all_that_trains_can_be_said_in_a_plan_and_on_the_command_line() -> None:
     assert {option.parameter for option in RECIPE} == {field.name for field in dataclasses.fields(Recipe)}
-    above = {option.name for option in ABOVE}  # stand above the tables
+    above = {option.name for option in FIT_LABELS}  # stand above the tables
     assert {option.name for option in FINETUNE} - set(TABLES["finetune"]) == {
         "save",
         "picture",

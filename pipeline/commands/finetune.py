@@ -26,9 +26,10 @@ def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -
     SOURCE is split as fit splits it. The frozen part runs once and its activations are cached; with --augment, only if
     --views is given. A run that was stopped resumes.
     """
+    from pipeline.evaluation.wording import metric_text
     from pipeline.finetune import finetune as run
     from pipeline.model_file import check_destination
-    from pipeline.reporting.terminal.tables import finetune_table, labels_table, metric_text
+    from pipeline.reporting.terminal.tables import finetune_table, labels_table
     from pipeline.results import MultilabelResult
 
     if picture:

@@ -60,7 +60,7 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
 
 
 def _described(result: HeadResult) -> str:
-    from pipeline.reporting.terminal.tables import metric_text
+    from pipeline.evaluation.wording import metric_text
 
     name = "" if result.metric == "accuracy" else f" {result.metric}"
     validated = "not validated"

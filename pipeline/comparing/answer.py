@@ -13,6 +13,7 @@ from pipeline.comparing.folder import FINETUNE, HEAD, RunInfo
 from pipeline.comparing.methods import Leaderboard, MethodScore, is_validated
 from pipeline.comparing.paired import LEVEL, BestSet, Paired, ReadPredictions, best_set, compare_scores
 from pipeline.evaluation.intervals import CONFIDENCE
+from pipeline.evaluation.wording import ACCURACY
 
 FORECAST = (2, 4)
 """Multiples of the most labels at which accuracy is forecast; further ones were not checked."""
@@ -51,7 +52,9 @@ def answer(board: Leaderboard, read: ReadPredictions, extraction: ExtractionTime
     sentences = [_describe("The best frozen head" if frozen else "The best fine-tuning", best, board, extraction)]
     sentences += _say_best(found.get(best.shots))
     fewer = [shots for shots in board.shots[:-1] if (best.method, shots) in board.scores]
-    if told := [f"{percent(board.scores[best.method, shots].accuracy)} with {_labels(shots)}" for shots in fewer]:
+    if told := [
+        f"{best.measure.text(board.scores[best.method, shots].value)} with {_labels(shots)}" for shots in fewer
+    ]:
         sentences.append(f"With fewer labels it reaches {', '.join(told)}.")
     sentences += _forecast(board, [best])
     if {score.method.kind for score in board.scores.values()} == {HEAD, FINETUNE}:
@@ -79,38 +82,11 @@ def extraction_seconds(info: RunInfo) -> dict[tuple[str, str], float]:
     return found
 
 
-def percent(share: float) -> str:
-    """Return a share as text: 0.953 is ``95.3 %``."""
-    return f"{100 * share:.1f} %"
-
-
-def points(difference: float) -> str:
-    """Return a difference of shares in percentage points, with its sign."""
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if float(text) == 0 else text.replace("-", "−")
-
-
 def duration(value: float) -> str:
     """Return seconds as text: 7.5 is ``7.5 s``, 300 is ``5 min``, 7200 is ``2.0 h``."""
     if value < 90:
         return f"{value:.1f} s" if value < 9.95 else f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
-
-
-def range_text(low: float, high: float) -> str:
-    """Return an interval of a difference of shares in words: ``between 0.3 points worse and 2.1 points better``.
-
-    Examples
-    --------
-    >>> range_text(-0.003, 0.021), range_text(0.004, 0.021), range_text(-0.021, -0.004)
-    ('between 0.3 points worse and 2.1 points better', '0.4 to 2.1 points better', '0.4 to 2.1 points worse')
-    """
-    below, above = abs(100 * low), abs(100 * high)
-    if low > 0:
-        return f"{below:.1f} to {above:.1f} points better"
-    if high < 0:
-        return f"{above:.1f} to {below:.1f} points worse"
-    return f"between {below:.1f} points worse and {above:.1f} points better"
 
 
 def _compare_both(
@@ -130,7 +106,7 @@ def _compare_both(
         _describe("The best fine-tuning", tuned, board, extraction),
     ]
     if paired is None:
-        headline = "The two cannot be compared: they share no test images"
+        headline = "These test images cannot compare the two"
     else:
         sentences += _verdict(paired, max(len(frozen.by_seed), len(tuned.by_seed)))
         headline = _headline(paired, costs)
@@ -160,23 +136,28 @@ def _headline(paired: Paired, costs: tuple[float, float]) -> str:
         if ratio >= 1.5:
             return f"Freeze: fine-tuning is not measurably better here, and takes {ratio:.0f} times as long"
         return "Either: these test images show no difference"
-    low, high = sorted(abs(100 * bound) for bound in (paired.low, paired.high))
-    return f"{'Fine-tune' if paired.low > 0 else 'Freeze'}: it is {low:.1f} to {high:.1f} points better here"
+    low, high = sorted(abs(bound) for bound in (paired.low, paired.high))
+    gain = paired.measure.range_text(low, high)
+    of_what = "" if paired.measure.metric == ACCURACY else f" in {paired.measure.title}"
+    return f"{'Fine-tune' if paired.low > 0 else 'Freeze'}: it is {gain}{of_what} here"
 
 
 def _describe(what: str, score: MethodScore, board: Leaderboard, extraction: ExtractionTimes) -> str:
-    low, high = score.interval
     rivals = board.at(score.shots, score.method.kind)
-    how = "on validation" if is_validated(rivals) else "by test accuracy, so expect less on new images"
+    how = "on validation" if is_validated(rivals) else f"by test {score.measure.title}, so expect less on new images"
     chosen = f" (chosen from {len(rivals)} {how})" if len(rivals) > 1 else ""
     seeds = f" (mean of {len(score.by_seed)} seeds)" if len(score.by_seed) > 1 else ""
     grouped = f" in {score.n_groups} groups" if score.n_groups and score.n_groups < score.n_test else ""
     cost = duration(seconds(score, extraction))
     spent = f"{cost}, including the extraction of all images" if _extraction_of(score, extraction) else cost
-    return (
-        f"{what}, {score.name}{chosen}, classified {percent(score.accuracy)} of {score.n_test} test images{grouped} "
-        f"correctly{seeds}, 95 % interval {100 * low:.1f}–{percent(high)}; it took {spent}."
+    value, images = score.measure.text(score.value), f"{score.n_test} test images{grouped}"
+    did = (
+        f"classified {value} of {images} correctly"
+        if score.measure.metric == ACCURACY
+        else f"reached {score.measure.title} {value} on {images}"
     )
+    interval = f", 95 % interval {score.measure.interval_text(score.interval)}" if score.interval else ""
+    return f"{what}, {score.name}{chosen}, {did}{seeds}{interval}; it took {spent}."
 
 
 def _verdict(paired: Paired, most_seeds: int) -> list[str]:
@@ -187,9 +168,12 @@ def _verdict(paired: Paired, most_seeds: int) -> list[str]:
     images = f"{paired.n_images} test images"
     images += f" in {paired.n_groups} groups" if paired.n_groups < paired.n_images else ""
     seeds = f" and {paired.n_seeds} seed{'s' if paired.n_seeds > 1 else ''}" if most_seeds > 1 else ""
+    measure = paired.measure
+    did = "was right in" if measure.metric == ACCURACY else f"reached {measure.title}"
     sentence = (
-        f"On the same {images}{seeds}, fine-tuning was right in {percent(paired.first)} and freezing in "
-        f"{percent(paired.second)}: fine-tuning is {range_text(paired.low, paired.high)} (95 % interval, {paired.test})"
+        f"On the same {images}{seeds}, fine-tuning {did} {measure.text(paired.first)} and freezing "
+        f"{'in ' if measure.metric == ACCURACY else ''}{measure.text(paired.second)}: fine-tuning is "
+        f"{measure.range_text(paired.low, paired.high)} (95 % interval, {paired.test})"
     )
     if paired.is_real:
         sentences = [f"{sentence}, a real difference."]
@@ -199,8 +183,8 @@ def _verdict(paired: Paired, most_seeds: int) -> list[str]:
             sentences.append(f"A difference of {100 * paired.smallest:.1f} points would be found here with 80 % power.")
     if paired.spread:
         drawn = "training images alone" if paired.shared else "training and test images"
-        lowest, highest = paired.spread
-        sentences.append(f"The seeds draw {drawn}; their differences go from {points(lowest)} to {points(highest)}.")
+        lowest, highest = map(measure.difference_text, paired.spread)
+        sentences.append(f"The seeds draw {drawn}; their differences go from {lowest} to {highest}.")
     return sentences
 
 
@@ -236,7 +220,9 @@ def _crossing(board: Leaderboard, frozen: MethodScore, tuned: MethodScore, read:
     confidence = 1 - (1 - _confidence(board, frozen.shots)) / len(scores)
     found = {shots: compare_scores(*pair, read, confidence=confidence) for shots, pair in scores.items()}
     known = {shots: paired for shots, paired in found.items() if paired is not None}
-    told = [f"{range_text(paired.low, paired.high)} with {_labels(shots)}" for shots, paired in known.items()]
+    told = [
+        f"{paired.measure.range_text(paired.low, paired.high)} with {_labels(shots)}" for shots, paired in known.items()
+    ]
     return [f"By number of labels, fine-tuning is {'; '.join(told)} (95 % intervals for all together)."] if told else []
 
 
@@ -282,11 +268,12 @@ def _facts(first: MethodScore, second: MethodScore | None, paired: Paired | None
     found = []
     for score in (first, second):
         if score is not None:
-            low, high = score.interval
             kind = "frozen" if score.method.is_frozen else "fine-tuned"
-            found.append((kind, percent(score.accuracy), f"{score.name}; {100 * low:.1f}–{100 * high:.1f}"))
+            interval = score.measure.interval_text(score.interval)
+            found.append((kind, score.measure.text(score.value), f"{score.name}; {interval.removesuffix(' %')}"))
     if paired is not None:
-        verdict = "real" if paired.is_real else "may be chance"
-        interval = f"{points(paired.low)} to {points(paired.high)}"
-        found.append(("difference, points", points(paired.difference), f"95 % interval {interval}; {verdict}"))
+        text, verdict = paired.measure.difference_text, "real" if paired.is_real else "may be chance"
+        what = f"difference, {paired.measure.unit or paired.measure.title}"
+        interval = f"95 % interval {text(paired.low)} to {text(paired.high)}"
+        found.append((what, text(paired.difference), f"{interval}; {verdict}"))
     return found

@@ -13,10 +13,11 @@ from features_cache import TEXT, ThawlineError
 from pipeline.comparing.features import Features
 from pipeline.comparing.jobs import Extraction, finetunes
 from pipeline.comparing.plan import Plan, PlanTable
-from pipeline.evaluation.labels import LabelsTable, find_labels
+from pipeline.evaluation.labels import LabelsTable, find_labels, labels_of
 from pipeline.evaluation.metrics import check_metric
+from pipeline.evaluation.targets import check_task
 from pipeline.images.sources.registry import ImageSource, Items, open_source
-from pipeline.options import NEAR, tune_parameters
+from pipeline.options import CLASSIFICATION, NEAR, tune_parameters
 from pipeline.spec import NO_POOL
 
 
@@ -24,7 +25,7 @@ def open_labels(plan: Plan) -> LabelsTable | None:
     """Return the table of labels that the plan names; None if labels are those of the sources."""
     first = next(iter(plan.labels), "")
     with errors_at(plan, None, first):
-        return find_labels(plan.labels.get("labels"), plan.labels.get("target"), plan.labels.get("key"))
+        return find_labels(plan.labels.get("labels"), plan.labels.get("target"), plan.labels.get("key"), plan.task)
 
 
 def open_sources(plan: Plan) -> dict[str, ImageSource]:
@@ -38,15 +39,21 @@ def open_sources(plan: Plan) -> dict[str, ImageSource]:
 
 
 def label_sources(plan: Plan, sources: Mapping[str, ImageSource], labels: LabelsTable | None) -> dict[str, ImageSource]:
-    """Return the sources with the labels, splits and groups that the table gives to their images.
+    """Return the sources with the labels, splits and groups of their images, which a table may give.
 
-    Raises `PlanError` if the images of a source are of fewer than two classes.
+    If several labels or numbers are predicted, the classes are the labels' names or nothing, and an image has label 0
+    where its answer is known.
+
+    Raises `PlanError` if the answers do not fit the task, or are of fewer than two classes.
     """
     labelled = {}
     for source, images in sources.items():
-        with errors_at(plan, None, "labels"):
-            labelled[source] = images if labels is None else _label(images, labels)
-        if (n_classes := len(labelled[source].classes)) < 2:
+        with errors_at(plan, None, "task" if labels is None else "labels"):
+            labelled[source] = _label(images, labels, plan.task)
+        n_classes = len(labelled[source].classes)
+        if plan.task != CLASSIFICATION:
+            continue
+        if n_classes < 2:
             message = f"{source}: a comparison needs images of at least two classes, found {n_classes}"
             raise plan.error(message, text="source" if labels is None else "labels")
         with errors_at(plan, None, "metric"):
@@ -54,11 +61,18 @@ def label_sources(plan: Plan, sources: Mapping[str, ImageSource], labels: Labels
     return labelled
 
 
-def _label(images: ImageSource, labels: LabelsTable) -> ImageSource:
+def _label(images: ImageSource, labels: LabelsTable | None, task: str) -> ImageSource:
+    if labels is None and task == CLASSIFICATION:
+        return images
     rows = images.items.rows
-    known = labels.join(*(np.array(np.asarray(some).tolist()) for some in (rows.uris, rows.splits, rows.groups)))
+    uris, splits, groups = (np.array(np.asarray(some).tolist()) for some in (rows.uris, rows.splits, rows.groups))
+    if labels is None:
+        known = labels_of(images.classes, np.asarray(rows.labels), splits, groups, task)
+    else:
+        known = labels.join(uris, splits, groups)
     told: dict[str, Any] = {"splits": known.splits.astype(TEXT), "groups": known.groups.astype(TEXT)}
-    return replace(images, classes=known.classes, items=Items(replace(rows, labels=known.labels, **told)))
+    told["labels"] = known.labels if task == CLASSIFICATION else np.minimum(known.labels, 0)
+    return replace(images, classes=known.classes, items=Items(replace(rows, **told)))
 
 
 def check_heads(plan: Plan) -> None:
@@ -70,11 +84,20 @@ def check_heads(plan: Plan) -> None:
         if line.how().get("drop_leaks") == NEAR and any(plan.of("finetune")):
             message = "drop-leaks near draws other splits than fine-tuning does; put the [[finetune]] in another plan"
             raise plan.error(message, line.table, line.place, NEAR)
+        of_classes = {"shots": line.values["shots"] != ("all",), "balanced": line.how().get("balanced")}
+        _check_options(plan, line, of_classes)
         with errors_at(plan, line, "device"):
             find_device(line.how()["device"])
         for name in line.values["head"]:
             with errors_at(plan, line, name):
-                find_head(name)
+                find_head(name, plan.task)
+
+
+def _check_options(plan: Plan, line: PlanTable, of_classes: Mapping[str, Any]) -> None:
+    """Raise `PlanError` for an option that is given although it is only for classes."""
+    for name, given in of_classes.items():
+        with errors_at(plan, line, name.replace("_", "-")):
+            check_task(plan.task, None, **{name: given})
 
 
 def sketch_features(plan: Plan, extraction: Extraction) -> Features:
@@ -114,6 +137,8 @@ def check_finetunes(plan: Plan) -> None:
         options = dict(chosen)
         how, backbone, freeze = line.how(), options["backbone"], options["freeze"]
         training = tune_parameters(options.items())
+        of_classes = {name: training[name] for name in ("class_weights", "label_smoothing")}
+        _check_options(plan, line, {"shots": line.values["shots"] != ("all",), **of_classes})
         with errors_at(plan, line):
             recipe = make_recipe(
                 {field.name: training[field.name] for field in fields(Recipe) if field.name in training}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.backbones.known import recall
-from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest
+from pipeline.comparing.features import Features, find_features, finetune_key, fit_key, listing_digest, question
 from pipeline.comparing.folder import Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, finetunes, fits
 from pipeline.comparing.plan import Plan, PlanTable
@@ -53,6 +53,11 @@ class Comparison:
             for source, images in self.images.items()
         }
 
+    @cached_property
+    def question(self) -> dict[str, str]:
+        """What the keys of all jobs cover: labels, task and metric."""
+        return question(self.plan, self.labels)
+
     def look_up(self, extraction: Extraction) -> Features | None:
         """Look up in the cache what is extracted."""
         return find_features(extraction, self.images[extraction.source], self.cache(extraction.line))
@@ -64,15 +69,13 @@ class Comparison:
     def fits(self, extraction: Extraction, found: Features) -> dict[Fit, str]:
         """Return the fits on the features of an extraction, each with its key."""
         source = self.names[extraction.source]
-        asked = self.labels, self.plan.metric
-        return {job: fit_key(job, found, source, *asked) for job in fits(self.plan, extraction, found.aliases)}
+        return {job: fit_key(job, found, source, self.question) for job in fits(self.plan, extraction, found.aliases)}
 
     def finetunes(self) -> dict[Finetune, tuple[PlanTable, str]]:
         """Return the fine-tunes, each with its line of the plan and its key."""
         asked = finetunes(self.plan)
         listings = {source: listing_digest(self.images[source]) for source in {job.source for _, job in asked}}
-        answers = self.labels, self.plan.metric
-        keys = (finetune_key(job, self.names[job.source], listings[job.source], *answers) for _, job in asked)
+        keys = (finetune_key(job, self.names[job.source], listings[job.source], self.question) for _, job in asked)
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
     def weights_of(self, job: Finetune) -> str | None:

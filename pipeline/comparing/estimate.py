@@ -103,11 +103,11 @@ def plan_extraction(
     return Planned(job, extraction.source, False, measured or guess, stored)
 
 
-def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder) -> Planned:
+def plan_fit(fit: Fit, found: Features, done: bool, images: ImageSource, folder: RunFolder, task: str) -> Planned:
     """Guess what a fit takes, from others with the same head and number of labels where there are some."""
     from pipeline.heads.registry import find_head
 
-    head = find_head(fit.head)
+    head = find_head(fit.head, task)
     alike = [
         job.result.seconds
         for job in folder.results.values()
@@ -130,7 +130,7 @@ def plan_finetune(job: Finetune, done: bool, images: ImageSource, device: str, *
     share = TRAINED_SHARE.get(freeze, 0.5)
     flops = operations(backbone, size)
     seconds = START + BACKWARD * share * flops * _rows(images, job.shots) * options["epochs"] / _speed(device)
-    activations, weights = count_values(backbone, freeze, options["top"], size, len(images.classes))
+    activations, weights = count_values(backbone, freeze, options["top"], size, max(1, len(images.classes)))
     views = options.get("views", 0 if options["augment"] == NO_AUGMENT else -1)  # -1: no activations are cached
     cached = len(images.items) * activations * (1 + views) * np.dtype(options["store"]).itemsize if stores else 0
     return Planned(str(job), job.source, False, seconds, cached + 4 * weights)
@@ -143,7 +143,7 @@ def _rows(images: ImageSource, shots: int | str) -> int:
 
 
 @cache
-def count_values(backbone: str, freeze: str, top: str, size: Size | None, n_classes: int) -> tuple[int, int]:
+def count_values(backbone: str, freeze: str, top: str, size: Size | None, n_outputs: int) -> tuple[int, int]:
     """Return the number of activations of one image at a thaw line, and the number of thawed weights."""
     from pipeline.backbones.aliases import PENULTIMATE
     from pipeline.backbones.registry import sketch
@@ -154,7 +154,7 @@ def count_values(backbone: str, freeze: str, top: str, size: Size | None, n_clas
     line = line_of(network, freeze)
     at_line = 0 if line is None else math.prod(line.shape)
     frozen = tap(network, [PENULTIMATE]).dims[DEFAULT_POOL][PENULTIMATE] if freeze == ALL else at_line
-    return frozen, sum(item.numel() for item in ThawedNetwork(network, freeze, top, n_classes).thawed_state().values())
+    return frozen, sum(item.numel() for item in ThawedNetwork(network, freeze, top, n_outputs).thawed_state().values())
 
 
 @cache

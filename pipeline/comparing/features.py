@@ -9,11 +9,12 @@ from pathlib import Path
 
 from features_cache import CacheFile, Catalog
 from pipeline.comparing.jobs import Extraction, Finetune, Fit
+from pipeline.comparing.plan import Plan
 from pipeline.evaluation.labels import LabelsTable
 from pipeline.extraction.lookup import files_of, find_answer, is_complete, rows_of, weights_file_digest
 from pipeline.images.sources.registry import ImageSource
 from pipeline.invalidation import stage_key
-from pipeline.options import METRICS, NEAR, head_name
+from pipeline.options import CLASSIFICATION, METRICS_OF, NEAR, head_name
 from pipeline.spec import DECODE_POLICY, REDECODED, Request, aliases_of, fingerprint_of
 
 
@@ -63,8 +64,21 @@ def depths(request: Request, layers: tuple[str, ...]) -> dict[str, int]:
     return {name: index for index, name in enumerate(sorted(layers, key=order.index))}
 
 
-def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | None, metric: str) -> str:
-    """Return the `stage_key` of a fit on the source of this name, with labels of its own or of a table."""
+def question(plan: Plan, labels: LabelsTable | None) -> dict[str, str]:
+    """Return what the keys of all jobs cover: labels, task and metric.
+
+    What a plan leaves to its defaults is left out, so that older results are still found.
+    """
+    asked = {} if labels is None else {"labels": labels.digest}
+    if plan.task != CLASSIFICATION:
+        asked["task"] = plan.task
+    if plan.metric != METRICS_OF[plan.task][0]:
+        asked["metric"] = plan.metric
+    return asked
+
+
+def fit_key(fit: Fit, features: Features, source: str, asked: Mapping[str, str]) -> str:
+    """Return the `stage_key` of a fit on the source of this name; `asked` is its `question`."""
     names = fit.layer.split("+")
     files = [features.files[name] for name in names]
     judges = {}
@@ -81,13 +95,8 @@ def fit_key(fit: Fit, features: Features, source: str, labels: LabelsTable | Non
         seed=fit.seed,
         shots=fit.shots,
         **judges,
-        **_asked(labels, metric),
+        **asked,
     )
-
-
-def _asked(labels: LabelsTable | None, metric: str) -> dict[str, str]:
-    """Return what else a key covers; nothing by default, so that older results are still found."""
-    return ({} if labels is None else {"labels": labels.digest}) | ({"metric": metric} if metric != METRICS[0] else {})
 
 
 def listing_digest(images: ImageSource) -> str:
@@ -99,8 +108,11 @@ def listing_digest(images: ImageSource) -> str:
     return fingerprint_of([images.classes, [*images.items], *([DECODE_POLICY] if redecoded else [])])
 
 
-def finetune_key(job: Finetune, source: str, listing: str, labels: LabelsTable | None, metric: str) -> str:
-    """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`."""
+def finetune_key(job: Finetune, source: str, listing: str, asked: Mapping[str, str]) -> str:
+    """Return the `stage_key` of a fine-tune on the source of this name, whose `listing_digest` is `listing`.
+
+    `asked` is its `question`.
+    """
     options = dict(job.options)
     return stage_key(
         "finetune",
@@ -110,7 +122,7 @@ def finetune_key(job: Finetune, source: str, listing: str, labels: LabelsTable |
         weights=weights_file_digest(str(options["backbone"])),
         seed=job.seed,
         shots=job.shots,
-        **_asked(labels, metric),
+        **asked,
     )
 
 

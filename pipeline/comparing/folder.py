@@ -20,14 +20,35 @@ import numpy as np
 from features_cache import WriterLock, atomic_write, nearest, open_own, parse_json
 from pipeline.errors import RunFolderError
 from pipeline.evaluation.predictions import Predictions
-from pipeline.options import METRIC, SHOTS_OR_ALL
-from pipeline.results import FinetuneResult, FitResult, from_json, to_json
+from pipeline.options import CLASSIFICATION, METRICS_OF, MULTILABEL, REGRESSION, SHOTS_OR_ALL, TASK, choice
+from pipeline.results import (
+    FinetuneMultilabelResult,
+    FinetuneRegressionResult,
+    FinetuneResult,
+    FitResult,
+    HeadResult,
+    MultilabelResult,
+    RegressionResult,
+    from_json,
+    to_json,
+)
 
 HEAD, FINETUNE = "head", "finetune"
-KINDS = {HEAD: FitResult, FINETUNE: FinetuneResult}
+RECORDS: dict[str, dict[str, type[HeadResult]]] = {
+    HEAD: {CLASSIFICATION: FitResult, MULTILABEL: MultilabelResult, REGRESSION: RegressionResult},
+    FINETUNE: {
+        CLASSIFICATION: FinetuneResult,
+        MULTILABEL: FinetuneMultilabelResult,
+        REGRESSION: FinetuneRegressionResult,
+    },
+}
+"""The record of a result, by its kind and task."""
 
 PREDICTIONS_LIMIT = 1 << 30
 """Most bytes of a model's predictions, unpacked: a forged file of some kilobytes must not take all memory."""
+
+_OF_VALUES = ("probabilities", "scores", "folds")
+"""Columns of `Predictions` that metrics of labels need."""
 
 OptionValue = str | int | float | bool | None
 
@@ -36,17 +57,19 @@ OptionValue = str | int | float | bool | None
 class JobResult:
     """The result of one job, as `fit` or `finetune` returned it, and what the comparison adds.
 
-    `key` says what the result depends on, see `pipeline.invalidation`; `n_classes` is 0 in run folders made before it
-    was kept. `precision`, `store`, `size`, `white` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`,
-    and `depth` is the index of its layer in the order of computation, None for joined layers. `options` are those of a
-    fine-tune, as the plan names them, without backbone and freeze, and `weights` is the digest of those it began with,
-    None in older run folders.
+    `key` says what the result depends on, see `pipeline.invalidation`; `n_classes` counts classes or labels, and is 0
+    for numbers and in run folders made before it was kept. `task` is one of `pipeline.options.TASKS`. `precision`,
+    `store`, `size`, `white` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`, and `depth` is the
+    index of its layer in the order of computation, None for joined layers. `options` are those of a fine-tune, as the
+    plan names them, without backbone and freeze, and `weights` is the digest of those it began with, None in older run
+    folders.
     """
 
     key: str
     source: str
-    result: FitResult
+    result: HeadResult
     n_classes: int = 0
+    task: str = CLASSIFICATION
     precision: str | None = None
     store: str | None = None
     size: tuple[int, int] | None = None
@@ -62,22 +85,29 @@ class JobResult:
         result = own.pop("result")
         of_head = ("precision", "store", "size", "white", "drop_leaks", "depth")
         kept = ("options", "weights") if self.result.kind == FINETUNE else of_head
-        return {**{name: own[name] for name in ("key", "source", "n_classes")}, **result, **{k: own[k] for k in kept}}
+        return {
+            **{name: own[name] for name in ("key", "source", "n_classes", "task")},
+            **result,
+            **{k: own[k] for k in kept},
+        }
 
     @classmethod
     def from_json(cls, document: Any) -> JobResult:
         """Return the result of a line; raises `ValueError` if a key is missing or holds something impossible."""
         kind = document.get("kind") if isinstance(document, dict) else None
-        if kind not in list(KINDS):
-            raise ValueError(f"expected 'kind' to be one of {', '.join(KINDS)}, got {kind!r:.40}")
-        result = from_json(KINDS[kind], document)
+        if kind not in list(RECORDS):
+            raise ValueError(f"expected 'kind' to be one of {', '.join(RECORDS)}, got {kind!r:.40}")
+        task = document.get("task", CLASSIFICATION)
+        if problem := TASK.kind.problem(task):
+            raise ValueError(f"'task': {problem}")
+        result = from_json(RECORDS[kind][task], document)
         if kind != FINETUNE and "/" not in result.head:  # of an older version, which standardised by default
             result = replace(result, head=f"{result.head}/standard")
-        if not (0 <= result.accuracy <= 1 and result.n_test > 0):
-            raise ValueError(
-                f"expected 'accuracy' from 0 to 1 and 'n_test' above 0, got {result.accuracy} and {result.n_test}"
-            )
-        for name, kind_of_value in (("shots", SHOTS_OR_ALL), ("metric", METRIC.kind)):
+        if result.n_test <= 0:
+            raise ValueError(f"expected 'n_test' above 0, got {result.n_test}")
+        if isinstance(result, FitResult) and not 0 <= result.accuracy <= 1:
+            raise ValueError(f"expected 'accuracy' from 0 to 1, got {result.accuracy}")
+        for name, kind_of_value in (("shots", SHOTS_OR_ALL), ("metric", choice(*METRICS_OF[task]))):
             if problem := kind_of_value.problem(getattr(result, name)):
                 raise ValueError(f"'{name}': {problem}")
         return from_json(cls, document | {"result": result})
@@ -180,6 +210,9 @@ class RunFolder:
             columns["probability"] = predictions.probability.astype(np.float32)
         if predictions.groups is not None and predictions.groups.any():
             columns["groups"] = predictions.groups
+        if result.task != CLASSIFICATION:
+            given = {name: getattr(predictions, name) for name in _OF_VALUES}
+            columns |= {name: column for name, column in given.items() if column is not None}
         with _explained(self.path, "write"):
             with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
@@ -204,7 +237,8 @@ class RunFolder:
                 if sum(member.file_size for member in stored.zip.infolist()) > PREDICTIONS_LIMIT:
                     raise ValueError("it would unpack to more than any predictions")
                 columns = (stored["uris"], stored["y_true"], stored["y_pred"], stored.get("probability"))
-                found = Predictions(*columns, groups=stored.get("groups"))
+                others = {name: stored.get(name) for name in ("groups", *_OF_VALUES)}
+                found = Predictions(*columns, **others)
                 _check(found, self.results[key])
                 return found
         except RunFolderError:
@@ -268,19 +302,30 @@ class RunFolder:
 
 def _check(found: Predictions, job: JobResult) -> None:
     """Raise `ValueError` unless the columns are those of the test images of a job."""
-    n_test = (job.result.n_test,)
+    rows, each = (job.result.n_test,), (job.result.n_test, job.n_classes)
+    kind, shape = {CLASSIFICATION: ("i", rows), MULTILABEL: ("b", each), REGRESSION: ("f", rows)}[job.task]
     columns = [
-        (found.uris, "U"),
-        (found.y_true, "i"),
-        (found.y_pred, "i"),
-        (found.probability, "f"),
-        (found.groups, "U"),
+        (found.uris, "U", rows),
+        (found.y_true, kind, shape),
+        (found.y_pred, kind, shape),
+        (found.probability, "f", rows),
+        (found.groups, "U", rows),
+        (found.folds, "i", rows),
+        (found.probabilities, "f", each),
+        (found.scores, "f", each),
     ]
-    if not all(column is None or (column.dtype.kind == kind and column.shape == n_test) for column, kind in columns):
+    if not all(column is None or (column.dtype.kind, column.shape) == (kind, shape) for column, kind, shape in columns):
         raise ValueError("a column is of another type or length")
+    if len(set(found.uris)) < len(found.uris):
+        raise ValueError("an image occurs twice")
     labels = np.concatenate([found.y_true, found.y_pred])
-    if labels.min() < 0 or (job.n_classes and labels.max() >= job.n_classes) or len(set(found.uris)) < len(found.uris):
-        raise ValueError("a label has no class, or an image occurs twice")
+    if job.task == CLASSIFICATION and (labels.min() < 0 or (job.n_classes and labels.max() >= job.n_classes)):
+        raise ValueError("a label has no class")
+    if job.task == MULTILABEL and found.probabilities is None and found.scores is None:
+        raise ValueError("the scores of the labels are missing")
+    numbers = [labels, *(column for column in (found.probabilities, found.scores) if column is not None)]
+    if any(np.isnan(column).any() for column in numbers):
+        raise ValueError("a number is missing")
 
 
 def open_finished(path: str | Path) -> RunFolder:

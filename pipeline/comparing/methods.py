@@ -16,8 +16,9 @@ from pipeline.evaluation.comparisons import preference
 from pipeline.evaluation.forecast import FEWEST_POINTS, LabelCurve
 from pipeline.evaluation.intervals import CONFIDENCE, accuracy_interval
 from pipeline.evaluation.metrics import mean_if_known
-from pipeline.options import NEAR, TABLES
-from pipeline.results import FinetuneResult
+from pipeline.evaluation.wording import ACCURACY, Measure
+from pipeline.options import CLASSIFICATION, NEAR, TABLES
+from pipeline.results import FitResult, Tuning
 
 _SETTINGS = ("size", "white", "precision", "store")
 _EVALUATION = {"balanced": "balanced", "cv": "{}-fold", "drop_leaks": "leaks dropped"}
@@ -70,7 +71,7 @@ class Method:
 def method_of(job: JobResult) -> Method:
     """Return the method of a result."""
     result = job.result
-    freeze = result.freeze if isinstance(result, FinetuneResult) else ""
+    freeze = result.freeze if isinstance(result, Tuning) else ""
     backbone = result.backbone
     if result.params.get("init") == "random":  # each seed draws its own weights, and its backbone is named after them
         backbone = re.sub(r"@random:\d+$", "@random", backbone)
@@ -85,7 +86,7 @@ def method_of(job: JobResult) -> Method:
         white=job.white,
         precision=job.precision,
         store=job.store,
-        balanced=result.balanced,
+        balanced=isinstance(result, FitResult) and result.balanced,
         cv=result.cv,
         drop_leaks=job.drop_leaks,
         options=tuple(sorted(job.options.items())),
@@ -117,31 +118,54 @@ class MethodScore:
         return self.first.result.n_groups
 
     @property
-    def accuracy(self) -> float:
-        """Mean accuracy over seeds."""
-        return fmean(self.accuracies)
+    def task(self) -> str:
+        """What was predicted, one of `pipeline.options.TASKS`."""
+        return self.first.task
 
     @property
-    def accuracies(self) -> list[float]:
-        """Accuracy of each seed."""
-        return [job.result.accuracy for job in self.by_seed.values()]
+    def measure(self) -> Measure:
+        """What the method is compared by: accuracy, whatever chose its parameters, or a metric of labels or numbers."""
+        return Measure(ACCURACY if self.task == CLASSIFICATION else self.first.result.metric)
+
+    @property
+    def value(self) -> float:
+        """Mean of the measure over seeds, on test; NaN if it is not defined for a seed."""
+        return fmean(self.values)
+
+    @property
+    def values(self) -> list[float]:
+        """The measure of each seed."""
+        found = [getattr(job.result, self.measure.metric) for job in self.by_seed.values()]
+        return [math.nan if value is None else value for value in found]
 
     @property
     def score(self) -> float:
-        """Mean over seeds of the metric that parameters were chosen by, on test; accuracy if a seed lacks it."""
+        """Mean over seeds of the metric that parameters were chosen by, on test; the measure if a seed lacks it."""
         found = self.mean(self.first.result.metric)
-        return self.accuracy if found is None else found
+        return self.value if found is None else found
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the mean accuracy, for the test images of one seed and their groups."""
-        return accuracy_interval(self.accuracy, self.n_test, self.first.result.n_effective)
+    def rank(self) -> float:
+        """A sort key: the best `score` first, one that is not defined last."""
+        return math.inf if math.isnan(self.score) else -self.measure.sign * self.score
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of `value`, for the test images of one seed and their groups; None where there is none.
+
+        It is Wilson's for accuracies, else the mean of the seeds' intervals.
+        """
+        result = self.first.result
+        if isinstance(result, FitResult):
+            return accuracy_interval(self.value, self.n_test, result.n_effective)
+        ends = [getattr(job.result, f"{self.measure.metric}_ci95") for job in self.by_seed.values()]
+        return None if None in ends else (fmean(low for low, _ in ends), fmean(high for _, high in ends))
 
     @property
     def error(self) -> float:
         """Standard error of the mean of two or more seeds, for other test images and other draws of training images."""
-        low, high = self.interval
-        drawn = stdev(self.accuracies) / math.sqrt(len(self.by_seed))
+        low, high = self.interval or (self.value, self.value)
+        drawn = stdev(self.values) / math.sqrt(len(self.by_seed))
         return math.hypot((high - low) / 2 / NormalDist().inv_cdf(0.5 + CONFIDENCE / 2), drawn)
 
     @property
@@ -153,8 +177,8 @@ class MethodScore:
         return (result.n_train + result.n_val) / max(1, self.first.n_classes)
 
     def mean(self, name: str) -> float | None:
-        """Return the mean over seeds of a number of `FitResult`; None if a seed lacks it."""
-        return mean_if_known([getattr(job.result, name) for job in self.by_seed.values()])
+        """Return the mean over seeds of a number of the results; None if a seed lacks it."""
+        return mean_if_known([getattr(job.result, name, None) for job in self.by_seed.values()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +207,7 @@ class Leaderboard:
         if len(found) < FEWEST_POINTS or not all(score.first.n_classes for score in found):  # as in old run folders
             return None
         found.sort(key=lambda score: score.labels_a_class)
-        columns = [(score.labels_a_class, score.accuracy, score.error) for score in found]
+        columns = [(score.labels_a_class, score.value, score.error) for score in found]
         return LabelCurve(*map(np.array, zip(*columns, strict=True)))
 
     def best(self, kind: str, shots: int | str | None = None) -> MethodScore | None:
@@ -192,10 +216,15 @@ class Leaderboard:
 
 
 def best_of(scores: Sequence[MethodScore]) -> MethodScore | None:
-    """Return the score that is best on validation rows, by test accuracy if one was not validated; see `preference`."""
-    measure = "validated" if is_validated(scores) else "accuracy"
+    """Return the score that is best on validation rows, on test rows if one was not validated; see `preference`."""
+    validated = is_validated(scores)
     ranks = [
-        preference("all", score.mean(measure), index, score.mean("validation_log_loss"))
+        preference(
+            "all",
+            score.mean("validated") if validated else score.measure.sign * score.value,
+            index,
+            score.mean("validation_log_loss"),
+        )
         for index, score in enumerate(scores)
     ]
     return scores[ranks.index(max(ranks))] if scores else None

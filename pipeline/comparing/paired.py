@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from scipy.special import stdtrit
 
-from pipeline.arrays import BoolArray, IntArray, StrArray
+from pipeline.arrays import IntArray, StrArray
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of, is_validated, leaderboards
+from pipeline.evaluation.bootstrap import Redrawn, compare_redrawn, lead
 from pipeline.evaluation.comparisons import holm, may_be_best
 from pipeline.evaluation.intervals import (
     CONFIDENCE,
@@ -24,7 +26,11 @@ from pipeline.evaluation.intervals import (
     paired_interval,
     smallest_difference,
 )
+from pipeline.evaluation.multilabel import redraw_labels
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.regression import redraw_numbers
+from pipeline.evaluation.wording import ACCURACY, Measure
+from pipeline.options import CLASSIFICATION, REGRESSION
 
 LEVEL = 1 - CONFIDENCE
 
@@ -34,14 +40,14 @@ ReadPredictions = Callable[[str], Predictions]
 
 @dataclass(frozen=True)
 class Paired:
-    """Two methods on what they share: the accuracies of both there, and how much the first is ahead.
+    """Two methods on what they share: how good both are there, and how much the first is ahead.
 
     Parameters
     ----------
     first, second : float
-        Accuracies, means over seeds.
+        Accuracies or other measures, means over seeds.
     low, high : float
-        Interval of the difference.
+        Interval of the difference; above 0 the first is better, also where less is.
     p : float
         Two-sided p-value.
     test : str
@@ -54,6 +60,7 @@ class Paired:
         The smallest and the largest difference of a seed; None for a single one.
     shared : bool
         Whether all seeds have the same test images, so that they differ in what they were trained on alone.
+    measure : Measure
     """
 
     first: float
@@ -68,11 +75,12 @@ class Paired:
     smallest: float | None
     spread: tuple[float, float] | None
     shared: bool
+    measure: Measure
 
     @property
     def difference(self) -> float:
         """How much the first method is ahead."""
-        return self.first - self.second
+        return self.measure.sign * (self.first - self.second)
 
     @property
     def is_real(self) -> bool:
@@ -89,64 +97,114 @@ def compare_scores(
 ) -> Paired | None:
     """Compare two methods on the seeds and test images that they share; None if they share none.
 
-    With at least five seeds that draw their own test images, this is the corrected resampled t-test over seeds.
-    Otherwise, and if all seeds show the same difference, it is an exact paired test on the test images of all seeds, in
-    which an image (or a group of them) counts once however many seeds test it.
+    Accuracies of at least five seeds that draw their own test images are compared by the corrected resampled t-test
+    over seeds. Otherwise, and if all seeds show the same difference, it is an exact paired test on the test images of
+    all seeds, in which an image (or a group of them) counts once however many seeds test it. Metrics of labels and
+    numbers are compared on test images that are drawn again, see `pipeline.evaluation.bootstrap`; the result is None,
+    too, if these do not differ, as with a single group.
 
     `read` reads the predictions of a result of `a`, and `read_b` those of `b` if that is of another run; `confidence`
     is that of the interval.
     """
-    seeds = sorted(set(a.by_seed) & set(b.by_seed))
-    found = [_pool(seed, (a, b), (read, read_b or read)) for seed in seeds]
-    found = [one for one in found if one[1].size]
-    if not found:
+    said = _shared((a, b), (read, read_b or read))
+    if not said[0]:
         return None
-    right, units = np.concatenate([one[0] for one in found], axis=1), np.concatenate([one[1] for one in found])
-    uris = [one[2] for one in found]
+    uris = [one.uris for one in said[0]]
     shared = all(np.array_equal(uris[0], other) for other in uris)
-    first, second = right
-    of_seeds = np.array([one[0][0].mean() - one[0][1].mean() for one in found])
-    clusters = number_clusters(units)
+    compared = (
+        _compare_rows(a, said, shared=shared, confidence=confidence)
+        if a.task == CLASSIFICATION
+        else _compare_redrawn(a, said, confidence)
+    )
+    if compared is None:
+        return None
+    of_seeds = compared.of_seeds
+    return Paired(
+        first=compared.first,
+        second=compared.second,
+        low=compared.low,
+        high=compared.high,
+        p=compared.p,
+        test=compared.test,
+        n_seeds=len(uris),
+        n_images=len(np.unique(np.concatenate(uris))),
+        n_groups=len(np.unique(np.concatenate([one.units for one in said[0]]))),
+        smallest=compared.smallest,
+        spread=(min(of_seeds), max(of_seeds)) if len(of_seeds) > 1 else None,
+        shared=shared,
+        measure=a.measure,
+    )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What a test of two methods says; the fields are those of `Paired`, and the difference of each seed."""
+
+    first: float
+    second: float
+    low: float
+    high: float
+    p: float
+    test: str
+    of_seeds: list[float]
+    smallest: float | None = None
+
+
+def _compare_rows(
+    a: MethodScore, said: Sequence[Sequence[Predictions]], *, shared: bool, confidence: float
+) -> _Compared:
+    """Compare the accuracies of two methods on the test images of each seed."""
+    first, second = (np.concatenate([one.right for one in of_method]) for of_method in said)
+    of_seeds = np.array([one.right.mean() - other.right.mean() for one, other in zip(*said, strict=True)])
+    clusters = number_clusters(np.concatenate([one.units for one in said[0]]))
     low, high = paired_interval(first, second, clusters, confidence)
     p, test = mcnemar(first, second, clusters), "McNemar's exact test"
     n_effective = effective_rows(first.astype(np.float64) - second, clusters)
     smallest: float | None = smallest_difference(n_effective, float((first != second).mean()))
-    if not shared and len(found) >= FEWEST_SPLITS:
+    if not shared and len(of_seeds) >= FEWEST_SPLITS:
         result = a.first.result
         sizes = (result.n_pool or result.n_train + result.n_val, result.n_test)  # old run folders lack n_pool
         over_seeds = corrected_t_test(of_seeds, *sizes)[1]
         if not math.isnan(over_seeds):
-            reach = float(stdtrit(len(found) - 1, 0.5 + confidence / 2)) * corrected_error(of_seeds, *sizes)
+            reach = float(stdtrit(len(of_seeds) - 1, 0.5 + confidence / 2)) * corrected_error(of_seeds, *sizes)
             p, low, high = over_seeds, float(of_seeds.mean()) - reach, float(of_seeds.mean()) + reach
-            test, smallest = f"corrected resampled t-test over {len(found)} seeds", None
-    return Paired(
-        first=float(first.mean()),
-        second=float(second.mean()),
-        low=low,
-        high=high,
-        p=p,
-        test=test,
-        n_seeds=len(found),
-        n_images=len(np.unique(np.concatenate(uris))),
-        n_groups=len(np.unique(units)),
-        smallest=smallest,
-        spread=(float(of_seeds.min()), float(of_seeds.max())) if len(found) > 1 else None,
-        shared=shared,
-    )
+            test, smallest = f"corrected resampled t-test over {len(of_seeds)} seeds", None
+    means = float(first.mean()), float(second.mean())
+    return _Compared(*means, low, high, p, test, of_seeds.tolist(), smallest)
 
 
-def _pool(
-    seed: int, scores: Sequence[MethodScore], reads: Sequence[ReadPredictions]
-) -> tuple[BoolArray, StrArray, StrArray]:
-    """Return which of a seed's test images that all methods share each predicted right, their units and their names."""
-    said = [read(score.by_seed[seed].key) for score, read in zip(scores, reads, strict=True)]
-    uris = said[0].uris
-    for other in said[1:]:
-        if not np.array_equal(uris, other.uris):
-            uris = np.intersect1d(uris, other.uris)
-    rows = [_rows_of(one.uris, uris) for one in said]
-    right = np.array([one.right[own] for one, own in zip(said, rows, strict=True)])
-    return right, said[0].units[rows[0]], uris
+def _compare_redrawn(a: MethodScore, said: Sequence[Sequence[Predictions]], confidence: float) -> _Compared | None:
+    """Compare a metric of labels or numbers on test images that are drawn again."""
+    redraw, sign = partial(_redraw, a.task, a.measure.metric), a.measure.sign
+    first, second = (redraw(*of_method) for of_method in said)
+    found = lead(first, second, confidence)
+    if found is None:
+        return None
+    of_seeds = [redraw(one).observed - redraw(other).observed for one, other in zip(*said, strict=True)]
+    means = sign * first.observed, sign * second.observed
+    return _Compared(*means, found.low, found.high, found.p, "bootstrap of test images", of_seeds)
+
+
+@lru_cache(maxsize=64)  # a method is compared with many others
+def _redraw(task: str, metric: str, *said: Predictions) -> Redrawn:
+    """Return a metric of what a method predicted with each seed, on test images that are drawn again."""
+    return (redraw_numbers if task == REGRESSION else redraw_labels)(metric, said)
+
+
+def _shared(scores: Sequence[MethodScore], reads: Sequence[ReadPredictions]) -> list[list[Predictions]]:
+    """Return what each method predicted on the test images that all share, for each seed that has such images."""
+    seeds = sorted(set.intersection(*(set(score.by_seed) for score in scores)))
+    found: list[list[Predictions]] = [[] for _ in scores]
+    for seed in seeds:
+        said = [read(score.by_seed[seed].key) for score, read in zip(scores, reads, strict=True)]
+        uris = said[0].uris
+        for other in said[1:]:
+            if not np.array_equal(uris, other.uris):
+                uris = np.intersect1d(uris, other.uris)
+        if uris.size:
+            for own, one in zip(found, said, strict=True):
+                own.append(one if np.array_equal(one.uris, uris) else one.take(_rows_of(one.uris, uris)))
+    return found
 
 
 def _rows_of(names: StrArray, wanted: StrArray) -> IntArray:
@@ -174,20 +232,30 @@ def best_set(board: Leaderboard, shots: int | str, read: ReadPredictions) -> Bes
     None if there is a single method, or if they share no test images.
     """
     scores = board.at(shots)
-    seeds = sorted(set.intersection(*(set(score.by_seed) for score in scores)))
-    found = [_pool(seed, scores, [read] * len(scores)) for seed in seeds] if len(scores) > 1 else []
-    if not sum(one[1].size for one in found):
-        return None
-    right, units = np.concatenate([one[0] for one in found], axis=1), np.concatenate([one[1] for one in found])
+    said = _shared(scores, [read] * len(scores)) if len(scores) > 1 else [[]]
     chosen = best_of(scores)
-    named = chosen.name if chosen is not None and is_validated(scores) else None
-    methods = [score.name for score, best in zip(scores, may_be_best(right, units), strict=True) if best]
+    if not said[0] or chosen is None:
+        return None
+    if chosen.task == CLASSIFICATION:
+        right = np.array([np.concatenate([one.right for one in of_method]) for of_method in said])
+        among = may_be_best(right, np.concatenate([one.units for one in said[0]]))
+    else:
+        redrawn = [_redraw(chosen.task, chosen.measure.metric, *of_method) for of_method in said]
+        compared = compare_redrawn(redrawn, scores.index(chosen))
+        if compared is None:
+            return None
+        among = compared[1]
+    named = chosen.name if is_validated(scores) else None
+    methods = [score.name for score, best in zip(scores, among, strict=True) if best]
     return BestSet(board.source, shots, len(scores), named, methods)
 
 
 @dataclass(frozen=True)
 class Change:
-    """A method whose accuracy differs between two runs on what both were tested on; `p` is adjusted for all methods."""
+    """A method whose measure differs between two runs on what both were tested on; `p` is adjusted for all methods.
+
+    `metric` is what the measure is called.
+    """
 
     source: str
     method: str
@@ -196,6 +264,7 @@ class Change:
     now: float
     difference: float
     p: float
+    metric: str = ACCURACY
 
 
 @dataclass(frozen=True)
@@ -215,7 +284,16 @@ def compare_runs(before: RunFolder, now: RunFolder) -> Against:
     tested = [(key, paired) for key, paired in tests.items() if paired is not None]
     adjusted = holm([paired.p for _, paired in tested])
     changes = [
-        Change(key[0], new[key].name, key[3], old[key].accuracy, new[key].accuracy, paired.difference, p)
+        Change(
+            key[0],
+            new[key].name,
+            new[key].shots,
+            paired.second,
+            paired.first,
+            paired.difference,
+            p,
+            paired.measure.metric,
+        )
         for (key, paired), p in zip(tested, adjusted, strict=True)
         if p < LEVEL
     ]
@@ -227,11 +305,16 @@ def compare_runs(before: RunFolder, now: RunFolder) -> Against:
     )
 
 
-def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, str | None, Method, int | str], MethodScore]:
-    """Return a run's scores by source, target, method and shots; names tell apart the methods of both runs."""
+def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, str | None, Measure, Method, int | str], MethodScore]:
+    """Return a run's scores by source, target, measure, method and shots.
+
+    Names tell apart the methods of both runs.
+    """
     found = leaderboards(run.results.values(), other.results.values())
     return {
-        (board.source, score.first.result.target, *key): score for board in found for key, score in board.scores.items()
+        (board.source, score.first.result.target, score.measure, *key): score
+        for board in found
+        for key, score in board.scores.items()
     }
 
 

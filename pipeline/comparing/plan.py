@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from features_cache import nearest
-from pipeline.errors import PlanError
+from pipeline.errors import FitError, PlanError
+from pipeline.evaluation.targets import check_task
 from pipeline.images.sources.remote import is_url
 from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, LABELS, METRICS, TABLES, Option, shared_keys
 
@@ -37,7 +38,8 @@ class Plan:
     """A whole plan; its path and its sources are absolute, but for URLs and the source ``"digits"``.
 
     `lines` are first all extract tables, then all fit tables, then all finetune tables. `labels` are the arguments of
-    `pipeline.evaluation.labels.find_labels` that the plan gives, and `metric` is what all jobs choose by. `meaning` is
+    `pipeline.evaluation.labels.find_labels` that the plan gives, the task among them, and `metric` is what all jobs
+    choose by. `meaning` is
     the parsed TOML document; plans with equal documents are the same plan.
     """
 
@@ -46,8 +48,13 @@ class Plan:
     sources: tuple[str, ...]
     lines: tuple[PlanTable, ...]
     meaning: dict[str, Any]
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, Any] = field(default_factory=dict)
     metric: str = METRICS[0]
+
+    @property
+    def task(self) -> str:
+        """What is predicted, one of `pipeline.options.TASKS`."""
+        return str(self.labels.get("task", CLASSIFICATION))
 
     def of(self, table: str) -> list[PlanTable]:
         """Return all tables of one name."""
@@ -99,6 +106,15 @@ def _build(plan: Plan) -> Plan:
             common[key] = _values(plan, shared_keys(), key, value, "", 0)
     if "source" not in common:
         raise plan.error("expected a key 'source' that names a folder of images, or digits")
+    labels: dict[str, Any] = {one.parameter: common[one.name] for one in LABELS if one.name in common}
+    labels |= {name: values[0] for name, values in labels.items() if name != "target"}
+    if "labels" in labels:
+        labels["labels"] = str(plan.path.parent / labels["labels"])
+    task = labels.get("task", CLASSIFICATION)
+    try:
+        metric = check_task(task, common.get("metric", (None,))[0])
+    except FitError as error:
+        raise plan.error(str(error), text="metric") from None
     lines = []
     for table, options in TABLES.items():
         entries = plan.meaning.get(table, [])
@@ -108,16 +124,12 @@ def _build(plan: Plan) -> Plan:
             own = {key: _values(plan, options, key, value, table, place) for key, value in entry.items()}
             known = {key: option.default for key, option in options.items() if key != "output"}
             if table == "fit":
-                known["head"] = DEFAULT_HEADS[CLASSIFICATION]
+                known["head"] = DEFAULT_HEADS[task]
             defaults = {key: (default,) for key, default in known.items() if default is not None}
             above = {key: values for key, values in common.items() if key in options}
             lines.append(PlanTable(table, place, _rooted(plan, defaults | above | own)))
     _require_work(plan, lines)
     sources = tuple(_absolute(source, plan.path.parent) for source in common["source"])
-    labels = {option.name: str(common[option.name][0]) for option in LABELS if option.name in common}
-    if "labels" in labels:
-        labels["labels"] = str(plan.path.parent / labels["labels"])
-    metric = common.get("metric", (plan.metric,))[0]
     return Plan(plan.path, plan.text, sources, tuple(lines), plan.meaning, labels, metric)
 
 
@@ -140,7 +152,7 @@ def _values(plan: Plan, options: Mapping[str, Option], key: str, value: Any, tab
     values = tuple(value) if isinstance(value, list) else (value,)
     if not values:
         raise plan.error(f"'{key}' is an empty list; expected a value", table, place, key)
-    if len(values) > 1 and option.plan == "once":
+    if len(values) > 1 and option.plan == "once" and not option.repeat:
         raise plan.error(f"'{key}' says how to run and takes one value, got a list of {len(values)}", table, place, key)
     for number, one in enumerate(values):
         if reason := option.kind.problem(one):

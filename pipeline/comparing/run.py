@@ -16,7 +16,7 @@ from pipeline.comparing.folder import ExtractionCost, Failure, JobResult, RunFol
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, one_pass, rectangles
 from pipeline.comparing.plan import PlanTable
 from pipeline.errors import RunFolderError
-from pipeline.results import ExtractResult, FitResult, Progress
+from pipeline.results import ExtractResult, HeadResult, Progress
 from pipeline.spec import Size
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ def run(comparison: Comparison) -> None:
     keys |= {key for _, key in tunes.values()}
     # if an extraction failed, the results of its source may still be valid, if they answer the same question
     unsure = {comparison.names[extraction.source] for extraction in failed}
-    question = comparison.plan.metric, None if comparison.labels is None else comparison.labels.target
-    answers = {key for key, one in folder.results.items() if (one.result.metric, one.result.target) == question}
+    plan, target = comparison.plan, None if comparison.labels is None else comparison.labels.target
+    asking = plan.task, plan.metric, target
+    answers = {key for key, one in folder.results.items() if (one.task, one.result.metric, one.result.target) == asking}
     folder.keep_only(keys | {key for key in answers if folder.results[key].source in unsure})
     for job, (_, key) in tunes.items():
         if folder.has(key) and not comparison.is_kept(job, key) and comparison.weights_of(job) is None:
@@ -172,12 +173,13 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     from pipeline.fit import fit
     from pipeline.heads.registry import find_head
 
-    keys = {(job.layer, find_head(job.head).name, job.seed, job.shots): key for job, key in block.items()}
+    task = comparison.plan.task
+    keys = {(job.layer, find_head(job.head, task).name, job.seed, job.shots): key for job, key in block.items()}
     one = next(iter(block))
     request, options = one.extraction.request, dict(one.options)
     depth_of = depths(request, tuple(found.dims))
 
-    def keep(result: FitResult, predictions: Predictions) -> None:
+    def keep(result: HeadResult, predictions: Predictions) -> None:
         part = result.layer.split("+")[0]
         spec = found.files[part].layers[part].spec
         job = JobResult(
@@ -185,6 +187,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
             source=comparison.names[one.extraction.source],
             result=result,
             n_classes=len(comparison.labelled[one.extraction.source].classes),
+            task=task,
             precision=spec["precision"],
             store=spec["store"],
             size=tuple(spec["preprocessing"]["size"]),
@@ -199,7 +202,7 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
     given = [line.how()["jobs"] for line in comparison.plan.of("fit") if "jobs" in line.values]
     jobs = min(given, default=None)  # one call may serve several [[fit]]: the smallest number holds for all
     progress = _prefixed(comparison.progress, f"{request.backbone} ")
-    options |= {"labels": comparison.labels, "metric": comparison.plan.metric, "jobs": jobs}
+    options |= {"labels": comparison.labels, "task": task, "metric": comparison.plan.metric, "jobs": jobs}
     report = fit(found.catalog(), layers, heads, seeds, shots, progress=progress, on_result=keep, **options)
     comparison.notes += report.notes
 
@@ -212,13 +215,15 @@ def _finetune(comparison: Comparison, line: PlanTable, block: Mapping[Finetune, 
     options = tune_parameters(job.options)
     how = line.how() | {"output": comparison.cache(line)}
     progress = _prefixed(comparison.progress, f"finetune {options['backbone']} ")
-    how |= {"labels": comparison.labels, "metric": comparison.plan.metric, "progress": progress}
-    report = finetune(comparison.images[job.source], seeds=[job.seed], shots=[job.shots], **options, **how)
+    how |= {"labels": comparison.labels, "task": comparison.plan.task, "metric": comparison.plan.metric}
+    draw: dict[str, Any] = {"seeds": [job.seed], "shots": [job.shots]}
+    report = finetune(comparison.images[job.source], **draw, **options, **how, progress=progress)
     for results in report.extracted:
         _note_costs(comparison.folder, comparison.names[job.source], options.get("size"), results)
     own = {name: value for name, value in job.options if name not in ("backbone", "freeze")}
     name, weights = comparison.names[job.source], comparison.weights_of(job)
-    result = JobResult(key, name, report.results[0], len(report.classes), options=own, weights=weights)
+    told: dict[str, Any] = {"task": comparison.plan.task, "options": own, "weights": weights}
+    result = JobResult(key, name, report.results[0], len(report.classes), **told)
     comparison.keep(result, report.predictions[0])
     comparison.notes += report.notes
 

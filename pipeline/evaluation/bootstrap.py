@@ -113,6 +113,37 @@ def redraw(
     )
 
 
+@dataclass(frozen=True)
+class Lead:
+    """By how much a model may be ahead of another on other test rows, and the two-sided p-value of their difference."""
+
+    low: float
+    high: float
+    p: float
+
+
+def lead(ahead: Redrawn, behind: Redrawn, confidence: float = CONFIDENCE) -> Lead | None:
+    """Compare two models by a metric of the same test sets; None where these do not differ, as with a single group.
+
+    The interval leaves out 0 if and only if p is at most ``1 - confidence``.
+    """
+    known = ~np.isnan(ahead.draws) & ~np.isnan(behind.draws)
+    found = np.stack([ahead.draws[known], behind.draws[known]])
+    size = np.abs(found).max(initial=0.0)
+    if not found.shape[1] or np.ptp(found, axis=1).max() <= _SAME * size:
+        return None
+    difference = ahead.observed - behind.observed
+    chance = np.abs(found[0] - found[1] - (found[0] - found[1]).mean())
+    wider = _widening(ahead.parts - behind.parts, np.minimum(ahead.telling, behind.telling))
+    beyond = int(np.sum(wider * chance >= abs(difference) - _SAME * size))
+    allowed = math.floor((1 - confidence) * (1 + len(chance)) + 1e-9)  # draws that may be beyond, with the observed one
+    if allowed:
+        reach = float(np.sort(chance)[-allowed])
+    else:  # too few draws for so high a confidence
+        reach = float(max(chance.max(), NormalDist().inv_cdf(0.5 + confidence / 2) * np.sqrt(np.mean(chance**2))))
+    return Lead(difference - wider * reach, difference + wider * reach, (1 + beyond) / (1 + len(chance)))
+
+
 def effective_groups(units: StrArray) -> float:
     """Return how many groups of one size the groups of rows (n,) are worth: (Σ sizes)² / Σ sizes²."""
     sizes = np.unique(units, return_counts=True)[1].astype(np.float64)
@@ -161,8 +192,8 @@ def compare_redrawn(
         chance = (differences - differences.mean(axis=1, keepdims=True)) / spread[:, None]
         leads.append(of_rivals.max())
         by_chance.append(chance.max(axis=0))
-        beyond = int(np.sum(np.abs(chance[chosen]) >= abs(of_rivals[chosen]) - _SAME))
-        p_values.append(None if number == chosen else (1 + beyond) / (1 + found.shape[1]))
+        compared = None if number == chosen else lead(model, models[chosen])
+        p_values.append(None if compared is None else compared.p)
     return adjusted(p_values), step_down(np.array(leads), np.stack(by_chance, axis=1), level)
 
 

@@ -14,7 +14,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import CacheFile, nearest
+from features_cache import nearest
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import TableError
 from pipeline.evaluation.leaks import MOST_NAMED
@@ -54,13 +54,14 @@ class RowLabels:
     values: NDArray[Any] | None = None
 
 
-def labels_of(file: CacheFile, task: str = CLASSIFICATION) -> RowLabels:
-    """Return what the source itself says of the rows of a cache file; raises `TableError` if that fits no such task."""
-    classes, labels = tuple(file.classes), np.asarray(file.labels)
+def labels_of(
+    classes: Sequence[str], labels: IntArray, splits: StrArray, groups: StrArray, task: str = CLASSIFICATION
+) -> RowLabels:
+    """Return what a source itself says of its images; raises `TableError` if that fits no such task."""
     if task == CLASSIFICATION:
-        return RowLabels(classes, labels, file.splits, file.groups)
+        return RowLabels(tuple(classes), labels, splits, groups)
     found = read_answers(task, np.array([*classes, ""])[labels].tolist(), "the label of the source")
-    return RowLabels(found.classes, found.labels, file.splits, file.groups, found.notes, found.values)
+    return RowLabels(found.classes, found.labels, splits, groups, found.notes, found.values)
 
 
 @dataclass(frozen=True, eq=False)

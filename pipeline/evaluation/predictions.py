@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from pipeline.options import CLASSIFICATION
 class Predictions:
     """What one model, or the models of a cross-validation, predicted on each test row.
 
-    A run folder keeps the first four columns and the groups.
+    A run folder keeps the first four columns and the groups; of labels and numbers also scores and folds.
 
     Parameters
     ----------
@@ -71,6 +71,12 @@ class Predictions:
         if self.probabilities is None or self.temperatures is None:
             return None
         return tempered(self.probabilities, self.temperatures[:, None])
+
+    def take(self, rows: IntArray) -> Predictions:
+        """Return the predictions on some of the rows."""
+        columns = {one.name: getattr(self, one.name) for one in fields(self)}
+        taken: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
+        return Predictions(**taken)
 
     def accuracies(self) -> Float64Array:
         """Return the accuracy on each fold (k,), a single one without cross-validation."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.arrays import Float64Array
 from pipeline.evaluation.bootstrap import Redrawn, effective_groups, redraw
+from pipeline.evaluation.metrics import none_if_unknown
 from pipeline.evaluation.predictions import Predictions, count_rows
 from pipeline.options import METRICS_OF, REGRESSION
 from pipeline.results import LOWER_IS_BETTER
@@ -62,5 +63,5 @@ def measure_numbers(predictions: Predictions) -> dict[str, Any]:
         less = metric in LOWER_IS_BETTER
         if ends is not None:
             ends = (max(0.0, -ends[1]), -ends[0]) if less else (ends[0], min(1.0, ends[1]))
-        found |= {metric: -redrawn.observed if less else redrawn.observed, f"{metric}_ci95": ends}
+        found |= {metric: none_if_unknown(-redrawn.observed if less else redrawn.observed), f"{metric}_ci95": ends}
     return found

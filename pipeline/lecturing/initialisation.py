@@ -35,8 +35,8 @@ def measure_claim(setting: Setting) -> Findings:
             "accuracy, pretrained minus random, points", pretrained, random, folder, "higher",
             "Yosinski et al. 2014; Kornblith et al. 2019", expected=1,
         ),
-        LectureFigure("test accuracy, pretrained, %", 100 * pretrained.accuracy, _points(pretrained.interval)),
-        LectureFigure("test accuracy, random, %", 100 * random.accuracy, _points(random.interval)),
+        LectureFigure("test accuracy, pretrained, %", 100 * pretrained.value, _points(pretrained.interval)),
+        LectureFigure("test accuracy, random, %", 100 * random.value, _points(random.interval)),
     ]  # fmt: skip
     params = [one.first.result.params for one in (pretrained, random)]
     chosen = ", ".join(f"{one['init']} {one['lr']:g}" for one in params)
@@ -55,5 +55,5 @@ def _chosen(scores: Sequence[MethodScore], init: str) -> MethodScore:
     return best
 
 
-def _points(interval: tuple[float, float]) -> tuple[float, float]:
-    return 100 * interval[0], 100 * interval[1]
+def _points(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (100 * interval[0], 100 * interval[1])

@@ -89,7 +89,7 @@ def measure_claim(setting: Setting) -> Findings:
 
 def _chart(levels: Sequence[tuple[MethodScore, MethodScore]]) -> Chart:
     """Draw the accuracies of the frozen and of the fine-tuned network at each number of labels."""
-    frozen, whole = (100 * np.array([score.accuracies for score in line]).T for line in zip(*levels, strict=True))
+    frozen, whole = (100 * np.array([score.values for score in line]).T for line in zip(*levels, strict=True))
     return line_chart(
         "How many labels does fine-tuning take?",
         "Test accuracy by training images of a class: means over seeds, and bands from the lowest to the highest seed.",

@@ -11,8 +11,11 @@ from matplotlib.axes import Axes
 from pipeline.evaluation.comparisons import best_validated
 from pipeline.evaluation.intervals import accuracy_interval
 from pipeline.evaluation.seeds import mean_validation
+from pipeline.evaluation.wording import ACCURACY, Measure
 from pipeline.reporting.charts.theme import MARKERS, Theme, short
 from pipeline.results import FitResult
+
+OF_CLASSES = Measure(ACCURACY)
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,13 @@ def draw_depth(
     lines: Sequence[Line],
     theme: Theme,
     baseline: tuple[str, float] | None = None,
-    metric: str = "accuracy",
+    measure: Measure = OF_CLASSES,
 ) -> None:
-    """Draw accuracy, or another metric, against depth with intervals.
+    """Draw accuracy, or another measure, against depth with intervals.
 
     The layer that validation chose is named, and what may be the best is filled.
 
-    The points of the lines, at most 8, are layers from the image upwards; `baseline` is the name and accuracy of a
+    The points of the lines, at most 8, are layers from the image upwards; `baseline` is the name and value of a
     horizontal line to compare with. A single line has its layer named beside the point, and a dot for each seed. With
     several lines, layers are named in the legend, and the lines are shifted sideways a little, so that their intervals
     do not hide each other. Ticks and legend are left to the caller.
@@ -77,7 +80,9 @@ def draw_depth(
         y = np.asarray(line.y)
         x = np.asarray(line.x) + 0.5 * gap * (number - (len(lines) - 1) / 2) / len(lines)
         errors = np.abs(np.array(line.intervals).T - y)
-        named = "" if line.chosen is None else f"{short(line.names[line.chosen])} {theme.share(y[line.chosen])}"
+        named = (
+            "" if line.chosen is None else f"{short(line.names[line.chosen])} {theme.measured(measure, y[line.chosen])}"
+        )
         axes.errorbar(
             x, y, errors, color=color, marker=marker, markersize=5, capsize=3, linewidth=1.8, elinewidth=1.2,
             label=line.label if alone or not named else f"{line.label}: {named}",
@@ -99,9 +104,9 @@ def draw_depth(
                 ha="center",
             )  # fmt: skip
     if baseline:
-        label = f"{baseline[0]} {theme.share(baseline[1])}"
+        label = f"{baseline[0]} {theme.measured(measure, baseline[1])}"
         axes.axhline(baseline[1], color=theme.quiet, linestyle="--", linewidth=1.2, label=label)
-    theme.show_shares(axes.yaxis, f"test {metric}")
+    theme.show_measure(axes.yaxis, measure)
     axes.margins(y=0.12)
 
 
@@ -122,4 +127,4 @@ def draw_labels(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], t
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
     axes.set_xlabel("training images a class")
-    theme.show_shares(axes.yaxis, "test accuracy")
+    theme.show_measure(axes.yaxis, OF_CLASSES)

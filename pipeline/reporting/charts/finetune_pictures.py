@@ -12,8 +12,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.arrays import Float64Array
+from pipeline.evaluation.wording import METRIC_TITLES, metric_text
 from pipeline.reporting.charts.theme import SCREEN, save_figure, short
-from pipeline.reporting.terminal.tables import METRIC_COLUMNS, metric_text
 from pipeline.results import FinetuneResult, TunedResult
 
 MOST_NAMED = 45  # with more layers, only every second, third or so is named
@@ -47,7 +47,7 @@ def _reached(result: TunedResult) -> str:
     """Return what networks are compared by, with its name unless that is accuracy."""
     if isinstance(result, FinetuneResult):
         return f"{result.accuracy:.3f}"
-    return f"{METRIC_COLUMNS[result.metric]} {metric_text(result.metric, getattr(result, result.metric))}"
+    return f"{METRIC_TITLES[result.metric]} {metric_text(result.metric, getattr(result, result.metric))}"
 
 
 def save_gradients(results: Sequence[TunedResult], path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from pipeline.evaluation.wording import METRIC_TITLES, Measure, metric_text
 from pipeline.fit import FitReport
 from pipeline.reporting.charts.accuracy import Line, depth_line, draw_depth, draw_labels
 from pipeline.reporting.charts.confusion import confusion_figure
@@ -16,7 +17,6 @@ from pipeline.reporting.charts.embedding import embedding_figure
 from pipeline.reporting.charts.reliability import reliability_figure
 from pipeline.reporting.charts.theme import MOST_LINES, SCREEN, save_figure, short
 from pipeline.reporting.charts.values import precisions_figure, residuals_figure
-from pipeline.reporting.terminal.tables import METRIC_COLUMNS, metric_text
 from pipeline.results import FitResult, HeadResult, MultilabelResult, RegressionResult
 
 MOST_MAPPED = 1500  # test images on the map; with more, t-SNE takes long and the map shows less
@@ -58,7 +58,7 @@ def draw_fit(report: FitReport, folder: Path) -> list[Path]:
 def _draw_values(report: FitReport, kept: RegressionResult | MultilabelResult, folder: Path) -> list[Path]:
     """Draw the results of a fit whose heads predict numbers or several labels."""
     value = metric_text(kept.metric, getattr(kept, kept.metric))
-    title = f"{kept.head} on {kept.layer}, {METRIC_COLUMNS[kept.metric]} {value} on {kept.n_test} test images"
+    title = f"{kept.head} on {kept.layer}, {METRIC_TITLES[kept.metric]} {value} on {kept.n_test} test images"
     paths: list[Path] = []
     if isinstance(kept, RegressionResult):
         predictions = report.predictions[report.best]
@@ -98,9 +98,9 @@ def _metric_by_depth(report: FitReport, points: Sequence[tuple[str, str, float, 
         lines.append(Line(head, places, values, intervals, best=among))
     with SCREEN.figure(max(8, 0.6 * len(layers) + 4), 4.6) as figure:
         axes = figure.subplots()
-        draw_depth(axes, lines, SCREEN, metric=METRIC_COLUMNS[metric])
+        draw_depth(axes, lines, SCREEN, measure=Measure(metric))
         axes.set_xticks(np.arange(len(layers)), [short(layer, 28) for layer in layers], rotation=30, ha="right")
-        axes.set_title(f"{METRIC_COLUMNS[metric]} by layer, with 95 % intervals\n{_subject(results)}")
+        axes.set_title(f"{METRIC_TITLES[metric]} by layer, with 95 % intervals\n{_subject(results)}")
         _add_legend(figure, lines)
     return figure
 

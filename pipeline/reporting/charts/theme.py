@@ -18,6 +18,7 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 from features_cache import atomic_write, explained
+from pipeline.evaluation.wording import ACCURACY, Measure
 
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 MOST_LINES = len(MARKERS)  # series that one chart can tell apart
@@ -72,6 +73,17 @@ class Theme:
         axis.set_label_text(f"{label}, %" if self.percent else label)
         if self.percent:
             axis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+
+    def measured(self, measure: Measure, value: float) -> str:
+        """Return a value of what methods are compared by as text."""
+        return self.share(value) if measure.metric == ACCURACY else measure.text(value)
+
+    def show_measure(self, axis: Axis, measure: Measure) -> None:
+        """Label an axis of what methods are compared by, on test images, and its ticks."""
+        if measure.metric == ACCURACY:
+            self.show_shares(axis, f"test {measure.title}")
+        else:
+            axis.set_label_text(f"test {measure.title}")
 
 
 SCREEN = Theme(

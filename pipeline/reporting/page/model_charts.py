@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pipeline.arrays import Float64Array
-from pipeline.comparing.answer import percent
 from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.wording import four_digits, metric_text, percent
 from pipeline.reporting.charts.embedding import draw_embedding, shown_classes
 from pipeline.reporting.charts.reliability import draw_reliability, reliability
 from pipeline.reporting.charts.theme import MARKERS, MOST_LINES, short
 from pipeline.reporting.page.method_charts import HEIGHT, WIDTH, Chart
 from pipeline.reporting.page.svg import PAGE, add_legend, to_svg
+from pipeline.results import MultilabelResult
 
 MOST_CLASSES = 20
+MOST_DRAWN = 500  # images, so that the page stays small
 
 
 def class_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predictions], classes: Sequence[str]) -> Chart:
@@ -64,7 +66,7 @@ def calibration_chart(scores: Sequence[MethodScore], predictions: Mapping[str, P
         if said.probability is None:
             continue
         confidence, accuracy, counts = reliability(said.probability, said.right)
-        before, after = score.first.result.ece, score.first.result.ece_calibrated
+        before, after = (getattr(score.first.result, name) for name in ("ece", "ece_calibrated"))
         error = f"{before:.3f}" if after is None else f"{after:.3f}, uncalibrated {before:.3f}"
         models[f"{score.name}: error {error}"] = confidence, accuracy, counts
         rows += [
@@ -83,6 +85,68 @@ def calibration_chart(scores: Sequence[MethodScore], predictions: Mapping[str, P
     )
     columns = ("method", "confidence", "accuracy", "images")
     return Chart("Can its probabilities be trusted?", caption, svg, columns, rows)
+
+
+def precision_chart(scores: Sequence[MethodScore]) -> Chart | None:
+    """Return the average precision of each of several labels, a mark for each method; of many labels, the hardest."""
+    found = {
+        score.name: {one.label: one for one in score.first.result.labels if one.average_precision is not None}
+        for score in scores
+        if isinstance(score.first.result, MultilabelResult)
+    }
+    first = next(iter(found.values()), {})
+    hardest = sorted(first.values(), key=lambda one: -(one.average_precision or 0))[-MOST_CLASSES:]
+    if not hardest:
+        return None
+    with PAGE.figure(WIDTH, max(2.6, 0.9 + 0.2 * len(hardest))) as figure:
+        axes, heights = figure.subplots(), np.arange(len(hardest))
+        for (name, labels), marker, color in zip(found.items(), MARKERS, PAGE.series, strict=False):
+            own = [labels[one.label] for one in hardest]
+            values = np.array([one.average_precision for one in own], np.float64)
+            ends = np.array([one.average_precision_ci95 or (one.average_precision,) * 2 for one in own], np.float64)
+            axes.errorbar(
+                values, heights, xerr=np.abs(ends.T - values), fmt=marker, color=color, markersize=6, capsize=2,
+                elinewidth=1, label=name, alpha=0.9,
+            )  # fmt: skip
+        axes.set_yticks(heights, [short(one.label, 24) for one in hardest])
+        axes.set_xlabel("average precision")
+        axes.grid(visible=False)
+        add_legend(figure)
+        svg = to_svg(figure, "Average precision of each label; the numbers are in the table below.")
+    rows = [
+        (one.label, one.positives, *(metric_text("", labels[one.label].average_precision) for labels in found.values()))
+        for one in hardest[::-1]
+    ]
+    every = "The hardest label is on top" if len(hardest) == len(first) else f"The {len(hardest)} hardest labels"
+    caption = f"{every}; bars are 95 % intervals."
+    return Chart("Which labels are hard?", caption, svg, ("label", "test images", *found), rows)
+
+
+def number_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predictions]) -> Chart:
+    """Return predicted numbers over the true ones, a mark for each method."""
+    rows: list[tuple[str, ...]] = []
+    target = scores[0].first.result.target or "number"
+    with PAGE.figure(WIDTH, 4.2) as figure:
+        axes = figure.subplots()
+        for score, marker, color in zip(scores, MARKERS, PAGE.series, strict=False):
+            said = predictions[score.first.key]
+            drawn = np.sort(np.random.default_rng(0).permutation(len(said.uris))[:MOST_DRAWN])
+            axes.plot(
+                said.y_true[drawn], said.y_pred[drawn], marker, color=color, markersize=4, alpha=0.4, linewidth=0,
+                label=score.name,
+            )  # fmt: skip
+            errors = np.quantile(np.abs(said.y_pred - said.y_true), (0.5, 0.9, 1.0))
+            rows.append((score.name, *map(four_digits, errors.tolist())))
+        ends = [
+            min(said.y_true.min() for said in predictions.values()),
+            max(s.y_true.max() for s in predictions.values()),
+        ]
+        axes.plot(ends, ends, color=PAGE.quiet, linestyle="--", linewidth=1, label="right")
+        axes.set(xlabel=f"true {target}", ylabel=f"predicted {target}")
+        add_legend(figure)
+        svg = to_svg(figure, "Predicted against true numbers; how far off they are is in the table below.")
+    columns = ("method", "half are off by at most", "nine of ten by at most", "all by at most")
+    return Chart("How far off are the predictions?", "A mark for each test image.", svg, columns, rows)
 
 
 def map_chart(positions: Float64Array, said: Predictions, classes: Sequence[str], layer: str) -> Chart:

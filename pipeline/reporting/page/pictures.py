@@ -23,6 +23,7 @@ from pipeline.reporting.page.template import data_url
 SIDE = 96  # longer side of a thumbnail, pixels
 MOST_PAIRS = 6
 MOST_EACH = 4
+MOST_WORST = 12
 MOST_LEAKS = 12
 MOST_POINTS = 1000
 
@@ -77,6 +78,33 @@ def worst_confusions(predictions: Predictions, classes: Sequence[str], album: Al
         names = {"true": classes[true], "predicted": classes[predicted]}
         found.append(names | {"count": count, "total": total, "images": images})
     return found
+
+
+def most_wrong(predictions: Predictions, labels: Sequence[str], album: Album) -> list[Thumbnail]:
+    """Return the images with most wrong labels, and which these are."""
+    wrong = predictions.y_true != predictions.y_pred
+    rows = [row for row in np.argsort(-wrong.sum(axis=1), kind="stable")[:MOST_WORST].tolist() if wrong[row].any()]
+
+    def note(row: int) -> str:
+        sides = {"missed": wrong[row] & predictions.y_true[row], "added": wrong[row] & predictions.y_pred[row]}
+        named = {
+            side: ", ".join(labels[number] for number in np.flatnonzero(own).tolist()) for side, own in sides.items()
+        }
+        return "; ".join(f"{side} {names}" for side, names in named.items() if names)
+
+    return [album.thumbnail(str(predictions.uris[row]), note(row)) for row in rows]
+
+
+def farthest_off(predictions: Predictions, album: Album) -> list[Thumbnail]:
+    """Return the images whose numbers are predicted worst, with these numbers."""
+    errors = np.abs(predictions.y_pred - predictions.y_true)
+    return [
+        album.thumbnail(
+            str(predictions.uris[row]),
+            f"true {predictions.y_true[row]:.4g}, predicted {predictions.y_pred[row]:.4g}",
+        )
+        for row in np.argsort(-errors, kind="stable")[:MOST_WORST].tolist()
+    ]
 
 
 def leaks(file: CacheFile, images: ImageSource, album: Album) -> tuple[int, list[tuple[Thumbnail, Thumbnail]]]:

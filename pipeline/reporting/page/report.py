@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from features_cache import UNREADABLE, CacheFile
-from pipeline.comparing.answer import (
-    ExtractionTimes,
-    answer,
-    duration,
-    extraction_seconds,
-    percent,
-    points,
-    seconds,
-)
+from pipeline.comparing.answer import ExtractionTimes, answer, duration, extraction_seconds, seconds
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards, shots_order
-from pipeline.comparing.paired import LEVEL, compare_scores
-from pipeline.evaluation.metrics import count
+from pipeline.comparing.paired import LEVEL, ReadPredictions, compare_scores
 from pipeline.evaluation.predictions import Predictions
+from pipeline.evaluation.wording import ACCURACY, METRIC_TITLES, metric_text, percent
 from pipeline.images.sources.registry import ImageSource
-from pipeline.options import METRICS
-from pipeline.reporting.charts.confusion import confusion_counts
-from pipeline.reporting.page.method_charts import contenders, cost_chart, depth_chart, labels_chart
-from pipeline.reporting.page.model_charts import calibration_chart, class_chart, map_chart
-from pipeline.reporting.page.pictures import Album, lay_out_map, leaks, worst_confusions
+from pipeline.options import CLASSIFICATION, METRICS_OF, MULTILABEL
+from pipeline.reporting.page.details import details
+from pipeline.reporting.page.method_charts import Chart, contenders, cost_chart, depth_chart, labels_chart
+from pipeline.reporting.page.model_charts import (
+    calibration_chart,
+    class_chart,
+    map_chart,
+    number_chart,
+    precision_chart,
+)
+from pipeline.reporting.page.pictures import Album, lay_out_map, leaks
 from pipeline.reporting.page.template import render_page
-from pipeline.reporting.terminal.neighbour_tables import price_lines
-from pipeline.reporting.terminal.tables import METRIC_COLUMNS
 
 MOST_COMPARED = 8
-MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_UNREADABLE = 200
 FEWEST_MAPPED = 5
-"""Headings of the metrics in the table of all results, besides accuracy; some only if the plan chooses by them."""
 ALWAYS_SHOWN = ("mean_per_class_accuracy", "macro_f1", "auroc")
+"""Metrics of classes in the table of all results, besides accuracy; others only if the plan chooses by them."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,19 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
     chapters = [
         _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
     ]
-    ordered_by = next(iter(folder.results.values())).result.metric
+    first = next(iter(folder.results.values()))
+    ordered_by, measure = first.result.metric, next(iter(found[0].scores.values())).measure
+    shown = {*METRICS_OF[first.task]} if first.task != CLASSIFICATION else {*ALWAYS_SHOWN, ordered_by}
+    shown |= {"auroc"} if first.task == MULTILABEL else set()
     return render_page(
         "report",
         chapters=chapters,
         table=_table(chapters, extraction),
-        metric_columns={name: METRIC_COLUMNS[name] for name in METRIC_COLUMNS if name in (*ALWAYS_SHOWN, ordered_by)},
+        measure=measure,
+        of_classes=first.task == CLASSIFICATION,
+        metric_columns={
+            name: title for name, title in METRIC_TITLES.items() if name in shown and name != measure.metric
+        },
         ordered_by=ordered_by,
         several=len(found) > 1,
         info=info,
@@ -77,6 +81,7 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
         plan=plan_text,
         n_results=len(folder.results),
         percent=percent,
+        metric_text=metric_text,
         duration=duration,
     )
 
@@ -85,21 +90,17 @@ def _chapter(
     number: int, board: Leaderboard, seen: Seen, folder: RunFolder, extraction: ExtractionTimes
 ) -> dict[str, Any]:
     """Return the page's part on one source."""
-    album = Album(seen.images)
-    verdict = answer(board, folder.predictions, extraction)
+    album, read = Album(seen.images), cache(folder.predictions)
+    verdict = answer(board, read, extraction)
     classes = seen.images.classes
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
-    predictions = {score.first.key: folder.predictions(score.first.key) for score in chosen}
+    predictions = {score.first.key: read(score.first.key) for score in chosen}
     charts = [
         depth_chart(board, verdict.best_sets.get(board.shots[-1])),
         labels_chart(board),
         cost_chart(board, extraction),
+        *_model_charts(chosen, predictions, seen),
     ]
-    charts += [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
-    if verdict.frozen is not None:
-        key, layer = verdict.frozen.first.key, verdict.frozen.method.layer
-        if key in seen.features and len(predictions[key].uris) >= FEWEST_MAPPED:
-            charts.append(map_chart(*lay_out_map(seen.features[key], layer, predictions[key]), classes, layer))
     unreadable = _unreadable(seen.files)
     return {
         "board": board,
@@ -107,24 +108,41 @@ def _chapter(
         "anchor": f"source-{number}",
         "answer": verdict,
         "charts": [chart for chart in charts if chart is not None],
-        "differences": _differences(board, folder),
-        "models": [_model(score, predictions[score.first.key], classes, album) for score in chosen],
+        "differences": _differences(board, read),
+        "models": [details(score, predictions[score.first.key], classes, album) for score in chosen],
         "leaks": leaks(seen.files[0], seen.images, album) if seen.files else None,
         "unreadable": unreadable[:MOST_UNREADABLE],
         "unreadable_count": len(unreadable),
     }
 
 
+def _model_charts(
+    chosen: Sequence[MethodScore], predictions: Mapping[str, Predictions], seen: Seen
+) -> list[Chart | None]:
+    """Return the charts of the best head and the best fine-tuning, which suit what they predict."""
+    classes, frozen = seen.images.classes, [score for score in chosen if score.method.is_frozen]
+    if chosen[0].task != CLASSIFICATION:
+        return [precision_chart(chosen) if chosen[0].task == MULTILABEL else number_chart(chosen, predictions)]
+    charts = [class_chart(chosen, predictions, classes), calibration_chart(chosen, predictions)]
+    for score in frozen:
+        said, layer = predictions[score.first.key], score.method.layer
+        if score.first.key in seen.features and len(said.uris) >= FEWEST_MAPPED:
+            charts.append(map_chart(*lay_out_map(seen.features[score.first.key], layer, said), classes, layer))
+    return charts
+
+
 def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> list[dict[str, Any]]:
-    """Return a row for each method and number of labels, the best on test by the plan's metric first."""
+    """Return a row for each method and number of labels, the best on test by the plan's metric first.
+
+    `share` is drawn as a bar, where the measure is a share.
+    """
     scores = [
         (one["source"], score, one["answer"].best_sets) for one in chapters for score in one["board"].scores.values()
     ]
-    scores.sort(key=lambda row: (shots_order(row[1].shots), row[1].score), reverse=True)
+    scores.sort(key=lambda row: (shots_order(row[1].shots), -row[1].rank), reverse=True)
     rows = []
     for source, score, best_sets in scores:
-        low, high = score.interval
-        among = best_sets.get(score.shots)
+        among, measure = best_sets.get(score.shots), score.measure
         rows.append(
             {
                 "source": source,
@@ -132,10 +150,13 @@ def _table(chapters: Sequence[dict[str, Any]], extraction: ExtractionTimes) -> l
                 "method": score.name,
                 "shots": score.shots,
                 "seeds": len(score.by_seed),
-                "accuracy": score.accuracy,
-                "interval": f"{100 * low:.1f}–{100 * high:.1f}",
+                "value": None if math.isnan(score.value) else score.value,
+                "shown": measure.text(score.value),
+                "share": score.value if measure.metric == ACCURACY else None,
+                "lower_end": score.interval[0] if score.interval else None,
+                "interval": measure.interval_text(score.interval).removesuffix(" %"),
                 "best": "–" if among is None else "yes" if score.name in among.methods else "no",
-                "metrics": {name: score.mean(name) for name in METRICS[1:]},
+                "metrics": {name: score.mean(name) for name in METRIC_TITLES},
                 "log_loss": _calibrated(score, "log_loss"),
                 "ece": _calibrated(score, "ece"),
                 "seconds": seconds(score, extraction),
@@ -151,51 +172,26 @@ def _calibrated(score: MethodScore, key: str) -> float | None:
     return score.mean(key) if calibrated is None else calibrated
 
 
-def _differences(board: Leaderboard, folder: RunFolder) -> dict[str, Any] | None:
-    """Return the leading methods, by how many points the row's is ahead of the column's, and if that is real.
+def _differences(board: Leaderboard, read: ReadPredictions) -> dict[str, Any] | None:
+    """Return the leading methods, by how much the row's is ahead of the column's, and if that is real.
 
     The intervals hold for all pairs together (Bonferroni's correction).
     """
     scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
-    scores.sort(key=lambda score: -score.accuracy)
+    scores.sort(key=lambda score: -score.measure.sign * score.value)
     pairs = list(combinations(range(len(scores)), 2))
     confidence = 1 - LEVEL / max(1, len(pairs))
-    tested = [compare_scores(scores[a], scores[b], folder.predictions, confidence=confidence) for a, b in pairs]
+    tested = [compare_scores(scores[a], scores[b], read, confidence=confidence) for a, b in pairs]
     if not any(tested):
         return None
     cells: list[list[tuple[str, str, bool] | None]] = [[None] * len(scores) for _ in scores]
     for (a, b), test in zip(pairs, tested, strict=True):
         if test is not None:
+            text = test.measure.difference_text
             for row, column, sign in ((a, b, 1), (b, a, -1)):
                 low, high = sorted((sign * test.low, sign * test.high))
-                interval = f"{points(low)} to {points(high)}"
-                cells[row][column] = (points(sign * test.difference), interval, test.is_real)
+                cells[row][column] = (text(sign * test.difference), f"{text(low)} to {text(high)}", test.is_real)
     return {"names": [score.name for score in scores], "cells": cells}
-
-
-def _model(score: MethodScore, predictions: Predictions, classes: Sequence[str], album: Album) -> dict[str, Any]:
-    """Return one method in detail: its classes, the confusion matrix, the mistakes."""
-    counts = count(predictions.y_true, predictions.y_pred, len(classes))
-    rows = []
-    for number, name in enumerate(classes):
-        true, predicted, right = (int(column[number]) for column in counts)
-        recall = right / true if true else 0.0
-        shown = percent(recall) if true else "–"
-        precision = percent(right / predicted) if predicted else "–"
-        f1 = percent(2 * right / (true + predicted)) if true + predicted else "–"
-        rows.append((name, true, shown, precision, f1, recall))
-    rows.sort(key=lambda row: row[5])
-    seed = f", seed {score.first.result.seed}" if len(score.by_seed) > 1 else ""
-    drawn = len(classes) <= MOST_CLASSES
-    return {
-        "title": f"{score.name}{seed}",
-        "rows": rows,
-        "classes": classes,
-        "counts": confusion_counts(predictions.y_true, predictions.y_pred, len(classes)).tolist() if drawn else [],
-        "price": (price := score.first.result.leak_price),
-        "price_lines": price_lines(price) if price else [],
-        "confusions": worst_confusions(predictions, classes, album),
-    }
 
 
 def _unreadable(files: Sequence[CacheFile]) -> list[tuple[str, str]]:

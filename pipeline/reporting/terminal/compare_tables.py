@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from pipeline.comparing.answer import duration, percent, points
+from pipeline.comparing.answer import duration
 from pipeline.comparing.estimate import Planned, Power
 from pipeline.comparing.folder import JobResult
 from pipeline.comparing.methods import leaderboards
 from pipeline.comparing.paired import Against, BestSet
-from pipeline.reporting.terminal.tables import METRIC_COLUMNS, rows_table
+from pipeline.evaluation.wording import ACCURACY, METRIC_TITLES, Measure, metric_text
+from pipeline.reporting.terminal.tables import rows_table
 
 MOST_ROWS = 12
 
@@ -19,27 +20,29 @@ MOST_ROWS = 12
 def score_table(results: Sequence[JobResult], best_sets: Sequence[BestSet]) -> Table:
     """Return the methods of each source and number of labels that are best on test by the plan's metric.
 
-    Numbers are means over seeds; a metric other than accuracy has a column.
+    Numbers are means over seeds; a metric of classes other than accuracy has a column.
     """
-    metric = results[0].result.metric if results else "accuracy"
-    also = [] if metric == "accuracy" else [METRIC_COLUMNS[metric]]
+    boards = leaderboards(results)
+    first = next((score for board in boards for score in board.scores.values()), None)
+    title = METRIC_TITLES[ACCURACY] if first is None else first.measure.title
+    also = [METRIC_TITLES[one] for one in {job.result.metric for job in results} if METRIC_TITLES[one] != title]
     among = {(one.source, one.shots): one.methods for one in best_sets}
     rows = []
-    for board in leaderboards(results):
+    for board in boards:
         for shots in reversed(board.shots):
-            scores = sorted(board.at(shots), key=lambda score: -score.score)
+            scores = sorted(board.at(shots), key=lambda score: score.rank)
             most = MOST_ROWS if shots == board.shots[-1] else 3
             for score in scores[:most]:
-                low, high = score.interval
-                interval = f"{100 * low:.1f}–{100 * high:.1f}"
+                interval = score.measure.interval_text(score.interval).removesuffix(" %")
                 seconds = duration(score.mean("seconds") or 0.0)
                 known = among.get((board.source, shots))
                 best = "-" if known is None else "yes" if score.name in known else "no"
-                measured = [f"{score.score:.3f}" for _ in also] + [percent(score.accuracy), interval, best, seconds]
+                chosen_by = [metric_text(score.first.result.metric, score.score) for _ in also]
+                measured = [*chosen_by, score.measure.text(score.value), interval, best, seconds]
                 rows.append((board.source, str(shots), score.name, *measured))
             if len(scores) > most:
                 rows.append(("", "", f"… and {len(scores) - most} more", *("" for _ in also), "", "", "", ""))
-    columns = ("source", "shots", "method", *also, "accuracy", "95 % interval", "may be best", "training")
+    columns = ("source", "shots", "method", *also, title, "95 % interval", "may be best", "training")
     return rows_table(columns, rows)
 
 
@@ -89,7 +92,8 @@ def against_lines(against: Against | None) -> list[str]:
         return []
     lines = [f"against the other run: {len(against.changed)} of {against.compared} methods changed by more than noise"]
     for change in against.changed:
-        gap = f"{points(change.difference)} points"
+        measure = Measure(change.metric)
+        gap = f"{measure.difference_text(change.difference)} {measure.unit or f'in {measure.title}'}"
         lines.append(f"  {change.method}, shots {change.shots}, {change.source}: {gap} (p = {change.p:.2g})")
     for names, run in ((against.only_before, "the other run"), (against.only_now, "this run")):
         if names:

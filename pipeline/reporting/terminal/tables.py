@@ -11,9 +11,9 @@ from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
 from pipeline.evaluation.targets import BAR
+from pipeline.evaluation.wording import METRIC_TITLES, four_digits, metric_text
 from pipeline.options import METRICS_OF, MULTILABEL, REGRESSION
 from pipeline.results import (
-    LOWER_IS_BETTER,
     Agreement,
     DriftResult,
     ExtractResult,
@@ -34,20 +34,6 @@ from pipeline.results import (
 
 LEVEL = 0.05  # up to this p-value, two sets are said to differ
 _SCORES = {"logme": "LogME", "h_score": "H-score", "leep": "LEEP"}
-
-METRIC_COLUMNS = {
-    "mean_per_class_accuracy": "per class",
-    "macro_f1": "macro F1",
-    "kappa": "kappa",
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-    "top5_accuracy": "top 5",
-    "micro_f1": "micro F1",
-    "r2": "R²",
-    "rmse": "RMSE",
-    "mae": "MAE",
-}
-"""Headings of metrics other than accuracy."""
 
 
 def extract_table(results: Iterable[ExtractResult]) -> Table:
@@ -146,7 +132,7 @@ def seeds_table(summary: Sequence[SeedSummary] | Sequence[MetricSummary]) -> Tab
     drawn = "of training rows; all have the same test rows" if shared else "of training and test rows"
     metric, columns = "accuracy", [_over_seeds(row) for row in summary]
     if isinstance(summary[0], MetricSummary):
-        metric = METRIC_COLUMNS[summary[0].metric]
+        metric = METRIC_TITLES[summary[0].metric]
     names = (f"mean {metric}", "95 % interval (test rows)", "sd over seeds", "lowest–highest seed")
     measured = dict(zip(names, map(list, zip(*columns, strict=True)), strict=True)) | _judged(summary)
     return _compared(settings, measured, summary, f"over {summary[0].seeds} seeds, each a draw {drawn}")
@@ -181,22 +167,10 @@ def _of_values(results: Sequence[HeadResult], names: Sequence[str]) -> dict[str,
     """Return metrics of labels or numbers; the one that parameters were chosen by has its interval beside it."""
     columns = {}
     for name in names:
-        columns[METRIC_COLUMNS[name]] = [metric_text(name, getattr(result, name)) for result in results]
+        columns[METRIC_TITLES[name]] = [metric_text(name, getattr(result, name)) for result in results]
         if name == results[0].metric:
             columns["95 % interval"] = [_ends(name, getattr(result, f"{name}_ci95")) for result in results]
     return columns
-
-
-def metric_text(metric: str, value: float | None) -> str:
-    """Return a metric as text: shares with three decimals, errors with four digits, ``-`` where it is not known."""
-    if value is None or value != value:
-        return "-"
-    return four_digits(value) if metric in LOWER_IS_BETTER else f"{value:.3f}"
-
-
-def four_digits(value: float) -> str:
-    """Return a number in the unit of a target as text, with four significant digits."""
-    return f"{value:#.4g}".rstrip(".")
 
 
 def _ends(metric: str, interval: tuple[float, float] | None) -> str:
@@ -207,9 +181,9 @@ def _of_classes(results: Sequence[FitResult]) -> dict[str, list[str]]:
     return {
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
-        METRIC_COLUMNS["mean_per_class_accuracy"]: [f"{result.mean_per_class_accuracy:.3f}" for result in results],
-        METRIC_COLUMNS["top5_accuracy"]: [_known(result.top5_accuracy) for result in results],
-        METRIC_COLUMNS["auroc"]: [_known(result.auroc) for result in results],
+        METRIC_TITLES["mean_per_class_accuracy"]: [f"{result.mean_per_class_accuracy:.3f}" for result in results],
+        METRIC_TITLES["top5_accuracy"]: [_known(result.top5_accuracy) for result in results],
+        METRIC_TITLES["auroc"]: [_known(result.auroc) for result in results],
         **_chosen_by(results),
         "log-loss": [_calibrated(result) for result in results],
     }
@@ -218,7 +192,7 @@ def _of_classes(results: Sequence[FitResult]) -> dict[str, list[str]]:
 def _chosen_by(results: Sequence[FitResult]) -> dict[str, list[str]]:
     """Return the metric that parameters were chosen by, if no other column has it."""
     chosen = dict.fromkeys(one.metric for one in results if one.metric in ("macro_f1", "kappa", "average_precision"))
-    return {METRIC_COLUMNS[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
+    return {METRIC_TITLES[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
 
 
 def _known(value: float | None) -> str:
@@ -313,7 +287,7 @@ def count_table(predictions: Iterable[Prediction], target: str) -> Table:
 
 def rank_table(ranking: Sequence[LayerScore]) -> Table:
     """One row for each layer, the best first; columns that are empty or say the same everywhere are left out."""
-    reached = METRIC_COLUMNS.get(ranking[0].metric, ranking[0].metric)
+    reached = METRIC_TITLES[ranking[0].metric]
     columns = {
         "": [str(rank) for rank in range(1, len(ranking) + 1)],
         **_columns(ranking, "backbone", "pool", "layer"),
@@ -332,7 +306,7 @@ def rank_table(ranking: Sequence[LayerScore]) -> Table:
 def agreement_lines(agreement: Sequence[Agreement], metric: str = "accuracy") -> list[str]:
     """Say how well the order by each score agrees with the order by a metric on test."""
     return [
-        f"{_SCORES[found.score]} against test {METRIC_COLUMNS.get(metric, metric)} over {found.layers} layers: "
+        f"{_SCORES[found.score]} against test {METRIC_TITLES[metric]} over {found.layers} layers: "
         f"Kendall's tau {found.kendall_tau:.2f}, Spearman's rho {found.spearman_rho:.2f}"
         for found in agreement
     ]
