@@ -782,49 +782,56 @@ def plans(folder: Path) -> Forge:
 
 
 def runs(folder: Path) -> Forge:
-    """Lines of `results.jsonl`, `run.json` or predictions of a run folder changed."""
+    """Lines of `results.jsonl`, `run.json` or predictions of a run folder of any task changed."""
     from pipeline import compare as stage
     from pipeline.comparing.folder import open_finished
+    from pipeline.options import CLASSIFICATION, TASKS
     from pipeline.reporting.terminal.compare_tables import against_lines, score_table
 
-    make_photos(folder)
-    plan, sound, target = folder / "plan.toml", folder / "sound", folder / "run"
-    plan.write_text(toml_of(PLAN))
-    report = stage.compare(plan, sound)
-    assert not report.failures, report.failures
-    lines = [json.loads(line) for line in (sound / "results.jsonl").read_text().splitlines()]
-    info = json.loads((sound / "run.json").read_text())
-    predictions = {f"predictions/{path.name}": path.read_bytes() for path in sorted((sound / "predictions").iterdir())}
+    table = write_targets(make_photos(folder))
+    sound: dict[str, Path] = {}
+    for task in TASKS:
+        plan, sound[task] = folder / f"{task}.toml", folder / f"sound-{task}"
+        heads = {"head": ["knn", "ridge"], "jobs": 1}
+        asked = {"labels": str(table), "target": task, "task": task, "fit": [heads]}
+        plan.write_text(toml_of(PLAN if task == CLASSIFICATION else PLAN | asked))
+        report = stage.compare(plan, sound[task])
+        assert not report.failures, report.failures
+        (folder / task).mkdir()
+        shutil.copytree(sound[task], folder / task / "run", ignore=shutil.ignore_patterns("cache"))
+        (folder / task / "run" / "cache").symlink_to(sound[task] / "cache")
+    whole = {
+        task: {str(file.relative_to(run)): file.read_bytes() for file in run.rglob("*") if file.is_file()}
+        for task, run in ((task, folder / task / "run") for task in TASKS)
+    }
     mock.patch.object(stage, "run", return_value=None).start()  # what is missing stays so: reading is tested
 
-    texts = {name: (sound / name).read_bytes() for name in ("results.jsonl", "run.json", "report.html")}
-    shutil.copytree(sound, target, ignore=shutil.ignore_patterns("cache"))
-    (target / "cache").symlink_to(sound / "cache")
-
     def forge(rng: random.Random) -> Read:
-        for name, content in (texts | predictions).items():
+        task = rng.choice(TASKS)
+        target, files = folder / task / "run", whole[task]
+        for name, content in files.items():
             (target / name).write_bytes(content)
         what = rng.random()
         if what < 0.5:
-            results = list(lines)
+            results = [json.loads(line) for line in files["results.jsonl"].splitlines()]
             for _ in range(rng.choice([1, 1, 3])):
                 at = rng.randrange(len(results))
                 results[at] = changed(results[at], rng)
             found = [written(one, rng) if rng.random() < 0.1 else json.dumps(one).encode() for one in results]
             (target / "results.jsonl").write_bytes(b"\n".join(found) + b"\n" * (rng.random() < 0.9))
         elif what < 0.7:
-            (target / "run.json").write_bytes(written(changed(info, rng), rng))
+            (target / "run.json").write_bytes(written(changed(json.loads(files["run.json"]), rng), rng))
         else:
-            name = rng.choice(list(predictions))
-            (target / name).write_bytes(forged_predictions(predictions[name], rng))
+            name = rng.choice([name for name in files if name.startswith("predictions/")])
+            (target / name).write_bytes(forged_predictions(files[name], rng))
         if rng.random() < 0.05:
             (target / "report.html").unlink()
-        against = rng.choice([None, sound, target])
-        return lambda: read(against)
+        against = rng.choice([None, sound[task], target])
+        return lambda: read(task, target, against)
 
-    def read(against: Path | None) -> None:
+    def read(task: str, target: Path, against: Path | None) -> None:
         open_finished(target)
-        report = stage.compare(plan, target if against != target else sound, against=against)
+        report = stage.compare(folder / f"{task}.toml", target if against != target else sound[task], against=against)
         score_table(report.results, report.best_sets)
         against_lines(report.against)
         json.dumps([result.to_json() for result in report.results])

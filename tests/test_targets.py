@@ -40,6 +40,7 @@ from pipeline.fit import fit
 from pipeline.heads.choose import scale, train_final
 from pipeline.heads.registry import FAMILIES_OF, Head
 from pipeline.heads.saved import load_model, save_model
+from pipeline.options import METRICS_OF
 from pipeline.predict import predict
 from pipeline.rank import rank
 from pipeline.results import from_json, to_json
@@ -213,6 +214,8 @@ def test_what_is_not_defined_is_not_a_number() -> None:
     assert average_precisions(y, scores, once).tolist()[0][2] == 1
     assert np.isnan(average_precisions(y, scores, once)[0, :2]).all(), "all rows have the label, or none"
     assert np.isnan(rate_numbers("r2", np.ones(4), np.arange(4.0), np.ones((1, 4)))).all()
+    for metric in METRICS_OF["regression"]:  # of several seeds, one may have no row in a test set that is drawn again
+        assert np.isnan(rate_numbers(metric, np.arange(4.0), np.ones(4), np.zeros((1, 4)))).all()
     folds = np.array([0, 0, 1, 1])
     two = average_precisions(np.tile(y, (2, 1)), np.vstack([scores, scores + 5]), np.ones((1, 4)), folds)
     assert two[0, 2] == 1, "scores of different folds are not compared"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -109,59 +110,20 @@ def compare_scores(
     said = _shared((a, b), (read, read_b or read))
     if not said[0]:
         return None
-    uris = [one.uris for one in said[0]]
-    shared = all(np.array_equal(uris[0], other) for other in uris)
-    compared = (
-        _compare_rows(a, said, shared=shared, confidence=confidence)
-        if a.task == CLASSIFICATION
-        else _compare_redrawn(a, said, confidence)
-    )
-    if compared is None:
-        return None
-    of_seeds = compared.of_seeds
-    return Paired(
-        first=compared.first,
-        second=compared.second,
-        low=compared.low,
-        high=compared.high,
-        p=compared.p,
-        test=compared.test,
-        n_seeds=len(uris),
-        n_images=len(np.unique(np.concatenate(uris))),
-        n_groups=len(np.unique(np.concatenate([one.units for one in said[0]]))),
-        smallest=compared.smallest,
-        spread=(min(of_seeds), max(of_seeds)) if len(of_seeds) > 1 else None,
-        shared=shared,
-        measure=a.measure,
-    )
+    return (_compare_rows if a.task == CLASSIFICATION else _compare_redrawn)(a, said, confidence)
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """What a test of two methods says; the fields are those of `Paired`, and the difference of each seed."""
-
-    first: float
-    second: float
-    low: float
-    high: float
-    p: float
-    test: str
-    of_seeds: list[float]
-    smallest: float | None = None
-
-
-def _compare_rows(
-    a: MethodScore, said: Sequence[Sequence[Predictions]], *, shared: bool, confidence: float
-) -> _Compared:
+def _compare_rows(a: MethodScore, said: Sequence[Sequence[Predictions]], confidence: float) -> Paired:
     """Compare the accuracies of two methods on the test images of each seed."""
     first, second = (np.concatenate([one.right for one in of_method]) for of_method in said)
     of_seeds = np.array([one.right.mean() - other.right.mean() for one, other in zip(*said, strict=True)])
+    told = _describe(a, said[0], of_seeds.tolist())
     clusters = number_clusters(np.concatenate([one.units for one in said[0]]))
     low, high = paired_interval(first, second, clusters, confidence)
     p, test = mcnemar(first, second, clusters), "McNemar's exact test"
     n_effective = effective_rows(first.astype(np.float64) - second, clusters)
     smallest: float | None = smallest_difference(n_effective, float((first != second).mean()))
-    if not shared and len(of_seeds) >= FEWEST_SPLITS:
+    if not told["shared"] and len(of_seeds) >= FEWEST_SPLITS:
         result = a.first.result
         sizes = (result.n_pool or result.n_train + result.n_val, result.n_test)  # old run folders lack n_pool
         over_seeds = corrected_t_test(of_seeds, *sizes)[1]
@@ -169,11 +131,10 @@ def _compare_rows(
             reach = float(stdtrit(len(of_seeds) - 1, 0.5 + confidence / 2)) * corrected_error(of_seeds, *sizes)
             p, low, high = over_seeds, float(of_seeds.mean()) - reach, float(of_seeds.mean()) + reach
             test, smallest = f"corrected resampled t-test over {len(of_seeds)} seeds", None
-    means = float(first.mean()), float(second.mean())
-    return _Compared(*means, low, high, p, test, of_seeds.tolist(), smallest)
+    return Paired(float(first.mean()), float(second.mean()), low, high, p, test, smallest=smallest, **told)
 
 
-def _compare_redrawn(a: MethodScore, said: Sequence[Sequence[Predictions]], confidence: float) -> _Compared | None:
+def _compare_redrawn(a: MethodScore, said: Sequence[Sequence[Predictions]], confidence: float) -> Paired | None:
     """Compare a metric of labels or numbers on test images that are drawn again."""
     redraw, sign = partial(_redraw, a.task, a.measure.metric), a.measure.sign
     first, second = (redraw(*of_method) for of_method in said)
@@ -181,8 +142,22 @@ def _compare_redrawn(a: MethodScore, said: Sequence[Sequence[Predictions]], conf
     if found is None:
         return None
     of_seeds = [redraw(one).observed - redraw(other).observed for one, other in zip(*said, strict=True)]
-    means = sign * first.observed, sign * second.observed
-    return _Compared(*means, found.low, found.high, found.p, "bootstrap of test images", of_seeds)
+    values = sign * first.observed, sign * second.observed
+    told = _describe(a, said[0], of_seeds)
+    return Paired(*values, found.low, found.high, found.p, "bootstrap of test images", smallest=None, **told)
+
+
+def _describe(a: MethodScore, said: Sequence[Predictions], of_seeds: Sequence[float]) -> dict[str, Any]:
+    """Return what a comparison rests on, for `Paired`: the test images of each seed, and the seeds' differences."""
+    uris = [one.uris for one in said]
+    return {
+        "n_seeds": len(uris),
+        "n_images": len(np.unique(np.concatenate(uris))),
+        "n_groups": len(np.unique(np.concatenate([one.units for one in said]))),
+        "spread": (min(of_seeds), max(of_seeds)) if len(of_seeds) > 1 else None,
+        "shared": all(np.array_equal(uris[0], other) for other in uris),
+        "measure": a.measure,
+    }
 
 
 @lru_cache(maxsize=64)  # a method is compared with many others

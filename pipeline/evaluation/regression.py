@@ -29,9 +29,10 @@ def rate_numbers(metric: str, y_true: Float64Array, y_pred: Float64Array, weight
     Returns
     -------
     (b,) float64
-        R² is NaN where all numbers are the same.
+        NaN for a test set without rows, and R² where all numbers are the same.
     """
     errors, total = y_true - y_pred, weights.sum(axis=1)
+    total = np.where(total > 0, total, np.nan)
     if metric == "mae":
         return np.asarray(weights @ np.abs(errors) / total)
     squared = weights @ errors**2
