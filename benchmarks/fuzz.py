@@ -489,7 +489,7 @@ def parts(folder: Path) -> Forge:
 
     def fill_one(plan: Path) -> None:
         plan.with_name(f"{plan.stem}.p00001.h5").unlink()
-        fill_part(str(plan.stat().st_mtime_ns), plan, 1, str(photos), Computing(engine="torch"), lambda *_: None)
+        fill_part(str(plan.stat().st_mtime_ns), str(plan), 1, str(photos), Computing(engine="torch"), lambda *_: None)
 
     return forge
 

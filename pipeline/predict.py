@@ -69,8 +69,8 @@ def predict(
     source : str or Path
         Anything `pipeline.extract.extract` takes. Labels are ignored.
     output : str or Path, optional
-        Folder of cache files for the features. By default a temporary one, or ``thawline-predictions`` for sources of
-        more than 1,000 images.
+        Folder of cache files for the features, or a URL of one. By default a temporary one, or
+        ``thawline-predictions`` for sources of more than 1,000 images.
     engine, device : str, default "auto"
         As for extraction.
     progress : callable, optional
@@ -190,7 +190,7 @@ def _available_precision(wanted: str, engine: str, device: str, notes: list[str]
 
 
 @contextmanager
-def _cache_folder(images: ImageSource, output: str | Path | None, notes: list[str]) -> Iterator[Path]:
+def _cache_folder(images: ImageSource, output: str | Path | None, notes: list[str]) -> Iterator[str | Path]:
     if output is None and len(images.items) > WORTH_KEEPING:
         output = KEPT_FOLDER
         notes.append(
@@ -198,7 +198,7 @@ def _cache_folder(images: ImageSource, output: str | Path | None, notes: list[st
         )
     if output is not None:
         with resumable():
-            yield Path(output)
+            yield output
     else:
         with scratch_folder(gettempdir()) as folder:
             yield Path(folder)

@@ -17,14 +17,15 @@ from features_cache import (
     AmbiguousCacheError,
     CacheError,
     CacheFile,
-    Catalog,
     VerifyReport,
     digest_keys,
     repair,
+    store_of,
     superseded,
     verify,
 )
 from pipeline.errors import UnreadableImageError
+from pipeline.extraction.object_store import open_catalog
 from pipeline.images.sources.registry import open_source
 
 
@@ -99,7 +100,7 @@ def list_files(cache: str | Path) -> Listing:
     CacheError
         The folder has no usable file.
     """
-    catalog = Catalog(cache)
+    catalog = open_catalog(cache)
     folder = catalog.path if catalog.path.is_dir() else catalog.path.parent
     old = [{"path": str(path), "bytes": path.stat().st_size} for path in superseded(folder)]
     sources = {(file.handles.get("source"), file.handles.get("location")): file for file in catalog.files}
@@ -231,7 +232,7 @@ def check(
     CacheError
         The cache has no usable file, or none of `source`.
     """
-    catalog = Catalog(cache)
+    catalog = open_catalog(cache)
     files, read = catalog.files, None
     if source is not None:
         images = open_source(source)
@@ -249,6 +250,9 @@ def check(
     files, reports = [part for file in files for part in file.parts], []
     for number, file in enumerate(files):
         report = verify(file.path, read)
+        if not report.sound and (store := store_of(file.path.parent)) is not None:
+            store.fetch([file.path.name], anew=True)  # it may be the copy alone that is damaged
+            report = verify(file.path, read)
         if mend and not report.sound:
             repair(file.path, report)
         reports.append(report)
