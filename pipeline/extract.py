@@ -153,13 +153,13 @@ def extract(
     share = parse_share(part)
     computing = Computing(engine, device, batch_size, workers, on_error, rehash)
     if cluster is not None:
-        if part is not None or only is not None:
-            raise SourceError("a cluster extracts all parts of a source; leave out part and only")
+        if part is not None:
+            raise SourceError("a cluster extracts all parts of a source; leave out part")
         asked_for: dict[str, Any] = {
             "backbones": tuple(backbones), "layers": tuple(layers), "pool": pool,
             "output": str(output).rstrip("/") if is_url(str(output)) else folder.absolute(),
             "precision": precision, "store": store, "size": size, "white": white, "augment": augment,
-            "views": tuple(views), "expect": expect, "part_rows": part_rows or 0,
+            "views": tuple(views), "only": only, "expect": expect, "part_rows": part_rows or 0,
         }  # fmt: skip
         results = _extract_on(cluster, source, asked_for, computing, progress or silent)
         folder = local_path(asked_for["output"])
@@ -246,23 +246,24 @@ def _extract_on(
     cluster: str, source: str | Path | ImageSource, asked_for: dict[str, Any], computing: Computing, progress: Progress
 ) -> list[ExtractResult]:
     """Extract on a cluster: one task plans, one fills each part, and the last does what is not in parts."""
-    from pipeline.extraction.cluster import open_cluster
+    from pipeline.extraction.cluster import open_cluster, place_of
 
-    where = source.location if isinstance(source, ImageSource) else str(source)
-    where = str(Path(where).absolute()) if Path(where).exists() else where
+    where, output, only = place_of(source), asked_for["output"], asked_for["only"]
+    uris = None if only is None else sorted(set(only))
     with open_cluster(cluster) as workers:
         progress(0, 0, "plan")
-        output = asked_for["output"]
         names = workers.call(_plan_parts, where, asked_for, computing)
         plans = [open_plan(local_path(output, names) / name) for name in names]
         began, run = time.perf_counter(), uuid.uuid4().hex
-        tasks = {
-            plan.path_of(part.number).name: (run, f"{output}/{plan.path.name}", part.number, where, computing)
-            for plan in plans
-            for part in plan.parts
-        }
+        tasks, total = {}, 0
+        for plan in plans:
+            for part, chosen in plan.ranges(uris or ()):
+                asked = None if uris is None else uris[chosen]
+                total += part.rows if asked is None else len(asked)
+                if asked is None or asked:
+                    place = f"{output}/{plan.path.name}"
+                    tasks[plan.path_of(part.number).name] = (run, place, part.number, where, asked, computing)
         filled = {plan.path.name: FilledParts(plan.path) for plan in plans}
-        total = sum(part.rows for plan in plans for part in plan.parts)
         text = ", ".join(dict.fromkeys(plan.handles["backbone"] for plan in plans))
 
         def keep(_: str, done: FilledParts) -> None:
@@ -282,7 +283,7 @@ def _extract_on(
 
 def _plan_parts(source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress) -> list[str]:
     """Make the plans of what is asked for, on a worker, and return the names of those in parts; compute no features."""
-    results = extract(source, **asked_for, **vars(computing), only=(), progress=progress)
+    results = extract(source, **asked_for | {"only": ()}, **vars(computing), progress=progress)
     return [path.name for result in results if (path := Path(result.path)).suffix == PLAN_SUFFIX]
 
 

@@ -240,6 +240,7 @@ STORE = crossed("store", choice(*STORES), "Number type of the features on disk."
 WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)
 ENGINE = once("engine", choice(*ENGINES), "What runs the network.", "auto")
 DEVICE = once("device", TEXT, "auto, cpu, cuda or cuda:N.", "auto")
+CLUSTER_OPTION = once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class.")
 OUTPUT = once("output", TEXT, "Cache folder, or a URL of one, such as s3://bucket/photos.", DEFAULT_CACHE, "o")
 SHOTS = crossed("shots", SHOTS_OR_ALL, "Training images per class, or all.", "all", repeat="shots")
 SEED = crossed("seed", whole(0), "Seed of the split and the shots.", 0, repeat="seeds")
@@ -302,7 +303,7 @@ EXTRACT = (
     ENGINE,
     DEVICE,
     Option("part", SHARE_OF, "Extract only this share of the parts, such as 3/64; for job arrays."),
-    once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class; see docs/cluster.md."),
+    CLUSTER_OPTION,
     Option("part-rows", whole(), "Split a source of more rows into parts of at most so many rows."),
 )
 FIT = (
@@ -363,6 +364,7 @@ FINETUNE = (
     WORKERS,
     ENGINE,
     DEVICE,
+    CLUSTER_OPTION,
 )
 _NO_PRETEXT = ("top", "layer-decay", "lr-at", "label-smoothing", "class-weights", "augment", "views")
 PRETRAIN = (
@@ -396,6 +398,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         Option("output", TEXT, "Cache folder or URL to work through, so that a long run can resume.", short="o"),
         ENGINE,
         DEVICE,
+        CLUSTER_OPTION,
     ),
     "export": (Option("onnx", FILE, "The .onnx file to write.", required=True, stage_name="path"),),
     "rank": (
@@ -487,6 +490,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "cache verify": (
         Option("source", TEXT, "The images: also compare the digest of each row with its image."),
         Option("repair", FLAG, "Mark damaged rows as pending, so that extract computes them again.", default=False),
+        replace(CLUSTER_OPTION, help="Verify on many workers: local:N, gpus, an address or a class."),
     ),
     "cache export": ONE_CACHE,
     "cache prune": (Option("yes", FLAG, "Do not ask before deleting.", default=False),),

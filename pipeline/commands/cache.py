@@ -58,7 +58,7 @@ def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
 @cache_group.command("verify")
 @click.argument("cache")
 @options_of("cache verify")
-def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
+def cache_verify(cache: str, source: str | None, repair: bool, cluster: str | None, as_json: bool) -> None:
     """Check the structure and the checksums of CACHE.
 
     The exit code is 1 if damage is left or an image has changed.
@@ -66,7 +66,7 @@ def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) ->
     from pipeline.extraction.inspection import check, to_record
     from pipeline.reporting.terminal.cache_tables import finding_lines, verify_table
 
-    reports, problems = with_progress(check, cache, source, repair)
+    reports, problems = with_progress(check, cache, source, repair, cluster)
     if as_json:
         print_json({"files": [to_record(report) for report in reports], "problems": problems, "repaired": repair})
     else:

@@ -81,6 +81,12 @@ def local_path(cache: str | Path, only: Collection[str] | None = None, *, to_wri
     return folder / name
 
 
+def url_of(path: Path) -> str:
+    """Return how workers are told where a cache file is: by the URL of what it is a copy of, or its whole path."""
+    store = store_of(path.parent)
+    return f"{store.root}/{path.name}" if isinstance(store, StoredCache) else str(path.absolute())
+
+
 class StoredCache:
     """A cache in an object store, and its copy; an `features_cache.publish.ObjectStore`.
 

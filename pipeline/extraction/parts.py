@@ -135,6 +135,10 @@ class PartFiller:
         self.plan, self._images, self._computing, self._extractor = plan, images, computing, extractor
         self._where = {part.number: where for part, where in plan.ranges(images.items.rows.uris)}
 
+    def rows_of(self, only: Sequence[str] | None) -> BoolArray | None:
+        """Return which rows of the whole source, (n,), have one of these uris; None for all."""
+        return None if only is None else np.isin(self._images.items.rows.uris, only)
+
     def fill_share(self, asked: BoolArray, share: tuple[int, int], progress: Progress) -> FilledParts:
         """Fill each part whose place in the plan leaves the index of `share` when divided by its count.
 
@@ -236,7 +240,9 @@ _kept: tuple[tuple[str, str], PartFiller] | None = None
 """What a worker filled last in a run, with its listing and its network: the next part is mostly of the same plan."""
 
 
-def fill_part(run: str, path: str, number: int, source: str, computing: Computing, progress: Progress) -> FilledParts:
+def fill_part(
+    run: str, path: str, number: int, source: str, only: Sequence[str] | None, computing: Computing, progress: Progress
+) -> FilledParts:
     """Fill one part on a worker.
 
     Parameters
@@ -249,6 +255,8 @@ def fill_part(run: str, path: str, number: int, source: str, computing: Computin
         Of the part.
     source : str
         What `open_source` takes.
+    only : sequence of str, optional
+        Uris of the part's images to compute, by default all.
     computing : Computing
     progress : callable
     """
@@ -257,7 +265,7 @@ def fill_part(run: str, path: str, number: int, source: str, computing: Computin
         _kept = (run, path), PartFiller(open_plan(local_path(path, [Path(path).name])), open_source(source), computing)
     if is_url(path):
         local_path(path, [donor.name for donor in donors_of(_kept[1].plan, number)])
-    return _kept[1].fill(number, None, progress)
+    return _kept[1].fill(number, _kept[1].rows_of(only), progress)
 
 
 def _fingerprints(extractor: FeatureExtractor, request: Request) -> list[str]:
