@@ -321,7 +321,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_kills_and_stops_lose_nothing_and_leave_nothing() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "cluster.py"), "--rows", "48", "--pause", "3", "--workers"]
-    command += ["--kills", "2", "--commands", "0", "--thrice", "0", "--stops", "1"]
+    command += ["--kills", "2", "--commands", "0", "--thrice", "0", "--stops", "1", "--engine", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
