@@ -29,6 +29,7 @@ from pipeline.spec import LayerSpec, Preprocessing, Request
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM = 48
+WAYS = ("one process", "two workers")
 LOG, SECONDS = "SLEEPER_LOG", "SLEEPER_SECONDS"
 
 
@@ -244,6 +245,43 @@ def measure_rates(folder: Path, counts: list[int], images: int, seconds: float) 
     return found
 
 
+def compare_engines(folder: Path, times: int, images: int) -> dict[str, Any]:
+    """Extract with a real network: one process with two threads, and two workers with one each, in turn.
+
+    What starting costs is left out: each way extracts some images and four times as many, and the difference counts.
+    """
+    generator = np.random.default_rng(0)
+    for count in (images // 4, images):
+        (folder / f"pictures-{count}").mkdir()
+        for number in range(count):
+            rough = Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8))
+            rough.resize((320, 240)).save(folder / f"pictures-{count}" / f"{number:05}.jpg", quality=90)
+
+    def used(way: str, count: int) -> tuple[float, float]:
+        """Return wall and processor seconds."""
+        cache = folder / f"cache-{len(list(folder.iterdir()))}"
+        command = [sys.executable, str(ROOT / "cli.py"), "extract", str(folder / f"pictures-{count}"), "-o", str(cache)]
+        command += ["--json", *(["--cluster", "local:2", "--part-rows", str(images // 8)] if way == WAYS[1] else [])]
+        before = os.times()
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        after = os.times()
+        (result,) = json.loads(done.stdout)["caches"]
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        return result["seconds"], spent
+
+    found = np.empty((times, 2, 2))
+    for number, index in np.ndindex(times, 2):
+        few, many = used(WAYS[index], images // 4), used(WAYS[index], images)
+        found[number, index] = (np.array(many) - few) / (images - images // 4)
+    middle = np.median(found, axis=0)
+    return {
+        "images_per_second": dict(zip(WAYS, (1 / middle[:, 0]).round(1).tolist(), strict=True)),
+        "processor_ms_per_image": dict(zip(WAYS, (1000 * middle[:, 1]).round(2).tolist(), strict=True)),
+        "share_of_one_process": (found[:, 0, 0] / found[:, 1, 0]).round(3).tolist(),
+        "share_by_processor_time": (found[:, 0, 1] / found[:, 1, 1]).round(3).tolist(),
+    }
+
+
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -252,6 +290,7 @@ def main() -> None:
     parser.add_argument("--thrice", type=int, default=20, help="sources that three processes fill at once")
     parser.add_argument("--stops", type=int, default=10, help="the same, one process stopped until the others are done")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of workers to measure")
+    parser.add_argument("--engine", type=int, default=3, help="times that two workers run a real network")
     parser.add_argument("--rows", type=int, default=600, help="images of a source")
     parser.add_argument("--images", type=int, default=2000, help="images for each worker that is measured")
     parser.add_argument("--seconds", type=float, default=0.01, help="that an image takes")
@@ -280,6 +319,8 @@ def main() -> None:
                 report[what] = {"times": times} | {key: sum(one[key] for one in each) for key in each[0]}
         if arguments.workers:
             report["rates"] = measure_rates(Path(name), arguments.workers, arguments.images, arguments.seconds)
+        if arguments.engine:
+            report["engine"] = compare_engines(Path(name), arguments.engine, arguments.images)
     print(json.dumps(report))
 
 

@@ -115,7 +115,7 @@ def trunk_rows(folder: Path, name: str, lines: list[str], cache: Path) -> list[d
         for line in lines:
             setup = TrainingSetup(
                 source, name, line, Recipe(), "pretrained", False, False, cache, precision, "float32", None, None,
-                "auto", "cpu", None, silent, lambda _: None,
+                "auto", "cpu", None, None, silent, lambda _: None,
             )  # fmt: skip
             data = prepare_data(setup, [(0, "all")])
             images = DecodedImages(source, data.backbone.preprocessing, "none")

@@ -489,7 +489,8 @@ def parts(folder: Path) -> Forge:
 
     def fill_one(plan: Path) -> None:
         plan.with_name(f"{plan.stem}.p00001.h5").unlink()
-        fill_part(str(plan.stat().st_mtime_ns), plan, 1, str(photos), Computing(engine="torch"), lambda *_: None)
+        run = str(plan.stat().st_mtime_ns)
+        fill_part(run, str(plan), 1, str(photos), None, Computing(engine="torch"), lambda *_: None)
 
     return forge
 

@@ -4,7 +4,7 @@
 """
 
 from features_cache.atomic import atomic_write, scratch_folder
-from features_cache.catalog import Catalog, check_twins, file_name, same_listing, superseded_files
+from features_cache.catalog import Catalog, check_twins, file_name, is_superseded, same_listing, superseded_files
 from features_cache.convert import as_float32, digest_keys, parse_json
 from features_cache.errors import (
     AmbiguousCacheError,
@@ -21,8 +21,9 @@ from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, TEXT, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
 from features_cache.parted import PartedCache, open_part
-from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, open_plan, published_path
+from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, is_try, open_plan, published_path
 from features_cache.prune import drop_redundant, prune, superseded
+from features_cache.publish import register_store, store_of
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import open_own
 from features_cache.tries import begin_try, drop_tries, publish_try, tries_of
@@ -63,6 +64,8 @@ __all__ = [
     "export_features",
     "file_name",
     "grow",
+    "is_superseded",
+    "is_try",
     "nearest",
     "nearest_beside",
     "open_cache",
@@ -73,10 +76,12 @@ __all__ = [
     "prune",
     "publish_try",
     "published_path",
+    "register_store",
     "repair",
     "same_listing",
     "same_rows",
     "scratch_folder",
+    "store_of",
     "superseded",
     "superseded_files",
     "tries_of",

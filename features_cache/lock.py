@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from features_cache.errors import CacheLockedError, explained
+from features_cache.errors import CacheError, CacheLockedError, explained
+from features_cache.parts import is_try
+from features_cache.publish import store_of
 from features_cache.rowfile import open_own
 
 
@@ -28,10 +30,15 @@ class WriterLock:
     CacheLockedError
         Another process holds the lock; the message names it.
     CacheError
-        The lock file cannot be created.
+        The lock file cannot be created. Or the file is copied from an object store, where only whole files are written.
     """
 
     def __init__(self, path: Path) -> None:
+        if store_of(path.parent) is not None and not is_try(path):
+            raise CacheError(
+                f"{path.name} is one file in an object store, where only caches in parts can be written; extract into "
+                "another folder"
+            )
         self._path = path.with_name(f"{path.name}.lock")
         with explained(path, "write"):
             while not self._acquire(path):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ from features_cache.convert import parse_json
 from features_cache.errors import DamagedCacheError, explained
 from features_cache.header import is_name, layer_of
 from features_cache.layout import LayerInfo
+from features_cache.publish import link_new, store_of
 from features_cache.rowfile import sync_folder
 
 PLAN_SUFFIX = ".plan"
@@ -118,20 +119,29 @@ class PartPlan:
 
     def publish(self) -> PartPlan:
         """Write the plan unless there is one under its name, which no process overwrites here; return what is there."""
-        draft = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex}")
-        with explained(self.path, "write"):
-            try:
-                draft.write_text(self._text(), encoding="utf-8")
-                link_new(draft, self.path)
-            finally:
-                draft.unlink(missing_ok=True)
+        with explained(self.path, "write"), self._drafted() as draft:
+            link_new(draft, self.path)
             sync_folder(self.path.parent)
         return open_plan(self.path)
 
-    def rewrite(self) -> None:
-        """Replace the plan's file."""
+    def rewrite(self) -> bool:
+        """Replace the plan's file; return False if another process has replaced it in the object store meanwhile."""
+        store = store_of(self.path.parent)
+        if store is not None:
+            with explained(self.path, "write"), self._drafted() as draft:
+                return store.put(draft, self.path)
         with explained(self.path, "write"), atomic_write(self.path) as draft:
             draft.write_text(self._text(), encoding="utf-8")
+        return True
+
+    @contextmanager
+    def _drafted(self) -> Iterator[Path]:
+        draft = self.path.with_name(f"{self.path.name}.tmp-{uuid.uuid4().hex}")
+        try:
+            draft.write_text(self._text(), encoding="utf-8")
+            yield draft
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _text(self) -> str:
         table = {
@@ -224,22 +234,14 @@ def is_try(path: Path) -> bool:
     return f".h5{TRY}" in path.name
 
 
+def new_try(path: Path) -> Path:
+    """Return a new name for a try at the part `path`."""
+    return path.with_name(f"{path.name}{TRY}{uuid.uuid4().hex}")
+
+
 def published_path(path: Path) -> Path:
     """Return the part that a try is to become; any other path is returned as it is."""
     return path.with_name(path.name.partition(TRY)[0]) if is_try(path) else path
-
-
-def link_new(draft: Path, path: Path) -> bool:
-    """Give the file `draft` the name `path` too, unless there is a file of that name; return whether it was done."""
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if path.exists():
-            return False
-        draft.replace(path)
-    return True
 
 
 def table_digest(table: Mapping[str, Any]) -> str:

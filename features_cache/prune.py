@@ -15,6 +15,7 @@ from features_cache.errors import CacheError, explained
 from features_cache.layout import DONE
 from features_cache.lock import WriterLock
 from features_cache.parts import is_try, open_plan, plan_of, published_path
+from features_cache.publish import store_of
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import sync_folder
 
@@ -67,6 +68,8 @@ def prune(paths: Sequence[Path]) -> int:
         try:
             with explained(path, "delete"):
                 status = path.stat()
+                if (store := store_of(path.parent)) is not None:
+                    store.delete(path)
                 path.unlink()
         finally:
             if lock is not None:

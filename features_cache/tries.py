@@ -2,12 +2,12 @@
 
 Every process writes a file of its own, ``PART.h5.try-UUID``. It begins with all sound rows of the published part and
 of the tries of others, of which some may have been killed. When it is complete, it gets the part's name by `os.link`,
-which only one process can do; then all tries are deleted, whose writers stop at their next commit.
+which only one process can do (in an object store, by a conditional upload, see `features_cache.publish`); then all
+tries are deleted, whose writers stop at their next commit.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from features_cache.errors import CacheError, explained
 from features_cache.grow import carry_rows, match_rows, set_aside
 from features_cache.layout import PENDING, Rows
 from features_cache.lock import locking, temporary_path
-from features_cache.parts import TRY, PartPlan, is_try, link_new, published_path
+from features_cache.parts import PartPlan, is_try, new_try, published_path
 from features_cache.prune import drop_redundant
+from features_cache.publish import link_new, store_of
 from features_cache.reader import open_cache
 from features_cache.rowfile import sync_folder
 from features_cache.writer import CacheWriter
@@ -67,8 +68,7 @@ def begin_try(
     """
     from features_cache.create import build_file  # h5py
 
-    path = plan.path_of(number)
-    draft = path.with_name(f"{path.name}{TRY}{uuid.uuid4().hex}")
+    draft = new_try(plan.path_of(number))
     with locking(draft) as lock:
         temporary = temporary_path(draft)
         build_file(temporary, rows, classes, plan.layers, {**plan.handles, "part": str(number)}, plan.request)
@@ -89,10 +89,11 @@ def begin_try(
         return CacheWriter(draft, lock)
 
 
-def publish_try(draft: Path, is_complete: Callable[[], bool]) -> None:
+def publish_try(draft: Path, is_complete: Callable[[], bool]) -> bool:
     """Give a finished try the name of its part, unless another process did, and delete all tries.
 
-    A published file that is not complete (the source changed, or rows were damaged) is superseded.
+    A published file that is not complete (the source changed, or rows were damaged) is superseded; in an object store
+    it is replaced.
 
     Parameters
     ----------
@@ -100,12 +101,23 @@ def publish_try(draft: Path, is_complete: Callable[[], bool]) -> None:
         The try; its writer is closed.
     is_complete : callable
         Tells whether the published file is what the try would be.
+
+    Returns
+    -------
+    bool
+        False if the part in an object store has changed since the try began and is not complete either: begin another
+        try, which carries the rows of both.
     """
     path = published_path(draft)
+    store = store_of(path.parent)
     with explained(path, "write"):
-        if not link_new(draft, path) and not is_complete():
+        if store is not None:
+            if not store.put(draft, path) and not is_complete():
+                return False
+        elif not link_new(draft, path) and not is_complete():
             set_aside(path)
             draft.replace(path)
         sync_folder(path.parent)
     drop_tries(path)
     drop_redundant(path)
+    return True

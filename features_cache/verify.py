@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from features_cache.checksums import chunks, crc_rows, damaged_columns
-from features_cache.errors import CacheError, ThawlineError
+from features_cache.errors import CacheError, ThawlineError, explained
 from features_cache.layout import DIGEST_BYTES, DONE, PENDING, RUN_BYTES, UNREADABLE, LayerInfo
 from features_cache.ledger import Ledger
 from features_cache.lock import WriterLock
+from features_cache.parts import is_try, new_try
+from features_cache.publish import store_of
 from features_cache.reader import CacheFile, open_cache
 from features_cache.runs import decode_run
 
@@ -110,7 +113,8 @@ def repair(path: str | Path, report: VerifyReport) -> int:
     """Mark the damaged rows pending, so that the next extraction computes them; return how many were marked.
 
     Rows whose image changed are not damaged and stay. A damaged name, label, split or group comes right when the next
-    extraction sees that the source differs. Provenance records that cannot be read are emptied.
+    extraction sees that the source differs. Provenance records that cannot be read are emptied. A part in an object
+    store is replaced there.
 
     Raises
     ------
@@ -120,6 +124,17 @@ def repair(path: str | Path, report: VerifyReport) -> int:
         The file is not the one that was verified, or the disk refuses.
     """
     path = Path(path)
+    if (store := store_of(path.parent)) is not None and not is_try(path):
+        draft = new_try(path)
+        try:
+            with explained(draft, "write"):
+                shutil.copyfile(path, draft)
+            count = repair(draft, report)
+            if not store.put(draft, path):
+                raise CacheError(f"{path.name} was replaced in the object store meanwhile; verify it again")
+        finally:
+            draft.unlink(missing_ok=True)
+        return count
     rows = np.unique(np.array([finding.row for finding in report.damaged], np.int64))
     slots = np.array(report.damaged_runs, np.int64)
     lock = WriterLock(path)

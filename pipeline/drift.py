@@ -13,6 +13,7 @@ from pipeline.arrays import IntArray
 from pipeline.diagnostics.domain_test import FOLDS, domain_test
 from pipeline.errors import FitError
 from pipeline.evaluation.rows import not_finite
+from pipeline.extraction.object_store import open_catalog
 from pipeline.neighbours.rows import one_layer, require_same_features
 from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
@@ -69,7 +70,7 @@ def drift(
         found = drift("training-cache", "field-cache")
         print(found.accuracy, found.p_value, found.foreign_in_second[0].uri)
     """
-    catalogs = [Catalog(path) for path in (first, second)]
+    catalogs = [open_catalog(path) for path in (first, second)]
     held = [file for catalog in catalogs for file in catalog.fitting(backbone=backbone, pool=pool)]
     layer = one_layer(held, layer)
     files = [_find(catalog, layer, backbone, pool) for catalog in catalogs]

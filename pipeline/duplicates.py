@@ -11,6 +11,7 @@ import numpy as np
 from features_cache import CacheFile, Catalog
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.errors import FitError
+from pipeline.extraction.object_store import open_catalog
 from pipeline.neighbours.groups import group_images
 from pipeline.neighbours.nearest import near_pairs
 from pipeline.neighbours.planting import threshold_of
@@ -101,7 +102,7 @@ def duplicates(
         for group in report.groups:
             print([image.uri for image in group])
     """
-    catalogs = [one if isinstance(one, Catalog) else Catalog(one) for one in (cache, second) if one is not None]
+    catalogs = [open_catalog(one) for one in (cache, second) if one is not None]
     file, layer = find_layer(catalogs[0], layer, source, backbone, pool)
     files = (file, *(find_layer(other, layer, None, backbone, pool)[0] for other in catalogs[1:]))
     if len(files) > 1:

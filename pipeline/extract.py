@@ -23,9 +23,11 @@ from pipeline.errors import EngineError, SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, fill
 from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
+from pipeline.extraction.object_store import local_path
 from pipeline.extraction.open import Destination, bring_up_to_date, check_expected, open_files
 from pipeline.extraction.parts import Computing, FilledParts, PartFiller, fill_part, parse_share
 from pipeline.images.sources.registry import ImageSource, open_source
+from pipeline.images.sources.remote import is_url, locate
 from pipeline.results import ExtractResult, Progress, silent
 from pipeline.spec import (
     DEFAULT_BACKBONE,
@@ -82,7 +84,8 @@ def extract(
     pool : str or sequence of str, default ("avg",)
         One of `pipeline.spec.POOLS`, or several: a cache file of each, from one pass of the network.
     output : str or Path, default "thawline-cache"
-        Folder of cache files; created if missing.
+        Folder of cache files; created if missing. Or a folder in an object store, such as ``s3://bucket/photos``: the
+        cache is in parts there, and results name its copy on this machine.
     precision : {"auto", "fp32", "bf16", "fp16"}
         ``auto`` keeps the precision of a file that is continued; for a new file it is bf16 if the hardware computes it,
         else fp32.
@@ -142,28 +145,32 @@ def extract(
     >>> X.shape
     (1797, 96)
     """
-    if Path(output).is_file():
+    folder = local_path(output, None if cluster is None else ())
+    if folder.is_file() or (is_url(str(output)) and folder.suffix in (".h5", PLAN_SUFFIX)):
         raise CacheError(f"{output} is a file; name the folder that is to hold the cache's files")
     if on_error not in ("skip", "stop"):
         raise SourceError(f"on_error is 'skip' or 'stop', got {on_error!r}")
     share = parse_share(part)
     computing = Computing(engine, device, batch_size, workers, on_error, rehash)
     if cluster is not None:
-        if part is not None or only is not None:
-            raise SourceError("a cluster extracts all parts of a source; leave out part and only")
+        if part is not None:
+            raise SourceError("a cluster extracts all parts of a source; leave out part")
         asked_for: dict[str, Any] = {
-            "backbones": tuple(backbones), "layers": tuple(layers), "pool": pool, "output": Path(output).absolute(),
+            "backbones": tuple(backbones), "layers": tuple(layers), "pool": pool,
+            "output": str(output).rstrip("/") if is_url(str(output)) else folder.absolute(),
             "precision": precision, "store": store, "size": size, "white": white, "augment": augment,
-            "views": tuple(views), "expect": expect, "part_rows": part_rows or 0,
+            "views": tuple(views), "only": only, "expect": expect, "part_rows": part_rows or 0,
         }  # fmt: skip
-        return _extract_on(cluster, source, asked_for, computing, progress or silent)
+        results = _extract_on(cluster, source, asked_for, computing, progress or silent)
+        folder = local_path(asked_for["output"])
+        return [replace(one, path=str(folder / Path(one.path).name)) for one in results]
     images = open_source(source)
     rows = rows_of(images)
     asked = np.ones(len(rows), bool) if only is None else np.array([uri in only for uri in rows.uris], bool)
     if part is not None and part_rows is None:
         part_rows = 0
-    files = files_of(images, Path(output))
-    destination = Destination(images, rows, asked, Path(output), files, rehash, part_rows, whole=share[0] == 0)
+    files = files_of(images, folder)
+    destination = Destination(images, rows, asked, folder, files, rehash, part_rows, whole=share[0] == 0)
     plain = [
         Request("", tuple(layers), one, precision, store, size, white=white)
         for one in dict.fromkeys([pool] if isinstance(pool, str) else pool)
@@ -196,6 +203,8 @@ def extract(
     ]
     few_levels = _few_levels(max((one.few_levels for one in made if not isinstance(one, CacheFile)), default=0))
     notes = [*images.notes, *few_levels, *_bring_up_to_date(destination, made)]
+    if is_url(str(output)):
+        notes.append(f"the cache is at {locate(str(output))}; results name its copy on this machine")
     return [_result(one, notes, seconds, clock) for one in made]
 
 
@@ -237,25 +246,28 @@ def _extract_on(
     cluster: str, source: str | Path | ImageSource, asked_for: dict[str, Any], computing: Computing, progress: Progress
 ) -> list[ExtractResult]:
     """Extract on a cluster: one task plans, one fills each part, and the last does what is not in parts."""
-    from pipeline.extraction.cluster import open_cluster
+    from pipeline.extraction.cluster import open_cluster, place_of
 
-    where = source.location if isinstance(source, ImageSource) else str(source)
-    where = str(Path(where).absolute()) if Path(where).exists() else where
+    where, output, only = place_of(source), asked_for["output"], asked_for["only"]
+    uris = None if only is None else sorted(set(only))
     with open_cluster(cluster) as workers:
         progress(0, 0, "plan")
-        plans = list(map(open_plan, workers.call(_plan_parts, where, asked_for, computing)))
+        names = workers.call(_plan_parts, where, asked_for, computing)
+        plans = [open_plan(local_path(output, names) / name) for name in names]
         began, run = time.perf_counter(), uuid.uuid4().hex
-        tasks = {
-            plan.path_of(part.number).name: (run, plan.path, part.number, where, computing)
-            for plan in plans
-            for part in plan.parts
-        }
-        filled = {plan.path: FilledParts(plan.path) for plan in plans}
-        total = sum(part.rows for plan in plans for part in plan.parts)
+        tasks, total = {}, 0
+        for plan in plans:
+            for part, chosen in plan.ranges(uris or ()):
+                asked = None if uris is None else uris[chosen]
+                total += part.rows if asked is None else len(asked)
+                if asked is None or asked:
+                    place = f"{output}/{plan.path.name}"
+                    tasks[plan.path_of(part.number).name] = (run, place, part.number, where, asked, computing)
+        filled = {plan.path.name: FilledParts(plan.path) for plan in plans}
         text = ", ".join(dict.fromkeys(plan.handles["backbone"] for plan in plans))
 
         def keep(_: str, done: FilledParts) -> None:
-            filled[done.path].add(done)
+            filled[done.path.name].add(done)
 
         def tell(running: Mapping[str, int], state: str) -> None:
             rows = sum(done.rows for done in filled.values()) + sum(running.values())
@@ -266,13 +278,13 @@ def _extract_on(
             raise EngineError(f"{len(failed)} of {len(tasks)} parts failed; the same command does the rest: {why}")
         seconds = time.perf_counter() - began
         results: list[ExtractResult] = workers.call(_extract_rest, where, asked_for, computing)
-    return [_with_parts(result, filled.get(Path(result.path)), seconds) for result in results]
+    return [_with_parts(result, filled.get(Path(result.path).name), seconds) for result in results]
 
 
-def _plan_parts(source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress) -> list[Path]:
-    """Make the plans of what is asked for, on a worker, and return those in parts; compute no features."""
-    results = extract(source, **asked_for, **vars(computing), only=(), progress=progress)
-    return [path for result in results if (path := Path(result.path)).suffix == PLAN_SUFFIX]
+def _plan_parts(source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress) -> list[str]:
+    """Make the plans of what is asked for, on a worker, and return the names of those in parts; compute no features."""
+    results = extract(source, **asked_for | {"only": ()}, **vars(computing), progress=progress)
+    return [path.name for result in results if (path := Path(result.path)).suffix == PLAN_SUFFIX]
 
 
 def _extract_rest(

@@ -102,6 +102,7 @@ def finetune(
     engine: str = "auto",
     device: str = "auto",
     workers: int | None = None,
+    cluster: str | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     **training: Any,
@@ -141,8 +142,8 @@ def finetune(
         metric on validation rows, then to the lower validation loss.
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
-    store, size, white, engine, device, workers
-        As for extraction.
+    store, size, white, engine, device, workers, cluster
+        As for extraction; only that, and not the training, runs on a cluster.
     progress : callable, optional
         ``progress(done, total, text, latest losses)``.
     say : callable, optional
@@ -182,7 +183,7 @@ def finetune(
     notes: list[str] = []
     setup = TrainingSetup(
         open_source(source), backbone, freeze, recipe, init, head_first, watch is not None, Path(output), precision,
-        store, size, white, engine, device, workers, progress or silent, say or notes.append,
+        store, size, white, engine, device, workers, cluster, progress or silent, say or notes.append,
         find_labels(labels, target, key, task), task,
     )  # fmt: skip
     results: list[Any] = []

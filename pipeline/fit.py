@@ -25,6 +25,7 @@ from pipeline.evaluation.seeds import summarise_seeds
 from pipeline.evaluation.split_layers import SplitLayer, split_layers
 from pipeline.evaluation.splits import check_draws
 from pipeline.evaluation.targets import check_task
+from pipeline.extraction.object_store import open_catalog
 from pipeline.heads.choose import Choice, choice_notes
 from pipeline.heads.memory import streamed_notes
 from pipeline.heads.parallel import check_trials, run_trials
@@ -185,7 +186,7 @@ def fit(
     if drop_leaks not in (False, True, NEAR):
         raise FitError(f"expected drop_leaks to be true, false or '{NEAR}', got {drop_leaks!r}")
     answers = find_labels(labels, target, key, task)
-    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    catalog = open_catalog(cache)
     selected = select(catalog, layers, source, backbone, pool, answers, task)
     if len({layer.table.classes for layer in selected}) > 1:
         raise FitError("the layers are of sources with different classes; name one source")

@@ -131,6 +131,7 @@ def _is_size(value: Any) -> bool:
 
 TEXT = Kind(str, "a text", lambda value: bool(value.strip()) and "\0" not in value)
 FLAG = Kind(bool, "true or false")
+HERE = replace(TEXT, expected="a folder on this machine", fits=lambda value: TEXT.fits(value) and "://" not in value)
 FILE = Kind(Path, "a file")
 FOLDER = Kind(Path, "a folder")
 POSITIVE = Kind(float, "a number above 0", lambda value: value > 0)
@@ -239,7 +240,8 @@ STORE = crossed("store", choice(*STORES), "Number type of the features on disk."
 WORKERS = once("workers", whole(), "Decoding threads; auto is one per core.", auto=True)
 ENGINE = once("engine", choice(*ENGINES), "What runs the network.", "auto")
 DEVICE = once("device", TEXT, "auto, cpu, cuda or cuda:N.", "auto")
-OUTPUT = once("output", TEXT, "Cache folder.", DEFAULT_CACHE, "o")
+CLUSTER_OPTION = once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class.")
+OUTPUT = once("output", TEXT, "Cache folder, or a URL of one, such as s3://bucket/photos.", DEFAULT_CACHE, "o")
 SHOTS = crossed("shots", SHOTS_OR_ALL, "Training images per class, or all.", "all", repeat="shots")
 SEED = crossed("seed", whole(0), "Seed of the split and the shots.", 0, repeat="seeds")
 WHICH_SOURCE = Option("source", TEXT, "Which source, if the cache holds several: its name or location.")
@@ -290,7 +292,7 @@ EXTRACT = (
     ENGINE,
     DEVICE,
     Option("part", SHARE_OF, "Extract only this share of the parts, such as 3/64; for job arrays."),
-    once("cluster", CLUSTER, "Extract on many workers: local:N, gpus, an address or a class; see docs/cluster.md."),
+    CLUSTER_OPTION,
     Option("part-rows", whole(), "Split a source of more rows into parts of at most so many rows."),
 )
 FIT = (
@@ -340,7 +342,7 @@ FINETUNE = (
     SHOTS,
     replace(SEED, help="Seed of the split, the shots and the training."),
     *FIT_LABELS,
-    replace(OUTPUT, help="Folder of cache files and checkpoints."),
+    replace(OUTPUT, help="Folder of cache files and checkpoints.", kind=HERE),
     Option("save", FILE, "Write the best model (most shots, then best by validation) as this .safetensors file."),
     Option("watch", choice(*WATCHES), "What to record for each layer; warns where it is unhealthy."),
     Option("picture", FILE, "Draw the loss curves as a .png; with --watch also NAME-gradients.png."),
@@ -351,6 +353,7 @@ FINETUNE = (
     WORKERS,
     ENGINE,
     DEVICE,
+    CLUSTER_OPTION,
 )
 _NO_PRETEXT = ("top", "layer-decay", "lr-at", "label-smoothing", "class-weights", "augment", "views")
 PRETRAIN = (
@@ -361,7 +364,7 @@ PRETRAIN = (
     Option("augment", TEXT, "none, or crop, flip and colour, joined by +; default: what suits the task."),
     *(option for option in RECIPE if option.name not in _NO_PRETEXT),
     replace(SEED, help="Seed of the split, the weights and the training.", repeat=""),
-    replace(OUTPUT, help="Folder of cache files and checkpoints."),
+    replace(OUTPUT, help="Folder of cache files and checkpoints.", kind=HERE),
     Option("precision", choice(*TRAIN_PRECISIONS), "auto is what trains fastest.", "auto"),
     SIZE,
     WHITE,
@@ -381,9 +384,10 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "pretrain": PRETRAIN,
     "predict": (
         Option("csv", FILE, "Write the predictions as this .csv file."),
-        Option("output", TEXT, "Cache folder to work through, so that a long run can resume.", short="o"),
+        Option("output", TEXT, "Cache folder or URL to work through, so that a long run can resume.", short="o"),
         ENGINE,
         DEVICE,
+        CLUSTER_OPTION,
     ),
     "export": (Option("onnx", FILE, "The .onnx file to write.", required=True, stage_name="path"),),
     "rank": (
@@ -451,14 +455,14 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
         DEVICE,
     ),
     "compare": (
-        Option("output", TEXT, "Run folder, for results, cache and report; made if missing.", short="o", required=True),
+        Option("output", HERE, "Run folder, for results, cache and report; made if missing.", short="o", required=True),
         Option("dry-run", FLAG, "Check all of PLAN, and list its jobs with rough times and sizes.", default=False),
         Option("against", FOLDER, "Say what changed, beyond noise, since the run in this folder."),
     ),
     "demo": (
         Option(
             "output",
-            TEXT,
+            HERE,
             "Folder for the cache, the model and the picture.",
             "thawline-demo",
             "o",
@@ -467,7 +471,7 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     ),
     "lecture": (
         Option("source", TEXT, "Labelled images to measure the claims on.", "digits"),
-        Option("output", TEXT, "Folder for the page and for all that the claims compute.", "thawline-lecture", "o"),
+        Option("output", HERE, "Folder for the page and for all that the claims compute.", "thawline-lecture", "o"),
         Option("quick", FLAG, "Run each claim in a short form, which shows that it works, not that it holds.", False),
     ),
     "cache ls": (),
@@ -475,13 +479,18 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "cache verify": (
         Option("source", TEXT, "The images: also compare the digest of each row with its image."),
         Option("repair", FLAG, "Mark damaged rows as pending, so that extract computes them again.", default=False),
+        replace(CLUSTER_OPTION, help="Verify on many workers: local:N, gpus, an address or a class."),
     ),
     "cache export": ONE_CACHE,
     "cache prune": (Option("yes", FLAG, "Do not ask before deleting.", default=False),),
 }
 """The options of each command, in the order of its help."""
 TABLES: dict[str, dict[str, Option]] = {
-    command: {option.name: option for option in COMMANDS[command] if option.plan}
+    command: {
+        option.name: replace(option, kind=HERE) if option is OUTPUT else option
+        for option in COMMANDS[command]
+        if option.plan
+    }
     for command in ("extract", "fit", "finetune")
 }
 """The tables of a plan, and the keys that each may hold.

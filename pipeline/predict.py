@@ -30,7 +30,7 @@ from pipeline.results import Prediction, Progress
 from pipeline.spec import DECODE_POLICY, REDECODED, LayerSpec, Size
 
 WORTH_KEEPING = 1000
-"""Features of more images than this are kept in `KEPT_FOLDER` if no folder was named."""
+"""Features of more images than this, or of a cluster, are kept in `KEPT_FOLDER` if no folder was named."""
 KEPT_FOLDER = "thawline-predictions"
 """Not the default folder of extraction: a second source there would make the next ``fit`` ambiguous."""
 CHUNK = 4096
@@ -58,6 +58,7 @@ def predict(
     *,
     engine: str = "auto",
     device: str = "auto",
+    cluster: str | None = None,
     progress: Progress | None = None,
 ) -> PredictReport:
     """Label every image of `source`.
@@ -69,10 +70,12 @@ def predict(
     source : str or Path
         Anything `pipeline.extract.extract` takes. Labels are ignored.
     output : str or Path, optional
-        Folder of cache files for the features. By default a temporary one, or ``thawline-predictions`` for sources of
-        more than 1,000 images.
+        Folder of cache files for the features, or a URL of one. By default a temporary one, or
+        ``thawline-predictions`` for sources of more than 1,000 images, and for a cluster.
     engine, device : str, default "auto"
         As for extraction.
+    cluster : str, optional
+        As for extraction; only that runs on the cluster.
     progress : callable, optional
         As for extraction.
 
@@ -98,7 +101,7 @@ def predict(
     if any(spec.decode != DECODE_POLICY for *_, spec in layers):
         layers = [layer._replace(spec=_of_todays_rules(layer.spec)) for layer in layers]
         notes += _misread(images)
-    with _cache_folder(images, output, notes) as folder:
+    with _cache_folder(images, output, cluster, notes) as folder:
         paths = []
         for backbone, size, spec in layers:
             precision = _available_precision(spec.precision, engine, device, notes)
@@ -114,6 +117,7 @@ def predict(
                 white=spec.preprocessing.white,
                 engine=engine,
                 device=device,
+                cluster=cluster,
                 expect=[spec],
                 progress=progress,
             )
@@ -190,15 +194,17 @@ def _available_precision(wanted: str, engine: str, device: str, notes: list[str]
 
 
 @contextmanager
-def _cache_folder(images: ImageSource, output: str | Path | None, notes: list[str]) -> Iterator[Path]:
-    if output is None and len(images.items) > WORTH_KEEPING:
+def _cache_folder(
+    images: ImageSource, output: str | Path | None, cluster: str | None, notes: list[str]
+) -> Iterator[str | Path]:
+    if output is None and (cluster is not None or len(images.items) > WORTH_KEEPING):
         output = KEPT_FOLDER
         notes.append(
             f"the features of these images are kept in {KEPT_FOLDER}; delete it, or set output to another folder"
         )
     if output is not None:
         with resumable():
-            yield Path(output)
+            yield output
     else:
         with scratch_folder(gettempdir()) as folder:
             yield Path(folder)

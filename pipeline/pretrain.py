@@ -149,7 +149,7 @@ def pretrain(
     notes: list[str] = []
     setup = TrainingSetup(
         open_source(source), _start(backbone, init, seed), "none", recipe, init, False, False, Path(output), precision,
-        "float32", size, white, "auto", device, workers, progress or silent, say or notes.append,
+        "float32", size, white, "auto", device, workers, None, progress or silent, say or notes.append,
     )  # fmt: skip
     loaded = load_backbone(setup.backbone, size, white)
     height, width = loaded.preprocessing.size

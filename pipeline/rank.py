@@ -19,6 +19,7 @@ from pipeline.evaluation.labels import find_labels
 from pipeline.evaluation.rows import Layer, pooled, require_finite, select
 from pipeline.evaluation.split_layers import split_layers
 from pipeline.evaluation.targets import check_task
+from pipeline.extraction.object_store import open_catalog
 from pipeline.fit import fit
 from pipeline.options import CLASSIFICATION, REGRESSION
 from pipeline.results import Agreement, LayerScore, Progress
@@ -98,7 +99,7 @@ def rank(
             print(score.layer, score.logme)
     """
     metric = check_task(task, None)
-    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    catalog = open_catalog(cache)
     files = _of_one_source(catalog, catalog.fitting(source, backbone, pool))
     catalog.check_source(files[0])
     alone = [Catalog(file.path) for file in pooled(files) or files]

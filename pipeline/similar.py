@@ -11,6 +11,7 @@ import numpy as np
 from features_cache import DONE, CacheFile, Catalog
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.errors import FitError
+from pipeline.extraction.object_store import open_catalog
 from pipeline.images.sources.registry import ImageSource
 from pipeline.neighbours.index import EXACT_ROWS, index_of
 from pipeline.neighbours.like import LikeFeatures, features_like, open_images
@@ -103,7 +104,7 @@ def similar(
     """
     if not images:
         raise FitError("expected at least one image to look for, got none")
-    file, layer = find_layer(cache if isinstance(cache, Catalog) else Catalog(cache), layer, source, backbone, pool)
+    file, layer = find_layer(open_catalog(cache), layer, source, backbone, pool)
     rows = DistinctImages(file, layer)
     own = _rows_named(file, list(map(str, images)))
     if own is None:

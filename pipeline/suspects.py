@@ -16,6 +16,7 @@ from pipeline.errors import FitError
 from pipeline.evaluation.leaks import join_units
 from pipeline.evaluation.rows import Layer, Table, require_finite, select
 from pipeline.evaluation.splits import labelled_rows
+from pipeline.extraction.object_store import open_catalog
 from pipeline.heads.registry import find_head
 from pipeline.neighbours.leaks import keep_near_together
 from pipeline.neighbours.nearest import nearest_rows
@@ -113,7 +114,7 @@ def suspects(
             print(one.uri, one.label, one.suggested)
     """
     chosen = find_head(head)
-    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    catalog = open_catalog(cache)
     file, layer = find_layer(catalog, layer, source, backbone, pool)
     (found,) = select(Catalog(file.path), [layer])
     labelled_rows(found.table.labels)

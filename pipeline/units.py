@@ -16,6 +16,7 @@ from pipeline.arrays import Float32Array, IntArray
 from pipeline.diagnostics.selectivity import Selectivity, selectivity
 from pipeline.errors import FitError, SourceError, UnreadableImageError
 from pipeline.evaluation.rows import check_readable, not_finite, stands_for
+from pipeline.extraction.object_store import open_catalog
 from pipeline.images.loader import digest_of
 from pipeline.images.resize import prepare
 from pipeline.images.sources.registry import ImageSource, open_source
@@ -118,7 +119,7 @@ def units(
     from pipeline.backbones.receptive_field import find_maxima
     from pipeline.backbones.registry import load_backbone
 
-    catalog = cache if isinstance(cache, Catalog) else Catalog(cache)
+    catalog = open_catalog(cache)
     files = _files(catalog, layers, source, backbone)
     first = next(iter(files.values()))
     rows = _distinct(first)

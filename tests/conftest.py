@@ -93,6 +93,24 @@ def make_photos(tmp_path: Path, write_photos: Callable[..., Path]) -> Callable[.
     return make
 
 
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[Any]:
+    """An S3 server on this machine, as a file system of fsspec."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "x")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        yield fsspec.filesystem("s3")
+    server.stop()
+
+
 @dataclass
 class Finished:
     """What a command printed and returned."""

@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from features_cache import open_cache
+from features_cache import DONE, CacheError, open_cache
 from pipeline.compare import compare
 from pipeline.errors import EngineError
 from pipeline.extract import extract
 from pipeline.extraction import cluster
 from pipeline.extraction.cluster import open_cluster, parse_cluster
+from pipeline.extraction.inspection import check
+from pipeline.finetune import finetune
+from pipeline.fit import fit
+from pipeline.predict import predict
 
 distributed = pytest.importorskip("distributed")
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,6 +172,84 @@ def test_an_extraction_on_a_cluster_gives_what_one_process_gives(
         extract(*asked, on_error="stop", **how)
 
 
+QUEUE = "queues.Queue:2"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The clusters of two workers that `QUEUE` started."""
+    clusters: list[Any] = []
+
+    def start() -> Any:
+        clusters.append(running(2))
+        return clusters[-1]
+
+    monkeypatch.setitem(sys.modules, "queues", types.SimpleNamespace(Queue=start))
+    return clusters
+
+
+HOW: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch"}
+
+
+def test_chosen_images_are_extracted_on_a_cluster(
+    make_photos: Callable[..., Path], tmp_path: Path, started: list[Any]
+) -> None:
+    told: list[tuple[Any, ...]] = []
+    chosen = {"blue/1.png", "blue/5.png", "red/0.png"}
+    asked = [make_photos(each=6), ["test_resnet@random:0"], ["layer1"]]
+    how = {"part_rows": 5, "only": chosen, "cluster": QUEUE, "output": tmp_path / "cache", **HOW}
+    (made,) = extract(*asked, progress=lambda *now: told.append(now), **how)
+    file = open_cache(made.path)
+    assert set(file.uris[file.states == DONE].tolist()) == chosen
+    assert (made.computed, told[-1][:2], len(file.parts)) == (3, (3, 3), 3), "a part without any of them is not begun"
+
+
+def test_verify_on_a_cluster_finds_and_repairs_what_one_process_does(
+    make_photos: Callable[..., Path], tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = make_photos(each=6)
+    (made,) = extract(photos, ["test_resnet@random:0"], ["layer1"], output=tmp_path / "c", part_rows=5, **HOW)
+    part = open_cache(made.path).parts[2]
+    data, row = part.path.read_bytes(), part.matrix("layer1")[1].tobytes()
+    part.path.write_bytes(data.replace(row, bytes(byte ^ 1 for byte in row)))
+    (photos / "green" / "2.png").write_bytes(b"changed")
+    monkeypatch.chdir(tmp_path)
+    reports, alone = (check("c", "photos", cluster=name)[0] for name in (QUEUE, None))
+    assert reports == alone
+    assert len(started) == 1
+    assert [finding.uri for one in reports for finding in one.damaged] == [str(part.uris[1])]
+    assert [finding.uri for one in reports for finding in one.changed] == ["green/2.png"]
+    check("c", mend=True, cluster=QUEUE)
+    assert all(one.sound for one in check("c")[0])
+    assert int(open_cache(made.path).pending.sum()) == 1
+
+    def refuse(path: Path, read: Any) -> None:
+        raise CacheError("no luck")
+
+    monkeypatch.setattr("pipeline.extraction.inspection.verify", refuse)
+    with pytest.raises(EngineError, match=r"4 of 4 files could not be verified: .*p0000\d.h5: no luck"):
+        check("c", cluster=QUEUE)
+
+
+def test_predict_and_finetune_extract_on_a_cluster(
+    make_photos: Callable[..., Path], tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.extraction.parts.MOST_ROWS", 10)
+    monkeypatch.chdir(tmp_path)
+    photos, name = make_photos(each=8), "test_resnet@random:0"
+    extract(photos, [name], ["layer1"], output="cache", **HOW)
+    fit("cache", heads=["centroid"], save="m.skops")
+    here = predict("m.skops", photos, engine="torch").predictions
+    assert not started
+    assert predict("m.skops", photos, cluster=QUEUE, engine="torch").predictions == here
+    assert [path.suffix for path in Path("thawline-predictions").glob("*.plan")] == [".plan"]
+    views: dict[str, Any] = {"freeze": "layer3", "epochs": 1, "augment": "flip", "views": 1, "device": "cpu", **HOW}
+    far, near = (finetune(photos, name, output=one or "here", cluster=one, **views).results[0] for one in (QUEUE, None))
+    assert [epoch | {"seconds": 0} for epoch in far.history] == [epoch | {"seconds": 0} for epoch in near.history]
+    assert len(started) == 3, "predictions, plain images, views"
+    assert {path.suffix for path in Path(QUEUE, "finetune").iterdir()} >= {".plan"}
+
+
 def test_compare_extracts_on_a_cluster(
     make_photos: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +321,7 @@ def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_kills_and_stops_lose_nothing_and_leave_nothing() -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "cluster.py"), "--rows", "48", "--pause", "3", "--workers"]
-    command += ["--kills", "2", "--commands", "0", "--thrice", "0", "--stops", "1"]
+    command += ["--kills", "2", "--commands", "0", "--thrice", "0", "--stops", "1", "--engine", "0"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -312,6 +312,7 @@ EXAMPLES: dict[str, dict[str, list[Any]]] = {
         "engine": ["auto", "torch"],
         "device": ["auto", "cpu"],
         "workers": [1],
+        "cluster": ["local:2"],
         "output": ["features"],
     },
 }

@@ -351,23 +351,10 @@ def test_nobody_waits_for_an_answer_before_the_next_request(web: ModuleType, fol
 
 
 @pytest.fixture(scope="module")
-def s3(folder: Path) -> Iterator[Any]:
-    """An S3 server on this machine, and the requests that it got."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "x")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "x")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        fs = fsspec.filesystem("s3")
-        fs.mkdir(BUCKET)
-        upload(fs, folder, BUCKET)
-        yield fs
-    server.stop()
+def s3(folder: Path, object_store: Any) -> Any:
+    object_store.mkdir(BUCKET)
+    upload(object_store, folder, BUCKET)
+    return object_store
 
 
 @pytest.mark.parametrize("name", ["photos", "packed/a.zip", "packed/a.tar.gz", "packed/a.parquet", "packed/list.tsv"])

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from pipeline.errors import SourceError
 from pipeline.images.sources import registry
-from pipeline.images.sources.items import ImageSource, Item, Items, build_source
+from pipeline.images.sources.items import ImageSource, Item, Items, build_source, sort_source
 from pipeline.images.sources.registry import open_source
 
 
@@ -158,3 +158,14 @@ def test_classes_that_look_alike_are_named(names: tuple[str, str]) -> None:
 def test_times_that_a_cache_cannot_store_are_clipped(time: int, stored: int) -> None:
     source = build_source("x", "x", [(Item("a", mtime_ns=time), "")], lambda item: b"")
     assert np.array([source.items[0].mtime_ns], np.int64)[0] == stored
+
+
+def test_empty_splits_and_groups_take_no_memory(tmp_path: Path) -> None:
+    uris = [f"{name}/{number}.png" for name in "ba" for number in (2, 0, 1)]
+    items = Items.of([Item(uri, label=number // 3, size=number) for number, uri in enumerate(uris)])
+    source = sort_source("s", "/s", items, ["b", "a"], lambda item: b"")
+    rows = source.items.rows
+    assert [column.strides for column in (rows.splits, rows.groups)] == [(0,), (0,)]  # type: ignore[attr-defined]
+    wanted = sorted(Item(uri, label=1 - number // 3, size=number) for number, uri in enumerate(uris))
+    assert list(source.items) == wanted
+    assert list(source.items[1:3]) == wanted[1:3]

@@ -103,12 +103,12 @@ def test_forged_handles_do_not_change_what_a_part_holds(parted: PartedCache, pho
 
     def fill(forged: dict[str, str]) -> None:
         replace(open_plan(copy), handles=forged).rewrite()
-        parts.fill_part(str(forged), copy, 1, str(photos), parts.Computing(engine="torch"), lambda *_: None)
+        parts.fill_part(str(forged), str(copy), 1, str(photos), None, parts.Computing(engine="torch"), lambda *_: None)
 
     with pytest.raises(DamagedCacheError, match="its handles lack pool; delete it"):
         fill({name: handle for name, handle in handles.items() if name != "pool"})
     with pytest.raises(CacheError, match="has no part 9; extract again"):
-        parts.fill_part("", copy, 9, str(photos), parts.Computing(engine="torch"), lambda *_: None)
+        parts.fill_part("", str(copy), 9, str(photos), None, parts.Computing(engine="torch"), lambda *_: None)
     fill(handles | {"pool": "max"})
     for layer in LAYERS:
         np.testing.assert_array_equal(open_cache(copy).matrix(layer)[:], parted.matrix(layer)[:])

@@ -37,9 +37,11 @@ from pipeline.extract import extract
 from pipeline.finetune import finetune
 from pipeline.finetuning.objective import Labels, Numbers
 from pipeline.fit import fit
+from pipeline.heads import linear, memory
 from pipeline.heads.choose import scale, train_final
 from pipeline.heads.registry import FAMILIES_OF, Head
 from pipeline.heads.saved import load_model, save_model
+from pipeline.heads.solvers import blocks
 from pipeline.options import METRICS_OF
 from pipeline.predict import predict
 from pipeline.rank import rank
@@ -275,6 +277,38 @@ def test_heads_of_several_labels_are_scikit_learns_for_each(features: np.ndarray
         np.testing.assert_allclose(ridge.decision_function(features)[:, label], plain.decision_function(features))
     for estimator in (logreg, svm, ridge):
         assert not estimator.predict(features)[:, 3].any()
+
+
+@pytest.mark.parametrize(
+    ("task", "head"), [("multilabel", "logreg/l2"), ("multilabel", "ridge/standard"), ("regression", "ridge/l2")]
+)
+def test_rows_that_do_not_fit_into_memory_give_the_same_model(
+    folder: Path, features: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, head: str
+) -> None:
+    monkeypatch.setattr(linear, "C_GRID", linear.C_GRID[12:25:6])
+    whole = run(folder, task, heads=[head], save=tmp_path / "whole.skops")
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    monkeypatch.setattr(blocks, "_CELLS_READ", D * 40)
+    streamed = run(folder, task, heads=[head], save=tmp_path / "streamed.skops")
+    assert any("read from the cache in each pass" in note for note in streamed.notes)
+    one, other = whole.results[0], streamed.results[0]
+    assert other.params == one.params
+    assert other.validation_score == pytest.approx(one.validation_score, rel=1e-6)
+    np.testing.assert_allclose(streamed.predictions[0].y_pred, whole.predictions[0].y_pred, rtol=1e-5)
+    models = [load_model(tmp_path / f"{name}.skops") for name in ("whole", "streamed")]
+    np.testing.assert_allclose(*(model.predict_values(features) for model in models), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "params"), [("logreg", {"C": 3.0}), ("ridge", {"alpha": 0.1})])
+def test_streamed_rows_of_a_label_that_none_or_all_have(
+    features: np.ndarray, name: str, params: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_CELLS_READ", D * 40)
+    y = np.column_stack([labels_of(features), np.zeros(N, bool), np.ones(N, bool)])
+    rows = blocks.StreamedRows(lambda index: features[index].copy(), D, np.arange(N))
+    family = FAMILIES_OF["multilabel"][name]
+    one, other = (family.scores(family.fit(params, x, y).estimator, features) for x in (features, rows))
+    np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
 
 
 def test_a_regression_is_scikit_learns_ridge_of_scaled_rows(folder: Path, features: np.ndarray, tmp_path: Path) -> None:

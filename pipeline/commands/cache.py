@@ -44,11 +44,11 @@ def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
 
     Its layers' specs, runs, classes, unreadable images, and images that it holds twice.
     """
-    from features_cache import Catalog
     from pipeline.extraction.inspection import detail
+    from pipeline.extraction.object_store import open_catalog
     from pipeline.reporting.terminal.cache_tables import details_view
 
-    details = detail(Catalog(cache).find(**selection))
+    details = detail(open_catalog(cache).find(**selection))
     if as_json:
         print_json(details)
         return
@@ -58,7 +58,7 @@ def cache_show(cache: str, as_json: bool, **selection: Any) -> None:
 @cache_group.command("verify")
 @click.argument("cache")
 @options_of("cache verify")
-def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) -> None:
+def cache_verify(cache: str, source: str | None, repair: bool, cluster: str | None, as_json: bool) -> None:
     """Check the structure and the checksums of CACHE.
 
     The exit code is 1 if damage is left or an image has changed.
@@ -66,7 +66,7 @@ def cache_verify(cache: str, source: str | None, repair: bool, as_json: bool) ->
     from pipeline.extraction.inspection import check, to_record
     from pipeline.reporting.terminal.cache_tables import finding_lines, verify_table
 
-    reports, problems = with_progress(check, cache, source, repair)
+    reports, problems = with_progress(check, cache, source, repair, cluster)
     if as_json:
         print_json({"files": [to_record(report) for report in reports], "problems": problems, "repaired": repair})
     else:
@@ -87,10 +87,11 @@ def cache_export(cache: str, file: str, layer: str | None, as_json: bool, **sele
 
     FILE gets the finished rows, as .npy (with a .npy.csv beside it), .parquet or .safetensors.
     """
-    from features_cache import Catalog, export_features
+    from features_cache import export_features
     from pipeline.extraction.inspection import only_layer
+    from pipeline.extraction.object_store import open_catalog
 
-    cached = Catalog(cache).find(layer, **selection)
+    cached = open_catalog(cache).find(layer, **selection)
     written = export_features(cached, layer or only_layer(cached), file)
     if as_json:
         print_json({"files": [str(path) for path in written]})
@@ -107,8 +108,9 @@ def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
     A newer file has taken the place of each. Rows that only a superseded file holds are lost.
     """
     from features_cache import prune, superseded
+    from pipeline.extraction.object_store import local_path
 
-    paths = superseded(cache)
+    paths = superseded(local_path(cache, to_write=False))
     for path in paths:
         click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB", err=True)
     if not paths or not (yes or _confirmed(f"Delete {len(paths)} files?")):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from features_cache import ThawlineError
 from pipeline.errors import EngineError, first_line
+from pipeline.images.sources.registry import ImageSource
 from pipeline.options import CLUSTER
 
 if TYPE_CHECKING:
@@ -267,6 +268,12 @@ def parse_cluster(text: str) -> _Asked:
     if least is not None and most is not None and not least <= most > 0:
         raise EngineError(f"cluster: expected at least one worker, and no more at least than at most, got {text!r}")
     return _Asked(kind, least, most)
+
+
+def place_of(source: str | Path | ImageSource) -> str:
+    """Return how workers in any folder are told where a source is."""
+    where = source.location if isinstance(source, ImageSource) else str(source)
+    return str(Path(where).absolute()) if Path(where).exists() else where
 
 
 @contextmanager

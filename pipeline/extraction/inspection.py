@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import uuid
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,18 @@ from features_cache import (
     AmbiguousCacheError,
     CacheError,
     CacheFile,
-    Catalog,
     VerifyReport,
     digest_keys,
     repair,
+    store_of,
     superseded,
     verify,
 )
-from pipeline.errors import UnreadableImageError
-from pipeline.images.sources.registry import open_source
+from pipeline.errors import EngineError, UnreadableImageError
+from pipeline.extraction.cluster import open_cluster, place_of
+from pipeline.extraction.object_store import local_path, open_catalog, url_of
+from pipeline.images.sources.registry import ImageSource, Item, open_source
+from pipeline.results import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def list_files(cache: str | Path) -> Listing:
     CacheError
         The folder has no usable file.
     """
-    catalog = Catalog(cache)
+    catalog = open_catalog(cache)
     folder = catalog.path if catalog.path.is_dir() else catalog.path.parent
     old = [{"path": str(path), "bytes": path.stat().st_size} for path in superseded(folder)]
     sources = {(file.handles.get("source"), file.handles.get("location")): file for file in catalog.files}
@@ -204,7 +208,8 @@ def check(
     cache: str | Path,
     source: str | Path | None = None,
     mend: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    cluster: str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[list[VerifyReport], list[str]]:
     """Verify every file of a cache, and every part of one in parts.
 
@@ -216,6 +221,8 @@ def check(
         The image source. If given, each row's digest is compared with its image; files of other sources are skipped.
     mend : bool, default False
         Mark damaged rows pending, so that the next extraction computes them again.
+    cluster : str, optional
+        Verify the files on the workers of a Dask cluster, see `pipeline.extraction.cluster.parse_cluster`.
     progress : callable, optional
         Called as ``progress(files done, files in total, text)``.
 
@@ -231,27 +238,61 @@ def check(
     CacheError
         The cache has no usable file, or none of `source`.
     """
-    catalog = Catalog(cache)
-    files, read = catalog.files, None
+    catalog, tell, run = open_catalog(cache), progress or silent, uuid.uuid4().hex
+    files, where = catalog.files, None
     if source is not None:
-        images = open_source(source)
-        items = {item.uri: item for item in images.items}
-        files = [file for file in files if file.handles.get("location") == images.location]
+        where = place_of(source)
+        location = _listed(run, where)[0].location
+        files = [file for file in files if file.handles.get("location") == location]
         if not files:
             known = ", ".join(sorted({file.handles.get("location", "") for file in catalog.files}))
-            raise CacheError(f"{catalog.path} has no file of {images.location}; its sources are {known}")
+            raise CacheError(f"{catalog.path} has no file of {location}; its sources are {known}")
+    paths = {part.path.name: part.path for file in files for part in file.parts}
+    tasks = {name: (run, str(path) if cluster is None else url_of(path), where, mend) for name, path in paths.items()}
+    reports: dict[str, VerifyReport] = {}
 
-        def read(uri: str) -> bytes:
-            if uri not in items:
-                raise UnreadableImageError("it is no longer in the source")
-            return images.read(items[uri])
+    def keep(name: str, report: VerifyReport) -> None:
+        reports[name] = replace(report, path=paths[name])
+        tell(len(reports), len(tasks), "verify")
 
-    files, reports = [part for file in files for part in file.parts], []
-    for number, file in enumerate(files):
-        report = verify(file.path, read)
-        if mend and not report.sound:
-            repair(file.path, report)
-        reports.append(report)
-        if progress is not None:
-            progress(number + 1, len(files), "verify")
-    return reports, [str(error) for error in catalog.problems]
+    if cluster is None:
+        for name, arguments in tasks.items():
+            keep(name, _check_file(*arguments, silent))
+    else:
+        with open_cluster(cluster) as workers:
+            failed = workers.call_each(
+                _check_file, tasks, keep, lambda _, state: tell(len(reports), len(tasks), "verify", state)
+            )
+        if failed:
+            why = "; ".join(f"{name}: {error}" for name, error in failed.items())
+            raise EngineError(f"{len(failed)} of {len(tasks)} files could not be verified: {why}")
+    return [reports[name] for name in paths], [str(error) for error in catalog.problems]
+
+
+def _check_file(run: str, place: str, source: str | None, mend: bool, progress: Progress) -> VerifyReport:
+    """Verify one file, here or on a worker; see `check`."""
+    path, checked = local_path(place, [Path(place).name]), 0
+    images, items = (None, {}) if source is None else _listed(run, source)
+
+    def read(uri: str) -> bytes:
+        nonlocal checked
+        if images is None or uri not in items:
+            raise UnreadableImageError("it is no longer in the source")
+        checked += 1
+        progress(checked, 0, "verify")
+        return images.read(items[uri])
+
+    report = verify(path, None if images is None else read)
+    if not report.sound and (store := store_of(path.parent)) is not None:
+        store.fetch([path.name], anew=True)  # it may be the copy alone that is damaged
+        report = verify(path, None if images is None else read)
+    if mend and not report.sound:
+        repair(path, report)
+    return report
+
+
+@lru_cache(maxsize=1)
+def _listed(run: str, source: str) -> tuple[ImageSource, dict[str, Item]]:
+    """Return a source and its items by uri, listed once in a run, which `run` names."""
+    images = open_source(source)
+    return images, {item.uri: item for item in images.items}

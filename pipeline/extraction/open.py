@@ -26,8 +26,10 @@ from features_cache import (
     file_name,
     grow,
     open_cache,
+    open_plan,
     same_listing,
     same_rows,
+    store_of,
 )
 from pipeline.arrays import BoolArray
 from pipeline.errors import BackboneError, ModelFileError
@@ -191,11 +193,10 @@ def _continue(file: CacheFile, destination: Destination) -> CacheWriter:
 def _refit(plan: PartPlan, destination: Destination) -> PartPlan:
     """Return a plan for the present rows and decoding rules, which is written if it differs."""
     fitted = replace(plan.fitted(destination.rows.uris), layers=tuple(map(_of_today, plan.layers)))
-    if fitted.layers != plan.layers or [(one.number, one.first) for one in fitted.parts] != [
-        (one.number, one.first) for one in plan.parts
-    ]:
-        fitted.rewrite()
-    return fitted
+    ranges, fitted_ranges = ([(part.number, part.first) for part in one.parts] for one in (plan, fitted))
+    if (fitted.layers, fitted_ranges) == (plan.layers, ranges) or fitted.rewrite():
+        return fitted
+    return _refit(open_plan(plan.path), destination)
 
 
 def _grow(file: CacheFile, layers: Sequence[LayerInfo], destination: Destination, **how: Any) -> CacheWriter:
@@ -212,13 +213,17 @@ def _of_today(info: LayerInfo) -> LayerInfo:
 def _plan_parts(
     specs: dict[str, LayerSpec], request: Request, destination: Destination, extractor: FeatureExtractor
 ) -> PartPlan | None:
-    """Return the plan of a new cache in parts, which is written unless there is one; None if it would be one part."""
-    if destination.part_rows is None:
+    """Return the plan of a new cache in parts, which is written unless there is one; None if it is to be one file.
+
+    In an object store, a cache has a plan even if that has one part.
+    """
+    stored = store_of(destination.folder) is not None
+    if destination.part_rows is None and not stored:
         return None
     tapped = extractor.tapped(tuple(specs), (request.pool,))
     layers = _layers(specs, request, tapped)
     most, uris = most_rows(layers, destination.part_rows), destination.rows.uris
-    if len(uris) <= most:
+    if len(uris) <= most and not stored:
         return None
     # the name leaves out what auto stands for here, so that machines of other precisions take one plan
     as_asked = [replace(spec, precision=request.precision).fingerprint for spec in specs.values()]

@@ -32,7 +32,9 @@ from pipeline.errors import BackboneError, EngineError, SourceError
 from pipeline.extraction.extractor import FeatureExtractor
 from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
 from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
+from pipeline.extraction.object_store import local_path
 from pipeline.images.sources.registry import ImageSource, Items, open_source
+from pipeline.images.sources.remote import is_url
 from pipeline.results import Progress
 from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View, parse_size
 
@@ -133,6 +135,10 @@ class PartFiller:
         self.plan, self._images, self._computing, self._extractor = plan, images, computing, extractor
         self._where = {part.number: where for part, where in plan.ranges(images.items.rows.uris)}
 
+    def rows_of(self, only: Sequence[str] | None) -> BoolArray | None:
+        """Return which rows of the whole source, (n,), have one of these uris; None for all."""
+        return None if only is None else np.isin(self._images.items.rows.uris, only)
+
     def fill_share(self, asked: BoolArray, share: tuple[int, int], progress: Progress) -> FilledParts:
         """Fill each part whose place in the plan leaves the index of `share` when divided by its count.
 
@@ -198,7 +204,7 @@ class PartFiller:
             with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
                 filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
                 fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
-            publish_try(writer.cache.path, lambda: not computing.rehash and is_published())
+            published = publish_try(writer.cache.path, lambda: not computing.rehash and is_published())
         except (CacheError, FileNotFoundError):
             if not is_published():
                 raise
@@ -206,6 +212,10 @@ class PartFiller:
             return done  # another process was faster, and deleted the file that this one was writing
         done.computed, done.few_levels, done.notes = filler.computed, filler.few_levels, filler.notes
         done.seconds = time.perf_counter() - began
+        if not published:
+            again = self.fill(number, asked, progress)
+            again.add(replace(done, rows=0))
+            return again
         return done
 
     def _network(self) -> FeatureExtractor:
@@ -226,30 +236,36 @@ class PartFiller:
         return found
 
 
-_kept: tuple[tuple[str, Path], PartFiller] | None = None
+_kept: tuple[tuple[str, str], PartFiller] | None = None
 """What a worker filled last in a run, with its listing and its network: the next part is mostly of the same plan."""
 
 
-def fill_part(run: str, path: Path, number: int, source: str, computing: Computing, progress: Progress) -> FilledParts:
+def fill_part(
+    run: str, path: str, number: int, source: str, only: Sequence[str] | None, computing: Computing, progress: Progress
+) -> FilledParts:
     """Fill one part on a worker.
 
     Parameters
     ----------
     run : str
         The same for all parts that are to be filled from one listing of the source.
-    path : Path
-        Of the plan.
+    path : str
+        Path or URL of the plan.
     number : int
         Of the part.
     source : str
         What `open_source` takes.
+    only : sequence of str, optional
+        Uris of the part's images to compute, by default all.
     computing : Computing
     progress : callable
     """
     global _kept
     if _kept is None or _kept[0] != (run, path):
-        _kept = (run, path), PartFiller(open_plan(path), open_source(source), computing)
-    return _kept[1].fill(number, None, progress)
+        _kept = (run, path), PartFiller(open_plan(local_path(path, [Path(path).name])), open_source(source), computing)
+    if is_url(path):
+        local_path(path, [donor.name for donor in donors_of(_kept[1].plan, number)])
+    return _kept[1].fill(number, _kept[1].rows_of(only), progress)
 
 
 def _fingerprints(extractor: FeatureExtractor, request: Request) -> list[str]:
@@ -310,13 +326,16 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
     pending = 0
     for part, where in plan.ranges(images.items.rows.uris):
         own = slice_source(images, where)
-        rows, file = rows_of(own), open_part(plan, part.number)
-        if file is None and part.origin is None:
-            continue
-        if file is not None and same_rows(file, rows, own.classes) and not has_other_bytes(file, digests[where]):
-            continue
-        donors = donors_of(plan, part.number)
-        with begin_try(plan, part.number, rows, own.classes, donors=donors, digests=digests[where]) as writer:
-            pending += len(writer.pending())
-        publish_try(writer.cache.path, lambda: False)
+        rows, published = rows_of(own), False
+        while not published:
+            file = open_part(plan, part.number)
+            if file is None and part.origin is None:
+                break
+            if file is not None and same_rows(file, rows, own.classes) and not has_other_bytes(file, digests[where]):
+                break
+            donors = donors_of(plan, part.number)
+            with begin_try(plan, part.number, rows, own.classes, donors=donors, digests=digests[where]) as writer:
+                left = len(writer.pending())
+            if published := publish_try(writer.cache.path, lambda: False):
+                pending += left
     return pending

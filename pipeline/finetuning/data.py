@@ -59,6 +59,7 @@ class TrainingSetup:
     engine: str
     device: str
     workers: int | None
+    cluster: str | None
     progress: Progress
     say: Callable[[str], None]
     labels: LabelsTable | None = None
@@ -175,6 +176,7 @@ def _extract(
         engine=setup.engine,
         device=setup.device,
         workers=setup.workers,
+        cluster=setup.cluster,
         progress=setup.progress,
         **augmented,
     )

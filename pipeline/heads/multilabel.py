@@ -19,22 +19,22 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import LabelBinarizer
 from sklearn.svm import LinearSVC
 
-from pipeline.arrays import BoolArray, Float32Array, Float64Array
+from pipeline.arrays import BoolArray, Float32Array, Float64Array, FloatArray
 from pipeline.evaluation.multilabel import EVEN
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
 from pipeline.heads.knn import Knn, inverse_distances, nearest_first
 from pipeline.heads.linear import LinearFamily
 from pipeline.heads.linear_svm import LinearSvm, follow_margins, separate
-from pipeline.heads.logreg import Logreg, Loss, find_optimum, follow, on_device
-from pipeline.heads.ridge import Ridge, follow_squares
+from pipeline.heads.logreg import Logreg, Loss, Matrix, find_optimum, follow, on_device
+from pipeline.heads.ridge import Ridge, follow_squares, solve_streamed
+from pipeline.heads.solvers.blocks import StreamedRows, sum_blocks
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 
 class _OfLabels(LinearFamily):
-    """A hyperplane for each label, of rows that weigh alike and are in memory."""
+    """A hyperplane for each label, of rows that weigh alike."""
 
     weighted = False
-    streams = False
 
     def hyperplanes(self, estimator: Any) -> Hyperplanes:
         """Return the coefficients (K, d) and intercepts (K,) of all labels."""
@@ -85,21 +85,32 @@ class _LabelsLoss(Loss):
 
     def curvature_and_entropy(self, weights: Float64Array) -> tuple[Float64Array, float]:
         """Return the curvature (K, 1) of each label's loss, and their sum without penalty."""
-        scores = self.scores(self.rows, weights)
-        chances = expit(scores)
-        return (self.shares @ (chances * (1 - chances)))[:, None], self._entropy(scores)
+
+        def part(where: slice, rows: Matrix) -> tuple[Float64Array, float]:
+            scores = self.scores(rows, weights)
+            chances = expit(scores)
+            return self.shares[where] @ (chances * (1 - chances)), self._entropy(where, scores)
+
+        curvature, entropy = sum_blocks(part, self.rows)
+        return curvature[:, None], entropy
 
     def value_and_gradient(self, weights: Float64Array, penalty: float) -> tuple[float, Float64Array]:
         """Return the loss and its derivative by `weights`."""
-        scores = self.scores(self.rows, weights)
-        value = self._entropy(scores) + penalty / 2 * float(np.sum(weights[:, :-1] ** 2))
-        off = (expit(scores) - self.targets) * self.shares[:, None]
-        by_intercepts = off.sum(axis=0)
-        by_coefficients = off.T.astype(self.dtype) @ self.rows - np.outer(by_intercepts, self.spectrum.mean)
+
+        def part(where: slice, rows: Matrix) -> tuple[float, Float64Array, FloatArray]:
+            scores = self.scores(rows, weights)
+            off = (expit(scores) - self.targets[where]) * self.shares[where, None]
+            by_coefficients = (off.T.astype(self.dtype) @ rows).astype(np.float64)
+            return self._entropy(where, scores), off.sum(axis=0), by_coefficients
+
+        value, by_intercepts, by_coefficients = sum_blocks(part, self.rows)
+        value += penalty / 2 * float(np.sum(weights[:, :-1] ** 2))
+        by_coefficients = by_coefficients - np.outer(by_intercepts, self.spectrum.mean)
         return value, np.hstack([by_coefficients + penalty * weights[:, :-1], by_intercepts[:, None]])
 
-    def _entropy(self, scores: Float64Array) -> float:
-        return float(self.shares @ (np.logaddexp(0, scores) - self.targets * scores).sum(axis=1))
+    def _entropy(self, where: slice, scores: Float64Array) -> float:
+        """Return the share of some rows in the loss, by their scores."""
+        return float(self.shares[where] @ (np.logaddexp(0, scores) - self.targets[where] * scores).sum(axis=1))
 
 
 class LabelsSvm(_OfLabels, LinearSvm):
@@ -130,7 +141,11 @@ class LabelsRidge(_OfLabels, Ridge):
 
     def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
         """Train a `RidgeClassifier`, which takes several labels at once."""
-        model = RidgeClassifier(solver="svd", **params).fit(train.astype(np.float64), y.astype(np.int64), weight)
+        model = RidgeClassifier(solver="svd", **params)
+        if isinstance(train, StreamedRows):
+            solve_streamed(model, train, np.arange(2)[:, None].repeat(y.shape[1], axis=1), _signs(y))
+        else:
+            model.fit(train.astype(np.float64), y.astype(np.int64), weight)
         return Fitted(model, params, converged=True)
 
 

@@ -17,7 +17,8 @@ from pipeline.heads.family import Family, Fitted, Params, Step, Weights
 from pipeline.heads.knn import Knn, inverse_distances, nearest_first
 from pipeline.heads.rbf_svm import kernel_scale
 from pipeline.heads.ridge import Ridge as ClassRidge
-from pipeline.heads.ridge import follow_squares
+from pipeline.heads.ridge import follow_squares, solve_streamed
+from pipeline.heads.solvers.blocks import StreamedRows
 from pipeline.heads.solvers.hyperplanes import Hyperplanes
 
 _C = (0.1, 1.0, 10.0, 100.0)
@@ -29,7 +30,6 @@ class RidgeRegression(ClassRidge):
     """Scikit-learn's `Ridge`: least squares; one decomposition serves all candidates."""
 
     weighted = False
-    streams = False
 
     def path(
         self, grid: Sequence[Params], train: Float32Array, y: NDArray[Any], held: Float32Array, weight: Weights = None
@@ -39,8 +39,13 @@ class RidgeRegression(ClassRidge):
             yield Step(found[:, 0], converged=True)
 
     def fit(self, params: Params, train: Float32Array, y: NDArray[Any], weight: Weights = None) -> Fitted:
-        """Train a `Ridge` by singular values, as for classes."""
-        return Fitted(Ridge(solver="svd", **params).fit(train.astype(np.float64), y, weight), params, converged=True)
+        """Train a `Ridge` by singular values, or by sums of products, as for classes."""
+        model = Ridge(solver="svd", **params)
+        if isinstance(train, StreamedRows):
+            solve_streamed(model, train, y[:1], y[:, None])
+        else:
+            model.fit(train.astype(np.float64), y, weight)
+        return Fitted(model, params, converged=True)
 
     def hyperplanes(self, estimator: Any) -> Hyperplanes:
         """Return the coefficients (1, d) and the intercept (1,)."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.linear_model import RidgeClassifier
 
 from pipeline.arrays import Float32Array, Float64Array, FloatArray, IntArray
@@ -44,12 +45,24 @@ class Ridge(LinearFamily):
         model = RidgeClassifier(solver="svd", **params)
         if isinstance(train, StreamedRows):
             classes, signs = one_against_rest(y)
-            sums = decompose(train, signs, weight)
-            model.fit(np.zeros((len(classes), train.shape[1])), classes)
-            model.coef_, model.intercept_ = sums.hyperplanes(sums.weights(params["alpha"]))
+            solve_streamed(model, train, classes, signs, weight)
         else:
             model.fit(train.astype(np.float64), y, weight)
         return Fitted(model, params, converged=True)
+
+
+def solve_streamed(
+    model: Any, train: Float32Array, values: NDArray[Any], targets: FloatArray, weight: Weights = None
+) -> None:
+    """Fit a ridge of scikit-learn to streamed rows (n, d) and their targets (n, K).
+
+    `values` are all classes, a row with and one without every label, or a number: what the model may predict.
+    """
+    sums = decompose(train, targets, weight)
+    model.fit(np.zeros((len(values), train.shape[1])), values)
+    coefficients, intercepts = sums.hyperplanes(sums.weights(model.alpha))
+    model.coef_ = coefficients.reshape(model.coef_.shape)
+    model.intercept_ = intercepts.reshape(np.shape(model.intercept_))[()]
 
 
 class Sums(NamedTuple):

@@ -205,9 +205,9 @@ def _predict(
 ) -> tuple[NDArray[Any], Float64Array | None]:
     """Return what is predicted of held-out rows (m, ...), and the scores (m, K) behind it."""
     if task == REGRESSION:
-        return np.asarray(estimator.predict(held), np.float64), None
+        return np.asarray(by_blocks(estimator.predict, held), np.float64), None
     if thresholds is not None:
-        scores = family.scores(estimator, held)
+        scores = by_blocks(partial(family.scores, estimator), held)
         return scores >= thresholds, scores
     y_pred = np.asarray(by_blocks(estimator.predict, held), np.int64)
     if not family.probabilities and len(y_pred) * n_classes > MOST_SCORES:

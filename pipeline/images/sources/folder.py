@@ -55,7 +55,9 @@ def _split_and_named(items: Items, root: Location) -> tuple[Items, list[str]]:
     numbers: dict[tuple[str, str], int] = {}  # of pairs of split and class, which are few
     found = splits_and_classes(items.rows.uris, root)
     labels = np.fromiter((numbers.setdefault(pair, len(numbers)) for pair in found), np.int64, len(items))
-    splits: Any = np.array([*(split for split, _ in numbers), ""], TEXT)[labels]
+    splits: Any = items.rows.splits  # all empty, for which they take no memory
+    if any(split for split, _ in numbers):
+        splits = np.array([split for split, _ in numbers], TEXT)[labels]
     return Items(replace(items.rows, labels=labels, splits=splits)), [name for _, name in numbers]
 
 

@@ -139,7 +139,7 @@ class Items(Sequence[Item]):
             for number, values in zip(numbers, (labels, *bounded), strict=True):
                 number.extend(values)
         named = [_unjoined(column, len(numbers[0])) for column in texts]
-        counted = [np.array(number, np.int64) for number in numbers]
+        counted = [np.frombuffer(number, np.int64) for number in numbers]
         return cls(Rows(named[0], counted[0], *named[1:], *counted[1:]))
 
     def __len__(self) -> int:
@@ -168,7 +168,12 @@ class Items(Sequence[Item]):
 
 
 def _unjoined(joined: list[str], count: int) -> Any:
-    """Return the texts, `count` in all, that are joined by NUL in each of `joined`, which is emptied."""
+    """Return the texts, `count` in all, that are joined by NUL in each of `joined`, which is emptied.
+
+    Texts that are all empty, as most splits and groups are, take no memory.
+    """
+    if not any(some.strip("\0") for some in joined):
+        return np.broadcast_to(np.array("", TEXT), count)
     column, end = np.empty(count, TEXT), count
     while joined:
         some = np.array(joined.pop().split("\0"), TEXT)
@@ -300,7 +305,9 @@ def sort_source(
         order = np.argsort(uris, kind="stable")
         del uris
         for one in fields(Rows):  # one by one, so that only one is there twice
-            object.__setattr__(rows, one.name, getattr(rows, one.name)[order])
+            column = getattr(rows, one.name)
+            if column.strides != (0,):  # whose entries differ
+                object.__setattr__(rows, one.name, column[order])
     remarks = tuple(_alike_names(classes))
     return ImageSource(name=name, location=location, classes=classes, items=items, reader=reader, remarks=remarks)
 

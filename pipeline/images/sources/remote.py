@@ -8,6 +8,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -222,7 +223,7 @@ class RemotePath:
 
     def ask_size(self) -> RemotePath:
         """Return the same object, of which the server is asked what its listing does not tell."""
-        return RemotePath(self.fs, self._path, self._url) if self.stat().size == MISSING_SIZE else self
+        return self.afresh() if self.stat().size == MISSING_SIZE else self
 
     @cached_property
     def _info(self) -> Mapping[str, Any] | None:
@@ -285,6 +286,56 @@ class RemotePath:
         if start is not None and stop is not None and len(data) > stop - start:  # a server that knows no ranges
             return data[start:stop]
         return data
+
+    def download(self, target: Path) -> str | None:
+        """Write the whole object to a local file, and return its ETag, if it has one.
+
+        Raises `FileNotFoundError` if there is no such object.
+        """
+        while True:
+            self._patiently(lambda: self.fs.get_file(self._path, str(target)))
+            now = self.afresh()
+            if not now.is_file():
+                raise FileNotFoundError(str(self))
+            if now.stat() == self.stat():
+                return (now._info or {}).get("ETag")
+            self._listed = now.stat()  # replaced meanwhile, maybe in the middle of what was fetched
+
+    def upload(self, file: Path, replaced: str | None) -> str | None:
+        """Write a local file as this object if the object has the ETag `replaced`; None stands for no object.
+
+        Return its new ETag; None if the object is another, and stays as it is. Only S3 has such a request.
+        """
+        if "s3" not in _protocols(self.fs):
+            raise SourceError(
+                f"{self}: only s3:// stores can be written, whose uploads may require that nobody else was faster; "
+                "write to a folder on this machine, and copy it"
+            )
+        bucket, key, _ = self.fs.split_path(self._path)
+        condition = {"IfNoneMatch": "*"} if replaced is None else {"IfMatch": replaced}
+        for pause in (*PAUSES, None):
+            try:
+                put = self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=file.read_bytes(), **condition)
+                return str(put["ETag"])
+            except Exception as error:
+                if replaced is not None and isinstance(error, FileNotFoundError):
+                    return None
+                response = getattr(error.__cause__, "response", None) or {}
+                if response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+                    return None
+                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
+                    raise SourceError(f"{self}: cannot be written: {_told(error)}") from error
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def delete(self) -> None:
+        """Delete the object, if there is one."""
+        with suppress(FileNotFoundError):
+            self._patiently(lambda: self.fs.rm_file(self._path))
+
+    def afresh(self) -> RemotePath:
+        """Return the same object, of which nothing is known from a listing."""
+        return RemotePath(self.fs, self._path, self._url)
 
     def open(self, mode: str = "rb") -> io.RawIOBase | io.BytesIO:
         """Return the object as a file of bytes whose parts are fetched as they are read; at once if `hold` is set."""

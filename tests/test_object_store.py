@@ -1,0 +1,248 @@
+"""Caches in object stores: the same features as in a folder, published once, and read from a copy that follows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+
+from features_cache import CacheError, CacheFile, DamagedCacheError, PartedCache, open_cache
+from pipeline.errors import SourceError
+from pipeline.extract import extract
+from pipeline.extraction import object_store as stored
+from pipeline.extraction import parts
+from pipeline.extraction.object_store import local_path, open_catalog
+from pipeline.fit import fit
+from pipeline.images.sources.registry import open_source
+from pipeline.results import ExtractResult
+
+HOW: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "batch_size": 3}
+
+
+@pytest.fixture
+def url(object_store: Any) -> str:
+    """A folder in a new bucket."""
+    bucket = f"b{uuid.uuid4().hex}"
+    object_store.mkdir(bucket)
+    return f"s3://{bucket}/cache"
+
+
+@pytest.fixture
+def photos(make_photos: Callable[..., Path]) -> Path:
+    return make_photos(each=5)
+
+
+def extracted(photos: Path, output: str | Path, **options: Any) -> ExtractResult:
+    (result,) = extract(photos, ["test_resnet@random:0"], ["layer1"], output=output, **HOW | options)
+    return result
+
+
+def on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what follows have a folder of its own for copies."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / uuid.uuid4().hex))
+
+
+def etags(store: Any, url: str) -> dict[str, str]:
+    store.invalidate_cache()
+    return {path.rpartition("/")[2]: info["ETag"] for path, info in store.find(url, detail=True).items()}
+
+
+def assert_equal(one: CacheFile, other: CacheFile) -> None:
+    assert one.uris.tolist() == other.uris.tolist()
+    np.testing.assert_array_equal(one.array("/rows/digest"), other.array("/rows/digest"))
+    np.testing.assert_array_equal(*(np.asarray(file.matrix("layer1")) for file in (one, other)))
+
+
+def test_a_cache_in_a_store_holds_what_a_folder_holds(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thawline: Any
+) -> None:
+    whole = open_cache(extracted(photos, tmp_path / "whole").path)
+    made = extracted(photos, url, part_rows=4)
+    assert (made.computed, made.done) == (15, 15)
+    assert f"the cache is at {url}; results name its copy on this machine" in made.notes
+    there = etags(object_store, url)
+    assert sorted(Path(name).suffixes[-2:][-1] for name in there) == [".h5"] * 4 + [".plan"]
+    on_another_machine(tmp_path, monkeypatch)
+    (file,) = open_catalog(url).files
+    assert isinstance(file, PartedCache)
+    assert_equal(file, whole)
+    assert_equal(open_catalog(f"{url}/{file.path.name}").files[0], whole)
+    again = extracted(photos, url)
+    assert (again.computed, again.reused) == (0, 15)
+    assert etags(object_store, url) == there, "nothing was written again"
+    results = [fit(cache, heads=["ridge"]).results for cache in (url, tmp_path / "whole")]
+    assert [[vars(one) | {"seconds": 0} for one in each] for each in results[:1]] == [
+        [vars(one) | {"seconds": 0} for one in each] for each in results[1:]
+    ]
+    assert thawline("cache", "ls", url, "--json").json["files"][0]["done"] == 15
+    thawline("cache", "export", url, tmp_path / "a.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), whole.matrix("layer1"))
+
+
+def test_a_copy_fetches_what_changed_and_nothing_else(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted(photos, url, part_rows=4)
+    fetched: list[str] = []
+    download = stored.RemotePath.download
+
+    def noted(self: Any, target: Path) -> str | None:
+        fetched.append(target.name)
+        return download(self, target)
+
+    monkeypatch.setattr(stored.RemotePath, "download", noted)
+    for path in (photos / "blue").iterdir():
+        path.write_bytes((photos / "red" / "0.png").read_bytes())
+    here = stored.user_folder("x").parent
+    on_another_machine(tmp_path, monkeypatch)
+    before = etags(object_store, url)
+    assert extracted(photos, url).computed > 0
+    assert sorted(fetched) == sorted(before)
+    changed = {name for name, etag in etags(object_store, url).items() if etag != before[name]}
+    assert 0 < len(changed) < len(before) - 1
+    fetched.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here.parent))
+    assert np.unique(open_catalog(url).files[0].digests[:5], axis=0).shape == (1, 16)
+    assert set(fetched) == changed
+    object_store.rm(f"{url}/{min(changed)}")
+    monkeypatch.setattr(stored, "_JUST_NOW_NS", 0)
+    assert len(open_catalog(url).files[0].missing) == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
+    complete: bool, photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine publishes the part, whole or a row that this one has not, just before this one does."""
+    uris = [item.uri for item in open_source(photos).items]
+    publish, calls = parts.publish_try, []
+
+    def slow(draft: Path, is_complete: Callable[[], bool]) -> bool:
+        calls.append(draft)
+        if len(calls) == 1:
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                result = extracted(photos, url, only=uris if complete else uris[:1])
+                assert result.computed == (15 if complete else 1)
+        return publish(draft, is_complete)
+
+    monkeypatch.setattr(parts, "publish_try", slow)
+    first = extracted(photos, url, only=uris[1:])
+    file = open_cache(first.path)
+    assert (file.states == 1).all(), "no row of either is lost"
+    assert first.done == 15
+    assert len(calls) == (2 if complete else 3)
+    there = sorted(etags(object_store, url))
+    assert [Path(name).suffix for name in there] == [".h5", ".plan"]
+    on_another_machine(tmp_path, monkeypatch)
+    assert_equal(open_catalog(url).files[0], file)
+
+
+def test_what_a_killed_machine_began_is_carried_over(
+    photos: Path, url: str, monkeypatch: pytest.MonkeyPatch, object_store: Any
+) -> None:
+    def killed(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dying:
+        dying.setattr(parts, "publish_try", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extracted(photos, url)
+    assert [Path(name).suffix for name in etags(object_store, url)] == [".plan"]
+    result = extracted(photos, url)
+    assert (result.computed, result.done) == (0, 15)
+    assert not list(Path(result.path).parent.glob("*.try-*"))
+
+
+def test_a_cluster_fills_a_store(
+    photos: Path, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, object_store: Any
+) -> None:
+    distributed = pytest.importorskip("distributed")
+
+    def start() -> Any:
+        return distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1",
+            dashboard_address="127.0.0.1:0", memory_limit=0,
+        )  # fmt: skip
+
+    monkeypatch.setitem(sys.modules, "queues", types.SimpleNamespace(Queue=start))
+    made = extracted(photos, url, part_rows=4, cluster="queues.Queue:2")
+    assert (made.computed, made.done) == (15, 15)
+    assert_equal(open_cache(made.path), open_cache(extracted(photos, tmp_path / "whole").path))
+    assert len(etags(object_store, url)) == 5
+
+
+def test_damage_is_repaired_in_the_store(photos: Path, url: str, object_store: Any, thawline: Any) -> None:
+    made = extracted(photos, url, part_rows=4)
+    part = open_cache(made.path).parts[1]
+    sound, status = part.path.read_bytes(), part.path.stat()
+    where = sound.index(part.matrix("layer1")[2].tobytes())
+    damaged = sound[:where] + b"\xff\xff" + sound[where + 2 :]
+    part.path.write_bytes(damaged)  # in the copy alone: what is in the store is fetched again
+    os.utime(part.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert thawline("cache", "verify", url).returncode == 0
+    assert part.path.read_bytes() == sound
+    object_store.pipe(f"{url}/{part.path.name}", damaged)
+    assert thawline("cache", "verify", url).returncode == 1
+    with pytest.raises(DamagedCacheError):
+        fit(url, heads=["centroid"])
+    assert thawline("cache", "verify", url, "--repair").returncode == 0
+    again = extracted(photos, url)
+    assert (again.computed, again.done) == (1, 15)
+    assert thawline("cache", "verify", url).returncode == 0
+
+
+def test_prune_deletes_parts_in_the_store_that_no_image_is_left_for(
+    photos: Path, url: str, object_store: Any, thawline: Any
+) -> None:
+    extracted(photos, url, part_rows=4)
+    for path in (photos / "red").iterdir():
+        path.unlink()
+    assert extracted(photos, url).rows == 10
+    before = etags(object_store, url)
+    assert thawline("cache", "prune", url, "--yes", "--json").json["deleted"]
+    assert len(etags(object_store, url)) == len(before) - 1
+    assert extracted(photos, url).reused == 10
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+def test_what_cannot_be_done_is_one_line(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, memory: Any, thawline: Any, monkeypatch: Any
+) -> None:
+    made = Path(extracted(photos, tmp_path / "whole").path)
+    for store, root in ((memory, "memory://cache"), (object_store, url)):
+        store.pipe(f"{root}/{made.name}", made.read_bytes())
+        assert_equal(open_catalog(root).files[0], open_cache(made))
+    assert extracted(photos, url).computed == 0  # a file that somebody uploaded is read ...
+    shutil.copyfile(photos / "red" / "1.png", photos / "red" / "2.png")
+    with pytest.raises(CacheError, match="only caches in parts can be written"):  # ... but not continued
+        extracted(photos, url)
+    with pytest.raises(SourceError, match="only s3:// stores can be written"):
+        extract(photos, ["test_resnet@random:0"], ["layer2"], output="memory://cache", **HOW)
+    with pytest.raises(CacheError, match="is a file; name the folder"):
+        extracted(photos, f"{url}/new.h5")
+    with pytest.raises(CacheError, match=r"no cache at s3://.*/none: it holds no cache file"):
+        open_catalog(f"{url}/none")
+    monkeypatch.setattr("pipeline.images.sources.remote.PAUSES", (0.01,))
+    with pytest.raises(SourceError, match=r"s3://no-such-bucket-of-ours/x/.*cannot be written: "):
+        extracted(photos, "s3://no-such-bucket-of-ours/x")
+    refused = thawline("finetune", photos, "-o", url)
+    assert refused.returncode == 2
+    assert "a folder on this machine" in refused.stderr
+    assert local_path(tmp_path) == tmp_path
