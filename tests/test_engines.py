@@ -288,7 +288,7 @@ class Chaotic(nn.Module):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        self.stem, self.head, self.steps = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), steps
+        self.stem, self.head, self.steps = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2), steps
         for part in (self.stem, self.head):
             nn.init.normal_(part.weight, generator=torch.Generator().manual_seed(0))
 
