@@ -283,6 +283,34 @@ def test_a_network_that_openvino_cannot_convert_runs_on_torch_and_says_so(monkey
     np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
 
 
+class Chaotic(nn.Module):
+    """The logistic map, which doubles differences at each step: after 60, those of rounding are all that is left."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.stem, self.head, self.steps = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2), steps
+        for part in (self.stem, self.head):
+            nn.init.normal_(part.weight, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).sigmoid()
+        for _ in range(self.steps):
+            x = 3.99 * x * (1 - x)
+        return self.head(x[:, :, 0, 0])
+
+
+@NO_OPENVINO
+@pytest.mark.parametrize(("steps", "runs_on"), [(1, "openvino"), (60, "torch")])
+def test_a_network_whose_features_openvino_gives_otherwise_runs_on_torch_and_says_so(steps: int, runs_on: str) -> None:
+    module = Chaotic(steps).eval().requires_grad_(requires_grad=False)
+    preprocessing = Preprocessing((8, 8), 8, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    network = tap(Backbone("toy/chaos", "chaos", "", str(steps), module, preprocessing, ("head",)), ["logits"])
+    built = build_engine(network, resolve("openvino", "cpu", "fp32"), 2)
+    assert built.resolved.engine == runs_on
+    assert all("features of head would differ from torch's by" in note for note in built.notes)
+    assert len(built.notes) == (runs_on == "torch")
+
+
 @pytest.fixture(scope="module")
 def conv1() -> openvino.Model:
     """What OpenVINO makes of one layer: tests of what becomes of a converted model share it."""

@@ -57,10 +57,12 @@ def test_nearest_rows_are_those_of_a_full_sort(tmp_path: Path, count: int, monke
     np.testing.assert_allclose(similarities, np.take_along_axis(expected, order, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize(("dim", "threshold"), [(6, 0.9), (300, 0.5), (300, 0.965)])
-def test_near_pairs_are_all_pairs(tmp_path: Path, dim: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, value in ((nearest, "BLOCK", 64), (nearest, "_TILE", 24), (nearest, "_SKETCH", 4)):
-        monkeypatch.setattr(module, name, value)
+@pytest.mark.parametrize(("dim", "threshold", "few"), [(6, 0.9, 0), (300, 0.5, 1), (300, 0.965, 1 / 256)])
+def test_near_pairs_are_all_pairs(
+    tmp_path: Path, dim: int, threshold: float, few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("BLOCK", 64), ("_TILE", 24), ("_SKETCH", 4), ("_SHORT", 2), ("_FEW", few)):
+        monkeypatch.setattr(nearest, name, value)
     generator = np.random.default_rng(1)
     centres = generator.standard_normal((40, dim))
     features = centres[generator.integers(0, 40, 333)] + 0.2 * generator.standard_normal((333, dim))

@@ -19,7 +19,7 @@ from features_cache import scratch_folder
 from pipeline.backbones.taps import TappedNetwork
 from pipeline.engines.select import Resolved
 from pipeline.engines.torch_engine import padded
-from pipeline.errors import first_line
+from pipeline.errors import EngineError, first_line
 from pipeline.invalidation import stage_key
 from pipeline.user_folder import user_folder
 
@@ -57,6 +57,8 @@ class OpenVinoEngine:
         return arrays
 
 
+MOST_OFF = 1e-3
+"""How far features of a converted model may be off in float32, relative to the largest of their layer."""
 _DIGEST = "digest"
 KEPT = 16
 """Converted models that stay in the cache folder; the ones that were not used for longest go."""
@@ -67,7 +69,7 @@ def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, 
 
     torch's export and OpenVINO's frontend may raise anything for a network that they do not understand.
     """
-    key = stage_key("converted model", network=network.identity, batch_size=batch_size)
+    key = stage_key("converted model", network=network.identity, batch_size=batch_size, most_off=MOST_OFF)
     notes: list[str] = []
     model = _kept(key)
     if model is None:
@@ -82,7 +84,7 @@ def converted(network: TappedNetwork, batch_size: int) -> tuple[openvino.Model, 
 
 
 def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
-    """Return the model, converted afresh.
+    """Return the model, converted afresh; raise `EngineError` if its features are more than `MOST_OFF` off torch's.
 
     The decoder and the frontend are called one by one, since ``openvino.convert_model`` around them reports its use.
     """
@@ -95,7 +97,24 @@ def convert(network: TappedNetwork, batch_size: int) -> openvino.Model:
             table.pop(operation)
     decoder = TorchFXPythonDecoder(program.run_decompositions(table).module(), dynamic_shapes=False)
     frontend = FrontEndManager().load_by_framework("pytorch")
-    return frontend.convert(frontend.load(decoder))
+    model = frontend.convert(frontend.load(decoder))
+    _compare(model, network, np.random.default_rng(0).integers(0, 256, example.shape, np.uint8))
+    return model
+
+
+def _compare(model: openvino.Model, network: TappedNetwork, pixels: np.ndarray) -> None:
+    """Raise `EngineError` if the model is more than `MOST_OFF` off `network` on the first image of a batch."""
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled(pixels)
+    with torch.inference_mode():
+        wanted = [item.numpy()[0] for item in network(torch.from_numpy(pixels[:1]))]
+    layers = [layer for dims in network.dims.values() for layer in dims]
+    for index, (layer, one) in enumerate(zip(layers, wanted, strict=True)):
+        off = np.abs(found[index][0] - one).max() / max(np.abs(one).max(), np.finfo(np.float32).tiny)
+        if not off <= MOST_OFF:  # also where it is NaN
+            raise EngineError(
+                f"its features of {layer} would differ from torch's by {off:.1g} of the largest, more than {MOST_OFF:g}"
+            )
 
 
 def _kept(key: str) -> openvino.Model | None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import joblib
 import numpy as np
 from scipy.linalg import eigh
+from threadpoolctl import threadpool_limits
 
 from pipeline.arrays import Float32Array, IntArray
 from pipeline.errors import FitError
@@ -17,7 +19,10 @@ from pipeline.neighbours.rows import BLOCK, UnitRows
 MOST_PAIRS = 20_000_000
 """Pairs of near images that are kept, 240 MB."""
 _SKETCH = 128
+_SHORT = 32
 _TILE = 1024
+_FEW = 1 / 256
+"""Share of the pairs of a tile up to which products of single pairs take less time than that of the tile."""
 ROUNDING = 1e-5
 """How far squares and products of rows of length 1 are off in single precision, at most."""
 
@@ -71,9 +76,10 @@ def nearest_rows(queries: Float32Array, rows: UnitRows, count: int) -> tuple[Int
 def near_pairs(rows: UnitRows, threshold: float, others: UnitRows | None = None) -> Pairs:
     """Find all pairs of rows that are at least so similar: among `rows`, or between `rows` and `others`.
 
-    The products are of sketches of the rows: their projection on the `_SKETCH` directions in which they differ most,
-    and the length of what is left. By the Cauchy-Schwarz inequality these products are no smaller than the
-    similarities, so no pair is missed; pairs whose bound reaches the threshold are then computed from whole rows.
+    The products are of sketches of the rows: their projection on the directions that they have most of, and the length
+    of what is left. By the Cauchy-Schwarz inequality these products are no smaller than the similarities, so no pair is
+    missed. Pairs whose bound reaches the threshold on `_SHORT` directions are looked at on `_SKETCH` directions, then
+    computed from whole rows.
 
     Parameters
     ----------
@@ -97,56 +103,80 @@ def near_pairs(rows: UnitRows, threshold: float, others: UnitRows | None = None)
     right = left if others is None else _sketch(others, basis)
     found: list[Pairs] = []
     total = 0
-    for start in range(0, len(left), BLOCK):
-        block, mine = left[start : start + BLOCK], rows.take(np.arange(start, min(start + BLOCK, len(left))))
-        for other in range(start if others is None else 0, len(right), BLOCK):
-            first, second = _candidates(block, right, start, other, threshold - ROUNDING, same=others is None)
-            pairs = _checked(first, second, mine, start, others or rows, threshold)
-            total += len(pairs.first)
-            if total > MOST_PAIRS:
-                raise FitError(
-                    f"more than {MOST_PAIRS:,} pairs of images have a similarity of {threshold:.3f} or more on "
-                    f"{rows.layer}: nearly all look alike to it; use a higher threshold, or another layer"
-                )
-            found.append(pairs)
+
+    def compare(start: int, other: int, mine: Float32Array) -> Pairs:
+        block = slice(start, start + BLOCK)
+        first, second = _candidates(left, right, block, slice(other, other + BLOCK), threshold - ROUNDING)
+        if others is None:
+            first, second = first[second > first], second[second > first]
+        return _checked(first, second, mine, start, others or rows, threshold)
+
+    with threadpool_limits(1), joblib.Parallel(joblib.cpu_count(), prefer="threads", return_as="generator") as workers:
+        for start in range(0, len(rows), BLOCK):
+            mine = rows.take(np.arange(start, min(start + BLOCK, len(rows))))
+            blocks = range(start if others is None else 0, len(right.whole), BLOCK)
+            for pairs in workers(joblib.delayed(compare)(start, other, mine) for other in blocks):
+                total += len(pairs.first)
+                if total > MOST_PAIRS:
+                    raise FitError(
+                        f"more than {MOST_PAIRS:,} pairs of images have a similarity of {threshold:.3f} or more on "
+                        f"{rows.layer}: nearly all look alike to it; use a higher threshold, or another layer"
+                    )
+                found.append(pairs)
     return Pairs(*map(np.concatenate, zip(*found, strict=True)))
 
 
+class _Sketches(NamedTuple):
+    """Rows on a basis, and the length of what is left of them, (n, k + 1): on all of it, and on its beginning."""
+
+    whole: Float32Array
+    short: Float32Array
+
+
 def _directions(rows: UnitRows) -> Float32Array:
-    """Return an orthonormal basis (d, k) of what a sample of rows has most of."""
+    """Return an orthonormal basis (d, k) of what a sample of rows has most of, the most first."""
     sample = rows.take(np.linspace(0, len(rows) - 1, min(len(rows), BLOCK)).astype(np.int64)).astype(np.float64)
     dim = sample.shape[1]
     _, vectors = eigh(sample.T @ sample, subset_by_index=(max(0, dim - _SKETCH), dim - 1))
-    return np.asarray(vectors, np.float32)
+    return np.asarray(vectors[:, ::-1], np.float32)
 
 
-def _sketch(rows: UnitRows, basis: Float32Array) -> Float32Array:
-    """Return (n, k + 1): rows on the basis, and the length of what is left of them."""
-    sketch = np.empty((len(rows), basis.shape[1] + 1), np.float32)
+def _sketch(rows: UnitRows, basis: Float32Array) -> _Sketches:
+    dims = basis.shape[1], min(basis.shape[1], _SHORT)
+    sketches = _Sketches(*(np.empty((len(rows), dim + 1), np.float32) for dim in dims))
     for start, block in rows.blocks():
-        part = sketch[start : start + len(block)]
-        part[:, :-1] = block @ basis
+        projected = block @ basis
         lengths = np.einsum("nd,nd->n", block, block, dtype=np.float64)
-        left = lengths - np.einsum("nk,nk->n", part[:, :-1], part[:, :-1], dtype=np.float64)
-        part[:, -1] = np.sqrt(np.maximum(left, 0) + ROUNDING)
-    return sketch
+        for sketch, dim in zip(sketches, dims, strict=True):
+            part = sketch[start : start + len(block)]
+            part[:, :-1] = projected[:, :dim]
+            left = lengths - np.einsum("nk,nk->n", part[:, :-1], part[:, :-1], dtype=np.float64)
+            part[:, -1] = np.sqrt(np.maximum(left, 0) + ROUNDING)
+    return sketches
 
 
 def _candidates(
-    left: Float32Array, right: Float32Array, start: int, other: int, least: float, *, same: bool
+    left: _Sketches, right: _Sketches, rows: slice, columns: slice, least: float
 ) -> tuple[IntArray, IntArray]:
-    """Return the pairs of a block of each side whose bound is at least `least`; of the same rows, each pair once."""
+    """Return the pairs of some rows of each side whose bound is at least `least`."""
     firsts, seconds = [], []
-    end = min(other + BLOCK, len(right))
-    for top in range(0, len(left), _TILE):
-        for across in range(other, end, _TILE):
-            bounds = left[top : top + _TILE] @ right[across : min(across + _TILE, end)].T
+    for top in range(rows.start, min(rows.stop, len(left.whole)), _TILE):
+        tile = slice(top, min(top + _TILE, rows.stop))
+        for across in range(columns.start, min(columns.stop, len(right.whole)), _TILE):
+            beside = slice(across, min(across + _TILE, columns.stop))
+            bounds = left.short[tile] @ right.short[beside].T
             hits = np.flatnonzero(bounds >= least)
+            few = len(hits) <= bounds.size * _FEW
+            if not few:
+                bounds = left.whole[tile] @ right.whole[beside].T
+                hits = np.flatnonzero(bounds >= least)
             first, second = np.divmod(hits, bounds.shape[1])
-            first, second = first + (start + top), second + across
-            kept = second > first if same else slice(None)
-            firsts.append(first[kept])
-            seconds.append(second[kept])
+            first, second = first + top, second + across
+            if few:
+                kept = np.einsum("nk,nk->n", left.whole[first], right.whole[second]) >= least
+                first, second = first[kept], second[kept]
+            firsts.append(first)
+            seconds.append(second)
     return np.concatenate(firsts), np.concatenate(seconds)
 
 
