@@ -514,8 +514,8 @@ class Prediction:
     `probability` is that of `label`, None where the head has none. Of a model for several labels, `label` names those
     that are predicted, with bars between them (a bar alone for none), and `scores` holds the probability, or the
     distance from the hyperplane, of all. A model for numbers gives a `value`, and no label. `state` is ``"done"``,
-    ``"unreadable"`` for an image that cannot be read, or ``"incomplete"`` for one that lacks columns of a table which the
-    model reads; `reason` says why.
+    ``"unreadable"`` for an image that cannot be read, or ``"incomplete"`` for one that lacks columns of a table that
+    the model reads; `reason` says why.
     """
 
     uri: str

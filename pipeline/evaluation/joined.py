@@ -11,7 +11,7 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.arrays import BoolArray, Float32Array, Float64Array, IntArray
+from pipeline.arrays import BoolArray, Float32Array, Float64Array, IntArray, StrArray
 from pipeline.errors import TableError
 from pipeline.evaluation.keyed import KeyedTable, each_once, key_column, listed, require_columns
 from pipeline.evaluation.targets import finite_number, require_spread, some
@@ -192,7 +192,8 @@ def read_table(path: str | Path, columns: Sequence[JoinedColumn], key: str | Non
         keys.append(key_column(path, header, key, names))
         return [*keys, *names]
 
-    cells = each_once(path, keys[0], read_columns(path, choose))
+    read = read_columns(path, choose)
+    cells = each_once(path, keys[0], read)
     for column in columns:
         told = [cell for cell in cells[column.name] if cell]
         column.read(told, f"column '{column.name}' of {path.name}")
@@ -225,10 +226,8 @@ def place_columns(
         cells = column.read(own, where)
         if column.categories is not None and (cells < 0).any():
             strange = list(dict.fromkeys(own[row] for row in np.flatnonzero(cells < 0).tolist()))
-            count = int((cells < 0).sum())
-            notes.append(
-                f"{where}: {count} images have categories that the model never saw: {some(strange, len(strange))}"
-            )
+            told = f"{int((cells < 0).sum())} images have categories that the model never saw"
+            notes.append(f"{where}: {told}: {some(strange, len(strange))}")
         placed.append(np.full(len(uris), 0 if column.categories is None else -1, cells.dtype))
         placed[-1][known] = cells
     return JoinedColumns(tuple(columns), tuple(placed)), reasons, notes
