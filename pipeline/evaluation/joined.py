@@ -226,8 +226,8 @@ def place_columns(
         cells = column.read(own, where)
         if column.categories is not None and (cells < 0).any():
             strange = list(dict.fromkeys(own[row] for row in np.flatnonzero(cells < 0).tolist()))
-            told = f"{int((cells < 0).sum())} images have categories that the model never saw"
-            notes.append(f"{where}: {told}: {some(strange, len(strange))}")
+            count = f"{int((cells < 0).sum())} of {len(cells)} images"
+            notes.append(f"{where}: {count} have categories that the model never saw: {some(strange, len(strange))}")
         placed.append(np.full(len(uris), 0 if column.categories is None else -1, cells.dtype))
         placed[-1][known] = cells
     return JoinedColumns(tuple(columns), tuple(placed)), reasons, notes
