@@ -20,7 +20,7 @@ from pipeline.evaluation.targets import some
 KEYS = ("uri", "path", "file", "filename", "file_name", "image", "image_id", "id")
 """Columns that name the images, unless the user says which one does; the first of these counts."""
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 12
 _MISSING, _AMBIGUOUS = -1, -2
 
 
@@ -52,6 +52,8 @@ class KeyedTable:
             If the table names no image at all.
         """
         ways = {"uri": _as_uri, "file name": _file_name, "file name without ending": self._stems(uris)}
+        if not any("/" in key for key in self.keys) and all("/" in uri for uri in _texts(uris)):
+            del ways["uri"]  # which saves time: no key is one
         for way, name_of in ways.items():
             names = [normalize("NFC", name_of(key)) for key in self.keys]
             known = dict(zip(names, range(len(names)), strict=True))
@@ -60,8 +62,8 @@ class KeyedTable:
             images = (normalize("NFC", uri if way == "uri" else name_of(uri)) for uri in _texts(uris))
             found = np.fromiter(map(known.get, images, repeat(_MISSING)), np.int64, len(uris))
             if (found != _MISSING).any():
-                _, inverse, counts = np.unique(found, return_inverse=True, return_counts=True)
-                found[(counts[inverse] > 1) & (found >= 0)] = _AMBIGUOUS  # several images have the name of one key
+                counts = np.bincount(found[found >= 0], minlength=len(names))
+                found[(found >= 0) & (counts[np.maximum(found, 0)] > 1)] = _AMBIGUOUS  # several images have the name of one key
                 return way, found
         raise TableError(
             f"{self.path} names no image of this source: its first key is {self.keys[0]!r}, and the first image is "

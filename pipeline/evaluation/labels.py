@@ -132,9 +132,7 @@ class LabelsTable(KeyedTable):
         columns = {"split": splits, "group": groups}
         for name, column in own.items():
             if column is not None:
-                columns[name] = np.full(len(uris), "", object)
-                columns[name][labelled] = [column[one] for one in found[labelled].tolist()]
-                columns[name] = columns[name].astype(np.str_)
+                columns[name] = np.where(labelled, np.array(column)[np.maximum(found, 0)], "")
         joined = self._joined(way, [name for name, column in own.items() if column is not None])
         without = {f"images have no label in {self.path.name}": labelled & (labels < 0)}
         notes = (joined, *self.left_out(uris, found, way, without), *answers.notes)
