@@ -221,7 +221,7 @@ def fit(
 
     def near_of(data: Sequence[SplitLayer]) -> Nearness:
         parts = [part for one in data for part in (one.splits.train, one.splits.val, one.splits.test)]
-        rows = (data[0].layer, *(part.tobytes() for part in parts))
+        rows = (data[0].layer.unjoined, data[0].layer.table, *(part.tobytes() for part in parts))
         if rows not in distances:
             distances[rows] = nearness(data[0].layer, [one.splits for one in data])
         return distances[rows]

@@ -63,7 +63,9 @@ class KeyedTable:
             found = np.fromiter(map(known.get, images, repeat(_MISSING)), np.int64, len(uris))
             if (found != _MISSING).any():
                 counts = np.bincount(found[found >= 0], minlength=len(names))
-                found[(found >= 0) & (counts[np.maximum(found, 0)] > 1)] = _AMBIGUOUS  # several images have the name of one key
+                found[(found >= 0) & (counts[np.maximum(found, 0)] > 1)] = (
+                    _AMBIGUOUS  # several images have the name of one key
+                )
                 return way, found
         raise TableError(
             f"{self.path} names no image of this source: its first key is {self.keys[0]!r}, and the first image is "

@@ -213,6 +213,8 @@ def find_labels(
     """Return the table that a stage was asked to take labels from; see `read_labels`."""
     if isinstance(labels, LabelsTable) and labels.task != task:
         raise TableError(f"{labels.path} was read for task '{labels.task}'; read it for task '{task}'")
+    if isinstance(labels, LabelsTable) and labels.joined:
+        raise TableError(f"{labels.path} was read with columns to join; give fit its path and the columns")
     named = {"target": target, "key": key, "with": columns}
     if not isinstance(labels, str | Path) and (given := next((name for name, one in named.items() if one), None)):
         raise TableError(f"{given} names a column of a table; also name that table (labels)")

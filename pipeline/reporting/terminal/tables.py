@@ -107,10 +107,11 @@ def labels_table(result: MultilabelResult) -> Table:
 
 def gains_table(gains: Sequence[ColumnsGain]) -> Table:
     """One row for each head and layer that was trained without joined columns and with them."""
-    settings = _columns(gains, "layer", "head", "shots")
-    shared = [name for name, cells in settings.items() if len(set(cells)) == 1 and len(gains) > 1]
+    settings = _columns(gains, "layer", "shots")
+    shared = [name for name, cells in settings.items() if len(set(cells)) == 1]
     named = METRIC_COLUMNS.get(gains[0].metric, gains[0].metric)
     columns = {name: cells for name, cells in settings.items() if name not in shared} | {
+        "head": [one.head for one in gains],
         f"{named} without": [metric_text(one.metric, one.value_without) for one in gains],
         "with": [metric_text(one.metric, one.value_with) for one in gains],
         "gain": [_signed(one.metric, one.gain) for one in gains],
@@ -121,7 +122,7 @@ def gains_table(gains: Sequence[ColumnsGain]) -> Table:
     }
     told = "".join(f", {name} {settings[name][0]}" for name in shared)
     rows = list(zip(*columns.values(), strict=True))
-    return rows_table(columns, rows, f"what {', '.join(gains[0].columns)} add on the same test images{told}")
+    return rows_table(columns, rows, f"gained by {', '.join(gains[0].columns)} on the same test images{told}")
 
 
 def _signed(metric: str, value: float) -> str:
