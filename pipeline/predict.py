@@ -106,7 +106,7 @@ def predict(
     beside = _read_columns(used, table, key)
     images = open_source(source)  # once, so that all layers are of the same images
     if beside is not None:
-        beside.find(images.items.rows.uris)  # which may fail, before the work
+        beside.find(np.asarray(images.items.rows.uris))  # which may fail, before the work
     notes: list[str] = []
     if any(spec.decode != DECODE_POLICY for *_, spec in layers):
         layers = [layer._replace(spec=_of_todays_rules(layer.spec)) for layer in layers]

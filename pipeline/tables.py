@@ -126,7 +126,7 @@ def _read_json(path: TableFile, choose: Choose) -> dict[str, list[str]]:
 
         def turned(wanted: Sequence[str]) -> Iterator[_Chunk]:
             while chunk := list(itertools.islice(objects, _LINES)):
-                columns = {name: [found.get(name) for _, found in chunk] for name in wanted}
+                columns: _Chunk = {name: [found.get(name) for _, found in chunk] for name in wanted}
                 for name, cells in columns.items():
                     if not {list, dict}.isdisjoint(map(type, cells)):
                         line = next(line for line, found in chunk if isinstance(found.get(name), list | dict))

@@ -351,7 +351,8 @@ def test_the_command_prints_what_columns_add_and_a_plan_refuses_them(
     )
     shown = thawline("fit", folder / "cache.h5", *options, "--with", "site").stdout
     assert re.search(
-        r"gained by weight, site on the same test images\n.*accuracy without +with +gain +95 % interval", shown
+        r"gained by weight, site on the same test images, layer deep, shots all\nhead .*accuracy without +with +gain +95 % interval",
+        shown,
     )
     assert thawline("fit", folder / "cache.h5", *options, "--json").json["gains"][0]["columns"] == ["weight"]
     plan = 'source = "digits"\nlabels = "t.csv"\n[[extract]]\n[[fit]]\nwith = ["weight"]\n'

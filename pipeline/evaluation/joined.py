@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import BoolArray, Float32Array, Float64Array, IntArray, StrArray
 from pipeline.errors import TableError
-from pipeline.evaluation.keyed import KeyedTable, each_once, key_column, listed, require_columns
+from pipeline.evaluation.keyed import KeyedTable, each_once, key_column, require_columns
 from pipeline.evaluation.targets import finite_number, require_spread, some
 from pipeline.tables import read_columns
 
@@ -217,7 +217,7 @@ def place_columns(
     way, found = table.find(uris)
     reasons = table.reasons(found, way)
     known = np.array([not reason for reason in reasons])
-    notes = [f"{listed(table.joined)} come from {table.path.name}, joined by {way}"]
+    notes = [f"{', '.join(table.joined)} come from {table.path.name}, joined by {way}"]
     notes += table.left_out(uris, found, way, {})
     placed = []
     for column in columns:

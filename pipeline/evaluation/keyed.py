@@ -82,7 +82,7 @@ class KeyedTable:
     def reasons(self, found: IntArray, way: str) -> list[str]:
         """Return why images (n,) have no complete row in the table, ``""`` if they have."""
         why = {_MISSING: f"{self.path.name} does not name it", _AMBIGUOUS: f"its {way} is not unique"}
-        empty = f"an empty cell in {listed(self.joined)} of {self.path.name}"
+        empty = f"an empty cell in {', '.join(self.joined)} of {self.path.name}"
         incomplete = self.incomplete(found).tolist()
         return [empty if lacks else why.get(row, "") for row, lacks in zip(found.tolist(), incomplete, strict=True)]
 
@@ -91,7 +91,7 @@ class KeyedTable:
         cases = {
             f"images are not in {self.path.name}": found == _MISSING,
             **also,
-            f"images have an empty cell in {listed(self.joined)} of {self.path.name}": self.incomplete(found),
+            f"images have an empty cell in {', '.join(self.joined)} of {self.path.name}": self.incomplete(found),
             f"images are left out because their {way} is not unique": found == _AMBIGUOUS,
         }
         for what, rows in cases.items():
@@ -116,11 +116,6 @@ class KeyedTable:
             return name.removesuffix(ending) if ending in endings else name
 
         return stem
-
-
-def listed(names: Iterable[str]) -> str:
-    """Return names as text: ``weight, site``."""
-    return ", ".join(names)
 
 
 def require_columns(path: Path, header: Sequence[str], names: Iterable[str]) -> None:

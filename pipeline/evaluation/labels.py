@@ -16,7 +16,7 @@ from features_cache import CacheFile
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import TableError
 from pipeline.evaluation.joined import JoinedColumns, join_columns
-from pipeline.evaluation.keyed import KeyedTable, each_once, key_column, listed, require_columns
+from pipeline.evaluation.keyed import KeyedTable, each_once, key_column, require_columns
 from pipeline.evaluation.targets import BAR, read_answers, some
 from pipeline.options import CLASSIFICATION, MULTILABEL
 from pipeline.spec import fingerprint_of
@@ -114,7 +114,7 @@ class LabelsTable(KeyedTable):
         incomplete = self.incomplete(found)
         labelled = (found >= 0) & ~incomplete
         if not labelled.any() and incomplete.any():
-            raise TableError(f"{self.path}: all images of this source have an empty cell in {listed(self.joined)}")
+            raise TableError(f"{self.path}: all images of this source have an empty cell in {', '.join(self.joined)}")
         if not labelled.any():
             raise TableError(
                 f"{self.path}: no {way} in it belongs to exactly one image and one key; name images by their uris, as "
@@ -187,7 +187,7 @@ def read_labels(
     if "split" in roles:
         found[roles["split"]] = _splits(path, found[roles["split"]])
     if len(targets) > 1:
-        roles["target"] = listed(targets)
+        roles["target"] = ", ".join(targets)
         found[roles["target"]] = _label_sets(path, targets, found)
     found = each_once(path, roles["key"], {name: found[name] for name in (*roles.values(), *columns)})
     return LabelsTable(
