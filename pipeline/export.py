@@ -52,8 +52,8 @@ def export(model: str | Path, path: str | Path) -> ExportResult:
     Raises
     ------
     ModelFileError
-        If the file is no model, its head is not linear, its layers are of several backbones or poolings, the backbone
-        has other weights now or cannot be written as ONNX, or the file cannot be written.
+        If the file is no model, its head is not linear or reads columns of a table, its layers are of several backbones
+        or poolings, the backbone has other weights now or cannot be written as ONNX, or the file cannot be written.
     BackboneError
         If the backbone or its weights do not exist here.
 
@@ -105,6 +105,12 @@ class _Parts:
 
 
 def _head_parts(saved: SavedModel) -> _Parts:
+    if saved.columns:
+        named = ", ".join(column.name for column in saved.joined)
+        raise ModelFileError(
+            f"the model reads columns of a table ({named}) and cannot be exported: the graph takes images alone; "
+            "fit a head without them"
+        )
     specs = saved.specs
     scores = HeadScores(saved, half=specs[0].store == "float16")
     if len({(spec.backbone, spec.weights_digest, spec.pool, spec.preprocessing, spec.store) for spec in specs}) > 1:

@@ -13,6 +13,7 @@ from features_cache import Catalog
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
+from pipeline.evaluation.gains import columns_gains
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes, clusters_of
 from pipeline.evaluation.metric_comparisons import compare_metrics, summarise_metrics
@@ -35,7 +36,15 @@ from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
 from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
 from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, MULTILABEL, NEAR, REGRESSION
-from pipeline.results import LOWER_IS_BETTER, FitResult, MultilabelResult, Progress, RegressionResult, to_json
+from pipeline.results import (
+    LOWER_IS_BETTER,
+    ColumnsGain,
+    FitResult,
+    MultilabelResult,
+    Progress,
+    RegressionResult,
+    to_json,
+)
 
 T = TypeVar("T")
 AnyResult = FitResult | RegressionResult | MultilabelResult
@@ -64,6 +73,8 @@ class FitReport:
         The model file.
     layer : Layer
         That of the best result.
+    gains : list of ColumnsGain
+        What joined columns add to each layer and head at each number of shots; empty without columns.
     """
 
     results: list[Any]
@@ -74,6 +85,7 @@ class FitReport:
     best: int
     saved: Path | None
     layer: Layer
+    gains: list[ColumnsGain]
 
     @property
     def may_be_best(self) -> set[tuple[str, str, int | str]]:
@@ -94,6 +106,7 @@ def fit(
     labels: str | Path | LabelsTable | None = None,
     target: str | Sequence[str] | None = None,
     key: str | None = None,
+    columns: Sequence[str] | None = None,
     task: str = CLASSIFICATION,
     cv: int | None = None,
     metric: str | None = None,
@@ -125,6 +138,10 @@ def fit(
     labels, target, key
         A table to take labels from, and its columns, see `pipeline.evaluation.labels.read_labels`; by default labels
         are those of the source.
+    columns : sequence of str, optional
+        Columns of this table to join to the features: numbers, which are standardised, or categories, each of which
+        becomes a feature of 0 and 1. Every head is trained without them and with them on the same rows and splits, and
+        `FitReport.gains` says what they add. Rows with an empty cell are left out.
     task : str, default "classification"
         What is predicted: a class; any number of labels (``"multilabel"``), which a cell names with bars between them,
         or which are columns of 0 and 1; or a number (``"regression"``).
@@ -185,7 +202,7 @@ def fit(
     destination = None if save is None else check_destination(save, ".skops")
     if drop_leaks not in (False, True, NEAR):
         raise FitError(f"expected drop_leaks to be true, false or '{NEAR}', got {drop_leaks!r}")
-    answers = find_labels(labels, target, key, task)
+    answers = find_labels(labels, target, key, task, columns)
     catalog = open_catalog(cache)
     selected = select(catalog, layers, source, backbone, pool, answers, task)
     if len({layer.table.classes for layer in selected}) > 1:
@@ -205,7 +222,7 @@ def fit(
 
     def near_of(data: Sequence[SplitLayer]) -> Nearness:
         parts = [part for one in data for part in (one.splits.train, one.splits.val, one.splits.test)]
-        rows = (data[0].layer, *(part.tobytes() for part in parts))
+        rows = (data[0].layer.unjoined, data[0].layer.table, *(part.tobytes() for part in parts))
         if rows not in distances:
             distances[rows] = nearness(data[0].layer, [one.splits for one in data])
         return distances[rows]
@@ -240,7 +257,8 @@ def fit(
     notes = _notes(trials, choices) + streamed_notes(streamed) + near_notes + best_notes(results)
     summary = (summarise_seeds if of_classes else summarise_metrics)(results, predictions)
     kept = trials[best * folds].data.layer
-    return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept)
+    gains = columns_gains([trial.data.layer for trial in trials[::folds]], results, predictions)
+    return FitReport(results, predictions, summary, notes, kept.table.classes, best, destination, kept, gains)
 
 
 def _distinct(values: Sequence[T]) -> list[T]:
@@ -292,6 +310,7 @@ def _result(
         "cv": cv,
         "target": table.target,
         "metric": metric,
+        "columns": data.layer.joined.names if data.layer.joined else None,
         "validation_score": -validated if validated is not None and metric in LOWER_IS_BETTER else validated,
     }
     if table.task == REGRESSION:
@@ -324,6 +343,7 @@ def _saved_model(pipeline: Any, layer: Layer, result: AnyResult) -> SavedModel:
         to_json(result),
         layer.table.task,
         [one.threshold for one in result.labels] if isinstance(result, MultilabelResult) else None,
+        [column.to_json() for column in layer.joined.columns] if layer.joined else [],
     )
 
 

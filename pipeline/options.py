@@ -304,6 +304,7 @@ FIT = (
     WHICH_BACKBONE,
     WHICH_POOL,
     *FIT_LABELS,
+    Option("with", TEXT, "Column of the table to join to the features, and say what it adds.", repeat="columns"),
     once("cv", whole(2), "Cross-validate with this many folds; every image is tested once."),
     once("balanced", FLAG, CLASSES_HELP, default=False),
     once("drop-leaks", LEAKS, "Leave out test images with training images' bytes; near: near-duplicates, too.", False),
@@ -385,6 +386,8 @@ COMMANDS: dict[str, tuple[Option, ...]] = {
     "predict": (
         Option("csv", FILE, "Write the predictions as this .csv file."),
         Option("output", TEXT, "Cache folder or URL to work through, so that a long run can resume.", short="o"),
+        Option("table", FILE, "A table with the columns that the model reads beside the images (fit --with)."),
+        LABELS[2],
         ENGINE,
         DEVICE,
         CLUSTER_OPTION,

@@ -19,7 +19,9 @@ import numpy as np
 from features_cache import DONE, UNREADABLE, CacheFile, atomic_write, explained, open_cache, scratch_folder
 from pipeline.arrays import Float32Array
 from pipeline.backbones.network_file import TunedModel, describe_network, is_network_file
-from pipeline.errors import EngineError, resumable
+from pipeline.errors import EngineError, TableError, resumable
+from pipeline.evaluation.joined import JoinedColumn, JoinedColumns, place_columns, read_table
+from pipeline.evaluation.keyed import KeyedTable
 from pipeline.evaluation.rows import join_rows
 from pipeline.evaluation.targets import BAR
 from pipeline.extract import extract
@@ -56,6 +58,8 @@ def predict(
     source: str | Path,
     output: str | Path | None = None,
     *,
+    table: str | Path | None = None,
+    key: str | None = None,
     engine: str = "auto",
     device: str = "auto",
     cluster: str | None = None,
@@ -72,6 +76,10 @@ def predict(
     output : str or Path, optional
         Folder of cache files for the features, or a URL of one. By default a temporary one, or
         ``thawline-predictions`` for sources of more than 1,000 images, and for a cluster.
+    table, key : str or Path, optional
+        A table with the columns that the model reads beside the features, and its column that names the images; see
+        `pipeline.evaluation.joined.read_table`. An image that it does not name, or with an empty cell, gets no
+        prediction. A category that the model never saw counts as none of those it knows.
     engine, device : str, default "auto"
         As for extraction.
     cluster : str, optional
@@ -83,6 +91,8 @@ def predict(
     ------
     ModelFileError
         The file is no model of ours, or its backbone gives other features here than the head was trained on.
+    TableError
+        The model reads columns and there is no table, or one that lacks them.
     ThawlineError
         As for extraction.
 
@@ -96,7 +106,10 @@ def predict(
     Prediction(uri='cat/0.png', label='cat', probability=..., state='done', reason='', value=None, scores=None)
     """
     used, layers = _load(model)
+    beside = _read_columns(used, table, key)
     images = open_source(source)  # once, so that all layers are of the same images
+    if beside is not None:
+        beside.find(np.asarray(images.items.rows.uris))  # which may fail, before the work
     notes: list[str] = []
     if any(spec.decode != DECODE_POLICY for *_, spec in layers):
         layers = [layer._replace(spec=_of_todays_rules(layer.spec)) for layer in layers]
@@ -124,7 +137,11 @@ def predict(
             notes += results[0].notes
             paths.append(results[0].path)
         files = [open_cache(path) for path in paths]
-        predictions = _label(used, [layer.spec for layer in layers], files)
+        joined, reasons = None, [""] * files[0].n_rows
+        if beside is not None:
+            joined, reasons, more = place_columns(beside, _columns_of(used), files[0].uris)
+            notes += more
+        predictions = _label(used, [layer.spec for layer in layers], files, joined, reasons)
         return PredictReport(predictions, list(dict.fromkeys(notes)), used.metrics.get("target"))
 
 
@@ -146,6 +163,21 @@ def _load(path: str | Path) -> tuple[SavedModel | TunedModel, list[_Layer]]:
     return saved, [
         _Layer(request["backbone"], request["size"], spec) for request, spec in zip(requests, saved.specs, strict=True)
     ]
+
+
+def _columns_of(model: SavedModel | TunedModel) -> list[JoinedColumn]:
+    return model.joined if isinstance(model, SavedModel) else []
+
+
+def _read_columns(model: SavedModel | TunedModel, table: str | Path | None, key: str | None) -> KeyedTable | None:
+    """Return the table of the columns that a model reads, None if it reads none."""
+    columns = _columns_of(model)
+    if not columns and (table or key):
+        raise TableError("this model reads images alone, no columns of a table; leave out table and key")
+    if columns and table is None:
+        named = ", ".join(column.name for column in columns)
+        raise TableError(f"this model reads {named} beside the images; name a table with these columns (table)")
+    return None if table is None else read_table(table, columns, key)
 
 
 def _of_todays_rules(spec: LayerSpec) -> LayerSpec:
@@ -210,8 +242,14 @@ def _cache_folder(
             yield Path(folder)
 
 
-def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Sequence[CacheFile]) -> list[Prediction]:
-    """Run the model over the images whose features are in all `files`, of the same bytes."""
+def _label(
+    model: SavedModel | TunedModel,
+    specs: Sequence[LayerSpec],
+    files: Sequence[CacheFile],
+    joined: JoinedColumns | None,
+    lacking: Sequence[str],
+) -> list[Prediction]:
+    """Run the model over the images whose features are in all `files`, of the same bytes, and that lack no columns."""
     for file in files:
         file.check_columns()
     unread = [(file, np.flatnonzero(file.states == UNREADABLE)) for file in files]
@@ -219,13 +257,18 @@ def _label(model: SavedModel | TunedModel, specs: Sequence[LayerSpec], files: Se
     predictions = [
         Prediction(uri, None, None, "unreadable", str(reasons.get(uri, CHANGED))) for uri in files[0].uris.tolist()
     ]
-    rows = join_rows(files, files[0].states == DONE)
+    for row, reason in enumerate(lacking):
+        if reason and files[0].states[row] == DONE:
+            predictions[row] = Prediction(predictions[row].uri, None, None, "incomplete", reason)
+    rows = join_rows(files, (files[0].states == DONE) & np.array([not reason for reason in lacking]))
     for start in range(0, len(rows[0]), CHUNK):
         chunks = [numbers[start : start + CHUNK] for numbers in rows]
         parts = [
             file.features(spec.layer, chunk).astype(np.float32)
             for file, spec, chunk in zip(files, specs, chunks, strict=True)
         ]
+        if joined is not None:
+            parts.append(joined.features(chunks[0]))
         said = _say(model, files[0].uris[chunks[0]].tolist(), np.concatenate(parts, axis=1))
         for row, prediction in zip(chunks[0].tolist(), said, strict=True):
             predictions[row] = prediction

@@ -181,6 +181,8 @@ class HeadResult:
     in_best_set : bool or None
         Whether this may be the best of the results with the same test rows and shots, with 95 % confidence, see
         `pipeline.evaluation.comparisons.may_be_best`; None if there is no other.
+    columns : list of str or None
+        Columns of the table that stand beside the features; None without them.
     """
 
     kind: str
@@ -204,6 +206,7 @@ class HeadResult:
     validation_score: float | None = None
     p_vs_best: float | None = None
     in_best_set: bool | None = None
+    columns: list[str] | None = None
 
     @property
     def validated(self) -> float | None:
@@ -331,6 +334,38 @@ class MultilabelResult(HeadResult):
     micro_f1_ci95: tuple[float, float] | None
     auroc: float | None
     labels: list[LabelScore]
+
+
+@dataclass(frozen=True)
+class ColumnsGain:
+    """What columns of a table add to the features of a layer: one head without them and with them, on the same rows.
+
+    Attributes
+    ----------
+    layer : str
+        Without the columns.
+    metric : str
+        Accuracy if classes are predicted, else what parameters were chosen by.
+    value_without, value_with : float
+        The metric on test, mean over seeds.
+    gain : float
+        How much better the head is with the columns; for errors, by how much they are smaller.
+    gain_ci95 : (float, float) or None
+        Interval of the gain for other test rows, of heads as trained here; None where these rows do not tell it.
+    """
+
+    backbone: str
+    layer: str
+    pool: str
+    columns: list[str]
+    head: str
+    shots: int | str
+    metric: str
+    seeds: int
+    value_without: float
+    value_with: float
+    gain: float
+    gain_ci95: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
@@ -478,7 +513,9 @@ class Prediction:
 
     `probability` is that of `label`, None where the head has none. Of a model for several labels, `label` names those
     that are predicted, with bars between them (a bar alone for none), and `scores` holds the probability, or the
-    distance from the hyperplane, of all. A model for numbers gives a `value`, and no label.
+    distance from the hyperplane, of all. A model for numbers gives a `value`, and no label. `state` is ``"done"``,
+    ``"unreadable"`` for an image that cannot be read, or ``"incomplete"`` for one that lacks columns of a table that
+    the model reads; `reason` says why.
     """
 
     uri: str

@@ -195,7 +195,7 @@ def test_keys_of_a_result_are_the_contract(make_cache: Make) -> None:
     shared = (
         "kind backbone layer pool head params seed shots n_train n_val n_test seconds converged cv n_pool n_groups "
     )
-    shared += "target metric validation_score p_vs_best in_best_set"
+    shared += "target metric validation_score p_vs_best in_best_set columns"
     own = "accuracy accuracy_ci95 mean_per_class_accuracy macro_f1 log_loss ece balanced temperature "
     own += "log_loss_calibrated ece_calibrated validation_accuracy n_effective validation_log_loss leak_price "
     own += "kappa top5_accuracy auroc average_precision"

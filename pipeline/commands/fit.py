@@ -22,7 +22,7 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Train heads on CACHE and measure them on test images."""
     from pipeline.fit import fit as run
     from pipeline.reporting.terminal.neighbour_tables import nearness_table, price_lines
-    from pipeline.reporting.terminal.tables import fit_table, labels_table, seeds_table
+    from pipeline.reporting.terminal.tables import fit_table, gains_table, labels_table, seeds_table
     from pipeline.results import FitResult, MultilabelResult
 
     if plot:
@@ -37,6 +37,7 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
             "notes": report.notes,
             "best": report.best,
             "saved": str(report.saved) if report.saved else None,
+            "gains": report.gains,
         }
         print_json(document | {"plots": drawn} if plot else document)
         return
@@ -53,6 +54,9 @@ def fit(cache: str, plot: Path | None, as_json: bool, **options: Any) -> None:
     if report.summary:
         click.echo()
         print_table(seeds_table(report.summary))
+    if report.gains:
+        click.echo()
+        print_table(gains_table(report.gains))
     if report.saved:
         click.echo(f"model: {report.saved} ({_described(best)})")
     for path in drawn:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -14,22 +12,18 @@ from unicodedata import normalize
 import numpy as np
 from numpy.typing import NDArray
 
-from features_cache import nearest
 from pipeline.arrays import IntArray, StrArray
 from pipeline.errors import TableError
-from pipeline.evaluation.leaks import MOST_NAMED
+from pipeline.evaluation.joined import JoinedColumns, join_columns
+from pipeline.evaluation.keyed import KeyedTable, each_once, key_column, require_columns
 from pipeline.evaluation.targets import BAR, read_answers, some
 from pipeline.options import CLASSIFICATION, MULTILABEL
 from pipeline.spec import fingerprint_of
 from pipeline.tables import SPLIT_WORDS, read_columns, row_number
 
-KEYS = ("uri", "path", "file", "filename", "file_name", "image", "image_id", "id")
-"""Columns that name the images, unless the user says which one does; the first of these counts."""
 TARGET = "label"
 """The column that holds the labels, unless the user says which one does."""
 
-_CHUNK = 1 << 16
-_MISSING, _AMBIGUOUS = -1, -2
 _YES_OR_NO = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no"), False)
 
 
@@ -44,6 +38,8 @@ class RowLabels:
     splits, groups : (n,) str
     notes : tuple of str
         What a user should know about where these came from.
+    joined : JoinedColumns, optional
+        Of rows with a label; other rows hold nothing of meaning.
     """
 
     classes: tuple[str, ...]
@@ -52,6 +48,7 @@ class RowLabels:
     groups: StrArray
     notes: tuple[str, ...] = ()
     values: NDArray[Any] | None = None
+    joined: JoinedColumns | None = None
 
 
 def labels_of(
@@ -65,15 +62,16 @@ def labels_of(
 
 
 @dataclass(frozen=True, eq=False)
-class LabelsTable:
-    """A table that says what is to be predicted of each image that it names; keys are unique.
+class LabelsTable(KeyedTable):
+    """A table that says what is to be predicted of each image that it names.
 
     Parameters
     ----------
-    path : Path
+    path, keys, joined
+        See `pipeline.evaluation.keyed.KeyedTable`.
     target : str
         Name of the column of labels, or the names of several.
-    keys, labels : list of str
+    labels : list of str
         Cells as `pipeline.evaluation.targets.read_answers` takes them; ``""`` is no label.
     splits, groups : list of str, optional
         None where the table has no such column.
@@ -83,9 +81,7 @@ class LabelsTable:
         The names of several columns of 0 and 1, each of them a label.
     """
 
-    path: Path
     target: str
-    keys: list[str]
     labels: list[str]
     splits: list[str] | None
     groups: list[str] | None
@@ -95,14 +91,12 @@ class LabelsTable:
     @cached_property
     def digest(self) -> str:
         """Digest of all that the labels of a cache's rows depend on; the table's name does not count."""
-        told = [self.target, self.keys, self.labels, self.splits, self.groups]
-        return fingerprint_of(told if self.task == CLASSIFICATION else [self.task, self.columns, *told])
+        told: list[Any] = [self.target, self.keys, self.labels, self.splits, self.groups]
+        told = told if self.task == CLASSIFICATION else [self.task, self.columns, *told]
+        return fingerprint_of([*told, self.joined] if self.joined else told)
 
     def join(self, uris: StrArray, splits: StrArray, groups: StrArray) -> RowLabels:
-        """Give labels to rows.
-
-        An image is found by its uri if the table has any of the uris, else by its file name if it has any of these,
-        else by its file name without ending. A name that several images or several keys have labels none of them.
+        """Give labels to rows, and the joined columns; a row with an empty cell in one of these gets no label.
 
         Parameters
         ----------
@@ -116,8 +110,11 @@ class LabelsTable:
         TableError
             If the table names no image at all, or labels none.
         """
-        way, found = self._find(uris)
-        labelled = found >= 0
+        way, found = self.find(uris)
+        incomplete = self.incomplete(found)
+        labelled = (found >= 0) & ~incomplete
+        if not labelled.any() and incomplete.any():
+            raise TableError(f"{self.path}: all images of this source have an empty cell in {', '.join(self.joined)}")
         if not labelled.any():
             raise TableError(
                 f"{self.path}: no {way} in it belongs to exactly one image and one key; name images by their uris, as "
@@ -135,69 +132,24 @@ class LabelsTable:
         columns = {"split": splits, "group": groups}
         for name, column in own.items():
             if column is not None:
-                columns[name] = np.full(len(uris), "", object)
-                columns[name][labelled] = [column[one] for one in found[labelled].tolist()]
-                columns[name] = columns[name].astype(np.str_)
+                columns[name] = np.where(labelled, np.array(column)[np.maximum(found, 0)], "")
         joined = self._joined(way, [name for name, column in own.items() if column is not None])
-        notes = (joined, *self._left_out(uris, found, labels, way), *answers.notes)
-        return RowLabels(answers.classes, labels, columns["split"], columns["group"], notes, values)
-
-    def _find(self, uris: StrArray) -> tuple[str, IntArray]:
-        """Return how images are found, and for each the number of its key, or why it has none."""
-        ways = {"uri": _as_uri, "file name": _file_name, "file name without ending": self._stems(uris)}
-        for way, name_of in ways.items():
-            names = [normalize("NFC", name_of(key)) for key in self.keys]
-            known = dict(zip(names, range(len(names)), strict=True))
-            if len(known) < len(names):
-                known |= {name: _AMBIGUOUS for name, count in Counter(names).items() if count > 1}
-            images = (normalize("NFC", uri if way == "uri" else name_of(uri)) for uri in _texts(uris))
-            found = np.fromiter(map(known.get, images, repeat(_MISSING)), np.int64, len(uris))
-            if (found != _MISSING).any():
-                _, inverse, counts = np.unique(found, return_inverse=True, return_counts=True)
-                found[(counts[inverse] > 1) & (found >= 0)] = _AMBIGUOUS  # several images have the name of one key
-                return way, found
-        raise TableError(
-            f"{self.path} names no image of this source: its first key is {self.keys[0]!r}, and the first image is "
-            f"{str(uris[0])!r}; keys are uris, file names, or file names without ending"
-        )
-
-    @staticmethod
-    def _stems(uris: StrArray) -> Callable[[str], str]:
-        """Return what takes the ending off a file name, if it is one of the images' endings: ``scan.1`` has none."""
-        endings: set[str] = set()
-
-        def stem(key: str) -> str:
-            if not endings:  # looked for only if this is asked
-                endings.update(_ending(uri) for uri in _texts(uris))
-            name = _file_name(key)
-            ending = _ending(name)
-            return name.removesuffix(ending) if ending in endings else name
-
-        return stem
+        without = {f"images have no label in {self.path.name}": labelled & (labels < 0)}
+        notes = (joined, *self.left_out(uris, found, way, without), *answers.notes)
+        table_columns = join_columns(self, found, labels >= 0) if self.joined else None
+        return RowLabels(answers.classes, labels, columns["split"], columns["group"], notes, values, table_columns)
 
     def _joined(self, way: str, also: Sequence[str]) -> str:
         given = f", and so do {' and '.join(f'{name}s' for name in also)}" if also else ""
         return f"labels come from column '{self.target}' of {self.path.name}, joined by {way}{given}"
 
-    def _left_out(self, uris: StrArray, found: IntArray, labels: IntArray, way: str) -> Iterator[str]:
-        """Count the rows and keys that have no partner, and name the first ones."""
-        cases = {
-            f"images are not in {self.path.name}": found == _MISSING,
-            f"images have no label in {self.path.name}": (found >= 0) & (labels < 0),
-            f"images are left out because their {way} is not unique": found == _AMBIGUOUS,
-        }
-        for what, rows in cases.items():
-            if rows.any():
-                yield f"{int(rows.sum())} of {len(uris)} {what}: {some(uris[rows][:MOST_NAMED], int(rows.sum()))}"
-        unused = np.ones(len(self.keys), bool)
-        unused[found[found >= 0]] = False
-        if (count := int(unused.sum())) and not (found == _AMBIGUOUS).any():
-            first = [self.keys[number] for number in np.flatnonzero(unused)[:MOST_NAMED].tolist()]
-            yield f"{count} of {len(self.keys)} keys of {self.path.name} fit no image: {some(first, count)}"
-
 
 def read_labels(
-    path: str | Path, target: str | Sequence[str] | None = None, key: str | None = None, task: str = CLASSIFICATION
+    path: str | Path,
+    target: str | Sequence[str] | None = None,
+    key: str | None = None,
+    task: str = CLASSIFICATION,
+    columns: Sequence[str] = (),
 ) -> LabelsTable:
     """Read a table that says what is to be predicted, with splits and groups where it has columns of these names.
 
@@ -212,38 +164,40 @@ def read_labels(
         The column that names images: by default the first that is called as one of `KEYS`.
     task : str, default "classification"
         One of `pipeline.options.TASKS`.
+    columns : sequence of str, optional
+        Columns to join to features.
 
     Raises
     ------
     TableError
-        If a column is missing, a split is unknown, or an image is named twice with different labels.
+        If a column is missing, or is to be joined and is the key, the target, the split or the group; if a
+        split is unknown, or an image is named twice with different labels.
     """
-    path = Path(path)
+    path, columns = Path(path), tuple(dict.fromkeys(columns))
     targets = tuple(dict.fromkeys((target,) if isinstance(target, str) else target or ()))
     if len(targets) > 1 and task != MULTILABEL:
         raise TableError(f"{path}: several columns are labels of task '{MULTILABEL}'; name one of {some(targets, 1)}")
     roles: dict[str, str] = {}
 
     def choose(header: Sequence[str]) -> list[str]:
-        roles.update(_roles(path, header, targets, key))
-        return list(dict.fromkeys([*roles.values(), *targets]))
+        roles.update(_roles(path, header, targets, key, columns))
+        return list(dict.fromkeys([*roles.values(), *targets, *columns]))
 
-    columns = read_columns(path, choose)
-    found = {role: columns[name] for role, name in roles.items()}
-    if not found["key"]:
-        raise TableError(f"{path}: expected at least one row below the header, found none")
-    if "split" in found:
-        found["split"] = _splits(path, found["split"])
+    found = read_columns(path, choose)
+    if "split" in roles:
+        found[roles["split"]] = _splits(path, found[roles["split"]])
     if len(targets) > 1:
-        roles["target"], found["target"] = ", ".join(targets), _label_sets(path, targets, columns)
-    found = _each_once(path, roles, found)
+        roles["target"] = ", ".join(targets)
+        found[roles["target"]] = _label_sets(path, targets, found)
+    found = each_once(path, roles["key"], {name: found[name] for name in (*roles.values(), *columns)})
     return LabelsTable(
         path,
+        found[roles["key"]],
+        {name: found[name] for name in columns},
         roles["target"],
-        found["key"],
-        found["target"],
-        found.get("split"),
-        found.get("group"),
+        found[roles["target"]],
+        found[roles["split"]] if "split" in roles else None,
+        found[roles["group"]] if "group" in roles else None,
         task,
         tuple(normalize("NFC", name) for name in targets) if len(targets) > 1 else (),
     )
@@ -254,35 +208,39 @@ def find_labels(
     target: str | Sequence[str] | None,
     key: str | None,
     task: str = CLASSIFICATION,
+    columns: Sequence[str] | None = None,
 ) -> LabelsTable | None:
     """Return the table that a stage was asked to take labels from; see `read_labels`."""
     if isinstance(labels, LabelsTable) and labels.task != task:
         raise TableError(f"{labels.path} was read for task '{labels.task}'; read it for task '{task}'")
-    if not isinstance(labels, str | Path) and (target or key):
-        raise TableError(f"{'target' if target else 'key'} names a column of a table; also name that table (labels)")
-    return read_labels(labels, target, key, task) if isinstance(labels, str | Path) else labels
+    if isinstance(labels, LabelsTable) and labels.joined:
+        raise TableError(f"{labels.path} was read with columns to join; give fit its path and the columns")
+    named = {"target": target, "key": key, "with": columns}
+    if not isinstance(labels, str | Path) and (given := next((name for name, one in named.items() if one), None)):
+        raise TableError(f"{given} names a column of a table; also name that table (labels)")
+    return read_labels(labels, target, key, task, columns or ()) if isinstance(labels, str | Path) else labels
 
 
-def _roles(path: Path, header: Sequence[str], targets: Sequence[str], key: str | None) -> dict[str, str]:
+def _roles(
+    path: Path, header: Sequence[str], targets: Sequence[str], key: str | None, joined: Sequence[str]
+) -> dict[str, str]:
     """Return which column is the key, the (first) target, the split and the group."""
-    by_word = {name.lower(): name for name in header}
-    named = some(header, len(header))
-    for asked in (*targets, key):
-        if asked is not None and asked not in header:
-            raise TableError(f"{path} has no column {asked!r}, but {named}{nearest(asked, header)}")
-    free = {word: name for word, name in by_word.items() if name not in targets}
-    found_key = key or next((free[word] for word in KEYS if word in free), None)
-    if found_key is None:
-        raise TableError(f"{path}: say which column names the images (key): {named}")
+    require_columns(path, header, [*targets, *([] if key is None else [key]), *joined])
+    free = {name.lower(): name for name in header if name not in targets}
+    found_key = key_column(path, header, key, targets)
     if found_key in targets:
         raise TableError(f"{path}: column {found_key!r} cannot be both key and target")
     roles = {"key": found_key} | {word: free[word] for word in ("split", "group") if word in free}
-    others = [name for name in header if name not in roles.values()]
+    others = [name for name in header if name not in (*roles.values(), *joined)]
     label = next((name for name in others if name.lower() == TARGET), None)
     found = targets[0] if targets else label or (others[0] if len(others) == 1 else None)
     if found is None:
         raise TableError(f"{path}: say which column holds the labels (target): {some(others, len(others)) or 'none'}")
-    return roles | {"target": found}
+    roles["target"] = found
+    for role, name in [*roles.items(), *(("target", name) for name in targets)]:
+        if name in joined:
+            raise TableError(f"{path}: column {name!r} is the {role} and cannot also be joined to the features")
+    return roles
 
 
 def _label_sets(path: Path, names: Sequence[str], columns: dict[str, list[str]]) -> list[str]:
@@ -310,41 +268,3 @@ def _splits(path: Path, words: list[str]) -> list[str]:
         if meaning is None:
             raise TableError(f"{path}: expected split train, val, test or none, found {word!r}")
     return [*map({word: meaning or "" for word, meaning in meanings.items()}.__getitem__, words)]
-
-
-def _each_once(path: Path, roles: dict[str, str], found: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return the columns with each key once; rows of one key must say the same."""
-    keys = found["key"]
-    different = set(keys)
-    if "" in different:
-        raise TableError(f"{path}: expected the name of an image in column {roles['key']!r} of each row, found none")
-    if len(different) == len(keys):
-        return found
-    last = {key: number for number, key in enumerate(keys)}
-    for number, key in enumerate(keys):
-        for role, column in found.items():
-            if column[number] != column[last[key]]:
-                raise TableError(
-                    f"{path} names {key!r} twice, with {roles[role]} {column[number]!r} and {column[last[key]]!r}; "
-                    "keep the right row"
-                )
-    return {role: [column[number] for number in last.values()] for role, column in found.items()}
-
-
-def _texts(column: StrArray) -> Iterator[str]:
-    for start in range(0, len(column), _CHUNK):  # a list of all would double the memory
-        yield from column[start : start + _CHUNK].tolist()
-
-
-def _as_uri(key: str) -> str:
-    return key.removeprefix("./")
-
-
-def _file_name(key: str) -> str:
-    return key.rpartition("/")[2]
-
-
-def _ending(key: str) -> str:
-    """Return the last dot of a file name and what follows; ``""`` if there is none."""
-    _, dot, ending = _file_name(key).rpartition(".")
-    return f"{dot}{ending}" if dot else ""

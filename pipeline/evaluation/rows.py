@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from features_cache import DONE, PENDING, UNREADABLE, CacheFile, Catalog, LayerInfo, as_float32
 from pipeline.arrays import IntArray
 from pipeline.errors import FitError
+from pipeline.evaluation.joined import JoinedColumns
 from pipeline.evaluation.labels import LabelsTable, labels_of
 from pipeline.evaluation.leaks import NearDuplicates
 from pipeline.options import CLASSIFICATION
@@ -41,6 +42,8 @@ class Table:
         What is predicted, one of `pipeline.options.TASKS`.
     values : (n, K) bool or (n,) float64, optional
         Which of several labels each row has, or its number; `labels` then only tell what splits are stratified by.
+    joined : JoinedColumns, optional
+        Columns of a table of labels that are to be joined to features.
     """
 
     files: tuple[CacheFile, ...]
@@ -56,6 +59,7 @@ class Table:
     near: NearDuplicates | None = None
     task: str = CLASSIFICATION
     values: NDArray[Any] | None = None
+    joined: JoinedColumns | None = None
 
     @property
     def y(self) -> NDArray[Any]:
@@ -70,21 +74,29 @@ class Layer:
     Parameters
     ----------
     name : str
-        ``"blocks.4"``, or ``"blocks.4+input"``.
+        ``"blocks.4"``, or ``"blocks.4+input"``; the names of joined columns follow after a ``+`` each.
     parts : tuple of (CacheFile, LayerInfo)
         In the order in which features are joined.
     table : Table
         Shared by all layers of the same files.
+    joined : JoinedColumns, optional
+        Columns of a table, in the order of the rows of `table`, that stand behind the features.
     """
 
     name: str
     parts: tuple[tuple[CacheFile, LayerInfo], ...]
     table: Table
+    joined: JoinedColumns | None = None
 
     @property
     def dim(self) -> int:
-        """Number of features."""
-        return sum(info.dim for _, info in self.parts)
+        """Number of features, with those of joined columns."""
+        return sum(info.dim for _, info in self.parts) + (self.joined.dim if self.joined else 0)
+
+    @property
+    def unjoined(self) -> str:
+        """Name of the layer without joined columns."""
+        return "+".join(info.name for _, info in self.parts)
 
     def handle(self, key: str) -> str:
         """Return a handle (``"backbone"``, ``"pool"``) of the files, joined with ``+`` if they differ."""
@@ -96,6 +108,8 @@ class Layer:
             as_float32(file.features(info.name, self.table.rows[self.table.files.index(file)][index]))
             for file, info in self.parts
         ]
+        if self.joined is not None:
+            found.append(self.joined.features(index))
         return found[0] if len(found) == 1 else np.hstack(found)
 
     def describe(self) -> list[dict[str, Any]]:
@@ -123,7 +137,7 @@ def select(
     labels: LabelsTable | None = None,
     task: str = CLASSIFICATION,
 ) -> list[Layer]:
-    """Find layers by name.
+    """Find layers by name; if the table has columns to join, each layer comes twice, without them and with them.
 
     Parameters
     ----------
@@ -144,7 +158,7 @@ def select(
     CacheError
         If a layer does not exist, or fits several files.
     FitError
-        If joined files have different classes, or nothing is extracted yet.
+        If joined files have different classes, nothing is extracted yet, or a column to join is called like a layer.
     """
     catalog, older = _by_todays_rules(catalog)
     narrowed = {"source": source, "backbone": backbone, "pool": pool}
@@ -161,7 +175,17 @@ def select(
             tables[key] = replace(table, notes=(*table.notes, *older, *_misread(key)))
         parts = tuple((file, file.layer(name)) for file, name in zip(files, names, strict=True))
         selected.append(Layer(joined, parts, tables[key]))
+        if (columns := tables[key].joined) is not None:
+            selected.append(_with_columns(selected[-1], columns))
     return selected
+
+
+def _with_columns(layer: Layer, joined: JoinedColumns) -> Layer:
+    """Return a layer with columns of a table behind its features."""
+    for name in joined.names:
+        if any(name in file.layers for file, _ in layer.parts):
+            raise FitError(f"column {name!r} of the table is called like a layer of the cache; rename the column")
+    return replace(layer, name="+".join([layer.name, *joined.names]), joined=joined)
 
 
 def pooled(files: Iterable[CacheFile]) -> list[CacheFile]:
@@ -288,6 +312,7 @@ def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None, task: st
         None if labels is None else labels.target,
         task=task if labels is None else labels.task,
         values=None if known.values is None else known.values[kept],
+        joined=None if known.joined is None else known.joined.take(kept),
     )
 
 

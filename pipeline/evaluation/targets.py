@@ -113,9 +113,9 @@ def _read_classes(cells: Sequence[str], where: str) -> Answers:
 def _odd(classes: Sequence[str], labels: IntArray, where: str) -> Iterator[str]:
     """Name classes that look like a missing label, like numbers among words, or like another task."""
     yield from _not_given(classes, where, "class")
-    kinds = Counter(_number(name) is not None for name in classes)
+    kinds = Counter(finite_number(name) is not None for name in classes)
     if len(kinds) > 1:
-        words = [name for name in classes if _number(name) is None]
+        words = [name for name in classes if finite_number(name) is None]
         yield f"{where} mixes numbers with text, each of them a class: {some(words, len(words))}"
     elif kinds[True] and len(classes) > max(MOST_STRATA, int((labels >= 0).sum()) // MOST_STRATA):
         told = f"{where} holds {len(classes)} different numbers, each of them a class"
@@ -170,7 +170,7 @@ def _rarest(values: BoolArray) -> IntArray:
 
 
 def _read_numbers(cells: Sequence[str], where: str) -> Answers:
-    known = {cell: _number(cell) if cell else math.nan for cell in dict.fromkeys(cells)}
+    known = {cell: finite_number(cell) if cell else math.nan for cell in dict.fromkeys(cells)}
     for cell, number in known.items():
         if number is None:
             raise TableError(
@@ -179,17 +179,22 @@ def _read_numbers(cells: Sequence[str], where: str) -> Answers:
             )
     values = np.array([known[cell] for cell in cells], np.float64)
     answered = np.isfinite(values)
-    extent, largest = np.ptp(values[answered]), np.abs(values[answered]).max()
+    require_spread(values[answered], where, "there is nothing to predict")
+    labels = np.full(len(values), -1)
+    labels[answered] = _ranges(values[answered])
+    return Answers((), labels, values)
+
+
+def require_spread(values: Float64Array, where: str, so: str) -> None:
+    """Raise `TableError` if numbers (n,) are all the same, `so` saying what follows, or differ by too little."""
+    extent, largest = np.ptp(values), np.abs(values).max()
     if extent == 0:
-        raise TableError(f"{where} is {values[answered][0]:g} for all images, so there is nothing to predict")
+        raise TableError(f"{where} is {values[0]:g} for all images, so {so}")
     if extent < LEAST_RANGE * largest:
         raise TableError(
             f"{where}: the numbers differ by {extent:.3g} at most, which is too little beside {largest:.3g}; "
             "subtract a constant, such as the smallest"
         )
-    labels = np.full(len(values), -1)
-    labels[answered] = _ranges(values[answered])
-    return Answers((), labels, values)
 
 
 def _ranges(values: Float64Array) -> IntArray:
@@ -200,7 +205,7 @@ def _ranges(values: Float64Array) -> IntArray:
     return ranks * count // len(values)
 
 
-def _number(text: str) -> float | None:
+def finite_number(text: str) -> float | None:
     """Return the finite number that a text is; None if it is none."""
     try:
         found = float(text)

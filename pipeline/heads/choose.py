@@ -17,6 +17,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.evaluation.bootstrap import mean_known
 from pipeline.evaluation.calibration import useful_temperature
+from pipeline.evaluation.joined import Moments
 from pipeline.evaluation.metrics import OF_SCORES, rate
 from pipeline.evaluation.multilabel import EVEN, best_thresholds, rate_labels
 from pipeline.evaluation.regression import rate_numbers
@@ -26,6 +27,11 @@ from pipeline.heads.solvers.blocks import StreamedRows, by_blocks
 from pipeline.heads.solvers.span import Span, find_span
 from pipeline.options import CLASSIFICATION
 from pipeline.results import LOWER_IS_BETTER
+
+COLUMNS_LENGTH = 0.2
+"""How long joined columns are on average beside features of length 1, which differ by far less than their length."""
+
+_TABLE = "table"
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class Scaled:
     train : (n, d) float32
     held : (m, d) float32
     scaler : StandardScaler, Normalizer, ColumnTransformer or None
-        Fitted on the training rows; the third has a `Normalizer` for each of several joined layers.
+        Fitted on the training rows; the third has a `Normalizer` for each of several joined layers, and a
+        `StandardScaler` for joined columns.
     span : Span or None
         Of the training rows, if it was asked for and is narrower than d.
     """
@@ -90,7 +97,15 @@ class Choice:
     thresholds: Float64Array | None = None
 
 
-def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: bool, dims: Sequence[int] = ()) -> Scaled:
+def scale(
+    scaling: str,
+    train: Float32Array,
+    held: Float32Array,
+    *,
+    rotated: bool,
+    dims: Sequence[int] = (),
+    joined: Moments | None = None,
+) -> Scaled:
     """Scale `train` (n, d) and `held` (m, d) by statistics of `train`; both may be overwritten.
 
     Streamed rows are read once for means and variances, and scaled whenever they are read.
@@ -103,32 +118,48 @@ def scale(scaling: str, train: Float32Array, held: Float32Array, *, rotated: boo
         Whether to find the span of `train`; not of streamed rows.
     dims : sequence of int, optional
         Number of features of each layer that a row joins.
+    joined : Moments, optional
+        Of the columns behind these features, in the rows of `train`.
     """
-    scaler = _scaler(scaling, dims)
+    scaler = _scaler(scaling, dims, joined)
+    if scaling == "standard":
+        for block in train.map(lambda _, rows: rows) if isinstance(train, StreamedRows) else [train]:
+            scaler.partial_fit(block)
+    elif scaler is not None:
+        scaler.fit(np.array(train[:1]))  # which learns how many features there are
+    if joined is not None:
+        _set_moments(scaler, scaling, joined)
     if isinstance(train, StreamedRows) and isinstance(held, StreamedRows):
-        if scaling == "standard":
-            for block in train.map(lambda _, rows: rows):
-                scaler.partial_fit(block)
-        elif scaler is not None:
-            scaler.fit(np.asarray(train[:1]))
         in_place = _in_place(copy.deepcopy(scaler))
         train, held = train.scaled_by(in_place), held.scaled_by(in_place)
     elif scaler is not None:
-        train = scaler.fit_transform(train)
-        held = scaler.transform(held)
+        train, held = scaler.transform(train), scaler.transform(held)
     if scaler is not None:
         _set_copy(scaler)
     return Scaled(train, held, scaler, find_span(train) if rotated else None)
 
 
-def _scaler(scaling: str, dims: Sequence[int]) -> Any:
-    """Return a scaler that overwrites its rows, None for ``"none"``."""
-    if scaling != "l2" or len(dims) < 2:
+def _scaler(scaling: str, dims: Sequence[int], joined: Moments | None) -> Any:
+    """Return a scaler that overwrites its rows, None if it would do nothing."""
+    if scaling == "none" and joined is not None:
+        return StandardScaler(copy=False)
+    if scaling != "l2" or (len(dims) < 2 and joined is None):
         return {"standard": StandardScaler, "l2": Normalizer, "none": lambda copy: None}[scaling](copy=False)
     ends = np.cumsum(dims).tolist()
     layers = [(str(end), Normalizer(copy=False), slice(end - dim, end)) for end, dim in zip(ends, dims, strict=True)]
-    equal = {name: len(dims) ** -0.5 for name, _, _ in layers}
-    return ColumnTransformer(layers, transformer_weights=equal)
+    weights = {name: len(dims) ** -0.5 for name, _, _ in layers}
+    if joined is not None:
+        layers.append((_TABLE, StandardScaler(copy=False), slice(ends[-1], ends[-1] + len(joined.mean))))
+        weights[_TABLE] = COLUMNS_LENGTH * joined.columns**-0.5
+    return ColumnTransformer(layers, transformer_weights=weights)
+
+
+def _set_moments(scaler: Any, scaling: str, joined: Moments) -> None:
+    """Give a fitted scaler what standardises joined columns, which stand behind the features."""
+    own = scaler.named_transformers_[_TABLE] if isinstance(scaler, ColumnTransformer) else scaler
+    if scaling == "none":
+        own.mean_, own.scale_ = np.zeros_like(own.mean_), np.ones_like(own.scale_)
+    own.mean_[-len(joined.mean) :], own.scale_[-len(joined.mean) :] = joined.mean, joined.scale
 
 
 def _in_place(scaler: Any) -> Callable[[Float32Array], Float32Array]:

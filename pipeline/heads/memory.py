@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import FitError
 from pipeline.heads.registry import FAMILIES_OF
-from pipeline.heads.trial import MOST_FOLDS, Trial
+from pipeline.heads.trial import MOST_FOLDS, Trial, has_statistics
 
 _PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 _GROUPS = {
@@ -66,7 +66,7 @@ def memory_of_trial(trial: Trial, *, shared: bool) -> int:
     """Return about how many bytes a trial takes if all of its rows are in memory, and `shared` with several workers."""
     (data, head), splits = trial, trial.data.splits
     known = len(splits.train) + len(splits.val)
-    copies = 1 if splits.val.size and head.scaling != "standard" else 2 if splits.val.size else 1 + MOST_FOLDS
+    copies = 1 + (int(has_statistics(head.scaling, data.layer.joined)) if splits.val.size else MOST_FOLDS)
     copies = min(copies, 2) if is_wide(trial) else copies  # folds of wide rows keep them in their span
     scores = _OF_CLASS * len(data.layer.table.classes) if head.family.linear else 0
     row = 4 * data.layer.dim

@@ -171,6 +171,7 @@ def _tasks(
                 rotated=rotated,
                 seed=data.seed,
                 dims=dims,
+                joined=data.layer.joined,
             )
         how: Any = {"task": table.task, "balanced": balanced, "metric": metric, "keep": keep}
         yield joblib.delayed(run_trial)(head, prepared[scaling, rotated], len(table.classes), **how)

@@ -23,6 +23,7 @@ from features_cache import parse_json
 from pipeline.arrays import Float32Array, Float64Array
 from pipeline.errors import BackboneError, FitError, ModelFileError
 from pipeline.evaluation.calibration import tempered
+from pipeline.evaluation.joined import JoinedColumn, is_joined_column
 from pipeline.heads.family import Family
 from pipeline.heads.registry import find_head
 from pipeline.model_file import TASK_DEFAULTS, ModelFormat, check_destination, fits_task, named, reading, writing
@@ -42,10 +43,11 @@ FORMAT = ModelFormat(
         "versions": dict,
         "task": str,
         "thresholds": list | None,
+        "columns": list,
     },
     libraries=("thawline", "scikit-learn", "numpy", "skops"),
     remedy="fit and save it again",
-    defaults=TASK_DEFAULTS,
+    defaults={**TASK_DEFAULTS, "columns": []},
 )
 _DESCRIPTION = "thawline.json"
 _CLASSES = frozenset(
@@ -65,7 +67,8 @@ class SavedModel:
     Parameters
     ----------
     pipeline : Pipeline
-        Scaler (where there is one) and estimator; takes features (n, d), gives class numbers, labels or numbers.
+        Scaler (where there is one) and estimator; takes features (n, d), with joined columns behind them, gives class
+        numbers, labels or numbers.
     head : str
         Name of the head, such as ``"logreg"``.
     params : dict
@@ -83,6 +86,8 @@ class SavedModel:
         What it predicts, one of `pipeline.options.TASKS`.
     thresholds : list of float or None
         Scores from which on each of several labels is predicted.
+    columns : list of dict
+        Columns of a table that stand behind the features: ``name``, and ``categories`` or None for numbers.
     versions : dict of str to str
         Libraries it was made with; `save_model` fills them in.
     """
@@ -96,6 +101,7 @@ class SavedModel:
     metrics: dict[str, Any]
     task: str = CLASSIFICATION
     thresholds: list[float] | None = None
+    columns: list[dict[str, Any]] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -108,13 +114,18 @@ class SavedModel:
                 f"the model does not say how its layers were extracted: {error}; {FORMAT.remedy}"
             ) from error
 
+    @property
+    def joined(self) -> list[JoinedColumn]:
+        """The columns of a table that stand behind the features."""
+        return [JoinedColumn.from_json(told) for told in self.columns]
+
     def predict(self, features: NDArray[np.floating[Any]]) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
         """Label rows of features.
 
         Parameters
         ----------
         features : (n, d) float
-            The layers' features side by side; d is the sum of their dims.
+            The layers' features side by side, then those of joined columns; d is the sum of their dims.
 
         Returns
         -------
@@ -160,11 +171,12 @@ class SavedModel:
 
     def _scaled(self, features: NDArray[np.floating[Any]]) -> tuple[Float32Array, Any, Family]:
         """Return what the estimator reads, the estimator, and its family."""
-        expected = sum(layer["dim"] for layer in self.layers)
+        expected = sum(layer["dim"] for layer in self.layers) + sum(column.dim for column in self.joined)
         if features.shape[1] != expected:
+            names = [*(layer["spec"]["layer"] for layer in self.layers), *(column.name for column in self.joined)]
             raise ModelFileError(
-                f"the model takes {expected} features of {'+'.join(layer['spec']['layer'] for layer in self.layers)}, "
-                f"got {features.shape[1]}; extract the layers it names"
+                f"the model takes {expected} features of {'+'.join(names)}, got {features.shape[1]}; "
+                "extract the layers it names"
             )
         features = features.astype(np.float32, copy=False)
         rows = self.pipeline[:-1].transform(features) if len(self.pipeline) > 1 else features
@@ -218,6 +230,8 @@ def load_model(path: str | Path) -> SavedModel:
     fields = FORMAT.read_fields(path, description)
     if not fields["layers"] or not all(map(_is_layer, fields["layers"])):
         raise FORMAT.lacks(path, "layers")
+    if not all(map(is_joined_column, fields["columns"])):
+        raise FORMAT.lacks(path, "columns")
     if not fits_task(fields):
         raise FORMAT.lacks(path, "task", "thresholds")
     try:

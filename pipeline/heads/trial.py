@@ -19,9 +19,19 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.evaluation.folds import stratified_folds
+from pipeline.evaluation.joined import JoinedColumns
 from pipeline.evaluation.split_layers import SplitLayer
 from pipeline.evaluation.splits import Splits
-from pipeline.heads.choose import Choice, Fold, Scaled, default_threshold, make_fold, scale, search, train_final
+from pipeline.heads.choose import (
+    Choice,
+    Fold,
+    Scaled,
+    default_threshold,
+    make_fold,
+    scale,
+    search,
+    train_final,
+)
 from pipeline.heads.family import Family, Params
 from pipeline.heads.registry import Head
 from pipeline.heads.solvers.blocks import by_blocks
@@ -123,6 +133,7 @@ def prepare_trial(
     rotated: bool,
     seed: int,
     dims: Sequence[int] = (),
+    joined: JoinedColumns | None = None,
 ) -> Prepared:
     """Read and scale the rows of a split.
 
@@ -145,6 +156,8 @@ def prepare_trial(
         Draws the folds.
     dims : sequence of int, optional
         Number of features of each layer that a row joins.
+    joined : JoinedColumns, optional
+        Columns that stand behind these features.
     """
     began = time.perf_counter()
     train, val, test = splits.train, splits.val, splits.test
@@ -158,13 +171,19 @@ def prepare_trial(
         pairs = [(train[a], train[b]) for a, b in folded]
 
     def scaled(a: IntArray, b: IntArray) -> Scaled:
-        return scale(scaling, features(a), features(b), rotated=rotated, dims=dims)
+        moments = None if joined is None else joined.moments(a)
+        return scale(scaling, features(a), features(b), rotated=rotated, dims=dims, joined=moments)
 
-    shared = bool(val.size) and scaling != "standard" and not rotated
+    shared = bool(val.size) and not rotated and not has_statistics(scaling, joined)
     folds = () if shared else tuple(make_fold(scaled(a, b), y[a], y[b]) for a, b in pairs)
     known = np.concatenate([train, val])
     final = scaled(known, test)
     return Prepared(folds, final, y[known], time.perf_counter() - began, len(train) if shared else None)
+
+
+def has_statistics(scaling: str, joined: JoinedColumns | None) -> bool:
+    """Tell whether rows are scaled by what other rows are, so that each fold needs rows of its own."""
+    return scaling == "standard" or joined is not None
 
 
 def run_trial(

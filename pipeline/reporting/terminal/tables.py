@@ -15,6 +15,7 @@ from pipeline.evaluation.wording import METRIC_TITLES, four_digits, metric_text
 from pipeline.options import METRICS_OF, MULTILABEL, REGRESSION
 from pipeline.results import (
     Agreement,
+    ColumnsGain,
     DriftResult,
     ExtractResult,
     FitResult,
@@ -88,6 +89,30 @@ def labels_table(result: MultilabelResult) -> Table:
     title = f"labels by {result.head} on {result.layer}, {result.n_test} test images"
     columns = ("label", "test images", "average precision", "95 % interval", "F1", "threshold")
     return rows_table(columns, rows, title)
+
+
+def gains_table(gains: Sequence[ColumnsGain]) -> Table:
+    """One row for each head and layer that was trained without joined columns and with them."""
+    settings = _columns(gains, "layer", "shots")
+    shared = [name for name, cells in settings.items() if len(set(cells)) == 1]
+    named = METRIC_TITLES[gains[0].metric]
+    columns = {name: cells for name, cells in settings.items() if name not in shared} | {
+        "head": [one.head for one in gains],
+        f"{named} without": [metric_text(one.metric, one.value_without) for one in gains],
+        "with": [metric_text(one.metric, one.value_with) for one in gains],
+        "gain": [_signed(one.metric, one.gain) for one in gains],
+        "95 % interval": [
+            "-" if one.gain_ci95 is None else " to ".join(_signed(one.metric, end) for end in one.gain_ci95)
+            for one in gains
+        ],
+    }
+    told = "".join(f", {name} {settings[name][0]}" for name in shared)
+    rows = list(zip(*columns.values(), strict=True))
+    return rows_table(columns, rows, f"gained by {', '.join(gains[0].columns)} on the same test images{told}")
+
+
+def _signed(metric: str, value: float) -> str:
+    return f"{'' if value < 0 else '+'}{metric_text(metric, value)}"
 
 
 def finetune_table(results: Sequence[TunedResult]) -> Table:
@@ -259,7 +284,7 @@ def prediction_table(predictions: Sequence[Prediction], target: str, most: int =
     rows = []
     for prediction in predictions[:most]:
         told = prediction.label if prediction.value is None else four_digits(prediction.value)
-        rows.append((prediction.uri, told or f"unreadable: {prediction.reason}", _certainty(prediction)))
+        rows.append((prediction.uri, told or f"{prediction.state}: {prediction.reason}", _certainty(prediction)))
     if len(predictions) > most:
         rows.append((f"… and {len(predictions) - most} more; --csv has all", "", ""))
     heading = "score" if any(one.scores for one in predictions) else "probability"
@@ -280,7 +305,7 @@ def count_table(predictions: Iterable[Prediction], target: str) -> Table:
     """How many images got each label."""
     counts: Counter[str] = Counter()
     for prediction in predictions:
-        label = prediction.label or "(unreadable)"
+        label = prediction.label or f"({prediction.state})"
         counts.update([label] if prediction.scores is None or label == BAR else label.split(BAR))
     return rows_table((target, "images"), [(label, str(count)) for label, count in counts.most_common()])
 
