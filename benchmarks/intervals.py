@@ -322,7 +322,9 @@ def table_of(title: str, rows: list[Row], good: Callable[[float], bool]) -> Tabl
 
 
 @click.command()
-@click.option("--draws", default=4000, show_default=True, help="Simulated test sets a setting; a twentieth where each takes long.")
+@click.option(
+    "--draws", default=4000, show_default=True, help="Simulated test sets a setting; a twentieth where each takes long."
+)
 @click.option("--curves", multiple=True, type=click.Path(path_type=Path), help="What fit --json printed.")
 def main(draws: int, curves: tuple[Path, ...]) -> None:
     """Print tables and a JSON line."""

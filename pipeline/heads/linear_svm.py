@@ -28,6 +28,8 @@ FINAL_TOLERANCE = 1e-7
 """The same of a final fit."""
 _ROUNDING = 1e-9
 """The same in units of the objective, where its penalty is tiny."""
+_LITTLE = 1e-4
+"""The same where rounding ends a fit that has converged."""
 _MOST_PASSES = 1000
 _INEXACT = 0.1
 """A step is exact enough once its residual, in units of curvature, is this share of the gradient."""
@@ -150,7 +152,7 @@ class _SquaredHinge:
                     break
                 sizes[short] /= 2
             weights[left], scores[:, left] = tried, there
-            stuck |= bool(np.any(short & (falls[more] > 1e-4 * values)))
+            stuck |= bool(np.any(short & (falls[more] > _LITTLE * values)))
             left = left[~short]
         return weights, False
 
