@@ -43,7 +43,6 @@ class LinearSvm(LinearFamily):
     """Scikit-learn's `LinearSVC`: squared hinge loss, one class against the rest, penalised intercept."""
 
     cost = 1.5e-5
-    memory = 0.2
 
     def path(
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
@@ -170,7 +169,7 @@ class _SquaredHinge:
 
         The parabola's curvature is 1 and that of each row (n, k). Nothing is done for residuals far below `enough`.
         """
-        units = 1 / (1 + curvature.mean(axis=0, dtype=np.float64)[:, None] * self.spread)
+        units = 1 / (1 + curvature.sum(axis=0, dtype=np.float64)[:, None] * self.spread)
 
         def in_units(residual: Float64Array, which: IntArray) -> Float64Array:
             return np.asarray(((residual @ self.axes) * units[which]) @ self.axes.T)
