@@ -124,6 +124,24 @@ def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
         assert found.coef_ == pytest.approx(exact.coef_, abs=0.02 * float(np.abs(exact.coef_).max()))
 
 
+def test_linear_svm_is_the_optimum_where_c_is_large() -> None:
+    fold, _, _ = digits(400)
+    svm, y = find_head("linear_svm").family, (fold.y > 4).astype(np.int64)
+    rows = np.hstack([fold.train, np.ones((400, 1))])
+
+    def value(weights: np.ndarray) -> float:
+        return float(weights @ weights / 2 + 1e3 * np.square(np.maximum(1 - (2 * y - 1) * (rows @ weights), 0)).sum())
+
+    exact = LinearSVC(C=1e3, tol=1e-8, max_iter=10_000, dual=False).fit(fold.train.astype(float), y)
+    best = value(np.append(exact.coef_[0], exact.intercept_))
+    found = svm.fit({"C": 1e3}, fold.train, y)
+    assert found.converged
+    assert value(np.append(found.estimator.coef_[0], found.estimator.intercept_)) <= best * (1 + 1e-5)
+    *_, step = svm.path([{"C": c} for c in np.logspace(-2, 3, 21)], fold.train, y, fold.train)
+    assert step.scores is not None
+    assert 1e3 * np.square(np.maximum(1 - (2 * y - 1) * step.scores()[:, 0], 0)).sum() <= best * (1 + 1e-4)
+
+
 def test_ridge_path_is_the_classifier_alpha_by_alpha() -> None:
     fold, _, _ = digits(400)
     ridge = find_head("ridge").family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -29,3 +30,9 @@ class LinearFamily(Family):
     def hyperplanes(self, estimator: Any) -> Hyperplanes:
         """Return coefficients and intercepts, for two classes those of the second beside zeros."""
         return of_each_class(estimator.coef_, estimator.intercept_)
+
+
+def decades(c: float, most: float = 1) -> list[float]:
+    """Return `c` alone if it is at most `most`, otherwise values that rise to it by factors of ten from below that."""
+    below = max(math.ceil(math.log10(c / most)), 0)
+    return [c / 10**power for power in range(below, -1, -1)]

@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 
 from pipeline.arrays import Float32Array, Float64Array, FloatArray, IntArray
 from pipeline.heads.family import Family, Fitted, Params, Step, Weights
-from pipeline.heads.linear import LinearFamily
+from pipeline.heads.linear import LinearFamily, decades
 from pipeline.heads.solvers.blocks import RowBlocks, StreamedRows, sum_blocks
 from pipeline.heads.solvers.device import DeviceRows
 from pipeline.heads.solvers.spectrum import find_spectrum
@@ -203,12 +203,6 @@ def find_optimum(loss: Loss, c: float) -> tuple[Float64Array, int, bool]:
     For C above 1 this goes up in factors of ten. Starting from the class shares would end far from the optimum, because
     the loss is nearly flat once the classes are separated.
     """
-    weights, steps, _ = deque(follow(loss, _decades(c), relative=True), maxlen=1).pop()
+    weights, steps, _ = deque(follow(loss, decades(c), relative=True), maxlen=1).pop()
     weights, more, converged = loss.in_float64().minimise(c, weights, relative=True)
     return weights, steps + more, converged
-
-
-def _decades(c: float) -> list[float]:
-    """Return `c` alone if it is at most 1, otherwise values that rise to it by factors of ten."""
-    below = max(math.ceil(math.log10(c)), 0)
-    return [c / 10**power for power in range(below, -1, -1)]
