@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.comparing.answer import answer, extraction_seconds
+from pipeline.comparing.answer import Answer, answer, extraction_seconds
 from pipeline.comparing.check import (
     check_finetunes,
     check_heads,
@@ -97,8 +97,11 @@ def compare(
         with comparison.folder.claim():
             with _noted(comparison, started):
                 run(comparison)
-            _write_report(comparison)
-    return _summarise(comparison, other, started)
+            answers = _answers(comparison)
+            _write_report(comparison, answers)
+    else:
+        answers = _answers(comparison)
+    return _summarise(comparison, answers, other, started)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,14 @@ def _noted(comparison: Comparison, started: float) -> Iterator[None]:
         folder.write_csv()
 
 
-def _write_report(comparison: Comparison) -> None:
+def _answers(comparison: Comparison) -> list[Answer]:
+    """Say what the results show, for each source."""
+    folder = comparison.folder
+    extraction = extraction_seconds(folder.read_info())
+    return [answer(board, folder.predictions, extraction) for board in leaderboards(folder.results.values())]
+
+
+def _write_report(comparison: Comparison, answers: Sequence[Answer]) -> None:
     """Write the report, unless there are no results."""
     from pipeline.reporting.page.report import Seen, render
 
@@ -208,14 +218,14 @@ def _write_report(comparison: Comparison) -> None:
                 f"{comparison.folder.path / 'results.jsonl'} has a result of the source {result.source!r:.80}, "
                 "which the plan does not have; remove its line"
             )
-    comparison.folder.write("report.html", render(comparison.folder, comparison.plan.text, seen))
+    comparison.folder.write("report.html", render(comparison.folder, comparison.plan.text, seen, answers))
 
 
-def _summarise(comparison: Comparison, other: RunFolder | None, started: float) -> CompareReport:
+def _summarise(
+    comparison: Comparison, answers: Sequence[Answer], other: RunFolder | None, started: float
+) -> CompareReport:
     folder = comparison.folder
     results = list(folder.results.values())
-    extraction = extraction_seconds(folder.read_info())
-    answers = [answer(board, folder.predictions, extraction) for board in leaderboards(results)]
     names = {"results": "results.jsonl", "table": "results.csv", "report": "report.html"}
     return CompareReport(
         results=results,

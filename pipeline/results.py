@@ -279,15 +279,16 @@ class RegressionResult(HeadResult):
     ----------
     r2 : float or None
         Share of the variance of the test rows' numbers that is explained; None if these are all the same.
-    rmse, mae : float
-        Root of the mean squared error, and mean absolute error, in the units of the target.
+    rmse, mae : float or None
+        Root of the mean squared error, and mean absolute error, in the units of the target; None if a prediction is
+        not finite.
     """
 
     r2: float | None
     r2_ci95: tuple[float, float] | None
-    rmse: float
+    rmse: float | None
     rmse_ci95: tuple[float, float] | None
-    mae: float
+    mae: float | None
     mae_ci95: tuple[float, float] | None
 
 

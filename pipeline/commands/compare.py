@@ -31,12 +31,13 @@ def compare(plan: str, output: str, dry_run: bool, against: Path | None, as_json
     if as_json:
         print_json(vars(report) | {"results": [result.to_json() for result in report.results]})
     else:
-        print_table(score_table(report.results, report.best_sets))
-        click.echo("\n" + "\n".join(report.answer))
+        if report.results:
+            print_table(score_table(report.results, report.best_sets))
+            click.echo("\n" + "\n".join(report.answer))
         click.echo(f"\n{report.computed} results are new, {report.reused} were there; {report.seconds:.1f} s")
         for line in against_lines(report.against):
             click.echo(line)
-        for name, path in report.files.items():
+        for name, path in report.files.items() if report.results else ():
             click.echo(f"{name}: {path}")
     for failure in report.failures:
         click.echo(f"failed: {failure.job}: {failure.reason}", err=True)

@@ -105,11 +105,12 @@ def _compare_both(
         _describe("The best frozen head", frozen, board, extraction),
         _describe("The best fine-tuning", tuned, board, extraction),
     ]
-    if paired is None:
+    if paired is None and frozen.value != tuned.value:
         headline = "These test images cannot compare the two"
     else:
-        sentences += _verdict(paired, max(len(frozen.by_seed), len(tuned.by_seed)))
         headline = _headline(paired, costs)
+    if paired is not None:
+        sentences += _verdict(paired, max(len(frozen.by_seed), len(tuned.by_seed)))
     sentences += _say_best(best_sets.get(frozen.shots)) + _crossing(board, frozen, tuned, read)
     sentences += _forecast(board, [frozen, tuned]) + _overtaking(board, frozen, tuned, paired)
     return Answer(headline, sentences, frozen, tuned, _facts(frozen, tuned, paired), best_sets)
@@ -130,8 +131,9 @@ def _extraction_of(score: MethodScore, extraction: ExtractionTimes) -> float:
     return 0.0 if whole else extraction.get((score.first.source, score.method.backbone), 0.0)
 
 
-def _headline(paired: Paired, costs: tuple[float, float]) -> str:
-    if not paired.is_real:
+def _headline(paired: Paired | None, costs: tuple[float, float]) -> str:
+    """Say which to take; without a comparison both are equally good on test."""
+    if paired is None or not paired.is_real:
         ratio = costs[1] / max(costs[0], 1e-9)
         if ratio >= 1.5:
             return f"Freeze: fine-tuning is not measurably better here, and takes {ratio:.0f} times as long"
@@ -144,7 +146,7 @@ def _headline(paired: Paired, costs: tuple[float, float]) -> str:
 
 def _describe(what: str, score: MethodScore, board: Leaderboard, extraction: ExtractionTimes) -> str:
     rivals = board.at(score.shots, score.method.kind)
-    how = "on validation" if is_validated(rivals) else f"by test {score.measure.title}, so expect less on new images"
+    how = "on validation" if is_validated(rivals) else f"by test {score.measure.title}, so expect worse on new images"
     chosen = f" (chosen from {len(rivals)} {how})" if len(rivals) > 1 else ""
     seeds = f" (mean of {len(score.by_seed)} seeds)" if len(score.by_seed) > 1 else ""
     grouped = f" in {score.n_groups} groups" if score.n_groups and score.n_groups < score.n_test else ""
@@ -269,8 +271,8 @@ def _facts(first: MethodScore, second: MethodScore | None, paired: Paired | None
     for score in (first, second):
         if score is not None:
             kind = "frozen" if score.method.is_frozen else "fine-tuned"
-            interval = score.measure.interval_text(score.interval)
-            found.append((kind, score.measure.text(score.value), f"{score.name}; {interval.removesuffix(' %')}"))
+            interval = f"; {score.measure.interval_text(score.interval)}" if score.interval else ""
+            found.append((kind, score.measure.text(score.value), f"{score.name}{interval.removesuffix(' %')}"))
     if paired is not None:
         text, verdict = paired.measure.difference_text, "real" if paired.is_real else "may be chance"
         what = f"difference, {paired.measure.unit or paired.measure.title}"

@@ -66,10 +66,7 @@ def _label(images: ImageSource, labels: LabelsTable | None, task: str) -> ImageS
         return images
     rows = images.items.rows
     uris, splits, groups = (np.array(np.asarray(some).tolist()) for some in (rows.uris, rows.splits, rows.groups))
-    if labels is None:
-        known = labels_of(images.classes, np.asarray(rows.labels), splits, groups, task)
-    else:
-        known = labels.join(uris, splits, groups)
+    known = labels_of(labels, uris, images.classes, np.asarray(rows.labels), splits, groups, task)
     told: dict[str, Any] = {"splits": known.splits.astype(TEXT), "groups": known.groups.astype(TEXT)}
     told["labels"] = known.labels if task == CLASSIFICATION else np.minimum(known.labels, 0)
     return replace(images, classes=known.classes, items=Items(replace(rows, **told)))
@@ -96,8 +93,10 @@ def check_heads(plan: Plan) -> None:
 def _check_options(plan: Plan, line: PlanTable, of_classes: Mapping[str, Any]) -> None:
     """Raise `PlanError` for an option that is given although it is only for classes."""
     for name, given in of_classes.items():
-        with errors_at(plan, line, name.replace("_", "-")):
-            check_task(plan.task, None, **{name: given})
+        key = name.replace("_", "-")
+        own = key in plan.meaning[line.table][line.place]
+        with errors_at(plan, line if own else None, key):
+            check_task(plan.task, None, **{key: given})
 
 
 def sketch_features(plan: Plan, extraction: Extraction) -> Features:

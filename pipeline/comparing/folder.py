@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from features_cache import WriterLock, atomic_write, nearest, open_own, parse_json
 from pipeline.errors import RunFolderError
@@ -205,6 +206,7 @@ class RunFolder:
 
     def append(self, result: JobResult, predictions: Predictions) -> None:
         """Keep a finished result; on return it is on disk."""
+        kept = JobResult.from_json(result.to_json())  # as a later run reads it
         columns: dict[str, Any] = {"uris": predictions.uris, "y_true": predictions.y_true, "y_pred": predictions.y_pred}
         if predictions.probability is not None:
             columns["probability"] = predictions.probability.astype(np.float32)
@@ -212,12 +214,12 @@ class RunFolder:
             columns["groups"] = predictions.groups
         if result.task != CLASSIFICATION:
             given = {name: getattr(predictions, name) for name in _OF_VALUES}
-            columns |= {name: column for name, column in given.items() if column is not None}
+            columns |= {name: _half(column) for name, column in given.items() if column is not None}
         with _explained(self.path, "write"):
             with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
             _append(self._lines, [result])
-        self.results[result.key] = JobResult.from_json(result.to_json())  # as a later run reads it
+        self.results[result.key] = kept
 
     def keep_only(self, keys: Iterable[str]) -> None:
         """Move results of jobs that the plan no longer has, or whose images changed, to `superseded.jsonl`."""
@@ -298,6 +300,11 @@ class RunFolder:
                 os.ftruncate(descriptor, len(content) - len(torn))
             finally:
                 os.close(descriptor)
+
+
+def _half(column: NDArray[Any]) -> NDArray[Any]:
+    """Return scores as float32, which take half the space; other columns as they are."""
+    return column.astype(np.float32) if column.dtype == np.float64 else column
 
 
 def _check(found: Predictions, job: JobResult) -> None:

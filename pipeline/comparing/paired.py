@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from pipeline.arrays import IntArray, StrArray
+from pipeline.arrays import BoolArray, IntArray, StrArray
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Leaderboard, Method, MethodScore, best_of, is_validated, leaderboards
 from pipeline.evaluation.bootstrap import Redrawn, compare_redrawn, lead
@@ -160,14 +160,17 @@ def _describe(a: MethodScore, said: Sequence[Predictions], of_seeds: Sequence[fl
     }
 
 
-@lru_cache(maxsize=64)  # a method is compared with many others
+@lru_cache(maxsize=16)  # the leading methods are compared with each other
 def _redraw(task: str, metric: str, *said: Predictions) -> Redrawn:
     """Return a metric of what a method predicted with each seed, on test images that are drawn again."""
     return (redraw_numbers if task == REGRESSION else redraw_labels)(metric, said)
 
 
 def _shared(scores: Sequence[MethodScore], reads: Sequence[ReadPredictions]) -> list[list[Predictions]]:
-    """Return what each method predicted on the test images that all share, for each seed that has such images."""
+    """Return what each method predicted on the test images that all share, for each seed that has such images.
+
+    An image of which two methods were told different answers is not shared.
+    """
     seeds = sorted(set.intersection(*(set(score.by_seed) for score in scores)))
     found: list[list[Predictions]] = [[] for _ in scores]
     for seed in seeds:
@@ -176,10 +179,22 @@ def _shared(scores: Sequence[MethodScore], reads: Sequence[ReadPredictions]) -> 
         for other in said[1:]:
             if not np.array_equal(uris, other.uris):
                 uris = np.intersect1d(uris, other.uris)
-        if uris.size:
+        said = [one if np.array_equal(one.uris, uris) else one.take(_rows_of(one.uris, uris)) for one in said]
+        alike = _told_alike(said)
+        if alike.any():
             for own, one in zip(found, said, strict=True):
-                own.append(one if np.array_equal(one.uris, uris) else one.take(_rows_of(one.uris, uris)))
+                own.append(one if alike.all() else one.take(np.flatnonzero(alike)))
     return found
+
+
+def _told_alike(said: Sequence[Predictions]) -> BoolArray:
+    """Return for which rows (n,) all methods were told the same answer."""
+    first, alike = said[0].y_true, np.ones(len(said[0].uris), bool)
+    for other in said[1:]:
+        if other.y_true.shape[1:] != first.shape[1:]:  # other labels
+            return np.zeros_like(alike)
+        alike &= (other.y_true == first).reshape(len(alike), -1).all(axis=1)
+    return alike
 
 
 def _rows_of(names: StrArray, wanted: StrArray) -> IntArray:
@@ -191,7 +206,7 @@ def _rows_of(names: StrArray, wanted: StrArray) -> IntArray:
 class BestSet:
     """The methods on one source that may be the best at one number of labels, as trained in this run.
 
-    `chosen` has the best validation accuracy of the `compared` ones, None where not all were validated.
+    `chosen` is the best of the `compared` ones on validation rows, None where not all were validated.
     """
 
     source: str
@@ -244,16 +259,20 @@ class Change:
 
 @dataclass(frozen=True)
 class Against:
-    """How many methods two runs share, which of these changed by more than noise, and which only one run has."""
+    """How many methods two runs share, which of these changed by more than noise, and which only one run has.
+
+    `incomparable` methods have no test images of the same answers in both runs.
+    """
 
     compared: int
     changed: Sequence[Change]
     only_before: Sequence[str]
     only_now: Sequence[str]
+    incomparable: Sequence[str] = ()
 
 
 def compare_runs(before: RunFolder, now: RunFolder) -> Against:
-    """Compare all methods that two runs share on the test images that they share."""
+    """Compare all methods that two runs share on the test images that they share, by the metric of the run `now`."""
     old, new = _scores(before, now), _scores(now, before)
     tests = {key: compare_scores(new[key], old[key], now.predictions, before.predictions) for key in old if key in new}
     tested = [(key, paired) for key, paired in tests.items() if paired is not None]
@@ -277,21 +296,20 @@ def compare_runs(before: RunFolder, now: RunFolder) -> Against:
         sorted(changes, key=lambda change: -abs(change.difference)),
         [_text(key[0], score) for key, score in old.items() if key not in new],
         [_text(key[0], score) for key, score in new.items() if key not in old],
+        [_text(key[0], new[key]) for key, paired in tests.items() if paired is None],
     )
 
 
-def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, str | None, Measure, Method, int | str], MethodScore]:
-    """Return a run's scores by source, target, measure, method and shots.
-
-    Names tell apart the methods of both runs.
-    """
+def _scores(run: RunFolder, other: RunFolder) -> dict[tuple[str, str | None, str, Method, int | str], MethodScore]:
+    """Return a run's scores by source, target, task, method and shots; names tell apart the methods of both runs."""
     found = leaderboards(run.results.values(), other.results.values())
     return {
-        (board.source, score.first.result.target, score.measure, *key): score
+        (board.source, score.first.result.target, score.task, *key): score
         for board in found
         for key, score in board.scores.items()
     }
 
 
 def _text(source: str, score: MethodScore) -> str:
-    return f"{score.name}, shots {score.shots}, {source}"
+    task = "" if score.task == CLASSIFICATION else f", {score.task}"
+    return f"{score.name}, shots {score.shots}, {source}{task}"

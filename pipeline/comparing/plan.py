@@ -39,8 +39,7 @@ class Plan:
 
     `lines` are first all extract tables, then all fit tables, then all finetune tables. `labels` are the arguments of
     `pipeline.evaluation.labels.find_labels` that the plan gives, the task among them, and `metric` is what all jobs
-    choose by. `meaning` is
-    the parsed TOML document; plans with equal documents are the same plan.
+    choose by. `meaning` is the parsed TOML document; plans with equal documents are the same plan.
     """
 
     path: Path

@@ -47,7 +47,12 @@ def run(comparison: Comparison) -> None:
     unsure = {comparison.names[extraction.source] for extraction in failed}
     plan, target = comparison.plan, None if comparison.labels is None else comparison.labels.target
     asking = plan.task, plan.metric, target
-    answers = {key for key, one in folder.results.items() if (one.task, one.result.metric, one.result.target) == asking}
+    n_classes = {comparison.names[source]: len(images.classes) for source, images in comparison.labelled.items()}
+    answers = {
+        key
+        for key, one in folder.results.items()
+        if (one.task, one.result.metric, one.result.target) == asking and one.n_classes == n_classes.get(one.source)
+    }
     folder.keep_only(keys | {key for key in answers if folder.results[key].source in unsure})
     for job, (_, key) in tunes.items():
         if folder.has(key) and not comparison.is_kept(job, key) and comparison.weights_of(job) is None:

@@ -72,7 +72,7 @@ class Redrawn:
         shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
         tail = ndtri((1 - confidence) / 2)
         low, high = np.quantile(known, ndtr([shift + tail, shift - tail]))
-        wider = _widening(self.parts, self.telling)
+        wider = _widening(self.parts, self.telling, confidence)
         return (
             self.observed - wider * max(0.0, self.observed - float(low)),
             self.observed + wider * max(0.0, float(high) - self.observed),
@@ -125,7 +125,7 @@ class Lead:
 def lead(ahead: Redrawn, behind: Redrawn, confidence: float = CONFIDENCE) -> Lead | None:
     """Compare two models by a metric of the same test sets; None where these do not differ, as with a single group.
 
-    The interval leaves out 0 if and only if p is at most ``1 - confidence``.
+    With the usual confidence, the interval leaves out 0 if and only if p is at most 5 %.
     """
     known = ~np.isnan(ahead.draws) & ~np.isnan(behind.draws)
     found = np.stack([ahead.draws[known], behind.draws[known]])
@@ -134,14 +134,15 @@ def lead(ahead: Redrawn, behind: Redrawn, confidence: float = CONFIDENCE) -> Lea
         return None
     difference = ahead.observed - behind.observed
     chance = np.abs(found[0] - found[1] - (found[0] - found[1]).mean())
-    wider = _widening(ahead.parts - behind.parts, np.minimum(ahead.telling, behind.telling))
-    beyond = int(np.sum(wider * chance >= abs(difference) - _SAME * size))
+    parts, telling = ahead.parts - behind.parts, np.minimum(ahead.telling, behind.telling)
+    beyond = int(np.sum(_widening(parts, telling) * chance >= abs(difference) - _SAME * size))
     allowed = math.floor((1 - confidence) * (1 + len(chance)) + 1e-9)  # draws that may be beyond, with the observed one
     if allowed:
         reach = float(np.sort(chance)[-allowed])
     else:  # too few draws for so high a confidence
         reach = float(max(chance.max(), NormalDist().inv_cdf(0.5 + confidence / 2) * np.sqrt(np.mean(chance**2))))
-    return Lead(difference - wider * reach, difference + wider * reach, (1 + beyond) / (1 + len(chance)))
+    reach *= _widening(parts, telling, confidence)
+    return Lead(difference - reach, difference + reach, (1 + beyond) / (1 + len(chance)))
 
 
 def effective_groups(units: StrArray) -> float:
@@ -192,8 +193,8 @@ def compare_redrawn(
         chance = (differences - differences.mean(axis=1, keepdims=True)) / spread[:, None]
         leads.append(of_rivals.max())
         by_chance.append(chance.max(axis=0))
-        compared = None if number == chosen else lead(model, models[chosen])
-        p_values.append(None if compared is None else compared.p)
+        compared = lead(model, models[chosen])
+        p_values.append(None if number == chosen else 1.0 if compared is None else compared.p)
     return adjusted(p_values), step_down(np.array(leads), np.stack(by_chance, axis=1), level)
 
 
@@ -209,8 +210,8 @@ def _weights(clusters: IntArray, parts: int) -> Iterator[Float32Array]:
         yield np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)[:, clusters].astype(np.float32)
 
 
-def _widening(parts: Float64Array, telling: Float64Array) -> float:
-    """Return by how much the error of the mean of `parts` (b, k) is too small, at the usual level."""
+def _widening(parts: Float64Array, telling: Float64Array, confidence: float = CONFIDENCE) -> float:
+    """Return by how much the error of the mean of `parts` (b, k) is too small for an interval of this confidence."""
     known = ~np.isnan(parts)
     count = np.maximum(known.sum(axis=0), 1)
     mean = np.nansum(parts, axis=0) / count
@@ -221,5 +222,5 @@ def _widening(parts: Float64Array, telling: Float64Array) -> float:
     freedom = np.maximum(telling - 1, 1)
     right = variances * (freedom + 1) / freedom
     of_sum = float(right.sum() ** 2 / np.sum(right**2 / freedom))
-    at = 0.5 + CONFIDENCE / 2
+    at = 0.5 + confidence / 2
     return math.sqrt(right.sum() / variances.sum()) * float(stdtrit(of_sum, at)) / NormalDist().inv_cdf(at)

@@ -52,9 +52,17 @@ class RowLabels:
 
 
 def labels_of(
-    classes: Sequence[str], labels: IntArray, splits: StrArray, groups: StrArray, task: str = CLASSIFICATION
+    table: LabelsTable | None,
+    uris: StrArray,
+    classes: Sequence[str],
+    labels: IntArray,
+    splits: StrArray,
+    groups: StrArray,
+    task: str = CLASSIFICATION,
 ) -> RowLabels:
-    """Return what a source itself says of its images; raises `TableError` if that fits no such task."""
+    """Return what a table, or else the source itself, says of images; raises `TableError` if that fits no such task."""
+    if table is not None:
+        return table.join(uris, splits, groups)
     if task == CLASSIFICATION:
         return RowLabels(tuple(classes), labels, splits, groups)
     found = read_answers(task, np.array([*classes, ""])[labels].tolist(), "the label of the source")

@@ -275,10 +275,8 @@ def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None, task: st
     for file in files:
         file.check_columns()
     check_readable(first)
-    if labels is None:
-        known = labels_of(first.classes, np.asarray(first.labels), first.splits, first.groups, task)
-    else:
-        known = labels.join(first.uris, first.splits, first.groups)
+    own = np.asarray(first.labels)
+    known = labels_of(labels, first.uris, first.classes, own, first.splits, first.groups, task)
     usable = (first.states == DONE) & (known.labels >= 0)
     if (first.states == PENDING).all():
         raise FitError(f"no image of {first.path} is extracted yet; run the same extract again")

@@ -24,6 +24,9 @@ MOST_STRATA = 10
 LEAST_RANGE = 1e-5
 """Of numbers, as a share of the largest: heads and networks compute in float32, which cannot tell smaller ones."""
 
+LARGEST = 1e30
+"""Number; the square of a larger one may be beyond float32 or float64."""
+
 _NOT_GIVEN = ("nan", "na", "n/a", "null", "none")
 
 
@@ -177,6 +180,8 @@ def _read_numbers(cells: Sequence[str], where: str) -> Answers:
                 f"{where}: expected a number, or an empty cell for an image without one, found {cell!r}; "
                 "for classes use task 'classification'"
             )
+        if abs(number) > LARGEST:
+            raise TableError(f"{where}: expected numbers up to {LARGEST:.0e}, found {cell!r}; use a larger unit")
     values = np.array([known[cell] for cell in cells], np.float64)
     answered = np.isfinite(values)
     require_spread(values[answered], where, "there is nothing to predict")

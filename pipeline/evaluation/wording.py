@@ -24,15 +24,20 @@ METRIC_TITLES = {
 
 
 def metric_text(metric: str, value: float | None) -> str:
-    """Return a metric as text: shares with three decimals, errors with four digits, ``-`` where it is not known."""
+    """Return a metric as text: errors with four digits, all others with three decimals; ``-`` where it is not known."""
+    return three_decimals(value) if value is None or metric not in LOWER_IS_BETTER else four_digits(value)
+
+
+def three_decimals(value: float | None) -> str:
+    """Return a share or the like as text, ``-`` where it is not known; what is far off has four digits."""
     if value is None or value != value:
         return "-"
-    return four_digits(value) if metric in LOWER_IS_BETTER else f"{value:.3f}"
+    return f"{value:.3f}" if abs(value) < 100 else four_digits(value)
 
 
 def four_digits(value: float) -> str:
-    """Return a number in the unit of a target as text, with four significant digits."""
-    return f"{value:#.4g}".rstrip(".")
+    """Return a number in the unit of a target as text, with four significant digits; ``-`` where it is not known."""
+    return f"{value:#.4g}".rstrip(".") if value == value else "-"
 
 
 def percent(share: float) -> str:

@@ -10,14 +10,14 @@ import numpy as np
 from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.metrics import count
 from pipeline.evaluation.predictions import Predictions
-from pipeline.evaluation.wording import four_digits, metric_text, percent
+from pipeline.evaluation.wording import four_digits, percent, three_decimals
 from pipeline.options import CLASSIFICATION, MULTILABEL
 from pipeline.reporting.charts.confusion import confusion_counts
 from pipeline.reporting.page.pictures import Album, farthest_off, most_wrong, worst_confusions
 from pipeline.reporting.terminal.neighbour_tables import price_lines
 from pipeline.results import FitResult, MultilabelResult
 
-MOST_CLASSES = 40  # with more classes than this the confusion matrix would be unreadable and is left out
+MOST_IN_MATRIX = 40  # with more classes than this the confusion matrix would be unreadable and is left out
 MOST_RANGES = 8
 
 
@@ -50,7 +50,7 @@ def _of_classes(score: MethodScore, predictions: Predictions, classes: Sequence[
         rows.append((recall, (Cell(name), Cell(str(true)), Cell(shown, recall), Cell(precision), Cell(f1))))
     result = score.first.result
     price = result.leak_price if isinstance(result, FitResult) else None
-    drawn = len(classes) <= MOST_CLASSES
+    drawn = len(classes) <= MOST_IN_MATRIX
     matrix = "The matrix has true classes in its rows and predicted classes in its columns. " if drawn else ""
     return {
         "caption": f"{matrix}The table lists classes by recall, the hardest first.",
@@ -70,13 +70,13 @@ def _of_labels(score: MethodScore, predictions: Predictions, classes: Sequence[s
     labels = result.labels if isinstance(result, MultilabelResult) else []
     rows = []
     for one in sorted(labels, key=lambda one: 2.0 if one.average_precision is None else one.average_precision):
-        ends = "–".join(metric_text("", end) for end in one.average_precision_ci95 or ())
-        precision = Cell(metric_text("", one.average_precision), one.average_precision)
-        cells = (Cell(ends or "-"), Cell(metric_text("", one.f1)), Cell(metric_text("", one.threshold)))
+        ends = "–".join(three_decimals(end) for end in one.average_precision_ci95 or ())
+        precision = Cell(three_decimals(one.average_precision), one.average_precision)
+        cells = (Cell(ends or "-"), Cell(three_decimals(one.f1)), Cell(three_decimals(one.threshold)))
         rows.append((Cell(one.label), Cell(str(one.positives)), precision, *cells))
     return {
         "caption": "The table lists labels by average precision, the hardest first. A label is predicted from its "
-        "threshold on, which validation images chose.",
+        "threshold on.",
         "columns": ("label", "images", "average precision", "95 %", "F1", "threshold"),
         "rows": rows,
         "worst": most_wrong(predictions, classes, album),

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.arrays import Float64Array
 from pipeline.comparing.methods import MethodScore
 from pipeline.evaluation.predictions import Predictions
-from pipeline.evaluation.wording import four_digits, metric_text, percent
+from pipeline.evaluation.wording import four_digits, percent, three_decimals
 from pipeline.reporting.charts.embedding import draw_embedding, shown_classes
 from pipeline.reporting.charts.reliability import draw_reliability, reliability
 from pipeline.reporting.charts.theme import MARKERS, MOST_LINES, short
@@ -101,9 +101,12 @@ def precision_chart(scores: Sequence[MethodScore]) -> Chart | None:
     with PAGE.figure(WIDTH, max(2.6, 0.9 + 0.2 * len(hardest))) as figure:
         axes, heights = figure.subplots(), np.arange(len(hardest))
         for (name, labels), marker, color in zip(found.items(), MARKERS, PAGE.series, strict=False):
-            own = [labels[one.label] for one in hardest]
-            values = np.array([one.average_precision for one in own], np.float64)
-            ends = np.array([one.average_precision_ci95 or (one.average_precision,) * 2 for one in own], np.float64)
+            values = np.full(len(hardest), np.nan)  # a method that tests other images may lack a label
+            ends = np.full((len(hardest), 2), np.nan)
+            for row, one in enumerate(labels.get(one.label) for one in hardest):
+                if one is not None:
+                    values[row] = one.average_precision
+                    ends[row] = one.average_precision_ci95 or (one.average_precision, one.average_precision)
             axes.errorbar(
                 values, heights, xerr=np.abs(ends.T - values), fmt=marker, color=color, markersize=6, capsize=2,
                 elinewidth=1, label=name, alpha=0.9,
@@ -114,10 +117,16 @@ def precision_chart(scores: Sequence[MethodScore]) -> Chart | None:
         add_legend(figure)
         svg = to_svg(figure, "Average precision of each label; the numbers are in the table below.")
     rows = [
-        (one.label, one.positives, *(metric_text("", labels[one.label].average_precision) for labels in found.values()))
+        (
+            one.label,
+            one.positives,
+            *(three_decimals(labels[one.label].average_precision if one.label in labels else None) for labels in own),
+        )
+        for own in [found.values()]
         for one in hardest[::-1]
     ]
-    every = "The hardest label is on top" if len(hardest) == len(first) else f"The {len(hardest)} hardest labels"
+    n_labels = scores[0].first.n_classes
+    every = "The hardest label is on top" if len(hardest) == n_labels else f"{len(hardest)} of {n_labels} labels"
     caption = f"{every}; bars are 95 % intervals."
     return Chart("Which labels are hard?", caption, svg, ("label", "test images", *found), rows)
 
@@ -146,7 +155,9 @@ def number_chart(scores: Sequence[MethodScore], predictions: Mapping[str, Predic
         add_legend(figure)
         svg = to_svg(figure, "Predicted against true numbers; how far off they are is in the table below.")
     columns = ("method", "half are off by at most", "nine of ten by at most", "all by at most")
-    return Chart("How far off are the predictions?", "A mark for each test image.", svg, columns, rows)
+    images = max(len(said.uris) for said in predictions.values())
+    caption = f"A mark for each of {MOST_DRAWN} test images." if images > MOST_DRAWN else "A mark for each test image."
+    return Chart("How far off are the predictions?", caption, svg, columns, rows)
 
 
 def map_chart(positions: Float64Array, said: Predictions, classes: Sequence[str], layer: str) -> Chart:

@@ -104,6 +104,7 @@ def farthest_off(predictions: Predictions, album: Album) -> list[Thumbnail]:
             f"true {predictions.y_true[row]:.4g}, predicted {predictions.y_pred[row]:.4g}",
         )
         for row in np.argsort(-errors, kind="stable")[:MOST_WORST].tolist()
+        if errors[row]
     ]
 
 

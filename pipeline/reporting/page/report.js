@@ -22,7 +22,7 @@ function compare(a, b) {
 function sort(header) {
   const column = header.cellIndex;
   const before = header.getAttribute("aria-sort");
-  const first = header.classList.contains("n") ? "descending" : "ascending";
+  const first = header.dataset.first ?? (header.classList.contains("n") ? "descending" : "ascending");
   const direction = !before ? first : before === "ascending" ? "descending" : "ascending";
   for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
   header.setAttribute("aria-sort", direction);

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from features_cache import UNREADABLE, CacheFile
-from pipeline.comparing.answer import ExtractionTimes, answer, duration, extraction_seconds, seconds
+from pipeline.comparing.answer import Answer, ExtractionTimes, duration, extraction_seconds, seconds
 from pipeline.comparing.features import Features
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import Leaderboard, MethodScore, leaderboards, shots_order
@@ -32,6 +32,7 @@ from pipeline.reporting.page.model_charts import (
 )
 from pipeline.reporting.page.pictures import Album, lay_out_map, leaks
 from pipeline.reporting.page.template import render_page
+from pipeline.results import LOWER_IS_BETTER
 
 MOST_COMPARED = 8
 MOST_UNREADABLE = 200
@@ -53,13 +54,17 @@ class Seen:
         return list(dict.fromkeys(file for features in self.features.values() for file in features.files.values()))
 
 
-def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
-    """Return the page of a run with at least one result; `seen` is by name of the source."""
+def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen], answers: Sequence[Answer]) -> str:
+    """Return the page of a run with at least one result.
+
+    `seen` is by name of the source, and `answers` are in the order of `leaderboards`.
+    """
     info = folder.read_info()
     extraction = extraction_seconds(info)
     found = leaderboards(folder.results.values())
     chapters = [
-        _chapter(number, board, seen[board.source], folder, extraction) for number, board in enumerate(found, 1)
+        _chapter(number, board, verdict, seen[board.source], folder, extraction)
+        for number, (board, verdict) in enumerate(zip(found, answers, strict=True), 1)
     ]
     first = next(iter(folder.results.values()))
     ordered_by, measure = first.result.metric, next(iter(found[0].scores.values())).measure
@@ -74,6 +79,7 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
         metric_columns={
             name: title for name, title in METRIC_TITLES.items() if name in shown and name != measure.metric
         },
+        lower_is_better=LOWER_IS_BETTER,
         ordered_by=ordered_by,
         several=len(found) > 1,
         info=info,
@@ -87,11 +93,10 @@ def render(folder: RunFolder, plan_text: str, seen: Mapping[str, Seen]) -> str:
 
 
 def _chapter(
-    number: int, board: Leaderboard, seen: Seen, folder: RunFolder, extraction: ExtractionTimes
+    number: int, board: Leaderboard, verdict: Answer, seen: Seen, folder: RunFolder, extraction: ExtractionTimes
 ) -> dict[str, Any]:
     """Return the page's part on one source."""
     album, read = Album(seen.images), cache(folder.predictions)
-    verdict = answer(board, read, extraction)
     classes = seen.images.classes
     chosen = [score for score in (verdict.frozen, verdict.tuned) if score is not None]
     predictions = {score.first.key: read(score.first.key) for score in chosen}

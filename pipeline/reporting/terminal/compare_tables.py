@@ -95,10 +95,15 @@ def against_lines(against: Against | None) -> list[str]:
         measure = Measure(change.metric)
         gap = f"{measure.difference_text(change.difference)} {measure.unit or f'in {measure.title}'}"
         lines.append(f"  {change.method}, shots {change.shots}, {change.source}: {gap} (p = {change.p:.2g})")
-    for names, run in ((against.only_before, "the other run"), (against.only_now, "this run")):
+    others = {
+        "only in the other run": against.only_before,
+        "only in this run": against.only_now,
+        "not compared, for want of test images with the same answers": against.incomparable,
+    }
+    for what, names in others.items():
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"  only in {run}: {'; '.join(names[:3])}{rest}")
+            lines.append(f"  {what}: {'; '.join(names[:3])}{rest}")
     return lines
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from features_cache import UNREADABLE, open_cache
 from pipeline.evaluation.targets import BAR
-from pipeline.evaluation.wording import METRIC_TITLES, four_digits, metric_text
+from pipeline.evaluation.wording import METRIC_TITLES, four_digits, metric_text, three_decimals
 from pipeline.options import METRICS_OF, MULTILABEL, REGRESSION
 from pipeline.results import (
     Agreement,
@@ -84,7 +84,7 @@ def labels_table(result: MultilabelResult) -> Table:
     """One row for each of several labels, the commonest first."""
     rows = []
     for one in sorted(result.labels, key=lambda one: -one.positives):
-        known = (_known(one.average_precision), _ends("", one.average_precision_ci95), _known(one.f1))
+        known = (three_decimals(one.average_precision), _ends("", one.average_precision_ci95), three_decimals(one.f1))
         rows.append((one.label, str(one.positives), *known, f"{one.threshold:.3f}"))
     title = f"labels by {result.head} on {result.layer}, {result.n_test} test images"
     columns = ("label", "test images", "average precision", "95 % interval", "F1", "threshold")
@@ -169,7 +169,12 @@ def _over_seeds(row: SeedSummary | MetricSummary) -> tuple[str, str, str, str]:
         name, ends = row.metric, (row.lowest, row.highest)
         return metric_text(name, row.mean), _ends(name, row.ci95), metric_text(name, row.sd), _ends(name, ends)
     ends = (row.accuracy_min, row.accuracy_max)
-    return _known(row.accuracy_mean), _ends("", row.accuracy_ci95), _known(row.accuracy_sd), _ends("", ends)
+    return (
+        three_decimals(row.accuracy_mean),
+        _ends("", row.accuracy_ci95),
+        three_decimals(row.accuracy_sd),
+        _ends("", ends),
+    )
 
 
 def _columns(records: Sequence[object], *names: str) -> dict[str, list[str]]:
@@ -207,8 +212,8 @@ def _of_classes(results: Sequence[FitResult]) -> dict[str, list[str]]:
         "accuracy": [f"{result.accuracy:.3f}" for result in results],
         "95 % interval": ["{:.3f}–{:.3f}".format(*result.accuracy_ci95) for result in results],
         METRIC_TITLES["mean_per_class_accuracy"]: [f"{result.mean_per_class_accuracy:.3f}" for result in results],
-        METRIC_TITLES["top5_accuracy"]: [_known(result.top5_accuracy) for result in results],
-        METRIC_TITLES["auroc"]: [_known(result.auroc) for result in results],
+        METRIC_TITLES["top5_accuracy"]: [three_decimals(result.top5_accuracy) for result in results],
+        METRIC_TITLES["auroc"]: [three_decimals(result.auroc) for result in results],
         **_chosen_by(results),
         "log-loss": [_calibrated(result) for result in results],
     }
@@ -217,11 +222,7 @@ def _of_classes(results: Sequence[FitResult]) -> dict[str, list[str]]:
 def _chosen_by(results: Sequence[FitResult]) -> dict[str, list[str]]:
     """Return the metric that parameters were chosen by, if no other column has it."""
     chosen = dict.fromkeys(one.metric for one in results if one.metric in ("macro_f1", "kappa", "average_precision"))
-    return {METRIC_TITLES[metric]: [_known(getattr(result, metric)) for result in results] for metric in chosen}
-
-
-def _known(value: float | None) -> str:
-    return metric_text("", value)
+    return {METRIC_TITLES[metric]: [three_decimals(getattr(result, metric)) for result in results] for metric in chosen}
 
 
 def _judged(records: Sequence[HeadResult] | Sequence[SeedSummary] | Sequence[MetricSummary]) -> dict[str, list[str]]:
@@ -296,7 +297,7 @@ def prediction_table(predictions: Sequence[Prediction], target: str, most: int =
 def _certainty(prediction: Prediction) -> str:
     """Return the probability of the label, or the scores of all labels that are predicted."""
     if prediction.scores is None:
-        return _known(prediction.probability)
+        return three_decimals(prediction.probability)
     names = [name for name in (prediction.label or "").split(BAR) if name]
     return " ".join(f"{prediction.scores[name]:.3f}" for name in names) or "-"
 
