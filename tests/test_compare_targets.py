@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.regression import redraw_numbers
 from pipeline.fit import fit
 from pipeline.options import METRICS_OF
+from pipeline.reporting.page.model_charts import precision_chart
 from pipeline.results import to_json
 
 PLAN = """\
@@ -154,7 +157,7 @@ def test_another_task_or_metric_is_computed_anew(
         ("regression", "seed = [0, 1]", "seed = 0\nshots = [2]", "shots is only for classes"),
         ("regression", '["ridge", "knn"]', '"logreg"', "line 15: .*logreg"),
         ("multilabel", '"knn"]', '"knn"]\nbalanced = true', "line 16: balanced is only for classes"),
-        ("multilabel", "epochs = 2", "epochs = 2\nlabel-smoothing = 0.1", "label_smoothing is only for classes"),
+        ("multilabel", "epochs = 2", "epochs = 2\nlabel-smoothing = 0.1", "line 23: label-smoothing is only for classes"),
         ("regression", '"number"', '["number", "light"]', "several columns are labels of task 'multilabel'"),
     ],
 )
@@ -227,9 +230,69 @@ def test_the_interval_of_a_lead_agrees_with_its_p_value_and_with_the_t_test() ->
     assert (wide.low, wide.high) == pytest.approx((told.low, told.high), abs=0.15 * (told.high - told.low))
     close = [Predictions(uris, y, y + 0.5 * noise + size * better, None) for size in (0.05, 0.12)]
     near = [redraw_numbers("mae", [one]) for one in close]
-    for level in (0.5, 0.7, 0.9, 0.95, 0.99):
-        wide = lead(*near, level)
-        assert wide is not None
-        assert (wide.low > 0 or wide.high < 0) == (wide.p <= 1 - level)
+    told_apart = lead(*near)
+    assert told_apart is not None
+    assert (told_apart.low > 0 or told_apart.high < 0) == (told_apart.p <= 0.05)
     alone = [redraw_numbers("mae", [Predictions(uris, y, y + 1, None, groups=np.full(count, "g"))]) for _ in range(2)]
     assert lead(*alone) is None, "a single group tells nothing"
+
+
+@pytest.mark.parametrize("level", [0.95, 0.998])
+def test_a_lead_of_few_rows_is_as_unsure_as_the_t_test_says(level: float) -> None:
+    widths = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        y, first, second = rng.normal(size=(3, 10))
+        uris = np.array([f"{i}.png" for i in range(10)])
+        redrawn = [redraw_numbers("mae", [Predictions(uris, y, y + one, None)]) for one in (first, second)]
+        found = lead(redrawn[0], redrawn[1], level)
+        told = ttest_rel(np.abs(second), np.abs(first)).confidence_interval(level)
+        assert found is not None
+        widths.append((found.high - found.low) / (told.high - told.low))
+    assert 0.85 < np.mean(widths) < 1.15
+
+
+def test_methods_that_were_told_other_answers_are_not_compared(
+    finished: tuple[str, str, Path, CompareReport],
+) -> None:
+    task, _, _, report = finished
+    run = RunFolder(Path(report.files["results"]).parent)
+    first, second = leaderboards(run.results.values())[0].at("all")[:2]
+
+    def read_with(change: Callable[[Any], Any]) -> Callable[[str], Predictions]:
+        return lambda key: replace(run.predictions(key), y_true=change(run.predictions(key).y_true))
+
+    other = read_with(lambda y: ~y if task == "multilabel" else 2 * y + 1)
+    assert compare_scores(first, second, run.predictions, other) is None
+    if task == "multilabel":
+        assert compare_scores(first, second, run.predictions, read_with(lambda y: y[:, :1])) is None
+    same = compare_scores(first, second, run.predictions, read_with(lambda y: y))
+    assert same is not None
+
+
+def test_labels_that_a_method_does_not_test_leave_its_mark_out(finished: tuple[str, str, Path, CompareReport]) -> None:
+    task, _, _, report = finished
+    if task != "multilabel":
+        return
+    run = RunFolder(Path(report.files["results"]).parent)
+    first, second = leaderboards(run.results.values())[0].at("all")[:2]
+    job = second.first
+    unknown = [replace(one, average_precision=None, average_precision_ci95=None) for one in job.result.labels[:1]]
+    changed = replace(job, result=replace(job.result, labels=[*unknown, *job.result.labels[1:]]))
+    chart = precision_chart([first, replace(second, by_seed={job.result.seed: changed})])
+    assert chart is not None
+    assert "-" in {row[3] for row in chart.rows}
+
+
+def test_an_error_that_is_not_finite_leaves_the_folder_sound(
+    finished: tuple[str, str, Path, CompareReport], tmp_path: Path
+) -> None:
+    task, _, _, report = finished
+    if task != "regression":
+        return
+    run = RunFolder(Path(report.files["results"]).parent)
+    job = next(iter(run.results.values()))
+    folder = RunFolder(tmp_path / "run")
+    with folder.claim():
+        folder.append(replace(job, result=replace(job.result, rmse=math.inf)), run.predictions(job.key))
+    assert RunFolder(tmp_path / "run").results[job.key].result.rmse is None

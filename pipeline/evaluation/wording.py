@@ -29,7 +29,13 @@ def metric_text(metric: str, value: float | None) -> str:
 
 
 def three_decimals(value: float | None) -> str:
-    """Return a share or the like as text, ``-`` where it is not known; what is far off has four digits."""
+    """Return a share or the like as text, ``-`` where it is not known; what is far off has four digits.
+
+    Examples
+    --------
+    >>> three_decimals(0.9612), three_decimals(-8.1e31), three_decimals(None)
+    ('0.961', '-8.100e+31', '-')
+    """
     if value is None or value != value:
         return "-"
     return f"{value:.3f}" if abs(value) < 100 else four_digits(value)
