@@ -157,7 +157,12 @@ def test_another_task_or_metric_is_computed_anew(
         ("regression", "seed = [0, 1]", "seed = 0\nshots = [2]", "shots is only for classes"),
         ("regression", '["ridge", "knn"]', '"logreg"', "line 15: .*logreg"),
         ("multilabel", '"knn"]', '"knn"]\nbalanced = true', "line 16: balanced is only for classes"),
-        ("multilabel", "epochs = 2", "epochs = 2\nlabel-smoothing = 0.1", "line 23: label-smoothing is only for classes"),
+        (
+            "multilabel",
+            "epochs = 2",
+            "epochs = 2\nlabel-smoothing = 0.1",
+            "line 23: label-smoothing is only for classes",
+        ),
         ("regression", '"number"', '["number", "light"]', "several columns are labels of task 'multilabel'"),
     ],
 )

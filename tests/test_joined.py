@@ -338,21 +338,8 @@ def test_the_command_prints_what_columns_add_and_a_plan_refuses_them(
     options = ["-l", "deep", "--labels", folder / "table.csv", "--target", "size", "--head", "knn", "--jobs", 1]
     options += ["--with", "weight"]
     shown = thawline("fit", folder / "cache.h5", *options, "--with", "site").stdout
-<<<<<<< HEAD
-    assert re.search(
-        r"gained by weight, site on the same test images, layer deep, shots all\n"
-        r"head .*accuracy without +with +gain +95 % interval",
-        shown,
-    )
-||||||| 6591180
-    assert re.search(
-        r"gained by weight, site on the same test images, layer deep, shots all\nhead .*accuracy without +with +gain +95 % interval",
-        shown,
-    )
-=======
     assert "gained by weight, site on the same test images, layer deep, shots all\nhead " in shown
     assert re.search("accuracy without +with +gain +95 % interval", shown)
->>>>>>> h-with
     assert thawline("fit", folder / "cache.h5", *options, "--json").json["gains"][0]["columns"] == ["weight"]
     plan = 'source = "digits"\nlabels = "t.csv"\n[[extract]]\n[[fit]]\nwith = ["weight"]\n'
     (tmp_path / "plan.toml").write_text(plan)
