@@ -248,8 +248,8 @@ def measure_rates(folder: Path, counts: list[int], images: int, seconds: float) 
 def compare_engines(folder: Path, times: int, images: int) -> dict[str, Any]:
     """Extract with a real network: one process with two threads, and two workers with one each, in turn.
 
-    What starts and parts cost is left out: each way extracts some images and four times as many, workers a part each, and
-    the difference counts.
+    What starts and parts cost is left out: each way extracts some images and four times as many, each worker in one
+    part, and the difference counts.
     """
     generator = np.random.default_rng(0)
     for count in (images // 4, images):
