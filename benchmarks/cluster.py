@@ -248,7 +248,8 @@ def measure_rates(folder: Path, counts: list[int], images: int, seconds: float) 
 def compare_engines(folder: Path, times: int, images: int) -> dict[str, Any]:
     """Extract with a real network: one process with two threads, and two workers with one each, in turn.
 
-    What starting costs is left out: each way extracts some images and four times as many, and the difference counts.
+    What starts and parts cost is left out: each way extracts some images and four times as many, each worker in one
+    part, and the difference counts.
     """
     generator = np.random.default_rng(0)
     for count in (images // 4, images):
@@ -261,7 +262,7 @@ def compare_engines(folder: Path, times: int, images: int) -> dict[str, Any]:
         """Return wall and processor seconds."""
         cache = folder / f"cache-{len(list(folder.iterdir()))}"
         command = [sys.executable, str(ROOT / "cli.py"), "extract", str(folder / f"pictures-{count}"), "-o", str(cache)]
-        command += ["--json", *(["--cluster", "local:2", "--part-rows", str(images // 8)] if way == WAYS[1] else [])]
+        command += ["--json", *(["--cluster", "local:2", "--part-rows", str(count // 2)] if way == WAYS[1] else [])]
         before = os.times()
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         after = os.times()

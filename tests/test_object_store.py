@@ -147,6 +147,23 @@ def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
     assert_equal(open_catalog(url).files[0], file)
 
 
+def test_a_part_that_another_machine_published_meanwhile_is_not_computed(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = parts.PartFiller.fill
+
+    def slow(self: Any, *arguments: Any) -> Any:
+        monkeypatch.setattr(parts.PartFiller, "fill", fill)
+        with monkeypatch.context() as other:
+            on_another_machine(tmp_path, other)
+            assert extracted(photos, url).computed == 15
+        return fill(self, *arguments)
+
+    monkeypatch.setattr(parts.PartFiller, "fill", slow)
+    result = extracted(photos, url, part_rows=4)
+    assert (result.computed, result.done) == (0, 15)
+
+
 def test_what_a_killed_machine_began_is_carried_over(
     photos: Path, url: str, monkeypatch: pytest.MonkeyPatch, object_store: Any
 ) -> None:

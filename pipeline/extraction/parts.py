@@ -24,6 +24,7 @@ from features_cache import (
     open_plan,
     publish_try,
     same_rows,
+    store_of,
     superseded_files,
     tries_of,
 )
@@ -34,7 +35,6 @@ from pipeline.extraction.fill import CacheFiller, Clock, Opened, fill
 from pipeline.extraction.lookup import has_other_bytes, is_complete, rows_of
 from pipeline.extraction.object_store import local_path
 from pipeline.images.sources.registry import ImageSource, Items, open_source
-from pipeline.images.sources.remote import is_url
 from pipeline.results import Progress
 from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View, parse_size
 
@@ -193,6 +193,8 @@ class PartFiller:
             file = open_part(plan, number)
             return file is not None and is_complete(file, rows, images.classes, asked)
 
+        if not is_published() and (store := store_of(plan.path.parent)) is not None:
+            store.fetch([donor.name for donor in donors_of(plan, number)])  # another machine may have been faster
         if is_published() and not computing.rehash:
             drop_tries(plan.path_of(number))
             return done
@@ -263,8 +265,6 @@ def fill_part(
     global _kept
     if _kept is None or _kept[0] != (run, path):
         _kept = (run, path), PartFiller(open_plan(local_path(path, [Path(path).name])), open_source(source), computing)
-    if is_url(path):
-        local_path(path, [donor.name for donor in donors_of(_kept[1].plan, number)])
     return _kept[1].fill(number, _kept[1].rows_of(only), progress)
 
 

@@ -304,7 +304,8 @@ class RemotePath:
     def upload(self, file: Path, replaced: str | None) -> str | None:
         """Write a local file as this object if the object has the ETag `replaced`; None stands for no object.
 
-        Return its new ETag; None if the object is another, and stays as it is. Only S3 has such a request.
+        Return its new ETag; None if the object is another, and stays as it is. Only S3 has such a request. Raises
+        `OSError` if the file cannot be read.
         """
         if "s3" not in _protocols(self.fs):
             raise SourceError(
@@ -312,10 +313,11 @@ class RemotePath:
                 "write to a folder on this machine, and copy it"
             )
         bucket, key, _ = self.fs.split_path(self._path)
+        data = file.read_bytes()
         condition = {"IfNoneMatch": "*"} if replaced is None else {"IfMatch": replaced}
         for pause in (*PAUSES, None):
             try:
-                put = self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=file.read_bytes(), **condition)
+                put = self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
                 return str(put["ETag"])
             except Exception as error:
                 if replaced is not None and isinstance(error, FileNotFoundError):
