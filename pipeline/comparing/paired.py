@@ -193,7 +193,8 @@ def _told_alike(said: Sequence[Predictions]) -> BoolArray:
     for other in said[1:]:
         if other.y_true.shape[1:] != first.shape[1:]:  # other labels
             return np.zeros_like(alike)
-        alike &= (other.y_true == first).reshape(len(alike), -1).all(axis=1)
+        same = other.y_true == first
+        alike &= same if same.ndim == 1 else same.all(axis=1)
     return alike
 
 
