@@ -1,7 +1,8 @@
-"""Images a second from a web server that answers late, beside the same images in a local folder.
+"""Images a second from a web server that answers late, beside one that answers at once, and a local folder.
 
-Loads what `extract` loads, without a network behind it: read, hash, decode, resize. The server runs in a process of its
-own on this machine, waits before each answer, and knows ranges; the images are the same for all sources.
+Loads what `extract` loads, without a network behind it: read, hash, decode, resize. The last row is `extract` itself,
+with the default network. The servers run in processes of their own on this machine, so their work counts in the rates,
+too, and know ranges. The images are the same for all sources. The share is what the late server reaches of the other.
 
     python benchmarks/remote.py [--images 2000] [--delay 0.05] [--source FOLDER]
 """
@@ -28,6 +29,7 @@ from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.extract import extract
 from pipeline.images.loader import load_images
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.spec import Preprocessing
@@ -195,20 +197,25 @@ def main(images: int, delay: float, photos: Path | None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pack(open_source(photos) if photos else made(images), images, folder)
-        table = Table(
-            "source", "listed in s", "local images/s", "CPU ms", f"images/s at {1000 * delay:g} ms", "CPU ms", "share"
-        )
+        late = f"at {1000 * delay:g} ms"
+        table = Table("source", f"listed {late}, s", "local images/s", "CPU ms", "at 0 ms", late, "CPU ms", "share")
         rate(open_source(folder / "photos"))  # warm
-        with server_process(folder, delay) as url:
+        with server_process(folder, 0) as quick, server_process(folder, delay) as url:
             for name in ("photos", "list.csv", "photos.tar", "photos.tar.gz", "photos.zip", "photos.parquet"):
                 local, local_cpu = rate(open_source(folder / name))
+                at_once, _ = rate(open_source(f"{quick}/{name}"))
                 began = time.perf_counter()
                 source = open_source(f"{url}/{name}")
                 listed = time.perf_counter() - began
                 remote, remote_cpu = rate(source)
-                numbers = f"{local:,.0f}", f"{local_cpu:.2f}", f"{remote:,.0f}", f"{remote_cpu:.2f}"
-                table.add_row(name, f"{listed:.2f}", *numbers, f"{remote / local:.0%}")
-        Console().print(table)
+                numbers = f"{local:,.0f}", f"{local_cpu:.2f}", f"{at_once:,.0f}", f"{remote:,.0f}", f"{remote_cpu:.2f}"
+                table.add_row(name, f"{listed:.2f}", *numbers, f"{remote / at_once:.0%}")
+            places = (folder / "photos", f"{quick}/photos", f"{url}/photos")
+            rates = [extract(place, output=folder / str(n))[0].images_per_second for n, place in enumerate(places)]
+            local, at_once, remote = rates
+            shown = f"{local:,.0f}", "", f"{at_once:,.0f}", f"{remote:,.0f}", "", f"{remote / at_once:.0%}"
+            table.add_row("photos, extract", "", *shown)
+        Console(width=120).print(table)
 
 
 def made(count: int) -> ImageSource:
