@@ -211,7 +211,7 @@ def main(images: int, delay: float, photos: Path | None) -> None:
                 numbers = f"{local:,.0f}", f"{local_cpu:.2f}", f"{at_once:,.0f}", f"{remote:,.0f}", f"{remote_cpu:.2f}"
                 table.add_row(name, f"{listed:.2f}", *numbers, f"{remote / at_once:.0%}")
             places = (folder / "photos", f"{quick}/photos", f"{url}/photos")
-            rates = [extract(place, output=folder / str(n))[0].images_per_second for n, place in enumerate(places)]
+            rates = [extract(str(place), output=folder / str(n))[0].images_per_second for n, place in enumerate(places)]
             local, at_once, remote = rates
             shown = f"{local:,.0f}", "", f"{at_once:,.0f}", f"{remote:,.0f}", "", f"{remote / at_once:.0%}"
             table.add_row("photos, extract", "", *shown)

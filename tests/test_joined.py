@@ -214,7 +214,7 @@ def test_columns_that_can_tell_nothing_are_refused(
         (["site"], {"key": "site"}, "column 'site' is the key"),
         (["split"], {}, "column 'split' is the split"),
         (["wight"], {}, "no column 'wight'.*did you mean weight"),
-        (["weight"], {"labels": None, "target": None}, "with names a column of a table; also name that table"),
+        (["weight"], {"labels": None, "target": None}, r"columns to join \(with\) are of a table; also name"),
     ],
 )
 def test_columns_that_are_not_there_or_say_something_else_are_refused(

@@ -56,6 +56,12 @@ class JoinedColumn:
                 raise TableError(f"{where}: expected numbers, found {cell!r}; leave a cell empty if it is not known")
         return np.array([known[cell] for cell in cells], np.float32)
 
+    def spread(self, cells: NDArray[Any], known: BoolArray) -> NDArray[Any]:
+        """Return cells of the rows that are `known` among all n rows; others are 0, or of no category."""
+        found = np.full(len(known), 0 if self.categories is None else -1, cells.dtype)
+        found[known] = cells
+        return found
+
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> JoinedColumn:
         """Return the column of which `is_joined_column` is true."""
@@ -163,8 +169,7 @@ def join_columns(table: KeyedTable, found: IntArray, used: BoolArray) -> JoinedC
         column = _column_of(name, own, where)
         read = column.read(own, where)
         columns.append(column)
-        cells.append(np.full(len(found), 0 if column.categories is None else -1, read.dtype))
-        cells[-1][used] = read
+        cells.append(column.spread(read, used))
     return JoinedColumns(tuple(columns), tuple(cells))
 
 
@@ -228,8 +233,7 @@ def place_columns(
             strange = list(dict.fromkeys(own[row] for row in np.flatnonzero(cells < 0).tolist()))
             count = f"{int((cells < 0).sum())} of {len(cells)} images"
             notes.append(f"{where}: {count} have categories that the model never saw: {some(strange, len(strange))}")
-        placed.append(np.full(len(uris), 0 if column.categories is None else -1, cells.dtype))
-        placed[-1][known] = cells
+        placed.append(column.spread(cells, known))
     return JoinedColumns(tuple(columns), tuple(placed)), reasons, notes
 
 

@@ -225,7 +225,8 @@ def find_labels(
         raise TableError(f"{labels.path} was read with columns to join; give fit its path and the columns")
     named = {"target": target, "key": key, "with": columns}
     if not isinstance(labels, str | Path) and (given := next((name for name, one in named.items() if one), None)):
-        raise TableError(f"{given} names a column of a table; also name that table (labels)")
+        what = "columns to join (with) are" if given == "with" else f"{given} is a column"
+        raise TableError(f"{what} of a table; also name that table (labels)")
     return read_labels(labels, target, key, task, columns or ()) if isinstance(labels, str | Path) else labels
 
 

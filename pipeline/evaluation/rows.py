@@ -283,7 +283,7 @@ def _tabulate(files: tuple[CacheFile, ...], labels: LabelsTable | None, task: st
     reasons = {
         "unreadable": first.states == UNREADABLE,
         "not extracted yet": first.states == PENDING,
-        "without a label": (first.states == DONE) & (known.labels < 0),
+        f"without a label{' or a joined column' if known.joined else ''}": (first.states == DONE) & (known.labels < 0),
     }
     for other in files[1:]:
         if labels is None and other.classes != first.classes:

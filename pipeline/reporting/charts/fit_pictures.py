@@ -35,8 +35,9 @@ def draw_fit(report: FitReport, folder: Path) -> list[Path]:
         return _draw_values(report, kept, folder)
     title = f"{kept.head} on {kept.layer}, {kept.accuracy:.3f} on {kept.n_test} test images"
     paths = save(confusion_figure(predictions.y_true, predictions.y_pred, report.classes, title), folder, "confusion")
-    if len({result.layer for result in report.results}) > 1:
-        paths += save(depth_figure(report.results, report.may_be_best), folder, "depth")
+    plain = [result for result in report.results if not result.columns]
+    if len({result.layer for result in plain}) > 1:
+        paths += save(depth_figure(plain, report.may_be_best), folder, "depth")
     if len({result.shots for result in report.results}) > 1:
         paths += save(labels_figure(report.results, len(report.classes)), folder, "budget")
     if predictions.probabilities is not None:
@@ -68,28 +69,31 @@ def _draw_values(report: FitReport, kept: RegressionResult | MultilabelResult, f
     elif any(one.average_precision is not None for one in kept.labels):
         paths += save(precisions_figure(kept.labels, title), folder, "labels")
     points = _points(report)
-    if points and len({one.layer for one in report.results}) > 1:
+    if len({layer for _, layer, *_ in points}) > 1:
         paths += save(_metric_by_depth(report, points), folder, "depth")
     return paths
 
 
 def _points(report: FitReport) -> list[tuple[str, str, float, tuple[float, float]]]:
-    """Return head, layer, the metric that parameters were chosen by and its interval, where it is defined on test."""
-    metric = report.results[0].metric
+    """Return head, layer, the metric that parameters were chosen by and its interval, where it is defined on test.
+
+    Layers with columns of a table are left out.
+    """
+    metric, plain = report.results[0].metric, {one.layer for one in report.results if not one.columns}
     points = [(one.head, one.layer, one.mean, one.ci95) for one in report.summary] or [
         (one.head, one.layer, getattr(one, metric), getattr(one, f"{metric}_ci95")) for one in report.results
     ]
     return [
         (head, layer, value, ends or (value, value))
         for head, layer, value, ends in points
-        if value is not None and not math.isnan(value)
+        if layer in plain and value is not None and not math.isnan(value)
     ]
 
 
 def _metric_by_depth(report: FitReport, points: Sequence[tuple[str, str, float, tuple[float, float]]]) -> Figure:
     """Return the points over the layers, a line for each head."""
     results, metric = report.results, report.results[0].metric
-    layers = sorted(dict.fromkeys(one.layer for one in results), key=lambda layer: layer != "input")
+    layers = sorted(dict.fromkeys(layer for _, layer, *_ in points), key=lambda layer: layer != "input")
     lines = []
     for head in list(dict.fromkeys(head for head, *_ in points))[:MOST_LINES]:
         own = sorted((layers.index(layer), value, ends) for name, layer, value, ends in points if name == head)
