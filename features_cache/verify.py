@@ -125,12 +125,14 @@ def repair(path: str | Path, report: VerifyReport) -> int:
     """
     path = Path(path)
     if (store := store_of(path.parent)) is not None and not is_try(path):
-        draft = new_try(path)
+        draft, replaced = new_try(path), store.etag_of(path)
         try:
             with explained(draft, "write"):
                 shutil.copyfile(path, draft)
             count = repair(draft, report)
-            if not store.put(draft, path):
+            with explained(path, "write"):
+                published = store.put(draft, path, replaced)
+            if not published:
                 raise CacheError(f"{path.name} was replaced in the object store meanwhile; verify it again")
         finally:
             draft.unlink(missing_ok=True)

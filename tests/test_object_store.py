@@ -15,7 +15,17 @@ import fsspec
 import numpy as np
 import pytest
 
-from features_cache import CacheError, CacheFile, DamagedCacheError, PartedCache, open_cache
+from features_cache import (
+    CacheError,
+    CacheFile,
+    DamagedCacheError,
+    PartedCache,
+    PartPlan,
+    open_cache,
+    open_plan,
+    prune,
+    superseded,
+)
 from pipeline.errors import SourceError
 from pipeline.extract import extract
 from pipeline.extraction import object_store as stored
@@ -118,6 +128,55 @@ def test_a_copy_fetches_what_changed_and_nothing_else(
     assert len(open_catalog(url).files[0].missing) == 1  # type: ignore[attr-defined]
 
 
+def test_what_another_machine_published_survives_a_new_copy_of_it(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command on this machine fetches the other machine's part while this machine fills its own."""
+    uris = [item.uri for item in open_source(photos).items]
+    publish, calls = parts.publish_try, []
+
+    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
+        calls.append(draft)
+        if len(calls) == 1:
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                assert extracted(photos, url, only=uris[:1]).computed == 1
+            open_catalog(url)
+        return publish(draft, is_complete, replaced)
+
+    monkeypatch.setattr(parts, "publish_try", slow)
+    assert extracted(photos, url, only=uris[1:]).done == 15
+    assert (open_catalog(url).files[0].states == 1).all()
+
+
+def test_a_plan_that_another_machine_rewrote_is_not_replaced(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if the copy of this machine is the new one by then."""
+    extracted(photos, url, part_rows=4)
+    plan = next(local_path(url).glob("*.plan"))
+    for number in range(9):
+        shutil.copyfile(photos / "red" / "1.png", photos / "red" / f"z{number}.png")
+    rewrite, told = PartPlan.rewrite, []
+
+    def slow(self: PartPlan) -> bool:
+        if not told:
+            told.append(None)
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                extracted(photos, url)
+            open_catalog(url)
+            told.append(plan.read_bytes())
+        told.append(rewrite(self))
+        return told[-1]
+
+    monkeypatch.setattr(PartPlan, "rewrite", slow)
+    again = extracted(photos, url)
+    assert (told[1], told[3:]) == (True, [False]), "the other machine, then this one"
+    assert plan.read_bytes() == told[2]
+    assert (again.computed, again.done) == (0, 24)
+
+
 @pytest.mark.parametrize("complete", [True, False])
 def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
     complete: bool, photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,14 +185,14 @@ def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
     uris = [item.uri for item in open_source(photos).items]
     publish, calls = parts.publish_try, []
 
-    def slow(draft: Path, is_complete: Callable[[], bool]) -> bool:
+    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
         calls.append(draft)
         if len(calls) == 1:
             with monkeypatch.context() as other:
                 on_another_machine(tmp_path, other)
                 result = extracted(photos, url, only=uris if complete else uris[:1])
                 assert result.computed == (15 if complete else 1)
-        return publish(draft, is_complete)
+        return publish(draft, is_complete, replaced)
 
     monkeypatch.setattr(parts, "publish_try", slow)
     first = extracted(photos, url, only=uris[1:])
@@ -229,6 +288,43 @@ def test_prune_deletes_parts_in_the_store_that_no_image_is_left_for(
     assert thawline("cache", "prune", url, "--yes", "--json").json["deleted"]
     assert len(etags(object_store, url)) == len(before) - 1
     assert extracted(photos, url).reused == 10
+
+
+def test_prune_deletes_no_part_that_came_to_life(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted(photos, url, part_rows=4)
+    kept = tmp_path / "kept"
+    shutil.copytree(photos, kept)
+    last = open_catalog(url).files[0].parts[-1]
+    for uri in last.uris.tolist():
+        (photos / uri).unlink()
+    extracted(photos, url)
+    (listed,) = superseded(local_path(url))
+    assert listed.name == last.path.name
+    with monkeypatch.context() as other:  # while the user reads what would be deleted
+        on_another_machine(tmp_path, other)
+        shutil.copytree(kept, photos, dirs_exist_ok=True)
+        for number in range(9):
+            shutil.copyfile(photos / "red" / "1.png", photos / "red" / f"z{number}.png")
+        grown = extracted(photos, url)
+        there = etags(object_store, url)
+        assert len({part.number for part in open_plan(Path(grown.path)).parts} | {3}) == len(there) - 1
+    prune([listed])
+    there.pop(listed.name)
+    assert etags(object_store, url) == there
+    file = open_catalog(url).files[0]
+    assert not file.missing_rows
+    assert (file.states == 1).sum() == 24
+    part = file.parts[0].path
+    with monkeypatch.context() as other:
+        other.setattr(sys.modules["features_cache.prune"], "_may_go", lambda _: True)
+        object_store.pipe(f"{url}/{part.name}", part.read_bytes() + b"newer")
+        with pytest.raises(CacheError, match=f"{part.name} was replaced in the object store"):
+            prune([part])
+    with pytest.raises(CacheError, match="not a superseded file, or no longer"):
+        prune([part])
+    assert part.name in etags(object_store, url)
 
 
 @pytest.fixture

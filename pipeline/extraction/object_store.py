@@ -131,9 +131,12 @@ class StoredCache:
             return
         self._keep(scratch / name, self.folder / name, far.stat(), etag)
 
-    def put(self, draft: Path, path: Path) -> bool:
+    def etag_of(self, path: Path) -> str | None:
+        """Return the ETag of the object that a file of the copy equals, see `features_cache.publish.ObjectStore`."""
+        return self._known(path.name)[1]
+
+    def put(self, draft: Path, path: Path, replaced: str | None) -> bool:
         """Publish a file in the store and in the copy, see `features_cache.publish.ObjectStore`."""
-        _, replaced = self._known(path.name)
         etag = (self.root / path.name).upload(draft, replaced)
         if etag is None:
             self.fetch([path.name])
@@ -142,9 +145,11 @@ class StoredCache:
         return True
 
     def delete(self, path: Path) -> None:
-        """Delete the object of a file of the copy."""
-        if self._known(path.name)[0] is not None:
-            (self.root / path.name).delete()
+        """Delete the object of a file of the copy, see `features_cache.publish.ObjectStore`."""
+        stamp, etag = self._known(path.name)
+        far = self.root / path.name
+        if stamp is not None and not far.delete(stamp, etag):
+            raise CacheError(f"{far} was replaced in the object store meanwhile, and stays there; prune again")
 
     def _keep(self, draft: Path, path: Path, stamp: Stamp, etag: str | None) -> None:
         """Rename a file to its name in the copy, and record what it is a copy of."""

@@ -19,6 +19,7 @@ from features_cache import (
     PartPlan,
     begin_try,
     drop_tries,
+    etag_of,
     open_cache,
     open_part,
     open_plan,
@@ -201,12 +202,13 @@ class PartFiller:
         layers = tuple(layer.name for layer in plan.layers)
         engine = self._network().engine(layers, (request_of(plan).pool,))
         began = time.perf_counter()
+        replaced = etag_of(plan.path_of(number))
         donors = () if computing.rehash else donors_of(plan, number)
         try:
             with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
                 filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
                 fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
-            published = publish_try(writer.cache.path, lambda: not computing.rehash and is_published())
+            published = publish_try(writer.cache.path, lambda: not computing.rehash and is_published(), replaced)
         except (CacheError, FileNotFoundError):
             if not is_published():
                 raise
@@ -328,6 +330,7 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
         own = slice_source(images, where)
         rows, published = rows_of(own), False
         while not published:
+            replaced = etag_of(plan.path_of(part.number))
             file = open_part(plan, part.number)
             if file is None and part.origin is None:
                 break
@@ -336,6 +339,6 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
             donors = donors_of(plan, part.number)
             with begin_try(plan, part.number, rows, own.classes, donors=donors, digests=digests[where]) as writer:
                 left = len(writer.pending())
-            if published := publish_try(writer.cache.path, lambda: False):
+            if published := publish_try(writer.cache.path, lambda: False, replaced):
                 pending += left
     return pending
