@@ -21,7 +21,7 @@ from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, TEXT, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
 from features_cache.parted import PartedCache, open_part
-from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, is_try, open_plan, published_path
+from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, is_try, open_plan, plan_of, published_path
 from features_cache.prune import drop_redundant, prune, superseded
 from features_cache.publish import etag_of, register_store, store_of
 from features_cache.reader import CacheFile, open_cache
@@ -74,6 +74,7 @@ __all__ = [
     "open_part",
     "open_plan",
     "parse_json",
+    "plan_of",
     "prune",
     "publish_try",
     "published_path",

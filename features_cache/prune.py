@@ -66,7 +66,7 @@ def prune(paths: Sequence[Path]) -> int:
             store.fetch([plan.name for path in paths if (plan := plan_of(published_path(path))) is not None])
     for path in paths:
         if not _may_go(path):
-            raise CacheError(f"{path} is not a superseded file, or no longer; prune deletes what it lists now")
+            raise CacheError(f"{path.name} is not a superseded file, or no longer one; list again what can be pruned")
     freed = 0
     for path in paths:
         lock = WriterLock(path.with_suffix("")) if path.suffix == ".tmp" else None

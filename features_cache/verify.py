@@ -71,7 +71,9 @@ class VerifyReport:
         return not self.damaged and not self.damaged_runs
 
 
-def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> VerifyReport:
+def verify(
+    path: str | Path, read: Callable[[str], bytes] | None = None, tick: Callable[[], None] = lambda: None
+) -> VerifyReport:
     """Check all checksums of a file; a writer may be adding rows meanwhile.
 
     Parameters
@@ -81,6 +83,8 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Veri
     read : callable, optional
         Maps a uri to the bytes of its image. If given, the digest of each finished row is compared with the source. It
         may raise `OSError` or a `ThawlineError` for an image that is gone.
+    tick : callable, optional
+        Called whenever some rows have been checked.
 
     Raises
     ------
@@ -100,6 +104,7 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Veri
         what = f"its features of {layer.name} are damaged"
         for rows in _damaged_features(cache, layer, states == DONE, report):
             report.damaged += [Finding(row, str(cache.uris[row]), what, layer.name) for row in rows.tolist()]
+            tick()
     if read is not None:
         for row in np.flatnonzero((states != PENDING) & cache.digests.any(axis=1)).tolist():
             what = _compare(cache.digests[row].tobytes(), str(cache.uris[row]), read)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
+import time
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from pipeline.extraction import parts
 from pipeline.extraction.object_store import local_path, open_catalog
 from pipeline.fit import fit
 from pipeline.images.sources.registry import open_source
+from pipeline.images.sources.remote import RemotePath, locate
 from pipeline.results import ExtractResult
 
 HOW: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "batch_size": 3}
@@ -126,6 +129,7 @@ def test_a_copy_fetches_what_changed_and_nothing_else(
     object_store.rm(f"{url}/{min(changed)}")
     monkeypatch.setattr(stored, "_JUST_NOW_NS", 0)
     assert len(open_catalog(url).files[0].missing) == 1  # type: ignore[attr-defined]
+    assert len(list(local_path(url).glob(".*.etag"))) == len(before) - 1
 
 
 def test_what_another_machine_published_survives_a_new_copy_of_it(
@@ -257,6 +261,92 @@ def test_a_cluster_fills_a_store(
     assert len(etags(object_store, url)) == 5
 
 
+def test_a_worker_sees_that_a_part_is_no_longer_complete(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thawline: Any
+) -> None:
+    """Its copy is whole; on another machine, a row of the part was damaged and marked pending."""
+    made = open_cache(extracted(photos, url, part_rows=4).path)
+    part = made.parts[1]
+    sound = part.path.read_bytes()
+    where = sound.index(part.matrix("layer1")[2].tobytes())
+    with monkeypatch.context() as other:
+        on_another_machine(tmp_path, other)
+        object_store.pipe(f"{url}/{part.path.name}", sound[:where] + b"\xff\xff" + sound[where + 2 :])
+        assert thawline("cache", "verify", url, "--repair").returncode == 0
+    task = "run", f"{url}/{made.path.name}", 1, str(photos), None, parts.Computing("torch"), lambda *_: None
+    assert parts.fill_part(*task).computed == 1
+    assert (open_catalog(url).files[0].states == 1).all()
+
+
+def test_a_server_that_ignores_conditions_is_refused(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = type(object_store).call_s3
+
+    def lax(self: Any, *arguments: Any, **options: Any) -> Any:
+        return call(self, *arguments, **{key: options[key] for key in options if not key.startswith("If")})
+
+    with monkeypatch.context() as ignoring:
+        on_another_machine(tmp_path, ignoring)
+        ignoring.setattr(type(object_store), "call_s3", lax)
+        with pytest.raises(CacheError, match="ignores the conditions of uploads"):
+            extracted(photos, url)
+        assert [Path(name).suffix for name in etags(object_store, url)] == [".plan"]
+        on_another_machine(tmp_path, ignoring)
+        with pytest.raises(CacheError, match="ignores the conditions of uploads"):
+            extracted(photos, url)  # the plan is there by now
+        assert [Path(name).suffix for name in etags(object_store, url)] == [".plan"]
+    assert extracted(photos, url).done == 15
+
+
+def test_what_fails_says_what_and_is_not_tried_in_vain(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+    extracted(photos, url, part_rows=1)
+
+    def failing(error: Exception) -> Callable[..., Any]:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return fail
+
+    tried: list[str] = []
+
+    def full(_: str, target: str) -> None:
+        tried.append(target)
+        time.sleep(0.2 * (len(tried) > 1))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.images.sources.remote.PAUSES", (30.0,))
+    far = locate(f"{url}/x.plan")
+    assert isinstance(far, RemotePath)
+    there = next(iter(far.parent.listing().values()))
+    fs = type(object_store)
+    (tmp_path / "file").write_bytes(b"x")
+    with monkeypatch.context() as old:
+        old.setattr(fs, "call_s3", failing(exceptions.ParamValidationError(report='Unknown parameter "IfNoneMatch"')))
+        with pytest.raises(SourceError, match=r"cannot be written: .* update s3fs and botocore"):
+            far.upload(tmp_path / "file", None)
+    with monkeypatch.context() as denied:
+        denied.setattr(fs, "call_s3", failing(PermissionError("Access Denied")))
+        with pytest.raises(SourceError, match="cannot be written: Access Denied"):
+            far.upload(tmp_path / "file", None)
+        with pytest.raises(SourceError, match="cannot be deleted: Access Denied"):
+            there.delete(there.stat(), "any")
+    with monkeypatch.context() as large:
+        large.setattr("pipeline.images.sources.remote.MOST_UPLOADED_BYTES", 0)
+        with pytest.raises(SourceError, match="make parts of fewer rows"):
+            far.upload(tmp_path / "file", None)
+    with pytest.raises(CacheError, match=r"an object store at most 2 GB; .*--part-rows"):
+        parts.check_stored(list(open_catalog(url).files[0].layers.values()), 100_000_000)
+    on_another_machine(tmp_path, monkeypatch)
+    monkeypatch.setattr(object_store, "get_file", full)
+    with pytest.raises(CacheError, match=r"cannot write .*the disk is full"):
+        open_catalog(url)
+    assert len(tried) < 15, "one failure ends the downloads that have not begun"
+
+
 def test_damage_is_repaired_in_the_store(photos: Path, url: str, object_store: Any, thawline: Any) -> None:
     made = extracted(photos, url, part_rows=4)
     part = open_cache(made.path).parts[1]
@@ -285,7 +375,12 @@ def test_prune_deletes_parts_in_the_store_that_no_image_is_left_for(
         path.unlink()
     assert extracted(photos, url).rows == 10
     before = etags(object_store, url)
-    assert thawline("cache", "prune", url, "--yes", "--json").json["deleted"]
+    folder = local_path(url)
+    records = len(list(folder.glob(".*.etag")))
+    pruned = thawline("cache", "prune", url, "--yes", "--json")
+    assert all(name.startswith(f"{url}/") for name in pruned.json["deleted"])
+    assert len(pruned.json["deleted"]) == 1
+    assert len(list(folder.glob(".*.etag"))) == records - 1
     assert len(etags(object_store, url)) == len(before) - 1
     assert extracted(photos, url).reused == 10
 

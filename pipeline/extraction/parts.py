@@ -43,6 +43,12 @@ MOST_ROWS = 262_144
 MOST_BYTES = 512_000_000
 """A part has at most so many rows, and so many bytes of features, unless the user sets the number of rows."""
 
+MOST_STORED_BYTES = 2_000_000_000
+"""A part in an object store has at most so many bytes: S3 takes 5 GB in one request, and a part may double."""
+
+_OTHER_ROW_BYTES = 1_000
+"""What a row takes beside its features, with a long name."""
+
 
 @dataclass(frozen=True)
 class Computing:
@@ -106,6 +112,16 @@ def parse_share(part: str | None) -> tuple[int, int]:
 def most_rows(layers: Sequence[LayerInfo], asked: int | None) -> int:
     """Return how many rows a part of these layers has at most; `asked` by the user, if not None."""
     return asked or max(1, min(MOST_ROWS, MOST_BYTES // sum(layer.row_bytes for layer in layers)))
+
+
+def check_stored(layers: Sequence[LayerInfo], rows: int) -> None:
+    """Raise `CacheError` if a part of so many rows is too large for an object store."""
+    each = _OTHER_ROW_BYTES + sum(layer.row_bytes for layer in layers)
+    if rows * each > MOST_STORED_BYTES:
+        raise CacheError(
+            f"a part of {rows:,} rows would take {rows * each / 1e9:.1f} GB, and in an object store at most "
+            f"{MOST_STORED_BYTES / 1e9:.0f} GB; let parts have at most {MOST_STORED_BYTES // each:,} rows (--part-rows)"
+        )
 
 
 def slice_source(images: ImageSource, where: slice) -> ImageSource:
@@ -194,8 +210,8 @@ class PartFiller:
             file = open_part(plan, number)
             return file is not None and is_complete(file, rows, images.classes, asked)
 
-        if not is_published() and (store := store_of(plan.path.parent)) is not None:
-            store.fetch([donor.name for donor in donors_of(plan, number)])  # another machine may have been faster
+        if not is_published():
+            self.fetch(number)  # another machine may have been faster
         if is_published() and not computing.rehash:
             drop_tries(plan.path_of(number))
             return done
@@ -221,6 +237,11 @@ class PartFiller:
             again.add(replace(done, rows=0))
             return again
         return done
+
+    def fetch(self, number: int) -> None:
+        """Fetch from an object store what a part may take rows from, if the copy here has it not or older."""
+        if (store := store_of(self.plan.path.parent)) is not None:
+            store.fetch([donor.name for donor in donors_of(self.plan, number)])
 
     def _network(self) -> FeatureExtractor:
         """Return the network, after a check that it gives the features of the plan on this machine."""
@@ -267,7 +288,9 @@ def fill_part(
     global _kept
     if _kept is None or _kept[0] != (run, path):
         _kept = (run, path), PartFiller(open_plan(local_path(path, [Path(path).name])), open_source(source), computing)
-    return _kept[1].fill(number, _kept[1].rows_of(only), progress)
+    filler = _kept[1]
+    filler.fetch(number)  # the copy here may have an older part, which is complete
+    return filler.fill(number, filler.rows_of(only), progress)
 
 
 def _fingerprints(extractor: FeatureExtractor, request: Request) -> list[str]:

@@ -159,6 +159,11 @@ class RemotePath:
         """Return the URL without passwords and signatures; a folder on a web server keeps its last slash."""
         return f"{self}/" if self.is_http and self._path.endswith("/") else str(self)
 
+    @property
+    def url(self) -> str:
+        """The URL as the user wrote it, with passwords: for workers, not for messages."""
+        return self._url
+
     def __truediv__(self, relative: str) -> RemotePath:
         first, *outer = self._url.split("::")
         if self.is_http:
@@ -316,16 +321,17 @@ class RemotePath:
         Return its new ETag; None if the object is another, and stays as it is. Only S3 has such a request. Raises
         `OSError` if the file cannot be read.
         """
+        if file.stat().st_size > MOST_UPLOADED_BYTES:
+            raise SourceError(f"{self}: cannot be written: S3 takes files of at most 5 GB; make parts of fewer rows")
+        return self.write(file.read_bytes(), replaced)
+
+    def write(self, data: bytes, replaced: str | None) -> str | None:
+        """Write bytes as this object, as `upload` writes a file."""
         if "s3" not in _protocols(self.fs):
             raise SourceError(
                 f"{self}: only s3:// stores can be written, whose uploads may require that nobody else was faster; "
                 "write to a folder on this machine, and copy it"
             )
-        if file.stat().st_size > MOST_UPLOADED_BYTES:
-            raise SourceError(f"{self}: cannot be written: S3 takes files of at most 5 GB; make parts of fewer rows")
-        return self._put(file.read_bytes(), replaced)
-
-    def _put(self, data: bytes, replaced: str | None) -> str | None:
         bucket, key, _ = self.fs.split_path(self._path)
         condition = {"IfNoneMatch": "*"} if replaced is None else {"IfMatch": replaced}
 
