@@ -447,6 +447,8 @@ def test_what_cannot_be_done_is_one_line(
         extracted(photos, f"{url}/new.h5")
     with pytest.raises(CacheError, match=r"no cache at s3://.*/none: it holds no cache file"):
         open_catalog(f"{url}/none")
+    with pytest.raises(CacheError, match=r"there is no none\.h5 in the object store at s3://"):
+        open_catalog(f"{url}/none.h5")
     monkeypatch.setattr("pipeline.images.sources.remote.PAUSES", (0.01,))
     with pytest.raises(SourceError, match=r"s3://no-such-bucket-of-ours/x/.*cannot be written: "):
         extracted(photos, "s3://no-such-bucket-of-ours/x")

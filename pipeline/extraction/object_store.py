@@ -83,6 +83,10 @@ def local_path(cache: str | Path, only: Collection[str] | None = None, *, to_wri
     register_store(folder, store)
     if not store.fetch(only) and not to_write:
         raise CacheError(f"no cache at {root}: it holds no cache file (.h5); run the extraction with it as the output")
+    if name and not to_write and not (folder / name).exists():
+        raise CacheError(
+            f"there is no {name} in the object store at {root}; thawline cache ls {root} lists what is there"
+        )
     return folder / name
 
 
