@@ -26,16 +26,18 @@ from features_cache import (
     open_cache,
     open_plan,
     prune,
+    register_store,
     superseded,
 )
 from pipeline.errors import SourceError
 from pipeline.extract import extract
 from pipeline.extraction import object_store as stored
 from pipeline.extraction import parts
+from pipeline.extraction.inspection import check
 from pipeline.extraction.object_store import local_path, open_catalog
 from pipeline.fit import fit
 from pipeline.images.sources.registry import open_source
-from pipeline.images.sources.remote import RemotePath, locate
+from pipeline.images.sources.remote import RemotePath, Stamp, locate
 from pipeline.results import ExtractResult
 
 HOW: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "batch_size": 3}
@@ -347,7 +349,20 @@ def test_what_fails_says_what_and_is_not_tried_in_vain(
     assert len(tried) < 15, "one failure ends the downloads that have not begun"
 
 
-def test_damage_is_repaired_in_the_store(photos: Path, url: str, object_store: Any, thawline: Any) -> None:
+def test_workers_get_the_password_of_a_url_and_users_do_not(tmp_path: Path) -> None:
+    root = RemotePath(fsspec.filesystem("memory"), "/cache", "ftp://me:secret@host/cache")
+    store = stored.StoredCache(root, tmp_path)
+    register_store(tmp_path, store)
+    (tmp_path / "draft").write_bytes(b"x")
+    assert stored.url_of(tmp_path / "a.h5") == "ftp://me:secret@host/cache/a.h5"
+    assert stored.shown(tmp_path / "a.h5") == str(tmp_path / "a.h5"), "it is not in the store"
+    store._keep(tmp_path / "draft", tmp_path / "a.h5", Stamp(1, 1), None)
+    assert stored.shown(tmp_path / "a.h5") == "ftp://me@host/cache/a.h5"
+
+
+def test_damage_is_repaired_in_the_store(
+    photos: Path, url: str, object_store: Any, thawline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = extracted(photos, url, part_rows=4)
     part = open_cache(made.path).parts[1]
     sound, status = part.path.read_bytes(), part.path.stat()
@@ -361,6 +376,14 @@ def test_damage_is_repaired_in_the_store(photos: Path, url: str, object_store: A
     assert thawline("cache", "verify", url).returncode == 1
     with pytest.raises(DamagedCacheError):
         fit(url, heads=["centroid"])
+
+    def full(*_: Any) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as unwritable:
+        unwritable.setattr(stored.StoredCache, "put", full)
+        with pytest.raises(CacheError, match="the disk is full"):
+            check(url, mend=True)
     assert thawline("cache", "verify", url, "--repair").returncode == 0
     again = extracted(photos, url)
     assert (again.computed, again.done) == (1, 15)
