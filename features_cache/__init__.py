@@ -21,9 +21,9 @@ from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, TEXT, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
 from features_cache.parted import PartedCache, open_part
-from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, is_try, open_plan, published_path
+from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, is_try, open_plan, plan_of, published_path
 from features_cache.prune import drop_redundant, prune, superseded
-from features_cache.publish import register_store, store_of
+from features_cache.publish import etag_of, register_store, store_of
 from features_cache.reader import CacheFile, open_cache
 from features_cache.rowfile import open_own
 from features_cache.tries import begin_try, drop_tries, publish_try, tries_of
@@ -60,6 +60,7 @@ __all__ = [
     "divide",
     "drop_redundant",
     "drop_tries",
+    "etag_of",
     "explained",
     "export_features",
     "file_name",
@@ -73,6 +74,7 @@ __all__ = [
     "open_part",
     "open_plan",
     "parse_json",
+    "plan_of",
     "prune",
     "publish_try",
     "published_path",

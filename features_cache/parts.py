@@ -13,7 +13,7 @@ import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from features_cache.convert import parse_json
 from features_cache.errors import DamagedCacheError, explained
 from features_cache.header import is_name, layer_of
 from features_cache.layout import LayerInfo
-from features_cache.publish import link_new, store_of
+from features_cache.publish import etag_of, link_new, store_of
 from features_cache.rowfile import sync_folder
 
 PLAN_SUFFIX = ".plan"
@@ -72,6 +72,8 @@ class PartPlan:
         Rows that a part holds at most when the plan is made. A part of more than twice as many is split.
     parts : tuple of Part
         In the order of their uris.
+    etag : str, optional
+        Of the object in a store that this was read from; no part of what the plan says.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class PartPlan:
     pinned: Mapping[str, str]
     most_rows: int
     parts: tuple[Part, ...]
+    etag: str | None = field(default=None, compare=False)
 
     def path_of(self, number: int) -> Path:
         """Return the file of a part, by its number."""
@@ -102,7 +105,7 @@ class PartPlan:
 
         All other parts keep their ranges, so that an image that is added or removed touches one part.
         """
-        numbers = iter(range(max(part.number for part in self.parts) + 1, 1 << 60))
+        numbers: Iterator[int] | None = None
         parts: list[Part] = []
         for part, where in self.ranges(uris):
             count = where.stop - where.start
@@ -114,8 +117,15 @@ class PartPlan:
                 continue
             first, *others = divide(uris[where], self.most_rows)
             parts.append(replace(own, rows=first.rows))
+            numbers = numbers or self._new_numbers()
             parts += [replace(one, number=next(numbers), origin=part.number) for one in others]
         return replace(self, parts=tuple(parts))
+
+    def _new_numbers(self) -> Iterator[int]:
+        """Return numbers above those of all parts, also of parts in the folder that `prune` may be about to delete."""
+        left = [path for path in self.path.parent.glob("*.h5") if plan_of(path) == self.path]
+        taken = [*(part.number for part in self.parts), *(int(path.stem.rpartition(".p")[2]) for path in left)]
+        return iter(range(max(taken) + 1, 1 << 60))
 
     def publish(self) -> PartPlan:
         """Write the plan unless there is one under its name, which no process overwrites here; return what is there."""
@@ -125,11 +135,11 @@ class PartPlan:
         return open_plan(self.path)
 
     def rewrite(self) -> bool:
-        """Replace the plan's file; return False if another process has replaced it in the object store meanwhile."""
+        """Replace the plan's file; return False if its object is no longer the one that was read."""
         store = store_of(self.path.parent)
         if store is not None:
             with explained(self.path, "write"), self._drafted() as draft:
-                return store.put(draft, self.path)
+                return store.put(draft, self.path, self.etag)
         with explained(self.path, "write"), atomic_write(self.path) as draft:
             draft.write_text(self._text(), encoding="utf-8")
         return True
@@ -176,6 +186,7 @@ def open_plan(path: Path) -> PartPlan:
     DamagedCacheError
         It is no plan of this version, or was changed.
     """
+    etag = etag_of(path)
     with explained(path, "open"):
         content = path.read_bytes()
     try:
@@ -192,6 +203,7 @@ def open_plan(path: Path) -> PartPlan:
             dict(table["pinned"].items()),
             int(table["most_rows"]),
             tuple(Part(**part) for part in table["parts"]),
+            etag,
         )
         _check(plan)
     except (ValueError, TypeError, LookupError, AttributeError) as error:

@@ -52,6 +52,8 @@ def _may_go(path: Path) -> bool:
 def prune(paths: Sequence[Path]) -> int:
     """Delete files that `superseded` listed; return the number of freed bytes.
 
+    In an object store, the plans are read again, and only objects that are the listed ones are deleted.
+
     Raises
     ------
     CacheLockedError
@@ -59,9 +61,12 @@ def prune(paths: Sequence[Path]) -> int:
     CacheError
         A file may not be deleted (then none is), or the folder cannot be written.
     """
+    for folder in {path.parent for path in paths}:
+        if (store := store_of(folder)) is not None:
+            store.fetch([plan.name for path in paths if (plan := plan_of(published_path(path))) is not None])
     for path in paths:
         if not _may_go(path):
-            raise CacheError(f"{path} is not a superseded file (NAME.superseded-N.h5); only those can be pruned")
+            raise CacheError(f"{path.name} is not a superseded file, or no longer one; list again what can be pruned")
     freed = 0
     for path in paths:
         lock = WriterLock(path.with_suffix("")) if path.suffix == ".tmp" else None

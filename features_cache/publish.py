@@ -11,11 +11,13 @@ from typing import Protocol
 class ObjectStore(Protocol):
     """The store that a folder is a copy of; what it does may raise any `ThawlineError`."""
 
-    def put(self, draft: Path, path: Path) -> bool:
-        """Upload `draft` as the object of `path`, and rename it to `path`, if the store holds what the copy holds.
+    def etag_of(self, path: Path) -> str | None:
+        """Return the ETag of the object that `path` is a copy of; None if it is none, or was changed since."""
 
-        That is the object that `path` was copied from, or none if there is no `path`. Else fetch what the store holds
-        as `path`, keep `draft`, and return False.
+    def put(self, draft: Path, path: Path, replaced: str | None) -> bool:
+        """Upload `draft` as the object of `path`, and rename it to `path`, if the object has the ETag `replaced`.
+
+        None stands for no object. Else fetch what the store holds as `path`, keep `draft`, and return False.
         """
 
     def fetch(self, only: Collection[str] | None = None, *, anew: bool = False) -> bool:
@@ -30,7 +32,7 @@ class ObjectStore(Protocol):
         """
 
     def delete(self, path: Path) -> None:
-        """Delete the object of `path`, if it has one; the copy stays."""
+        """Delete the object of `path`, if it has one; the copy stays. Raise if the object is no longer that one."""
 
 
 _stores: dict[Path, ObjectStore] = {}
@@ -46,10 +48,19 @@ def store_of(folder: Path) -> ObjectStore | None:
     return _stores.get(folder)
 
 
+def etag_of(path: Path) -> str | None:
+    """Return the ETag of the object that a file is a copy of; None if there is none.
+
+    Ask before the file is read: only then does a later `ObjectStore.put` replace nothing but what was read.
+    """
+    store = store_of(path.parent)
+    return None if store is None else store.etag_of(path)
+
+
 def link_new(draft: Path, path: Path) -> bool:
     """Give the file `draft` the name `path` too, unless there is a file of that name; return whether it was done."""
     if (store := store_of(path.parent)) is not None:
-        return not path.exists() and store.put(draft, path)
+        return not path.exists() and store.put(draft, path, None)
     try:
         os.link(draft, path)
     except FileExistsError:

@@ -89,7 +89,7 @@ def begin_try(
         return CacheWriter(draft, lock)
 
 
-def publish_try(draft: Path, is_complete: Callable[[], bool]) -> bool:
+def publish_try(draft: Path, is_complete: Callable[[], bool], replaced: str | None = None) -> bool:
     """Give a finished try the name of its part, unless another process did, and delete all tries.
 
     A published file that is not complete (the source changed, or rows were damaged) is superseded; in an object store
@@ -101,6 +101,8 @@ def publish_try(draft: Path, is_complete: Callable[[], bool]) -> bool:
         The try; its writer is closed.
     is_complete : callable
         Tells whether the published file is what the try would be.
+    replaced : str, optional
+        What `features_cache.publish.etag_of` told of the part before the try began; by default, there was no part.
 
     Returns
     -------
@@ -112,7 +114,7 @@ def publish_try(draft: Path, is_complete: Callable[[], bool]) -> bool:
     store = store_of(path.parent)
     with explained(path, "write"):
         if store is not None:
-            if not store.put(draft, path) and not is_complete():
+            if not store.put(draft, path, replaced) and not is_complete():
                 return False
         elif not link_new(draft, path) and not is_complete():
             set_aside(path)

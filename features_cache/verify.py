@@ -71,7 +71,9 @@ class VerifyReport:
         return not self.damaged and not self.damaged_runs
 
 
-def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> VerifyReport:
+def verify(
+    path: str | Path, read: Callable[[str], bytes] | None = None, tick: Callable[[], None] = lambda: None
+) -> VerifyReport:
     """Check all checksums of a file; a writer may be adding rows meanwhile.
 
     Parameters
@@ -81,6 +83,8 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Veri
     read : callable, optional
         Maps a uri to the bytes of its image. If given, the digest of each finished row is compared with the source. It
         may raise `OSError` or a `ThawlineError` for an image that is gone.
+    tick : callable, optional
+        Called whenever some rows have been checked.
 
     Raises
     ------
@@ -100,6 +104,7 @@ def verify(path: str | Path, read: Callable[[str], bytes] | None = None) -> Veri
         what = f"its features of {layer.name} are damaged"
         for rows in _damaged_features(cache, layer, states == DONE, report):
             report.damaged += [Finding(row, str(cache.uris[row]), what, layer.name) for row in rows.tolist()]
+            tick()
     if read is not None:
         for row in np.flatnonzero((states != PENDING) & cache.digests.any(axis=1)).tolist():
             what = _compare(cache.digests[row].tobytes(), str(cache.uris[row]), read)
@@ -125,12 +130,14 @@ def repair(path: str | Path, report: VerifyReport) -> int:
     """
     path = Path(path)
     if (store := store_of(path.parent)) is not None and not is_try(path):
-        draft = new_try(path)
+        draft, replaced = new_try(path), store.etag_of(path)
         try:
             with explained(draft, "write"):
                 shutil.copyfile(path, draft)
             count = repair(draft, report)
-            if not store.put(draft, path):
+            with explained(path, "write"):
+                published = store.put(draft, path, replaced)
+            if not published:
                 raise CacheError(f"{path.name} was replaced in the object store meanwhile; verify it again")
         finally:
             draft.unlink(missing_ok=True)

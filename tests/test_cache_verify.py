@@ -59,8 +59,10 @@ def damage(path: Path, array: str, row: int, bit: int) -> None:
 
 
 def test_a_sound_file_is_sound(path: Path) -> None:
-    report = verify(path)
+    ticks: list[None] = []
+    report = verify(path, tick=lambda: ticks.append(None))
     assert report.sound
+    assert len(ticks) == 2, "for each chunk of both layers"
     assert (report.rows, report.done, report.unreadable, report.pending) == (N, N - 2, 1, 1)
     assert report.bytes_checked == (N - 2) * (5 * 4 + 3 * 2)
     assert report.damaged == report.changed == report.damaged_runs == []

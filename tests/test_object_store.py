@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
+import time
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,14 +17,27 @@ import fsspec
 import numpy as np
 import pytest
 
-from features_cache import CacheError, CacheFile, DamagedCacheError, PartedCache, open_cache
+from features_cache import (
+    CacheError,
+    CacheFile,
+    DamagedCacheError,
+    PartedCache,
+    PartPlan,
+    open_cache,
+    open_plan,
+    prune,
+    register_store,
+    superseded,
+)
 from pipeline.errors import SourceError
 from pipeline.extract import extract
 from pipeline.extraction import object_store as stored
 from pipeline.extraction import parts
+from pipeline.extraction.inspection import check
 from pipeline.extraction.object_store import local_path, open_catalog
 from pipeline.fit import fit
 from pipeline.images.sources.registry import open_source
+from pipeline.images.sources.remote import RemotePath, Stamp, locate
 from pipeline.results import ExtractResult
 
 HOW: dict[str, Any] = {"size": 32, "precision": "fp32", "engine": "torch", "batch_size": 3}
@@ -116,6 +131,56 @@ def test_a_copy_fetches_what_changed_and_nothing_else(
     object_store.rm(f"{url}/{min(changed)}")
     monkeypatch.setattr(stored, "_JUST_NOW_NS", 0)
     assert len(open_catalog(url).files[0].missing) == 1  # type: ignore[attr-defined]
+    assert len(list(local_path(url).glob(".*.etag"))) == len(before) - 1
+
+
+def test_what_another_machine_published_survives_a_new_copy_of_it(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command on this machine fetches the other machine's part while this machine fills its own."""
+    uris = [item.uri for item in open_source(photos).items]
+    publish, calls = parts.publish_try, []
+
+    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
+        calls.append(draft)
+        if len(calls) == 1:
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                assert extracted(photos, url, only=uris[:1]).computed == 1
+            open_catalog(url)
+        return publish(draft, is_complete, replaced)
+
+    monkeypatch.setattr(parts, "publish_try", slow)
+    assert extracted(photos, url, only=uris[1:]).done == 15
+    assert (open_catalog(url).files[0].states == 1).all()
+
+
+def test_a_plan_that_another_machine_rewrote_is_not_replaced(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if the copy of this machine is the new one by then."""
+    extracted(photos, url, part_rows=4)
+    plan = next(local_path(url).glob("*.plan"))
+    for number in range(9):
+        shutil.copyfile(photos / "red" / "1.png", photos / "red" / f"z{number}.png")
+    rewrite, told = PartPlan.rewrite, []
+
+    def slow(self: PartPlan) -> bool:
+        if not told:
+            told.append(None)
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                extracted(photos, url)
+            open_catalog(url)
+            told.append(plan.read_bytes())
+        told.append(rewrite(self))
+        return told[-1]
+
+    monkeypatch.setattr(PartPlan, "rewrite", slow)
+    again = extracted(photos, url)
+    assert (told[1], told[3:]) == (True, [False]), "the other machine, then this one"
+    assert plan.read_bytes() == told[2]
+    assert (again.computed, again.done) == (0, 24)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -126,14 +191,14 @@ def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
     uris = [item.uri for item in open_source(photos).items]
     publish, calls = parts.publish_try, []
 
-    def slow(draft: Path, is_complete: Callable[[], bool]) -> bool:
+    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
         calls.append(draft)
         if len(calls) == 1:
             with monkeypatch.context() as other:
                 on_another_machine(tmp_path, other)
                 result = extracted(photos, url, only=uris if complete else uris[:1])
                 assert result.computed == (15 if complete else 1)
-        return publish(draft, is_complete)
+        return publish(draft, is_complete, replaced)
 
     monkeypatch.setattr(parts, "publish_try", slow)
     first = extracted(photos, url, only=uris[1:])
@@ -198,7 +263,106 @@ def test_a_cluster_fills_a_store(
     assert len(etags(object_store, url)) == 5
 
 
-def test_damage_is_repaired_in_the_store(photos: Path, url: str, object_store: Any, thawline: Any) -> None:
+def test_a_worker_sees_that_a_part_is_no_longer_complete(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, thawline: Any
+) -> None:
+    """Its copy is whole; on another machine, a row of the part was damaged and marked pending."""
+    made = open_cache(extracted(photos, url, part_rows=4).path)
+    part = made.parts[1]
+    sound = part.path.read_bytes()
+    where = sound.index(part.matrix("layer1")[2].tobytes())
+    with monkeypatch.context() as other:
+        on_another_machine(tmp_path, other)
+        object_store.pipe(f"{url}/{part.path.name}", sound[:where] + b"\xff\xff" + sound[where + 2 :])
+        assert thawline("cache", "verify", url, "--repair").returncode == 0
+    task = "run", f"{url}/{made.path.name}", 1, str(photos), None, parts.Computing("torch"), lambda *_: None
+    assert parts.fill_part(*task).computed == 1
+    assert (open_catalog(url).files[0].states == 1).all()
+
+
+def test_a_server_that_ignores_conditions_is_refused(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = type(object_store).call_s3
+
+    def lax(self: Any, *arguments: Any, **options: Any) -> Any:
+        return call(self, *arguments, **{key: options[key] for key in options if not key.startswith("If")})
+
+    with monkeypatch.context() as ignoring:
+        on_another_machine(tmp_path, ignoring)
+        ignoring.setattr(type(object_store), "call_s3", lax)
+        with pytest.raises(CacheError, match="ignores the conditions of uploads"):
+            extracted(photos, url)
+        assert [Path(name).suffix for name in etags(object_store, url)] == [".plan"]
+        on_another_machine(tmp_path, ignoring)
+        with pytest.raises(CacheError, match="ignores the conditions of uploads"):
+            extracted(photos, url)  # the plan is there by now
+        assert [Path(name).suffix for name in etags(object_store, url)] == [".plan"]
+    assert extracted(photos, url).done == 15
+
+
+def test_what_fails_says_what_and_is_not_tried_in_vain(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exceptions = pytest.importorskip("botocore.exceptions")
+    extracted(photos, url, part_rows=1)
+
+    def failing(error: Exception) -> Callable[..., Any]:
+        def fail(*_: Any, **__: Any) -> Any:
+            raise error
+
+        return fail
+
+    tried: list[str] = []
+
+    def full(_: str, target: str) -> None:
+        tried.append(target)
+        time.sleep(0.2 * (len(tried) > 1))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.images.sources.remote.PAUSES", (30.0,))
+    far = locate(f"{url}/x.plan")
+    assert isinstance(far, RemotePath)
+    there = next(iter(far.parent.listing().values()))
+    fs = type(object_store)
+    (tmp_path / "file").write_bytes(b"x")
+    with monkeypatch.context() as old:
+        old.setattr(fs, "call_s3", failing(exceptions.ParamValidationError(report='Unknown parameter "IfNoneMatch"')))
+        with pytest.raises(SourceError, match=r"cannot be written: .* update s3fs and botocore"):
+            far.upload(tmp_path / "file", None)
+    with monkeypatch.context() as denied:
+        denied.setattr(fs, "call_s3", failing(PermissionError("Access Denied")))
+        with pytest.raises(SourceError, match="cannot be written: Access Denied"):
+            far.upload(tmp_path / "file", None)
+        with pytest.raises(SourceError, match="cannot be deleted: Access Denied"):
+            there.delete(there.stat(), "any")
+    with monkeypatch.context() as large:
+        large.setattr("pipeline.images.sources.remote.MOST_UPLOADED_BYTES", 0)
+        with pytest.raises(SourceError, match="make parts of fewer rows"):
+            far.upload(tmp_path / "file", None)
+    with pytest.raises(CacheError, match=r"an object store at most 2 GB; .*--part-rows"):
+        parts.check_stored(list(open_catalog(url).files[0].layers.values()), 100_000_000)
+    on_another_machine(tmp_path, monkeypatch)
+    monkeypatch.setattr(object_store, "get_file", full)
+    with pytest.raises(CacheError, match=r"cannot write .*the disk is full"):
+        open_catalog(url)
+    assert len(tried) < 15, "one failure ends the downloads that have not begun"
+
+
+def test_workers_get_the_password_of_a_url_and_users_do_not(tmp_path: Path) -> None:
+    root = RemotePath(fsspec.filesystem("memory"), "/cache", "ftp://me:secret@host/cache")
+    store = stored.StoredCache(root, tmp_path)
+    register_store(tmp_path, store)
+    (tmp_path / "draft").write_bytes(b"x")
+    assert stored.url_of(tmp_path / "a.h5") == "ftp://me:secret@host/cache/a.h5"
+    assert stored.shown(tmp_path / "a.h5") == str(tmp_path / "a.h5"), "it is not in the store"
+    store._keep(tmp_path / "draft", tmp_path / "a.h5", Stamp(1, 1), None)
+    assert stored.shown(tmp_path / "a.h5") == "ftp://me@host/cache/a.h5"
+
+
+def test_damage_is_repaired_in_the_store(
+    photos: Path, url: str, object_store: Any, thawline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = extracted(photos, url, part_rows=4)
     part = open_cache(made.path).parts[1]
     sound, status = part.path.read_bytes(), part.path.stat()
@@ -212,6 +376,14 @@ def test_damage_is_repaired_in_the_store(photos: Path, url: str, object_store: A
     assert thawline("cache", "verify", url).returncode == 1
     with pytest.raises(DamagedCacheError):
         fit(url, heads=["centroid"])
+
+    def full(*_: Any) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as unwritable:
+        unwritable.setattr(stored.StoredCache, "put", full)
+        with pytest.raises(CacheError, match="the disk is full"):
+            check(url, mend=True)
     assert thawline("cache", "verify", url, "--repair").returncode == 0
     again = extracted(photos, url)
     assert (again.computed, again.done) == (1, 15)
@@ -226,9 +398,51 @@ def test_prune_deletes_parts_in_the_store_that_no_image_is_left_for(
         path.unlink()
     assert extracted(photos, url).rows == 10
     before = etags(object_store, url)
-    assert thawline("cache", "prune", url, "--yes", "--json").json["deleted"]
+    folder = local_path(url)
+    records = len(list(folder.glob(".*.etag")))
+    pruned = thawline("cache", "prune", url, "--yes", "--json")
+    assert all(name.startswith(f"{url}/") for name in pruned.json["deleted"])
+    assert len(pruned.json["deleted"]) == 1
+    assert len(list(folder.glob(".*.etag"))) == records - 1
     assert len(etags(object_store, url)) == len(before) - 1
     assert extracted(photos, url).reused == 10
+
+
+def test_prune_deletes_no_part_that_came_to_life(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted(photos, url, part_rows=4)
+    kept = tmp_path / "kept"
+    shutil.copytree(photos, kept)
+    last = open_catalog(url).files[0].parts[-1]
+    for uri in last.uris.tolist():
+        (photos / uri).unlink()
+    extracted(photos, url)
+    (listed,) = superseded(local_path(url))
+    assert listed.name == last.path.name
+    with monkeypatch.context() as other:  # while the user reads what would be deleted
+        on_another_machine(tmp_path, other)
+        shutil.copytree(kept, photos, dirs_exist_ok=True)
+        for number in range(9):
+            shutil.copyfile(photos / "red" / "1.png", photos / "red" / f"z{number}.png")
+        grown = extracted(photos, url)
+        there = etags(object_store, url)
+        assert len({part.number for part in open_plan(Path(grown.path)).parts} | {3}) == len(there) - 1
+    prune([listed])
+    there.pop(listed.name)
+    assert etags(object_store, url) == there
+    file = open_catalog(url).files[0]
+    assert not file.missing_rows
+    assert (file.states == 1).sum() == 24
+    part = file.parts[0].path
+    with monkeypatch.context() as other:
+        other.setattr(sys.modules["features_cache.prune"], "_may_go", lambda _: True)
+        object_store.pipe(f"{url}/{part.name}", part.read_bytes() + b"newer")
+        with pytest.raises(CacheError, match=f"{part.name} was replaced in the object store"):
+            prune([part])
+    with pytest.raises(CacheError, match="not a superseded file, or no longer"):
+        prune([part])
+    assert part.name in etags(object_store, url)
 
 
 @pytest.fixture
@@ -256,6 +470,8 @@ def test_what_cannot_be_done_is_one_line(
         extracted(photos, f"{url}/new.h5")
     with pytest.raises(CacheError, match=r"no cache at s3://.*/none: it holds no cache file"):
         open_catalog(f"{url}/none")
+    with pytest.raises(CacheError, match=r"there is no none\.h5 in the object store at s3://"):
+        open_catalog(f"{url}/none.h5")
     monkeypatch.setattr("pipeline.images.sources.remote.PAUSES", (0.01,))
     with pytest.raises(SourceError, match=r"s3://no-such-bucket-of-ours/x/.*cannot be written: "):
         extracted(photos, "s3://no-such-bucket-of-ours/x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -108,19 +109,25 @@ def cache_prune(cache: str, yes: bool, as_json: bool) -> None:
     A newer file has taken the place of each. Rows that only a superseded file holds are lost.
     """
     from features_cache import prune, superseded
-    from pipeline.extraction.object_store import local_path
+    from pipeline.extraction.object_store import local_path, shown
 
     paths = superseded(local_path(cache, to_write=False))
-    for path in paths:
-        click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB", err=True)
-    if not paths or not (yes or _confirmed(f"Delete {len(paths)} files?")):
+    names = [shown(path) for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        click.echo(f"{name}  {path.stat().st_size / 1e6:.1f} MB", err=True)
+    where = " from the object store" if names != list(map(str, paths)) else ""
+    if not paths or not (yes or _confirmed(f"Delete {_files(paths)}{where}?")):
         deleted, freed = [], 0
     else:
-        deleted, freed = paths, prune(paths)
+        deleted, freed = names, prune(paths)
     if as_json:
-        print_json({"deleted": [str(path) for path in deleted], "bytes": freed})
+        print_json({"deleted": deleted, "bytes": freed})
         return
-    click.echo(f"{len(deleted)} files deleted, {freed / 1e6:.1f} MB freed")
+    click.echo(f"{_files(deleted)} deleted, {freed / 1e6:.1f} MB freed")
+
+
+def _files(some: Sequence[object]) -> str:
+    return f"{len(some)} file{'s' * (len(some) != 1)}"
 
 
 def _confirmed(question: str) -> bool:

@@ -274,18 +274,21 @@ def _check_file(run: str, place: str, source: str | None, mend: bool, progress: 
     path, checked = local_path(place, [Path(place).name]), 0
     images, items = (None, {}) if source is None else _listed(run, source)
 
-    def read(uri: str) -> bytes:
+    def tick() -> None:
         nonlocal checked
-        if images is None or uri not in items:
-            raise UnreadableImageError("it is no longer in the source")
         checked += 1
         progress(checked, 0, "verify")
+
+    def read(uri: str) -> bytes:
+        if images is None or uri not in items:
+            raise UnreadableImageError("it is no longer in the source")
+        tick()
         return images.read(items[uri])
 
-    report = verify(path, None if images is None else read)
+    report = verify(path, None if images is None else read, tick)
     if not report.sound and (store := store_of(path.parent)) is not None:
         store.fetch([path.name], anew=True)  # it may be the copy alone that is damaged
-        report = verify(path, None if images is None else read)
+        report = verify(path, None if images is None else read, tick)
     if mend and not report.sound:
         repair(path, report)
     return report

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 from features_cache import (
@@ -21,6 +22,7 @@ from features_cache import (
     explained,
     is_superseded,
     is_try,
+    plan_of,
     register_store,
     scratch_folder,
     store_of,
@@ -31,6 +33,9 @@ from pipeline.user_folder import user_folder
 
 _JUST_NOW_NS = 1_000_000_000
 """A file that another process of this machine made so short ago may be newer than the listing that lacks it."""
+
+_RECORD = ".etag"
+"""Ends the name of the record of a file in a copy."""
 
 
 def open_catalog(cache: str | Path | Catalog) -> Catalog:
@@ -78,13 +83,23 @@ def local_path(cache: str | Path, only: Collection[str] | None = None, *, to_wri
     register_store(folder, store)
     if not store.fetch(only) and not to_write:
         raise CacheError(f"no cache at {root}: it holds no cache file (.h5); run the extraction with it as the output")
+    if name and not to_write and not (folder / name).exists():
+        raise CacheError(
+            f"there is no {name} in the object store at {root}; thawline cache ls {root} lists what is there"
+        )
     return folder / name
 
 
 def url_of(path: Path) -> str:
     """Return how workers are told where a cache file is: by the URL of what it is a copy of, or its whole path."""
     store = store_of(path.parent)
-    return f"{store.root}/{path.name}" if isinstance(store, StoredCache) else str(path.absolute())
+    return (store.root / path.name).url if isinstance(store, StoredCache) else str(path.absolute())
+
+
+def shown(path: Path) -> str:
+    """Return how the user is told where a cache file is: by the URL of the object that it is a copy of, or its path."""
+    store = store_of(path.parent)
+    return str(store.root / path.name) if isinstance(store, StoredCache) and store.holds(path) else str(path)
 
 
 class StoredCache:
@@ -100,6 +115,7 @@ class StoredCache:
 
     def __init__(self, root: RemotePath, folder: Path) -> None:
         self.root, self.folder = root, folder
+        self._knows_conditions = False
 
     def fetch(self, only: Collection[str] | None = None, *, anew: bool = False) -> bool:
         """Bring the copy up to date, see `features_cache.publish.ObjectStore`."""
@@ -109,17 +125,24 @@ class StoredCache:
         with explained(self.folder, "write"):
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.iterdir():
-                gone = _is_file(path.name) and path.name not in there
-                if gone and path.stat().st_ctime_ns < began - _JUST_NOW_NS:
-                    path.unlink(missing_ok=True)
+                name = path.name[1 : -len(_RECORD)] if path.name.endswith(_RECORD) else path.name
+                if _is_file(name) and name not in there:
+                    with suppress(FileNotFoundError):  # another process deleted it
+                        if path.stat().st_ctime_ns < began - _JUST_NOW_NS:
+                            path.unlink()
             wanted = [
                 (name, far)
                 for name, far in there.items()
                 if (only is None or name in only) and (anew or self._known(name)[0] != far.stat())
             ]
             with scratch_folder(self.folder) as scratch, ThreadPoolExecutor(LISTED_AT_ONCE) as pool:
-                for one in [pool.submit(self._fetch, name, far, Path(scratch)) for name, far in wanted]:
-                    one.result()
+                tasks = [pool.submit(self._fetch, name, far, Path(scratch)) for name, far in wanted]
+                try:
+                    for one in as_completed(tasks):
+                        one.result()
+                except BaseException:  # also Ctrl-C; only the downloads that have begun are waited for
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
         return bool(there)
 
     def _fetch(self, name: str, far: RemotePath, scratch: Path) -> None:
@@ -131,20 +154,44 @@ class StoredCache:
             return
         self._keep(scratch / name, self.folder / name, far.stat(), etag)
 
-    def put(self, draft: Path, path: Path) -> bool:
+    def etag_of(self, path: Path) -> str | None:
+        """Return the ETag of the object that a file of the copy equals, see `features_cache.publish.ObjectStore`."""
+        return self._known(path.name)[1]
+
+    def put(self, draft: Path, path: Path, replaced: str | None) -> bool:
         """Publish a file in the store and in the copy, see `features_cache.publish.ObjectStore`."""
-        _, replaced = self._known(path.name)
+        plan = path if path.suffix == PLAN_SUFFIX else plan_of(path)
+        self._try_conditions(plan)
         etag = (self.root / path.name).upload(draft, replaced)
         if etag is None:
             self.fetch([path.name])
             return False
         self._keep(draft, path, stamp_of({"size": draft.stat().st_size, "ETag": etag}), etag)
+        self._try_conditions(plan)
         return True
 
+    def _try_conditions(self, plan: Path | None) -> None:
+        """Put the plan in the store there once more as a new object; raise if the server does not refuse that."""
+        if plan is None or self._knows_conditions or not (far := self.root / plan.name).is_file():
+            return
+        if far.write(far.read(), None) is not None:
+            raise CacheError(
+                f"{self.root}: its server ignores the conditions of uploads (If-None-Match), so machines would "
+                "overwrite each other's rows; write to S3, to a server that knows them, or to a folder"
+            )
+        self._knows_conditions = True
+
+    def holds(self, path: Path) -> bool:
+        """Tell whether a file of the copy equals an object of the store, as far as is known."""
+        return self._known(path.name)[0] is not None
+
     def delete(self, path: Path) -> None:
-        """Delete the object of a file of the copy."""
-        if self._known(path.name)[0] is not None:
-            (self.root / path.name).delete()
+        """Delete the object of a file of the copy, see `features_cache.publish.ObjectStore`."""
+        stamp, etag = self._known(path.name)
+        far = self.root / path.name
+        if stamp is not None and not far.delete(stamp, etag):
+            raise CacheError(f"{far} was replaced in the object store meanwhile, and stays there; prune again")
+        self._record(path.name).unlink(missing_ok=True)
 
     def _keep(self, draft: Path, path: Path, stamp: Stamp, etag: str | None) -> None:
         """Rename a file to its name in the copy, and record what it is a copy of."""
@@ -164,7 +211,7 @@ class StoredCache:
         return None, None
 
     def _record(self, name: str) -> Path:
-        return self.folder / f".{name}.etag"
+        return self.folder / f".{name}{_RECORD}"
 
 
 def _identity(path: Path) -> list[int]:

@@ -43,7 +43,7 @@ from pipeline.extraction.lookup import (
     is_complete,
     older_fingerprints,
 )
-from pipeline.extraction.parts import follow_source, most_rows
+from pipeline.extraction.parts import check_stored, follow_source, most_rows
 from pipeline.images.sources.registry import ImageSource
 from pipeline.spec import DECODE_POLICY, LayerSpec, Request, fingerprint_of, is_outdated
 
@@ -225,6 +225,8 @@ def _plan_parts(
     most, uris = most_rows(layers, destination.part_rows), destination.rows.uris
     if len(uris) <= most and not stored:
         return None
+    if stored:
+        check_stored(layers, min(most, len(uris)))
     # the name leaves out what auto stands for here, so that machines of other precisions take one plan
     as_asked = [replace(spec, precision=request.precision).fingerprint for spec in specs.values()]
     path = _path(destination, tapped, as_asked).with_suffix(PLAN_SUFFIX)

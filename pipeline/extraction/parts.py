@@ -19,6 +19,7 @@ from features_cache import (
     PartPlan,
     begin_try,
     drop_tries,
+    etag_of,
     open_cache,
     open_part,
     open_plan,
@@ -41,6 +42,12 @@ from pipeline.spec import LONGEST_SIDE, LayerSpec, Request, View, parse_size
 MOST_ROWS = 262_144
 MOST_BYTES = 512_000_000
 """A part has at most so many rows, and so many bytes of features, unless the user sets the number of rows."""
+
+MOST_STORED_BYTES = 2_000_000_000
+"""A part in an object store has at most so many bytes: S3 takes 5 GB in one request, and a part may double."""
+
+_OTHER_ROW_BYTES = 1_000
+"""What a row takes beside its features, with a long name."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,16 @@ def parse_share(part: str | None) -> tuple[int, int]:
 def most_rows(layers: Sequence[LayerInfo], asked: int | None) -> int:
     """Return how many rows a part of these layers has at most; `asked` by the user, if not None."""
     return asked or max(1, min(MOST_ROWS, MOST_BYTES // sum(layer.row_bytes for layer in layers)))
+
+
+def check_stored(layers: Sequence[LayerInfo], rows: int) -> None:
+    """Raise `CacheError` if a part of so many rows is too large for an object store."""
+    each = _OTHER_ROW_BYTES + sum(layer.row_bytes for layer in layers)
+    if rows * each > MOST_STORED_BYTES:
+        raise CacheError(
+            f"a part of {rows:,} rows would take {rows * each / 1e9:.1f} GB, and in an object store at most "
+            f"{MOST_STORED_BYTES / 1e9:.0f} GB; let parts have at most {MOST_STORED_BYTES // each:,} rows (--part-rows)"
+        )
 
 
 def slice_source(images: ImageSource, where: slice) -> ImageSource:
@@ -193,20 +210,21 @@ class PartFiller:
             file = open_part(plan, number)
             return file is not None and is_complete(file, rows, images.classes, asked)
 
-        if not is_published() and (store := store_of(plan.path.parent)) is not None:
-            store.fetch([donor.name for donor in donors_of(plan, number)])  # another machine may have been faster
+        if not is_published():
+            self.fetch(number)  # another machine may have been faster
         if is_published() and not computing.rehash:
             drop_tries(plan.path_of(number))
             return done
         layers = tuple(layer.name for layer in plan.layers)
         engine = self._network().engine(layers, (request_of(plan).pool,))
         began = time.perf_counter()
+        replaced = etag_of(plan.path_of(number))
         donors = () if computing.rehash else donors_of(plan, number)
         try:
             with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
                 filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
                 fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
-            published = publish_try(writer.cache.path, lambda: not computing.rehash and is_published())
+            published = publish_try(writer.cache.path, lambda: not computing.rehash and is_published(), replaced)
         except (CacheError, FileNotFoundError):
             if not is_published():
                 raise
@@ -219,6 +237,11 @@ class PartFiller:
             again.add(replace(done, rows=0))
             return again
         return done
+
+    def fetch(self, number: int) -> None:
+        """Fetch from an object store what a part may take rows from, if the copy here has it not or older."""
+        if (store := store_of(self.plan.path.parent)) is not None:
+            store.fetch([donor.name for donor in donors_of(self.plan, number)])
 
     def _network(self) -> FeatureExtractor:
         """Return the network, after a check that it gives the features of the plan on this machine."""
@@ -265,7 +288,9 @@ def fill_part(
     global _kept
     if _kept is None or _kept[0] != (run, path):
         _kept = (run, path), PartFiller(open_plan(local_path(path, [Path(path).name])), open_source(source), computing)
-    return _kept[1].fill(number, _kept[1].rows_of(only), progress)
+    filler = _kept[1]
+    filler.fetch(number)  # the copy here may have an older part, which is complete
+    return filler.fill(number, filler.rows_of(only), progress)
 
 
 def _fingerprints(extractor: FeatureExtractor, request: Request) -> list[str]:
@@ -328,6 +353,7 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
         own = slice_source(images, where)
         rows, published = rows_of(own), False
         while not published:
+            replaced = etag_of(plan.path_of(part.number))
             file = open_part(plan, part.number)
             if file is None and part.origin is None:
                 break
@@ -336,6 +362,6 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
             donors = donors_of(plan, part.number)
             with begin_try(plan, part.number, rows, own.classes, donors=donors, digests=digests[where]) as writer:
                 left = len(writer.pending())
-            if published := publish_try(writer.cache.path, lambda: False):
+            if published := publish_try(writer.cache.path, lambda: False, replaced):
                 pending += left
     return pending

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import posixpath
 import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
@@ -55,6 +55,15 @@ _SIGNED = re.compile(r"x-(amz|goog)-.*|expires|policy|key-pair-id|(aws|google)ac
 
 HELD_BYTES = 1 << 30
 """Most bytes of remote shards that are kept in memory after they were listed."""
+
+MOST_UPLOADED_BYTES = 5_000_000_000
+"""S3 takes no more in one request, and only one request can have a condition."""
+
+_LOST = ("PreconditionFailed", "ConditionalRequestConflict")
+"""What S3 answers if another process was faster."""
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of this machine's disk, which no further try mends."""
 
 LISTED_AT_ONCE = 8
 """Shards, or folders of a manifest, that are listed at once."""
@@ -149,6 +158,11 @@ class RemotePath:
     def as_posix(self) -> str:
         """Return the URL without passwords and signatures; a folder on a web server keeps its last slash."""
         return f"{self}/" if self.is_http and self._path.endswith("/") else str(self)
+
+    @property
+    def url(self) -> str:
+        """The URL as the user wrote it, with passwords: for workers, not for messages."""
+        return self._url
 
     def __truediv__(self, relative: str) -> RemotePath:
         first, *outer = self._url.split("::")
@@ -307,33 +321,64 @@ class RemotePath:
         Return its new ETag; None if the object is another, and stays as it is. Only S3 has such a request. Raises
         `OSError` if the file cannot be read.
         """
+        if file.stat().st_size > MOST_UPLOADED_BYTES:
+            raise SourceError(f"{self}: cannot be written: S3 takes files of at most 5 GB; make parts of fewer rows")
+        return self.write(file.read_bytes(), replaced)
+
+    def write(self, data: bytes, replaced: str | None) -> str | None:
+        """Write bytes as this object, as `upload` writes a file."""
         if "s3" not in _protocols(self.fs):
             raise SourceError(
                 f"{self}: only s3:// stores can be written, whose uploads may require that nobody else was faster; "
                 "write to a folder on this machine, and copy it"
             )
         bucket, key, _ = self.fs.split_path(self._path)
-        data = file.read_bytes()
         condition = {"IfNoneMatch": "*"} if replaced is None else {"IfMatch": replaced}
-        for pause in (*PAUSES, None):
+
+        def request() -> str | None:
             try:
                 put = self.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
                 return str(put["ETag"])
             except Exception as error:
-                if replaced is not None and isinstance(error, FileNotFoundError):
+                if _answer(error)[0] in _LOST or (replaced is not None and isinstance(error, FileNotFoundError)):
                     return None
-                response = getattr(error.__cause__, "response", None) or {}
-                if response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
-                    return None
-                if pause is None or isinstance(error, FileNotFoundError | PermissionError):
-                    raise SourceError(f"{self}: cannot be written: {_told(error)}") from error
-                time.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+                raise
 
-    def delete(self) -> None:
-        """Delete the object, if there is one."""
-        with suppress(FileNotFoundError):
-            self._patiently(lambda: self.fs.rm_file(self._path))
+        try:
+            return self._patiently(request, doing="written")
+        except FileNotFoundError as error:
+            raise SourceError(f"{self}: cannot be written: {_told(error)}") from error
+
+    def delete(self, stamp: Stamp, etag: str | None) -> bool:
+        """Delete the object, if there is one; return False if it is another than that of this stamp and ETag.
+
+        S3 compares the ETag when it deletes; other servers are asked for it just before.
+        """
+        now = self.afresh()
+        if not now.is_file():
+            return True
+        if now.stat() != stamp:
+            return False
+        conditional = etag is not None and "s3" in _protocols(self.fs)
+
+        def request() -> bool:
+            try:
+                if conditional:
+                    bucket, key, _ = self.fs.split_path(self._path)
+                    self.fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=etag)
+                    return True
+            except Exception as error:
+                if _answer(error)[0] in _LOST:
+                    return False
+                if _answer(error)[0] != "NotImplemented":
+                    raise
+            self.fs.rm_file(self._path)
+            return True
+
+        try:
+            return self._patiently(request, doing="deleted")
+        except FileNotFoundError:
+            return True
 
     def afresh(self) -> RemotePath:
         """Return the same object, of which nothing is known from a listing."""
@@ -347,7 +392,13 @@ class RemotePath:
             return io.BytesIO(self._whole())
         return _RemoteFile(self, size)
 
-    def _patiently(self, request: Callable[[], T], pauses: tuple[float, ...] | None = None, remedy: str = "") -> T:
+    def _patiently(
+        self,
+        request: Callable[[], T],
+        pauses: tuple[float, ...] | None = None,
+        remedy: str = "",
+        doing: str = "read",
+    ) -> T:
         for pause in (*(PAUSES if pauses is None else pauses), None):
             try:
                 return request()
@@ -360,8 +411,15 @@ class RemotePath:
                     raise
                 if _status(error) in _GONE:
                     raise FileNotFoundError(str(self)) from error
-                if pause is None:
-                    raise SourceError(f"{self}: cannot be read: {_told(error)}{remedy}") from error
+                if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+                    raise
+                if doing != "read" and type(error).__name__ == "ParamValidationError":  # of botocore
+                    raise SourceError(
+                        f"{self}: cannot be {doing}: the S3 library here knows no conditional requests; update "
+                        "s3fs and botocore: pip install -U s3fs aiobotocore botocore"
+                    ) from error
+                if pause is None or (doing != "read" and _is_final(error)):
+                    raise SourceError(f"{self}: cannot be {doing}: {_told(error)}{remedy}") from error
                 time.sleep(pause * random.uniform(1, 1.5))  # noqa: S311
         raise AssertionError("the last try returns or raises")
 
@@ -422,6 +480,20 @@ def _status(error: Exception) -> object:
     """Return the HTTP status that a library's error carries, if any."""
     found = (getattr(error, name, None) for name in ("status", "status_code", "code"))
     return next((status for status in found if status is not None), None)
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """Return code and HTTP status of what S3 answered; 0 if it did not."""
+    response = getattr(error.__cause__, "response", None) or getattr(error, "response", None)
+    found = response if isinstance(response, Mapping) else {}
+    return found.get("Error", {}).get("Code", ""), int(found.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _is_final(error: Exception) -> bool:
+    """Tell whether S3 would give the same answer to the same request."""
+    code, status = _answer(error)
+    passing = status in (408, 429) or code == "RequestTimeout"
+    return isinstance(error, PermissionError) or (400 <= status < 500 and not passing)
 
 
 def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
