@@ -223,7 +223,7 @@ def test_verify_on_a_cluster_finds_and_repairs_what_one_process_does(
     assert all(one.sound for one in check("c")[0])
     assert int(open_cache(made.path).pending.sum()) == 1
 
-    def refuse(path: Path, read: Any) -> None:
+    def refuse(*_: Any) -> None:
         raise CacheError("no luck")
 
     monkeypatch.setattr("pipeline.extraction.inspection.verify", refuse)
