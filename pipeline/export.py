@@ -236,7 +236,7 @@ def _length(rows: Tensor) -> Tensor:
 def onnx_program(graph: nn.Module, size: tuple[int, int], outputs: list[str]) -> torch.onnx.ONNXProgram:
     """Return a module that maps images (n, height, width, 3) to `outputs` as ONNX, for any number of images.
 
-    Raises `ModelFileError` if it has too many weights, or operations that ONNX lacks.
+    Raises `ModelFileError` if it has too many weights, operations that ONNX lacks, or comes out as no sound graph.
     """
     weight = sum(item.nbytes for item in graph.state_dict().values())
     if weight > _LARGEST:
@@ -244,6 +244,8 @@ def onnx_program(graph: nn.Module, size: tuple[int, int], outputs: list[str]) ->
             f"an ONNX file holds at most 2 GiB, and this model has {weight / 2**30:.1f} GiB of weights; "
             "use a smaller backbone"
         )
+    from onnx.checker import ValidationError, check_model
+
     try:
         program = torch.onnx.export(
             graph,
@@ -256,7 +258,14 @@ def onnx_program(graph: nn.Module, size: tuple[int, int], outputs: list[str]) ->
         )
     except Exception as error:  # the exporter runs the network's code on symbols, which can raise anything
         raise ModelFileError(f"this backbone cannot be written as ONNX: {first_line(first_cause(error))}") from error
-    return cast("torch.onnx.ONNXProgram", program)
+    found = cast("torch.onnx.ONNXProgram", program)
+    try:
+        check_model(found.model_proto)
+    except ValidationError as error:
+        raise ModelFileError(
+            f"this backbone cannot be written as ONNX: torch's exporter makes a damaged graph ({first_line(error)})"
+        ) from error
+    return found
 
 
 def _metadata(parts: _Parts) -> dict[str, Any]:

@@ -211,6 +211,22 @@ def test_what_cannot_be_written_leaves_nothing(
     with pytest.raises(ModelFileError, match=r"no folder"):
         export(model, tmp_path / "nowhere" / "model.onnx")
 
+    whole = torch.onnx.export
+
+    def lacking(*given: Any, **options: Any) -> Any:
+        """Export, and lose the node that the last one reads."""
+        program = whole(*given, **options)
+        assert program is not None
+        program.model.graph.remove(
+            next(one.producer() for one in reversed(program.model.graph[-1].inputs) if one.producer())
+        )
+        return program
+
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.onnx, "export", lacking)
+        with pytest.raises(ModelFileError, match="cannot be written as ONNX: torch's exporter makes a damaged graph"):
+            export(model, path)
+
     def fail(*_: Any, **__: Any) -> None:
         raise torch.onnx.OnnxExporterError("step 3 failed") from AssertionError("no operator\nfor that")
 
