@@ -103,7 +103,7 @@ def shown(path: Path) -> str:
 
 
 class StoredCache:
-    """A cache in an object store, and its copy; an `features_cache.publish.ObjectStore`.
+    """A cache in an object store, and its copy; a `features_cache.publish.ObjectStore`.
 
     Parameters
     ----------
@@ -204,11 +204,10 @@ class StoredCache:
         """Return stamp and ETag of the object that a file of the copy equals; None, None if that is not known."""
         try:
             size, mtime_ns, etag, *identity = json.loads(self._record(name).read_text(encoding="utf-8"))
-            if identity == _identity(self.folder / name):
-                return Stamp(size, mtime_ns), etag
-        except (OSError, ValueError):
-            pass
-        return None, None
+            same = identity == _identity(self.folder / name)
+        except (OSError, ValueError):  # no record, or a damaged one: the file is fetched again
+            return None, None
+        return (Stamp(size, mtime_ns), etag) if same else (None, None)
 
     def _record(self, name: str) -> Path:
         return self.folder / f".{name}{_RECORD}"
