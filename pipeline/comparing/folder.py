@@ -214,7 +214,7 @@ class RunFolder:
             columns["groups"] = predictions.groups
         if result.task != CLASSIFICATION:
             given = {name: getattr(predictions, name) for name in _OF_VALUES}
-            columns |= {name: _half(column) for name, column in given.items() if column is not None}
+            columns |= {name: _single_precision(column) for name, column in given.items() if column is not None}
         with _explained(self.path, "write"):
             with atomic_write(self._predictions_file(result.key)) as draft:
                 np.savez_compressed(draft, **columns)
@@ -302,7 +302,7 @@ class RunFolder:
                 os.close(descriptor)
 
 
-def _half(column: NDArray[Any]) -> NDArray[Any]:
+def _single_precision(column: NDArray[Any]) -> NDArray[Any]:
     """Return scores as float32, which take half the space; other columns as they are."""
     return column.astype(np.float32) if column.dtype == np.float64 else column
 

@@ -51,7 +51,8 @@ def run(comparison: Comparison) -> None:
     answers = {
         key
         for key, one in folder.results.items()
-        if (one.task, one.result.metric, one.result.target) == asking and one.n_classes == n_classes.get(one.source)
+        if (one.task, one.result.metric, one.result.target) == asking
+        and one.n_classes in (0, n_classes.get(one.source))
     }
     folder.keep_only(keys | {key for key in answers if folder.results[key].source in unsure})
     for job, (_, key) in tunes.items():

@@ -183,7 +183,7 @@ def _differences(board: Leaderboard, read: ReadPredictions) -> dict[str, Any] | 
     The intervals hold for all pairs together (Bonferroni's correction).
     """
     scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
-    scores.sort(key=lambda score: -score.measure.sign * score.value)
+    scores.sort(key=lambda score: (math.isnan(score.value), -score.measure.sign * score.value))
     pairs = list(combinations(range(len(scores)), 2))
     confidence = 1 - LEVEL / max(1, len(pairs))
     tested = [compare_scores(scores[a], scores[b], read, confidence=confidence) for a, b in pairs]
