@@ -124,7 +124,9 @@ def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
         assert found.coef_ == pytest.approx(exact.coef_, abs=0.02 * float(np.abs(exact.coef_).max()))
 
 
-def test_linear_svm_is_the_optimum_where_c_is_large() -> None:
+@pytest.mark.parametrize("most_solved", [linear_svm._MOST_SOLVED, 0], ids=["products", "passes"])
+def test_linear_svm_is_the_optimum_where_c_is_large(monkeypatch: pytest.MonkeyPatch, most_solved: int) -> None:
+    monkeypatch.setattr(linear_svm, "_MOST_SOLVED", most_solved)
     fold, _, _ = digits(400)
     svm, y = find_head("linear_svm").family, (fold.y > 4).astype(np.int64)
     rows = np.hstack([fold.train, np.ones((400, 1))])

@@ -1,24 +1,27 @@
 """Linear SVM, fast enough for a path of 45 values of C and for many rows.
 
 The objective of each class against the rest is smooth and strictly convex, so Newton's method, warm-started upwards in
-C, ends at the optimum that liblinear finds. Conjugate gradients solve for the steps of all classes at once. They read
-only rows that some class has within its margin, which are few where C is large. The spread of features differs by
-orders of magnitude between principal axes. In units of the curvature along these, a step takes tens of passes over the
-rows instead of hundreds. L-BFGS makes fewer where C is small, but where C is large it stops far from the optimum.
+C, ends at the optimum that liblinear finds. Only rows within the margin of a class count for its step. Where they are
+few, as they are where C is large, the step is solved from their products with each other. Otherwise conjugate gradients
+find the steps of all classes at once. The spread of features differs by orders of magnitude between principal axes. In
+units of the curvature along these, a step takes tens of passes over the rows instead of hundreds. L-BFGS makes fewer
+where C is small, but where C is large it stops far from the optimum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
+from scipy.linalg import solve
 from sklearn.svm import LinearSVC
 
 from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.heads.family import Fitted, Params, Step, Weights
 from pipeline.heads.linear import LinearFamily, decades
 from pipeline.heads.solvers.hyperplanes import best_classes, one_against_rest
+from pipeline.heads.solvers.span import inner_products
 
 MOST_ITERATIONS = 100
 TOLERANCE = 1e-5
@@ -30,11 +33,20 @@ _ROUNDING = 1e-9
 """The same in units of the objective, where its penalty is tiny."""
 _LITTLE = 1e-4
 """The same where rounding ends a fit that has converged."""
+_NOISE = 1e-8
+"""What rounding of scores to float32 may add to the objective, in its units."""
 _MOST_PASSES = 1000
 _INEXACT = 0.1
 """A step is exact enough once its residual, in units of curvature, is this share of the gradient."""
 _MOST_HALVINGS = 30
 _BLOCK = 1024
+_MOST_PRODUCTS = 4096
+"""The most rows whose products with each other are kept, 8 bytes each: 134 MB."""
+_MOST_SOLVED = 512
+"""The most rows within a class's margin for which its step is solved from products, not found in passes; also no more
+than twice the features, because passes over narrow rows cost little."""
+_MOST_CONDITION = 1e12
+"""The largest condition of such a system; beyond it, float64 would no longer tell the penalty from rounding."""
 _MOST_PICKED = 0.7
 """If more than this share of the rows is needed, all are read, because picking rows copies them."""
 
@@ -120,6 +132,12 @@ class _SquaredHinge:
         products[-1, -1] = len(rows)
         spread, self.axes = np.linalg.eigh(products)
         self.spread = np.maximum(spread, 0) / len(rows)
+        self.lengths = np.einsum("ij,ij->i", rows, rows) + 1
+
+    @cached_property
+    def products(self) -> Float64Array:
+        """Products (n, n) of all rows with each other, a one appended."""
+        return inner_products(self.rows, self.rows) + 1
 
     def zeros(self) -> Float64Array:
         """Return weights of zero."""
@@ -136,7 +154,7 @@ class _SquaredHinge:
             gap, values = self._gap_and_values(costs, left, scores[:, left], weights[left])
             gradient = weights[left] - 2 * _sums(self.rows, costs * gap * self.signs[:, left])
             enough = np.maximum(tolerance * np.sum(weights[left] ** 2, axis=1) / 2, _ROUNDING * values)
-            steps, falls = self._steps(2 * costs * (gap > 0), gradient, enough)
+            steps, falls = self._steps(2 * costs * (gap > 0), left, weights[left], gradient, enough)
             more = falls > enough
             left, steps, values = left[more], steps[more], values[more]
             if not len(left):
@@ -146,7 +164,10 @@ class _SquaredHinge:
             for _ in range(_MOST_HALVINGS):
                 tried = weights[left] + sizes * steps
                 there = scores[:, left] + sizes.T.astype(np.float32) * moves
-                short = self._gap_and_values(costs, left, there, tried)[1] > values + 1e-4 * sizes[:, 0] * slopes
+                short = (
+                    self._gap_and_values(costs, left, there, tried)[1]
+                    > (1 + _NOISE) * values + 1e-4 * sizes[:, 0] * slopes
+                )
                 if not short.any():
                     break
                 sizes[short] /= 2
@@ -163,11 +184,45 @@ class _SquaredHinge:
         return gap, np.sum(weights**2, axis=1) / 2 + np.sum(costs * gap**2, axis=0, dtype=np.float64)
 
     def _steps(
+        self,
+        curvature: Float32Array,
+        which: IntArray,
+        weights: Float64Array,
+        gradient: Float64Array,
+        enough: Float64Array,
+    ) -> tuple[Float64Array, Float64Array]:
+        """Return Newton's steps (k, d + 1) for k columns of the signs, and by how much they lower their parabolas.
+
+        The parabola's curvature is 1 and that of each row (n, k).
+        """
+        steps, falls = np.zeros_like(gradient), np.zeros(len(gradient))
+        most = min(_MOST_SOLVED, 2 * self.rows.shape[1]) if len(self.rows) <= _MOST_PRODUCTS else 0
+        few = (np.count_nonzero(curvature, axis=0) <= most) & (self.lengths @ curvature <= _MOST_CONDITION)
+        for one in np.flatnonzero(few):
+            steps[one] = self._bottom(curvature[:, one], self.signs[:, which[one]]) - weights[one]
+            falls[one] = -steps[one] @ gradient[one] / 2
+        many = np.flatnonzero(~few)
+        steps[many], falls[many] = self._find_steps(curvature[:, many], gradient[many], enough[many])
+        return steps, falls
+
+    def _bottom(self, curvature: Float32Array, signs: Float32Array) -> Float64Array:
+        """Return where the parabola of one column of signs (n,) is lowest: (d + 1,).
+
+        That is a sum of the rows that have a `curvature` (n,), whose shares solve a system of as many equations
+        (Chapelle 2007, "Training a support vector machine in the primal").
+        """
+        near = np.flatnonzero(curvature)
+        system = self.products[np.ix_(near, near)]
+        system[np.diag_indices(len(near))] += 1 / curvature[near]
+        shares = solve(system, signs[near].astype(np.float64), assume_a="pos", overwrite_a=True, check_finite=False)
+        return np.append(shares @ self.rows[near].astype(np.float64), shares.sum())
+
+    def _find_steps(
         self, curvature: Float32Array, gradient: Float64Array, enough: Float64Array
     ) -> tuple[Float64Array, Float64Array]:
-        """Return Newton's steps (k, d + 1), and by how much they lower a parabola: by conjugate gradients.
+        """Return the steps and how much they lower their parabolas by conjugate gradients.
 
-        The parabola's curvature is 1 and that of each row (n, k). Nothing is done for residuals far below `enough`.
+        Nothing is done for residuals far below `enough`.
         """
         units = 1 / (1 + curvature.sum(axis=0, dtype=np.float64)[:, None] * self.spread)
 

@@ -37,7 +37,7 @@ class Span:
 
     def rotate(self, rows: Float32Array, others: Float32Array) -> Float32Array:
         """Return the projection of `others` (m, d) onto the span of `rows` (n, d): (m, r) float32."""
-        products = _products(rows[self.basis], others)
+        products = inner_products(rows[self.basis], others)
         return np.asarray(solve_triangular(self.triangle, products, lower=True).T, np.float32)
 
     def unrotate(self, rows: Float32Array, weights: Float64Array) -> Float64Array:
@@ -54,7 +54,7 @@ def find_span(rows: Float32Array) -> Span | None:
     n, d = rows.shape
     if d <= n or not rows.any():
         return None
-    factor, pivots, rank, _ = dpstrf(_products(rows, rows), lower=1, overwrite_a=1)
+    factor, pivots, rank, _ = dpstrf(inner_products(rows, rows), lower=1, overwrite_a=1)
     order = pivots.astype(np.int64) - 1
     triangle = np.tril(factor)[:, :rank]
     rotated = np.empty((n, rank), np.float32)
@@ -62,7 +62,7 @@ def find_span(rows: Float32Array) -> Span | None:
     return Span(rotated, order[:rank], np.ascontiguousarray(triangle[:rank]))
 
 
-def _products(rows: Float32Array, others: Float32Array) -> Float64Array:
+def inner_products(rows: Float32Array, others: Float32Array) -> Float64Array:
     """Return all inner products (n, m) in float64, converting a block of columns at a time."""
     total = np.zeros((len(rows), len(others)))
     for start in range(0, rows.shape[1], _COLUMNS):
