@@ -21,7 +21,17 @@ from features_cache.grow import Donors, grow, same_rows
 from features_cache.layout import DONE, PENDING, TEXT, UNREADABLE, LayerInfo, Rows
 from features_cache.lock import WriterLock
 from features_cache.parted import PartedCache, open_part
-from features_cache.parts import PLAN_SUFFIX, Part, PartPlan, divide, is_try, open_plan, plan_of, published_path
+from features_cache.parts import (
+    PLAN_SUFFIX,
+    Part,
+    PartPlan,
+    UriRange,
+    divide,
+    is_try,
+    open_plan,
+    plan_of,
+    published_path,
+)
 from features_cache.prune import drop_redundant, prune, superseded
 from features_cache.publish import etag_of, register_store, store_of
 from features_cache.reader import CacheFile, open_cache
@@ -50,6 +60,7 @@ __all__ = [
     "PartedCache",
     "Rows",
     "ThawlineError",
+    "UriRange",
     "VerifyReport",
     "WriterLock",
     "as_float32",

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from features_cache.atomic import atomic_write
 from features_cache.convert import parse_json
-from features_cache.errors import DamagedCacheError, explained
+from features_cache.errors import CacheError, DamagedCacheError, explained
 from features_cache.header import is_name, layer_of
 from features_cache.layout import LayerInfo
 from features_cache.publish import etag_of, link_new, store_of
@@ -31,6 +31,21 @@ FORMAT = "thawline-parts 1"
 TRY = ".try-"
 """Between the name of a part and what is random in the name of a try at it."""
 _PART = re.compile(r"(.+)\.p\d{5,}\.h5", re.DOTALL)
+
+
+class UriRange(NamedTuple):
+    """The uris from `first` up to `end`, which is not among them; no end if it is None."""
+
+    first: str
+    end: str | None
+
+    def overlaps(self, other: UriRange) -> bool:
+        """Tell whether a uri can be in both ranges."""
+        return all(end is None or first < end for first, end in ((self.first, other.end), (other.first, self.end)))
+
+    def covers(self, other: UriRange) -> bool:
+        """Tell whether all uris of `other` are in this range."""
+        return self.first <= other.first and (self.end is None or (other.end is not None and other.end <= self.end))
 
 
 @dataclass(frozen=True)
@@ -93,6 +108,14 @@ class PartPlan:
     def paths(self) -> list[Path]:
         """The files of all parts, in the order of their uris."""
         return [self.path_of(part.number) for part in self.parts]
+
+    def range_of(self, number: int) -> UriRange:
+        """Return the uris that a part holds, by its number; raises `CacheError` if there is no such part."""
+        ends: list[str | None] = [*(part.first for part in self.parts[1:]), None]
+        for part, end in zip(self.parts, ends, strict=True):
+            if part.number == number:
+                return UriRange(part.first, end)
+        raise CacheError(f"{self.path} has no part {number}; extract again")
 
     def ranges(self, uris: Sequence[str]) -> Iterator[tuple[Part, slice]]:
         """Yield each part with the slice of `uris`, which are sorted, that it holds."""

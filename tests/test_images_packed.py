@@ -18,7 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from features_cache import UriRange
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.sources import gzipped, tables
 from pipeline.images.sources.registry import open_source
@@ -338,3 +341,44 @@ def test_row_groups_are_read_once_in_order_and_few_are_held(tmp_path: Path, monk
     monkeypatch.setattr(tables, "CHUNK_LIMIT", 100)
     with pytest.raises(UnreadableImageError, match=r"in a row group of .* bytes, more than 100"):
         source.read(source.items[-1])
+
+
+NAMES = ["a-b", "a.b", "a", "a/c", "a b", "b/a", "a0", "é"]
+"""Of archives whose uris come in another order than the names, since some characters are before ``/``."""
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives of `NAMES` in a folder, in which another folder is named as one of them begins."""
+    folder = tmp_path_factory.mktemp("archives")
+    for name in NAMES:
+        path = folder / f"{name}.zip"
+        path.parent.mkdir(exist_ok=True)
+        write_zip(path)
+    return folder
+
+
+ENDS = st.sampled_from(NAMES).flatmap(
+    lambda name: st.sampled_from(
+        [name, f"{name}.zip", f"{name}.zip/", f"{name}.zip/dog/2.png", f"{name}.zip0", "", "~"]
+    )
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(first=ENDS, end=st.none() | ENDS)
+def test_a_range_of_archives_is_listed_as_in_the_whole(archives: Path, first: str, end: str | None) -> None:
+    whole, wanted = open_source(archives), UriRange(first, end)
+    some = open_source(archives, wanted)
+
+    def of(span: UriRange) -> list[str]:
+        return [
+            item.uri for item in whole.items if span.first <= item.uri and (span.end is None or item.uri < span.end)
+        ]
+
+    listed = [item.uri for item in some.items]
+    assert listed == of(some.within or UriRange("", None))
+    assert set(of(wanted)) <= set(listed)
+    read = [(some.read(item), some.classes[item.label], *item[2:]) for item in some.items]
+    chosen = [item for item in whole.items if item.uri in set(listed)]
+    assert read == [(whole.read(item), whole.classes[item.label], *item[2:]) for item in chosen]

@@ -27,7 +27,7 @@ from features_cache import (
     publish_try,
     tries_of,
 )
-from pipeline.errors import EngineError
+from pipeline.errors import EngineError, SourceError
 from pipeline.extract import extract
 from pipeline.extraction import parts
 from pipeline.extraction.inspection import check, list_files
@@ -112,6 +112,34 @@ def test_forged_handles_do_not_change_what_a_part_holds(parted: PartedCache, pho
     fill(handles | {"pool": "max"})
     for layer in LAYERS:
         np.testing.assert_array_equal(open_cache(copy).matrix(layer)[:], parted.matrix(layer)[:])
+
+
+def test_a_worker_opens_only_the_archives_of_its_part(photos: Path, tmp_path: Path) -> None:
+    source, cache = tmp_path / "archives", tmp_path / "cache"
+    for label in ("red", "green", "blue"):
+        shutil.make_archive(str(source / label), "zip", photos, label)
+    plan = open_plan(Path(extracted(source, cache, part_rows=3).path))
+    wanted = [np.array(open_cache(path).matrix("penultimate")) for path in plan.paths]
+    assert [part.rows for part in plan.parts] == [3] * 8  # and eight images in each archive
+    for path in plan.paths:
+        path.unlink()
+    for label in ("red", "green"):
+        (source / f"{label}.zip").write_bytes(b"damaged")
+
+    def fill(run: str, number: int) -> None:
+        done = parts.fill_part(
+            run, str(plan.path), number, str(source), None, parts.Computing("torch"), lambda *_: None
+        )
+        assert done.computed == 3
+
+    fill("one", 0)
+    kept = parts._kept
+    fill("one", 1)
+    assert parts._kept is kept  # neither the archive nor the network was opened again
+    with pytest.raises(SourceError, match=r"green\.zip"):
+        fill("one", 2)  # with images of two archives
+    for number in (0, 1):
+        np.testing.assert_array_equal(open_cache(plan.path_of(number)).matrix("penultimate"), wanted[number])
 
 
 def test_a_folder_shows_the_parts_as_one_file(whole: CacheFile, parted: PartedCache) -> None:

@@ -140,7 +140,7 @@ class PartFiller:
     ----------
     plan : PartPlan
     images : ImageSource
-        The whole source.
+        The source, of which the parts to be filled must be listed.
     computing : Computing
     extractor : FeatureExtractor, optional
         The network, if it is loaded already.
@@ -149,11 +149,17 @@ class PartFiller:
     def __init__(
         self, plan: PartPlan, images: ImageSource, computing: Computing, extractor: FeatureExtractor | None = None
     ) -> None:
-        self.plan, self._images, self._computing, self._extractor = plan, images, computing, extractor
+        self.plan, self.extractor = plan, extractor
+        self._images, self._computing = images, computing
         self._where = {part.number: where for part, where in plan.ranges(images.items.rows.uris)}
 
+    def lists(self, number: int) -> bool:
+        """Tell whether the images of a part were listed; raises `CacheError` if there is no such part."""
+        wanted, within = self.plan.range_of(number), self._images.within
+        return within is None or within.covers(wanted)
+
     def rows_of(self, only: Sequence[str] | None) -> BoolArray | None:
-        """Return which rows of the whole source, (n,), have one of these uris; None for all."""
+        """Return which rows of the source, (n,), have one of these uris; None for all."""
         return None if only is None else np.isin(self._images.items.rows.uris, only)
 
     def fill_share(self, asked: BoolArray, share: tuple[int, int], progress: Progress) -> FilledParts:
@@ -162,7 +168,7 @@ class PartFiller:
         Parameters
         ----------
         asked : (n,) bool
-            Rows of the whole source that may be computed.
+            Rows of the source that may be computed.
         share : tuple of int
             Index and count.
         progress : callable
@@ -194,9 +200,7 @@ class PartFiller:
         ThawlineError
             As `pipeline.extract.extract`; what was computed is carried over by the next call.
         """
-        plan, computing, where = self.plan, self._computing, self._where.get(number)
-        if where is None:
-            raise CacheError(f"{plan.path} has no part {number}; extract again")
+        plan, computing, where = self.plan, self._computing, self._where[number]
         images = slice_source(self._images, where)
         asked = np.ones(len(images.items), bool) if asked is None else asked[where]
         if images.items and not asked.any():
@@ -247,7 +251,7 @@ class PartFiller:
         """Return the network, after a check that it gives the features of the plan on this machine."""
         request = request_of(self.plan)
         wanted = [layer.fingerprint for layer in self.plan.layers]
-        computing, found = self._computing, self._extractor
+        computing, found = self._computing, self.extractor
         engine = self.plan.pinned.get("engine", "auto") if computing.engine == "auto" else computing.engine
         follows = found is not None and engine in ("auto", found.engine_name(request.pool))
         if found is None or not follows or _fingerprints(found, request) != wanted:
@@ -257,7 +261,7 @@ class PartFiller:
                     f"the weights or the version of thawline here give other features than {self.plan.path.name} is "
                     "for; use those that it was made with, or delete it and its parts"
                 )
-            self._extractor = found
+            self.extractor = found
         return found
 
 
@@ -286,9 +290,12 @@ def fill_part(
     progress : callable
     """
     global _kept
-    if _kept is None or _kept[0] != (run, path):
-        _kept = (run, path), PartFiller(open_plan(local_path(path, [Path(path).name])), open_source(source), computing)
-    filler = _kept[1]
+    filler = _kept[1] if _kept is not None and _kept[0] == (run, path) else None
+    if filler is None or not filler.lists(number):
+        plan = open_plan(local_path(path, [Path(path).name])) if filler is None else filler.plan
+        images = open_source(source, plan.range_of(number))
+        filler = PartFiller(plan, images, computing, None if filler is None else filler.extractor)
+        _kept = (run, path), filler
     filler.fetch(number)  # the copy here may have an older part, which is complete
     return filler.fill(number, filler.rows_of(only), progress)
 

@@ -17,7 +17,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from features_cache import TEXT, Rows
+from features_cache import TEXT, Rows, UriRange
 from pipeline.arrays import IntArray
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.images.formats import START_LENGTH, has_image_header, is_tiff
@@ -229,6 +229,8 @@ class ImageSource:
         What else the user should know about the source.
     remote : bool
         Whether reading an item waits for a network, so that many should be read at once.
+    within : UriRange, optional
+        The uris that were listed; None for all.
     """
 
     name: str
@@ -239,6 +241,7 @@ class ImageSource:
     passed_over: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
     remote: bool = False
+    within: UriRange | None = None
 
     @property
     def notes(self) -> list[str]:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from features_cache import UriRange
 from pipeline.images.sources.folder import unnoticed, walk
 from pipeline.images.sources.items import ImageSource, Item, Location, Packed, build_source, extension_of
 from pipeline.images.sources.remote import RemotePath
@@ -25,8 +26,10 @@ In a folder, files of the first kind that is there are read.
 """
 
 
-def open_packed(path: Location) -> ImageSource | None:
+def open_packed(path: Location, within: UriRange | None = None) -> ImageSource | None:
     """Return the images in a packed file, or in all files of one kind under a folder; None if there is none.
+
+    Files that hold no image `within` a range of uris are not opened.
 
     Uris are ``file/member``, with the file's path relative to the folder. Where members have no split, it is the one
     split word in the file's path (``train-000.tar``, ``set-validation-01.zip``, ``test/7.parquet``); there is none if
@@ -58,6 +61,8 @@ def open_packed(path: Location) -> ImageSource | None:
     kind = next((kind for kind in _READERS if any(uri.lower().endswith(kind) for uri in files)), ())
     chosen = {uri: file for uri, file in files.items() if uri.lower().endswith(kind)}
     others.update(extension_of(uri) for uri in files.keys() - chosen.keys())
+    if within is not None:
+        chosen, within = _within(chosen, within)
     packed = Packed()
     labelled = _READERS[kind](chosen, packed) if chosen else ()
     source = build_source(name, path.as_posix(), labelled, packed.read)
@@ -67,4 +72,17 @@ def open_packed(path: Location) -> ImageSource | None:
         passed_over=packed.passed_over + others,
         remarks=(*source.remarks, *packed.remarks, *unnoticed(source.items if is_web else ())),
         remote=isinstance(path, RemotePath),
+        within=within,
     )
+
+
+def _within(files: Mapping[str, Location], wanted: UriRange) -> tuple[dict[str, Location], UriRange | None]:
+    """Return the files that may hold images in a range of uris, and the range that they cover; None if they are all."""
+    first, end = wanted
+    chosen = {}
+    for uri, file in files.items():
+        start, stop = f"{uri}/", f"{uri}0"  # 0 is the character after /
+        if UriRange(start, stop).overlaps(wanted):
+            chosen[uri] = file
+            first, end = min(first, start), None if end is None else max(end, stop)
+    return chosen, None if len(chosen) == len(files) else UriRange(first, end)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from features_cache import nearest, nearest_beside
+from features_cache import UriRange, nearest, nearest_beside
 from pipeline.errors import SourceError
 from pipeline.images.sources.digits import open_digits
 from pipeline.images.sources.folder import open_folder, open_image
@@ -31,7 +31,7 @@ _WORDS: dict[str, Callable[[], ImageSource]] = {"digits": open_digits}
 _EXPECTED = f"{', '.join(_PATHS)}, or {', '.join(map(repr, _WORDS))}"
 
 
-def open_source(path: str | Path | ImageSource) -> ImageSource:
+def open_source(path: str | Path | ImageSource, within: UriRange | None = None) -> ImageSource:
     """List the images of a source; a source that was listed already is returned as it is.
 
     Parameters
@@ -41,6 +41,9 @@ def open_source(path: str | Path | ImageSource) -> ImageSource:
         ``.tsv``, ``.jsonl`` or ``.parquet``); a file with images inside (``.tar``, ``.tar.gz``, ``.zip``, ``.parquet``
         or ``.arrow``) or a folder of them; all of these behind a URL that fsspec opens; or the word ``digits`` (if no
         such path exists).
+    within : UriRange, optional
+        The uris that are needed: packed files without any of them are not opened. What was listed, which may be more,
+        is in the source's `within`.
 
     Returns
     -------
@@ -65,7 +68,7 @@ def open_source(path: str | Path | ImageSource) -> ImageSource:
     if is_url(str(path)):
         where = locate(str(path))
         if isinstance(where, RemotePath):
-            return _open_path(where)
+            return _open_path(where, within)
         path = where
     where = Path(path)
     try:
@@ -73,7 +76,7 @@ def open_source(path: str | Path | ImageSource) -> ImageSource:
     except (OSError, ValueError) as error:  # a name too long, a NUL, no permission on the way
         raise SourceError(f"{str(path)!r}: expected {_EXPECTED}: {error}") from None
     if exists:
-        return _open_path(_absolute(where))
+        return _open_path(_absolute(where), within)
     if str(path) in _WORDS:
         return _WORDS[str(path)]()
     suggestion = nearest_beside(where) or nearest(where.name, _WORDS)
@@ -85,11 +88,11 @@ def _absolute(path: Path) -> Path:
     return path.resolve() if path.name in {"", ".."} else path.parent.resolve() / path.name
 
 
-def _open_path(path: Location) -> ImageSource:
+def _open_path(path: Location, within: UriRange | None) -> ImageSource:
     notes: list[str] | None = None
     for opener in _PATHS.values():
-        source = opener(path)
-        if source is not None and source.items:
+        source = open_packed(path, within) if opener is open_packed else opener(path)
+        if source is not None and (source.items or source.within is not None):
             return source
         if source is not None:
             notes = notes or source.notes
