@@ -12,8 +12,8 @@
   by head and by layer, and the memory of each worker (pages shared with others are divided among them).
 - large: each head on ROWS x DIM rows of length 1 (say 50,000 x 1,280): processor time of one thread, and the peak of
   memory in units of the features to train on, which `fit` holds once for both choosing and final training. The peers
-  are one scikit-learn fit in float32 with the C that was chosen, and a recipe by stochastic gradients: `SGDClassifier`
-  with five strengths of the penalty, the best on validation rows. It runs only if it is named.
+  are one fit each with the C that was chosen, in float32: scikit-learn's solver, and its stochastic gradients
+  (`SGDClassifier`). It runs only if it is named.
 - streamed: `fit` on ROWS x DIM float16 rows (say 2,000,000 x 1,280) in a cache in parts, with each head in a process of
   its own that takes itself to have no free memory, so that it reads rows from the cache in each pass. It runs only if
   it is named.
@@ -34,7 +34,7 @@ import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,16 +221,15 @@ class PeakMemory(threading.Thread):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def large(task: Task, name: str) -> list[dict[str, Any]]:
+def large(task: Task, name: str) -> Iterator[dict[str, Any]]:
     """Choose and train a head on many rows, then its peers; the features to train on count as memory of each."""
-    rows = []
     known, y, n = np.concatenate(task.x[:2]), np.concatenate(task.y[:2]), len(task.y[0])
 
-    def report(run: str, began: float, memory: PeakMemory, labels: IntArray) -> None:
+    def report(run: str, began: float, memory: PeakMemory, labels: IntArray) -> dict[str, Any]:
         peak = 1 + memory.peak / known.nbytes
         accuracy = float((labels == task.y[2]).mean())
         seconds = time.process_time() - began
-        rows.append({"head": name, "run": run, "seconds": seconds, "memory": peak, "fresh_accuracy": accuracy})
+        return {"head": name, "run": run, "seconds": seconds, "memory": peak, "fresh_accuracy": accuracy}
 
     prepared = Prepared((), Scaled(known, task.x[2], None, None), y, 0.0, n)
     with threadpool_limits(1):
@@ -239,18 +238,17 @@ def large(task: Task, name: str) -> list[dict[str, Any]]:
             head, classes = find_head(f"{name}/none"), int(y.max()) + 1
             found = run_trial(head, prepared, classes, balanced=False, metric=METRICS[0], keep=False)
         c = found.params["C"]
-        report(f"thawline, {found.choice.tried} values of C", began, memory, found.y_pred)
-        began, peer = time.process_time(), globals()[name](c, None)
-        with PeakMemory() as memory:
-            model = peer.fit(known, y)
-        report(f"scikit-learn, C = {c:.3g} alone", began, memory, model.predict(task.x[2]))
-        began, loss = time.process_time(), {"logreg": "log_loss", "linear_svm": "squared_hinge"}[name]
-        with PeakMemory() as memory:
-            models = [SGDClassifier(loss=loss, alpha=10.0**-power, random_state=0) for power in range(3, 8)]
-            scores = [model.fit(known[:n], y[:n]).score(known[n:], y[n:]) for model in models]
-            model = models[scores.index(max(scores))].fit(known, y)
-        report("SGDClassifier, 5 values of alpha", began, memory, model.predict(task.x[2]))
-    return rows
+        yield report(f"thawline, {found.choice.tried} values of C", began, memory, found.y_pred)
+        loss = {"logreg": "log_loss", "linear_svm": "squared_hinge"}[name]
+        peers = {
+            "scikit-learn": globals()[name](c, None),
+            "SGDClassifier": SGDClassifier(loss=loss, alpha=1 / (c * len(y)), random_state=0),
+        }
+        for title, peer in peers.items():
+            began = time.process_time()
+            with PeakMemory() as memory:
+                model = peer.fit(known, y)
+            yield report(f"{title}, C = {c:.3g} alone", began, memory, model.predict(task.x[2]))
 
 
 def write_parts(folder: Path, n: int, dim: int, classes: int) -> Path:
@@ -421,13 +419,14 @@ def main(
         task = make_task(rows // shrink, dim // shrink, classes)
         for part in task.x:
             normalize(part, copy=False)
-        report["large"] = [row for name in heads for row in large(task, name)]
-        table = Table(
-            "head", "run", "CPU seconds", "memory", "fresh accuracy", title=f"{rows} x {dim}, {classes} classes"
-        )
-        for row in report["large"]:
+        report["large"] = []
+        title = f"{rows // shrink} x {dim // shrink}, {classes} classes"
+        table = Table("head", "run", "CPU seconds", "memory", "fresh accuracy", title=title)
+        for row in (row for name in heads for row in large(task, name)):
+            report["large"].append(row)
             cells = f"{row['seconds']:.1f}", f"{row['memory']:.2f}", f"{row['fresh_accuracy']:.4f}"
             table.add_row(row["head"], row["run"], *cells)
+            click.echo(json.dumps(row), err=True)
         console.print(table)
     if "streamed" in parts:
         report["streamed"] = streamed(rows // shrink, dim // shrink, classes, heads)
