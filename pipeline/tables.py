@@ -48,7 +48,22 @@ class TableFile(Protocol):
 
 
 def read_columns(path: TableFile, choose: Choose) -> dict[str, list[str]]:
-    """Read some columns of a table; equal cells share one text, so that memory suffices for millions of rows.
+    """Return some columns of a table; equal cells share one text, so that memory suffices for millions of rows.
+
+    Parameters and errors are those of `read_chunks`.
+    """
+    columns: dict[str, list[str]] = {}
+    shared: dict[str, dict[str, str]] = {}
+    for chunk in read_chunks(path, choose):
+        for name, cells in chunk.items():
+            column, known = columns.setdefault(name, []), shared.setdefault(name, {})
+            repeats = len(known) < len(column) // 2 + _CHUNK
+            column += map(known.setdefault, cells, cells) if repeats else cells
+    return columns
+
+
+def read_chunks(path: TableFile, choose: Choose) -> Iterator[dict[str, list[str]]]:
+    """Yield some columns of a table, for some rows at a time; the first chunk has no rows.
 
     Parameters
     ----------
@@ -59,8 +74,8 @@ def read_columns(path: TableFile, choose: Choose) -> dict[str, list[str]]:
     choose : callable
         Gets the names of all columns, and returns those to read.
 
-    Returns
-    -------
+    Yields
+    ------
     dict of str to list of str
         Cells without blanks around them. Numbers and nulls are as in `text_of`.
 
@@ -73,7 +88,8 @@ def read_columns(path: TableFile, choose: Choose) -> dict[str, list[str]]:
     if path.suffix.lower() not in readers:
         raise TableError(f"{path}: expected a table that ends in {', '.join(ENDINGS)}")
     with _explained(path):
-        return readers[path.suffix.lower()](path, choose)
+        for chunk in readers[path.suffix.lower()](path, choose):
+            yield {name: _texts(path, name, cells) for name, cells in chunk.items()}
 
 
 def row_number(path: TableFile, index: int) -> int:
@@ -88,16 +104,19 @@ def text_of(value: object) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
-def _read_separated(path: TableFile, choose: Choose) -> dict[str, list[str]]:
+def _read_separated(path: TableFile, choose: Choose) -> Iterator[_Chunk]:
     with _text(path) as stream:
         first = next((line for line in stream if line.strip()), "")
         if "\0" in first:
             raise TableError(f"{path}: expected a text table, found a NUL character: save it as UTF-8")
         separator = max(SEPARATORS, key=first.count)
-        header = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
-        rows = filter(None, reader := csv.reader(stream, strict=True, delimiter=separator))
+        reader = csv.reader(stream, strict=True, delimiter=separator)
         try:
-            return _collect(path, header, choose, _turned(path, header, rows))
+            header = [name.strip() for name in next(csv.reader([first], delimiter=separator), [])]
+            wanted = _chosen(path, header, choose)
+            yield dict.fromkeys(wanted, ())
+            for chunk in _turned(path, header, filter(None, reader)):
+                yield {name: chunk[name] for name in wanted}
         except csv.Error as error:
             line, kind = reader.line_num + 1, SEPARATORS[separator]
             raise TableError(f"{path}: expected a {kind}-separated table, line {line}: {error}") from None
@@ -115,25 +134,22 @@ def _turned(path: TableFile, header: Sequence[str], rows: Iterator[list[str]]) -
         done += len(chunk)
 
 
-def _read_json(path: TableFile, choose: Choose) -> dict[str, list[str]]:
+def _read_json(path: TableFile, choose: Choose) -> Iterator[_Chunk]:
     with _text(path) as stream:
         names: dict[str, Any] = {}
         for _, found in _objects(path, stream):
             names.update(found)
-        header = list(names)
+    wanted = _chosen(path, list(names), choose)
+    yield dict.fromkeys(wanted, ())
     with _text(path) as stream:
         objects = _objects(path, stream)
-
-        def turned(wanted: Sequence[str]) -> Iterator[_Chunk]:
-            while chunk := list(itertools.islice(objects, _LINES)):
-                columns: _Chunk = {name: [found.get(name) for _, found in chunk] for name in wanted}
-                for name, cells in columns.items():
-                    if not {list, dict}.isdisjoint(map(type, cells)):
-                        line = next(line for line, found in chunk if isinstance(found.get(name), list | dict))
-                        raise TableError(f"{path}: expected numbers or text for {name!r} in line {line}, found several")
-                yield columns
-
-        return _collect(path, header, choose, turned)
+        while chunk := list(itertools.islice(objects, _LINES)):
+            columns: _Chunk = {name: [found.get(name) for _, found in chunk] for name in wanted}
+            for name, cells in columns.items():
+                if not {list, dict}.isdisjoint(map(type, cells)):
+                    line = next(line for line, found in chunk if isinstance(found.get(name), list | dict))
+                    raise TableError(f"{path}: expected numbers or text for {name!r} in line {line}, found several")
+            yield columns
 
 
 def _objects(path: TableFile, stream: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -153,7 +169,7 @@ def _objects(path: TableFile, stream: io.TextIOBase) -> Iterator[tuple[int, dict
         yield number, found
 
 
-def _read_parquet(path: TableFile, choose: Choose) -> dict[str, list[str]]:
+def _read_parquet(path: TableFile, choose: Choose) -> Iterator[_Chunk]:
     try:
         import pyarrow as pa  # late: an optional dependency
         import pyarrow.parquet as pq
@@ -161,43 +177,33 @@ def _read_parquet(path: TableFile, choose: Choose) -> dict[str, list[str]]:
         raise TableError(f"{path}: reading Parquet needs pyarrow: pip install 'thawline[parquet]'") from None
     try:
         with path.open("rb") as stream, pq.ParquetFile(stream) as table:
-
-            def turned(wanted: Sequence[str]) -> Iterator[_Chunk]:  # other columns may hold whole images
-                return (batch.to_pydict() for batch in table.iter_batches(_CHUNK, columns=list(wanted)))
-
-            return _collect(path, table.schema_arrow.names, choose, turned)
+            wanted = _chosen(path, table.schema_arrow.names, choose)
+            yield dict.fromkeys(wanted, ())
+            for batch in table.iter_batches(_CHUNK, columns=wanted):  # other columns may hold whole images
+                yield batch.to_pydict()
     except pa.ArrowException as error:
         message = shorten(str(error), MESSAGE_LENGTH)
         raise TableError(f"{path}: expected a Parquet table: {message}") from None
 
 
-def _collect(
-    path: TableFile,
-    header: Sequence[str],
-    choose: Choose,
-    chunks: Iterator[_Chunk] | Callable[[Sequence[str]], Iterator[_Chunk]],
-) -> dict[str, list[str]]:
-    """Return the chosen columns of all chunks, or of those that `chunks` makes of the chosen names."""
+def _chosen(path: TableFile, header: Sequence[str], choose: Choose) -> list[str]:
+    """Return the columns to read; each must be there once."""
     if not any(header):
         raise TableError(f"{path}: expected the names of the columns, found an empty file")
     chosen = list(choose(header))
     for name in chosen:
         if header.count(name) > 1:
             raise TableError(f"{path}: expected one column {name!r}, found {header.count(name)}")
-    columns: dict[str, list[str]] = {name: [] for name in chosen}
-    shared: dict[str, dict[str, str]] = {name: {} for name in columns}
-    for chunk in chunks(chosen) if callable(chunks) else chunks:
-        for name, column in columns.items():
-            cells, known = chunk[name], shared[name]
-            if set(map(type, cells)) != {str}:
-                if (found := next((cell for cell in cells if isinstance(cell, bytes | list | dict)), None)) is not None:
-                    kind = type(found).__name__
-                    raise TableError(f"{path}: expected numbers or text in column {name!r}, found {kind}")
-                cells = list(map(text_of, cells))
-            texts = list(map(str.strip, cells))
-            repeats = len(known) < len(column) // 2 + _CHUNK
-            column += map(known.setdefault, texts, texts) if repeats else texts
-    return columns
+    return chosen
+
+
+def _texts(path: TableFile, name: str, cells: Sequence[Any]) -> list[str]:
+    """Return the cells of a column as text without blanks around it."""
+    if not set(map(type, cells)) <= {str}:
+        if (found := next((cell for cell in cells if isinstance(cell, bytes | list | dict)), None)) is not None:
+            raise TableError(f"{path}: expected numbers or text in column {name!r}, found {type(found).__name__}")
+        cells = list(map(text_of, cells))
+    return list(map(str.strip, cells))
 
 
 @contextmanager

@@ -155,6 +155,7 @@ def test_refusals_are_one_line(tmp_path: Path, write: Writer, table: dict[str, l
         (b"path\na,b.jpg\n", r"expected 1 fields in row 2, found 2"),
         (b"file;label\na.jpg;x\n", r"expected a column 'path', found file, label"),
         (b'path;label\n"a.jpg;x\n', r"expected a semicolon-separated table, line"),
+        (b"path," + b"x" * 200_000 + b"\na.jpg,b\n", r"expected a comma-separated table, line 1: field larger than"),
     ],
 )
 def test_csv_that_is_no_table(tmp_path: Path, data: bytes, message: str) -> None:

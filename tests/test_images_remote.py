@@ -417,6 +417,13 @@ def test_an_object_that_goes_is_an_unreadable_row(s3: Any) -> None:
         source.read(source.items[0])
 
 
+def test_an_archive_that_is_a_folder_too_is_refused(s3: Any, folder: Path) -> None:
+    for key in ("a.zip", "a.zip/b.zip"):  # only an object store can hold both
+        s3.pipe(f"{BUCKET}/both/{key}", (folder / "packed" / "a.zip").read_bytes())
+    with pytest.raises(SourceError, match=r"expected a file or a folder, found a\.zip to be both: rename the file"):
+        open_source(f"s3://{BUCKET}/both")
+
+
 @pytest.mark.parametrize("url", ["s3://nobody-has-this/photos", f"s3://{BUCKET}/nothing"])
 def test_an_empty_place_is_named(s3: Any, url: str) -> None:
     with pytest.raises(SourceError, match=rf"^{url}: .*found nothing there$") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,12 +136,18 @@ class Items(Sequence[Item]):
             check_names(location, chain(uris, groups))
             for column, some in zip(texts, (uris, splits, groups), strict=True):
                 column.append("\0".join(some))
-            bounded = ([max(-TIME_LIMIT, min(value, TIME_LIMIT)) for value in some] for some in (sizes, times))
+            bounded = (list(map(_bounded, some)) for some in (sizes, times))
             for number, values in zip(numbers, (labels, *bounded), strict=True):
                 number.extend(values)
         named = [_unjoined(column, len(numbers[0])) for column in texts]
         counted = [np.frombuffer(number, np.int64) for number in numbers]
         return cls(Rows(named[0], counted[0], *named[1:], *counted[1:]))
+
+    def set_stamps(self, stamps: Mapping[str, Stamp]) -> None:
+        """Set size and modification time of the items with these uris; the items must be sorted by uri."""
+        for uri, (size, mtime_ns) in stamps.items():
+            row = bisect_left(self.rows.uris, uri)
+            self.rows.sizes[row], self.rows.mtimes_ns[row] = _bounded(size), _bounded(mtime_ns)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -167,6 +174,10 @@ class Items(Sequence[Item]):
     __hash__ = None  # type: ignore[assignment]
 
 
+def _bounded(value: int) -> int:
+    return max(-TIME_LIMIT, min(value, TIME_LIMIT))
+
+
 def _unjoined(joined: list[str], count: int) -> Any:
     """Return the texts, `count` in all, that are joined by NUL in each of `joined`, which is emptied.
 
@@ -190,21 +201,26 @@ class Packed:
     ----------
     readers : dict of str to callable
         By a file's path relative to the source: returns the bytes of an image, by the rest of its uri behind the
-        file's, or raises `UnreadableImageError`.
+        file's and by its place among the file's images in order of their uris, or raises `UnreadableImageError`. So a
+        reader need not keep names.
     passed_over, remarks
         As in `ImageSource`.
+    uris : sequence of str
+        Of all images, sorted.
     """
 
-    readers: dict[str, Callable[[str], bytes]] = field(default_factory=dict)
+    readers: dict[str, Callable[[str, int], bytes]] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
+    uris: Sequence[str] = ()
 
     def read(self, item: Item) -> bytes:
         """Return the bytes of an image."""
         parts = item.uri.split("/")
-        ends = (end for end in range(1, len(parts)) if "/".join(parts[:end]) in self.readers)
-        end = next(ends)
-        return self.readers["/".join(parts[:end])]("/".join(parts[end:]))
+        files = ("/".join(parts[:end]) for end in range(1, len(parts)))
+        file = next(name for name in files if name in self.readers)
+        place = bisect_left(self.uris, item.uri) - bisect_left(self.uris, f"{file}/")
+        return self.readers[file](item.uri[len(file) + 1 :], place)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import posixpath
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -26,7 +27,7 @@ from pipeline.images.sources.items import (
     read_file,
 )
 from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, is_url, locate_all
-from pipeline.tables import ENDINGS, MESSAGE_LENGTH, SPLIT_WORDS, read_columns, row_number
+from pipeline.tables import ENDINGS, MESSAGE_LENGTH, SPLIT_WORDS, read_chunks, row_number
 
 COLUMNS = ("path", "label", "split", "group")
 """The columns that are read. Only the first is required; all others are ignored."""
@@ -55,17 +56,37 @@ def open_manifest(path: Location) -> ImageSource | None:
         return None
     if isinstance(path, RemotePath):
         path.hold = True
-    names: list[str] = []
+    header: list[str] = []
 
-    def choose(header: Sequence[str]) -> list[str]:
-        names.extend(header)
-        return list(_columns(path, header).values())
+    def choose(names: Sequence[str]) -> list[str]:
+        header[:] = names
+        return list(_columns(path, names).values())
 
+    def chunks() -> Iterator[dict[str, list[str]]]:
+        for chunk in read_chunks(path, choose):
+            yield {meaning: chunk[name] for meaning, name in _columns(path, header).items()}
+
+    folder = path.parent
+    elsewhere: list[str] = []
+    located: dict[str, Location] = {}
     try:
-        columns = read_columns(path, choose)
+        source = build_source(
+            f"{folder.name}-{path.stem}",
+            path.as_posix(),
+            _labelled(path, chunks(), elsewhere),
+            lambda item: read_file(located.get(item.uri) or folder / item.uri),
+        )
+        _check_unique(path, chunks, source.items.rows.uris)
     except TableError as error:
         raise SourceError(str(error)) from error
-    return _open_table(path, {meaning: columns[name] for meaning, name in _columns(path, names).items()}, names)
+    if not source.items:
+        raise SourceError(f"{path}: expected at least one row below the header, found none")
+    located |= _located(folder, elsewhere)
+    source.items.set_stamps(_stamped(located))
+    remote = {uri: image for uri, image in located.items() if isinstance(image, RemotePath)}
+    web = {uri for uri, image in remote.items() if image.is_http}
+    remarks = [*synonyms_beside(path, header), *unnoticed(item for item in source.items if item.uri in web)]
+    return replace(source, remarks=(*source.remarks, *remarks), remote=bool(remote))
 
 
 def columns_by_meaning(path: Location, header: Iterable[str]) -> dict[str, str]:
@@ -97,55 +118,53 @@ def synonyms_beside(path: Location, header: Iterable[str]) -> Iterator[str]:
             yield f"{path.name} has no column '{column}' but '{found[0]}', which is not read: rename it if it fits"
 
 
-def _open_table(path: Location, columns: Mapping[str, Sequence[str]], header: Sequence[str]) -> ImageSource:
-    """Return the source of the columns of a table, by their meaning; `header` has the names of all columns."""
-    if not columns["path"]:
-        raise SourceError(f"{path}: expected at least one row below the header, found none")
-    folder = path.parent
-    located = _located(path, columns["path"])
-    stamps = _stamped(located)
-    local = str(folder) if isinstance(folder, Path) else ""
-
-    def stamp_of(uri: str) -> Stamp:
-        return stamps[uri] if uri in stamps else _stamp(posixpath.join(local, uri))  # which may be absolute
-
-    labelled = _labelled(path, columns, stamp_of)
-    source = build_source(
-        f"{folder.name}-{path.stem}",
-        path.as_posix(),
-        labelled,
-        lambda item: read_file(located.get(item.uri) or folder / item.uri),
-    )
-    _check_unique(path, columns["path"], source.items.rows.uris)
-    remote = {uri: image for uri, image in located.items() if isinstance(image, RemotePath)}
-    web = {uri for uri, image in remote.items() if image.is_http}
-    remarks = [*synonyms_beside(path, header), *unnoticed(item for item in source.items if item.uri in web)]
-    return replace(source, remarks=(*source.remarks, *remarks), remote=bool(remote))
-
-
 def _uri_of(cell: str) -> str:
     return cell if is_url(cell) else posixpath.normpath(cell)
 
 
-def _check_unique(path: Location, cells: Sequence[str], uris: Any) -> None:
-    """Raise `SourceError` if two of the sorted `uris` are the same."""
+def _check_unique(path: Location, chunks: Callable[[], Iterable[Mapping[str, list[str]]]], uris: Any) -> None:
+    """Raise `SourceError` if two of the sorted `uris` are the same; it names their rows, for which it reads again."""
     repeated = np.flatnonzero(uris[1:] == uris[:-1])
     if len(repeated):
-        uri = uris[repeated[0]]
+        uri, cells = uris[repeated[0]], chain.from_iterable(chunk["path"] for chunk in chunks())
         rows = [row_number(path, index) for index, cell in enumerate(cells) if _uri_of(cell) == uri]
-        raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {rows[0]} and {rows[1]}")
+        numbers = " and ".join(map(str, rows[:2]))
+        raise SourceError(f"{path}: expected each path once, found {uri!r} in rows {numbers}")
 
 
 def _labelled(
-    path: Location, columns: Mapping[str, Sequence[str]], stamp_of: Callable[[str], Stamp]
+    path: Location, chunks: Iterable[Mapping[str, list[str]]], elsewhere: list[str]
 ) -> Iterator[tuple[Item, str]]:
-    for index, row in enumerate(zip(*columns.values(), strict=True)):
-        number, cells = row_number(path, index), dict(zip(columns, row, strict=True))
-        if not cells["path"]:
-            raise SourceError(f"{path}: expected a path in row {number}, found none")
-        uri = _uri_of(cells["path"])
-        split = split_of(path, number, cells.get("split", ""))
-        yield Item(uri, -1, split, cells.get("group", ""), *stamp_of(uri)), cells.get("label", "")
+    """Yield the images of a table, whose columns have their meanings as names, with the names of their classes.
+
+    Those that a URL names, or that lie beside a remote table, have no stamps yet, and their uris are added to
+    `elsewhere`.
+
+    Raises
+    ------
+    SourceError
+        A row has no path or no valid split, or a remote table names an image elsewhere than on servers.
+    """
+    local = str(path.parent) if isinstance(path, Path) else ""
+    may_name = path.may_name if isinstance(path, RemotePath) else None
+    index = 0
+    for columns in chunks:
+        for row in zip(*columns.values(), strict=True):
+            number, cells = row_number(path, index), dict(zip(columns, row, strict=True))
+            index += 1
+            if not cells["path"]:
+                raise SourceError(f"{path}: expected a path in row {number}, found none")
+            uri, found = _uri_of(cells["path"]), Stamp()
+            if may_name is not None and not may_name(uri):
+                raise SourceError(
+                    f"{path}: expected a path relative to the manifest or a URL in row {number}, found {uri!r}"
+                )
+            if may_name is not None or is_url(uri):
+                elsewhere.append(uri)
+            else:
+                found = _stamp(posixpath.join(local, uri))  # which may be absolute
+            split = split_of(path, number, cells.get("split", ""))
+            yield Item(uri, -1, split, cells.get("group", ""), *found), cells.get("label", "")
 
 
 def split_of(path: Location, number: int, word: str) -> str:
@@ -156,20 +175,8 @@ def split_of(path: Location, number: int, word: str) -> str:
     return SPLIT_WORDS[word.lower()] if word else ""
 
 
-def _located(path: Location, cells: Iterable[str]) -> dict[str, Location]:
-    """Return where the images are that a URL names, or that lie beside a remote manifest.
-
-    Raises `SourceError` if a remote manifest names an image elsewhere than on servers.
-    """
-    folder, uris = path.parent, []
-    for index, cell in enumerate(cells):
-        if isinstance(path, RemotePath) and cell and not path.may_name(_uri_of(cell)):
-            raise SourceError(
-                f"{path}: expected a path relative to the manifest or a URL in row {row_number(path, index)}, found "
-                f"{_uri_of(cell)!r}"
-            )
-        if is_url(cell) or isinstance(path, RemotePath):
-            uris.append(_uri_of(cell))
+def _located(folder: Location, uris: Sequence[str]) -> dict[str, Location]:
+    """Return where images are that URLs name, or that lie beside a remote table."""
     found: dict[str, Location] = {uri: folder / uri for uri in uris if not is_url(uri)}
     urls = [uri for uri in uris if is_url(uri)]
     return found | dict(zip(urls, locate_all(urls), strict=True))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 
 from features_cache import UriRange
+from pipeline.errors import SourceError
 from pipeline.images.sources.folder import unnoticed, walk
 from pipeline.images.sources.items import ImageSource, Item, Location, Packed, build_source, extension_of
 from pipeline.images.sources.remote import RemotePath
@@ -38,7 +40,7 @@ def open_packed(path: Location, within: UriRange | None = None) -> ImageSource |
     Raises
     ------
     SourceError
-        A file is damaged, or contradicts itself.
+        A file is damaged, or contradicts itself, or is beside a folder of its name.
     """
     endings = tuple(ending for kind in _READERS for ending in kind)
     others: Counter[str] = Counter()
@@ -61,11 +63,15 @@ def open_packed(path: Location, within: UriRange | None = None) -> ImageSource |
     kind = next((kind for kind in _READERS if any(uri.lower().endswith(kind) for uri in files)), ())
     chosen = {uri: file for uri, file in files.items() if uri.lower().endswith(kind)}
     others.update(extension_of(uri) for uri in files.keys() - chosen.keys())
+    for uri, other in pairwise(sorted(f"{uri}/" for uri in chosen)):
+        if other.startswith(uri):
+            raise SourceError(f"{path}: expected a file or a folder, found {uri[:-1]} to be both: rename the file")
     if within is not None:
         chosen, within = _within(chosen, within)
     packed = Packed()
     labelled = _READERS[kind](chosen, packed) if chosen else ()
     source = build_source(name, path.as_posix(), labelled, packed.read)
+    packed.uris = source.items.rows.uris
     is_web = isinstance(path, RemotePath) and path.is_http
     return replace(
         source,

@@ -7,7 +7,6 @@ import tarfile
 import time
 import zipfile
 import zlib
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -126,7 +125,7 @@ def read_shards(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple
     for uri, shard in zip(files, map_ahead(_list_shard, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
         packed.passed_over.update(shard.others)
         split, mtime_ns = split_in(uri), shard.listed.mtime_ns
-        packed.readers[uri] = partial(_read, files[uri], shard)
+        packed.readers[uri] = partial(_read, files[uri], shard.listed, shard.gzipped, shard.starts, shard.sizes)
         for member, size, label in zip(shard.names, shard.sizes.tolist(), shard.labels, strict=True):
             yield Item(f"{uri}/{member}", split=split, size=size, mtime_ns=mtime_ns), label
         unreached += shard.unreached_count
@@ -265,16 +264,17 @@ def _packed(shard: Location) -> BufferedReader:
     return BufferedReader(cast(RawIOBase, _raw(shard)), FETCHED_PACKED if isinstance(shard, RemotePath) else 1 << 16)
 
 
-def _read(path: Location, shard: _Shard, member: str) -> bytes:
+def _read(
+    path: Location, listed: Stamp, gzipped: Gzipped | None, starts: IntArray, sizes: IntArray, _: str, place: int
+) -> bytes:
     """Return a member's bytes; raises as `read_part`."""
-    row = bisect_left(shard.names, member)
-    start, size = int(shard.starts[row]), int(shard.sizes[row])
-    if shard.gzipped is None:
-        return read_part(path, start, size, shard.listed)
+    start, size = int(starts[place]), int(sizes[place])
+    if gzipped is None:
+        return read_part(path, start, size, listed)
     check_size(size)
-    check_unchanged(path, shard.listed)
+    check_unchanged(path, listed)
     with unreadable("shard"):
-        return shard.gzipped.read(start, size)
+        return gzipped.read(start, size)
 
 
 def _has_image_header(archive: tarfile.TarFile, info: tarfile.TarInfo, extension: str) -> bool:

@@ -126,7 +126,7 @@ def _read_tables(
         packed.readers[uri] = partial(_read, held, ends, [read for _, read in table.chunks])
 
 
-def _read(held: Held[Any], ends: Sequence[int], reads: Sequence[Callable[[], Any]], member: str) -> bytes:
+def _read(held: Held[Any], ends: Sequence[int], reads: Sequence[Callable[[], Any]], member: str, _: int) -> bytes:
     """Return the image of the row whose number `member` begins with, from the chunk that holds it."""
     number = int(member.partition("/")[0])
     which = bisect_right(ends, number)
