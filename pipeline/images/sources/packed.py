@@ -42,24 +42,10 @@ def open_packed(path: Location, within: UriRange | None = None) -> ImageSource |
     SourceError
         A file is damaged, or contradicts itself, or is beside a folder of its name.
     """
-    endings = tuple(ending for kind in _READERS for ending in kind)
     others: Counter[str] = Counter()
-    if path.is_dir():
-        name = path.name or "root"
-        found = list(walk(path, lambda file, _: file.name.lower().endswith(endings), others))
-        below = path.files if isinstance(path, RemotePath) else None
-        files = {
-            uri: path / uri if below is None else below[uri].ask_size() for uri in sorted(item.uri for item in found)
-        }
-    elif (
-        path.name.lower().endswith(endings)
-        and path.is_file()
-        and (path.suffix.lower() != ".parquet" or holds_images(path))
-    ):
-        name = path.name[: -len(next(ending for ending in endings if path.name.lower().endswith(ending)))]
-        files = {path.name: path}
-    else:
+    if (named := _files(path, others)) is None:
         return None
+    name, files = named
     kind = next((kind for kind in _READERS if any(uri.lower().endswith(kind) for uri in files)), ())
     chosen = {uri: file for uri, file in files.items() if uri.lower().endswith(kind)}
     others.update(extension_of(uri) for uri in files.keys() - chosen.keys())
@@ -68,6 +54,7 @@ def open_packed(path: Location, within: UriRange | None = None) -> ImageSource |
             raise SourceError(f"{path}: expected a file or a folder, found {uri[:-1]} to be both: rename the file")
     if within is not None:
         chosen, within = _within(chosen, within)
+    chosen = {uri: file.ask_size() if isinstance(file, RemotePath) else file for uri, file in chosen.items()}
     packed = Packed()
     labelled = _READERS[kind](chosen, packed) if chosen else ()
     source = build_source(name, path.as_posix(), labelled, packed.read)
@@ -80,6 +67,22 @@ def open_packed(path: Location, within: UriRange | None = None) -> ImageSource |
         remote=isinstance(path, RemotePath),
         within=within,
     )
+
+
+def _files(path: Location, others: Counter[str]) -> tuple[str, dict[str, Location]] | None:
+    """Return the name of a source and its packed files, by their paths relative to it; None if `path` is none.
+
+    The extensions of other files are counted in `others`.
+    """
+    endings = tuple(ending for kind in _READERS for ending in kind)
+    if path.is_dir():
+        found = sorted(item.uri for item in walk(path, lambda file, _: file.name.lower().endswith(endings), others))
+        below = path.files if isinstance(path, RemotePath) else None
+        return path.name or "root", {uri: path / uri if below is None else below[uri] for uri in found}
+    ending = next((ending for ending in endings if path.name.lower().endswith(ending)), "")
+    if not ending or not path.is_file() or (ending == ".parquet" and not holds_images(path)):
+        return None
+    return path.name[: -len(ending)], {path.name: path}
 
 
 def _within(files: Mapping[str, Location], wanted: UriRange) -> tuple[dict[str, Location], UriRange | None]:
