@@ -13,7 +13,7 @@
 - large: each head on ROWS x DIM rows of length 1 (say 50,000 x 1,280): processor time of one thread, and the peak of
   memory in units of the features to train on, which `fit` holds once for both choosing and final training. The peers
   are one fit each with the C that was chosen, in float32: scikit-learn's solver, and its stochastic gradients
-  (`SGDClassifier`). It runs only if it is named.
+  (`SGDClassifier` with early stopping). It runs only if it is named.
 - streamed: `fit` on ROWS x DIM float16 rows (say 2,000,000 x 1,280) in a cache in parts, with each head in a process of
   its own that takes itself to have no free memory, so that it reads rows from the cache in each pass. It runs only if
   it is named.
@@ -242,7 +242,7 @@ def large(task: Task, name: str) -> Iterator[dict[str, Any]]:
         loss = {"logreg": "log_loss", "linear_svm": "squared_hinge"}[name]
         peers = {
             "scikit-learn": globals()[name](c, None),
-            "SGDClassifier": SGDClassifier(loss=loss, alpha=1 / (c * len(y)), random_state=0),
+            "SGDClassifier": SGDClassifier(loss=loss, alpha=1 / (c * len(y)), early_stopping=True, random_state=0),
         }
         for title, peer in peers.items():
             began = time.process_time()
