@@ -111,7 +111,7 @@ class Item(NamedTuple):
 
 
 class Items(Sequence[Item]):
-    """Items of a source, kept as columns: about 100 bytes each.
+    """Items of a source, kept as columns: about 80 bytes each, with short names.
 
     Parameters
     ----------
