@@ -372,17 +372,35 @@ def test_a_comparison_is_of_one_listing(manifest: Path, tmp_path: Path, monkeypa
     assert [(job.n_classes, job.result.n_pool + job.result.n_test) for job in report.results] == [(2, 16)] * 2
 
 
+TWO_COMMANDS = """
+import os, sys
+import pipeline.backbones.registry, pipeline.engines.torch_engine, cli  # once for both
+
+children = []
+for number in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+        told = os.open(f"{number}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        cli.main()
+        sys.exit()
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
 def test_two_processes_that_begin_one_file_share_it_or_one_says_what_to_do(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos(each=30)
-    command = [sys.executable, str(ROOT / "cli.py"), "extract", photos, "-b", NETWORK, "--size", "32", "--engine"]
+    command = [sys.executable, "-c", TWO_COMMANDS, "extract", photos, "-b", NETWORK, "--size", "32", "--engine"]
     command += ["torch", "--precision", "fp32", "-l", "layer1", "-o", tmp_path / "cache"]
-    running = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True) for _ in range(2)]
-    for process in running:
-        _, err = process.communicate()
-        if process.returncode:
-            assert process.returncode == 1
-            assert "is writing it; wait for it to end" in err
-    assert sum(process.returncode == 0 for process in running) >= 1
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    codes = [int(code) for code in done.stdout.split()]
+    for number, code in enumerate(codes):
+        if code:
+            assert code == 1
+            assert "is writing it; wait for it to end" in (tmp_path / f"{number}.txt").read_text()
+    assert codes.count(0) >= 1
     (file,) = Catalog(tmp_path / "cache").files
     assert (file.states == DONE).all()
     assert verify(file.path).sound
