@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -124,24 +124,46 @@ def test_linear_svm_is_liblinears_optimum_along_the_path() -> None:
         assert found.coef_ == pytest.approx(exact.coef_, abs=0.02 * float(np.abs(exact.coef_).max()))
 
 
-@pytest.mark.parametrize("most_solved", [linear_svm._MOST_SOLVED, 0], ids=["products", "passes"])
-def test_linear_svm_is_the_optimum_where_c_is_large(monkeypatch: pytest.MonkeyPatch, most_solved: int) -> None:
-    monkeypatch.setattr(linear_svm, "_MOST_SOLVED", most_solved)
-    fold, _, _ = digits(400)
-    svm, y = find_head("linear_svm").family, (fold.y > 4).astype(np.int64)
-    rows = np.hstack([fold.train, np.ones((400, 1))])
+@pytest.mark.parametrize(
+    ("shape", "c", "ways", "gap"),
+    [
+        ((400, 64), 1e3, {"_find_steps"}, 1e-4),  # float32 rounds the shares, of which the bound is made
+        ((100, 512), 1e5, {"_bottom"}, 1e-9),  # few rows
+        ((600, 640), 1e3, {"_bottom", "_find_steps"}, 1e-9),  # all are within the margin: solved where C is large
+    ],
+    ids=["passes", "few", "large C"],
+)
+def test_linear_svm_is_the_optimum_where_c_is_large(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], c: float, ways: set[str], gap: float
+) -> None:
+    taken = set()
 
-    def value(weights: np.ndarray) -> float:
-        return float(weights @ weights / 2 + 1e3 * np.square(np.maximum(1 - (2 * y - 1) * (rows @ weights), 0)).sum())
+    def noted(name: str, plain: Callable[..., object]) -> Callable[..., object]:
+        return lambda *arguments: (taken.add(name), plain(*arguments))[1]
 
-    exact = LinearSVC(C=1e3, tol=1e-8, max_iter=10_000, dual=False).fit(fold.train.astype(float), y)
-    best = value(np.append(exact.coef_[0], exact.intercept_))
-    found = svm.fit({"C": 1e3}, fold.train, y)
+    for name in ("_bottom", "_find_steps"):
+        monkeypatch.setattr(linear_svm._SquaredHinge, name, noted(name, getattr(linear_svm._SquaredHinge, name)))
+    generator = np.random.default_rng(0)
+    features, y = generator.standard_normal(shape).astype(np.float32), generator.integers(0, 2, shape[0])
+    rows = np.hstack([features, np.ones((len(y), 1))]) * (2 * y - 1)[:, None]
+    svm = find_head("linear_svm").family
+
+    def loss(scores: np.ndarray) -> float:
+        return c * float(np.square(np.maximum(1 - scores, 0)).sum())
+
+    found = svm.fit({"C": c}, features, y)
+    weights = np.append(found.estimator.coef_[0], found.estimator.intercept_)
+    value = weights @ weights / 2 + loss(rows @ weights)
+    shares = 2 * c * np.maximum(1 - rows @ weights, 0)
+    bound = shares.sum() - np.square(shares @ rows).sum() / 2 - np.square(shares).sum() / (4 * c)
     assert found.converged
-    assert value(np.append(found.estimator.coef_[0], found.estimator.intercept_)) <= best * (1 + 1e-5)
-    *_, step = svm.path([{"C": c} for c in np.logspace(-2, 3, 21)], fold.train, y, fold.train)
+    assert bound <= value * (1 + 1e-9), "the dual problem is a lower bound of the optimum"
+    assert value <= bound * (1 + gap)
+    *_, step = path = list(svm.path([{"C": c} for c in np.geomspace(1e-5 * c, c, 11)], features, y, features))
+    assert all(step.converged for step in path)
     assert step.scores is not None
-    assert 1e3 * np.square(np.maximum(1 - (2 * y - 1) * step.scores()[:, 0], 0)).sum() <= best * (1 + 1e-4)
+    assert loss((2 * y - 1) * step.scores()[:, 0].astype(float)) <= value * (1 + 1e-4)
+    assert taken == ways
 
 
 def test_ridge_path_is_the_classifier_alpha_by_alpha() -> None:

@@ -2,18 +2,20 @@
 
 The objective of each class against the rest is smooth and strictly convex, so Newton's method, warm-started upwards in
 C, ends at the optimum that liblinear finds. Only rows within the margin of a class count for its step. Where they are
-few, as they are where C is large, the step is solved from their products with each other. Otherwise conjugate gradients
-find the steps of all classes at once. The spread of features differs by orders of magnitude between principal axes. In
-units of the curvature along these, a step takes tens of passes over the rows instead of hundreds. L-BFGS makes fewer
-where C is small, but where C is large it stops far from the optimum.
+few, or C is large, the step is solved in float64 from their products with each other, as long as these fit into memory.
+Otherwise conjugate gradients find the steps of all classes at once. The spread of features differs by orders of
+magnitude between principal axes. In units of the curvature along these, a step takes tens of passes over the rows
+instead of hundreds. L-BFGS makes fewer where C is small, but where C is large it stops far from the optimum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import solve
 from sklearn.svm import LinearSVC
 
@@ -42,11 +44,14 @@ _MOST_HALVINGS = 30
 _BLOCK = 1024
 _MOST_PRODUCTS = 4096
 """The most rows whose products with each other are kept, 8 bytes each: 134 MB."""
-_MOST_SOLVED = 512
-"""The most rows within a class's margin for which its step is solved from products, not found in passes; also no more
-than twice the features, because passes over narrow rows cost little."""
+_FEW = 512
+"""So many rows within a class's margin are solved from their products, which takes less time than passes over them."""
+_MOST_OF_PASSES = 1e7
+"""The largest condition of a step, the sum of its curvatures, that is found in passes over a small set of rows. Beyond
+it, rounding to float32 spoils the step, so that more than `_FEW` rows are solved, too; but no more than twice the
+features, because passes over narrow rows cost little."""
 _MOST_CONDITION = 1e12
-"""The largest condition of such a system; beyond it, float64 would no longer tell the penalty from rounding."""
+"""The largest condition of a system that is solved; beyond it, float64 does not tell the penalty from rounding."""
 _MOST_PICKED = 0.7
 """If more than this share of the rows is needed, all are read, because picking rows copies them."""
 
@@ -82,10 +87,9 @@ def follow_margins(
     `signs` (n, K) are 1 for rows of a class and -1 for others. Each starts from the optimum of the one before.
     """
     problem = _SquaredHinge(train, signs)
-    weights = problem.zeros()
     for params in grid:
-        weights, converged = problem.minimise(_costs(params, weight), weights, TOLERANCE)
-        yield _scores(held, weights), converged
+        converged = problem.minimise(_costs(params, weight), TOLERANCE)
+        yield _scores(held, problem.weights), converged
 
 
 def separate(
@@ -93,11 +97,11 @@ def separate(
 ) -> tuple[Float64Array, bool]:
     """Return the hyperplanes (K, d + 1) of one candidate, the intercepts last, and whether it converged."""
     problem = _SquaredHinge(train, signs)
-    weights = problem.zeros()
     *rising, last = decades(params["C"], most=1 / problem.spread.sum())
     for c in rising:  # from zero, Newton's method would get stuck where C is large
-        weights, _ = problem.minimise(_costs({"C": c}, weight), weights, TOLERANCE)
-    return problem.minimise(_costs({"C": last}, weight), weights, FINAL_TOLERANCE)
+        problem.minimise(_costs({"C": c}, weight), TOLERANCE)
+    converged = problem.minimise(_costs({"C": last}, weight), FINAL_TOLERANCE)
+    return problem.weights, converged
 
 
 def _costs(params: Params, weight: Weights) -> Float32Array:
@@ -121,7 +125,13 @@ def _sums(rows: Float32Array, shares: Float32Array) -> Float64Array:
 class _SquaredHinge:
     """The sum ``|w|² / 2 + Σ costs max(0, 1 - s x·w)²`` of each of K columns of signs s, and its minimum.
 
-    Weights w (K, d + 1) are for rows x with a one appended.
+    Attributes
+    ----------
+    weights : (K, d + 1) float64
+        For rows x with a one appended; zeros at first, and then where the last call of `minimise` found the minimum.
+    scores : (n, K)
+        Of the rows with these weights: float64 for few rows, where that costs little, so that rounding does not hide
+        how the sum falls where C is large.
     """
 
     def __init__(self, rows: Float32Array, signs: Float32Array) -> None:
@@ -133,96 +143,99 @@ class _SquaredHinge:
         spread, self.axes = np.linalg.eigh(products)
         self.spread = np.maximum(spread, 0) / len(rows)
         self.lengths = np.einsum("ij,ij->i", rows, rows) + 1
+        self.is_small = len(rows) <= _MOST_PRODUCTS
+        self.weights = np.zeros((signs.shape[1], len(spread)))
+        self.scores = np.zeros(signs.shape, np.float64 if self.is_small else np.float32)
 
     @cached_property
     def products(self) -> Float64Array:
         """Products (n, n) of all rows with each other, a one appended."""
-        return inner_products(self.rows, self.rows) + 1
+        found = inner_products(self.rows, self.rows)
+        found += 1
+        return found
 
-    def zeros(self) -> Float64Array:
-        """Return weights of zero."""
-        return np.zeros((self.signs.shape[1], len(self.spread)))
-
-    def minimise(self, costs: Float32Array, start: Float64Array, tolerance: float) -> tuple[Float64Array, bool]:
-        """Return the weights, and whether no step would lower any sum by more than `tolerance` of its penalty.
+    def minimise(self, costs: Float32Array, tolerance: float) -> bool:
+        """Move the weights to the minimum; tell whether no step lowers any sum by more than `tolerance` of its penalty.
 
         Where rounding lets no step lower a sum, its weights stay; they have converged if little was to be gained.
         """
-        weights, scores = start.copy(), _scores(self.rows, start)
-        left, stuck = np.arange(len(weights)), False
+        if not self.is_small:  # their rounding would add up from one call to the next
+            self.scores = _scores(self.rows, self.weights)
+        left, stuck = np.arange(len(self.weights)), False
         for _ in range(MOST_ITERATIONS):
-            gap, values = self._gap_and_values(costs, left, scores[:, left], weights[left])
-            gradient = weights[left] - 2 * _sums(self.rows, costs * gap * self.signs[:, left])
-            enough = np.maximum(tolerance * np.sum(weights[left] ** 2, axis=1) / 2, _ROUNDING * values)
-            steps, falls = self._steps(2 * costs * (gap > 0), left, weights[left], gradient, enough)
+            gap, values = self._gap_and_values(costs, left, self.scores[:, left], self.weights[left])
+            enough = np.maximum(tolerance * np.sum(self.weights[left] ** 2, axis=1) / 2, _ROUNDING * values)
+            steps, moves, falls = self._steps(costs, gap, left, enough)
             more = falls > enough
-            left, steps, values = left[more], steps[more], values[more]
+            left, steps, moves, falls, values = left[more], steps[more], moves[:, more], falls[more], values[more]
             if not len(left):
-                return weights, not stuck
-            slopes, moves = np.sum(steps * gradient[more], axis=1), _scores(self.rows, steps)
-            sizes = np.ones((len(left), 1))
+                return not stuck
+            sizes = np.ones(len(left), moves.dtype)
             for _ in range(_MOST_HALVINGS):
-                tried = weights[left] + sizes * steps
-                there = scores[:, left] + sizes.T.astype(np.float32) * moves
-                short = (
-                    self._gap_and_values(costs, left, there, tried)[1]
-                    > (1 + _NOISE) * values + 1e-4 * sizes[:, 0] * slopes
-                )
+                tried, there = self.weights[left] + sizes[:, None] * steps, self.scores[:, left] + sizes * moves
+                now = self._gap_and_values(costs, left, there, tried)[1]
+                short = now > (1 + _NOISE) * values - 2e-4 * sizes * falls
                 if not short.any():
                     break
                 sizes[short] /= 2
-            weights[left], scores[:, left] = tried, there
-            stuck |= bool(np.any(short & (falls[more] > _LITTLE * values)))
-            left = left[~short]
-        return weights, False
+            lower = now < values
+            self.weights[left[lower]], self.scores[:, left[lower]] = tried[lower], there[:, lower]
+            stuck |= bool(np.any(falls[~lower] > _LITTLE * values[~lower]))
+            left = left[lower]
+        return not len(left) and not stuck
 
     def _gap_and_values(
-        self, costs: Float32Array, which: IntArray, scores: Float32Array, weights: Float64Array
-    ) -> tuple[Float32Array, Float64Array]:
+        self, costs: Float32Array, which: IntArray, scores: NDArray[Any], weights: Float64Array
+    ) -> tuple[NDArray[Any], Float64Array]:
         """Return how much each row lacks of its margin, (n, k), and the sums (k,), for k columns of the signs."""
         gap = np.maximum(1 - self.signs[:, which] * scores, 0)
         return gap, np.sum(weights**2, axis=1) / 2 + np.sum(costs * gap**2, axis=0, dtype=np.float64)
 
     def _steps(
-        self,
-        curvature: Float32Array,
-        which: IntArray,
-        weights: Float64Array,
-        gradient: Float64Array,
-        enough: Float64Array,
-    ) -> tuple[Float64Array, Float64Array]:
-        """Return Newton's steps (k, d + 1) for k columns of the signs, and by how much they lower their parabolas.
+        self, costs: Float32Array, gap: NDArray[Any], which: IntArray, enough: Float64Array
+    ) -> tuple[Float64Array, NDArray[Any], Float64Array]:
+        """Return Newton's steps (k, d + 1) for k columns of the signs, how they change scores, (n, k), and the sums.
 
-        The parabola's curvature is 1 and that of each row (n, k).
+        A step goes to where the sum would be lowest if the rows within the margin stayed the same. It is exact where
+        these are few. Nothing is done for steps that lower a sum by far less than `enough`.
         """
-        steps, falls = np.zeros_like(gradient), np.zeros(len(gradient))
-        most = min(_MOST_SOLVED, 2 * self.rows.shape[1]) if len(self.rows) <= _MOST_PRODUCTS else 0
-        few = (np.count_nonzero(curvature, axis=0) <= most) & (self.lengths @ curvature <= _MOST_CONDITION)
-        for one in np.flatnonzero(few):
-            steps[one] = self._bottom(curvature[:, one], self.signs[:, which[one]]) - weights[one]
-            falls[one] = -steps[one] @ gradient[one] / 2
-        many = np.flatnonzero(~few)
-        steps[many], falls[many] = self._find_steps(curvature[:, many], gradient[many], enough[many])
-        return steps, falls
+        curvature = np.asarray(2 * costs * (gap > 0), np.float32)
+        near, condition = np.count_nonzero(curvature, axis=0), self.lengths @ curvature
+        solved = (near <= _FEW) | (condition > _MOST_OF_PASSES)
+        solved &= self.is_small & (near <= 2 * self.rows.shape[1]) & (condition <= _MOST_CONDITION)
+        steps, falls = np.empty((len(which), len(self.spread))), np.empty(len(which))
+        moves = np.empty(gap.shape, self.scores.dtype)
+        if not solved.all():
+            many = np.flatnonzero(~solved)
+            off = np.asarray(2 * costs * gap[:, many] * self.signs[:, which[many]], np.float32)
+            gradient = self.weights[which[many]] - _sums(self.rows, off)
+            steps[many], falls[many] = self._find_steps(curvature[:, many], gradient, enough[many])
+            moves[:, many] = _scores(self.rows, steps[many])
+        for one in np.flatnonzero(solved):
+            weights, scores = self._bottom(curvature[:, one], self.signs[:, which[one]])
+            steps[one], moves[:, one] = weights - self.weights[which[one]], scores - self.scores[:, which[one]]
+            falls[one] = (steps[one] @ steps[one] + curvature[:, one] @ moves[:, one] ** 2) / 2
+        return steps, moves, falls
 
-    def _bottom(self, curvature: Float32Array, signs: Float32Array) -> Float64Array:
-        """Return where the parabola of one column of signs (n,) is lowest: (d + 1,).
+    def _bottom(self, curvature: Float32Array, signs: Float32Array) -> tuple[Float64Array, Float64Array]:
+        """Return the weights (d + 1,) where a column's parabola is lowest, and the scores (n,) of all rows with them.
 
-        That is a sum of the rows that have a `curvature` (n,), whose shares solve a system of as many equations
+        The weights are a sum of the rows that have a `curvature` (n,), whose shares solve a system of as many equations
         (Chapelle 2007, "Training a support vector machine in the primal").
         """
         near = np.flatnonzero(curvature)
-        system = self.products[np.ix_(near, near)]
+        products = self.products[near]
+        system = products[:, near]
         system[np.diag_indices(len(near))] += 1 / curvature[near]
         shares = solve(system, signs[near].astype(np.float64), assume_a="pos", overwrite_a=True, check_finite=False)
-        return np.append(shares @ self.rows[near].astype(np.float64), shares.sum())
+        return np.append(shares @ self.rows[near].astype(np.float64), shares.sum()), shares @ products
 
     def _find_steps(
         self, curvature: Float32Array, gradient: Float64Array, enough: Float64Array
     ) -> tuple[Float64Array, Float64Array]:
-        """Return the steps and how much they lower their parabolas by conjugate gradients.
+        """Find Newton's steps (k, d + 1) by conjugate gradients; return them and how much they lower the sums, (k,).
 
-        Nothing is done for residuals far below `enough`.
+        `curvature` (n, k) is that of each row, and `gradient` (k, d + 1) that of the sums.
         """
         units = 1 / (1 + curvature.sum(axis=0, dtype=np.float64)[:, None] * self.spread)
 
