@@ -106,7 +106,7 @@ def text_of(value: object) -> str:
 
 def _read_separated(path: TableFile, choose: Choose) -> Iterator[_Chunk]:
     with _text(path) as stream:
-        first = next((line for line in stream if line.strip()), "")
+        skipped, first = next(((blank, line) for blank, line in enumerate(stream) if line.strip()), (0, ""))
         if "\0" in first:
             raise TableError(f"{path}: expected a text table, found a NUL character: save it as UTF-8")
         separator = max(SEPARATORS, key=first.count)
@@ -118,7 +118,7 @@ def _read_separated(path: TableFile, choose: Choose) -> Iterator[_Chunk]:
             for chunk in _turned(path, header, filter(None, reader)):
                 yield {name: chunk[name] for name in wanted}
         except csv.Error as error:
-            line, kind = reader.line_num + 1, SEPARATORS[separator]
+            line, kind = skipped + 1 + reader.line_num, SEPARATORS[separator]
             raise TableError(f"{path}: expected a {kind}-separated table, line {line}: {error}") from None
 
 

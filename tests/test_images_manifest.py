@@ -150,7 +150,7 @@ def test_refusals_are_one_line(tmp_path: Path, write: Writer, table: dict[str, l
         ("path\na.jpg\n".encode("utf-16"), r"expected UTF-8 text"),
         ("path\na.jpg\n".encode("utf-16-le"), r"found a NUL character"),
         (b"path\na\0b.jpg\n", r"without NUL"),
-        (b'path\n"a.jpg\n', r"expected a comma-separated table, line"),
+        (b'\n\npath\n"a.jpg\n', r"expected a comma-separated table, line 4"),
         (b"path,label\na.jpg\n", r"expected 2 fields in row 2, found 1"),
         (b"path\na,b.jpg\n", r"expected 1 fields in row 2, found 2"),
         (b"file;label\na.jpg;x\n", r"expected a column 'path', found file, label"),

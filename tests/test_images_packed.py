@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import struct
 import sys
 import tarfile
 import zipfile
@@ -341,6 +342,23 @@ def test_row_groups_are_read_once_in_order_and_few_are_held(tmp_path: Path, monk
     monkeypatch.setattr(tables, "CHUNK_LIMIT", 100)
     with pytest.raises(UnreadableImageError, match=r"in a row group of .* bytes, more than 100"):
         source.read(source.items[-1])
+
+
+def test_an_archive_with_a_forged_offset_has_unreadable_images(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip")
+    data = path.read_bytes()
+    end = data.rindex(b"PK\5\6")
+    count, size = struct.unpack_from("<HL", data, end + 10)
+    far = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, 2**64 - 1)
+    where = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    path.write_bytes(
+        data[:end] + far + where + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, *[2**16 - 1] * 2, *[2**32 - 1] * 2, 0)
+    )
+    source = open_source(path)
+    assert len(source.items) == len(IMAGES)
+    for item in source.items:
+        with pytest.raises(UnreadableImageError, match="cannot be read"):
+            source.read(item)
 
 
 NAMES = ["a-b", "a.b", "a", "a/c", "a b", "b/a", "a0", "é"]

@@ -123,22 +123,22 @@ def test_a_worker_opens_only_the_archives_of_its_part(photos: Path, tmp_path: Pa
     assert [part.rows for part in plan.parts] == [3] * 8  # and eight images in each archive
     for path in plan.paths:
         path.unlink()
-    for label in ("red", "green"):
-        (source / f"{label}.zip").write_bytes(b"damaged")
+    (source / "red.zip").write_bytes(b"damaged")
 
-    def fill(run: str, number: int) -> None:
-        done = parts.fill_part(
-            run, str(plan.path), number, str(source), None, parts.Computing("torch"), lambda *_: None
-        )
+    def fill(number: int) -> Any:
+        done = parts.fill_part("", str(plan.path), number, str(source), None, parts.Computing("torch"), lambda *_: None)
         assert done.computed == 3
+        assert parts._kept is not None
+        return parts._kept[1]
 
-    fill("one", 0)
-    kept = parts._kept
-    fill("one", 1)
-    assert parts._kept is kept  # neither the archive nor the network was opened again
-    with pytest.raises(SourceError, match=r"green\.zip"):
-        fill("one", 2)  # with images of two archives
-    for number in (0, 1):
+    first = fill(0)
+    assert fill(1) is first, "the archive was opened again"
+    second = fill(2)  # with images of two archives
+    assert second is not first
+    assert second.extractor is first.extractor, "the network was loaded again"
+    with pytest.raises(SourceError, match=r"red\.zip"):
+        fill(5)
+    for number in range(3):
         np.testing.assert_array_equal(open_cache(plan.path_of(number)).matrix("penultimate"), wanted[number])
 
 

@@ -277,7 +277,7 @@ def fill_part(
     Parameters
     ----------
     run : str
-        The same for all parts that are to be filled from one listing of the source.
+        The same for all parts of one call, whose listings and network may be kept.
     path : str
         Path or URL of the plan.
     number : int

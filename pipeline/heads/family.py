@@ -92,6 +92,10 @@ class Family(ABC):
     cost: ClassVar[float] = 1e-6
     device: str | None = None
 
+    def bytes_beside(self, n_rows: int, folds: int) -> int:
+        """Return what choosing on `folds` at a time takes beside rows and scores, however wide the rows are."""
+        return 0
+
     @abstractmethod
     def grid(self, n_rows: int) -> Sequence[Params]:
         """Return the candidates for at least `n_rows` training rows, the most regularised first."""

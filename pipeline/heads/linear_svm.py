@@ -61,6 +61,10 @@ class LinearSvm(LinearFamily):
 
     cost = 1.5e-5
 
+    def bytes_beside(self, n_rows: int, folds: int) -> int:
+        """Return the bytes of the products of rows with each other, and of those that a step is solved from."""
+        return 8 * n_rows**2 * (folds + 2) if n_rows <= _MOST_PRODUCTS else 0
+
     def path(
         self, grid: Sequence[Params], train: Float32Array, y: IntArray, held: Float32Array, weight: Weights = None
     ) -> Iterator[Step]:

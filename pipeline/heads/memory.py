@@ -65,14 +65,13 @@ def is_wide(trial: Trial) -> bool:
 def memory_of_trial(trial: Trial, *, shared: bool) -> int:
     """Return about how many bytes a trial takes if all of its rows are in memory, and `shared` with several workers."""
     (data, head), splits = trial, trial.data.splits
-    known = len(splits.train) + len(splits.val)
+    known, folds = len(splits.train) + len(splits.val), 1 if splits.val.size else MOST_FOLDS
     copies = 1 + (int(has_statistics(head.scaling, data.layer.joined)) if splits.val.size else MOST_FOLDS)
     copies = min(copies, 2) if is_wide(trial) else copies  # folds of wide rows keep them in their span
     scores = _OF_CLASS * len(data.layer.table.classes) if head.family.linear else 0
     row = 4 * data.layer.dim
-    return (2 if shared else 1) * row * (copies * known + len(splits.test)) + known * round(
-        row * head.family.memory + scores
-    )
+    rows = (2 if shared else 1) * row * (copies * known + len(splits.test))
+    return rows + known * round(row * head.family.memory + scores) + head.family.bytes_beside(known, folds)
 
 
 def free_memory() -> int:

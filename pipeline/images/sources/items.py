@@ -143,10 +143,10 @@ class Items(Sequence[Item]):
         counted = [np.frombuffer(number, np.int64) for number in numbers]
         return cls(Rows(named[0], counted[0], *named[1:], *counted[1:]))
 
-    def set_stamps(self, stamps: Mapping[str, Stamp]) -> None:
-        """Set size and modification time of the items with these uris; the items must be sorted by uri."""
-        for uri, (size, mtime_ns) in stamps.items():
-            row = bisect_left(self.rows.uris, uri)
+    def set_stamps(self, stamp_of: Callable[[str], Stamp]) -> None:
+        """Set size and modification time of each item by its uri."""
+        for row, uri in enumerate(self.rows.uris):
+            size, mtime_ns = stamp_of(uri)
             self.rows.sizes[row], self.rows.mtimes_ns[row] = _bounded(size), _bounded(mtime_ns)
 
     def __len__(self) -> int:

@@ -82,7 +82,9 @@ def open_manifest(path: Location) -> ImageSource | None:
     if not source.items:
         raise SourceError(f"{path}: expected at least one row below the header, found none")
     located |= _located(folder, elsewhere)
-    source.items.set_stamps(_stamped(located))
+    stamps, local = _stamped(located), str(folder) if isinstance(folder, Path) else ""
+    # paths may be absolute
+    source.items.set_stamps(lambda uri: stamps[uri] if uri in stamps else _stamp(posixpath.join(local, uri)))
     remote = {uri: image for uri, image in located.items() if isinstance(image, RemotePath)}
     web = {uri for uri, image in remote.items() if image.is_http}
     remarks = [*synonyms_beside(path, header), *unnoticed(item for item in source.items if item.uri in web)]
@@ -137,15 +139,14 @@ def _labelled(
 ) -> Iterator[tuple[Item, str]]:
     """Yield the images of a table, whose columns have their meanings as names, with the names of their classes.
 
-    Those that a URL names, or that lie beside a remote table, have no stamps yet, and their uris are added to
-    `elsewhere`.
+    They have no stamps yet, so that faults of the table are told before the images are looked at. The uris of those
+    that a URL names, or that lie beside a remote table, are added to `elsewhere`.
 
     Raises
     ------
     SourceError
         A row has no path or no valid split, or a remote table names an image elsewhere than on servers.
     """
-    local = str(path.parent) if isinstance(path, Path) else ""
     may_name = path.may_name if isinstance(path, RemotePath) else None
     index = 0
     for columns in chunks:
@@ -154,17 +155,15 @@ def _labelled(
             index += 1
             if not cells["path"]:
                 raise SourceError(f"{path}: expected a path in row {number}, found none")
-            uri, found = _uri_of(cells["path"]), Stamp()
+            uri = _uri_of(cells["path"])
             if may_name is not None and not may_name(uri):
                 raise SourceError(
                     f"{path}: expected a path relative to the manifest or a URL in row {number}, found {uri!r}"
                 )
             if may_name is not None or is_url(uri):
                 elsewhere.append(uri)
-            else:
-                found = _stamp(posixpath.join(local, uri))  # which may be absolute
             split = split_of(path, number, cells.get("split", ""))
-            yield Item(uri, -1, split, cells.get("group", ""), *found), cells.get("label", "")
+            yield Item(uri, -1, split, cells.get("group", "")), cells.get("label", "")
 
 
 def split_of(path: Location, number: int, word: str) -> str:

@@ -11,7 +11,7 @@ from features_cache import UriRange
 from pipeline.errors import SourceError
 from pipeline.images.sources.folder import unnoticed, walk
 from pipeline.images.sources.items import ImageSource, Item, Location, Packed, build_source, extension_of
-from pipeline.images.sources.remote import RemotePath
+from pipeline.images.sources.remote import RemotePath, hold_if_small
 from pipeline.images.sources.shards import read_shards
 from pipeline.images.sources.tables import holds_images, read_arrow, read_parquet
 from pipeline.images.sources.zips import read_zips
@@ -26,6 +26,9 @@ _READERS: dict[tuple[str, ...], Callable[[Mapping[str, Location], Packed], Itera
 
 In a folder, files of the first kind that is there are read.
 """
+
+_READ_WHOLE = (read_shards, read_arrow)
+"""Only the whole of such a file tells where its images are, so remote ones are kept in memory if they are small."""
 
 
 def open_packed(path: Location, within: UriRange | None = None) -> ImageSource | None:
@@ -52,9 +55,11 @@ def open_packed(path: Location, within: UriRange | None = None) -> ImageSource |
     for uri, other in pairwise(sorted(f"{uri}/" for uri in chosen)):
         if other.startswith(uri):
             raise SourceError(f"{path}: expected a file or a folder, found {uri[:-1]} to be both: rename the file")
+    chosen = {uri: file.ask_size() if isinstance(file, RemotePath) else file for uri, file in chosen.items()}
+    if _READERS.get(kind) in _READ_WHOLE:
+        hold_if_small(chosen.values())
     if within is not None:
         chosen, within = _within(chosen, within)
-    chosen = {uri: file.ask_size() if isinstance(file, RemotePath) else file for uri, file in chosen.items()}
     packed = Packed()
     labelled = _READERS[kind](chosen, packed) if chosen else ()
     source = build_source(name, path.as_posix(), labelled, packed.read)

@@ -40,7 +40,7 @@ from pipeline.images.sources.items import (
     stamp,
     unreadable,
 )
-from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
+from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp
 from pipeline.spec import fingerprint_of
 from pipeline.tables import text_of
 from pipeline.user_folder import user_folder
@@ -121,7 +121,6 @@ def read_shards(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple
         A shard is damaged, a label is neither text nor a number, or an image has two labels.
     """
     unreached, first = 0, ""
-    hold_if_small(files.values())
     for uri, shard in zip(files, map_ahead(_list_shard, files.values(), LISTED_AT_ONCE, LISTED_AT_ONCE), strict=True):
         packed.passed_over.update(shard.others)
         split, mtime_ns = split_in(uri), shard.listed.mtime_ns

@@ -26,7 +26,7 @@ from pipeline.images.sources.items import (
     unreadable,
 )
 from pipeline.images.sources.manifest import columns_by_meaning, split_of, synonyms_beside
-from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp, hold_if_small
+from pipeline.images.sources.remote import LISTED_AT_ONCE, RemotePath, Stamp
 from pipeline.tables import MESSAGE_LENGTH, text_of
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def read_parquet(files: Mapping[str, Location], packed: Packed) -> Iterator[tupl
 
 def read_arrow(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple[Item, str]]:
     """Yield the images in files of Arrow's streaming format, see `_read_tables`."""
-    hold_if_small(files.values())
     return _read_tables(files, packed, _list_arrow)
 
 

@@ -41,7 +41,7 @@ _ENCRYPTED = 1
 """Bit of a member's flags."""
 
 _MOST = 2**63 - 1
-"""Forged members say that they have more bytes, or begin later; nothing is read there either."""
+"""Stands for numbers that only forged archives have: it is behind the end of any file, where nothing is read."""
 
 _UNPACKERS: dict[int, Callable[[bytes, int], bytes]] = {
     zipfile.ZIP_STORED: lambda data, size: data,
@@ -111,7 +111,7 @@ def _member(info: zipfile.ZipInfo, following: int) -> _Member:
     longest = info.header_offset + _HEADER + 2 * 0xFFFF + info.compress_size
     packed = info.header_offset, min(following, longest), info.compress_size
     numbers = *packed, info.file_size, info.CRC, info.compress_type, info.flag_bits & _ENCRYPTED
-    return _Member(*(min(number, _MOST) for number in numbers))
+    return _Member(*(number if 0 <= number < _MOST else _MOST for number in numbers))
 
 
 def _plain_members(infos: list[zipfile.ZipInfo]) -> Iterator[tuple[str, zipfile.ZipInfo]]:
