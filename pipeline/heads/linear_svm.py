@@ -182,7 +182,7 @@ class _SquaredHinge:
                 if not short.any():
                     break
                 sizes[short] /= 2
-            lower = now < values
+            lower = ~short & (now < values)
             self.weights[left[lower]], self.scores[:, left[lower]] = tried[lower], there[:, lower]
             stuck |= bool(np.any(falls[~lower] > _LITTLE * values[~lower]))
             left = left[lower]
