@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -164,6 +165,18 @@ def test_linear_svm_is_the_optimum_where_c_is_large(
     assert step.scores is not None
     assert loss((2 * y - 1) * step.scores()[:, 0].astype(float)) <= value * (1 + 1e-4)
     assert taken == ways
+
+
+def test_linear_svm_says_what_it_takes_beside_the_rows() -> None:
+    generator = np.random.default_rng(0)
+    rows, y = generator.standard_normal((1000, 520)).astype(np.float32), generator.integers(0, 2, 1000)
+    svm = find_head("linear_svm").family
+    tracemalloc.start()
+    list(svm.path([{"C": c} for c in (1.0, 1e2, 1e4)], rows, y, rows[:1]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    told = svm.bytes_beside(len(rows), 1)
+    assert 0.8 * told <= peak <= 1.3 * told
 
 
 def test_ridge_path_is_the_classifier_alpha_by_alpha() -> None:

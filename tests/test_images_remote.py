@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from features_cache import DONE, open_cache
+from features_cache import DONE, UriRange, open_cache
 from pipeline.errors import SourceError, UnreadableImageError
 from pipeline.extract import extract
 from pipeline.images.loader import load_images
@@ -443,8 +443,9 @@ def test_a_dead_endpoint_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def test_a_small_shard_is_fetched_once_also_if_its_listing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fsspec
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The requests for three equal shards of five images, ``memory://once/a.tar`` and so on."""
 
     fs, packed = fsspec.filesystem("memory"), io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -452,11 +453,27 @@ def test_a_small_shard_is_fetched_once_also_if_its_listing_is_known(monkeypatch:
             member = tarfile.TarInfo(f"{number}.png")
             member.size = 3
             archive.addfile(member, io.BytesIO(b"%03d" % number))
-    fs.pipe("/once/a.tar", packed.getvalue())
-    asked: list[object] = []
+    fs.pipe({f"/once/{name}.tar": packed.getvalue() for name in "abc"})
+    requests: list[object] = []
     fetch = type(fs).cat_file
-    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **more: asked.append(args) or fetch(*args, **more))
+    monkeypatch.setattr(type(fs), "cat_file", lambda *args, **more: requests.append(args) or fetch(*args, **more))
+    return requests
+
+
+def test_a_small_shard_is_fetched_once_also_if_its_listing_is_known(asked: list[object]) -> None:
     for _ in range(2):
         source = open_source("memory://once/a.tar")
         assert [source.read(item) for item in source.items] == [b"%03d" % number for number in range(5)]
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("limit", "requests"), [(30_720, 0), (30_719, 5)], ids=["all are held", "none is held"])
+def test_the_whole_source_decides_whether_shards_are_held(
+    asked: list[object], monkeypatch: pytest.MonkeyPatch, limit: int, requests: int
+) -> None:
+    monkeypatch.setattr(remote, "HELD_BYTES", limit)  # a shard has 10,240 bytes
+    source = open_source("memory://once", UriRange("", "b.tar/"))
+    assert [item.uri for item in source.items] == [f"a.tar/{number}.png" for number in range(5)]
+    asked.clear()
+    assert [source.read(item) for item in source.items] == [b"%03d" % number for number in range(5)]
+    assert len(asked) == requests

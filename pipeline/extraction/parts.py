@@ -200,7 +200,10 @@ class PartFiller:
         ThawlineError
             As `pipeline.extract.extract`; what was computed is carried over by the next call.
         """
-        plan, computing, where = self.plan, self._computing, self._where[number]
+        plan, computing = self.plan, self._computing
+        if not self.lists(number):  # the part would lose the images that are not
+            raise CacheError(f"part {number} of {plan.path} is not in this listing of its source; extract again")
+        where = self._where[number]
         images = slice_source(self._images, where)
         asked = np.ones(len(images.items), bool) if asked is None else asked[where]
         if images.items and not asked.any():
@@ -293,8 +296,9 @@ def fill_part(
     filler = _kept[1] if _kept is not None and _kept[0] == (run, path) else None
     if filler is None or not filler.lists(number):
         plan = open_plan(local_path(path, [Path(path).name])) if filler is None else filler.plan
-        images = open_source(source, plan.range_of(number))
-        filler = PartFiller(plan, images, computing, None if filler is None else filler.extractor)
+        extractor = None if filler is None else filler.extractor
+        _kept = filler = None  # the listing that it holds
+        filler = PartFiller(plan, open_source(source, plan.range_of(number)), computing, extractor)
         _kept = (run, path), filler
     filler.fetch(number)  # the copy here may have an older part, which is complete
     return filler.fill(number, filler.rows_of(only), progress)

@@ -93,7 +93,7 @@ class Family(ABC):
     device: str | None = None
 
     def bytes_beside(self, n_rows: int, folds: int) -> int:
-        """Return what choosing on `folds` at a time takes beside rows and scores, however wide the rows are."""
+        """Return the bytes that choosing on so many folds at a time takes beside rows and scores."""
         return 0
 
     @abstractmethod

@@ -45,13 +45,13 @@ _BLOCK = 1024
 _MOST_PRODUCTS = 4096
 """The most rows whose products with each other are kept, 8 bytes each: 134 MB."""
 _FEW = 512
-"""So many rows within a class's margin are solved from their products, which takes less time than passes over them."""
-_MOST_OF_PASSES = 1e7
-"""The largest condition of a step, the sum of its curvatures, that is found in passes over a small set of rows. Beyond
-it, rounding to float32 spoils the step, so that more than `_FEW` rows are solved, too; but no more than twice the
-features, because passes over narrow rows cost little."""
-_MOST_CONDITION = 1e12
-"""The largest condition of a system that is solved; beyond it, float64 does not tell the penalty from rounding."""
+"""With up to so many rows within a class's margin, its step is solved from their products, which takes less time than
+passes over them."""
+_CONDITION_OF_FLOAT32 = 1e7
+"""Where the sum of a step's curvatures is larger, rounding to float32 would spoil it in passes over the rows. So it is
+solved with more than `_FEW` rows, too, up to twice the features: passes over narrow rows cost little."""
+_CONDITION_OF_FLOAT64 = 1e12
+"""No step is solved where that sum is larger: float64 would not tell the penalty from rounding."""
 _MOST_PICKED = 0.7
 """If more than this share of the rows is needed, all are read, because picking rows copies them."""
 
@@ -205,8 +205,8 @@ class _SquaredHinge:
         """
         curvature = np.asarray(2 * costs * (gap > 0), np.float32)
         near, condition = np.count_nonzero(curvature, axis=0), self.lengths @ curvature
-        solved = (near <= _FEW) | (condition > _MOST_OF_PASSES)
-        solved &= self.is_small & (near <= 2 * self.rows.shape[1]) & (condition <= _MOST_CONDITION)
+        solved = (near <= _FEW) | (condition > _CONDITION_OF_FLOAT32)
+        solved &= self.is_small & (near <= 2 * self.rows.shape[1]) & (condition <= _CONDITION_OF_FLOAT64)
         steps, falls = np.empty((len(which), len(self.spread))), np.empty(len(which))
         moves = np.empty(gap.shape, self.scores.dtype)
         if not solved.all():

@@ -78,8 +78,8 @@ def read_zips(files: Mapping[str, Location], packed: Packed) -> Iterator[tuple[I
         packed.passed_over.update(others)
         archive, names = files[uri], sorted(members)
         listed, named_split = stamp(archive), split_in(uri)
-        columns = np.array([members[name] for name in names], np.int64)
-        packed.readers[uri] = partial(_read, archive, columns, listed)
+        table = np.array([members[name] for name in names], np.int64)
+        packed.readers[uri] = partial(_read, archive, table, listed)
         for name, (split, label) in zip(names, _splits_and_classes(names, archive), strict=True):
             size = members[name].size
             yield Item(f"{uri}/{name}", split=split or named_split, size=size, mtime_ns=listed.mtime_ns), label
