@@ -328,7 +328,7 @@ RECIPE = (
     crossed("label-smoothing", SHARE, "Share of each label that is spread over all classes.", 0.0),
     crossed("class-weights", FLAG, CLASSES_HELP, default=False),
     crossed("augment", TEXT, "none, or crop, flip and colour, joined by +.", NO_AUGMENT),
-    crossed("views", whole(), "With --augment: cache the frozen activations of this many views of each image."),
+    crossed("views", whole(), "With --augment: cache the trunk's activations for this many views of each image."),
     crossed("clip", POSITIVE, "Clip the gradient over all weights to this norm."),
 )
 """How a fine-tune trains: the fields of `pipeline.finetuning.recipe.Recipe`."""

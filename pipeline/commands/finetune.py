@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def finetune(source: str, picture: Path | None, as_json: bool, **options: Any) -> None:
     """Train a network above its thaw line.
 
-    SOURCE is split as fit splits it. The frozen part runs once and its activations are cached; with --augment, only if
-    --views is given. A run that was stopped resumes.
+    SOURCE is split as fit splits it. The trunk (the frozen layers) runs once and its activations are cached; with
+    --augment, only if --views is given. A run that was stopped resumes.
     """
     from pipeline.evaluation.wording import metric_text
     from pipeline.finetune import finetune as run

@@ -14,7 +14,7 @@ from pipeline.errors import resumable
 @options_of("lecture")
 @resumable()
 def lecture(names: tuple[str, ...], source: str, output: str, quick: bool, as_json: bool) -> None:
-    """Measure the claims NAME... of a lecture on pretrained models, or `all`; without a name, list them.
+    """Measure the claims NAME... of a lecture on transfer learning, or `all`; without a name, list them.
 
     The page in the output folder has all claims that were measured in that folder, beside the published values.
     """

@@ -131,6 +131,4 @@ def check_start(
     if head_first and freeze == "all":
         raise FitError("with freeze all only the new top is trained; leave out head-first")
     if recipe.views is not None and freeze == "none":
-        raise FitError(
-            "with freeze none there are no frozen activations to cache; leave out views, or freeze up to a layer"
-        )
+        raise FitError("with freeze none there is no trunk to cache; leave out views, or freeze up to a layer")
