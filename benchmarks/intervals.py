@@ -289,9 +289,9 @@ def _predictions(groups: IntArray, y: Any, found: Any, scores: Float64Array | No
 
 
 def redrawn_errors(
-    metric: str, groups: int, each: int, correlation: float, draws: int, rng: np.random.Generator
+    metric: str, groups: int, each: int, k: int, correlation: float, draws: int, rng: np.random.Generator
 ) -> Row:
-    """Return how often the interval of a metric holds it, and how often four equally good models are told apart."""
+    """Return how often the interval of a metric holds it, and how often k equally good models are told apart."""
     make = numbers_of if metric == "r2" else label_sets_of
     redraw = redraw_numbers if metric == "r2" else redraw_labels
     many = make(rng, np.repeat(np.arange(400_000 // each), each), 1, 0.0)[0]
@@ -302,12 +302,17 @@ def redrawn_errors(
         truth = mean_known(rate_labels(metric, many.y_true, many.y_pred, scores_of(many), None, once))[0]
     held, told, out = [], [], []
     for _ in range(draws):
-        models = [redraw(metric, [one]) for one in make(rng, np.repeat(np.arange(groups), each), 4, correlation)]
+        models = [redraw(metric, [one]) for one in make(rng, np.repeat(np.arange(groups), each), k, correlation)]
         ends, compared = models[0].interval(), compare_redrawn(models, 0)
         held.append(ends is None or ends[0] <= truth <= ends[1])
         told.append(compared is not None and min(p for p in compared[0] if p is not None) <= LEVEL)
         out.append(compared is not None and not compared[1].all())
-    row: Row = {"metric": metric, "test rows": f"{groups} groups of {each}", "correlation": str(correlation)}
+    row: Row = {
+        "metric": metric,
+        "test rows": f"{groups} groups of {each}",
+        "models": str(k),
+        "correlation": str(correlation),
+    }
     return row | {"covered": np.mean(held), "told apart": np.mean(told), "one is out": np.mean(out)}
 
 
@@ -364,10 +369,9 @@ def main(draws: int, curves: tuple[Path, ...]) -> None:
         for k in (5, 10, 40):
             for correlation in (0.0, 0.5, 0.9):
                 tables["best sets"].append(best_set_errors(k, correlation, draws, rng))
-        for metric, (groups, each), correlation in product(
-            ("r2", "average_precision"), ((100, 1), (400, 1), (40, 10), (20, 20)), (0.0, 0.8)
-        ):
-            tables["redrawn"].append(redrawn_errors(metric, groups, each, correlation, few, rng))
+        many, scarce = ((100, 1, 4), (400, 1, 4), (40, 10, 4), (20, 20, 4)), ((10, 20, 11), (5, 20, 11), (3, 20, 11))
+        for metric, (groups, each, k), correlation in product(("r2", "average_precision"), many + scarce, (0.0, 0.8)):
+            tables["redrawn"].append(redrawn_errors(metric, groups, each, k, correlation, few, rng))
         for n in (100, 400):
             for chosen_from in ((1, 1), (8, 3), (30, 3)):
                 tables["opening"].append(opening_errors(n, *chosen_from, draws, rng))
@@ -401,7 +405,7 @@ def show(tables: dict[str, list[Row]], draws: int) -> None:
         ("best sets", "sets of models that may be the best (*: more than 5 % and noise)", lambda v: v <= LEVEL + noise),
         (
             "redrawn",
-            "metrics of redrawn test rows, four equal models (*: intervals below 95 %, claims above 5 %, and noise)",
+            "metrics of redrawn test rows, equal models (*: intervals below 95 %, claims above 5 %, and noise)",
             lambda v: v <= LEVEL + rare or v >= 1 - LEVEL - rare,
         ),
         (

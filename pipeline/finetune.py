@@ -25,7 +25,7 @@ from pipeline.evaluation.multilabel import EVEN, best_thresholds, measure_labels
 from pipeline.evaluation.predictions import Predictions, collect_predictions, measure
 from pipeline.evaluation.regression import measure_numbers, rate_numbers
 from pipeline.evaluation.rows import Table
-from pipeline.evaluation.splits import check_draws
+from pipeline.evaluation.splits import distinct_draws
 from pipeline.evaluation.targets import check_task
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.model_file import check_destination
@@ -177,7 +177,7 @@ def finetune(
 
     recipe = make_recipe(training)
     check_start(recipe, backbone, freeze, init=init, head_first=head_first, precision=precision, watch=watch)
-    check_draws(seeds, shots)
+    seeds, shots = distinct_draws(seeds, shots)
     of_classes = {name: getattr(recipe, name) for name in ("class_weights", "label_smoothing")}
     metric = check_task(task, metric, shots=set(shots) != {"all"}, **of_classes)
     notes: list[str] = []
@@ -189,7 +189,6 @@ def finetune(
     results: list[Any] = []
     predictions: list[Predictions] = []
     best, best_network = 0, None
-    seeds, shots = list(dict.fromkeys(seeds)), list(dict.fromkeys(shots))
     for same_weights in [[seed] for seed in seeds] if init == "random" else [seeds]:
         initial = f"{backbone}@random:{same_weights[0]}" if init == "random" else backbone
         draws = list(itertools.product(same_weights, shots))
@@ -199,7 +198,8 @@ def finetune(
         notes += data.table.notes
         for seed, count in draws:
             run = run_training(data, setup, seed, count)
-            notes += [*run.splits.notes, *cluster_notes(data.table.groups[run.splits.test]), *run.trained.notes]
+            clusters, groups = data.table.clusters[run.splits.test], data.table.groups[run.splits.test]
+            notes += [*run.splits.notes, *cluster_notes(clusters, groups), *run.trained.notes]
             if count == "all" and not len(run.splits.val):
                 notes.append("without validation images training goes through all epochs and keeps the last weights")
             result, predicted = _result(run, data, setup, seed, count, metric)
@@ -247,7 +247,7 @@ def _result(
         "shots": shots,
         "n_train": len(splits.train),
         "n_val": len(splits.val),
-        "n_pool": len(table.labels) - len(splits.test),
+        "n_pool": splits.n_pool,
         "seconds": run.seconds,
         "converged": not trained.diverged,
         "freeze": setup.freeze,

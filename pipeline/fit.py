@@ -15,7 +15,7 @@ from pipeline.errors import FitError
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.gains import columns_gains
 from pipeline.evaluation.labels import LabelsTable, find_labels
-from pipeline.evaluation.leaks import cluster_notes, clusters_of
+from pipeline.evaluation.leaks import cluster_notes
 from pipeline.evaluation.metric_comparisons import compare_metrics, summarise_metrics
 from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.multilabel import measure_labels
@@ -24,7 +24,7 @@ from pipeline.evaluation.regression import measure_numbers
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
 from pipeline.evaluation.split_layers import SplitLayer, split_layers
-from pipeline.evaluation.splits import check_draws
+from pipeline.evaluation.splits import distinct_draws, whole_number
 from pipeline.evaluation.targets import check_task
 from pipeline.extraction.object_store import open_catalog
 from pipeline.heads.choose import Choice, choice_notes
@@ -194,7 +194,8 @@ def fit(
         for result in report.results:
             print(result.head, result.accuracy, result.accuracy_ci95)
     """
-    check_draws(seeds, shots)
+    seeds, shots = distinct_draws(seeds, shots)
+    cv = None if cv is None else whole_number(cv, "number of folds")
     metric = check_task(task, metric, shots=set(shots) != {"all"}, balanced=balanced)
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")
@@ -210,7 +211,7 @@ def fit(
     near_notes: list[str] = []
     if drop_leaks == NEAR:
         selected, near_notes = keep_near_together(selected, catalog, progress)
-    split = split_layers(selected, _distinct(seeds), _distinct(shots), cv, drop_leaks=bool(drop_leaks))
+    split = split_layers(selected, seeds, shots, cv, drop_leaks=bool(drop_leaks))
     trials = [Trial(data, head) for layer in selected for head in chosen for data in split if data.layer is layer]
     streamed = check_trials(trials, balanced=balanced, metric=metric)
 
@@ -292,19 +293,20 @@ def _result(
         [outcome.scores for outcome in outcomes],
     )
     validated = mean_if_known([outcome.choice.score for outcome in outcomes])
-    params = [outcome.params for outcome in outcomes]
+    picked = [outcome.choice.params for outcome in outcomes]
+    most_picked = picked.index(max(picked, key=picked.count))  # ties go to the first fold
     trained: dict[str, Any] = {
         "kind": "head",
         "backbone": data.layer.handle("backbone"),
         "layer": data.layer.name,
         "pool": data.layer.handle("pool"),
         "head": trials[0].head.name,
-        "params": max(params, key=params.count),  # the most frequent over folds; ties go to the first
+        "params": outcomes[most_picked].params,
         "seed": data.seed,
         "shots": data.shots,
         "n_train": _mean_count([each.train for each in splits]),
         "n_val": _mean_count([each.val for each in splits]),
-        "n_pool": len(table.labels) - _mean_count([each.test for each in splits]),
+        "n_pool": round(sum(each.n_pool for each in splits) / len(splits)),
         "seconds": sum(outcome.seconds for outcome in outcomes),
         "converged": all(outcome.converged for outcome in outcomes),
         "cv": cv,
@@ -358,9 +360,8 @@ def _notes(trials: Sequence[Trial], choices: Mapping[int, Choice]) -> list[str]:
     for each in data:
         tests.setdefault((each.layer, each.seed, each.shots), []).append(each.splits.test)
     for (layer, _, _), folds in tests.items():
-        notes += cluster_notes(
-            clusters_of(layer.table.groups, layer.table.digests, layer.table.near)[np.concatenate(folds)]
-        )
+        tested = np.concatenate(folds)
+        notes += cluster_notes(layer.table.clusters[tested], layer.table.groups[tested])
     for head in _distinct([trial.head for trial in trials]):
         notes += choice_notes(head, [choices[index] for index, trial in enumerate(trials) if trial.head is head])
     return _distinct(notes)

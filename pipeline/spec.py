@@ -44,7 +44,7 @@ made by 1 are kept for all other images (`pipeline.extraction.fill`).
 """
 REDECODED = (".tif", ".tiff")
 """How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
-TRAINING_RULES = 7
+TRAINING_RULES = 8
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
 PRETEXT_RULES = 1
 """Version of the tasks of `pretrain`; raised whenever the same task could give other numbers."""

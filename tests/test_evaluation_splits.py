@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import FitError
-from pipeline.evaluation.leaks import join_units
+from pipeline.evaluation.leaks import NearDuplicates, cluster_notes, clusters_of, join_units
 from pipeline.evaluation.splits import Splits, make_splits
 
 
@@ -41,6 +41,44 @@ def test_missing_splits_are_cut_by_class_in_the_stated_shares() -> None:
     assert sorted(row for part in parts(found) for row in part) == list(range(160))
     assert len(found.notes) == 2
     assert found.leaks == []
+
+
+def test_shots_are_drawn_from_training_rows_and_what_is_left_out_is_in_no_pool() -> None:
+    labels, given_splits = np.arange(90) % 3, np.repeat(["train", "val", "test"], 30)
+    assert split(labels, given_splits).n_pool == 60
+    assert split(labels, given_splits, shots=3).n_pool == 30
+    images = np.r_[np.arange(60), np.arange(10), 100 + np.arange(20)]  # ten test images are copies
+    assert split(labels, given_splits, images=images, drop_leaks=True).n_pool == 60
+    assert split(labels).n_pool == 72, "20 % are drawn for the test"
+
+
+def test_a_test_set_that_is_drawn_is_apart_from_given_validation_rows() -> None:
+    labels = np.arange(60) % 2
+    given_splits = np.where(np.arange(60) % 3 == 2, "val", "train")
+    groups = [f"g{i // 3}" if i < 30 else "" for i in range(60)]  # each with two training rows and one for validation
+    found = split(labels, given_splits, groups)
+    assert found.test.min() >= 30
+    assert not np.intersect1d(found.units[found.test], found.units[np.r_[found.train, found.val]]).size
+    with pytest.raises(FitError, match="cannot draw a test set"):
+        split(labels[:30], given_splits[:30], groups[:30])
+
+
+def test_equal_bytes_and_near_duplicates_count_together_under_a_name_of_their_own() -> None:
+    groups = np.array(["ann", "bob", "", "", "", "", "cy"])
+    digests = np.array([[1] * 16, [2] * 16, [2] * 16, [3] * 16, [3] * 16, [4] * 16, [1] * 16], np.uint8)
+    found = clusters_of(groups, digests, None)
+    assert found.tolist() == ["ann", "bob", "bob", found[3], found[3], "", "ann"]
+    assert found[3].startswith("equal ")
+    assert clusters_of(groups[3:], digests[3:], None)[:2].tolist() == [found[3], found[3]], "whatever else there is"
+    assert clusters_of(groups[5:], digests[5:], None).tolist() == ["", "cy"]
+    images, joined, none = np.arange(7), np.array([0, 0, 1, 2, 3, 4, 5]), np.empty(0, np.int64)
+    near = clusters_of(groups, digests[[0, 1, 3, 5, 5, 5, 5]], NearDuplicates(images, joined, none, none))
+    assert near.tolist() == ["ann", "ann", "", "", "", "", "cy"]
+    assert cluster_notes(found, groups) == [
+        "6 test rows come from 3 groups (images that are alike count as one), "
+        "so intervals and tests are over groups, not rows"
+    ]
+    assert cluster_notes(groups, groups) == [], "no group has two rows"
 
 
 def test_the_seed_and_nothing_else_draws_the_cut() -> None:

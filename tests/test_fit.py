@@ -588,6 +588,76 @@ def test_cross_validation_predicts_every_row_once_by_models_that_did_not_see_it(
     assert sum(validated[chosen]) >= sum(validated[1 - chosen])
 
 
+def test_an_image_that_is_listed_twice_counts_once(make_cache: Make) -> None:
+    labels, once = np.arange(120) % 3, list(range(120))
+    features = {"low": clouds(labels, 6, 4.0), "top": clouds(labels, 200, 30.0)}
+    splits = ["train"] * 60 + ["test"] * 60
+    twice = np.r_[:120, 60:120]
+    single = fit(make_cache(120, features=features, splits=splits), heads=["centroid"], jobs=1)
+    double = fit(
+        make_cache(
+            180,
+            "twice/file.h5",
+            labels=labels[twice],
+            features={name: rows[twice] for name, rows in features.items()},
+            splits=splits + ["test"] * 60,
+            images=[*once, *once[60:]],
+        ),
+        heads=["centroid"],
+        jobs=1,
+    )
+    for one, other in zip(single.results, double.results, strict=True):
+        assert (other.n_test, other.n_groups, other.accuracy) == (120, 60, one.accuracy)
+        assert other.n_effective <= one.n_effective
+        assert other.accuracy_ci95[0] <= one.accuracy_ci95[0] < one.accuracy_ci95[1] <= other.accuracy_ci95[1]
+        assert other.p_vs_best == one.p_vs_best
+    assert any("images that are alike" in note for note in double.notes)
+
+
+def test_cross_validation_reports_what_most_folds_chose(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    values = {"low": clouds(labels, 6, seed=1), "top": clouds(labels, 200, 9.0)}
+    chosen: list[dict[str, Any]] = []
+
+    def note(outcome: TrialOutcome) -> TrialOutcome:
+        chosen.append(outcome.choice.params)
+        return outcome
+
+    with pytest.MonkeyPatch.context() as patch:
+        real = parallel.run_trial
+        patch.setattr(parallel, "run_trial", lambda *args, **how: note(real(*args, **how)))
+        (result,) = fit(make_cache(features=values), ["low"], ["rbf_svm"], cv=5, jobs=1).results
+    most = max(chosen, key=chosen.count)
+    assert len(chosen) == 5
+    assert chosen.index(most) != 0, "the first fold would hide a fault"
+    assert result.params["C"] == most["C"]
+
+
+def test_a_fold_without_calibration_leaves_that_of_the_others(make_cache: Make) -> None:
+    labels = np.arange(90) % 3
+    values = {"low": clouds(labels, 6, 1.5), "top": clouds(labels, 200, 9.0)}
+    report = fit(make_cache(features=values), ["low"], ["knn"], cv=4, jobs=1)
+    (result,), (said,) = report.results, report.predictions
+    (note,) = (note for note in report.notes if "not calibrated" in note)
+    uncalibrated = [fold for fold in range(4) if set(said.temperatures[said.folds == fold]) == {1.0}]
+    assert 0 < len(uncalibrated) < 4
+    assert note.startswith(f"knn/l2: {len(uncalibrated)} of 4 models are not calibrated")
+    assert result.log_loss_calibrated == pytest.approx(log_loss(said.y_true, said.calibrated))
+    assert result.log_loss_calibrated != result.log_loss
+
+
+def test_numbers_of_numpy_are_numbers_and_parts_of_shots_are_refused(make_cache: Make, tmp_path: Path) -> None:
+    cache, model = make_cache(), tmp_path / "model.skops"
+    report = fit(cache, ["low"], ["ridge"], seeds=np.arange(1), shots=[np.int64(5)], save=model, jobs=1)
+    assert (report.results[0].seed, report.results[0].shots) == (0, 5)
+    assert model.exists()
+    for wrong in ({"shots": [2.5]}, {"seeds": [0.5]}, {"seeds": [True]}, {"shots": ["5"]}, {"cv": 2.0}):
+        with pytest.raises(FitError, match="whole number"):
+            fit(cache, ["low"], ["ridge"], jobs=1, **wrong)
+    with pytest.raises(FitError, match="at least one layer"):
+        fit(cache, [], ["ridge"])
+
+
 def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
     labels = np.arange(90) % 3
     values = {"low": clouds(labels, 6, 2.5), "top": clouds(labels, 200, 9.0)}
@@ -603,7 +673,7 @@ def test_seeds_are_summed_up_beside_the_interval(make_cache: Make) -> None:
             pytest.approx(of_seeds.std(ddof=1)),
         )
         assert (row.accuracy_min, row.accuracy_max) == (of_seeds.min(), of_seeds.max())
-        assert row.accuracy_ci95 == wilson(round(of_seeds.mean() * 18), 18)
+        assert row.accuracy_ci95 == pytest.approx(wilson(of_seeds.mean() * 18, 18))
     low, top = (pool_seeds(report.predictions[start : start + 3]) for start in (0, 3))
     p = mcnemar(low[0], top[0], number_clusters(low[1]))
     assert sorted([row.p_vs_best for row in report.summary], key=bool) == [None, pytest.approx(p)], "three test sets"
@@ -707,6 +777,10 @@ def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeyp
         with pytest.raises(FitError, match=f"{head}/l2 for 3 classes would need a table of .* GiB; use centroid"):
             fit(path, heads=[head])
     assert fit(path, heads=["centroid"]).results
+    monkeypatch.setattr(parallel, "MOST_CELLS", 30)
+    for head, way in (("logreg", "centroid"), ("linear_svm", "another metric")):
+        with pytest.raises(FitError, match=f"GiB; use {way}, or coarser labels"):
+            fit(make_cache(name=f"{head}/f.h5", dims={"low": 6}), heads=[head], metric="auroc")
 
 
 def test_groups_in_test_widen_intervals_and_are_told(make_cache: Make) -> None:

@@ -23,7 +23,7 @@ from pipeline.heads.registry import FAMILIES
 from pipeline.images.resize import prepare
 from pipeline.spec import DECODE_POLICY, TRAINING_RULES, Preprocessing
 
-GOLDEN_TRAINING_RULES = 7
+GOLDEN_TRAINING_RULES = 8
 GOLDEN_DECODE_POLICY = 2
 RAISE = "the numbers changed: raise {} in pipeline/spec.py and update the golden numbers here"
 FIT: dict[str, Any] = {
@@ -43,7 +43,7 @@ FIT: dict[str, Any] = {
     "logreg/standard, 8": [{"C": 1.7783}, 0.70833, 0.58333, 0.71529, 0.68354, 0.6708],
     "knn/none, all": [{"k": 50}, 0.70833, 0.83333, 0.70556, 0.83623, 0.68207],
     "knn/none, 8": [{"k": 3}, 0.58333, 0.625, 0.5711, 0.7623, None],
-    "logreg/l2, 3-fold, balanced": [{"C": 0.56234}, 0.69167, 0.8, 0.69136, 1.0697, None],
+    "logreg/l2, 3-fold, balanced": [{"C": 0.56234}, 0.69167, 0.8, 0.69136, 1.0697, 0.89168],
 }
 FINETUNE: dict[str, Any] = {
     "all": [[[1.0961, 1.0895], [1.0876, 1.0858]], 291, 1.0861],

@@ -43,6 +43,19 @@ def write(path: Path, features: np.ndarray, labels: np.ndarray, splits: list[str
         writer.write(np.arange(n), {"a": features}, np.arange(2 * n).astype("<u8").view(np.uint8).reshape(n, 16))
 
 
+def test_joined_layers_are_compared_on_the_deepest_in_whatever_order_they_are_named(tmp_path: Path) -> None:
+    features, labels = np.random.default_rng(0).standard_normal((60, 4)), np.arange(60) % 2
+    rows = Rows([f"{i:04d}" for i in range(60)], labels, [""] * 60, [""] * 60, *np.ones((2, 60), int))
+    layers = [LayerInfo(name, 4, "float32", {"precision": "fp32"}, name) for name in ("low", "top")]
+    with CacheWriter.create(tmp_path / "a.h5", rows, ["x", "y"], layers, {"source": "s"}, {}) as writer:
+        digests = np.arange(120).astype("<u8").view(np.uint8).reshape(60, 16)
+        writer.write(np.arange(60), {"low": features, "top": features}, digests)
+    for name in ("low+top", "top+low"):
+        (result,) = fit(tmp_path, [name], ["centroid"], jobs=1).results
+        assert result.leak_price is not None
+        assert result.leak_price.layer == "top"
+
+
 def test_the_planted_inflation_is_recovered(leaky: Path) -> None:
     report = fit(leaky, ["a"], ["knn"])
     result, said = report.results[0], report.predictions[0]

@@ -29,7 +29,7 @@ from pipeline.evaluation.bootstrap import Redrawn, compare_redrawn, mean_known
 from pipeline.evaluation.labels import read_labels
 from pipeline.evaluation.multilabel import average_precisions, best_thresholds, mean_auroc, rate_labels, redraw_labels
 from pipeline.evaluation.predictions import Predictions
-from pipeline.evaluation.regression import measure_numbers, rate_numbers
+from pipeline.evaluation.regression import measure_numbers, rate_numbers, redraw_numbers
 from pipeline.evaluation.splits import make_splits
 from pipeline.evaluation.targets import read_answers
 from pipeline.export import HeadScores
@@ -386,6 +386,31 @@ def test_equal_models_are_told_apart_in_at_most_five_percent(monkeypatch: pytest
     assert (np.mean(found, axis=0) <= 0.05 + 2 * 0.028).all(), "two standard errors of 60 simulations"
 
 
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_few_groups_tell_equal_models_apart_in_at_most_five_percent(groups: int) -> None:
+    rng = np.random.default_rng(0)
+    uris, names = np.arange(4 * groups).astype(str), np.repeat(np.arange(groups), 4).astype(str)
+    found = []
+    for _ in range(60):
+        y, errors = np.zeros(4 * groups), rng.standard_normal((9, groups))
+        models = [redraw_numbers("mae", [Predictions(uris, y, np.repeat(e, 4), None, groups=names)]) for e in errors]
+        compared = compare_redrawn(models, 0)
+        assert compared is not None
+        found.append([min(p for p in compared[0] if p is not None) <= 0.05, not compared[1].all()])
+    assert (np.mean(found, axis=0) <= 0.05 + 2 * 0.028).all(), "two standard errors of 60 simulations"
+
+
+def test_no_interval_reaches_beyond_what_a_metric_can_be(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "table.csv").read_text().splitlines()
+    rows = [f"{line},{'test' if i % 3 else 'train'},g{i % 3 * 10 + i % 2}" for i, line in enumerate(lines[1:])]
+    (tmp_path / "t.csv").write_text("\n".join([f"{lines[0]},split,group", *rows]))
+    for metric, bound in (("rmse", 0.0), ("mae", 0.0), ("r2", 1.0)):
+        report = run(folder, "regression", labels=tmp_path / "t.csv", heads=["ridge"], seeds=[0, 1], metric=metric)
+        for low, high in (report.summary[0].ci95, getattr(report.results[0], f"{metric}_ci95")):
+            assert (high <= bound) if metric == "r2" else (low >= bound)
+            assert low < high
+
+
 def test_the_mean_over_seeds_has_an_interval_and_rows_of_all_seeds_are_drawn_together(folder: Path) -> None:
     report = run(folder, "regression", heads=["ridge", "knn"], seeds=[0, 1, 2], metric="mae")
     summary = {one.head: one for one in report.summary}["ridge/l2"]
@@ -419,9 +444,15 @@ def test_rows_of_groups_count_together(features: np.ndarray) -> None:
     assert width[1] > 2 * width[0]
 
 
+def test_scores_of_more_labels_than_memory_holds_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.heads.parallel.MOST_CELLS", 100)
+    with pytest.raises(FitError, match=r"ridge/l2 for 3 labels would need a table of .* GiB; use coarser labels"):
+        run(folder, "multilabel", heads=["ridge"], metric="macro_f1")
+
+
 def test_test_sets_that_cannot_differ_tell_nothing(folder: Path, tmp_path: Path) -> None:
     same = np.full(1999, 0.5)
-    model = Redrawn(0.5, same, same[:, None], np.array([9.0]))
+    model = Redrawn(0.5, same, same[:, None], np.array([9.0]), (0.0, 1.0))
     assert model.interval() is None
     assert compare_redrawn([model, model], 0) is None
     lines = (folder / "table.csv").read_text().splitlines()

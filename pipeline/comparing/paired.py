@@ -136,15 +136,16 @@ def _compare_rows(a: MethodScore, said: Sequence[Sequence[Predictions]], confide
 
 def _compare_redrawn(a: MethodScore, said: Sequence[Sequence[Predictions]], confidence: float) -> Paired | None:
     """Compare a metric of labels or numbers on test images that are drawn again."""
-    redraw, sign = partial(_redraw, a.task, a.measure.metric), a.measure.sign
+    redraw = partial(_redraw, a.task, a.measure.metric)
     first, second = (redraw(*of_method) for of_method in said)
     found = lead(first, second, confidence)
     if found is None:
         return None
     of_seeds = [redraw(one).observed - redraw(other).observed for one, other in zip(*said, strict=True)]
-    values = sign * first.observed, sign * second.observed
     told = _describe(a, said[0], of_seeds)
-    return Paired(*values, found.low, found.high, found.p, "bootstrap of test images", smallest=None, **told)
+    return Paired(
+        first.value, second.value, found.low, found.high, found.p, "bootstrap of test images", smallest=None, **told
+    )
 
 
 def _describe(a: MethodScore, said: Sequence[Predictions], of_seeds: Sequence[float]) -> dict[str, Any]:

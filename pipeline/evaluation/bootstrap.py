@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Any
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from pipeline.arrays import BoolArray, Float32Array, Float64Array, FloatArray, IntArray, StrArray
 from pipeline.evaluation.comparisons import adjusted, step_down
@@ -44,7 +44,7 @@ class Redrawn:
     Parameters
     ----------
     observed : float
-        Larger is better.
+        Larger is better: if less is, the metric is negated here and in `draws` and `parts`.
     draws : (b,) float64
         NaN where the metric is not defined.
     parts : (b, k) float64
@@ -52,15 +52,25 @@ class Redrawn:
     telling : (k,) float64
         How many groups of rows tell each part, see `effective_groups`: of a label, the groups of the rows that have it,
         or of those that lack it, whichever are fewer.
+    bounds : (float, float)
+        The least and the largest value that the metric can have.
+    less_is_better : bool, default False
     """
 
     observed: float
     draws: Float64Array
     parts: Float64Array
     telling: Float64Array
+    bounds: tuple[float, float]
+    less_is_better: bool = False
+
+    @property
+    def value(self) -> float:
+        """The metric itself."""
+        return -self.observed if self.less_is_better else self.observed
 
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-        """Return the bias-corrected percentile interval (Efron 1987, without acceleration), widened.
+        """Return the bias-corrected percentile interval (Efron 1987, without acceleration) of the metric, widened.
 
         None where no draw differs from the others, as with a single group of rows, or if nothing is predicted wrong:
         then the rows do not tell how far the metric may be from what it is on others.
@@ -72,15 +82,24 @@ class Redrawn:
         shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
         tail = ndtri((1 - confidence) / 2)
         low, high = np.quantile(known, ndtr([shift + tail, shift - tail]))
-        wider = _widening(self.parts, self.telling, confidence)
-        return (
+        error = _Error.of(self.parts, self.telling)
+        wider = float(error.in_units_of_t(1 - confidence) / ndtri(0.5 + confidence / 2))
+        ends = [
             self.observed - wider * max(0.0, self.observed - float(low)),
             self.observed + wider * max(0.0, float(high) - self.observed),
-        )
+        ]
+        if self.less_is_better:
+            ends = [-ends[1], -ends[0]]
+        return max(self.bounds[0], ends[0]), min(self.bounds[1], ends[1])
 
 
 def redraw(
-    statistics: Sequence[Statistic], units: Sequence[StrArray], telling: Sequence[Float64Array], sign: int = 1
+    statistics: Sequence[Statistic],
+    units: Sequence[StrArray],
+    telling: Sequence[Float64Array],
+    bounds: tuple[float, float],
+    *,
+    less_is_better: bool = False,
 ) -> Redrawn:
     """Draw test sets again, and compute a metric, or its mean over seeds, on each.
 
@@ -91,10 +110,9 @@ def redraw(
     units : sequence of (n,) str
         What the test rows of each seed belong to. What several seeds test is drawn for all of them together.
     telling : sequence of (k,) float64
-        See `Redrawn`.
-    sign : int, default 1
-        -1 if less is better.
+        See `Redrawn`, as for `bounds` and `less_is_better`.
     """
+    sign = -1 if less_is_better else 1
     clusters = np.unique(np.concatenate(units), return_inverse=True)[1]
     sizes = [len(one) for one in units]
     ends = np.cumsum(sizes)[:-1]
@@ -110,6 +128,8 @@ def redraw(
         sign * np.concatenate(draws),
         sign * np.concatenate(parts),
         np.min(telling, axis=0),
+        bounds,
+        less_is_better,
     )
 
 
@@ -133,16 +153,22 @@ def lead(ahead: Redrawn, behind: Redrawn, confidence: float = CONFIDENCE) -> Lea
     if not found.shape[1] or np.ptp(found, axis=1).max() <= _SAME * size:
         return None
     difference = ahead.observed - behind.observed
-    chance = np.abs(found[0] - found[1] - (found[0] - found[1]).mean())
-    parts, telling = ahead.parts - behind.parts, np.minimum(ahead.telling, behind.telling)
-    beyond = int(np.sum(_widening(parts, telling) * chance >= abs(difference) - _SAME * size))
-    allowed = math.floor((1 - confidence) * (1 + len(chance)) + 1e-9)  # draws that may be beyond, with the observed one
-    if allowed:
-        reach = float(np.sort(chance)[-allowed])
-    else:  # too few draws for so high a confidence
-        reach = float(max(chance.max(), NormalDist().inv_cdf(0.5 + confidence / 2) * np.sqrt(np.mean(chance**2))))
-    reach *= _widening(parts, telling, confidence)
+    chance = np.sort(np.abs(found[0] - found[1] - (found[0] - found[1]).mean()))[::-1]
+    error = _Error.of(ahead.parts - behind.parts, np.minimum(ahead.telling, behind.telling))
+    every = np.arange(1, 1 + len(chance)) / (1 + len(chance))  # p-values, with the observed difference among the draws
+    beyond = int(np.sum(_reach(chance, chance, every, error) >= abs(difference) - _SAME * size))
+    allowed = math.floor((1 - confidence) * (1 + len(chance)) + 1e-9)
+    p = allowed / (1 + len(chance)) if allowed else 1 - confidence  # too few draws for so high a confidence
+    reach = float(_reach(chance[max(allowed, 1) - 1], chance, p, error))
     return Lead(difference - reach, difference + reach, (1 + beyond) / (1 + len(chance)))
+
+
+def _reach(quantile: Any, chance: Float64Array, p: Any, error: _Error) -> Any:
+    """Return how large a difference must be for a two-sided p-value, whose quantile of `chance` (b,) is given.
+
+    It is no smaller than for a normal distribution of the same variance: the draws of a few groups are bounded.
+    """
+    return error.in_units_of_t(p) * np.maximum(quantile / ndtri(1 - p / 2), np.sqrt(np.mean(chance**2)))
 
 
 def effective_groups(units: StrArray) -> float:
@@ -174,7 +200,9 @@ def compare_redrawn(
     p_values : list of float or None
         Two-sided, at least one over the number of draws, with Holm's correction; None for the chosen model.
     may_be_best : (k,) bool
-        As `pipeline.evaluation.comparisons.may_be_best`.
+        As `pipeline.evaluation.comparisons.may_be_best`. Leads are compared with the largest among the draws, and with
+        the largest that as many independent models would have (Tukey's range): the draws of a few groups do not show
+        how independent models are.
     """
     found = np.stack([model.draws for model in models])
     found = found[:, ~np.isnan(found).any(axis=0)]
@@ -182,20 +210,30 @@ def compare_redrawn(
     if not found.shape[1] or np.ptp(found, axis=1).max() <= _SAME * size:
         return None
     observed = np.array([model.observed for model in models])
-    leads, by_chance = [], []
+    leads, spreads = [], []
     p_values: list[float | None] = []
     for number, model in enumerate(models):
-        differences = found - found[number]
-        spread = np.std(differences, axis=1)
+        spread = np.std(found - found[number], axis=1)
         spread[spread <= _SAME * size] = size  # the two are the same, and their difference is 0
-        wider = [_widening(other.parts - model.parts, np.minimum(other.telling, model.telling)) for other in models]
-        of_rivals = (observed - observed[number]) / (spread * wider)
-        chance = (differences - differences.mean(axis=1, keepdims=True)) / spread[:, None]
-        leads.append(of_rivals.max())
-        by_chance.append(chance.max(axis=0))
+        errors = [_Error.of(other.parts - model.parts, np.minimum(other.telling, model.telling)) for other in models]
+        of_rivals = (observed - observed[number]) / spread
+        leads.append(np.max([error.as_normal(one) for error, one in zip(errors, of_rivals, strict=True)]))
+        spreads.append(spread)
         compared = lead(model, models[chosen])
         p_values.append(None if number == chosen else 1.0 if compared is None else compared.p)
-    return adjusted(p_values), step_down(np.array(leads), np.stack(by_chance, axis=1), level)
+    drawn = found - found.mean(axis=1, keepdims=True)
+    independent = np.random.default_rng(0).standard_normal((len(models), MOST_DRAWS))
+    kept = [
+        step_down(np.array(leads), _largest(chance, spread), level)
+        for chance, spread in ((drawn, np.array(spreads)), (independent, np.full((len(models), 1), math.sqrt(2))))
+    ]
+    return adjusted(p_values), kept[0] | kept[1]
+
+
+def _largest(chance: Float64Array, spreads: Float64Array) -> Float64Array:
+    """Return the largest lead (b, k) of a rival over each model by chance (k, b), in units of `spreads` (k, k or 1)."""
+    leads = [((chance - own) / spread[:, None]).max(axis=0) for own, spread in zip(chance, spreads, strict=True)]
+    return np.stack(leads, axis=1)
 
 
 def _weights(clusters: IntArray, parts: int) -> Iterator[Float32Array]:
@@ -210,17 +248,31 @@ def _weights(clusters: IntArray, parts: int) -> Iterator[Float32Array]:
         yield np.bincount(drawn.ravel(), minlength=size * count).reshape(size, count)[:, clusters].astype(np.float32)
 
 
-def _widening(parts: Float64Array, telling: Float64Array, confidence: float = CONFIDENCE) -> float:
-    """Return by how much the error of the mean of `parts` (b, k) is too small for an interval of this confidence."""
-    known = ~np.isnan(parts)
-    count = np.maximum(known.sum(axis=0), 1)
-    mean = np.nansum(parts, axis=0) / count
-    variances = np.where(known, (parts - mean) ** 2, 0).sum(axis=0) / count
-    if not variances.any():
-        return 1.0
-    variances /= variances.max()  # so that squares of tiny ones are not 0
-    freedom = np.maximum(telling - 1, 1)
-    right = variances * (freedom + 1) / freedom
-    of_sum = float(right.sum() ** 2 / np.sum(right**2 / freedom))
-    at = 0.5 + confidence / 2
-    return math.sqrt(right.sum() / variances.sum()) * float(stdtrit(of_sum, at)) / NormalDist().inv_cdf(at)
+@dataclass(frozen=True)
+class _Error:
+    """By how much the bootstrap's standard error of a mean is too small, and its degrees of freedom."""
+
+    factor: float
+    freedom: float
+
+    @classmethod
+    def of(cls, parts: Float64Array, telling: Float64Array) -> _Error:
+        """Return that of the mean of `parts` (b, k), each of which so many groups tell (k,)."""
+        known = ~np.isnan(parts)
+        count = np.maximum(known.sum(axis=0), 1)
+        mean = np.nansum(parts, axis=0) / count
+        variances = np.where(known, (parts - mean) ** 2, 0).sum(axis=0) / count
+        if not variances.any():
+            return cls(1.0, math.inf)
+        variances /= variances.max()  # so that squares of tiny ones are not 0
+        freedom = np.maximum(telling - 1, 1)
+        right = variances * (freedom + 1) / freedom
+        return cls(math.sqrt(right.sum() / variances.sum()), float(right.sum() ** 2 / np.sum(right**2 / freedom)))
+
+    def in_units_of_t(self, p: Any) -> Any:
+        """Return how many of the bootstrap's standard errors a difference must be for a two-sided p-value."""
+        return self.factor * stdtrit(self.freedom, 1 - p / 2)
+
+    def as_normal(self, lead: float) -> float:
+        """Return the normal deviate that is as unlikely as a lead, in units of the bootstrap's standard error."""
+        return float(np.sign(lead) * -ndtri(stdtr(self.freedom, -abs(lead) / self.factor)))

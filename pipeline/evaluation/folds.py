@@ -122,6 +122,7 @@ def _split(
     values: NDArray[Any] | None,
 ) -> Splits:
     notes: list[str] = []
+    n_pool = len(train)
     if shots == "all":
         train, val = hold_out_val(train, labels, units, rng)
     else:
@@ -131,4 +132,4 @@ def _split(
     else:
         found = check_values(train, val, test, values, classes)
     notes += [note for note in found if MISSED in note]  # that a fold's val or test lacks a class is not worth one
-    return Splits(train, val, test, notes, [], units)
+    return Splits(train, val, test, notes, [], units, n_pool)

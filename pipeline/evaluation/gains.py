@@ -69,6 +69,4 @@ def _compared(
     redraw = redraw_numbers if task == REGRESSION else redraw_labels
     first, second = (redraw(metric, of_head) for of_head in both)
     ahead = lead(second, first)
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    values = [sign * first.observed, sign * second.observed]
-    return values, None if ahead is None else (ahead.low, ahead.high)
+    return [first.value, second.value], None if ahead is None else (ahead.low, ahead.high)

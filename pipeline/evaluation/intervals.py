@@ -65,9 +65,8 @@ def accuracy_interval(accuracy: float, n_test: int, n_effective: float | None = 
 
     `n_effective` is that of `effective_rows`; None, as in old run folders, takes the rows for independent.
     """
-    if n_effective is None or n_effective == n_test:
-        return wilson(round(accuracy * n_test), n_test)
-    return wilson(accuracy * n_effective, n_effective)
+    n = n_test if n_effective is None else n_effective
+    return wilson(accuracy * n, n)
 
 
 def number_clusters(units: StrArray) -> IntArray | None:

@@ -120,17 +120,31 @@ def group_notes(train: IntArray, val: IntArray, test: IntArray, groups: StrArray
 
 
 def clusters_of(groups: StrArray, digests: NDArray[np.uint8], near: NearDuplicates | None) -> StrArray:
-    """Return what counts together in intervals and tests: the groups, joined where near-duplicates link them."""
-    if near is None:
-        return groups
+    """Return what counts together in intervals and tests: rows of one group or of equal bytes, and near-duplicates.
+
+    The name (n,) of each row's cluster is that of its first group, in the order of names, or else made of the least
+    digest, so that it does not depend on which other rows there are. It is ``""`` for a row alone.
+    """
     units = join_units(groups, digests, near)
-    several = (np.bincount(units) > 1)[units]
-    return np.where(several, np.char.mod("%d", units), "")
+    joined = np.flatnonzero((np.bincount(units) > 1)[units])
+    if not len(joined):
+        return groups
+    own = np.char.mod("equal %s", [digest[:8].tobytes().hex() for digest in digests[joined]])
+    named = groups[joined] != ""
+    order = np.lexsort((np.where(named, groups[joined], own), ~named))
+    first = np.unique(units[joined][order], return_index=True)
+    clusters = groups.astype(np.result_type(groups, own))
+    clusters[joined] = np.where(named, groups[joined], own)[order][first[1]][np.searchsorted(first[0], units[joined])]
+    return clusters
 
 
-def cluster_notes(groups: StrArray) -> list[str]:
-    """Return a note if test rows (n,) come in groups, such as photos of a few people."""
-    names, counts = np.unique(groups[groups != ""], return_counts=True)
+def cluster_notes(clusters: StrArray, groups: StrArray) -> list[str]:
+    """Return a note if test rows (n,) come in clusters, such as photos of a few people, or equal images."""
+    names, counts = np.unique(clusters[clusters != ""], return_counts=True)
     if not (counts > 1).any():
         return []
-    return [f"{counts.sum()} test rows come from {len(names)} groups, so intervals and tests are over groups, not rows"]
+    alike = " (images that are alike count as one)" if (clusters != groups).any() else ""
+    return [
+        f"{counts.sum()} test rows come from {len(names)} groups{alike}, "
+        "so intervals and tests are over groups, not rows"
+    ]

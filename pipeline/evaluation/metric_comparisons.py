@@ -15,7 +15,7 @@ from pipeline.evaluation.metrics import mean_if_known
 from pipeline.evaluation.multilabel import redraw_labels
 from pipeline.evaluation.predictions import Predictions
 from pipeline.evaluation.regression import redraw_numbers
-from pipeline.results import LOWER_IS_BETTER, MetricSummary, MultilabelResult, RegressionResult
+from pipeline.results import MetricSummary, MultilabelResult, RegressionResult
 
 R = TypeVar("R", RegressionResult, MultilabelResult)
 
@@ -88,7 +88,6 @@ class _Compared:
         redraw = redraw_numbers if isinstance(models[0][0], RegressionResult) else redraw_labels
         metric = models[0][0].metric
         self.redrawn = [redraw(metric, own) for own in predictions]
-        self.less_is_better = metric in LOWER_IS_BETTER
         validated = [(mean_if_known([one.validated for one in own]), None) for own in models]
         compared = compare_redrawn(self.redrawn, best_validated(validated))
         self.p_values: list[float | None] = [None] * len(models)
@@ -98,5 +97,4 @@ class _Compared:
 
     def interval(self, position: int) -> tuple[float, float] | None:
         """Return the interval of the mean over seeds."""
-        ends = self.redrawn[position].interval()
-        return (-ends[1], -ends[0]) if ends is not None and self.less_is_better else ends
+        return self.redrawn[position].interval()

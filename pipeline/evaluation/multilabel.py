@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +15,8 @@ from pipeline.evaluation.predictions import Predictions, count_rows
 from pipeline.options import METRICS_OF, MULTILABEL
 from pipeline.results import LabelScore
 
+SHARE = (0.0, 1.0)
+"""Between which all these metrics lie."""
 EVEN = 0.5
 """The probability from which on a label is predicted, unless validation rows say better."""
 
@@ -129,7 +130,8 @@ def scores_of(predictions: Predictions) -> Float64Array:
 def redraw_labels(metric: str, of_seeds: Sequence[Predictions]) -> Redrawn:
     """Return a metric of predicted labels, or its mean over seeds, and what other test sets might give."""
     statistics = [partial(rate_labels, metric, one.y_true, one.y_pred, scores_of(one), one.folds) for one in of_seeds]
-    return redraw(statistics, [one.units for one in of_seeds], [_telling(metric, one) for one in of_seeds])
+    telling = [_telling(metric, one) for one in of_seeds]
+    return redraw(statistics, [one.units for one in of_seeds], telling, SHARE)
 
 
 def _telling(metric: str, predictions: Predictions) -> Float64Array:
@@ -149,29 +151,21 @@ def measure_labels(predictions: Predictions, names: tuple[str, ...], thresholds:
     }
     redrawn = {metric: redraw_labels(metric, [predictions]) for metric in METRICS_OF[MULTILABEL]}
     for metric, of_metric in redrawn.items():
-        known = not math.isnan(of_metric.observed)
-        found |= {metric: of_metric.observed if known else None, f"{metric}_ci95": _share(of_metric)}
+        found |= {metric: none_if_unknown(of_metric.value), f"{metric}_ci95": of_metric.interval()}
     once = np.ones((1, len(y_true)))
     precisions = average_precisions(y_true, scores, once, predictions.folds)[0]
     f1 = rate_labels("macro_f1", y_true, predictions.y_pred, scores, None, once)[0]
     drawn, telling = redrawn["average_precision"].parts, redrawn["average_precision"].telling
     found["labels"] = []
     for number, name in enumerate(names):
-        own = Redrawn(float(precisions[number]), drawn[:, number], drawn[:, [number]], telling[[number]])
-        known = not math.isnan(own.observed)
+        own = Redrawn(float(precisions[number]), drawn[:, number], drawn[:, [number]], telling[[number]], SHARE)
         score = LabelScore(
             label=name,
             positives=int(y_true[:, number].sum()),
-            average_precision=own.observed if known else None,
-            average_precision_ci95=_share(own),
+            average_precision=none_if_unknown(own.value),
+            average_precision_ci95=own.interval(),
             f1=none_if_unknown(float(f1[number])),
             threshold=float(thresholds[number]),
         )
         found["labels"].append(score)
     return found
-
-
-def _share(redrawn: Redrawn) -> tuple[float, float] | None:
-    """Return an interval, not beyond 0 and 1."""
-    ends = redrawn.interval()
-    return None if ends is None else (max(0.0, ends[0]), min(1.0, ends[1]))

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pipeline.arrays import BoolArray, Float64Array, FloatArray, IntArray, StrArray
 from pipeline.evaluation.calibration import tempered
 from pipeline.evaluation.intervals import accuracy_interval, effective_rows, number_clusters
-from pipeline.evaluation.leaks import clusters_of
 from pipeline.evaluation.metrics import evaluate, expected_calibration_error, log_loss
 from pipeline.evaluation.rows import Table
 from pipeline.options import CLASSIFICATION
@@ -108,13 +107,14 @@ def collect_predictions(
     rows, labels = rows[order], np.concatenate(y_pred)[order]
     sizes = [len(test) for test in tests]
     given = [one for one in probabilities if one is not None]
-    told = [one for one in temperatures if one is not None]
     of_all = np.concatenate(given)[order] if given else None
-    of_rows = np.repeat(told, sizes)[order] if len(told) == len(tests) else None
+    calibrated_folds = any(one is not None for one in temperatures)
+    told = [1.0 if one is None else one for one in temperatures]  # a fold that calibration would not help
+    of_rows = np.repeat(told, sizes)[order] if calibrated_folds else None
     folds = np.repeat(np.arange(len(tests)), sizes)[order] if len(tests) > 1 else None
     known = [one for one in scores if one is not None]
     ranked = np.concatenate(known)[order] if len(known) == len(tests) else None
-    clusters = clusters_of(table.groups, table.digests, table.near)[rows]
+    clusters = table.clusters[rows]
     columns = (table.uris[rows], table.y[rows], labels, None, of_all, of_rows, folds, clusters, ranked)
     found = Predictions(*columns)
     if table.task != CLASSIFICATION:

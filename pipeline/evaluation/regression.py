@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -48,7 +49,9 @@ def redraw_numbers(metric: str, of_seeds: Sequence[Predictions]) -> Redrawn:
     """Return a metric of predicted numbers, or its mean over seeds, and what other test sets might give."""
     statistics = [partial(_as_parts, metric, one.y_true, one.y_pred) for one in of_seeds]
     telling = [np.array([effective_groups(one.units)]) for one in of_seeds]
-    return redraw(statistics, [one.units for one in of_seeds], telling, -1 if metric in LOWER_IS_BETTER else 1)
+    less = metric in LOWER_IS_BETTER
+    bounds = (0.0, math.inf) if less else (-math.inf, 1.0)
+    return redraw(statistics, [one.units for one in of_seeds], telling, bounds, less_is_better=less)
 
 
 def _as_parts(metric: str, y_true: Float64Array, y_pred: Float64Array, weights: Float64Array) -> Float64Array:
@@ -60,9 +63,5 @@ def measure_numbers(predictions: Predictions) -> dict[str, Any]:
     found: dict[str, Any] = {**count_rows(predictions)}
     for metric in METRICS_OF[REGRESSION]:
         redrawn = redraw_numbers(metric, [predictions])
-        ends = redrawn.interval()
-        less = metric in LOWER_IS_BETTER
-        if ends is not None:
-            ends = (max(0.0, -ends[1]), -ends[0]) if less else (ends[0], min(1.0, ends[1]))
-        found |= {metric: none_if_unknown(-redrawn.observed if less else redrawn.observed), f"{metric}_ci95": ends}
+        found |= {metric: none_if_unknown(redrawn.value), f"{metric}_ci95": redrawn.interval()}
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pipeline.arrays import IntArray
 from pipeline.errors import FitError
 from pipeline.evaluation.joined import JoinedColumns
 from pipeline.evaluation.labels import LabelsTable, labels_of
-from pipeline.evaluation.leaks import NearDuplicates
+from pipeline.evaluation.leaks import NearDuplicates, clusters_of
 from pipeline.options import CLASSIFICATION
 from pipeline.spec import REDECODED, aliases_of, canonical_json, is_outdated
 
@@ -65,6 +66,11 @@ class Table:
     def y(self) -> NDArray[Any]:
         """What heads learn, by row: class numbers (n,), labels (n, K) or numbers (n,)."""
         return self.labels if self.values is None else self.values
+
+    @cached_property
+    def clusters(self) -> NDArray[np.str_]:
+        """What counts together in intervals and tests, by row (n,); see `pipeline.evaluation.leaks.clusters_of`."""
+        return clusters_of(self.groups, self.digests, self.near)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,6 +227,8 @@ def _misread(files: Sequence[CacheFile]) -> Iterator[str]:
 
 def _names(catalog: Catalog, files: Sequence[CacheFile], asked: Sequence[str] | None) -> list[str]:
     """Return the layer names asked for, with aliases resolved and none twice; by default all of `files`."""
+    if asked is not None and not len(asked):
+        raise FitError("expected at least one layer, got none")
     if asked is None:
         if not catalog.is_one_cache(files):
             raise catalog.ambiguous(files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Splits:
         Rows of test or val whose bytes equal those of an earlier part: ``(repeated, original)``.
     units : (all rows,) int64
         Rows of equal number are linked, by their group, their bytes or as near-duplicates.
+    n_pool : int
+        Number of rows that `train` and `val` were drawn from.
     """
 
     train: IntArray
@@ -51,6 +54,7 @@ class Splits:
     notes: list[str]
     leaks: list[tuple[int, int]]
     units: IntArray
+    n_pool: int
 
 
 def make_splits(
@@ -106,7 +110,9 @@ def make_splits(
     train, val, test = _assign(rows, labels, given, units, rng, notes, drawn, cut_val=shots == "all")
     if drop_leaks:
         test = _without_leaks(train, val, test, digests, near, notes)
+    n_pool = len(train) + len(val)
     if shots != "all":
+        n_pool = len(train)
         train = draw_shots(train, labels, int(shots), rng, notes, classes)
         val = val[:0]
     if values is None:
@@ -115,20 +121,34 @@ def make_splits(
         notes += check_values(train, val, test, values, classes)
     leaks = find_leaks(train, val, test, digests)
     notes += leak_notes(leaks, test, uris) + group_notes(train, val, test, groups)
-    return Splits(train, val, test, notes, leaks, units)
+    return Splits(train, val, test, notes, leaks, units, n_pool)
 
 
-def check_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> None:
-    """Raise `FitError` unless there are seeds, none of them negative, and shots, each positive or ``"all"``."""
+def distinct_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> tuple[list[int], list[int | str]]:
+    """Return the seeds and shots without those that come twice, as Python numbers.
+
+    Raises `FitError` if there is none, a seed is no whole number from 0 on, or shots are neither one from 1 on nor
+    ``"all"``.
+    """
     for name, values in (("seed", seeds), ("number of shots", shots)):
-        if not values:
+        if not len(values):
             raise FitError(f"expected at least one {name}, got none")
-    for seed in seeds:
+    numbers = [whole_number(seed, "seed") for seed in seeds]
+    for seed in numbers:
         if seed < 0:
             raise FitError(f"expected a seed of 0 or more, got {seed}")
-    for count in shots:
-        if count != "all" and (isinstance(count, str) or count < 1):
+    counts: list[int | str] = [count if count == "all" else whole_number(count, "number of shots") for count in shots]
+    for count in counts:
+        if count != "all" and int(count) < 1:
             raise FitError(f"expected shots to be a positive number of images per class, or 'all', got {count!r}")
+    return list(dict.fromkeys(numbers)), list(dict.fromkeys(counts))
+
+
+def whole_number(value: Any, name: str) -> int:
+    """Return a whole number, such as one of numpy, as a Python number; raise `FitError` for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise FitError(f"expected the {name} to be a whole number, got {value!r}")
+    return int(value)
 
 
 def labelled_rows(labels: IntArray) -> IntArray:
@@ -159,7 +179,9 @@ def _assign(
     if not test.size:
         notes.append(f"no test split given: {drawn} were drawn as test set, by seed")
         count = train.size
-        train, test = hold_out(train, labels, units, rng)
+        apart = train[~np.isin(units[train], units[val])]  # from given validation rows
+        test = hold_out(apart, labels, units, rng)[1] if apart.size else apart
+        train = np.setdiff1d(train, test)
         if not test.size or not train.size:
             raise FitError(
                 f"cannot draw a test set from {count} training rows: it takes at least 3 images (of "

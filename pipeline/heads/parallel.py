@@ -29,7 +29,7 @@ from pipeline.heads.memory import find_streamed, free_memory, is_wide, memory_of
 from pipeline.heads.solvers.blocks import StreamedRows
 from pipeline.heads.solvers.device import T, Task, run_one_by_one
 from pipeline.heads.trial import Prepared, Trial, TrialOutcome, prepare_trial, run_trial
-from pipeline.options import CLASSIFICATION
+from pipeline.options import CLASSIFICATION, MULTILABEL
 from pipeline.results import Progress
 
 MOST_CELLS = 1 << 27
@@ -52,14 +52,17 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> lis
         if balanced and not head.family.weighted:
             raise FitError(f"{head.name} cannot weight its training rows; leave out {head.name} or 'balanced'")
         classes, tested = len(data.layer.table.classes), len(data.splits.test)
-        scored = head.family.probabilities or metric in OF_SCORES
-        cells = classes * max(data.layer.dim if head.family.linear else 0, tested if scored else 0)
-        if cells > MOST_CELLS:
+        task = data.layer.table.task
+        weights = classes * data.layer.dim if head.family.linear else 0
+        scores = classes * tested if head.family.probabilities or metric in OF_SCORES or task == MULTILABEL else 0
+        if max(weights, scores) > MOST_CELLS:
+            by_metric = scores > MOST_CELLS >= weights and not head.family.probabilities
+            way = f"{'another metric' if by_metric else 'centroid'}, or " if task == CLASSIFICATION else ""
             raise FitError(
-                f"{head.name} for {classes} classes would need a table of {cells * 8 / 2**30:.1f} GiB; "
-                f"use {'another metric' if metric in OF_SCORES else 'centroid'}, or coarser labels"
+                f"{head.name} for {classes} {'classes' if task == CLASSIFICATION else 'labels'} would need a table of "
+                f"{max(weights, scores) * 8 / 2**30:.1f} GiB; use {way}coarser labels"
             )
-        if data.layer.table.task == CLASSIFICATION:
+        if task == CLASSIFICATION:
             check_metric(metric, classes)
     streamed = find_streamed(trials)
     for layer in dict.fromkeys(data.layer for data, _ in trials):

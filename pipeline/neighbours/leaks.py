@@ -104,7 +104,8 @@ class Nearness(NamedTuple):
 
 def nearness(layer: Layer, folds: Sequence[Splits]) -> Nearness:
     """Compare test rows with the training rows of their fold, on a layer; of joined ones, on the deepest."""
-    name = _deepest([info.name for _, info in layer.parts])
+    joined = {info.name for _, info in layer.parts}
+    name = _deepest([name for file, _ in layer.parts for name in file.layers if name in joined])
     file, table = next(file for file, info in layer.parts if info.name == name), layer.table
     rows = table.rows[table.files.index(file)]
     images = UnitRows(file, name, rows)
