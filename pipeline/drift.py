@@ -14,7 +14,7 @@ from pipeline.diagnostics.domain_test import FOLDS, domain_test
 from pipeline.errors import FitError
 from pipeline.evaluation.rows import not_finite
 from pipeline.extraction.object_store import open_catalog
-from pipeline.neighbours.rows import one_layer, require_same_features
+from pipeline.neighbours.rows import missing_notes, one_layer, require_same_features
 from pipeline.results import DriftResult, ForeignImage
 from pipeline.spec import DEFAULT_LAYER
 
@@ -105,6 +105,7 @@ def drift(
         p_value=tested.p_value,
         foreign_in_first=foreign[0],
         foreign_in_second=foreign[1],
+        notes=missing_notes(*files),
     )
 
 

@@ -277,4 +277,4 @@ def _metadata(parts: _Parts) -> dict[str, Any]:
         "metrics": parts.model.metrics,
         "versions": parts.model.versions | {"torch": installed_version("torch")},
     }
-    return {"classes": parts.classes, "preprocessing": json_fields(parts.backbone.preprocessing), "model": model}
+    return {"classes": parts.classes, "preprocessing": json_fields(parts.specs[0].preprocessing), "model": model}

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from pipeline.provenance import installed_version
-from pipeline.spec import DECODE_POLICY, PRETEXT_RULES, TRAINING_RULES, fingerprint_of
+from pipeline.spec import DECODE_POLICY, NEAR_RULES, PRETEXT_RULES, TRAINING_RULES, fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ STAGES = {
     "finetune": Code((TRAINING_RULES,), ("thawline", "scikit-learn", "torch")),
     "checkpoint": Code((TRAINING_RULES, DECODE_POLICY), ("thawline", "torch")),
     "pretext checkpoint": Code((TRAINING_RULES, DECODE_POLICY, PRETEXT_RULES), ("thawline", "torch")),
-    "near threshold": Code((DECODE_POLICY,), ("thawline",)),
+    "near threshold": Code((DECODE_POLICY, NEAR_RULES), ("thawline",)),
     "index": Code((), ("thawline", "faiss-cpu")),
     "converted model": Code((), ("thawline", "torch", "torchvision", "timm", "openvino")),
 }

@@ -116,7 +116,8 @@ def rank(
         if progress is not None:
             progress(done, len(split), "score")
     if limited:
-        notes.append(f"scores are of {MOST_ROWS} training rows, drawn by seed and stratified by class")
+        fewest = min(score.n_train for score in scores)
+        notes.append(f"scores are of {fewest} training rows, drawn by seed and stratified by class")
     if fitted:
         reports = [fit(one, seeds=[seed], labels=answers, task=task, progress=progress) for one in alone]
         reached = [getattr(result, metric) for report in reports for result in report.results]
@@ -154,7 +155,7 @@ def _of_one_source(catalog: Catalog, files: Sequence[CacheFile]) -> Sequence[Cac
 
 
 def _draw(train: IntArray, labels: IntArray, seed: int) -> IntArray:
-    """Draw at most `MOST_ROWS` training rows, stratified by class."""
+    """Draw one of as many parts as make them about `MOST_ROWS` training rows or fewer, stratified by class."""
     parts = -(-len(train) // MOST_ROWS)
     if parts == 1:
         return train

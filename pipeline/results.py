@@ -618,7 +618,7 @@ class DriftResult:
 
     `images` counts the different ones of each set, `shared` those of both, which are left out, and `compared` how many
     of each set the classifier saw, so that an accuracy of a half is a guess. The foreign ones of each set look least
-    like the other set, the most foreign first.
+    like the other set, the most foreign first. `notes` say what is missing of a cache in parts.
     """
 
     first: str
@@ -631,6 +631,7 @@ class DriftResult:
     p_value: float
     foreign_in_first: list[ForeignImage]
     foreign_in_second: list[ForeignImage]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ REDECODED = (".tif", ".tiff")
 """How images are called, in lower case, that this `DECODE_POLICY` may decode differently from older ones."""
 TRAINING_RULES = 8
 """Version of what `fit` and `finetune` compute; raised whenever the same job could give other numbers."""
+NEAR_RULES = 2
+"""Version of how the threshold for near-duplicates is measured."""
 PRETEXT_RULES = 1
 """Version of the tasks of `pretrain`; raised whenever the same task could give other numbers."""
 _UNSAID = {"white": None, "heads": 1, "prefix_tokens": None}

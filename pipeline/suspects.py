@@ -13,6 +13,7 @@ from pipeline.arrays import Float32Array, Float64Array, IntArray
 from pipeline.diagnostics.confident import Doubts, doubt_labels
 from pipeline.diagnostics.out_of_fold import FOLDS, choose_params, out_of_fold
 from pipeline.errors import FitError
+from pipeline.evaluation.keyed import each_once
 from pipeline.evaluation.leaks import join_units
 from pipeline.evaluation.rows import Layer, Table, require_finite, select
 from pipeline.evaluation.splits import labelled_rows
@@ -23,7 +24,7 @@ from pipeline.neighbours.nearest import nearest_rows
 from pipeline.neighbours.rows import UnitRows, find_layer
 from pipeline.neighbours.table import write_rows
 from pipeline.results import Conflict, Neighbour, PlantedLabels, Progress, Suspect, silent
-from pipeline.tables import read_columns
+from pipeline.tables import read_columns, row_number
 
 PLANTED = 0.05
 """Share of labels that is changed on purpose."""
@@ -240,7 +241,7 @@ def read_corrections(path: str | Path) -> dict[str, str]:
     FitError
         The table has other columns.
     TableError
-        It cannot be read.
+        It cannot be read, or gives an image two labels.
     """
 
     def choose(header: Sequence[str]) -> list[str]:
@@ -250,7 +251,10 @@ def read_corrections(path: str | Path) -> dict[str, str]:
 
     columns = read_columns(Path(path), choose)
     if "" in columns["label"]:
-        raise FitError(f"{path}: expected a label in each row, found none in row {columns['label'].index('') + 2}")
+        row = row_number(Path(path), columns["label"].index(""))
+        raise FitError(f"{path}: expected a label in each row, found none in row {row}")
+    if columns["uri"]:  # the page writes no row where nothing is marked
+        columns = each_once(Path(path), "uri", columns)
     return dict(zip(columns["uri"], columns["label"], strict=True))
 
 

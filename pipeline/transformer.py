@@ -176,6 +176,11 @@ def _checked(X: Any) -> list[AnyImage]:
     expected = "paths, Pillow images or uint8 arrays of shape (h, w, 3) or (h, w)"
     if isinstance(X, str | PathLike | Image.Image):
         raise SourceError(f"expected a list of {expected}, not a single {type(X).__name__}: put it in a list")
+    if isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[2] == 3:
+        raise SourceError(
+            f"expected a list of {expected}; an array of shape {X.shape} may be one colour image, or grey ones that "
+            "are 3 wide: put it in a list"
+        )
     columns = getattr(X, "columns", None)  # a data frame, which would give the names of its columns
     if columns is not None and len(columns) != 1:
         raise SourceError(f"expected one column of paths, got {len(columns)}: {', '.join(map(str, columns))}")

@@ -259,6 +259,8 @@ def _choose(features: Float32Array, tested: Selectivity | None, channels: Sequen
         return np.array(list(dict.fromkeys(channels)), np.int64)
     spread = features.std(0)
     alive = np.flatnonzero(spread > 0)
+    if not len(alive):
+        raise FitError(f"each channel of {layer} is the same in all images; name another layer")
     if tested is None:
         highest = np.sort(features[:, alive], 0)[-EXAMPLES:].mean(0) - features[:, alive].mean(0)
         return np.asarray(alive[np.argsort(-highest / spread[alive], kind="stable")][:SHOWN])

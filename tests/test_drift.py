@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from features_cache import CacheError, CacheWriter, LayerInfo, Rows
 from pipeline.diagnostics.domain_test import domain_test
 from pipeline.drift import drift
 from pipeline.errors import FitError
+from pipeline.extract import extract
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,15 @@ def test_images_of_both_sets_are_left_out_and_copies_count_once(write: Callable[
     assert alone.compared == 25
     named = {image.uri for image in result.foreign_in_first}
     assert not named & {f"{number}.png" for number in [*range(15), 40, 41, 42]}
+
+
+def test_what_a_cache_in_parts_lacks_is_said(write_photos: Callable[..., Path], tmp_path: Path) -> None:
+    how: dict[str, Any] = {"engine": "torch", "precision": "fp32", "size": 32}
+    first, second = (write_photos(tmp_path / f"{seed}", ("blue",), each=16, seed=seed) for seed in (1, 2))
+    extract(first, ["test_resnet@random:0"], output=tmp_path / "parts", part_rows=8, part="1/2", **how)
+    extract(second, ["test_resnet@random:0"], output=tmp_path / "whole", **how)
+    (note,) = drift(tmp_path / "parts", tmp_path / "whole").notes
+    assert "lacks 1 of 2 parts" in note
 
 
 def test_the_most_foreign_images_are_named_first(write: Callable[..., Path]) -> None:

@@ -145,6 +145,18 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         duplicates(tmp_path / "gone.h5", fake(tmp_path / "other.h5", np.ones((3, 4)), fingerprint="g").path)
 
 
+@pytest.mark.parametrize("count", [30, 200, 300])
+def test_at_most_one_percent_or_one_pair_are_false_alarms(
+    count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = fake(tmp_path / "a.h5", np.random.default_rng(0).standard_normal((count, 4)), [0, 1] * (count // 2))
+    monkeypatch.setattr(planting, "_planted", lambda *_: {"copy": np.full(9, 0.5, np.float32)})
+    near = duplicates(file.path).near
+    assert near.threshold > 0.5, "false alarms set it"
+    assert near.false_alarms is not None
+    assert 0 < round(near.false_alarms * count) <= max(count // 100, 2)
+
+
 def test_images_that_all_have_the_same_features_cannot_be_told_apart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -47,6 +47,15 @@ def test_rows_that_are_all_right_make_as_sure_as_their_number_allows(n: int) -> 
     assert calibrated[0, 0] == pytest.approx((n + 1) / (n + 2), abs=1e-4)
 
 
+def test_calibrated_probabilities_are_those_of_the_scores_and_nothing_stays_nothing() -> None:
+    scores = np.array([[60.0, 0.0, -5.0], [900.0, 890.0, 0.0]])
+    np.testing.assert_allclose(tempered(softmax(scores, axis=1), 6.0)[:, :2], softmax(scores / 6, axis=1)[:, :2])
+    of_two = np.array([[0.6, 0.4]])
+    padded = tempered(np.hstack([of_two, np.zeros((1, 3))]), 40.0)
+    assert padded[0, 2:].tolist() == [0, 0, 0]
+    np.testing.assert_allclose(padded[:, :2], tempered(of_two, 40.0))
+
+
 def test_a_temperature_that_does_not_help_on_other_rows_is_dropped() -> None:
     honest, y = spoilt(400, 3, 1.0)
     sure, truth = spoilt(400, 3, 5.0)
@@ -59,12 +68,12 @@ def test_a_temperature_that_does_not_help_on_other_rows_is_dropped() -> None:
     assert useful_temperature(sure[order], truth[order]) == pytest.approx(fit_temperature(sure, truth))
 
 
-def test_a_vote_share_of_zero_gets_a_probability() -> None:
+def test_a_probability_of_zero_for_the_true_class_counts_as_the_smallest() -> None:
     votes = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.4]])
     y = np.array([1, 1, 0])
-    calibrated = tempered(votes, fit_temperature(votes, y))
-    assert np.isfinite(log_loss(y, calibrated))
-    assert calibrated.sum(axis=1) == pytest.approx(1)
+    lifted = np.maximum(votes, np.finfo(float).eps)
+    assert fit_temperature(votes, y) == pytest.approx(fit_temperature(lifted, y))
+    assert useful_temperature(np.tile(votes, (4, 1)), np.tile(y, 4)) is None
 
 
 @given(st.floats(1e-5, 1e5), st.integers(0, 50))

@@ -160,6 +160,14 @@ def test_the_graph_gives_labels_or_a_number(
     assert said == [one.label for one in expected]
 
 
+def test_pixels_are_to_be_made_with_the_white_level_of_the_features(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = trained(make_photos(each=9), tmp_path, "ridge", "layer1", white=4095)
+    parts = export_module._head_parts(load_model(model))
+    assert export_module._metadata(parts)["preprocessing"]["white"] == 4095
+
+
 def test_other_heads_score_as_scikit_learn_does(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos, (first, second) = make_photos(), ("ridge/none", "centroid")
     ridge, centroid = load_model(trained(photos, tmp_path, first)), load_model(trained(photos, tmp_path, second))

@@ -182,6 +182,8 @@ def test_without_columns_nothing_is_compared_and_no_result_changes(folder: Path)
     ("cells", "message"),
     [
         (["1", "2", "heavy"], "mixes numbers with text, such as '1' and 'heavy'"),
+        (["1", "1_2"], "mixes numbers with text, such as '1' and '1_2'"),
+        (["1", "１２"], "mixes numbers with text, such as '1' and '１２'"),
         (["1", "2", "nan"], "mixes numbers with text, such as '1' and 'nan'"),
         (["2", "2.0"], "is 2 for all images, so it adds nothing"),
         (["a", "a"], "is 'a' for all images, so it adds nothing"),

@@ -167,6 +167,13 @@ def test_labels_go_out_as_a_table(cache: Path, wrong: np.ndarray, tmp_path: Path
     assert "1 corrections are of images without a label in a.h5, first nosuch" in refused.stderr
     (tmp_path / "corrections.csv").write_text("name,label\n")
     thawline(*asked, "--corrections", tmp_path / "corrections.csv").assert_one_line("uri and label", "name, label")
+    (tmp_path / "corrections.csv").write_text("uri,label\n0004,ant\n0004,bee\n")
+    said = "names '0004' twice, with label 'ant' and 'bee'"
+    thawline(*asked, "--corrections", tmp_path / "corrections.csv").assert_one_line(said)
+    (tmp_path / "corrections.jsonl").write_text('{"uri":"0004","label":"ant"}\n{"uri":"0005","label":""}\n')
+    thawline(*asked, "--corrections", tmp_path / "corrections.jsonl").assert_one_line("found none in row 2")
+    (tmp_path / "corrections.csv").write_text("uri,label\n")
+    assert thawline(*asked, "--corrections", tmp_path / "corrections.csv").returncode == 0, "nothing was marked"
     assert thawline("suspects", cache, "--corrections", tmp_path / "own.csv").returncode == 2
 
 

@@ -102,6 +102,7 @@ def run(folder: Path, task: str, **options: Any) -> Any:
     [
         ("regression", ["1", "2", "old"], "expected a number.*found 'old'.*task 'classification'"),
         ("regression", ["1", "2", "nan"], "expected a number.*found 'nan'"),
+        ("regression", ["1", "2", "1_000"], "expected a number.*found '1_000'"),
         ("regression", ["1", "inf"], "expected a number.*found 'inf'"),
         ("regression", ["3", "", "3.0"], "is 3 for all images, so there is nothing to predict"),
         ("regression", ["", ""], "is empty for all images"),
@@ -163,6 +164,11 @@ def test_columns_of_0_and_1_say_the_same_as_labels_with_bars(folder: Path, tmp_p
     path.write_text("uri,a,e\u0301\nx,1.0,0.0\ny,0,1\n")
     found = read_labels(path, ["a", "e\u0301"], task="multilabel").join(np.array(["x", "y"]), *[np.full(2, "")] * 2)
     assert found.classes == ("a", "\u00e9")
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"uri": "x", "a ": 1, "b": 0}\n{"uri": "y", "a ": 0, "b": 1}\n')
+    found = read_labels(path, ["a ", "b"], task="multilabel").join(np.array(["x", "y"]), *[np.full(2, "")] * 2)
+    assert found.classes == ("a", "b")
+    path = tmp_path / "t.csv"
     with pytest.raises(TableError, match="several columns are labels of task 'multilabel'"):
         read_labels(path, ["a", "b"], task="regression")
 

@@ -334,6 +334,7 @@ def test_a_truncated_pillow_image_is_named_by_its_place(tmp_path: Path) -> None:
         (Path("photo.jpg"), "put it in a list"),
         (Image.new("RGB", (4, 4)), "put it in a list"),
         (np.zeros((3, 8)), r"item 0 is a float64 array of shape \(8,\)"),
+        (np.zeros((8, 8, 3), np.uint8), r"shape \(8, 8, 3\) may be one colour image.*put it in a list"),
         (np.zeros((3, 8, 8, 4), np.uint8), r"item 0 is a uint8 array of shape \(8, 8, 4\)"),
         (np.zeros((3, 8, 8)), "item 0 is a float64 array"),
         ([np.zeros((0, 8, 3), np.uint8)], "item 0 is a uint8 array"),

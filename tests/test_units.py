@@ -210,6 +210,12 @@ def test_what_cannot_be_shown_is_refused(cache: Path, photos: Path, tmp_path: Pa
     extract(photos, ["test_resnet@random:0"], ["layer1"], "avg", tmp_path / "c", **OPTIONS)
     with pytest.raises(FitError, match="extract with pool max"):
         units(tmp_path / "c", ["layer1"])
+    (tmp_path / "alike").mkdir()
+    for name in ("a.png", "b.bmp"):  # equal pixels, other bytes
+        Image.new("RGB", (64, 64), (90, 30, 200)).save(tmp_path / "alike" / name)
+    extract(tmp_path / "alike", ["test_resnet@random:0"], ["layer1"], "max", tmp_path / "a", **OPTIONS)
+    with pytest.raises(FitError, match="each channel of layer1 is the same in all images"):
+        units(tmp_path / "a", ["layer1"])
     extract(photos, ["test_resnet@random:0"], ["input"], "max", tmp_path / "i", **OPTIONS)
     with pytest.raises(FitError, match="has no units"):
         units(tmp_path / "i", ["input"])

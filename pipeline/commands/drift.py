@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pipeline.commands.click_options import options_of
-from pipeline.commands.output import print_json, print_table
+from pipeline.commands.output import print_json, print_table, say_all
 
 
 @click.command()
@@ -26,6 +26,7 @@ def drift(first: str, second: str, as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(result)
         return
+    say_all(result.notes)
     for line in drift_lines(result):
         click.echo(line)
     print_table(foreign_table(result))

@@ -15,7 +15,7 @@ from scipy.special import log_softmax, softmax
 from pipeline.arrays import Float64Array, IntArray
 
 SMALLEST = float(np.finfo(np.float64).eps)
-"""Smaller probabilities count as this."""
+"""Smaller probabilities count as this in the cross-entropy."""
 _FOLDS = 5
 _RANGE = 14.0  # temperatures are searched from exp(-14) to exp(14)
 
@@ -75,8 +75,13 @@ def _cross_entropy(logs: Float64Array, y: IntArray, n: int) -> float:
 
 
 def tempered(probabilities: Float64Array, temperature: float | Float64Array) -> Float64Array:
-    """Return probabilities (n, K) calibrated by a temperature, or one per row (n, 1); above 1 is less certain."""
-    return np.asarray(softmax(_log(probabilities) / temperature, axis=1))
+    """Return probabilities (n, K) calibrated by a temperature, or one per row (n, 1); above 1 is less certain.
+
+    A probability of 0 stays 0, such as that of a class without training rows.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(probabilities, dtype=np.float64)
+    return np.asarray(softmax(logs / temperature, axis=1))
 
 
 def _log(probabilities: Float64Array) -> Float64Array:

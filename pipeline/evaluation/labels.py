@@ -207,7 +207,7 @@ def read_labels(
         found[roles["split"]] if "split" in roles else None,
         found[roles["group"]] if "group" in roles else None,
         task,
-        tuple(normalize("NFC", name) for name in targets) if len(targets) > 1 else (),
+        tuple(normalize("NFC", name).strip() for name in targets) if len(targets) > 1 else (),
     )
 
 

@@ -211,7 +211,12 @@ def _ranges(values: Float64Array) -> IntArray:
 
 
 def finite_number(text: str) -> float | None:
-    """Return the finite number that a text is; None if it is none."""
+    """Return the finite number that a text is; None if it is none.
+
+    Python would also take ``1_2`` for 12, and other digits than these.
+    """
+    if "_" in text or not text.isascii():
+        return None
     try:
         found = float(text)
     except ValueError:

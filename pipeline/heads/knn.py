@@ -46,9 +46,11 @@ class Knn(Family):
         return Fitted(model.fit(train, y), params, converged=True)
 
     def predict_proba(self, estimator: Any, rows: Float32Array) -> Float64Array:
-        """Return smoothed shares; those of models saved by older versions, whose votes count alike, as they are."""
+        """Return smoothed shares; those of models saved by older versions, whose votes count alike, stay above 0."""
         shares = np.asarray(estimator.predict_proba(rows), np.float64)
-        return _smooth(shares, estimator.n_neighbors) if estimator.weights == "distance" else shares
+        if estimator.weights != "distance":
+            return np.maximum(shares, np.finfo(np.float64).eps)
+        return _smooth(shares, estimator.n_neighbors)
 
 
 def nearest_first(train: Float32Array, held: Float32Array, most: int) -> tuple[Float64Array, IntArray]:

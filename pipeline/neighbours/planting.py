@@ -109,14 +109,15 @@ def _calibrate(
     foreign, apart = _foreign(images)
     everything = np.concatenate(list(planted.values()))
     threshold = float(np.quantile(everything, MISSED))
-    if len(foreign):
-        allowed = np.sort(foreign)[::-1][int(FALSE_ALARMS * len(foreign))]  # one pair at least
-        if allowed > 1 - ROUNDING:
+    allowed = max(int(FALSE_ALARMS * len(foreign)), 2)  # one pair at least
+    if len(foreign) > allowed:
+        last, beyond = np.sort(foreign)[::-1][allowed - 1 : allowed + 1].tolist()  # the latter must be no false alarm
+        if beyond > 1 - ROUNDING:
             raise FitError(
                 f"images of different {apart} have the same features on {images.layer}, so it cannot tell copies from "
                 "other images; use another layer, or give a threshold"
             )
-        threshold = max(threshold, float(allowed))
+        threshold = max(threshold, last, beyond + 2 * ROUNDING)
     least = threshold - ROUNDING  # as `near_pairs` compares
     found = NearThreshold(
         layer=images.layer,
