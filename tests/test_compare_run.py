@@ -143,10 +143,27 @@ def test_after_a_kill_only_the_rest_is_done(plan: Path, run: Path) -> None:
     report = compare(plan, run)
     assert report.computed == 16 - 9 + 1
     found = {record["key"]: record for record in lines_of(run)}
-    assert len(lines_of(run)) == 17, "the lost one stands there twice; the later line counts"
+    assert len(lines_of(run)) == 16, "the lost one was superseded"
     for key, record in whole.items():
         assert {**record, "seconds": 0} == {**found[key], "seconds": 0}
     assert (run / "report.html").exists()
+
+
+def test_a_job_that_lost_its_predictions_and_now_fails_is_left_out(
+    plan: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_luck(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr("pipeline.fit.fit", no_luck)
+    lost = lines_of(run)[3]["key"]
+    (run / "predictions" / f"{lost}.npz").unlink()
+    (run / "report.html").unlink()
+    report = compare(plan, run)
+    assert [failure.reason for failure in report.failures] == ["ZeroDivisionError: no luck"]
+    assert len(report.results) == 15
+    assert lost not in {result.key for result in report.results}
+    assert "no luck" in (run / "report.html").read_text()
 
 
 def test_a_damaged_line_is_named(plan: Path, tmp_path: Path) -> None:
@@ -412,6 +429,30 @@ def test_results_of_a_source_that_is_gone_go_even_where_an_extraction_fails(
     assert {one.source for one in report.results} == {"others"}
 
 
+def test_only_heads_that_a_failed_extraction_may_be_about_stay(
+    plan: Path, run: Path, calls: list[Any], tmp_path: Path
+) -> None:
+    tune = '\n[[finetune]]\nbackbone = "test_resnet@random:0"\nsize = 32\nseed = 0\nshots = "all"\nepochs = 2\n'
+    plan.write_text(plan.read_text() + tune)
+    assert compare(plan, run).computed == 1
+    lost = lines_of(run)[0]
+    for key, change in (("b", {}), ("c", {"seed": 9}), ("d", {"layer": "layer9"}), ("e", {"pool": "max"})):
+        shutil.copy(run / "predictions" / f"{lost['key']}.npz", run / "predictions" / f"{key}.npz")
+        with (run / "results.jsonl").open("a") as file:
+            file.write(json.dumps({**lost, "backbone": "test_resnet@bad.pth", "key": key, **change}) + "\n")
+    (tmp_path / "bad.pth").write_bytes(b"no weights")
+    extraction, others = plan.read_text().split("[[fit]]")
+    both = extraction.replace('"test_resnet@random:0"', '["test_resnet@random:0", "test_resnet@bad.pth"]')
+    text = f"{both}[[fit]]{others}"
+    plan.write_text(text.replace("seed = [0, 1]", f"seed = [{lost['seed']}]").replace("epochs = 2", "epochs = 3"))
+    report = compare(plan, run)
+    assert len(report.failures) == 8
+    heads = [one for one in report.results if one.result.kind == "head"]
+    assert {one.result.seed for one in heads} == {lost["seed"]}, "seeds of what was extracted are known"
+    assert [one.key for one in heads if one.result.backbone.endswith("bad.pth")] == ["b"], "which the plan may mean"
+    assert [one.options["epochs"] for one in report.results if one.result.kind == "finetune"] == [3]
+
+
 def test_features_that_are_there_under_another_request_are_used_once(plan: Path, photos: Path, tmp_path: Path) -> None:
     long = "timm/test_resnet@random:0"
     extract(photos, [long], ["layer1", "input"], output=tmp_path / "shared", size=32, engine="torch")
@@ -518,26 +559,54 @@ def test_fine_tunes_are_compared_with_heads(plan: Path, run: Path, calls: list[A
     assert any("fine-tuning was right in" in sentence for sentence in report.answer)
 
 
-def test_a_fine_tune_is_repeated_once_the_weights_behind_its_name_are_others(
-    plan: Path, run: Path, calls: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def squeezenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Puts weights of a seed behind the name `squeezenet1_1`."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    weights = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    weights.parent.mkdir(parents=True)
+
     def put(seed: int) -> None:
         torch.manual_seed(seed)
         torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
 
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return put
+
+
+def test_a_fine_tune_is_repeated_once_the_weights_behind_its_name_are_others(
+    plan: Path, run: Path, calls: list[Any], squeezenet: Callable[[int], None], tmp_path: Path
+) -> None:
     weights = tmp_path / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
-    weights.parent.mkdir(parents=True)
-    put(0)
+    squeezenet(0)
     tune = '\n[[finetune]]\nbackbone = "squeezenet1_1"\nsize = 32\nseed = 0\nshots = "all"\n'
     plan.write_text(plan.read_text() + tune)
     assert [compare(plan, run).computed for _ in range(2)] == [1, 0]
     weights.touch()
     assert compare(plan, run).computed == 0, "another time, the same weights"
-    put(1)
+    squeezenet(1)
     assert not dry_run(plan, run).jobs[-1].done
     assert [compare(plan, run).computed for _ in range(2)] == [1, 0]
     assert len(calls) == 2
+
+
+def test_a_fine_tune_of_other_weights_that_fails_is_a_failure_and_no_result(
+    plan: Path, run: Path, calls: list[Any], squeezenet: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_luck(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("no luck")
+
+    tune = '\n[[finetune]]\nbackbone = "squeezenet1_1"\nsize = 32\nseed = 0\nshots = "all"\n'
+    plan.write_text(plan.read_text() + tune)
+    squeezenet(0)
+    assert compare(plan, run).computed == 1
+    squeezenet(1)
+    monkeypatch.setattr(sys.modules["pipeline.finetune"], "finetune", no_luck)
+    for _ in range(2):
+        report = compare(plan, run)
+        assert [failure.reason for failure in report.failures] == ["ZeroDivisionError: no luck"]
+        assert {one.result.kind for one in report.results} == {"head"}
+    superseded = [json.loads(line) for line in (run / "superseded.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in superseded] == ["finetune"]
 
 
 def test_a_dry_run_lists_every_job_and_knows_what_is_done(plan: Path, run: Path, tmp_path: Path) -> None:

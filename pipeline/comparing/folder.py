@@ -222,7 +222,7 @@ class RunFolder:
         self.results[result.key] = kept
 
     def keep_only(self, keys: Iterable[str]) -> None:
-        """Move results of jobs that the plan no longer has, or whose images changed, to `superseded.jsonl`."""
+        """Move all other results, which no longer hold or lack their predictions, to `superseded.jsonl`."""
         wanted = set(keys)
         stale = [result for key, result in self.results.items() if key not in wanted]
         if stale:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from features_cache import ThawlineError, open_cache
 from pipeline.comparing.comparison import Comparison
 from pipeline.comparing.features import Features, depths
-from pipeline.comparing.folder import ExtractionCost, Failure, JobResult, RunFolder
+from pipeline.comparing.folder import HEAD, ExtractionCost, Failure, JobResult, RunFolder
 from pipeline.comparing.jobs import Extraction, Finetune, Fit, fits, one_pass, rectangles
 from pipeline.comparing.plan import PlanTable
 from pipeline.errors import RunFolderError
+from pipeline.options import head_name
 from pipeline.results import ExtractResult, HeadResult, Progress
 from pipeline.spec import Size
 
@@ -30,41 +31,77 @@ def run(comparison: Comparison) -> None:
     """
     failed = _extract_all(comparison)
     folder = comparison.folder
+    extracted: dict[Extraction, Features] = {}
     pending: list[tuple[Features, dict[Fit, str]]] = []
+    lost: list[Fit] = []
     keys: set[str] = set()
     for extraction, found in comparison.features.items():
         if extraction in failed or found is None:
-            asked = fits(comparison.plan, extraction, found.aliases if found else {})
+            asked = list(fits(comparison.plan, extraction, found.aliases if found else {}))
             comparison.failures += [Failure(str(job), failed.get(extraction, "not extracted")) for job in asked]
+            lost += asked
             continue
         named = comparison.fits(extraction, found)  # two requests may lead to the same features: run each key once
         left = {job: key for job, key in named.items() if key not in keys and not folder.has(key)}
+        extracted[extraction] = found
         pending.append((found, left))
         keys |= set(named.values())
     tunes = comparison.finetunes()
-    keys |= {key for _, key in tunes.values()}
-    # if an extraction failed, the results of its source may still be valid, if they answer the same question
-    unsure = {comparison.names[extraction.source] for extraction in failed}
-    plan, target = comparison.plan, None if comparison.labels is None else comparison.labels.target
-    asking = plan.task, plan.metric, target
-    n_classes = {comparison.names[source]: len(images.classes) for source, images in comparison.labelled.items()}
-    answers = {
-        key
-        for key, one in folder.results.items()
-        if (one.task, one.result.metric, one.result.target) == asking
-        and one.n_classes in (0, n_classes.get(one.source))
-    }
-    folder.keep_only(keys | {key for key in answers if folder.results[key].source in unsure})
     for job, (_, key) in tunes.items():
         if folder.has(key) and not comparison.is_kept(job, key) and comparison.weights_of(job) is None:
             _load(job)  # to find out whether its weights are still the same
     missing = [(job, line, key) for job, (line, key) in tunes.items() if not comparison.is_kept(job, key)]
+    keys |= {key for _, key in tunes.values()} - {key for *_, key in missing}  # a result of other weights is no result
+    keys |= _may_still_hold(comparison, lost, extracted)
+    folder.keep_only(key for key in keys if folder.has(key))
     comparison.total = len(comparison.failures) + sum(len(jobs) for _, jobs in pending) + len(missing)
     for found, jobs in pending:
         for block in rectangles(list(jobs)):
             _attempt(comparison, {job: jobs[job] for job in block}, partial(_fit, comparison, found))
     for job, line, key in missing:
         _attempt(comparison, {job: key}, partial(_finetune, comparison, line))
+
+
+def _may_still_hold(comparison: Comparison, lost: Sequence[Fit], extracted: Mapping[Extraction, Features]) -> set[str]:
+    """Return the keys of results that may be those of the `lost` fits, whose features could not be extracted.
+
+    The key of a head covers its features. Of heads on `extracted` features all keys are known, so no others hold.
+    """
+    plan, names = comparison.plan, comparison.names
+    target = None if comparison.labels is None else comparison.labels.target
+    n_classes = {names[source]: len(images.classes) for source, images in comparison.labelled.items()}
+    asked = {
+        (names[fit.extraction.source], fit.extraction.request.pool, fit.layer, head_name(fit.head), fit.seed, fit.shots)
+        for fit in lost
+    }
+    known = [
+        (names[extraction.source], file.handles["backbone"], extraction.request.pool, _settings(file.layers[name].spec))
+        for extraction, found in extracted.items()
+        for name, file in found.files.items()
+    ]
+    held = set()
+    for key, one in comparison.folder.results.items():
+        result, settings = one.result, {name: getattr(one, name) for name in ("precision", "store", "size", "white")}
+        if (
+            result.kind == HEAD
+            and (one.source, result.pool, result.layer, result.head, result.seed, result.shots) in asked
+            and (one.source, result.backbone, result.pool, settings) not in known
+            and (one.task, result.metric, result.target) == (plan.task, plan.metric, target)
+            and one.n_classes in (0, n_classes.get(one.source))
+        ):
+            held.add(key)
+    return held
+
+
+def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a layer was extracted, as `JobResult` has it."""
+    preprocessing = spec["preprocessing"]
+    return {
+        "precision": spec["precision"],
+        "store": spec["store"],
+        "size": tuple(preprocessing["size"]),
+        "white": preprocessing.get("white"),
+    }
 
 
 def _extract_all(comparison: Comparison) -> dict[Extraction, str]:
@@ -194,12 +231,9 @@ def _fit(comparison: Comparison, found: Features, block: Mapping[Fit, str]) -> N
             result=result,
             n_classes=len(comparison.labelled[one.extraction.source].classes),
             task=task,
-            precision=spec["precision"],
-            store=spec["store"],
-            size=tuple(spec["preprocessing"]["size"]),
-            white=spec["preprocessing"].get("white"),
             drop_leaks=options.get("drop_leaks", False),
             depth=depth_of.get(result.layer),
+            **_settings(spec),
         )
         comparison.keep(job, predictions)
 
