@@ -36,7 +36,7 @@ from pipeline.comparing.paired import best_set, compare_scores
 from pipeline.comparing.plan import read_plan
 from pipeline.engines.torch_engine import TorchEngine
 from pipeline.errors import RunFolderError
-from pipeline.evaluation.intervals import corrected_t_test, paired_interval, smallest_difference
+from pipeline.evaluation.intervals import corrected_t_test, effective_rows, paired_interval, smallest_difference
 from pipeline.evaluation.predictions import Predictions
 from pipeline.extract import extract
 from pipeline.finetuning.recipe import Recipe
@@ -662,6 +662,26 @@ def test_two_sources_of_one_name_stay_apart(photos: Path, tmp_path: Path) -> Non
     assert page.count("<h1>") == 1
 
 
+def test_differences_of_layers_that_were_chosen_by_test_hold_for_all_of_these(plan: Path, run: Path) -> None:
+    plan.write_text(plan.read_text().replace('[2, "all"]', "2"))
+    report = compare(plan, run)
+    folder, (board,) = RunFolder(run), leaderboards(report.results)
+    first, second = (
+        max((one for one in board.at(2) if one.method.head == head), key=lambda one: one.value)
+        for head in ("centroid/l2", "logreg/l2")
+    )
+    told = []
+    for comparisons in (1, 4):  # the best of two layers each
+        paired = compare_scores(first, second, folder.predictions, confidence=1 - 0.05 / comparisons)
+        assert paired is not None
+        text = first.measure.difference_text
+        ends = (paired.low, paired.high), (-paired.high, -paired.low)
+        told.append([f"{text(low)} to {text(high)}" for low, high in ends])
+    page = (run / "report.html").read_text()
+    assert not any(interval in page for interval in told[0])
+    assert all(interval in page for interval in told[1])
+
+
 def test_against_another_run_names_what_changed(
     finished: CompareReport, photos: Path, plan: Path, run: Path, thawline: Thawline
 ) -> None:
@@ -771,6 +791,30 @@ def test_seeds_that_cannot_be_judged_alone_are_judged_by_the_images_of_all(seeds
     assert (paired.test, paired.n_images, paired.n_seeds) == ("McNemar's exact test", 20 * seeds, seeds)
     assert (paired.first, paired.second) == (pytest.approx(0.7), pytest.approx(0.8))
     assert paired.p == pytest.approx(binomtest(4 * seeds, 10 * seeds, 0.5).pvalue)
+
+
+def test_equal_accuracies_of_all_seeds_leave_an_interval_all_the_same() -> None:
+    records = [record(f"{head}{seed}", seed, head=head) for head in ("logreg", "knn") for seed in range(5)]
+    first, second = leaderboards(records)[0].scores.values()
+    right = {"k": np.arange(20) < 14, "l": np.arange(20) >= 6}
+    paired = compare_scores(second, first, lambda key: said(right[key[0]], first=20 * int(key[-1])))
+    assert paired is not None
+    assert (paired.difference, paired.p, paired.test) == (0, 1, "McNemar's exact test")
+    assert (paired.low, paired.high) == pytest.approx(paired_interval(*(np.tile(right[key], 5) for key in "kl")))
+    assert paired.low < -0.1 < 0.1 < paired.high
+
+
+def test_the_difference_that_would_be_found_is_that_of_the_confidence_of_the_interval() -> None:
+    first, second = leaderboards([record("x"), record("y", head="knn/l2")])[0].scores.values()
+    right, groups = {"x": np.arange(20) < 18, "y": np.arange(20) < 16}, np.repeat(np.arange(10).astype(str), 2)
+    leads = right["x"].astype(float) - right["y"]
+    for of, clusters in ((None, None), (groups, np.repeat(np.arange(10), 2))):
+        read = {key: replace(said(one), groups=of) for key, one in right.items()}.__getitem__
+        for comparisons in (1, 10):
+            paired = compare_scores(first, second, read, confidence=1 - 0.05 / comparisons)
+            n = effective_rows(leads, clusters, 1 - 0.05 / comparisons)
+            assert paired is not None
+            assert paired.smallest == pytest.approx(smallest_difference(n, 0.1, comparisons))
 
 
 def test_seeds_of_one_test_set_count_its_images_once() -> None:

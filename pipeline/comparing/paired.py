@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,6 +18,7 @@ from pipeline.evaluation.comparisons import holm, may_be_best
 from pipeline.evaluation.intervals import (
     CONFIDENCE,
     FEWEST_SPLITS,
+    SAME,
     corrected_error,
     corrected_t_test,
     effective_rows,
@@ -56,7 +56,8 @@ class Paired:
     n_seeds, n_images, n_groups : int
         Seeds, different test images of all seeds, and groups of these; an image without a group counts as one.
     smallest : float or None
-        The difference that such a test finds with 80 % power; None for a test over seeds.
+        The difference that such a test, at the confidence of the interval, finds with 80 % power; None for a test over
+        seeds.
     spread : (float, float) or None
         The smallest and the largest difference of a seed; None for a single one.
     shared : bool
@@ -121,16 +122,16 @@ def _compare_rows(a: MethodScore, said: Sequence[Sequence[Predictions]], confide
     clusters = number_clusters(np.concatenate([one.units for one in said[0]]))
     low, high = paired_interval(first, second, clusters, confidence)
     p, test = mcnemar(first, second, clusters), "McNemar's exact test"
-    n_effective = effective_rows(first.astype(np.float64) - second, clusters)
-    smallest: float | None = smallest_difference(n_effective, float((first != second).mean()))
-    if not told["shared"] and len(of_seeds) >= FEWEST_SPLITS:
+    n_effective = effective_rows(first.astype(np.float64) - second, clusters, confidence)
+    disagreement, comparisons = float((first != second).mean()), LEVEL / (1 - confidence)
+    smallest: float | None = smallest_difference(n_effective, disagreement, comparisons)
+    if not told["shared"] and len(of_seeds) >= FEWEST_SPLITS and np.ptp(of_seeds) > SAME:
         result = a.first.result
         sizes = (result.n_pool or result.n_train + result.n_val, result.n_test)  # old run folders lack n_pool
-        over_seeds = corrected_t_test(of_seeds, *sizes)[1]
-        if not math.isnan(over_seeds):
-            reach = float(stdtrit(len(of_seeds) - 1, 0.5 + confidence / 2)) * corrected_error(of_seeds, *sizes)
-            p, low, high = over_seeds, float(of_seeds.mean()) - reach, float(of_seeds.mean()) + reach
-            test, smallest = f"corrected resampled t-test over {len(of_seeds)} seeds", None
+        reach = float(stdtrit(len(of_seeds) - 1, 0.5 + confidence / 2)) * corrected_error(of_seeds, *sizes)
+        low, high = float(of_seeds.mean()) - reach, float(of_seeds.mean()) + reach
+        p, test = corrected_t_test(of_seeds, *sizes)[1], f"corrected resampled t-test over {len(of_seeds)} seeds"
+        smallest = None
     return Paired(float(first.mean()), float(second.mean()), low, high, p, test, smallest=smallest, **told)
 
 

@@ -20,7 +20,8 @@ CONFIDENCE = 0.95
 FEWEST_SPLITS = 5
 """With fewer, the spread over splits is too uncertain to test a difference."""
 
-_SAME = 1e-9  # accuracies are ratios of counts, so a smaller difference is rounding
+SAME = 1e-9
+"""Differences of accuracies that differ by less are equal but for rounding: accuracies are ratios of counts."""
 
 
 def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -199,7 +200,7 @@ def mcnemar(right_a: BoolArray, right_b: BoolArray, clusters: IntArray | None = 
     return min(1.0, 2.0 * float(chances[: fewer + 1].sum()))
 
 
-def smallest_difference(n: float, disagreement: float, comparisons: int = 1, power: float = 0.8) -> float:
+def smallest_difference(n: float, disagreement: float, comparisons: float = 1, power: float = 0.8) -> float:
     """Return the smallest difference of two accuracies that a paired test at 5 % finds with this power.
 
     This is the usual formula for McNemar's test (Connor 1987). Two models that differ by a share d disagree on a share
@@ -211,7 +212,7 @@ def smallest_difference(n: float, disagreement: float, comparisons: int = 1, pow
         Number of test rows; of rows in groups, what `effective_rows` makes of them.
     disagreement : float
         Share of the rows on which one model is right and the other is not.
-    comparisons : int, default 1
+    comparisons : float, default 1
         Number of tests planned, each then at 5 % / `comparisons` (Bonferroni's correction).
     power : float, default 0.8
 
@@ -267,8 +268,8 @@ def corrected_t_test(differences: Float64Array, n_train: int, n_test: int) -> tu
     if k < 2:
         raise FitError(f"a test over seeds needs at least two seeds, got {k}")
     mean = float(np.mean(differences))
-    if np.ptp(differences) < _SAME:
-        return (0.0, 1.0) if abs(mean) < _SAME else (math.copysign(math.inf, mean), math.nan)
+    if np.ptp(differences) < SAME:
+        return (0.0, 1.0) if abs(mean) < SAME else (math.copysign(math.inf, mean), math.nan)
     t = mean / corrected_error(differences, n_train, n_test)
     return t, 2 * float(stdtr(k - 1, -abs(t)))
 

@@ -92,9 +92,9 @@ def labels_chart(board: Leaderboard) -> Chart | None:
     """Return accuracy over labels a class for the best methods; None if there is only one number of labels."""
     if len(board.shots) < 2:
         return None
-    methods = contenders(board)
+    methods = list(contenders(board))
     if len(methods) > CLEAR_LINES:
-        methods = contenders(board, by_head=False)
+        methods = list(contenders(board, by_head=False))
     lines, rows = [], []
     for method in methods[:MOST_LINES]:
         scores = [board.scores[method, shots] for shots in board.shots if (method, shots) in board.scores]
@@ -191,14 +191,20 @@ def _draw_cost(
     axes.grid(axis="x", color=PAGE.grid, which="major")
 
 
-def contenders(board: Leaderboard, *, by_head: bool = True) -> list[Method]:
-    """Return the best layer of each backbone (and of each of its heads), and every fine-tuning."""
+def contenders(board: Leaderboard, *, by_head: bool = True) -> dict[Method, int]:
+    """Return the best layer of each backbone (and of each of its heads), and every fine-tuning.
+
+    Each has the number of methods that it was chosen from on the test images themselves: 1 if on validation rows.
+    """
     groups: dict[str | Method, list[MethodScore]] = {}
     for score in board.at(board.shots[-1]):
         group = score.method.group if by_head else score.method.backbone
         groups.setdefault(group if score.method.is_frozen else score.method, []).append(score)
-    best = [best_of(scores) for scores in groups.values()]
-    return [score.method for score in best if score is not None]
+    return {
+        best.method: 1 if is_validated(scores) else len(scores)
+        for scores in groups.values()
+        if (best := best_of(scores)) is not None
+    }
 
 
 def _by_depth(board: Leaderboard) -> dict[str, list[MethodScore]]:

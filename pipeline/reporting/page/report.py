@@ -180,13 +180,17 @@ def _calibrated(score: MethodScore, key: str) -> float | None:
 def _differences(board: Leaderboard, read: ReadPredictions) -> dict[str, Any] | None:
     """Return the leading methods, by how much the row's is ahead of the column's, and if that is real.
 
-    The intervals hold for all pairs together (Bonferroni's correction).
+    The intervals hold for all pairs together (Bonferroni's correction). A method that was chosen from several on the
+    test images counts as compared in place of each of these.
     """
-    scores = [board.scores[method, board.shots[-1]] for method in contenders(board)][:MOST_COMPARED]
+    chosen_from = contenders(board)
+    scores = [board.scores[method, board.shots[-1]] for method in chosen_from][:MOST_COMPARED]
     scores.sort(key=lambda score: (math.isnan(score.value), -score.measure.sign * score.value))
     pairs = list(combinations(range(len(scores)), 2))
-    confidence = 1 - LEVEL / max(1, len(pairs))
-    tested = [compare_scores(scores[a], scores[b], read, confidence=confidence) for a, b in pairs]
+    tested = []
+    for a, b in pairs:
+        n_compared = len(pairs) * chosen_from[scores[a].method] * chosen_from[scores[b].method]
+        tested.append(compare_scores(scores[a], scores[b], read, confidence=1 - LEVEL / n_compared))
     if not any(tested):
         return None
     cells: list[list[tuple[str, str, bool] | None]] = [[None] * len(scores) for _ in scores]
