@@ -242,17 +242,18 @@ def _divide(listing: CacheFile, seed: int, notes: list[str]) -> tuple[IntArray, 
                 "finetune test images that pretraining has seen"
             )
     else:
+        labels = np.full(len(labels), -1)  # one class tells nothing: its images are as if they had no label
         train, val, test = (np.flatnonzero(done & (splits == part)) for part in ("train", "val", "test"))
         if not len(test):
             notes.append("no images are left out: what fit tests by labels of a table may have been seen here")
     held = np.isin(units, units[np.concatenate([val, test])])
     free = np.flatnonzero(done & (labels < 0) & ~held & np.isin(splits, ["", "train"]))
     train = np.union1d(train, free)
+    if len(train) < 2:
+        raise FitError(f"pretraining needs at least two training images, got {len(train)}")
     if not len(val):
         train, val = hold_out(train, np.zeros(len(done), np.int64), units, np.random.default_rng(seed))
         notes.append(f"{len(val)} images were drawn for validation, by seed")
-    if len(train) < 2:
-        raise FitError(f"pretraining needs at least two training images, got {len(train)}")
     return train, val
 
 

@@ -200,6 +200,26 @@ def test_images_that_fit_tests_are_not_seen(
     )
 
 
+def test_images_of_one_class_are_as_if_they_had_no_label(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos(("red",), each=10)
+    result = run(photos, tmp_path / "a", "ego-motion").result
+    assert (result.n_train, result.n_val) == (8, 2)
+    rows = [
+        f"{path.relative_to(tmp_path)},{'red' if int(path.stem) % 2 else ''}" for path in sorted(photos.rglob("*.png"))
+    ]
+    (tmp_path / "half.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    result = run(tmp_path / "half.csv", tmp_path / "b", "ego-motion").result
+    assert (result.n_train, result.n_val) == (8, 2)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_table_without_an_image_to_train_on_is_refused(make_photos: Photos, tmp_path: Path, split: str) -> None:
+    rows = [f"{path.relative_to(tmp_path)},{split}" for path in sorted(make_photos().rglob("*.png"))]
+    (tmp_path / "held.csv").write_text("\n".join(["path,split", *rows]) + "\n")
+    with pytest.raises(FitError, match="pretraining needs at least two training images, got 0"):
+        run(tmp_path / "held.csv", tmp_path / "a", "ego-motion")
+
+
 def test_sequences_are_used_where_there_are_groups(make_photos: Photos, tmp_path: Path) -> None:
     photos = make_photos()
     rows = sorted(photos.rglob("*.png"))
