@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pipeline.arrays import Float64Array
 from pipeline.evaluation.bootstrap import mean_known
+from pipeline.evaluation.calibration import SMALLEST
 from pipeline.evaluation.comparisons import best_notes, compare_results, preference
 from pipeline.evaluation.labels import LabelsTable, find_labels
 from pipeline.evaluation.leaks import cluster_notes
@@ -139,7 +140,7 @@ def finetune(
         first. Training stops early by validation loss, whatever the metric.
     save : str or Path, optional
         Write the network that was trained with the most shots to this ``.safetensors`` file; ties go to the better
-        metric on validation rows, then to the lower validation loss.
+        metric on validation rows, then to the lower validation loss (of classes the log-loss, whatever is minimised).
     precision : {"auto", "fp32", "bf16"}
         Of the trunk as for extraction; of the thawed part, ``auto`` is bf16 where that trains faster.
     store, size, white, engine, device, workers, cluster
@@ -218,6 +219,9 @@ def finetune(
 
 
 def _valid_loss(result: TunedResult) -> float | None:
+    """Return what ties go by: the log-loss of classes, else the loss that training minimised; None without any."""
+    if isinstance(result, FinetuneResult):
+        return result.validation_log_loss
     loss: float | None = result.history[result.params["best_epoch"] - 1].get("valid_loss")
     return loss
 
@@ -267,9 +271,25 @@ def _result(
         **measure(predictions, len(table.classes)),
         balanced=setup.recipe.class_weights,
         validation_accuracy=shared["validation_score"] if metric == "accuracy" else None,
-        validation_log_loss=trained.history[trained.best_epoch - 1].get("valid_loss"),
+        validation_log_loss=_validation_log_loss(run, table, balanced=setup.recipe.class_weights),
     )
     return result, predictions
+
+
+def _validation_log_loss(run: TrainingRun, table: Table, *, balanced: bool) -> float | None:
+    """Return the log-loss on validation rows before calibration, None without any.
+
+    Unlike the loss of training it has no label smoothing. It is that of heads (see `pipeline.heads.choose.search`): if
+    `balanced`, every class counts alike; rows of classes without a training row count as 0.
+    """
+    from pipeline.heads.choose import balanced_weights
+
+    if run.val_found is None:
+        return None
+    y_val = table.y[run.splits.val]
+    given = np.maximum(run.val_found[np.arange(len(y_val)), y_val], SMALLEST)
+    losses = np.where(np.isin(y_val, table.y[run.splits.train]), -np.log(given), 0.0)
+    return round(float(np.average(losses, weights=balanced_weights(y_val) if balanced else None)), 6)
 
 
 def _answers(task: str, found: Float64Array, thresholds: Float64Array | None) -> NDArray[Any]:

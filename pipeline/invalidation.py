@@ -31,14 +31,17 @@ class Code:
     libraries: tuple[str, ...]
 
 
+_NETWORKS = ("torch", "torchvision", "timm")
+"""The libraries whose code a network runs."""
+
 STAGES = {
     "head": Code((TRAINING_RULES,), ("thawline", "scikit-learn")),
-    "finetune": Code((TRAINING_RULES,), ("thawline", "scikit-learn", "torch")),
-    "checkpoint": Code((TRAINING_RULES, DECODE_POLICY), ("thawline", "torch")),
-    "pretext checkpoint": Code((TRAINING_RULES, DECODE_POLICY, PRETEXT_RULES), ("thawline", "torch")),
+    "finetune": Code((TRAINING_RULES,), ("thawline", "scikit-learn", *_NETWORKS)),
+    "checkpoint": Code((TRAINING_RULES, DECODE_POLICY), ("thawline", *_NETWORKS)),
+    "pretext checkpoint": Code((TRAINING_RULES, DECODE_POLICY, PRETEXT_RULES), ("thawline", *_NETWORKS)),
     "near threshold": Code((DECODE_POLICY, NEAR_RULES), ("thawline",)),
     "index": Code((), ("thawline", "faiss-cpu")),
-    "converted model": Code((), ("thawline", "torch", "torchvision", "timm", "openvino")),
+    "converted model": Code((), ("thawline", *_NETWORKS, "openvino")),
 }
 """The code that counts, by stage. Raise a rule in `pipeline.spec` in the commit that changes the numbers."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from features_cache import CacheError, atomic
+from pipeline import invalidation
 from pipeline.backbones.registry import load_backbone
 from pipeline.backbones.thaw_line import find_line, possible_lines, split
 from pipeline.errors import BackboneError, FitError
@@ -157,6 +159,61 @@ def test_a_finished_run_is_not_taken_for_another(make_photos: Photos, tmp_path: 
     found = tune(photos, tmp_path / "shared", freeze="layer4", epochs=1, **change)
     alone = tune(photos, tmp_path / "alone", freeze="layer4", epochs=1, **change)
     assert losses(found) == losses(alone) != losses(first)
+
+
+def test_weights_drawn_here_are_not_taken_for_the_same_that_are_named(make_photos: Photos, tmp_path: Path) -> None:
+    photos = make_photos()
+    how: dict[str, Any] = {"freeze": "none", "epochs": 1, "warmup": 0, "lr": 1e-3, **OPTIONS}
+    drawn = finetune(photos, "test_resnet", init="random", output=tmp_path / "shared", **how)
+    named = finetune(photos, TINY, output=tmp_path / "shared", **how)
+    alone = finetune(photos, TINY, output=tmp_path / "alone", **how)
+    assert losses(named) == losses(alone) != losses(drawn), "they are standardised in another way"
+
+
+@pytest.mark.parametrize("library", ["torch", "torchvision", "timm"])
+def test_a_finished_run_is_trained_anew_with_other_libraries(
+    make_photos: Photos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    photos, epochs = make_photos(), []
+
+    def trained() -> bool:
+        epochs.clear()
+        tune(photos, tmp_path, freeze="all", epochs=1, progress=lambda *call: epochs.append(call[-1]))
+        return any("epoch 1/1" in state and "train loss" not in state for state in epochs)
+
+    assert trained()
+    assert not trained()
+    known = invalidation.installed_version
+    monkeypatch.setattr(invalidation, "_code", invalidation._code.__wrapped__)
+    monkeypatch.setattr(invalidation, "installed_version", lambda name: "0" if name == library else known(name))
+    assert trained()
+
+
+@pytest.mark.parametrize("how", [{"label_smoothing": 0.3}, {"class_weights": True}])
+def test_the_log_loss_on_validation_is_that_of_probabilities_not_of_training(
+    make_photos: Photos, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    photos = make_photos()
+    (photos / "red" / "7.png").unlink()
+    (photos / "red" / "6.png").unlink()
+    rows = ["path,label,split"]
+    for path in sorted(photos.rglob("*.png")):
+        name, own = f"{path.relative_to(tmp_path)}", int(path.stem)
+        rows.append(f"{name},{path.parent.name},{'train' if own < 4 else 'val'}")
+        if own >= 4:  # so that what is said of test is what is said of validation
+            shutil.copy(path, twin := path.with_name(f"twin{own}.png"))
+            rows.append(f"{twin.relative_to(tmp_path)},{path.parent.name},test")
+    (tmp_path / "given.csv").write_text("\n".join(rows) + "\n")
+    report = tune(tmp_path / "given.csv", tmp_path / "cache", freeze="all", lr=0.01, **how)
+    result, said = report.results[0], report.predictions[0]
+    losses_of = -np.log(said.probabilities[np.arange(10), said.y_true])
+    expected = np.mean([losses_of[said.y_true == label].mean() for label in range(3)])
+    assert (result.n_val, result.n_test) == (10, 10)
+    assert result.log_loss == pytest.approx(losses_of.mean())
+    assert result.validation_log_loss == pytest.approx(
+        expected if "class_weights" in how else result.log_loss, abs=1e-5
+    )
+    assert result.validation_log_loss != pytest.approx(result.history[result.params["best_epoch"] - 1]["valid_loss"])
 
 
 def test_groups_of_test_images_are_told_and_counted_as_by_fit(make_photos: Photos, tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def _inputs(data: TrainingData, setup: TrainingSetup, seed: int, splits: Splits,
         rows.update(np.ascontiguousarray(table.digests[index]).tobytes() + table.y[index].tobytes() + b"|")
     return {
         "freeze": setup.freeze,
+        "init": setup.init,  # of the same random weights, those drawn here are standardised in another way
         "recipe": json_fields(setup.recipe),
         "rate": setup.rate,
         "precision": precision,
