@@ -230,8 +230,8 @@ class FitResult(HeadResult):
     balanced : bool
         Whether classes had equal weight in training.
     temperature, log_loss_calibrated, ece_calibrated : float or None
-        The calibration (over folds the median) and the two scores after it. None without probabilities, without rows to
-        fit it on, or if it would not help on validation rows.
+        The calibration (over folds the median, in which a fold without one counts as 1) and the two scores after it.
+        None without probabilities, without rows to fit it on, or if it would not help on validation rows.
     validation_accuracy : float or None
         What the parameters were chosen by if that is accuracy; None if there was nothing to choose by.
     validation_log_loss : float or None

@@ -436,7 +436,9 @@ def test_only_heads_that_a_failed_extraction_may_be_about_stay(
     plan.write_text(plan.read_text() + tune)
     assert compare(plan, run).computed == 1
     lost = lines_of(run)[0]
-    for key, change in (("b", {}), ("c", {"seed": 9}), ("d", {"layer": "layer9"}), ("e", {"pool": "max"})):
+    changes = [{}, {"seed": 9}, {"layer": "layer9"}, {"pool": "max"}, {"balanced": True}, {"cv": 5}]
+    changes.append({"backbone": lost["backbone"]})  # of which all keys are known
+    for key, change in zip("bcdefgh", changes, strict=True):
         shutil.copy(run / "predictions" / f"{lost['key']}.npz", run / "predictions" / f"{key}.npz")
         with (run / "results.jsonl").open("a") as file:
             file.write(json.dumps({**lost, "backbone": "test_resnet@bad.pth", "key": key, **change}) + "\n")
@@ -450,6 +452,7 @@ def test_only_heads_that_a_failed_extraction_may_be_about_stay(
     heads = [one for one in report.results if one.result.kind == "head"]
     assert {one.result.seed for one in heads} == {lost["seed"]}, "seeds of what was extracted are known"
     assert [one.key for one in heads if one.result.backbone.endswith("bad.pth")] == ["b"], "which the plan may mean"
+    assert len(heads) == 9, "eight fits of what was extracted, and that one"
     assert [one.options["epochs"] for one in report.results if one.result.kind == "finetune"] == [3]
 
 

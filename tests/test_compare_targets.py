@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from scipy.stats import ttest_rel
 from pipeline.compare import CompareReport, compare, dry_run
 from pipeline.comparing.folder import RunFolder
 from pipeline.comparing.methods import leaderboards
-from pipeline.comparing.paired import best_set, compare_scores
+from pipeline.comparing.paired import _shared, best_set, compare_scores
 from pipeline.errors import PlanError, RunFolderError
 from pipeline.evaluation.bootstrap import compare_redrawn, lead
 from pipeline.evaluation.predictions import Predictions
@@ -274,6 +275,17 @@ def test_methods_that_were_told_other_answers_are_not_compared(
         assert compare_scores(first, second, run.predictions, read_with(lambda y: y[:, :1])) is None
     same = compare_scores(first, second, run.predictions, read_with(lambda y: y))
     assert same is not None
+
+
+def test_methods_stay_paired_where_only_one_knows_of_groups() -> None:
+    rng, uris = np.random.default_rng(0), np.char.mod("%03d", np.arange(60))
+    y = rng.standard_normal(60)
+    noise = rng.standard_normal(60)
+    groups = np.where(np.arange(60) < 2, "alike", "")
+    said = [Predictions(uris, y, y + noise * size, None, groups=own) for size, own in ((1, groups), (1.01, None))]
+    scores = [SimpleNamespace(by_seed={0: SimpleNamespace(key=number)}) for number in (0, 1)]
+    (first,), (second,) = _shared(scores, [said.__getitem__] * 2)
+    assert (first.units == second.units).all()
 
 
 def test_labels_that_a_method_does_not_test_leave_its_mark_out(finished: tuple[str, str, Path, CompareReport]) -> None:

@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         edit(Image.open(root / "photos" / original)).save(root / "photos" / name)
     shutil.copy(root / "photos/a/5.png", root / "photos/b/equal.png")
     for number in range(3):
-        write_pattern(root / "others" / f"{number}.png", 100 + number)
+        write_pattern(root / "others" / f"{number}.png", 200 + number)
     shutil.copy(root / "photos/a/7.png", root / "others/same.png")
     Image.open(root / "photos/b/8.png").resize((90, 70)).save(root / "others/small.png")
     for name in ("photos", "others"):

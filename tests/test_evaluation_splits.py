@@ -68,17 +68,19 @@ def test_equal_bytes_and_near_duplicates_count_together_under_a_name_of_their_ow
     digests = np.array([[1] * 16, [2] * 16, [2] * 16, [3] * 16, [3] * 16, [4] * 16, [1] * 16], np.uint8)
     found = clusters_of(groups, digests, None)
     assert found.tolist() == ["ann", "bob", "bob", found[3], found[3], "", "ann"]
-    assert found[3].startswith("equal ")
+    assert found[3].startswith("alike ")
     assert clusters_of(groups[3:], digests[3:], None)[:2].tolist() == [found[3], found[3]], "whatever else there is"
     assert clusters_of(groups[5:], digests[5:], None).tolist() == ["", "cy"]
     images, joined, none = np.arange(7), np.array([0, 0, 1, 2, 3, 4, 5]), np.empty(0, np.int64)
     near = clusters_of(groups, digests[[0, 1, 3, 5, 5, 5, 5]], NearDuplicates(images, joined, none, none))
     assert near.tolist() == ["ann", "ann", "", "", "", "", "cy"]
     assert cluster_notes(found, groups) == [
-        "6 test rows come from 3 groups (images that are alike count as one), "
+        "6 test rows come from 3 groups (images that are alike are of one group), "
         "so intervals and tests are over groups, not rows"
     ]
     assert cluster_notes(groups, groups) == [], "no group has two rows"
+    twice = np.array(["ann", "ann", found[3], ""])
+    assert cluster_notes(twice, np.array(["ann", "ann", "", ""]))[0].startswith("3 test rows come from 2 groups, so")
 
 
 def test_the_seed_and_nothing_else_draws_the_cut() -> None:

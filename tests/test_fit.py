@@ -611,7 +611,7 @@ def test_an_image_that_is_listed_twice_counts_once(make_cache: Make) -> None:
         assert other.n_effective <= one.n_effective
         assert other.accuracy_ci95[0] <= one.accuracy_ci95[0] < one.accuracy_ci95[1] <= other.accuracy_ci95[1]
         assert other.p_vs_best == one.p_vs_best
-    assert any("images that are alike" in note for note in double.notes)
+    assert any("images that are alike are of one group" in note for note in double.notes)
 
 
 def test_cross_validation_reports_what_most_folds_chose(make_cache: Make) -> None:
@@ -778,7 +778,7 @@ def test_more_classes_than_a_head_can_hold_are_refused(make_cache: Make, monkeyp
             fit(path, heads=[head])
     assert fit(path, heads=["centroid"]).results
     monkeypatch.setattr(parallel, "MOST_CELLS", 30)
-    for head, way in (("logreg", "centroid"), ("linear_svm", "another metric")):
+    for head, way in (("logreg", "centroid with another metric"), ("linear_svm", "another metric")):
         with pytest.raises(FitError, match=f"GiB; use {way}, or coarser labels"):
             fit(make_cache(name=f"{head}/f.h5", dims={"low": 6}), heads=[head], metric="auroc")
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -406,15 +407,17 @@ def test_few_groups_tell_equal_models_apart_in_at_most_five_percent(groups: int)
     assert (np.mean(found, axis=0) <= 0.05 + 2 * 0.028).all(), "two standard errors of 60 simulations"
 
 
-def test_no_interval_reaches_beyond_what_a_metric_can_be(folder: Path, tmp_path: Path) -> None:
-    lines = (folder / "table.csv").read_text().splitlines()
-    rows = [f"{line},{'test' if i % 3 else 'train'},g{i % 3 * 10 + i % 2}" for i, line in enumerate(lines[1:])]
-    (tmp_path / "t.csv").write_text("\n".join([f"{lines[0]},split,group", *rows]))
-    for metric, bound in (("rmse", 0.0), ("mae", 0.0), ("r2", 1.0)):
-        report = run(folder, "regression", labels=tmp_path / "t.csv", heads=["ridge"], seeds=[0, 1], metric=metric)
-        for low, high in (report.summary[0].ci95, getattr(report.results[0], f"{metric}_ci95")):
-            assert (high <= bound) if metric == "r2" else (low >= bound)
-            assert low < high
+def test_no_interval_reaches_beyond_what_a_metric_can_be() -> None:
+    y, uris = np.arange(12.0), np.arange(12).astype(str)
+    groups = np.repeat(["a", "b", "c"], 4)
+    said = Predictions(uris, y, y + np.repeat([0.1, 0.5, 2.0], 4), None, groups=groups)
+    for less, (low, high) in (("rmse", (0.0, np.inf)), ("mae", (0.0, np.inf)), ("r2", (-np.inf, 1.0))):
+        ends = redraw_numbers(less, [said]).interval()
+        assert ends is not None
+        free = replace(redraw_numbers(less, [said]), bounds=(-np.inf, np.inf)).interval()
+        assert free is not None
+        assert free[0] < low or free[1] > high, "three groups tell too little"
+        assert ends == (max(low, free[0]), min(high, free[1]))
 
 
 def test_the_mean_over_seeds_has_an_interval_and_rows_of_all_seeds_are_drawn_together(folder: Path) -> None:

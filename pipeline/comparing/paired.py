@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -183,6 +183,8 @@ def _shared(scores: Sequence[MethodScore], reads: Sequence[ReadPredictions]) -> 
                 uris = np.intersect1d(uris, other.uris)
         said = [one if np.array_equal(one.uris, uris) else one.take(_rows_of(one.uris, uris)) for one in said]
         alike = _told_alike(said)
+        first = said[0]  # whose groups hold for all, because the same rows must be drawn
+        said = [one if np.array_equal(one.units, first.units) else replace(one, groups=first.groups) for one in said]
         if alike.any():
             for own, one in zip(found, said, strict=True):
                 own.append(one if alike.all() else one.take(np.flatnonzero(alike)))

@@ -70,10 +70,11 @@ def _may_still_hold(comparison: Comparison, lost: Sequence[Fit], extracted: Mapp
     plan, names = comparison.plan, comparison.names
     target = None if comparison.labels is None else comparison.labels.target
     n_classes = {names[source]: len(images.classes) for source, images in comparison.labelled.items()}
-    asked = {
-        (names[fit.extraction.source], fit.extraction.request.pool, fit.layer, head_name(fit.head), fit.seed, fit.shots)
-        for fit in lost
-    }
+    asked = set()
+    for fit in lost:
+        source, pool, how = names[fit.extraction.source], fit.extraction.request.pool, dict(fit.options)
+        options = how.get("balanced", False), how.get("cv"), how.get("drop_leaks", False)
+        asked.add((source, pool, fit.layer, head_name(fit.head), fit.seed, fit.shots, *options))
     known = [
         (names[extraction.source], file.handles["backbone"], extraction.request.pool, _settings(file.layers[name].spec))
         for extraction, found in extracted.items()
@@ -82,9 +83,10 @@ def _may_still_hold(comparison: Comparison, lost: Sequence[Fit], extracted: Mapp
     held = set()
     for key, one in comparison.folder.results.items():
         result, settings = one.result, {name: getattr(one, name) for name in ("precision", "store", "size", "white")}
+        options = getattr(result, "balanced", False), result.cv, one.drop_leaks
         if (
             result.kind == HEAD
-            and (one.source, result.pool, result.layer, result.head, result.seed, result.shots) in asked
+            and (one.source, result.pool, result.layer, result.head, result.seed, result.shots, *options) in asked
             and (one.source, result.backbone, result.pool, settings) not in known
             and (one.task, result.metric, result.target) == (plan.task, plan.metric, target)
             and one.n_classes in (0, n_classes.get(one.source))

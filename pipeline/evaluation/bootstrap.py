@@ -83,7 +83,7 @@ class Redrawn:
         tail = ndtri((1 - confidence) / 2)
         low, high = np.quantile(known, ndtr([shift + tail, shift - tail]))
         error = _Error.of(self.parts, self.telling)
-        wider = float(error.in_units_of_t(1 - confidence) / ndtri(0.5 + confidence / 2))
+        wider = float(error.critical(1 - confidence) / ndtri(0.5 + confidence / 2))
         ends = [
             self.observed - wider * max(0.0, self.observed - float(low)),
             self.observed + wider * max(0.0, float(high) - self.observed),
@@ -164,11 +164,13 @@ def lead(ahead: Redrawn, behind: Redrawn, confidence: float = CONFIDENCE) -> Lea
 
 
 def _reach(quantile: Any, chance: Float64Array, p: Any, error: _Error) -> Any:
-    """Return how large a difference must be for a two-sided p-value, whose quantile of `chance` (b,) is given.
+    """Return how large a difference must be for a two-sided p-value, or for several, (k,).
+
+    `quantile` is what `chance` (b,) reaches with a probability of `p`, of each.
 
     It is no smaller than for a normal distribution of the same variance: the draws of a few groups are bounded.
     """
-    return error.in_units_of_t(p) * np.maximum(quantile / ndtri(1 - p / 2), np.sqrt(np.mean(chance**2)))
+    return error.critical(p) * np.maximum(quantile / ndtri(1 - p / 2), np.sqrt(np.mean(chance**2)))
 
 
 def effective_groups(units: StrArray) -> float:
@@ -201,8 +203,8 @@ def compare_redrawn(
         Two-sided, at least one over the number of draws, with Holm's correction; None for the chosen model.
     may_be_best : (k,) bool
         As `pipeline.evaluation.comparisons.may_be_best`. Leads are compared with the largest among the draws, and with
-        the largest that as many independent models would have (Tukey's range): the draws of a few groups do not show
-        how independent models are.
+        the largest that as many independent models would have (Tukey's range), because the draws of a few groups do not
+        show how independent models are. A model stays if either comparison keeps it.
     """
     found = np.stack([model.draws for model in models])
     found = found[:, ~np.isnan(found).any(axis=0)]
@@ -269,10 +271,10 @@ class _Error:
         right = variances * (freedom + 1) / freedom
         return cls(math.sqrt(right.sum() / variances.sum()), float(right.sum() ** 2 / np.sum(right**2 / freedom)))
 
-    def in_units_of_t(self, p: Any) -> Any:
-        """Return how many of the bootstrap's standard errors a difference must be for a two-sided p-value."""
+    def critical(self, p: Any) -> Any:
+        """Return how many of the bootstrap's standard errors a difference must be for two-sided p-values."""
         return self.factor * stdtrit(self.freedom, 1 - p / 2)
 
-    def as_normal(self, lead: float) -> float:
-        """Return the normal deviate that is as unlikely as a lead, in units of the bootstrap's standard error."""
-        return float(np.sign(lead) * -ndtri(stdtr(self.freedom, -abs(lead) / self.factor)))
+    def as_normal(self, ahead: float) -> float:
+        """Return the normal deviate that is as unlikely as so many of the bootstrap's standard errors."""
+        return float(np.sign(ahead) * -ndtri(stdtr(self.freedom, -abs(ahead) / self.factor)))

@@ -21,7 +21,7 @@ FEWEST_SPLITS = 5
 """With fewer, the spread over splits is too uncertain to test a difference."""
 
 SAME = 1e-9
-"""Differences of accuracies that differ by less are equal but for rounding: accuracies are ratios of counts."""
+"""Accuracies are ratios of counts, so a smaller difference is rounding."""
 
 
 def wilson(successes: float, n: float, confidence: float = CONFIDENCE) -> tuple[float, float]:

@@ -122,28 +122,34 @@ def group_notes(train: IntArray, val: IntArray, test: IntArray, groups: StrArray
 def clusters_of(groups: StrArray, digests: NDArray[np.uint8], near: NearDuplicates | None) -> StrArray:
     """Return what counts together in intervals and tests: rows of one group or of equal bytes, and near-duplicates.
 
-    The name (n,) of each row's cluster is that of its first group, in the order of names, or else made of the least
-    digest, so that it does not depend on which other rows there are. It is ``""`` for a row alone.
+    The name (n,) of each row's cluster is the first of its groups in the order of names, or else made of the least
+    digest, and ``""`` for a row alone.
     """
     units = join_units(groups, digests, near)
     joined = np.flatnonzero((np.bincount(units) > 1)[units])
-    if not len(joined):
+    names, bare = groups[joined], np.flatnonzero(groups[joined] == "")
+    if len(bare):
+        own = np.array(["alike " + digest[:8].tobytes().hex() for digest in digests[joined[bare]]])
+        names = names.astype(np.result_type(names, own))
+        names[bare] = own
+    order = np.lexsort((names, groups[joined] == ""))
+    cluster, first = np.unique(units[joined][order], return_index=True)
+    named = names[order][first][np.searchsorted(cluster, units[joined])]
+    if (named == groups[joined]).all():
         return groups
-    own = np.char.mod("equal %s", [digest[:8].tobytes().hex() for digest in digests[joined]])
-    named = groups[joined] != ""
-    order = np.lexsort((np.where(named, groups[joined], own), ~named))
-    first = np.unique(units[joined][order], return_index=True)
-    clusters = groups.astype(np.result_type(groups, own))
-    clusters[joined] = np.where(named, groups[joined], own)[order][first[1]][np.searchsorted(first[0], units[joined])]
+    clusters = groups.astype(np.result_type(groups, named))
+    clusters[joined] = named
     return clusters
 
 
 def cluster_notes(clusters: StrArray, groups: StrArray) -> list[str]:
     """Return a note if test rows (n,) come in clusters, such as photos of a few people, or equal images."""
-    names, counts = np.unique(clusters[clusters != ""], return_counts=True)
-    if not (counts > 1).any():
+    names, numbers, counts = np.unique(clusters, return_inverse=True, return_counts=True)
+    several = (clusters != "") & (counts[numbers] > 1)
+    if not several.any():
         return []
-    alike = " (images that are alike count as one)" if (clusters != groups).any() else ""
+    names, counts = names[names != ""], counts[names != ""]
+    alike = " (images that are alike are of one group)" if (several & (clusters != groups)).any() else ""
     return [
         f"{counts.sum()} test rows come from {len(names)} groups{alike}, "
         "so intervals and tests are over groups, not rows"

@@ -109,7 +109,7 @@ def collect_predictions(
     given = [one for one in probabilities if one is not None]
     of_all = np.concatenate(given)[order] if given else None
     calibrated_folds = any(one is not None for one in temperatures)
-    told = [1.0 if one is None else one for one in temperatures]  # a fold that calibration would not help
+    told = [1.0 if one is None else one for one in temperatures]  # a fold without one
     of_rows = np.repeat(told, sizes)[order] if calibrated_folds else None
     folds = np.repeat(np.arange(len(tests)), sizes)[order] if len(tests) > 1 else None
     known = [one for one in scores if one is not None]

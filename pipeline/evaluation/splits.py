@@ -177,14 +177,14 @@ def _assign(
     if not train.size:
         raise FitError("every labelled row is given as val or test; add a train split")
     if not test.size:
-        notes.append(f"no test split given: {drawn} were drawn as test set, by seed")
-        count = train.size
-        apart = train[~np.isin(units[train], units[val])]  # from given validation rows
+        apart = train[~np.isin(units[train], units[val])]
+        of_them = " that share no group or image with val" if apart.size < train.size else ""
+        notes.append(f"no test split given: {drawn}{of_them} were drawn as test set, by seed")
         test = hold_out(apart, labels, units, rng)[1] if apart.size else apart
         train = np.setdiff1d(train, test)
         if not test.size or not train.size:
             raise FitError(
-                f"cannot draw a test set from {count} training rows: it takes at least 3 images (of "
+                f"cannot draw a test set from {apart.size} training rows{of_them}: it takes at least 3 images (of "
                 "one class, if classes are predicted) that are not all in one group; add images, or give a test split"
             )
     if not val.size and cut_val:

@@ -213,7 +213,7 @@ def _ranges(values: Float64Array) -> IntArray:
 def finite_number(text: str) -> float | None:
     """Return the finite number that a text is; None if it is none.
 
-    Python would also take ``1_2`` for 12, and other digits than these.
+    Python would also take ``1_2`` for 12, and digits of other scripts.
     """
     if "_" in text or not text.isascii():
         return None

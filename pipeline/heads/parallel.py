@@ -56,8 +56,10 @@ def check_trials(trials: Sequence[Trial], *, balanced: bool, metric: str) -> lis
         weights = classes * data.layer.dim if head.family.linear else 0
         scores = classes * tested if head.family.probabilities or metric in OF_SCORES or task == MULTILABEL else 0
         if max(weights, scores) > MOST_CELLS:
-            by_metric = scores > MOST_CELLS >= weights and not head.family.probabilities
-            way = f"{'another metric' if by_metric else 'centroid'}, or " if task == CLASSIFICATION else ""
+            ways = ["another metric"] if scores > MOST_CELLS and metric in OF_SCORES else []
+            if weights > MOST_CELLS or head.family.probabilities:
+                ways.insert(0, "centroid")
+            way = f"{' with '.join(ways)}, or " if task == CLASSIFICATION else ""
             raise FitError(
                 f"{head.name} for {classes} {'classes' if task == CLASSIFICATION else 'labels'} would need a table of "
                 f"{max(weights, scores) * 8 / 2**30:.1f} GiB; use {way}coarser labels"

@@ -111,13 +111,13 @@ def _calibrate(
     threshold = float(np.quantile(everything, MISSED))
     allowed = max(int(FALSE_ALARMS * len(foreign)), 2)  # one pair at least
     if len(foreign) > allowed:
-        last, beyond = np.sort(foreign)[::-1][allowed - 1 : allowed + 1].tolist()  # the latter must be no false alarm
-        if beyond > 1 - ROUNDING:
+        nearest = float(np.sort(foreign)[::-1][allowed])  # of the images that must be no false alarms
+        if nearest > 1 - ROUNDING:
             raise FitError(
                 f"images of different {apart} have the same features on {images.layer}, so it cannot tell copies from "
                 "other images; use another layer, or give a threshold"
             )
-        threshold = max(threshold, last, beyond + 2 * ROUNDING)
+        threshold = max(threshold, nearest + 2 * ROUNDING)
     least = threshold - ROUNDING  # as `near_pairs` compares
     found = NearThreshold(
         layer=images.layer,
