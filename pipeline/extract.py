@@ -177,7 +177,7 @@ def extract(
     ]
     seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
     found: dict[str, list[CacheFile | CacheFiller | PartFiller]] = {}
-    extractors: dict[tuple[str, str], tuple[str, FeatureExtractor]] = {}
+    extractors: dict[tuple[Any, ...], tuple[str, FeatureExtractor]] = {}
     for name in dict.fromkeys(backbones):
         digest = weights_file_digest(name)
         requests = [replace(one, backbone=name, weights_file=digest) for one in seen or plain]

@@ -202,7 +202,7 @@ class LayerSpec:
     backbone : str
         Canonical name with its zoo, such as ``"torchvision/resnet50"``.
     weights_digest : str
-        blake2b-128 of the loaded state dict.
+        blake2b-128 of the loaded state dict, as `pipeline.backbones.backbone.Backbone` has it.
     layer : str
         Name of the layer, never an alias.
     pool : str

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,13 @@ from pipeline.backbones import zoo_embedded as embedded
 from pipeline.backbones import zoo_torchvision as torchvision_zoo
 from pipeline.backbones.known import Known, recall
 from pipeline.backbones.registry import check_weights, list_backbones, load_backbone, sketch
+from pipeline.backbones.taps import tap
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError
 from pipeline.extract import extract
+from pipeline.results import ExtractResult
+from pipeline.spec import json_fields
+from pipeline.user_folder import user_folder
 
 TINY = "timm/test_resnet"  # 0.5 million parameters
 
@@ -340,11 +345,89 @@ def test_a_relative_folder_is_another_network_in_another_working_directory(
         describe(offline / str(index) / "net")
         monkeypatch.chdir(offline / str(index))
         assert recall("local-dir:net", None) is None
-        digests.append(load_backbone("local-dir:net").weights_digest)
-    assert recall("local-dir:net", None) == Known(digests[1], 1)
+        backbone = load_backbone("local-dir:net")
+        digests.append(backbone.weights_digest)
+        own = json_fields(backbone.preprocessing)
+    assert recall("local-dir:net", None) == Known(digests[1], 1, own)
     monkeypatch.chdir(offline / "0")
-    assert recall("local-dir:net", None) == Known(digests[0], 1)
+    assert recall("local-dir:net", None) == Known(digests[0], 1, own)
     assert digests[0] != digests[1]
+
+
+@pytest.fixture
+def net(offline: Path) -> Path:
+    """The folder of a network as timm publishes it."""
+    describe(offline / "net")
+    return offline / "net"
+
+
+def redescribe(folder: Path, **changes: Any) -> str:
+    """Change the description of a network but not its weights; return the network's name."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return f"local-dir:{folder}"
+
+
+def extracted(photos: Path, *names: str, output: Path) -> list[ExtractResult]:
+    return extract(photos, names, output=output, size=64, precision="fp32", engine="torch")
+
+
+def mean_of(result: ExtractResult) -> float:
+    """The mean of the first channel in the preprocessing of the features that a result names."""
+    mean: float = open_cache(result.path).layers["penultimate"].spec["preprocessing"]["mean"][0]
+    return mean
+
+
+def test_features_of_an_older_preprocessing_are_no_answer(
+    net: Path, make_photos: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, cache = make_photos(each=1), net.parent / "cache"
+    for mean, computed in ((0.5, 3), (0.4, 3), (0.5, 0)):
+        name = redescribe(net, pretrained_cfg={"mean": [mean] * 3})
+        results = [*extracted(photos, name, output=cache), *extracted(photos, name, output=cache)]
+        assert [(mean_of(result), result.computed) for result in results] == [(mean, computed), (mean, 0)]
+    monkeypatch.setattr("pipeline.extract.FeatureExtractor", None)
+    (result,) = extracted(photos, name, output=cache)  # answered without the network
+    assert mean_of(result) == 0.5
+
+
+def test_an_old_note_without_preprocessing_is_made_again(net: Path) -> None:
+    name = f"local-dir:{net}"
+    load_backbone(name)
+    kept = recall(name, None)
+    assert kept is not None
+    (path,) = [one for one in user_folder("weights").glob("*.json") if kept.weights_digest in one.read_text()]
+    note = json.loads(path.read_text())
+    del note["preprocessing"]
+    path.write_text(json.dumps(note))
+    assert recall(name, None) is None
+    load_backbone(name)
+    assert recall(name, None) == kept
+
+
+def test_networks_that_differ_in_preprocessing_alone_are_both_extracted(
+    net: Path, make_photos: Callable[..., Path]
+) -> None:
+    other = net.with_name("other")
+    shutil.copytree(net, other)
+    names = redescribe(net, pretrained_cfg={"mean": [0.5] * 3}), redescribe(other, pretrained_cfg={"mean": [0.1] * 3})
+    results = extracted(make_photos(each=1), *names, output=net.parent / "cache")
+    assert [(result.backbone, mean_of(result)) for result in results] == [(names[0], 0.5), (names[1], 0.1)]
+
+
+def test_a_description_that_changes_the_network_changes_its_digest(net: Path, make_photos: Callable[..., Path]) -> None:
+    photos, cache, other = make_photos(each=1), net.parent / "cache", net.with_name("other")
+    shutil.copytree(net, other)
+    names = redescribe(net), redescribe(other, model_args={"num_classes": 1000, "global_pool": "max"})
+    results = [extracted(photos, name, output=cache)[0] for name in names]
+    plain, pooled = (open_cache(result.path).matrix("penultimate") for result in results)
+    assert [result.computed for result in results] == [3, 3]
+    assert (plain[:] < pooled[:]).any()
+    backbones = [load_backbone(name) for name in names]
+    assert len({backbone.weights_digest for backbone in backbones}) == 2
+    assert len({tap(backbone, ["penultimate"]).identity for backbone in backbones}) == 2  # of converted networks
+    redescribe(other, model_args={"num_classes": 1000})  # shows in the weights
+    assert load_backbone(names[1]).weights_digest == backbones[0].weights_digest
 
 
 @pytest.mark.parametrize("call", [load_backbone, sketch, check_weights])

@@ -22,7 +22,8 @@ class Backbone:
         Canonical name with its zoo, such as ``"torchvision/resnet50"``, and the shortest one that
         `pipeline.backbones.registry.load_backbone` accepts; default weights are left out.
     weights, weights_digest : str
-        Tag, ``"random:SEED"`` or file of the weights, and the blake2b-128 of the state dict, in hex.
+        Tag, ``"random:SEED"`` or file of the weights, and the blake2b-128 of the state dict, in hex. If the network
+        comes from a folder or repository whose description changes how it is built, the digest covers that, too.
     module : torch.nn.Module
         In eval mode, float32, without gradients.
     preprocessing : Preprocessing

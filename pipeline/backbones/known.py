@@ -27,10 +27,15 @@ Stamp = list[Any]
 
 
 class Known(NamedTuple):
-    """What `pipeline.backbones.registry.load_backbone` found: the digest of the weights, and how many classifiers."""
+    """What `pipeline.backbones.registry.load_backbone` found.
+
+    The digest of the weights, how many classifiers, and the fields of the preprocessing except `white`, which the
+    caller chooses.
+    """
 
     weights_digest: str
     heads: int
+    preprocessing: dict[str, Any]
 
 
 def take_stamps(paths: Iterable[Path]) -> list[Stamp]:
@@ -65,7 +70,7 @@ def recall(name: str, size: Size | None) -> Known | None:
     record = _read(name, size)
     try:
         present = {"setting": _setting(), "stamps": [_stamp(Path(stamp[0])) for stamp in record["stamps"]]}
-        known = Known(record["weights_digest"], record["heads"])
+        known = Known(record["weights_digest"], record["heads"], record["preprocessing"])
         return known if present.items() <= record.items() else None
     except (AttributeError, KeyError, TypeError, IndexError):  # never written, or not by this version
         return None

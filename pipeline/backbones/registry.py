@@ -32,7 +32,7 @@ from pipeline.backbones.weights import (
     weights_of,
 )
 from pipeline.errors import BackboneError, first_line
-from pipeline.spec import LONGEST_SIDE, Preprocessing, Size, parse_size, size_name
+from pipeline.spec import LONGEST_SIDE, Preprocessing, Size, fingerprint_of, json_fields, parse_size, size_name
 
 
 class Zoo(Protocol):
@@ -141,7 +141,8 @@ def load_backbone(name: str, size: Size | None = None, white: int | None = None)
     _check_size(backbone, size)
     if not any(stamp[1:] for stamp in stamps):  # nothing was here, so the weights were downloaded
         stamps = take_stamps(_weights_paths(name))
-    remember(name, size, stamps, Known(backbone.weights_digest, len(backbone.classifiers)))
+    preprocessing = json_fields(replace(backbone.preprocessing, white=None))
+    remember(name, size, stamps, Known(backbone.weights_digest, len(backbone.classifiers), preprocessing))
     return backbone
 
 
@@ -171,6 +172,8 @@ def _load(name: str, size: Size | None, white: int | None) -> Backbone:
     if tag is not None and tag not in tags:  # from elsewhere: it names the network, too
         handle = tag
     digest = weights_digest(module.state_dict())
+    if tag is not None and (arguments := timm_zoo.arguments(tag)):
+        digest = fingerprint_of([digest, arguments])  # networks of equal weights may compute different things
     return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def architecture(name: str) -> str:
         raise BackboneError(
             f"{name}: expected the {_DESCRIPTION} of a network of timm in {folder} ({first_line(error)})"
         ) from error
+
+
+def arguments(tag: str) -> str:
+    """Return as JSON what the description behind `tag` changes in a network beside its weights; '' if nothing.
+
+    Those of timm's own tags follow from the name. The number of classes shows in the weights.
+    """
+    if not tag.startswith(ELSEWHERE):
+        return ""
+    given = dict(load_model_config_from_path(_folder(tag))[2])
+    given.pop("num_classes", None)
+    return json.dumps(given, sort_keys=True) if given else ""
 
 
 def _folder(name: str) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from features_cache import CacheFile
 from pipeline.errors import EngineError
 from pipeline.extraction.lookup import begun_precision
-from pipeline.spec import LayerSpec, Request
+from pipeline.spec import LayerSpec, Preprocessing, Request
 
 if TYPE_CHECKING:
     from pipeline.backbones.backbone import Backbone
@@ -73,9 +73,9 @@ class FeatureExtractor:
         self._engines: dict[_Asked, Engine] = {}
 
     @property
-    def identity(self) -> tuple[str, str]:
-        """The same for all names of a network: its canonical name and the digest of its weights."""
-        return self.backbone.name, self.backbone.weights_digest
+    def identity(self) -> tuple[str, str, Preprocessing]:
+        """The same for all names of a network: its canonical name, the digest of its weights and its preprocessing."""
+        return self.backbone.name, self.backbone.weights_digest, self.backbone.preprocessing
 
     def engine_name(self, pool: str) -> str:
         """Return the name of the engine that was chosen for a pooling, never ``auto``."""

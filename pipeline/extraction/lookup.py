@@ -78,9 +78,9 @@ def begun_precision(files: Sequence[CacheFile], request: Request) -> str | None:
 
 
 def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
-    """Return the files of the same request, apart from its layers, made with the present weights and decoding rules.
+    """Return the files of the same request, apart from its layers, that the present network and decoding rules made.
 
-    There are none if the weights behind the backbone's name may have changed since they were last loaded.
+    There are none if what is behind the backbone's name may have changed since it was last loaded.
     """
     known = recall(request.backbone, request.size)
     if known is None:
@@ -90,7 +90,11 @@ def _alike(files: Sequence[CacheFile], request: Request) -> list[CacheFile]:
         for file in _same_request(files, request)
         if not is_outdated(file)
         and (known.heads < 2 or aliases_of(file.request).get("logits") == ["logits"])  # else of the first head alone
-        and all(info.spec["weights_digest"] == known.weights_digest for info in file.layers.values())
+        and all(
+            info.spec["weights_digest"] == known.weights_digest
+            and known.preprocessing.items() <= info.spec["preprocessing"].items()  # it may have white and a view, too
+            for info in file.layers.values()
+        )
     ]
 
 
