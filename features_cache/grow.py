@@ -97,7 +97,7 @@ def grow(
     handles: Mapping[str, str],
     request: Mapping[str, Any],
     *,
-    carry: bool = True,
+    carry: bool | NDArray[np.bool_] = True,
     digests: NDArray[np.uint8] | None = None,
 ) -> CacheWriter:
     """Replace the file at `path` by one for `rows`, and open it for writing.
@@ -112,8 +112,8 @@ def grow(
         An existing file.
     rows, classes, layers, handles, request
         As for `CacheWriter.create`; the layers must be those of the old file if its rows are carried over.
-    carry : bool, default True
-        Carry rows over, see `match_rows`. If False, every row is pending until its image has been read.
+    carry : bool or ndarray of bool, shape (n,), default True
+        Which rows may be carried over, see `match_rows`; the others are pending until their images have been read.
     digests : ndarray of uint8, shape (n, 16), optional
         As for `match_rows`.
 
@@ -127,12 +127,15 @@ def grow(
     path = Path(path)
     with locking(path) as lock:
         old = open_cache(path)
-        if carry and [layer.fingerprint for layer in layers] != [layer.fingerprint for layer in old.layers.values()]:
+        same_layers = [layer.fingerprint for layer in layers] == [layer.fingerprint for layer in old.layers.values()]
+        if np.any(carry) and not same_layers:
             raise CacheError(f"{path} holds other layers than the requested ones; make a new file for them")
         temporary = temporary_path(path)
         build_file(temporary, rows, classes, layers, handles, request)
-        if carry:
-            carry_rows(old, temporary, *match_rows(old, rows, digests))
+        if np.any(carry):
+            new_rows, old_rows = match_rows(old, rows, digests)
+            chosen = np.broadcast_to(carry, len(rows))[new_rows]
+            carry_rows(old, temporary, new_rows[chosen], old_rows[chosen])
         with explained(path, "write"):
             set_aside(path)
             temporary.replace(path)

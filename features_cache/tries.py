@@ -45,6 +45,7 @@ def begin_try(
     classes: tuple[str, ...],
     *,
     donors: Iterable[Path] = (),
+    carry: NDArray[np.bool_] | None = None,
     digests: NDArray[np.uint8] | None = None,
 ) -> CacheWriter:
     """Create a file for a part under a name of its own, with all rows that others hold, and open it for writing.
@@ -58,6 +59,8 @@ def begin_try(
         As for `CacheWriter.create`.
     donors : iterable of Path
         Files whose sound rows are carried over, if they hold the same layers; files that do not open are passed over.
+    carry : ndarray of bool, shape (n,), optional
+        Which rows may be carried over, by default all.
     digests : ndarray of uint8, shape (n, 16), optional
         As for `features_cache.grow.match_rows`.
 
@@ -79,6 +82,8 @@ def begin_try(
                     continue
                 new_rows, old_rows = match_rows(old, rows, digests)
                 left = open_cache(temporary).states[new_rows] == PENDING
+                if carry is not None:
+                    left &= carry[new_rows]
                 carry_rows(old, temporary, new_rows[left], old_rows[left])
             except CacheError:
                 if not temporary.exists():

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def extract(
     on_error : {"skip", "stop"}
         Whether an image that cannot be decoded becomes an unreadable row or ends the run.
     rehash : bool, default False
-        Read every file again instead of trusting size and modification time.
+        Read every file that is asked for again instead of trusting size and modification time.
     augment : str, default "none"
         How views differ from the plain image, see `pipeline.images.augment`.
     views : sequence of int, optional
@@ -152,39 +152,64 @@ def extract(
         raise SourceError(f"on_error is 'skip' or 'stop', got {on_error!r}")
     share = parse_share(part)
     computing = Computing(engine, device, batch_size, workers, on_error, rehash)
-    if cluster is not None:
-        if part is not None:
-            raise SourceError("a cluster extracts all parts of a source; leave out part")
-        asked_for: dict[str, Any] = {
-            "backbones": tuple(backbones), "layers": tuple(layers), "pool": pool,
-            "output": str(output).rstrip("/") if is_url(str(output)) else folder.absolute(),
-            "precision": precision, "store": store, "size": size, "white": white, "augment": augment,
-            "views": tuple(views), "only": only, "expect": expect, "part_rows": part_rows or 0,
-        }  # fmt: skip
-        results = _extract_on(cluster, source, asked_for, computing, progress or silent)
-        folder = local_path(asked_for["output"])
-        return [replace(one, path=str(folder / Path(one.path).name)) for one in results]
-    images = open_source(source)
-    rows = rows_of(images)
-    asked = np.ones(len(rows), bool) if only is None else np.array([uri in only for uri in rows.uris], bool)
-    if part is not None and part_rows is None:
-        part_rows = 0
-    files = files_of(images, folder)
-    destination = Destination(images, rows, asked, folder, files, rehash, part_rows, whole=share[0] == 0)
     plain = [
         Request("", tuple(layers), one, precision, store, size, white=white)
         for one in dict.fromkeys([pool] if isinstance(pool, str) else pool)
     ]
     seen = [replace(one, augment=augment, view=view) for one in plain for view in dict.fromkeys(views)]
+    if part is not None and part_rows is None:
+        part_rows = 0
+    wanted = _Wanted(tuple(backbones), seen or plain, output, only, expect, part_rows)
+    if cluster is not None:
+        if part is not None:
+            raise SourceError("a cluster extracts all parts of a source; leave out part")
+        place = str(output).rstrip("/") if is_url(str(output)) else folder.absolute()
+        wanted = replace(wanted, output=place, part_rows=part_rows or 0)
+        results = _extract_on(cluster, source, wanted, computing, progress or silent)
+        folder = local_path(place)
+        return [replace(one, path=str(folder / Path(one.path).name)) for one in results]
+    return _extract_here(source, folder, wanted, computing, rehash, share, progress or silent)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What to extract and where to, as for `extract`; of `requests`, each backbone gets its own."""
+
+    backbones: Sequence[str]
+    requests: Sequence[Request]
+    output: str | Path
+    only: Collection[str] | None
+    expect: Sequence[LayerSpec] | None
+    part_rows: int | None
+
+
+def _extract_here(
+    source: str | Path | ImageSource,
+    folder: Path,
+    wanted: _Wanted,
+    computing: Computing,
+    rehash: bool,
+    share: tuple[int, int],
+    progress: Progress,
+) -> list[ExtractResult]:
+    """Extract in this process; `rehash` is for the files that are not in parts, that of `computing` for parts."""
+    only, expect = wanted.only, wanted.expect
+    images = open_source(source)
+    rows = rows_of(images)
+    asked = np.ones(len(rows), bool) if only is None else np.array([uri in only for uri in rows.uris], bool)
+    files = files_of(images, folder)
+    destination = Destination(images, rows, asked, folder, files, rehash, wanted.part_rows, whole=share[0] == 0)
     found: dict[str, list[CacheFile | CacheFiller | PartFiller]] = {}
     extractors: dict[tuple[Any, ...], tuple[str, FeatureExtractor]] = {}
-    for name in dict.fromkeys(backbones):
+    for name in dict.fromkeys(wanted.backbones):
         digest = weights_file_digest(name)
-        requests = [replace(one, backbone=name, weights_file=digest) for one in seen or plain]
+        requests = [replace(one, backbone=name, weights_file=digest) for one in wanted.requests]
         complete, missing = _look_up(requests, destination, expect)
         found[name] = [*complete]
         if missing:
-            extractor = FeatureExtractor(missing, engine, device, batch_size, destination.files)
+            extractor = FeatureExtractor(
+                missing, computing.engine, computing.device, computing.batch_size, destination.files
+            )
             extractors.setdefault(extractor.identity, (name, extractor))  # one network may have been asked for twice
     clock = Clock()
     with ExitStack() as writers:
@@ -193,18 +218,18 @@ def extract(
         fillers = [one for one in chain.from_iterable(found.values()) if isinstance(one, CacheFiller)]
         began = time.perf_counter()
         if fillers:
-            fill(images, fillers, int(asked.sum()), batch_size, workers, clock, progress or silent)
+            fill(images, fillers, int(asked.sum()), computing.batch_size, computing.workers, clock, progress)
         seconds = time.perf_counter() - began
     for filler in fillers:
         drop_redundant(filler.writer.cache.path)
     made: list[CacheFile | CacheFiller | FilledParts] = [
-        one.fill_share(asked, share, progress or silent) if isinstance(one, PartFiller) else one
+        one.fill_share(asked, share, progress) if isinstance(one, PartFiller) else one
         for one in dict.fromkeys(chain.from_iterable(found.values()))
     ]
     few_levels = _few_levels(max((one.few_levels for one in made if not isinstance(one, CacheFile)), default=0))
     notes = [*images.notes, *few_levels, *_bring_up_to_date(destination, made)]
-    if is_url(str(output)):
-        notes.append(f"the cache is at {locate(str(output))}; results name its copy on this machine")
+    if is_url(str(wanted.output)):
+        notes.append(f"the cache is at {locate(str(wanted.output))}; results name its copy on this machine")
     return [_result(one, notes, seconds, clock) for one in made]
 
 
@@ -243,16 +268,16 @@ def _open(
 
 
 def _extract_on(
-    cluster: str, source: str | Path | ImageSource, asked_for: dict[str, Any], computing: Computing, progress: Progress
+    cluster: str, source: str | Path | ImageSource, wanted: _Wanted, computing: Computing, progress: Progress
 ) -> list[ExtractResult]:
     """Extract on a cluster: one task plans, one fills each part, and the last does what is not in parts."""
     from pipeline.extraction.cluster import open_cluster, place_of
 
-    where, output, only = place_of(source), asked_for["output"], asked_for["only"]
-    uris = None if only is None else sorted(set(only))
+    where, output = place_of(source), wanted.output
+    uris = None if wanted.only is None else sorted(set(wanted.only))
     with open_cluster(cluster) as workers:
         progress(0, 0, "plan")
-        names = workers.call(_plan_parts, where, asked_for, computing)
+        names = workers.call(_plan_parts, where, wanted, computing)
         plans = [open_plan(local_path(output, names) / name) for name in names]
         began, run = time.perf_counter(), uuid.uuid4().hex
         tasks, total = {}, 0
@@ -277,21 +302,21 @@ def _extract_on(
             why = "; ".join(f"{name}: {error}" for name, error in failed.items())
             raise EngineError(f"{len(failed)} of {len(tasks)} parts failed; the same command does the rest: {why}")
         seconds = time.perf_counter() - began
-        results: list[ExtractResult] = workers.call(_extract_rest, where, asked_for, computing)
+        results: list[ExtractResult] = workers.call(_extract_rest, where, wanted, computing)
     return [_with_parts(result, filled.get(Path(result.path).name), seconds) for result in results]
 
 
-def _plan_parts(source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress) -> list[str]:
-    """Make the plans of what is asked for, on a worker, and return the names of those in parts; compute no features."""
-    results = extract(source, **asked_for | {"only": ()}, **vars(computing), progress=progress)
+def _plan_parts(source: str, wanted: _Wanted, computing: Computing, progress: Progress) -> list[str]:
+    """Make the plans of what is wanted, on a worker, and return the names of those in parts; compute no features."""
+    none, folder = replace(wanted, only=()), local_path(wanted.output)
+    results = _extract_here(source, folder, none, computing, False, (0, 1), progress)
     return [path.name for result in results if (path := Path(result.path)).suffix == PLAN_SUFFIX]
 
 
-def _extract_rest(
-    source: str, asked_for: dict[str, Any], computing: Computing, progress: Progress
-) -> list[ExtractResult]:
+def _extract_rest(source: str, wanted: _Wanted, computing: Computing, progress: Progress) -> list[ExtractResult]:
     """Extract what is not in parts, on a worker, and look up what is: its rows have been read already."""
-    return extract(source, **asked_for, **vars(replace(computing, rehash=False)), progress=progress)
+    in_parts, folder = replace(computing, rehash=False), local_path(wanted.output)
+    return _extract_here(source, folder, wanted, in_parts, computing.rehash, (0, 1), progress)
 
 
 def _with_parts(result: ExtractResult, filled: FilledParts | None, seconds: float) -> ExtractResult:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from features_cache import DONE, CacheError, open_cache
+from features_cache import DONE, CacheError, CacheWriter, PartPlan, open_cache
 from pipeline.compare import compare
 from pipeline.errors import EngineError
 from pipeline.extract import extract
-from pipeline.extraction import cluster
+from pipeline.extraction import cluster, parts
 from pipeline.extraction.cluster import open_cluster, parse_cluster
 from pipeline.extraction.inspection import check
 from pipeline.finetune import finetune
@@ -202,6 +203,51 @@ def test_chosen_images_are_extracted_on_a_cluster(
     file = open_cache(made.path)
     assert set(file.uris[file.states == DONE].tolist()) == chosen
     assert (made.computed, told[-1][:2], len(file.parts)) == (3, (3, 3), 3), "a part without any of them is not begun"
+
+
+@pytest.mark.parametrize("only", [None, {"red/0.png", "red/1.png"}])
+def test_rehash_on_a_cluster_reads_files_that_are_not_in_parts(
+    only: set[str] | None, make_photos: Callable[..., Path], tmp_path: Path, started: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    photos = make_photos(each=3)
+    path = photos / "red" / "0.png"
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(path, "BMP")
+    asked, where = [photos, ["test_resnet@random:0"], ["layer1"]], {"output": tmp_path / "cache", **HOW}
+    (made,) = extract(*asked, **where)
+    before = np.array(open_cache(made.path).matrix("layer1"))
+    status = path.stat()
+    Image.new("RGB", (40, 40), (250, 2, 3)).save(path, "BMP")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    call, states = cluster.Workers.call, []
+
+    def noting(*given: Any) -> Any:
+        result = call(*given)
+        states.append(open_cache(made.path).states.tolist())
+        return result
+
+    monkeypatch.setattr(cluster.Workers, "call", noting)
+    (again,) = extract(*asked, **where, rehash=True, only=only, cluster=QUEUE)
+    assert states == [[DONE] * 9] * 2, "the plan loses nothing"
+    assert (again.path, again.done) == (made.path, 9)
+    changed = (np.asarray(open_cache(made.path).matrix("layer1")) != before).any(axis=1)
+    assert open_cache(made.path).uris[changed].tolist() == ["red/0.png"]
+
+
+def test_rehash_on_a_cluster_reads_each_part_once(
+    make_photos: Callable[..., Path], tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, where = [make_photos(each=3), ["test_resnet@random:0"], ["layer1"]], {"output": tmp_path / "cache", **HOW}
+    extract(*asked, **where, part_rows=4)
+    begun, begin_try = [], parts.begin_try
+
+    def noting(plan: PartPlan, number: int, *given: Any, **named: Any) -> CacheWriter:
+        begun.append(number)
+        return begin_try(plan, number, *given, **named)
+
+    monkeypatch.setattr(parts, "begin_try", noting)
+    (again,) = extract(*asked, **where, rehash=True, cluster=QUEUE)
+    assert (again.done, sorted(begun)) == (9, [0, 1, 2])
 
 
 def test_verify_on_a_cluster_finds_and_repairs_what_one_process_does(

@@ -212,6 +212,27 @@ def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
     assert_equal(open_catalog(url).files[0], file)
 
 
+def test_any_part_that_another_machine_changed_meanwhile_is_tried_again(
+    photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other machine publishes a row of the second part just before this one publishes the others."""
+    uris = [item.uri for item in open_source(photos).items]
+    publish, calls = parts.publish_try, []
+
+    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
+        calls.append(draft)
+        if len(calls) == 2:
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                other.setattr(parts, "publish_try", publish)
+                extracted(photos, url, only=uris[5:6])
+        return publish(draft, is_complete, replaced)
+
+    monkeypatch.setattr(parts, "publish_try", slow)
+    result = extracted(photos, url, only=[uri for uri in uris if uri != uris[5]], part_rows=5)
+    assert (open_cache(result.path).states == 1).all(), "no row of either is lost"
+
+
 def test_a_part_that_another_machine_published_meanwhile_is_not_computed(
     photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

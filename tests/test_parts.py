@@ -403,6 +403,28 @@ def test_rehash_reads_parts_again(copied: tuple[Path, Path]) -> None:
         np.testing.assert_array_equal(np.asarray(found), np.asarray(alone.matrix(layer)))
 
 
+@pytest.mark.parametrize("part_rows", [None, 4])
+def test_rehash_of_chosen_images_leaves_the_others_as_they_are(
+    copied: tuple[Path, Path], part_rows: int | None
+) -> None:
+    source, cache = copied[0], copied[1].parent / "another"
+    path = source / "red" / "09.png"
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(path, "BMP")
+    before = {
+        layer: np.array(values)
+        for file in [open_cache(extracted(source, cache, part_rows=part_rows).path)]
+        for layer, values in ((layer, file.matrix(layer)) for layer in LAYERS)
+    }
+    status = path.stat()
+    Image.new("RGB", (40, 40), (250, 2, 3)).save(path, "BMP")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    result = extracted(source, cache, rehash=True, only={"red/09.png", "red/10.png"})
+    assert (result.rows, result.done) == (12, 12)
+    for layer, values in before.items():
+        changed = (np.asarray(open_cache(result.path).matrix(layer)) != values).any(axis=1)
+        assert np.flatnonzero(changed).tolist() == [9]
+
+
 def test_other_files_follow_a_changed_source_only_when_all_parts_do(copied: tuple[Path, Path]) -> None:
     source, cache = copied
     (other,) = extract(source, [NAME], ["layer1"], output=cache, **OPTIONS)

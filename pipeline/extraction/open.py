@@ -66,7 +66,7 @@ class Destination:
     files : sequence of CacheFile
         Those in `folder` that hold images of this source.
     rehash : bool
-        Read every image again, even if its file looks unchanged.
+        Read every image that is asked for again, even if its file looks unchanged.
     part_rows : int, optional
         New caches of more rows than this are made in parts; 0 stands for the default of `most_rows`. By default none
         are.
@@ -181,12 +181,15 @@ def _continue(file: CacheFile, destination: Destination) -> CacheWriter:
 
     The rows of older rules are not carried over: `CacheFiller` copies those that the rules of today leave as they are.
     """
-    carry = not destination.rehash and not is_outdated(file)
-    if carry and destination.has_rows_of(file):
+    outdated = is_outdated(file)
+    if not destination.rehash and not outdated and destination.has_rows_of(file):
         writer = CacheWriter.resume(file.path)
         if destination.has_rows_of(writer.cache):  # another process may have replaced the file before it was locked
             return writer
         writer.close()
+    carry = np.full(len(destination.rows), not outdated)
+    if destination.rehash:
+        carry &= ~destination.asked
     return _grow(file, [_of_today(info) for info in file.layers.values()], destination, carry=carry)
 
 

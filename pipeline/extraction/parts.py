@@ -205,17 +205,17 @@ class PartFiller:
             raise CacheError(f"part {number} of {plan.path} is not in this listing of its source; extract again")
         where = self._where[number]
         images = slice_source(self._images, where)
-        asked = np.ones(len(images.items), bool) if asked is None else asked[where]
-        if images.items and not asked.any():
+        mine = np.ones(len(images.items), bool) if asked is None else asked[where]
+        if images.items and not mine.any():
             return FilledParts(plan.path)
         if not images.items:
             raise CacheError(f"no image is left for {plan.path_of(number).name}; the source changed: extract again")
         rows = rows_of(images)
-        done = FilledParts(plan.path, rows=int(asked.sum()))
+        done = FilledParts(plan.path, rows=int(mine.sum()))
 
         def is_published() -> bool:
             file = open_part(plan, number)
-            return file is not None and is_complete(file, rows, images.classes, asked)
+            return file is not None and is_complete(file, rows, images.classes, mine)
 
         if not is_published():
             self.fetch(number)  # another machine may have been faster
@@ -226,10 +226,11 @@ class PartFiller:
         engine = self._network().engine(layers, (request_of(plan).pool,))
         began = time.perf_counter()
         replaced = etag_of(plan.path_of(number))
-        donors = () if computing.rehash else donors_of(plan, number)
+        carry = ~mine if computing.rehash else np.ones(len(mine), bool)
+        donors = donors_of(plan, number) if carry.any() else ()
         try:
-            with begin_try(plan, number, rows, images.classes, donors=donors) as writer:
-                filler = CacheFiller(Opened(writer, engine, slice(len(layers))), asked, computing.on_error)
+            with begin_try(plan, number, rows, images.classes, donors=donors, carry=carry) as writer:
+                filler = CacheFiller(Opened(writer, engine, slice(len(layers))), mine, computing.on_error)
                 fill(images, [filler], done.rows, computing.batch_size, computing.workers, done.clock, progress)
             published = publish_try(writer.cache.path, lambda: not computing.rehash and is_published(), replaced)
         except (CacheError, FileNotFoundError):
