@@ -298,9 +298,14 @@ def _extract_on(
             rows = sum(done.rows for done in filled.values()) + sum(running.values())
             progress(min(rows, total), total, text, state)
 
-        if failed := workers.call_each(fill_part, tasks, keep, tell):
-            why = "; ".join(f"{name}: {error}" for name, error in failed.items())
-            raise EngineError(f"{len(failed)} of {len(tasks)} parts failed; the same command does the rest: {why}")
+        origins = {plan.path_of(part.origin).name for plan in plans for part in plan.parts if part.origin is not None}
+        if not is_url(str(output)):  # a folder keeps what a part was
+            origins.clear()
+        for last in (False, True):  # what was cut from a part takes its rows before it loses them
+            some = {name: task for name, task in tasks.items() if (name in origins) == last}
+            if failed := workers.call_each(fill_part, some, keep, tell):
+                why = "; ".join(f"{name}: {error}" for name, error in failed.items())
+                raise EngineError(f"{len(failed)} of {len(tasks)} parts failed; the same command does the rest: {why}")
         seconds = time.perf_counter() - began
         results: list[ExtractResult] = workers.call(_extract_rest, where, wanted, computing)
     return [_with_parts(result, filled.get(Path(result.path).name), seconds) for result in results]

@@ -10,12 +10,14 @@ import time
 import types
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+from PIL import Image
 
 from features_cache import (
     CacheError,
@@ -282,6 +284,32 @@ def test_a_cluster_fills_a_store(
     assert (made.computed, made.done) == (15, 15)
     assert_equal(open_cache(made.path), open_cache(extracted(photos, tmp_path / "whole").path))
     assert len(etags(object_store, url)) == 5
+
+
+@pytest.mark.parametrize("cluster", [None, "queues.Queue:2"])
+def test_a_part_that_is_split_in_a_store_loses_no_features(
+    cluster: str | None, photos: Path, url: str, monkeypatch: pytest.MonkeyPatch, object_store: Any
+) -> None:
+    if cluster is not None:
+        distributed = pytest.importorskip("distributed")
+        start = partial(
+            distributed.LocalCluster, n_workers=1, threads_per_worker=1, processes=False, protocol="tcp",
+            host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit=0,
+        )  # fmt: skip
+        monkeypatch.setitem(sys.modules, "queues", types.SimpleNamespace(Queue=start))
+    for name in ("blue", "green"):
+        shutil.rmtree(photos / name)
+    (other,) = extract(photos, ["test_resnet@random:0"], ["layer2"], output=url, part_rows=5, **HOW)
+    assert extracted(photos, url, part_rows=5).computed == 5
+    for index in range(5, 12):
+        Image.new("RGB", (40, 40), (20 * index, 0, 90)).save(photos / "red" / f"{index:02}.png")
+    result = extracted(photos, url, cluster=cluster)
+    file = open_cache(result.path)
+    assert isinstance(file, PartedCache)
+    assert [(part.number, part.origin) for part in file.plan.parts] == [(0, None), (1, 0), (2, 0)]
+    assert (result.computed, result.done) == (7, 12)
+    follower = open_catalog(url).find("layer2")
+    assert (follower.path.name, int(follower.pending.sum())) == (Path(other.path).name, 7)
 
 
 def test_a_worker_sees_that_a_part_is_no_longer_complete(

@@ -16,6 +16,7 @@ from features_cache import (
     CacheFile,
     DamagedCacheError,
     LayerInfo,
+    Part,
     PartPlan,
     begin_try,
     drop_tries,
@@ -177,7 +178,7 @@ class PartFiller:
         parts = self.plan.parts[index::count]
         total = sum(int(asked[self._where[part.number]].sum()) for part in parts)
         done = FilledParts(self.plan.path)
-        for part in parts:
+        for part in sorted(parts, key=_newest_first):
 
             def report(handled: int, _: int, text: str, state: str = "", before: int = done.rows) -> None:
                 progress(before + handled, total, text, state)
@@ -336,6 +337,14 @@ def request_of(plan: PartPlan) -> Request:
     return replace(asked, augment=how.augment, view=how.view) if isinstance(how, View) else asked
 
 
+def _newest_first(part: Part) -> int:
+    """Sort parts so that those which were cut from another take its rows before it loses them.
+
+    In an object store a part is replaced, so that nothing else has them.
+    """
+    return -part.number
+
+
 def donors_of(plan: PartPlan, number: int) -> Iterator[Path]:
     """Yield the files whose rows a part may carry over: itself, tries at it, what it was before or was cut from."""
     origin = next((part.origin for part in plan.parts if part.number == number), None)
@@ -361,7 +370,7 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
         How many rows of parts that exist are pending now.
     """
     pending = 0
-    for part, where in plan.ranges(images.items.rows.uris):
+    for part, where in sorted(plan.ranges(images.items.rows.uris), key=lambda found: _newest_first(found[0])):
         own = slice_source(images, where)
         rows, published = rows_of(own), False
         while not published:
