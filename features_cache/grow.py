@@ -150,11 +150,10 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
     ledger = Ledger(new_file)
     chunk = max(1, _CHUNK_BYTES // (_CARRIED_BYTES + sum(layer.row_bytes for layer in old.layers.values())))
     try:
-        for run in old.runs if number_of else []:
-            record = np.array([encode_run({**run, "run": number_of[run["run"]]})], f"S{RUN_BYTES}")
-            ledger.put_now("/runs", np.array([number_of[run["run"]] % RUN_SLOTS]), record)
-        if not number_of:
-            ledger.put_now("/runs", np.arange(RUN_SLOTS), np.array(old.array("/runs")))
+        records = [encode_run({**run, "run": number_of[run["run"]]}) for run in old.runs]
+        if records:
+            slots = np.array([number_of[run["run"]] % RUN_SLOTS for run in old.runs])
+            ledger.put_now("/runs", slots, np.array(records, f"S{RUN_BYTES}"))
         for start in range(0, len(new_rows), chunk):
             new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
             stored = {}
@@ -167,8 +166,7 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
                 sound &= (crc_rows(values) == old.array(f"/crc/{name}")[before]) | (states == UNREADABLE)
             found = records_of(old, before)
             found["size"], found["mtime_ns"] = new_file.sizes[new], new_file.mtimes_ns[new]
-            if number_of:
-                found["run"] = [number_of.get(run, -1) for run in found["run"].tolist()]
+            found["run"] = [number_of.get(run, -1) for run in found["run"].tolist()]  # -1 where the record is lost
             for state in (DONE, UNREADABLE):
                 take = np.flatnonzero(sound & (states == state))
                 taken = {name: values[take] for name, values in stored.items()} if state == DONE else {}
@@ -179,14 +177,16 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
 
 
 def _renumbered(old: CacheFile, new: CacheFile) -> dict[int, int]:
-    """Return the numbers that the runs of `old` get in `new`; empty if `new` has none yet, so that they keep theirs.
+    """Return the numbers that the runs of `old` get in `new`: their own, if `new` has none yet.
 
     A run that `new` has already, because another file carried its record, keeps its number there.
     """
     known = {_told(run): run["run"] for run in new.runs}
+    if not known:
+        return {run["run"]: run["run"] for run in old.runs}
     numbers: dict[int, int] = {}
     following = max(known.values(), default=-1) + 1
-    for run in old.runs if known else []:
+    for run in old.runs:
         numbers[run["run"]] = known.setdefault(_told(run), following)
         following += numbers[run["run"]] == following
     return numbers
@@ -201,6 +201,8 @@ def set_aside(path: Path) -> None:
     kept = path.with_name(f"{path.stem}.superseded-{max(superseded_files(path), default=0) + 1}.h5")
     try:
         kept.hardlink_to(path)
+    except FileExistsError:  # another process, which superseded the same part, took the number
+        set_aside(path)
     except OSError:  # a file system without hard links
         path.rename(kept)
 

@@ -33,7 +33,8 @@ from features_cache import (
     superseded,
     verify,
 )
-from features_cache.grow import match_rows
+from features_cache.catalog import superseded_files
+from features_cache.grow import match_rows, set_aside
 from features_cache.ledger import Ledger
 
 LAYERS = [LayerInfo("a", 4, "float32", {}, "f"), LayerInfo("b", 2, "float16", {}, "g")]
@@ -331,6 +332,33 @@ def test_a_file_system_without_hard_links_is_no_obstacle(tmp_path: Path, monkeyp
     assert regrow(path, BASE) == []
     check(open_cache(path), BASE)
     check(open_cache(tmp_path / "a.superseded-1.h5"), BASE)
+
+
+def test_two_processes_that_supersede_one_file_keep_both_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = make(tmp_path / "a.h5", BASE), BASE | {"new.png": ("image new", 1)}
+    module = sys.modules[set_aside.__module__]
+    listed = superseded_files(path)
+    set_aside(path)  # by the other process, since this one listed the folder
+    make(tmp_path / "b.h5", other).replace(path)
+
+    def late(_: Path) -> dict[int, Path]:
+        monkeypatch.setattr(module, "superseded_files", superseded_files)
+        return listed
+
+    monkeypatch.setattr(module, "superseded_files", late)
+    set_aside(path)
+    check(open_cache(tmp_path / "a.superseded-1.h5"), BASE)
+    check(open_cache(tmp_path / "a.superseded-2.h5"), other)
+
+
+def test_rows_whose_run_has_lost_its_record_name_no_other_run(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.h5", BASE)
+    flip(path, "/runs", 0)
+    assert regrow(path, BASE) == []
+    file = open_cache(path)
+    assert (file.runs, set(file.run_ids.tolist())) == ([], {-1})
 
 
 def test_prune_deletes_superseded_and_unfinished_files_only(tmp_path: Path) -> None:

@@ -307,6 +307,22 @@ def test_a_try_carries_what_others_finished_and_loses_if_it_is_late(copied: tupl
     assert extracted(source, cache).computed == 0
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_try_that_has_nothing_takes_no_run_from_another(copied: tuple[Path, Path], order: int) -> None:
+    source, cache = copied
+    plan = open_plan(next(cache.glob("*.plan")))
+    images = parts.slice_source(open_source(source), slice(4, 8))
+    rows, published = rows_of(images), open_cache(plan.path_of(1))
+    values = {name: published.matrix(name)[:2] for name in LAYERS}
+    with begin_try(plan, 1, rows, images.classes) as begun, begin_try(plan, 1, rows, images.classes) as empty:
+        begun.begin_run({"engine": "torch"})
+        begun.write([0, 1], values, published.digests[:2])
+    donors = [begun.cache.path, empty.cache.path][::order]
+    with begin_try(plan, 1, rows, images.classes, donors=donors) as writer:
+        assert [run["engine"] for run in writer.cache.runs] == ["torch"]
+        assert writer.cache.run_ids.tolist() == [0, 0, -1, -1]
+
+
 def test_weights_that_differ_from_those_of_the_plan_are_refused(
     copied: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
