@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from features_cache import Catalog, open_cache, verify
+from features_cache import CacheError, Catalog, open_cache, verify
 from pipeline.backbones.network_file import describe_network
 from pipeline.backbones.pooling import PATCHES_ONLY
 from pipeline.evaluation.rows import select
@@ -138,6 +138,28 @@ def test_tokens_of_older_rules_are_not_carried_over(
     differ = np.abs(before["blocks.3"] - open_cache(today.path).matrix("blocks.3")).max(axis=1)
     assert (differ > 1e-3).all()
     np.testing.assert_allclose(before["penultimate"], open_cache(today.path).matrix("penultimate"), rtol=1e-5)
+
+
+def test_a_file_with_another_layer_of_older_rules_is_not_continued(
+    make_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    """New rows of blocks.0 would be means of the patches, under rows that are means of all tokens."""
+    photos, cache, spec = make_photos(each=2), tmp_path / "cache", FeatureExtractor.spec
+    network, options = "test_vit@random:0", OPTIONS | {"size": None, "output": cache}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FeatureExtractor, "spec", lambda *given: replace(spec(*given), prefix_tokens=None))
+        patched.setattr("pipeline.backbones.trace._token_order", lambda _module: PATCHES_ONLY)
+        (old,) = extract(photos, [network], **options | {"layers": ["penultimate", "blocks.0"]})
+    kept = Path(old.path).read_bytes()
+    asked = options | {"layers": ["penultimate"]}
+    (same,) = extract(photos, [network], **asked)
+    assert (same.path, same.computed) == (old.path, 0)
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(photos / "red" / "new.png")
+    with pytest.raises(CacheError, match=r"lacks rows, .* differently: penultimate, blocks\.0; move it elsewhere"):
+        extract(photos, [network], **asked)
+    assert Path(old.path).read_bytes() == kept
+    Path(old.path).rename(tmp_path / "old.h5")
+    assert extract(photos, [network], **asked)[0].computed == 7
 
 
 def test_fit_reads_files_of_todays_rules_and_says_so(old_cache: Callable[..., Path], tmp_path: Path) -> None:

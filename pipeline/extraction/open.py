@@ -158,6 +158,11 @@ def _needed(
         elif isinstance(file, PartedCache):
             yield _refit(file.plan, destination)
         elif destination.whole:
+            if not _can_continue(file, request, extractor):  # one column must not mean two things
+                raise CacheError(
+                    f"{file.path} lacks rows, and holds layers that this version computes differently: "
+                    f"{', '.join(file.layers)}; move it elsewhere and extract the layers that you need again"
+                )
             yield _Lacking(request, {name: LayerSpec.from_json(info.spec) for name, info in file.layers.items()}, file)
     missing = {name: spec for name, spec in specs.items() if holders[name] is None}
     if missing and (plan := _plan_parts(missing, request, destination, extractor)) is not None:
@@ -167,13 +172,13 @@ def _needed(
 
 
 def _can_continue(file: CacheFile, request: Request, extractor: FeatureExtractor) -> bool:
-    """Tell whether all layers of a file of older decoding rules are otherwise what they would be today."""
+    """Tell whether all layers of a file are what they would be today, apart from the decoding rules."""
     try:
         specs = [extractor.spec(name, request) for name in file.layers]
-    except BackboneError:  # the file is of another network or pooling
+    except BackboneError:  # the file is of another network or pooling, or its layers have other names now
         return False
     found = [info.fingerprint for info in file.layers.values()]
-    return all(one in older_fingerprints(spec) for one, spec in zip(found, specs, strict=True))
+    return all(one in (spec.fingerprint, *older_fingerprints(spec)) for one, spec in zip(found, specs, strict=True))
 
 
 def _continue(file: CacheFile, destination: Destination) -> CacheWriter:
