@@ -26,6 +26,7 @@ from pipeline.extraction.lookup import files_of, rows_of, weights_file_digest
 from pipeline.extraction.object_store import local_path
 from pipeline.extraction.open import Destination, bring_up_to_date, check_expected, open_files
 from pipeline.extraction.parts import Computing, FilledParts, PartFiller, fill_part, parse_share
+from pipeline.images.augment import parse_augment
 from pipeline.images.sources.registry import ImageSource, open_source
 from pipeline.images.sources.remote import is_url, locate
 from pipeline.results import ExtractResult, Progress, silent
@@ -105,7 +106,7 @@ def extract(
     rehash : bool, default False
         Read every file that is asked for again instead of trusting size and modification time.
     augment : str, default "none"
-        How views differ from the plain image, see `pipeline.images.augment`.
+        How views differ from the plain image, see `pipeline.images.augment`; an error without `views`.
     views : sequence of int, optional
         Numbers of the augmented views to cache instead of the plain images, each in its own file.
     only : collection of str, optional
@@ -150,6 +151,10 @@ def extract(
         raise CacheError(f"{output} is a file; name the folder that is to hold the cache's files")
     if on_error not in ("skip", "stop"):
         raise SourceError(f"on_error is 'skip' or 'stop', got {on_error!r}")
+    if parse_augment(augment) and not views:
+        raise SourceError(
+            f"augment '{augment}' is for views, and none were asked for; give their numbers, such as [0, 1]"
+        )
     share = parse_share(part)
     computing = Computing(engine, device, batch_size, workers, on_error, rehash)
     plain = [

@@ -252,6 +252,15 @@ def test_an_unknown_on_error_is_refused(make_photos: Callable[..., Path], tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_an_augmentation_is_checked_and_needs_views(make_photos: Callable[..., Path], tmp_path: Path) -> None:
+    photos = make_photos(each=1)
+    with pytest.raises(FitError, match="unknown augmentation 'nonsense'"):
+        extract(photos, [ONE], output=tmp_path / "cache", augment="flip+nonsense")
+    with pytest.raises(SourceError, match="augment 'flip' is for views, and none were asked for; give their numbers"):
+        extract(photos, [ONE], output=tmp_path / "cache", augment="flip")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_two_names_of_one_network_are_one(make_photos: Callable[..., Path], tmp_path: Path) -> None:
     photos = make_photos(classes=("one",), each=2)
     (result,) = extract(photos, [ONE, f"timm/{ONE}"], output=tmp_path / "cache", **OPTIONS)

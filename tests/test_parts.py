@@ -383,6 +383,15 @@ def test_prune_deletes_tries_of_published_parts_and_parts_without_a_place(
     assert waiting.exists()
 
 
+@pytest.mark.parametrize("part_rows", [None, 5])
+def test_a_folder_below_a_file_is_refused(part_rows: int | None, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        CacheError, match=r"cannot write .*file/c.*: a part of the path is a file, not a folder; choose"
+    ):
+        extracted(photos, tmp_path / "file" / "c", part_rows=part_rows)
+
+
 def test_inputs_that_are_no_squares_are_extracted_in_parts(photos: Path, tmp_path: Path) -> None:
     alone = open_cache(extracted(photos, tmp_path / "alone", size=(32, 48)).path)
     (tmp_path / "parts").mkdir()

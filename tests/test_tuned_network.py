@@ -94,6 +94,21 @@ def test_another_architecture_or_size_is_refused(tmp_path: Path) -> None:
         load_backbone(f"{NET}@{path}", 64)
 
 
+def test_another_white_level_than_its_own_is_refused(make_photos: Photos, tmp_path: Path) -> None:
+    path, photos = tmp_path / "tuned.safetensors", make_photos(each=1)
+    saved(path)
+    with pytest.raises(BackboneError, match=r"without a white level, .* leave out white, or train it again with 4095"):
+        extract(photos, [f"{NET}@{path}"], white=4095, output=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    model, tensors = load_network(path)
+    own = replace(model.scores, preprocessing=replace(model.scores.preprocessing, white=4095))
+    save_network(path, replace(model, scores=own), tensors)
+    for white in (None, 4095):
+        assert load_backbone(f"{NET}@{path}", white=white).preprocessing.white == 4095
+    with pytest.raises(BackboneError, match=r"with the white level 4095, .* train it again with 1023"):
+        load_backbone(f"{NET}@{path}", white=1023)
+
+
 def test_what_the_libraries_no_longer_build_is_told_with_their_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

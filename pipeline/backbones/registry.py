@@ -118,12 +118,12 @@ def load_backbone(name: str, size: Size | None = None, white: int | None = None)
         Input side, or height and width, in pixels instead of the network's own; the resize before the crop is scaled
         with it.
     white : int, optional
-        As in `pipeline.spec.Preprocessing`; a fine-tuned network brings its own.
+        As in `pipeline.spec.Preprocessing`; a fine-tuned network brings its own, and takes no other.
 
     Raises
     ------
     BackboneError
-        If the name, the weights or the size do not exist.
+        If the name, the weights or the size do not exist, or a fine-tuned network has another white level.
     ModelFileError
         If a fine-tuned network's file is damaged or does not fit the libraries here.
 
@@ -149,8 +149,13 @@ def load_backbone(name: str, size: Size | None = None, white: int | None = None)
 def _load(name: str, size: Size | None, white: int | None) -> Backbone:
     zoo_name, bare, weights = _parse(name)
     if is_network_file(weights):
-        own = describe_network(weights).scores.preprocessing.size
-        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", size or parse_size(own), white), Path(weights))
+        own = describe_network(weights).scores.preprocessing
+        if white not in (None, own.white):
+            trained = "without a white level" if own.white is None else f"with the white level {own.white}"
+            raise BackboneError(
+                f"{weights} was trained {trained}, and keeps to it; leave out white, or train it again with {white}"
+            )
+        return tuned_backbone(_load(f"{zoo_name}/{bare}@random:0", size or parse_size(own.size), white), Path(weights))
     zoo = ZOOS[zoo_name]
     tags = zoo.tags(bare)
     kind = _kind(weights)

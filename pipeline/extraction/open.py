@@ -23,6 +23,7 @@ from features_cache import (
     Rows,
     divide,
     drop_redundant,
+    explained,
     file_name,
     grow,
     open_cache,
@@ -240,7 +241,8 @@ def _plan_parts(
     path = _path(destination, tapped, as_asked).with_suffix(PLAN_SUFFIX)
     handles, asked = _handles(destination, request, tapped), request.to_json() | {"aliases": extractor.aliases}
     pinned = {"engine": extractor.engine_name(request.pool)}
-    destination.folder.mkdir(parents=True, exist_ok=True)
+    with explained(path, "write"):
+        destination.folder.mkdir(parents=True, exist_ok=True)
     return _refit(PartPlan(path, layers, handles, asked, pinned, most, divide(uris, most)).publish(), destination)
 
 
