@@ -178,7 +178,7 @@ class PartFiller:
         parts = self.plan.parts[index::count]
         total = sum(int(asked[self._where[part.number]].sum()) for part in parts)
         done = FilledParts(self.plan.path)
-        for part in sorted(parts, key=_newest_first):
+        for part in sorted(parts, key=_taking_first):
 
             def report(handled: int, _: int, text: str, state: str = "", before: int = done.rows) -> None:
                 progress(before + handled, total, text, state)
@@ -337,12 +337,12 @@ def request_of(plan: PartPlan) -> Request:
     return replace(asked, augment=how.augment, view=how.view) if isinstance(how, View) else asked
 
 
-def _newest_first(part: Part) -> int:
-    """Sort parts so that those which were cut from another take its rows before it loses them.
+def _taking_first(part: Part) -> int:
+    """Sort parts so that those which were cut from another take its rows before it loses them, the others as they are.
 
-    In an object store a part is replaced, so that nothing else has them.
+    In an object store a part is replaced, so that nothing else has those rows.
     """
-    return -part.number
+    return 1 if part.origin is None else -part.origin  # an origin has a lower number than what is cut from it
 
 
 def donors_of(plan: PartPlan, number: int) -> Iterator[Path]:
@@ -370,7 +370,7 @@ def follow_source(plan: PartPlan, images: ImageSource, digests: NDArray[np.uint8
         How many rows of parts that exist are pending now.
     """
     pending = 0
-    for part, where in sorted(plan.ranges(images.items.rows.uris), key=lambda found: _newest_first(found[0])):
+    for part, where in sorted(plan.ranges(images.items.rows.uris), key=lambda found: _taking_first(found[0])):
         own = slice_source(images, where)
         rows, published = rows_of(own), False
         while not published:
