@@ -310,6 +310,13 @@ def test_a_part_that_is_split_in_a_store_loses_no_features(
     assert (result.computed, result.done) == (7, 12)
     follower = open_catalog(url).find("layer2")
     assert (follower.path.name, int(follower.pending.sum())) == (Path(other.path).name, 7)
+    for index in range(7):  # into part 1, which was cut from another itself
+        Image.new("RGB", (40, 40), (0, 20 * index, 90)).save(photos / "red" / f"09-{index}.png")
+    result = extracted(photos, url, cluster=cluster)
+    file = open_cache(result.path)
+    assert isinstance(file, PartedCache)
+    assert [(part.number, part.origin) for part in file.plan.parts] == [(0, None), (1, 0), (3, 1), (4, 1), (2, 0)]
+    assert (result.computed, result.done) == (7, 19)
 
 
 def test_a_worker_sees_that_a_part_is_no_longer_complete(
