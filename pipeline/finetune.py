@@ -194,6 +194,8 @@ def finetune(
         initial = f"{backbone}@random:{same_weights[0]}" if init == "random" else backbone
         draws = list(itertools.product(same_weights, shots))
         data = prepare_data(replace(setup, backbone=initial), draws)
+        if destination is not None:
+            data.backbone.check_rebuilt()
         if task == CLASSIFICATION:
             check_metric(metric, len(data.table.classes))
         notes += data.table.notes

@@ -152,6 +152,7 @@ def pretrain(
         "float32", size, white, "auto", device, workers, None, progress or silent, say or notes.append,
     )  # fmt: skip
     loaded = load_backbone(setup.backbone, size, white)
+    loaded.check_rebuilt()
     height, width = loaded.preprocessing.size
     if height != width and task != "pseudo-classes":
         raise FitError(f"the task {task} needs square inputs, got {height}x{width}; use one side, or pseudo-classes")

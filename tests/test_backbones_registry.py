@@ -26,6 +26,8 @@ from pipeline.backbones.taps import tap
 from pipeline.backbones.weights import weights_digest
 from pipeline.errors import BackboneError
 from pipeline.extract import extract
+from pipeline.finetune import finetune
+from pipeline.pretrain import pretrain
 from pipeline.results import ExtractResult
 from pipeline.spec import json_fields
 from pipeline.user_folder import user_folder
@@ -428,6 +430,23 @@ def test_a_description_that_changes_the_network_changes_its_digest(net: Path, ma
     assert len({tap(backbone, ["penultimate"]).identity for backbone in backbones}) == 2  # of converted networks
     redescribe(other, model_args={"num_classes": 1000})  # shows in the weights
     assert load_backbone(names[1]).weights_digest == backbones[0].weights_digest
+
+
+def test_what_is_built_by_its_description_cannot_be_trained_and_saved(
+    net: Path, make_photos: Callable[..., Path]
+) -> None:
+    name, photos, saved = redescribe(net, model_args={"output_stride": 8}), make_photos(), net.parent / "t.safetensors"
+    with pytest.raises(BackboneError, match=r"built with .*output_stride.* a saved network would lose"):
+        finetune(photos, name, size=32, epochs=1, engine="torch", output=net.parent / "cache", save=saved)
+    with pytest.raises(BackboneError, match="a saved network would lose"):
+        pretrain(photos, name, task="rotation", save=saved, init="pretrained", output=net.parent / "cache", size=32)
+    assert not saved.exists()
+
+
+def test_a_description_that_timm_does_not_read_is_one_line(net: Path) -> None:
+    name = redescribe(net, pretrained_cfg={"pool_of_the_future": 1})
+    with pytest.raises(BackboneError, match=r"config\.json is not one that this timm reads .*pool_of_the_future"):
+        load_backbone(name)
 
 
 @pytest.mark.parametrize("call", [load_backbone, sketch, check_weights])

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.backbones.aliases import PENULTIMATE, join_classifiers
 from pipeline.backbones.trace import Traced, trace
+from pipeline.errors import BackboneError
 from pipeline.spec import Preprocessing
 
 
@@ -29,6 +30,8 @@ class Backbone:
     preprocessing : Preprocessing
     classifiers : tuple of str
         Dotted names of the classifiers: most networks have one, some none, and some combine the scores of several.
+    arguments : str, default ""
+        What the description of a network from a folder or repository changes in how it is built, as JSON.
     """
 
     name: str
@@ -38,6 +41,15 @@ class Backbone:
     module: nn.Module
     preprocessing: Preprocessing
     classifiers: tuple[str, ...]
+    arguments: str = ""
+
+    def check_rebuilt(self) -> None:
+        """Raise `BackboneError` if a network that is trained from this one could not be built again from its file."""
+        if self.arguments:
+            raise BackboneError(
+                f"{self.handle} is built with {self.arguments}, which a saved network would lose: it is built by its "
+                "name alone; train another network, or one whose description has no model_args"
+            )
 
     def heads(self, layer: str) -> int:
         """Return `pipeline.spec.LayerSpec.heads` of the features of a layer."""

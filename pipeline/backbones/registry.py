@@ -177,9 +177,10 @@ def _load(name: str, size: Size | None, white: int | None) -> Backbone:
     if tag is not None and tag not in tags:  # from elsewhere: it names the network, too
         handle = tag
     digest = weights_digest(module.state_dict())
-    if tag is not None and (arguments := timm_zoo.arguments(tag)):
+    arguments = "" if tag is None else timm_zoo.arguments(tag)
+    if arguments:
         digest = fingerprint_of([digest, arguments])  # networks of equal weights may compute different things
-    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers)
+    return Backbone(f"{zoo_name}/{bare}", handle, label, digest, module, preprocessing, classifiers, arguments)
 
 
 def _weights_paths(name: str) -> list[Path]:

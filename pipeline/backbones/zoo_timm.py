@@ -112,7 +112,13 @@ def _reach_hub() -> None:
 
 def _config(name: str, tag: str | None) -> PretrainedCfg:
     if tag is not None and tag.startswith(ELSEWHERE):
-        return PretrainedCfg(**load_model_config_from_path(_folder(tag))[0])
+        found = load_model_config_from_path(_folder(tag))[0]
+        try:
+            return PretrainedCfg(**found)
+        except TypeError as error:
+            raise BackboneError(
+                f"{tag}: its config.json is not one that this timm reads ({first_line(error)})"
+            ) from error
     return get_pretrained_cfg(f"{name}.{tag}" if tag else name) or PretrainedCfg()
 
 

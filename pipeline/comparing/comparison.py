@@ -17,6 +17,7 @@ from pipeline.comparing.plan import Plan, PlanTable
 from pipeline.evaluation.labels import LabelsTable
 from pipeline.images.sources.registry import ImageSource
 from pipeline.results import Progress
+from pipeline.spec import fingerprint_of
 
 if TYPE_CHECKING:
     from pipeline.evaluation.predictions import Predictions
@@ -79,10 +80,13 @@ class Comparison:
         return {job: (line, key) for (line, job), key in zip(asked, keys, strict=True)}
 
     def weights_of(self, job: Finetune) -> str | None:
-        """Return the digest of the pretrained weights that a fine-tune begins with; None if it is not known."""
+        """Return a digest of the pretrained weights that a fine-tune begins with, and of how these see images.
+
+        None if they are not known.
+        """
         options = dict(job.options)
         known = recall(str(options["backbone"]), options.get("size")) if options.get("init") != "random" else None
-        return None if known is None else known.weights_digest
+        return None if known is None else fingerprint_of([known.weights_digest, known.preprocessing])
 
     def is_kept(self, job: Finetune, key: str) -> bool:
         """Tell whether a fine-tune is finished, and the weights behind its backbone's name are still the same."""

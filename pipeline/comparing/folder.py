@@ -62,8 +62,8 @@ class JobResult:
     for numbers and in run folders made before it was kept. `task` is one of `pipeline.options.TASKS`. `precision`,
     `store`, `size`, `white` and `drop_leaks` are those of a head, see `pipeline.spec.LayerSpec`, and `depth` is the
     index of its layer in the order of computation, None for joined layers. `options` are those of a fine-tune, as the
-    plan names them, without backbone and freeze, and `weights` is the digest of those it began with, None in older run
-    folders.
+    plan names them, without backbone and freeze, and `weights` is a digest of those it began with and of their
+    preprocessing, None in older run folders.
     """
 
     key: str
