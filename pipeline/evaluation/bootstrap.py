@@ -72,6 +72,7 @@ class Redrawn:
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
         """Return the bias-corrected percentile interval (Efron 1987, without acceleration) of the metric, widened.
 
+        Each side is at least as long as Student's t distribution has it, because the draws of a few groups are bounded.
         None where no draw differs from the others, as with a single group of rows, or if nothing is predicted wrong:
         then the rows do not tell how far the metric may be from what it is on others.
         """
@@ -82,11 +83,11 @@ class Redrawn:
         shift = 2 * ndtri(np.clip(below, 0.5 / len(known), 1 - 0.5 / len(known)))
         tail = ndtri((1 - confidence) / 2)
         low, high = np.quantile(known, ndtr([shift + tail, shift - tail]))
-        error = _Error.of(self.parts, self.telling)
-        wider = float(error.critical(1 - confidence) / ndtri(0.5 + confidence / 2))
+        critical = float(_Error.of(self.parts, self.telling).critical(1 - confidence))
+        wider, least = critical / float(ndtri(0.5 + confidence / 2)), critical * float(np.std(known))
         ends = [
-            self.observed - wider * max(0.0, self.observed - float(low)),
-            self.observed + wider * max(0.0, float(high) - self.observed),
+            self.observed - max(least, wider * (self.observed - float(low))),
+            self.observed + max(least, wider * (float(high) - self.observed)),
         ]
         if self.less_is_better:
             ends = [-ends[1], -ends[0]]
