@@ -146,13 +146,14 @@ def grow(
 def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_rows: NDArray[np.int64]) -> None:
     """Copy the records of runs and all finished rows whose checksums hold into a file that nobody else writes."""
     new_file = open_cache(target)
-    number_of = _renumbered(old, new_file)
+    runs = old.runs  # read once, since another process may write to `old`
+    number_of = _renumbered(runs, new_file.runs)
     ledger = Ledger(new_file)
     chunk = max(1, _CHUNK_BYTES // (_CARRIED_BYTES + sum(layer.row_bytes for layer in old.layers.values())))
     try:
-        records = [encode_run({**run, "run": number_of[run["run"]]}) for run in old.runs]
+        records = [encode_run({**run, "run": number_of[run["run"]]}) for run in runs]
         if records:
-            slots = np.array([number_of[run["run"]] % RUN_SLOTS for run in old.runs])
+            slots = np.array([number_of[run["run"]] % RUN_SLOTS for run in runs])
             ledger.put_now("/runs", slots, np.array(records, f"S{RUN_BYTES}"))
         for start in range(0, len(new_rows), chunk):
             new, before = new_rows[start : start + chunk], old_rows[start : start + chunk]
@@ -176,17 +177,17 @@ def carry_rows(old: CacheFile, target: Path, new_rows: NDArray[np.int64], old_ro
         ledger.close()
 
 
-def _renumbered(old: CacheFile, new: CacheFile) -> dict[int, int]:
-    """Return the numbers that the runs of `old` get in `new`: their own, if `new` has none yet.
+def _renumbered(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """Return the numbers that the runs of an old file get in a new one: their own, if that has none yet.
 
-    A run that `new` has already, because another file carried its record, keeps its number there.
+    A run that the new file has already, because another file carried its record, keeps its number there.
     """
-    known = {_told(run): run["run"] for run in new.runs}
+    known = {_told(run): run["run"] for run in new}
     if not known:
-        return {run["run"]: run["run"] for run in old.runs}
+        return {run["run"]: run["run"] for run in old}
     numbers: dict[int, int] = {}
     following = max(known.values(), default=-1) + 1
-    for run in old.runs:
+    for run in old:
         numbers[run["run"]] = known.setdefault(_told(run), following)
         following += numbers[run["run"]] == following
     return numbers

@@ -361,6 +361,25 @@ def test_rows_whose_run_has_lost_its_record_name_no_other_run(tmp_path: Path) ->
     assert (file.runs, set(file.run_ids.tolist())) == ([], {-1})
 
 
+def test_a_run_that_another_process_begins_meanwhile_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / "a.h5", BASE)
+    runs, seen = CacheFile.runs.fget, []
+
+    def growing(file: CacheFile) -> list[dict[str, Any]]:
+        found = runs(file)
+        later = [{**found[0], "run": len(found)}] if found and file.path in seen else []
+        seen.append(file.path)
+        return [*found, *later]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheFile, "runs", property(growing))
+        assert regrow(path, BASE) == []
+    check(open_cache(path), BASE)
+    assert len(open_cache(path).runs) == 1
+
+
 def test_prune_deletes_superseded_and_unfinished_files_only(tmp_path: Path) -> None:
     path = make(tmp_path / "a.h5", BASE)
     regrow(path, {"0.png": BASE["0.png"]})
