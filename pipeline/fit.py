@@ -24,7 +24,7 @@ from pipeline.evaluation.regression import measure_numbers
 from pipeline.evaluation.rows import Layer, select
 from pipeline.evaluation.seeds import summarise_seeds
 from pipeline.evaluation.split_layers import SplitLayer, split_layers
-from pipeline.evaluation.splits import distinct_draws, whole_number
+from pipeline.evaluation.splits import distinct_draws
 from pipeline.evaluation.targets import check_task
 from pipeline.extraction.object_store import open_catalog
 from pipeline.heads.choose import Choice, choice_notes
@@ -35,7 +35,7 @@ from pipeline.heads.saved import SavedModel, save_model
 from pipeline.heads.trial import Trial, TrialOutcome
 from pipeline.model_file import check_destination
 from pipeline.neighbours.leaks import Nearness, keep_near_together, leak_price, nearness
-from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, MULTILABEL, NEAR, REGRESSION
+from pipeline.options import CLASSIFICATION, DEFAULT_HEADS, MULTILABEL, NEAR, REGRESSION, whole
 from pipeline.results import (
     LOWER_IS_BETTER,
     ColumnsGain,
@@ -195,7 +195,10 @@ def fit(
             print(result.head, result.accuracy, result.accuracy_ci95)
     """
     seeds, shots = distinct_draws(seeds, shots)
-    cv = None if cv is None else whole_number(cv, "number of folds")
+    if cv is not None:
+        if problem := whole(2).problem(cv):
+            raise FitError(f"cv: {problem}")
+        cv = int(cv)
     metric = check_task(task, metric, shots=set(shots) != {"all"}, balanced=balanced)
     if cv is not None and save is not None:
         raise FitError("cross-validation trains one model per fold and keeps none of them; use either cv or save")

@@ -519,7 +519,7 @@ def test_bad_features_of_rows_that_are_not_used_do_no_harm(make_cache: Make) -> 
         ({"heads": []}, FitError, "expected at least one head, got none"),
         ({"layers": ["tip"]}, CacheError, "did you mean top"),
         ({"layers": ["low+tip"]}, CacheError, "did you mean top"),
-        ({"seeds": [-1]}, FitError, "expected a seed of 0 or more, got -1"),
+        ({"seeds": [-1]}, FitError, "seed: expected a whole number, at least 0, got -1"),
         ({"shots": [0]}, FitError, "positive number of images per class, or 'all', got 0"),
         ({"shots": ["some"]}, FitError, "got 'some'"),
         ({"backbone": "nit"}, CacheError, "did you mean net"),
@@ -651,8 +651,14 @@ def test_numbers_of_numpy_are_numbers_and_parts_of_shots_are_refused(make_cache:
     report = fit(cache, ["low"], ["ridge"], seeds=np.arange(1), shots=[np.int64(5)], save=model, jobs=1)
     assert (report.results[0].seed, report.results[0].shots) == (0, 5)
     assert model.exists()
-    for wrong in ({"shots": [2.5]}, {"seeds": [0.5]}, {"seeds": [True]}, {"shots": ["5"]}, {"cv": 2.0}):
-        with pytest.raises(FitError, match="whole number"):
+    for wrong, got in (
+        ({"shots": [2.5]}, r"shots: expected a positive number .*, got 2\.5"),
+        ({"shots": ["5"]}, "shots: expected a positive number .*, got '5'"),
+        ({"seeds": [0.5]}, r"seed: expected a whole number, at least 0, got 0\.5"),
+        ({"seeds": [True]}, "seed: expected a whole number, at least 0, got True"),
+        ({"cv": 2.0}, r"cv: expected a whole number, at least 2, got 2\.0"),
+    ):
+        with pytest.raises(FitError, match=got):
             fit(cache, ["low"], ["ridge"], jobs=1, **wrong)
     with pytest.raises(FitError, match="at least one layer"):
         fit(cache, [], ["ridge"])

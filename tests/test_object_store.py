@@ -136,23 +136,40 @@ def test_a_copy_fetches_what_changed_and_nothing_else(
     assert len(list(local_path(url).glob(".*.etag"))) == len(before) - 1
 
 
+def publish_after(
+    number: int,
+    act: Callable[[], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    then: Callable[[], Any] = int,
+) -> list[Path]:
+    """Let another machine act before the publication of this number, and this one then; return what is published."""
+    publish, calls = parts.publish_try, []
+
+    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
+        calls.append(draft)
+        if len(calls) == number:
+            with monkeypatch.context() as other:
+                on_another_machine(tmp_path, other)
+                act()
+            then()
+        return publish(draft, is_complete, replaced)
+
+    monkeypatch.setattr(parts, "publish_try", slow)
+    return calls
+
+
 def test_what_another_machine_published_survives_a_new_copy_of_it(
     photos: Path, url: str, object_store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A command on this machine fetches the other machine's part while this machine fills its own."""
     uris = [item.uri for item in open_source(photos).items]
-    publish, calls = parts.publish_try, []
 
-    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
-        calls.append(draft)
-        if len(calls) == 1:
-            with monkeypatch.context() as other:
-                on_another_machine(tmp_path, other)
-                assert extracted(photos, url, only=uris[:1]).computed == 1
-            open_catalog(url)
-        return publish(draft, is_complete, replaced)
+    def act() -> None:
+        assert extracted(photos, url, only=uris[:1]).computed == 1
 
-    monkeypatch.setattr(parts, "publish_try", slow)
+    publish_after(1, act, tmp_path, monkeypatch, then=lambda: open_catalog(url))
     assert extracted(photos, url, only=uris[1:]).done == 15
     assert (open_catalog(url).files[0].states == 1).all()
 
@@ -191,18 +208,12 @@ def test_the_slower_of_two_machines_takes_what_the_faster_one_published(
 ) -> None:
     """The other machine publishes the part, whole or a row that this one has not, just before this one does."""
     uris = [item.uri for item in open_source(photos).items]
-    publish, calls = parts.publish_try, []
 
-    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
-        calls.append(draft)
-        if len(calls) == 1:
-            with monkeypatch.context() as other:
-                on_another_machine(tmp_path, other)
-                result = extracted(photos, url, only=uris if complete else uris[:1])
-                assert result.computed == (15 if complete else 1)
-        return publish(draft, is_complete, replaced)
+    def act() -> None:
+        result = extracted(photos, url, only=uris if complete else uris[:1])
+        assert result.computed == (15 if complete else 1)
 
-    monkeypatch.setattr(parts, "publish_try", slow)
+    calls = publish_after(1, act, tmp_path, monkeypatch)
     first = extracted(photos, url, only=uris[1:])
     file = open_cache(first.path)
     assert (file.states == 1).all(), "no row of either is lost"
@@ -219,18 +230,7 @@ def test_any_part_that_another_machine_changed_meanwhile_is_tried_again(
 ) -> None:
     """The other machine publishes a row of the second part just before this one publishes the others."""
     uris = [item.uri for item in open_source(photos).items]
-    publish, calls = parts.publish_try, []
-
-    def slow(draft: Path, is_complete: Callable[[], bool], replaced: str | None) -> bool:
-        calls.append(draft)
-        if len(calls) == 2:
-            with monkeypatch.context() as other:
-                on_another_machine(tmp_path, other)
-                other.setattr(parts, "publish_try", publish)
-                extracted(photos, url, only=uris[5:6])
-        return publish(draft, is_complete, replaced)
-
-    monkeypatch.setattr(parts, "publish_try", slow)
+    publish_after(2, lambda: extracted(photos, url, only=uris[5:6]), tmp_path, monkeypatch)
     result = extracted(photos, url, only=[uri for uri in uris if uri != uris[5]], part_rows=5)
     assert (open_cache(result.path).states == 1).all(), "no row of either is lost"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pipeline.evaluation.leaks import (
     join_units,
     leak_notes,
 )
+from pipeline.options import SEED, SHOTS
 
 HELD_OUT = 0.2
 MISSED = "without a training row"
@@ -125,30 +125,18 @@ def make_splits(
 
 
 def distinct_draws(seeds: Sequence[int], shots: Sequence[int | str]) -> tuple[list[int], list[int | str]]:
-    """Return the seeds and shots without those that come twice, as Python numbers.
+    """Return the seeds and shots without those that come twice, and numbers of numpy as Python's.
 
-    Raises `FitError` if there is none, a seed is no whole number from 0 on, or shots are neither one from 1 on nor
-    ``"all"``.
+    Raises `FitError` if there is none, or one is not of the kind that the options take.
     """
-    for name, values in (("seed", seeds), ("number of shots", shots)):
+    for name, values, option in (("seed", seeds, SEED), ("number of shots", shots, SHOTS)):
         if not len(values):
             raise FitError(f"expected at least one {name}, got none")
-    numbers = [whole_number(seed, "seed") for seed in seeds]
-    for seed in numbers:
-        if seed < 0:
-            raise FitError(f"expected a seed of 0 or more, got {seed}")
-    counts: list[int | str] = [count if count == "all" else whole_number(count, "number of shots") for count in shots]
-    for count in counts:
-        if count != "all" and int(count) < 1:
-            raise FitError(f"expected shots to be a positive number of images per class, or 'all', got {count!r}")
-    return list(dict.fromkeys(numbers)), list(dict.fromkeys(counts))
-
-
-def whole_number(value: Any, name: str) -> int:
-    """Return a whole number, such as one of numpy, as a Python number; raise `FitError` for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise FitError(f"expected the {name} to be a whole number, got {value!r}")
-    return int(value)
+        for value in values:
+            if problem := option.kind.problem(value):
+                raise FitError(f"{name}: {problem}")
+    numbers = [count if count == "all" else int(count) for count in shots]
+    return list(dict.fromkeys(map(int, seeds))), list(dict.fromkeys(numbers))
 
 
 def labelled_rows(labels: IntArray) -> IntArray:
