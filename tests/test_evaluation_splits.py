@@ -75,7 +75,7 @@ def test_equal_bytes_and_near_duplicates_count_together_under_a_name_of_their_ow
     near = clusters_of(groups, digests[[0, 1, 3, 5, 5, 5, 5]], NearDuplicates(images, joined, none, none))
     assert near.tolist() == ["ann", "ann", "", "", "", "", "cy"]
     assert cluster_notes(found, groups) == [
-        "6 test rows come from 3 groups (images that are alike are of one group), "
+        "6 test rows come from 3 groups (equal and nearly equal images are of one group), "
         "so intervals and tests are over groups, not rows"
     ]
     assert cluster_notes(groups, groups) == [], "no group has two rows"

@@ -611,7 +611,7 @@ def test_an_image_that_is_listed_twice_counts_once(make_cache: Make) -> None:
         assert other.n_effective <= one.n_effective
         assert other.accuracy_ci95[0] <= one.accuracy_ci95[0] < one.accuracy_ci95[1] <= other.accuracy_ci95[1]
         assert other.p_vs_best == one.p_vs_best
-    assert any("images that are alike are of one group" in note for note in double.notes)
+    assert any("equal and nearly equal images are of one group" in note for note in double.notes)
 
 
 def test_cross_validation_reports_what_most_folds_chose(make_cache: Make) -> None:

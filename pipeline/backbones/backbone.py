@@ -47,8 +47,8 @@ class Backbone:
         """Raise `BackboneError` if a network that is trained from this one could not be built again from its file."""
         if self.arguments:
             raise BackboneError(
-                f"{self.handle} is built with {self.arguments}, which a saved network would lose: it is built by its "
-                "name alone; train another network, or one whose description has no model_args"
+                f"{self.handle} is built with the model_args {self.arguments}; a saved network would lose them, because "
+                "its file names the network alone; train another, or one whose description has no model_args"
             )
 
     def heads(self, layer: str) -> int:

@@ -149,7 +149,7 @@ def cluster_notes(clusters: StrArray, groups: StrArray) -> list[str]:
     if not several.any():
         return []
     names, counts = names[names != ""], counts[names != ""]
-    alike = " (images that are alike are of one group)" if (several & (clusters != groups)).any() else ""
+    alike = " (equal and nearly equal images are of one group)" if (several & (clusters != groups)).any() else ""
     return [
         f"{counts.sum()} test rows come from {len(names)} groups{alike}, "
         "so intervals and tests are over groups, not rows"
