@@ -436,7 +436,9 @@ def test_what_is_built_by_its_description_cannot_be_trained_and_saved(
     net: Path, make_photos: Callable[..., Path]
 ) -> None:
     name, photos, saved = redescribe(net, model_args={"output_stride": 8}), make_photos(), net.parent / "t.safetensors"
-    with pytest.raises(BackboneError, match=r"built with the model_args .*output_stride.* a saved network would lose them"):
+    with pytest.raises(
+        BackboneError, match=r"built with the model_args .*output_stride.* a saved network would lose them"
+    ):
         finetune(photos, name, size=32, epochs=1, engine="torch", output=net.parent / "cache", save=saved)
     with pytest.raises(BackboneError, match="a saved network would lose them"):
         pretrain(photos, name, task="rotation", save=saved, init="pretrained", output=net.parent / "cache", size=32)

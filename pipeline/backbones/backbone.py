@@ -47,7 +47,7 @@ class Backbone:
         """Raise `BackboneError` if a network that is trained from this one could not be built again from its file."""
         if self.arguments:
             raise BackboneError(
-                f"{self.handle} is built with the model_args {self.arguments}; a saved network would lose them, because "
+                f"{self.handle} is built with the model_args {self.arguments}; a saved network would lose them: "
                 "its file names the network alone; train another, or one whose description has no model_args"
             )
 
